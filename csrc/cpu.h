@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * cpu.h - which kernels this process runs.
+ */
+#ifndef MHA_CPU_H
+#define MHA_CPU_H
+
+#include <stddef.h>
+
+#include "kernels/kernels.h"
+
+/* Chooses the kernels once: the best level that CPU and operating system support, or the one that the environment
+ * variable MHA_C_CPU names. Returns false when MHA_C_CPU names no level of this build, or one that this CPU lacks;
+ * *reason is then a sentence to show (static storage). Later calls repeat the first answer. */
+bool mha_cpu_init(const char **reason);
+
+/* The chosen table; mha_cpu_init() must have returned true. */
+const mha_kernels *mha_cpu_kernels(mha_dtype dtype);
+
+/* The name of the chosen level, and of level i of those that this CPU can run, best first (NULL past the last). */
+const char *mha_cpu_name(void);
+const char *mha_cpu_supported(size_t i);
+
+/* The table of a supported level by name, for tests; NULL if there is none. */
+const mha_kernels *mha_cpu_kernels_named(const char *name, mha_dtype dtype);
+
+#endif

@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * kernels.h - everything that differs from one instruction set to another: a table of sizes and functions.
+ *
+ * Each instruction set exports one table per dtype, made from the one source kernels.inc.h. All arithmetic on real
+ * numbers happens behind this table, so that the rest of the core is the same for float32 and float64.
+ *
+ * Words: a *vector* holds `lanes` numbers; a *panel* is a matrix stored as [k][P] whose P = vectors * lanes columns
+ * are computed side by side. Every operation here is *vertical*: no lane ever looks at another. So the bits of a
+ * result do not depend on the lane or the panel that computed it, nor on how wide either is.
+ *
+ * No pointer needs more alignment than its type. Panels are padded to whole vectors; what stands in unused lanes is
+ * computed like the rest and never read. Strides and sizes count numbers, not bytes, unless a name says so.
+ */
+#ifndef MHA_KERNELS_H
+#define MHA_KERNELS_H
+
+#include "../mha.h"
+
+/* An FMA chain covers at most this many input features, an attention block this many keys. They are constants of the
+ * project, the same on every instruction set: changing them changes the bits of results. */
+enum { MHA_CHAIN = 128, MHA_BLOCK_KEYS = 64 };
+
+/* C[rows][P] = chain                       when addend is NULL,
+ *            = addend + chain              when factor is NULL,
+ *            = addend * factor + chain     (fused) otherwise, where
+ * chain[r][lane] = sum over k < depth of a[r * a_row + k * a_k] * b[k * b_k + lane], one FMA after another from zero.
+ *
+ * addend is [rows][P] with stride addend_row (0 repeats one row, as for a bias) and may be c itself; factor is [P].
+ * Nothing else overlaps. P = vectors * lanes with 1 <= vectors <= mha_kernels.vectors; any rows, any depth.
+ *
+ *            k ->             b (panel)                    c
+ *         +---------+       k +----------+        r +----------+
+ *     a r | row r   |    x  | |   P      |   -->  | |    P     |
+ *       | +---------+       v +----------+        v +----------+
+ */
+typedef struct {
+    size_t rows, depth, vectors;
+    const void *a;
+    ptrdiff_t a_row, a_k;
+    const void *b;
+    size_t b_k;
+    const void *addend;
+    size_t addend_row;
+    const void *factor;
+    void *c;
+    size_t c_row;
+} mha_product;
+
+/* The part of the masks that one block of scores needs: keys of the block by queries of the panel. */
+typedef struct {
+    const char *attn;  /* at (first query, key 0 of the whole item); NULL: no such mask */
+    const char *keys;  /* key_padding_mask at key 0, never of kind HIDE: those keys are gone; NULL: none */
+    mha_mask_kind attn_kind, keys_kind;
+    ptrdiff_t attn_l, attn_s, keys_s; /* strides in bytes */
+    const size_t *index; /* the block's keys by their number in the item; NULL: first_key, first_key + 1, ... */
+    size_t first_key;
+    size_t first_query; /* number of lane 0's query */
+    bool is_causal;
+} mha_mask_block;
+
+/* Where a block of attention weights stands in the stream of dropout: the mask of (n, h, l, s) depends on these four,
+ * the seed and the call alone. */
+typedef struct {
+    uint64_t seed, call;
+    size_t n, h, first_query;
+    const size_t *index; /* as in mha_mask_block */
+    size_t first_key;
+    double p;
+} mha_dropout_block;
+
+typedef struct mha_kernels {
+    const char *name; /* of the instruction set: what MHA_C_CPU may say */
+    mha_dtype dtype;
+    size_t item;    /* bytes of a number */
+    size_t lanes;   /* numbers in a vector */
+    size_t vectors; /* the most vectors of a panel */
+
+    void (*product)(const mha_product *product);
+
+    /* panel[d][lane] = rows[lane * row_stride + d] * scale for d < width; lanes from `count` up to P become 0. */
+    void (*pack_panel)(const void *rows, size_t row_stride, size_t count, size_t width, double scale, void *panel,
+                       size_t vectors);
+
+    /* rows[lane * row_stride + d * stride] = panel[d][lane] * factor[lane], for lane < count and d < width. */
+    void (*unpack_panel)(const void *panel, size_t vectors, const void *factor, size_t count, size_t width,
+                         void *rows, size_t row_stride);
+
+    /* scores[key][lane] += attn + keys (torch's order: the masks are added to each other first); hidden: -inf. */
+    void (*add_masks)(void *scores, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks);
+
+    /* One step of the online softmax over scores[keys][P], which becomes exp(score - maximum), with the running
+     * maximum [P] and sum [P] brought up to date and factor [P] = exp(old maximum - new maximum).
+     * softmax_begin() sets maximum and sum for no keys at all. */
+    void (*softmax_begin)(void *maximum, void *sum, size_t vectors);
+    void (*softmax_step)(void *scores, size_t keys, size_t vectors, void *maximum, void *sum, void *factor);
+
+    /* scores[key][lane] = exp(score - maximum[lane]) * inverse[lane], added to the weights if `add` says so:
+     * the attention weights themselves, once maximum and sum are final. */
+    void (*softmax_weights)(void *scores, size_t keys, size_t vectors, const void *maximum, const void *inverse);
+
+    /* inverse[lane] = 1 / sum[lane]; where sum is 0 (no key was visible), NaN or 0 as `empty_row` says.
+     * Returns whether any of the first `count` became NaN. */
+    bool (*invert_sums)(const void *sum, void *inverse, size_t vectors, size_t count, mha_empty_row empty_row);
+
+    /* weights[key][lane] is multiplied by 0 or by 1 / (1 - p). */
+    void (*dropout)(void *weights, size_t keys, size_t vectors, size_t count, const mha_dropout_block *dropout);
+} mha_kernels;
+
+#endif
