@@ -59,14 +59,15 @@ typedef struct {
     bool is_causal;
 } mha_mask_block;
 
-/* Where a block of attention weights stands in the stream of dropout: the mask of (n, h, l, s) depends on these four,
- * the seed and the call alone. */
+/* Where a block of attention weights stands in the random stream: what happens to the weight of (n, h, l, s) depends
+ * on these four and on the key alone. */
 typedef struct {
-    uint64_t seed, call;
+    const uint32_t *key;  /* of mha_philox(): two words made from the seed and the number of the call */
+    uint64_t threshold;   /* a weight stays when its random word is below: (1 - p) * 2^32 */
+    double scale;         /* 1 / (1 - p), for those that stay */
     size_t n, h, first_query;
     const size_t *index; /* as in mha_mask_block */
     size_t first_key;
-    double p;
 } mha_dropout_block;
 
 typedef struct mha_kernels {
@@ -95,16 +96,24 @@ typedef struct mha_kernels {
     void (*softmax_begin)(void *maximum, void *sum, size_t vectors);
     void (*softmax_step)(void *scores, size_t keys, size_t vectors, void *maximum, void *sum, void *factor);
 
-    /* scores[key][lane] = exp(score - maximum[lane]) * inverse[lane], added to the weights if `add` says so:
-     * the attention weights themselves, once maximum and sum are final. */
+    /* scores[key][lane] becomes exp(score - maximum[lane]) * inverse[lane]: the attention weights themselves, once
+     * maximum and sum are final. */
     void (*softmax_weights)(void *scores, size_t keys, size_t vectors, const void *maximum, const void *inverse);
 
-    /* inverse[lane] = 1 / sum[lane]; where sum is 0 (no key was visible), NaN or 0 as `empty_row` says.
-     * Returns whether any of the first `count` became NaN. */
-    bool (*invert_sums)(const void *sum, void *inverse, size_t vectors, size_t count, mha_empty_row empty_row);
+    /* inverse[lane] = 1 / sum[lane]; where sum is 0 (no key was visible), NaN or 0 as `empty_row` says. */
+    void (*invert_sums)(const void *sum, void *inverse, size_t vectors, mha_empty_row empty_row);
 
-    /* weights[key][lane] is multiplied by 0 or by 1 / (1 - p). */
+    void (*accumulate)(void *total, const void *x, size_t n); /* total[i] += x[i]; n is a multiple of lanes */
+    void (*fill)(void *x, size_t n, double value);
+
+    /* weights[key][lane] is multiplied by 0 or by dropout->scale, for lane < count. */
     void (*dropout)(void *weights, size_t keys, size_t vectors, size_t count, const mha_dropout_block *dropout);
 } mha_kernels;
+
+/* One table per dtype, indexed by mha_dtype; cpu.c knows which of them this CPU can run. */
+extern const mha_kernels mha_kernels_portable[2];
+extern const mha_kernels mha_kernels_avx2[2];
+extern const mha_kernels mha_kernels_avx512[2];
+extern const mha_kernels mha_kernels_neon[2];
 
 #endif

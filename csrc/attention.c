@@ -1,0 +1,396 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * attention.c - the fused pass over the keys, and a second pass for the weights.
+ *
+ * Queries are the lanes: a panel holds up to P queries of one head, transposed, and every step of softmax runs down the
+ * keys without looking from lane to lane. A task takes some panels of the query heads that share one key/value head,
+ * and leads them together over the blocks of keys:
+ *
+ *      panel [D][P]        scores [64][P]        out [Dv][P]
+ *      +---------+         +---------+           +---------+
+ *      | queries |  -K->   | keys    |  -V^T->   | context |    out = out * factor + V^T exp(scores - maximum)
+ *      +---------+         +---------+           +---------+
+ *
+ * So nothing of size L x S exists. (The online softmax: Milakov and Gimelshein, "Online normalizer calculation for
+ * softmax", 2018; blocked over queries and keys: Dao et al., "FlashAttention", 2022.)
+ *
+ * Owns: the order of additions along the keys, in blocks of MHA_BLOCK_KEYS live keys, whatever the task.
+ */
+#include "attention.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "threads.h"
+#include "workspace.h"
+
+enum {
+    TASK_PANELS = 4,      /* share one reading of keys and values */
+    PANEL_BYTES = 131072, /* of all panels of a task, unless one alone is larger */
+    CHUNK_BLOCKS = 8,     /* blocks of keys whose weights are collected before they are written */
+    TASKS_A_THREAD = 4,
+};
+
+/* What a task holds for one panel. */
+typedef struct {
+    char *queries;               /* [D][P], scaled */
+    char *out;                   /* [Dv][P] */
+    char *maximum, *sum, *factor; /* [P] */
+    size_t h;
+    mha_panel lanes;
+} state;
+
+typedef struct {
+    const mha_attention *a;
+    mha_split split;    /* of the L queries of a head */
+    size_t task_panels; /* panels of a task of the first pass */
+    size_t groups;      /* tasks of an item's key/value head */
+    size_t chunks;      /* tasks of a panel in the second pass */
+} job;
+
+static size_t divide_up(size_t a, size_t b)
+{
+    return (a + b - 1) / b;
+}
+
+static size_t smaller(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+static size_t widest_panel(const mha_attention *a)
+{
+    return a->kernels->vectors * a->kernels->lanes;
+}
+
+static size_t most_task_panels(const mha_attention *a)
+{
+    const size_t fit = PANEL_BYTES / (widest_panel(a) * (a->D + a->Dv) * a->kernels->item);
+    return fit < 1 ? 1 : smaller(fit, TASK_PANELS);
+}
+
+static char *row_at(const mha_attention *a, const mha_rows *rows, size_t n, size_t h, size_t l)
+{
+    const ptrdiff_t at = (ptrdiff_t)n * rows->stride_n + (ptrdiff_t)h * rows->stride_h + (ptrdiff_t)l * rows->stride_l;
+    return rows->data + at * (ptrdiff_t)a->kernels->item;
+}
+
+/* ---- Scratch ---- */
+
+/* Takes the next `numbers` from a thread's scratch; with base NULL it only counts. */
+static char *take(const mha_attention *a, char *base, mha_layout *layout, size_t rows, size_t numbers)
+{
+    const size_t offset = mha_reserve(layout, rows, numbers, a->kernels->item);
+    return base ? base + offset : NULL;
+}
+
+static state take_state(const mha_attention *a, char *base, mha_layout *layout)
+{
+    const size_t P = widest_panel(a);
+    return (state){
+        .queries = take(a, base, layout, a->D, P),
+        .out = take(a, base, layout, a->Dv, P),
+        .maximum = take(a, base, layout, 1, P),
+        .sum = take(a, base, layout, 1, P),
+        .factor = take(a, base, layout, 1, P),
+    };
+}
+
+size_t mha_attention_scratch(const mha_attention *a)
+{
+    const size_t P = widest_panel(a);
+    mha_layout attend = {0}, weigh = {0};
+    take(a, NULL, &attend, MHA_BLOCK_KEYS, P);
+    for (size_t i = 0; i < most_task_panels(a); i++)
+        take_state(a, NULL, &attend);
+    if (a->weights_wanted) {
+        take(a, NULL, &weigh, a->D, P);
+        take(a, NULL, &weigh, 1, P);
+        take(a, NULL, &weigh, CHUNK_BLOCKS * MHA_BLOCK_KEYS, P);
+        take(a, NULL, &weigh, MHA_BLOCK_KEYS, P);
+        take(a, NULL, &weigh, P, MHA_BLOCK_KEYS);
+    }
+    return attend.bytes > weigh.bytes ? attend.bytes : weigh.bytes;
+}
+
+static size_t statistics_of_a_head(const mha_attention *a)
+{
+    return mha_split_width(a->kernels, a->L).vectors * a->kernels->lanes;
+}
+
+size_t mha_attention_statistics(const mha_attention *a)
+{
+    return a->N * a->H * statistics_of_a_head(a);
+}
+
+static size_t statistics_offset(const mha_attention *a, size_t n, size_t h, mha_panel lanes)
+{
+    return ((n * a->H + h) * statistics_of_a_head(a) + lanes.first) * a->kernels->item;
+}
+
+/* ---- Scores of one panel against one block, shared by both passes ---- */
+
+static void pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel lanes, char *queries)
+{
+    a->kernels->pack_panel(row_at(a, &a->q, n, h, lanes.first), (size_t)a->q.stride_l, lanes.count, a->D, a->scale,
+                           queries, lanes.vectors);
+}
+
+static char *keys_of(const mha_attention *a, const mha_key_block *block, size_t h)
+{
+    return row_at(a, block->is_extra ? &a->extra_k : &a->k, 0, h / (a->H / a->Hkv), block->row);
+}
+
+static char *values_of(const mha_attention *a, const mha_key_block *block, size_t h)
+{
+    return row_at(a, block->is_extra ? &a->extra_v : &a->v, 0, h / (a->H / a->Hkv), block->row);
+}
+
+/* scores[key][lane], masked. Chains of at most MHA_CHAIN features, as in the projections. */
+static void score(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
+                  mha_visibility visibility, const char *queries, char *scores)
+{
+    const mha_kernels *kernels = a->kernels;
+    const size_t P = lanes.vectors * kernels->lanes;
+    const char *keys = keys_of(a, block, h);
+    mha_product product = {.rows = block->keys, .vectors = lanes.vectors,
+                           .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1, .b_k = P,
+                           .addend_row = P, .c = scores, .c_row = P};
+    for (size_t d = 0; d < a->D; d += MHA_CHAIN) {
+        product.depth = smaller(a->D - d, MHA_CHAIN);
+        product.a = keys + d * kernels->item;
+        product.b = queries + d * P * kernels->item;
+        product.addend = d ? scores : NULL;
+        kernels->product(&product);
+    }
+    if (visibility == MHA_VISIBLE_SOME) {
+        const mha_mask_block masks = mha_block_masks(a->masks, n, h, lanes.first, block);
+        kernels->add_masks(scores, block->keys, lanes.vectors, lanes.count, &masks);
+    }
+}
+
+static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
+                     char *weights)
+{
+    const mha_dropout_block dropout = {
+        .key = a->dropout_key,
+        .threshold = (uint64_t)((1 - a->dropout_p) * 4294967296.0),
+        .scale = 1 / (1 - a->dropout_p),
+        .n = n, .h = h, .first_query = lanes.first,
+        .index = block->index, .first_key = block->first_key,
+    };
+    a->kernels->dropout(weights, block->keys, lanes.vectors, lanes.count, &dropout);
+}
+
+/* ---- First pass: context ---- */
+
+static void begin(const mha_attention *a, size_t n, state *s)
+{
+    pack_queries(a, n, s->h, s->lanes, s->queries);
+    a->kernels->fill(s->out, a->Dv * s->lanes.vectors * a->kernels->lanes, 0);
+    a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
+}
+
+static void step(const mha_attention *a, size_t n, const state *s, const mha_key_block *block, char *scores)
+{
+    const mha_kernels *kernels = a->kernels;
+    const mha_visibility visibility =
+        mha_block_visibility(a->masks, n, s->h, s->lanes.first, s->lanes.count, block);
+    if (visibility == MHA_VISIBLE_NONE)
+        return; /* such keys would change nothing: their weight is 0 and the maximum stays */
+    score(a, n, s->h, s->lanes, block, visibility, s->queries, scores);
+    kernels->softmax_step(scores, block->keys, s->lanes.vectors, s->maximum, s->sum, s->factor);
+    if (a->dropout_p > 0)
+        drop_out(a, n, s->h, s->lanes, block, scores);
+    const size_t P = s->lanes.vectors * kernels->lanes;
+    const mha_product product = {.rows = a->Dv, .depth = block->keys, .vectors = s->lanes.vectors,
+                                 .a = values_of(a, block, s->h), .a_row = 1,
+                                 .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = scores, .b_k = P,
+                                 .addend = s->out, .addend_row = P, .factor = s->factor, .c = s->out, .c_row = P};
+    kernels->product(&product);
+}
+
+static void finish(const mha_attention *a, size_t n, const state *s)
+{
+    const mha_kernels *kernels = a->kernels;
+    char *inverse = s->factor;
+    /* A sum over no key at all is 0, as torch has it; NaN is for keys that are there and hidden. */
+    const mha_empty_row empty_row = a->live->S + a->live->extra > 0 ? a->empty_row : MHA_EMPTY_ROW_ZERO;
+    kernels->invert_sums(s->sum, inverse, s->lanes.vectors, empty_row);
+    kernels->unpack_panel(s->out, s->lanes.vectors, inverse, s->lanes.count, a->Dv,
+                          row_at(a, &a->context, n, s->h, s->lanes.first), (size_t)a->context.stride_l);
+    if (a->weights_wanted) {
+        const size_t at = statistics_offset(a, n, s->h, s->lanes);
+        const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->item;
+        memcpy(a->maximum + at, s->maximum, bytes);
+        memcpy(a->inverse + at, inverse, bytes);
+    }
+}
+
+static void attend_task(void *context, size_t task, size_t worker)
+{
+    const job *j = context;
+    const mha_attention *a = j->a;
+    char *base = a->scratch + worker * a->scratch_bytes;
+    mha_layout layout = {0};
+    char *scores = take(a, base, &layout, MHA_BLOCK_KEYS, widest_panel(a));
+    state states[TASK_PANELS];
+    /* The last queries first: under a causal mask they see the most keys. */
+    const size_t heads = a->N * a->Hkv, group = j->groups - 1 - task / heads;
+    const size_t n = task % heads / a->Hkv, hkv = task % heads % a->Hkv, shared = a->H / a->Hkv;
+    const size_t first = group * j->task_panels;
+    const size_t panels = smaller(j->task_panels, shared * j->split.panels - first);
+    for (size_t i = 0; i < panels; i++) {
+        states[i] = take_state(a, base, &layout);
+        states[i].h = hkv * shared + (first + i) / j->split.panels;
+        states[i].lanes = mha_panel_at(&j->split, (first + i) % j->split.panels);
+        begin(a, n, &states[i]);
+    }
+    for (size_t b = 0, blocks = mha_key_blocks(a->live, n); b < blocks; b++) {
+        const mha_key_block block = mha_key_block_at(a->live, n, b);
+        for (size_t i = 0; i < panels; i++)
+            step(a, n, &states[i], &block, scores);
+    }
+    for (size_t i = 0; i < panels; i++)
+        finish(a, n, &states[i]);
+}
+
+/* ---- Second pass: weights ----
+ *
+ * With maximum and sum known, scores are computed again, to the same bits, and become weights; those of all heads are
+ * added in order, so that averaged weights never exist as (N, H, L, S). */
+
+/* What a task of the second pass holds: some blocks of keys for one panel of queries. */
+typedef struct {
+    size_t n, first_head, heads;
+    mha_panel lanes;
+    char *queries, *factor;
+    char *weights; /* [keys of all its blocks][P] */
+    char *scores;  /* [block][P], of one head */
+    char *rows;    /* [P][block], transposed */
+} weighing;
+
+static size_t weight_columns(const mha_attention *a)
+{
+    return a->live->S + a->live->extra;
+}
+
+/* Adds the weights of one head for one block; keys that no query sees get exp(-inf), which is 0, or NaN in a row that
+ * sees nothing at all. */
+static void weigh(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block,
+                  mha_visibility visibility, char *weights)
+{
+    const mha_kernels *kernels = a->kernels;
+    const size_t P = w->lanes.vectors * kernels->lanes, at = statistics_offset(a, w->n, h, w->lanes);
+    char *scores = h == w->first_head ? weights : w->scores;
+    if (visibility == MHA_VISIBLE_NONE)
+        kernels->fill(scores, block->keys * P, -INFINITY);
+    else
+        score(a, w->n, h, w->lanes, block, visibility, w->queries, scores);
+    kernels->softmax_weights(scores, block->keys, w->lanes.vectors, a->maximum + at, a->inverse + at);
+    if (a->dropout_p > 0)
+        drop_out(a, w->n, h, w->lanes, block, scores);
+    if (scores != weights)
+        kernels->accumulate(weights, scores, block->keys * P);
+}
+
+static char *weights_row(const mha_attention *a, const weighing *w, size_t lane)
+{
+    const size_t heads = a->weights_wanted == MHA_WEIGHTS_PER_HEAD ? a->H : 1;
+    const size_t row = (w->n * heads + (heads > 1 ? w->first_head : 0)) * a->L + w->lanes.first + lane;
+    return a->attn_weights + row * weight_columns(a) * a->kernels->item;
+}
+
+static void write_weights(const mha_attention *a, const weighing *w, const mha_key_block *block, const char *weights)
+{
+    const mha_kernels *kernels = a->kernels;
+    const size_t item = kernels->item;
+    if (!block->index) {
+        kernels->unpack_panel(weights, w->lanes.vectors, w->factor, w->lanes.count, block->keys,
+                              weights_row(a, w, 0) + block->first_key * item, weight_columns(a));
+        return;
+    }
+    kernels->unpack_panel(weights, w->lanes.vectors, w->factor, w->lanes.count, block->keys, w->rows, MHA_BLOCK_KEYS);
+    for (size_t lane = 0; lane < w->lanes.count; lane++)
+        for (size_t i = 0; i < block->keys; i++)
+            memcpy(weights_row(a, w, lane) + block->index[i] * item, w->rows + (lane * MHA_BLOCK_KEYS + i) * item,
+                   item);
+}
+
+/* The columns of keys that are not live: all alike, so one stands for all. */
+static void write_removed(const mha_attention *a, const weighing *w)
+{
+    const mha_kernels *kernels = a->kernels;
+    const mha_key_block one = {.keys = 1};
+    for (size_t h = w->first_head; h < w->first_head + w->heads; h++)
+        weigh(a, w, h, &one, MHA_VISIBLE_NONE, w->weights);
+    kernels->unpack_panel(w->weights, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
+    const size_t *live = a->live->index + a->live->start[w->n], *end = a->live->index + a->live->start[w->n + 1];
+    for (size_t s = 0; s < a->live->S; s++) {
+        if (live < end && *live == s) {
+            live++;
+            continue;
+        }
+        for (size_t lane = 0; lane < w->lanes.count; lane++)
+            memcpy(weights_row(a, w, lane) + s * kernels->item, w->rows + lane * kernels->item, kernels->item);
+    }
+}
+
+static void weigh_task(void *context, size_t task, size_t worker)
+{
+    const job *j = context;
+    const mha_attention *a = j->a;
+    char *base = a->scratch + worker * a->scratch_bytes;
+    mha_layout layout = {0};
+    const size_t P = widest_panel(a), heads = a->weights_wanted == MHA_WEIGHTS_PER_HEAD ? 1 : a->H;
+    const size_t chunk = task % j->chunks, panel = task / j->chunks;
+    const weighing w = {
+        .n = panel / j->split.panels / (a->H / heads),
+        .first_head = panel / j->split.panels % (a->H / heads),
+        .heads = heads,
+        .lanes = mha_panel_at(&j->split, panel % j->split.panels),
+        .queries = take(a, base, &layout, a->D, P),
+        .factor = take(a, base, &layout, 1, P),
+        .weights = take(a, base, &layout, CHUNK_BLOCKS * MHA_BLOCK_KEYS, P),
+        .scores = take(a, base, &layout, MHA_BLOCK_KEYS, P),
+        .rows = take(a, base, &layout, P, MHA_BLOCK_KEYS),
+    };
+    const size_t first = chunk * CHUNK_BLOCKS, end = smaller(first + CHUNK_BLOCKS, mha_key_blocks(a->live, w.n));
+    const size_t block_weights = MHA_BLOCK_KEYS * w.lanes.vectors * a->kernels->lanes * a->kernels->item;
+    a->kernels->fill(w.factor, P, 1 / (double)heads);
+    if (chunk == 0 && a->live->index)
+        write_removed(a, &w);
+    for (size_t h = w.first_head; h < w.first_head + heads; h++) {
+        pack_queries(a, w.n, h, w.lanes, w.queries);
+        for (size_t b = first; b < end; b++) {
+            const mha_key_block block = mha_key_block_at(a->live, w.n, b);
+            weigh(a, &w, h, &block,
+                  mha_block_visibility(a->masks, w.n, h, w.lanes.first, w.lanes.count, &block),
+                  w.weights + (b - first) * block_weights);
+        }
+    }
+    for (size_t b = first; b < end; b++) {
+        const mha_key_block block = mha_key_block_at(a->live, w.n, b);
+        write_weights(a, &w, &block, w.weights + (b - first) * block_weights);
+    }
+}
+
+/* ---- Both passes ---- */
+
+mha_status mha_attend(const mha_attention *a)
+{
+    job j = {.a = a, .split = mha_split_width(a->kernels, a->L)};
+    const size_t shared = a->H / a->Hkv, heads = a->N * a->Hkv;
+    if (a->N == 0 || a->L == 0)
+        return MHA_OK;
+    j.task_panels = smaller(most_task_panels(a),
+                            divide_up(heads * shared * j.split.panels, TASKS_A_THREAD * a->threads));
+    j.groups = divide_up(shared * j.split.panels, j.task_panels);
+    mha_status status = mha_parallel_for(a->threads, heads * j.groups, attend_task, &j, a->stop);
+    if (status != MHA_OK || !a->weights_wanted)
+        return status;
+    const size_t most_blocks = divide_up(a->live->S, MHA_BLOCK_KEYS) + (a->live->extra > 0);
+    j.chunks = divide_up(most_blocks, CHUNK_BLOCKS);
+    const size_t rows = a->N * (a->weights_wanted == MHA_WEIGHTS_PER_HEAD ? a->H : 1);
+    return mha_parallel_for(a->threads, rows * j.split.panels * j.chunks, weigh_task, &j, a->stop);
+}

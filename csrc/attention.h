@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * attention.h - softmax(q k^T / sqrt(D) + masks) v for every head, and the attention weights where they are asked for.
+ */
+#ifndef MHA_ATTENTION_H
+#define MHA_ATTENTION_H
+
+#include "masks.h"
+#include "panels.h"
+
+/* Rows of all heads side by side; strides in numbers. Row l of head h of item n is at
+ * data + n * stride_n + h * stride_h + l * stride_l. */
+typedef struct {
+    char *data;
+    ptrdiff_t stride_n, stride_h, stride_l;
+} mha_rows;
+
+typedef struct {
+    const mha_kernels *kernels;
+    size_t N, L, H, Hkv, D, Dv;
+    double scale; /* of the scores */
+    mha_rows q, context;
+    mha_rows k, v;             /* l is a live key's row (mha_key_block.row), so stride_n does not apply */
+    mha_rows extra_k, extra_v; /* the extra keys, the same for every item */
+    const mha_live_keys *live;
+    const mha_masks *masks;
+    mha_empty_row empty_row;
+
+    double dropout_p; /* 0: none */
+    uint32_t dropout_key[2];
+
+    mha_weights_wanted weights_wanted;
+    char *attn_weights; /* C-contiguous (N, L, S') or (N, H, L, S') */
+    /* [N][H][lanes of all panels of L], only where weights are wanted: what the first pass leaves for the second. */
+    char *maximum, *inverse;
+
+    size_t threads;
+    char *scratch; /* threads pieces of scratch_bytes */
+    size_t scratch_bytes;
+    mha_stop stop;
+} mha_attention;
+
+/* Bytes of scratch that each thread needs; numbers in maximum and in inverse. */
+size_t mha_attention_scratch(const mha_attention *a);
+size_t mha_attention_statistics(const mha_attention *a);
+
+/* Fills context, then attn_weights. */
+mha_status mha_attend(const mha_attention *attention);
+
+#endif

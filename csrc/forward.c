@@ -1,0 +1,267 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * forward.c - multi-head attention, from inputs to outputs:
+ *
+ *      q = query Wq^T + bq     k = key Wk^T + bk     v = value Wv^T + bv          (projection.c)
+ *      context_h = softmax(q_h k_h^T / sqrt(D) + masks) v_h, for every head h     (attention.c)
+ *      output = context Wo^T + bo, the heads side by side                         (projection.c)
+ *
+ * (Vaswani et al., "Attention Is All You Need", 2017; torch.nn.MultiheadAttention.)
+ *
+ * Owns: the plan of a call, that is where everything lies in its workspace.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "attention.h"
+#include "philox.h"
+#include "projection.h"
+#include "weights.h"
+#include "workspace.h"
+
+/* Projected rows stand one after another, all heads of a row side by side. Keys and values have a row for every live
+ * key of every item, then, apart, rows for the extra keys. */
+typedef struct {
+    size_t q, k, v, context;            /* offsets of the matrices in the workspace, */
+    size_t extra_k, extra_v;
+    size_t q_row, k_row, v_row, context_row; /* of the tables of row addresses, */
+    size_t maximum, inverse;
+    size_t scratch;
+    size_t q_stride, k_stride, v_stride, context_stride; /* and numbers between rows */
+    size_t scratch_bytes;
+} plan;
+
+typedef struct {
+    const mha_weights *weights;
+    const mha_call *call;
+    mha_live_keys live;
+    mha_masks masks;
+    plan at;
+    char *block; /* the workspace */
+} forward;
+
+size_t mha_extra_keys(const mha_weights *weights, const mha_call *call)
+{
+    return (weights->bias_k != NULL) + (size_t)call->add_zero_attn;
+}
+
+double mha_forward_operations(const mha_weights *weights, const mha_call *call)
+{
+    const mha_widths *w = &weights->widths;
+    const double N = (double)call->N, L = (double)call->L, S = (double)call->S;
+    const double H = (double)w->H, Hkv = (double)w->Hkv, D = (double)w->D, Dv = (double)w->Dv;
+    const double in = L * H * D * (double)w->E + S * Hkv * (D * (double)w->Ek + Dv * (double)w->Ev);
+    const double out = L * H * Dv * (double)w->Eo;
+    const double attention = L * S * H * (D + Dv + (call->weights_wanted ? D : 0));
+    return 2 * N * (in + attention + out);
+}
+
+/* ---- Rows ---- */
+
+/* The address of every row of an input: of all positions, or of the live keys alone. */
+static void list_rows(const mha_array *x, size_t N, size_t length, const mha_live_keys *only, const char **row)
+{
+    for (size_t n = 0; n < N; n++) {
+        const char *item = (const char *)x->data + (ptrdiff_t)n * x->stride_n;
+        if (only && only->index)
+            for (size_t i = only->start[n]; i < only->start[n + 1]; i++)
+                *row++ = item + (ptrdiff_t)only->index[i] * x->stride_l;
+        else
+            for (size_t l = 0; l < length; l++)
+                *row++ = item + (ptrdiff_t)l * x->stride_l;
+    }
+}
+
+static bool same_input(const mha_array *a, const mha_array *b)
+{
+    return a->data == b->data && a->stride_n == b->stride_n && a->stride_l == b->stride_l &&
+           a->stride_e == b->stride_e;
+}
+
+/* Describes the input projections, inputs that are the same joined into one. Returns their number. */
+static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGETS])
+{
+    const mha_call *call = f->call;
+    const mha_weights *w = f->weights;
+    const plan *at = &f->at;
+    const bool every_key = !f->live.index;
+    const struct {
+        const mha_array *x;
+        size_t rows, row;
+        mha_target target;
+    } inputs[MHA_TARGETS] = {
+        {&call->query, call->N * call->L, at->q_row, {&w->q, f->block + at->q, at->q_stride}},
+        {&call->key, f->live.total, at->k_row, {&w->k, f->block + at->k, at->k_stride}},
+        {&call->value, f->live.total, at->v_row, {&w->v, f->block + at->v, at->v_stride}},
+    };
+    size_t count = 0;
+    for (size_t i = 0; i < MHA_TARGETS; i++) {
+        const bool as_before = i > 0 && same_input(inputs[i].x, inputs[i - 1].x) &&
+                               inputs[i].rows == inputs[i - 1].rows && (i > 1 || (every_key && call->L == call->S)) &&
+                               inputs[i].target.panels->depth == inputs[i - 1].target.panels->depth;
+        if (!as_before)
+            projections[count++] = (mha_projection){.rows = inputs[i].rows,
+                                                    .row = (const char *const *)(void *)(f->block + inputs[i].row),
+                                                    .stride_e = inputs[i].x->stride_e};
+        mha_projection *p = &projections[count - 1];
+        p->target[p->targets++] = inputs[i].target;
+    }
+    return count;
+}
+
+/* Rows of the output in the order in which they lie there. */
+static mha_projection plan_output(const forward *f)
+{
+    const mha_weights *w = f->weights;
+    return (mha_projection){.rows = f->call->N * f->call->L,
+                            .row = (const char *const *)(void *)(f->block + f->at.context_row),
+                            .stride_e = (ptrdiff_t)w->kernels->item,
+                            .targets = 1,
+                            .target = {{&w->out, f->call->output, w->widths.Eo}}};
+}
+
+static void list_all_rows(const forward *f)
+{
+    const mha_call *call = f->call;
+    const size_t item = f->weights->kernels->item, stride = f->at.context_stride * item;
+    char *block = f->block;
+    list_rows(&call->query, call->N, call->L, NULL, (const char **)(void *)(block + f->at.q_row));
+    list_rows(&call->key, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.k_row));
+    list_rows(&call->value, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.v_row));
+    const char **context_row = (const char **)(void *)(block + f->at.context_row);
+    for (size_t r = 0; r < call->N * call->L; r++) {
+        const size_t n_l = call->output_batch_first ? r : r % call->N * call->L + r / call->N;
+        context_row[r] = block + f->at.context + n_l * stride;
+    }
+}
+
+/* ---- Extra keys ---- */
+
+/* bias_k and bias_v first, then zeros. */
+static void write_extra_keys(const forward *f)
+{
+    const mha_weights *w = f->weights;
+    const size_t item = w->kernels->item, k_bytes = f->at.k_stride * item, v_bytes = f->at.v_stride * item;
+    char *k = f->block + f->at.extra_k, *v = f->block + f->at.extra_v;
+    memset(k, 0, f->live.extra * k_bytes);
+    memset(v, 0, f->live.extra * v_bytes);
+    if (w->bias_k) {
+        memcpy(k, w->bias_k, w->widths.Hkv * w->widths.D * item);
+        memcpy(v, w->bias_v, w->widths.Hkv * w->widths.Dv * item);
+    }
+}
+
+/* ---- The plan ---- */
+
+static mha_attention describe_attention(const forward *f)
+{
+    const mha_call *call = f->call;
+    const mha_widths *w = &f->weights->widths;
+    const plan *at = &f->at;
+    const ptrdiff_t D = (ptrdiff_t)w->D, Dv = (ptrdiff_t)w->Dv, L = (ptrdiff_t)call->L;
+    const ptrdiff_t q = (ptrdiff_t)at->q_stride, k = (ptrdiff_t)at->k_stride, v = (ptrdiff_t)at->v_stride;
+    const ptrdiff_t context = (ptrdiff_t)at->context_stride;
+    return (mha_attention){
+        .kernels = f->weights->kernels,
+        .N = call->N, .L = call->L, .H = w->H, .Hkv = w->Hkv, .D = w->D, .Dv = w->Dv,
+        .scale = 1 / sqrt((double)w->D),
+        .q = {f->block + at->q, L * q, D, q},
+        .context = {f->block + at->context, L * context, Dv, context},
+        .k = {f->block + at->k, 0, D, k},
+        .v = {f->block + at->v, 0, Dv, v},
+        .extra_k = {f->block + at->extra_k, 0, D, k},
+        .extra_v = {f->block + at->extra_v, 0, Dv, v},
+        .live = &f->live, .masks = &f->masks, .empty_row = call->empty_row,
+        .dropout_p = call->dropout_p,
+        .weights_wanted = call->weights_wanted, .attn_weights = call->attn_weights,
+        .maximum = f->block + at->maximum, .inverse = f->block + at->inverse,
+        .threads = call->threads, .scratch = f->block + at->scratch, .scratch_bytes = at->scratch_bytes,
+        .stop = call->stop,
+    };
+}
+
+static size_t larger(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
+static mha_status plan_call(forward *f)
+{
+    const mha_call *call = f->call;
+    const mha_widths *w = &f->weights->widths;
+    const mha_kernels *kernels = f->weights->kernels;
+    const size_t item = kernels->item, lanes = kernels->lanes, queries = call->N * call->L, keys = f->live.total;
+    plan *at = &f->at;
+    mha_layout layout = {0};
+    at->q_stride = mha_row_stride(w->H * w->D, lanes, item);
+    at->k_stride = mha_row_stride(w->Hkv * w->D, lanes, item);
+    at->v_stride = mha_row_stride(w->Hkv * w->Dv, lanes, item);
+    at->context_stride = mha_row_stride(w->H * w->Dv, lanes, item);
+    at->q = mha_reserve(&layout, queries, at->q_stride, item);
+    at->k = mha_reserve(&layout, keys, at->k_stride, item);
+    at->v = mha_reserve(&layout, keys, at->v_stride, item);
+    at->context = mha_reserve(&layout, queries, at->context_stride, item);
+    at->extra_k = mha_reserve(&layout, f->live.extra, at->k_stride, item);
+    at->extra_v = mha_reserve(&layout, f->live.extra, at->v_stride, item);
+    at->q_row = mha_reserve(&layout, queries, 1, sizeof(char *));
+    at->k_row = mha_reserve(&layout, keys, 1, sizeof(char *));
+    at->v_row = mha_reserve(&layout, keys, 1, sizeof(char *));
+    at->context_row = mha_reserve(&layout, queries, 1, sizeof(char *));
+    mha_projection projections[MHA_TARGETS] = {{0}};
+    const mha_attention attention = describe_attention(f);
+    const size_t inputs = plan_inputs(f, projections);
+    const mha_projection output = plan_output(f);
+    const size_t statistics = call->weights_wanted ? mha_attention_statistics(&attention) : 0;
+    at->maximum = mha_reserve(&layout, statistics, 1, item);
+    at->inverse = mha_reserve(&layout, statistics, 1, item);
+    at->scratch_bytes = larger(mha_attention_scratch(&attention),
+                               larger(mha_projection_scratch(kernels, projections, inputs),
+                                      mha_projection_scratch(kernels, &output, 1)));
+    at->scratch = mha_reserve(&layout, call->threads, at->scratch_bytes, 1);
+    return mha_allocate(&layout, &f->block);
+}
+
+/* ---- The pass ---- */
+
+static mha_status run(const forward *f)
+{
+    const mha_call *call = f->call;
+    const mha_kernels *kernels = f->weights->kernels;
+    char *scratch = f->block + f->at.scratch;
+    mha_projection projections[MHA_TARGETS] = {{0}};
+    list_all_rows(f);
+    write_extra_keys(f);
+
+    const size_t inputs = plan_inputs(f, projections);
+    mha_status status =
+        mha_project(kernels, projections, inputs, call->threads, scratch, f->at.scratch_bytes, call->stop);
+    if (status != MHA_OK)
+        return status;
+
+    mha_attention attention = describe_attention(f);
+    const uint32_t seed[2] = {(uint32_t)call->dropout_seed, (uint32_t)(call->dropout_seed >> 32)};
+    const mha_philox_block key = mha_philox(seed, call->dropout_call, call->dropout_call >> 32, 0, 0);
+    memcpy(attention.dropout_key, key.word, sizeof attention.dropout_key);
+    status = mha_attend(&attention);
+    if (status != MHA_OK)
+        return status;
+
+    const mha_projection output = plan_output(f);
+    return mha_project(kernels, &output, 1, call->threads, scratch, f->at.scratch_bytes, call->stop);
+}
+
+mha_status mha_forward(const mha_weights *weights, const mha_call *call)
+{
+    forward f = {.weights = weights, .call = call};
+    mha_status status = mha_read_masks(call, mha_extra_keys(weights, call), &f.live, &f.masks);
+    if (status != MHA_OK)
+        goto done;
+    status = plan_call(&f);
+    if (status != MHA_OK)
+        goto done;
+    status = run(&f);
+done:
+    mha_release(f.block);
+    mha_live_keys_release(&f.live);
+    return status;
+}

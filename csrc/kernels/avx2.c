@@ -1,0 +1,41 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * avx2.c - the kernels of kernels.inc.h over the vocabulary of simd_avx2.h.
+ */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "../philox.h"
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#include "simd_avx2.h"
+
+#define DTYPE f32
+#define REAL float
+#include "kernels.inc.h"
+
+#define DTYPE f64
+#define REAL double
+#include "kernels.inc.h"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const mha_kernels mha_kernels_avx2[2] = {
+    MHA_KERNELS("avx2", f32, float, MHA_FLOAT32),
+    MHA_KERNELS("avx2", f64, double, MHA_FLOAT64),
+};
+#endif

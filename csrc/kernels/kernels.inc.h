@@ -1,0 +1,366 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * kernels.inc.h - the kernels, written once over the vocabulary of simd_*.h. No include guard: a file of an
+ * instruction set includes it once per dtype, inside its target region, after defining
+ *   DTYPE     f32 or f64, the suffix of every name of the vocabulary
+ *   REAL      float or double
+ * Both are undefined again at the end. MHA_KERNELS() then initialises the table of a dtype.
+ *
+ * kernels.h states what each function must do. Every operation on lanes comes from the vocabulary or from + - *, which
+ * -ffp-contract=off keeps apart: so all instruction sets with a true fma give equal bits.
+ */
+
+#ifndef MHA_KERNELS_INC_H
+#define MHA_KERNELS_INC_H
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define V(name) PASTE(name, DTYPE)
+#define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))
+
+enum { VECTORS = 3 };
+
+/* See exp(): ROUND is 1.5 * 2^mantissa bits + exponent bias. */
+#define LOWEST_f32 (-FLT_MAX)
+#define LOWEST_f64 (-DBL_MAX)
+#define EXP2_LOWEST_f32 (-126.0f)
+#define EXP2_LOWEST_f64 (-1022.0)
+#define ROUND_f32 (12582912.0f + 127)
+#define ROUND_f64 (6755399441055744.0 + 1023)
+static const float exp2_coefficients_f32[] = {
+    0x1.470b48p-13f, 0x1.5f7276p-10f, 0x1.3b270ep-7f, 0x1.c6ae72p-5f, 0x1.ebfbe2p-3f, 0x1.62e432p-1f, 1,
+};
+static const double exp2_coefficients_f64[] = {
+    0x1.c063841f3a21dp-32, 0x1.e605f964b639dp-28, 0x1.b54167a1b0034p-24, 0x1.62bfd49ededd3p-20,
+    0x1.ffcbee3b0a61cp-17, 0x1.43091309610fcp-13, 0x1.5d87fe7bbbe09p-10, 0x1.3b2ab6fba1e1cp-7,
+    0x1.c6b08d7048f31p-5,  0x1.ebfbdff82c598p-3,  0x1.62e42fefa39f3p-1,  1,
+};
+
+#define MHA_KERNELS(isa, suffix, real, kind) \
+    { \
+        .name = isa, .dtype = kind, .item = sizeof(real), .lanes = PASTE(lanes, suffix), .vectors = VECTORS, \
+        .product = PASTE(product, suffix), .pack_panel = PASTE(pack_panel, suffix), \
+        .unpack_panel = PASTE(unpack_panel, suffix), .add_masks = PASTE(add_masks, suffix), \
+        .softmax_begin = PASTE(softmax_begin, suffix), .softmax_step = PASTE(softmax_step, suffix), \
+        .softmax_weights = PASTE(softmax_weights, suffix), .invert_sums = PASTE(invert_sums, suffix), \
+        .accumulate = PASTE(accumulate, suffix), .fill = PASTE(fill, suffix), .dropout = PASTE(dropout, suffix), \
+    }
+
+#if ROWS == 4
+#define EACH_ROW(X) X(0) X(1) X(2) X(3)
+#define EACH_TILE(X, v) X(1, v) X(2, v) X(3, v) X(4, v)
+#define TILES(v) {V(tile_1x##v), V(tile_2x##v), V(tile_3x##v), V(tile_4x##v)}
+#else
+#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define EACH_TILE(X, v) X(1, v) X(2, v) X(3, v) X(4, v) X(5, v) X(6, v) X(7, v) X(8, v)
+#define TILES(v) \
+    {V(tile_1x##v), V(tile_2x##v), V(tile_3x##v), V(tile_4x##v), \
+     V(tile_5x##v), V(tile_6x##v), V(tile_7x##v), V(tile_8x##v)}
+#endif
+#endif
+
+#define VEC V(vec)
+#define LANES ((size_t)V(lanes))
+
+/* ---- The tile: all multiplication happens here ---- */
+
+INLINE void V(finish)(VEC chain, const REAL *addend, const REAL *factor, REAL *c)
+{
+    if (addend && factor)
+        chain = V(fma)(V(load)(addend), V(load)(factor), chain);
+    else if (addend)
+        chain = V(load)(addend) + chain;
+    V(store)(c, chain);
+}
+
+/* `rows` and `vectors` are constants in every copy. Each accumulator is a variable of its own: gcc keeps an array of
+ * them in memory. The broadcasts are not loaded ahead of their use: that would need more registers than there are. */
+INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *p, const REAL *a, const REAL *addend,
+                    REAL *c)
+{
+    const ptrdiff_t a_row = p->a_row, a_k = p->a_k;
+    const size_t b_k = p->b_k;
+    const REAL *b = p->b;
+    const VEC zero = V(splat)(0);
+#define DECLARE(r) VEC c##r##_0 = zero, c##r##_1 = zero, c##r##_2 = zero;
+    EACH_ROW(DECLARE)
+    for (size_t k = p->depth; k > 0; k--) {
+        const VEC b_0 = V(load)(b);
+        const VEC b_1 = vectors > 1 ? V(load)(b + LANES) : zero;
+        const VEC b_2 = vectors > 2 ? V(load)(b + 2 * LANES) : zero;
+#define ACCUMULATE(r) \
+    if (r < rows) { \
+        const VEC a_r = V(broadcast)(a + r * a_row); \
+        c##r##_0 = V(fma)(a_r, b_0, c##r##_0); \
+        if (vectors > 1) \
+            c##r##_1 = V(fma)(a_r, b_1, c##r##_1); \
+        if (vectors > 2) \
+            c##r##_2 = V(fma)(a_r, b_2, c##r##_2); \
+    }
+        EACH_ROW(ACCUMULATE)
+        a += a_k;
+        b += b_k;
+    }
+    const REAL *factor = p->factor;
+#define FINISH(r) \
+    if (r < rows) { \
+        const REAL *addend_r = addend ? addend + r * p->addend_row : NULL; \
+        REAL *c_r = c + r * p->c_row; \
+        V(finish)(c##r##_0, addend_r, factor, c_r); \
+        if (vectors > 1) \
+            V(finish)(c##r##_1, addend_r ? addend_r + LANES : NULL, factor ? factor + LANES : NULL, c_r + LANES); \
+        if (vectors > 2) \
+            V(finish)(c##r##_2, addend_r ? addend_r + 2 * LANES : NULL, factor ? factor + 2 * LANES : NULL, \
+                      c_r + 2 * LANES); \
+    }
+    EACH_ROW(FINISH)
+#undef DECLARE
+#undef ACCUMULATE
+#undef FINISH
+}
+
+/* Out of line, so that one copy's registers never disturb another's. */
+#define COPY(r, v) \
+    NOINLINE void V(tile_##r##x##v)(const mha_product *p, const REAL *a, const REAL *addend, REAL *c) \
+    { \
+        V(tile)(r, v, p, a, addend, c); \
+    }
+EACH_TILE(COPY, 1)
+EACH_TILE(COPY, 2)
+EACH_TILE(COPY, 3)
+#undef COPY
+
+static void V(product)(const mha_product *p)
+{
+    static void (*const tiles[VECTORS][ROWS])(const mha_product *, const REAL *, const REAL *, REAL *) = {
+        TILES(1), TILES(2), TILES(3)};
+    const REAL *a = p->a, *addend = p->addend;
+    REAL *c = p->c;
+    /* Rows are shared out evenly: 9 rows are 5 + 4, since a tile of one row waits for its few accumulators. */
+    for (size_t left = p->rows, tile = (p->rows + ROWS - 1) / ROWS; tile > 0; tile--) {
+        const size_t rows = (left + tile - 1) / tile;
+        tiles[p->vectors - 1][rows - 1](p, a, addend, c);
+        a += (ptrdiff_t)rows * p->a_row;
+        addend = addend ? addend + rows * p->addend_row : NULL;
+        c += rows * p->c_row;
+        left -= rows;
+    }
+}
+
+/* ---- Panels in and out ---- */
+
+static void V(pack_panel)(const void *rows_, size_t row_stride, size_t count, size_t width, double scale_, void *panel_,
+                          size_t vectors)
+{
+    const REAL *rows = rows_, scale = (REAL)scale_;
+    REAL *panel = panel_;
+    const size_t P = vectors * LANES;
+    for (size_t lane = 0; lane < P; lane += LANES) {
+        const size_t used = count > lane ? count - lane : 0;
+        size_t d = 0;
+        for (; d + LANES <= width; d += LANES) {
+            VEC v[LANES];
+            for (size_t i = 0; i < LANES; i++) {
+                v[i] = V(splat)(0);
+                if (i < used)
+                    v[i] = V(load)(rows + (lane + i) * row_stride + d) * V(splat)(scale);
+            }
+            V(transpose)(v);
+            for (size_t i = 0; i < LANES; i++)
+                V(store)(panel + (d + i) * P + lane, v[i]);
+        }
+        for (; d < width; d++)
+            for (size_t i = 0; i < LANES; i++)
+                panel[d * P + lane + i] = i < used ? rows[(lane + i) * row_stride + d] * scale : 0;
+    }
+}
+
+static void V(unpack_panel)(const void *panel_, size_t vectors, const void *factor_, size_t count, size_t width,
+                            void *rows_, size_t row_stride)
+{
+    const REAL *panel = panel_, *factor = factor_;
+    REAL *rows = rows_;
+    const size_t P = vectors * LANES;
+    for (size_t lane = 0; lane < count; lane += LANES) {
+        const size_t used = count - lane < LANES ? count - lane : LANES;
+        size_t d = 0;
+        for (; d + LANES <= width; d += LANES) {
+            VEC v[LANES];
+            for (size_t i = 0; i < LANES; i++)
+                v[i] = V(load)(panel + (d + i) * P + lane) * V(load)(factor + lane);
+            V(transpose)(v);
+            for (size_t i = 0; i < used; i++)
+                V(store)(rows + (lane + i) * row_stride + d, v[i]);
+        }
+        for (; d < width; d++)
+            for (size_t i = 0; i < used; i++)
+                rows[(lane + i) * row_stride + d] = panel[d * P + lane + i] * factor[lane + i];
+    }
+}
+
+/* ---- Masks ---- */
+
+/* values[i] = what a float mask of one query or one item adds to the score of key i of the block. */
+INLINE void V(read_mask)(mha_mask_kind kind, const char *mask, ptrdiff_t stride, const mha_mask_block *block,
+                         size_t keys, REAL *values)
+{
+    for (size_t i = 0; i < keys; i++) {
+        const char *at = mask + (ptrdiff_t)(block->index ? block->index[i] : block->first_key + i) * stride;
+        if (kind == MHA_MASK_HIDE) {
+            values[i] = *at ? -(REAL)INFINITY : 0;
+        } else if (kind == MHA_MASK_FLOAT32) {
+            float x;
+            memcpy(&x, at, sizeof x);
+            values[i] = (REAL)x;
+        } else {
+            double x;
+            memcpy(&x, at, sizeof x);
+            values[i] = (REAL)x;
+        }
+    }
+}
+
+/* One copy per kind, so that the test of the kind is outside the loop. */
+static void V(read_any_mask)(mha_mask_kind kind, const char *mask, ptrdiff_t stride, const mha_mask_block *block,
+                             size_t keys, REAL *values)
+{
+    if (kind == MHA_MASK_HIDE)
+        V(read_mask)(MHA_MASK_HIDE, mask, stride, block, keys, values);
+    else if (kind == MHA_MASK_FLOAT32)
+        V(read_mask)(MHA_MASK_FLOAT32, mask, stride, block, keys, values);
+    else
+        V(read_mask)(MHA_MASK_FLOAT64, mask, stride, block, keys, values);
+}
+
+static void V(add_masks)(void *scores_, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks)
+{
+    REAL *scores = scores_, of_keys[MHA_BLOCK_KEYS] = {0}, values[MHA_BLOCK_KEYS];
+    const size_t P = vectors * LANES;
+    if (masks->keys)
+        V(read_any_mask)(masks->keys_kind, masks->keys, masks->keys_s, masks, keys, of_keys);
+    for (size_t lane = 0; lane < count; lane++) {
+        if (masks->attn) {
+            V(read_any_mask)(masks->attn_kind, masks->attn + (ptrdiff_t)lane * masks->attn_l, masks->attn_s, masks,
+                             keys, values);
+            for (size_t i = 0; i < keys; i++)
+                values[i] += of_keys[i];
+        } else {
+            memcpy(values, of_keys, keys * sizeof *values);
+        }
+        if (masks->is_causal)
+            for (size_t i = 0; i < keys; i++)
+                if ((masks->index ? masks->index[i] : masks->first_key + i) > masks->first_query + lane)
+                    values[i] += -(REAL)INFINITY;
+        for (size_t i = 0; i < keys; i++)
+            scores[i * P + lane] += values[i];
+    }
+}
+
+/* ---- Softmax ---- */
+
+/* exp(x) for x <= 0 as 2^t, t = x log2(e) = n + f with |f| <= 1/2: at most 1 ulp above t = EXP2_LOWEST, 0 below it,
+ * NaN stays NaN. The logarithm comes after the subtraction of the maximum, so that a score of finfo.min is finite.
+ * Adding ROUND leaves n, biased as exponents are, in the low bits of the sum. The polynomials, minimax in the relative
+ * error with constant term 1, were found by Remez' algorithm: their own errors are 2.6e-9 (float) and 1.8e-17. */
+INLINE VEC V(exp)(VEC x)
+{
+    const VEC t = x * V(splat)((REAL)0x1.71547652b82fep0);
+    const VEC rounded = t + V(splat)(V(ROUND));
+    const VEC f = t - (rounded - V(splat)(V(ROUND)));
+    VEC p = V(splat)(V(exp2_coefficients)[0]);
+    for (size_t i = 1; i < sizeof V(exp2_coefficients) / sizeof(REAL); i++)
+        p = V(fma)(p, f, V(splat)(V(exp2_coefficients)[i]));
+    return V(zero_below)(p * V(exponent)(rounded), t, V(splat)(V(EXP2_LOWEST)));
+}
+
+static void V(softmax_begin)(void *maximum_, void *sum_, size_t vectors)
+{
+    REAL *maximum = maximum_, *sum = sum_;
+    for (size_t lane = 0; lane < vectors * LANES; lane++) {
+        maximum[lane] = V(LOWEST); /* not -inf: a fully masked row must not meet -inf - -inf */
+        sum[lane] = 0;
+    }
+}
+
+static void V(softmax_step)(void *scores_, size_t keys, size_t vectors, void *maximum_, void *sum_, void *factor_)
+{
+    const size_t P = vectors * LANES;
+    for (size_t lane = 0; lane < P; lane += LANES) {
+        REAL *scores = (REAL *)scores_ + lane, *maximum = (REAL *)maximum_ + lane;
+        REAL *sum = (REAL *)sum_ + lane, *factor = (REAL *)factor_ + lane;
+        const VEC old = V(load)(maximum);
+        VEC new = old;
+        for (size_t i = 0; i < keys; i++)
+            new = V(max)(new, V(load)(scores + i * P));
+        VEC block_sum = V(splat)(0);
+        for (size_t i = 0; i < keys; i++) {
+            const VEC p = V(exp)(V(load)(scores + i * P) - new);
+            V(store)(scores + i * P, p);
+            block_sum = block_sum + p;
+        }
+        const VEC rescale = V(exp)(old - new);
+        V(store)(sum, V(fma)(V(load)(sum), rescale, block_sum));
+        V(store)(maximum, new);
+        V(store)(factor, rescale);
+    }
+}
+
+static void V(softmax_weights)(void *scores_, size_t keys, size_t vectors, const void *maximum_, const void *inverse_)
+{
+    const size_t P = vectors * LANES;
+    for (size_t lane = 0; lane < P; lane += LANES) {
+        REAL *scores = (REAL *)scores_ + lane;
+        const VEC maximum = V(load)((const REAL *)maximum_ + lane), inverse = V(load)((const REAL *)inverse_ + lane);
+        for (size_t i = 0; i < keys; i++)
+            V(store)(scores + i * P, V(exp)(V(load)(scores + i * P) - maximum) * inverse);
+    }
+}
+
+static void V(invert_sums)(const void *sum_, void *inverse_, size_t vectors, mha_empty_row empty_row)
+{
+    const REAL *sum = sum_, of_nothing = empty_row == MHA_EMPTY_ROW_NAN ? (REAL)NAN : 0;
+    REAL *inverse = inverse_;
+    for (size_t lane = 0; lane < vectors * LANES; lane++) /* a visible key adds at least the exp(0) of the maximum */
+        inverse[lane] = sum[lane] == 0 ? of_nothing : 1 / sum[lane];
+}
+
+static void V(accumulate)(void *total_, const void *x_, size_t n)
+{
+    REAL *total = total_;
+    const REAL *x = x_;
+    for (size_t i = 0; i < n; i += LANES)
+        V(store)(total + i, V(load)(total + i) + V(load)(x + i));
+}
+
+static void V(fill)(void *x_, size_t n, double value)
+{
+    REAL *x = x_;
+    for (size_t i = 0; i < n; i++)
+        x[i] = (REAL)value;
+}
+
+/* ---- Dropout ---- */
+
+static void V(dropout)(void *weights_, size_t keys, size_t vectors, size_t count, const mha_dropout_block *block)
+{
+    REAL *weights = weights_;
+    const size_t P = vectors * LANES;
+    const REAL kept = (REAL)block->scale;
+    for (size_t lane = 0; lane < count; lane++) {
+        mha_philox_block random = {{0}};
+        size_t held = SIZE_MAX; /* the group of four keys that `random` is for */
+        for (size_t i = 0; i < keys; i++) {
+            const size_t s = block->index ? block->index[i] : block->first_key + i;
+            if (s / 4 != held) {
+                held = s / 4;
+                random = mha_philox(block->key, block->n, block->h, block->first_query + lane, held);
+            }
+            weights[i * P + lane] *= random.word[s % 4] < block->threshold ? kept : 0;
+        }
+    }
+}
+
+#undef LANES
+#undef VEC
+#undef DTYPE
+#undef REAL

@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * neon.c - the kernels of kernels.inc.h over the vocabulary of simd_neon.h.
+ */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "../philox.h"
+#include "kernels.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include "simd_neon.h"
+
+#define DTYPE f32
+#define REAL float
+#include "kernels.inc.h"
+
+#define DTYPE f64
+#define REAL double
+#include "kernels.inc.h"
+
+const mha_kernels mha_kernels_neon[2] = {
+    MHA_KERNELS("neon", f32, float, MHA_FLOAT32),
+    MHA_KERNELS("neon", f64, double, MHA_FLOAT64),
+};
+#endif

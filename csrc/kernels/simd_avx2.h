@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * simd_avx2.h - the vector vocabulary (see simd_portable.h) for x86-64 with AVX2 and FMA: 16 registers of 32 bytes.
+ */
+#ifndef MHA_SIMD_AVX2_H
+#define MHA_SIMD_AVX2_H
+
+#define ROWS 4
+enum { lanes_f32 = 8, lanes_f64 = 4 };
+typedef __m256 vec_f32;
+typedef __m256d vec_f64;
+
+static inline vec_f32 load_f32(const float *p) { return _mm256_loadu_ps(p); }
+static inline vec_f64 load_f64(const double *p) { return _mm256_loadu_pd(p); }
+static inline void store_f32(float *p, vec_f32 v) { _mm256_storeu_ps(p, v); }
+static inline void store_f64(double *p, vec_f64 v) { _mm256_storeu_pd(p, v); }
+static inline vec_f32 broadcast_f32(const float *p) { return _mm256_broadcast_ss(p); }
+static inline vec_f64 broadcast_f64(const double *p) { return _mm256_broadcast_sd(p); }
+static inline vec_f32 splat_f32(float x) { return _mm256_set1_ps(x); }
+static inline vec_f64 splat_f64(double x) { return _mm256_set1_pd(x); }
+static inline vec_f32 fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vec_f64 fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm256_fmadd_pd(a, b, c); }
+static inline vec_f32 max_f32(vec_f32 a, vec_f32 b) { return _mm256_max_ps(a, b); }
+static inline vec_f64 max_f64(vec_f64 a, vec_f64 b) { return _mm256_max_pd(a, b); }
+
+static inline vec_f32 exponent_f32(vec_f32 v)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 23));
+}
+
+static inline vec_f64 exponent_f64(vec_f64 v)
+{
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(v), 52));
+}
+
+static inline vec_f32 zero_below_f32(vec_f32 v, vec_f32 t, vec_f32 x)
+{
+    return _mm256_andnot_ps(_mm256_cmp_ps(t, x, _CMP_LT_OQ), v);
+}
+
+static inline vec_f64 zero_below_f64(vec_f64 v, vec_f64 t, vec_f64 x)
+{
+    return _mm256_andnot_pd(_mm256_cmp_pd(t, x, _CMP_LT_OQ), v);
+}
+
+static inline void transpose_f64(vec_f64 v[4])
+{
+    const vec_f64 a = _mm256_unpacklo_pd(v[0], v[1]), b = _mm256_unpackhi_pd(v[0], v[1]);
+    const vec_f64 c = _mm256_unpacklo_pd(v[2], v[3]), d = _mm256_unpackhi_pd(v[2], v[3]);
+    v[0] = _mm256_permute2f128_pd(a, c, 0x20);
+    v[1] = _mm256_permute2f128_pd(b, d, 0x20);
+    v[2] = _mm256_permute2f128_pd(a, c, 0x31);
+    v[3] = _mm256_permute2f128_pd(b, d, 0x31);
+}
+
+static inline void transpose_f32(vec_f32 v[8])
+{
+    vec_f32 pair[8], quad[8];
+    for (int i = 0; i < 8; i += 2) {
+        pair[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        pair[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            quad[i + 2 * j] = _mm256_shuffle_ps(pair[i + j], pair[i + j + 2], 0x44);
+            quad[i + 2 * j + 1] = _mm256_shuffle_ps(pair[i + j], pair[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
+    }
+}
+
+#endif

@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * simd_avx512.h - the vector vocabulary (see simd_portable.h) for x86-64 with AVX-512 F, VL, BW and DQ: 32 registers
+ * of 64 bytes.
+ */
+#ifndef MHA_SIMD_AVX512_H
+#define MHA_SIMD_AVX512_H
+
+#define ROWS 8
+enum { lanes_f32 = 16, lanes_f64 = 8 };
+typedef __m512 vec_f32;
+typedef __m512d vec_f64;
+
+static inline vec_f32 load_f32(const float *p) { return _mm512_loadu_ps(p); }
+static inline vec_f64 load_f64(const double *p) { return _mm512_loadu_pd(p); }
+static inline void store_f32(float *p, vec_f32 v) { _mm512_storeu_ps(p, v); }
+static inline void store_f64(double *p, vec_f64 v) { _mm512_storeu_pd(p, v); }
+static inline vec_f32 broadcast_f32(const float *p) { return _mm512_set1_ps(*p); }
+static inline vec_f64 broadcast_f64(const double *p) { return _mm512_set1_pd(*p); }
+static inline vec_f32 splat_f32(float x) { return _mm512_set1_ps(x); }
+static inline vec_f64 splat_f64(double x) { return _mm512_set1_pd(x); }
+static inline vec_f32 fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vec_f64 fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm512_fmadd_pd(a, b, c); }
+static inline vec_f32 max_f32(vec_f32 a, vec_f32 b) { return _mm512_max_ps(a, b); }
+static inline vec_f64 max_f64(vec_f64 a, vec_f64 b) { return _mm512_max_pd(a, b); }
+
+static inline vec_f32 exponent_f32(vec_f32 v)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 23));
+}
+
+static inline vec_f64 exponent_f64(vec_f64 v)
+{
+    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(v), 52));
+}
+
+static inline vec_f32 zero_below_f32(vec_f32 v, vec_f32 t, vec_f32 x)
+{
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t, x, _CMP_NLT_UQ), v);
+}
+
+static inline vec_f64 zero_below_f64(vec_f64 v, vec_f64 t, vec_f64 x)
+{
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t, x, _CMP_NLT_UQ), v);
+}
+
+static inline void transpose_f64(vec_f64 v[8])
+{
+    vec_f64 pair[8], quad[8];
+    for (int i = 0; i < 8; i += 2) {
+        pair[i] = _mm512_unpacklo_pd(v[i], v[i + 1]);
+        pair[i + 1] = _mm512_unpackhi_pd(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) { /* 16-byte lanes 0 and 2 of both, then 1 and 3 */
+            quad[i + j] = _mm512_shuffle_f64x2(pair[i + j], pair[i + j + 2], 0x88);
+            quad[i + j + 2] = _mm512_shuffle_f64x2(pair[i + j], pair[i + j + 2], 0xdd);
+        }
+    for (int j = 0; j < 4; j++) {
+        v[j] = _mm512_shuffle_f64x2(quad[j], quad[j + 4], 0x88);
+        v[j + 4] = _mm512_shuffle_f64x2(quad[j], quad[j + 4], 0xdd);
+    }
+}
+
+static inline void transpose_f32(vec_f32 v[16])
+{
+    vec_f32 pair[16], quad[16], half[16];
+    for (int i = 0; i < 16; i += 2) {
+        pair[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        pair[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            quad[i + 2 * j] = _mm512_shuffle_ps(pair[i + j], pair[i + j + 2], 0x44);
+            quad[i + 2 * j + 1] = _mm512_shuffle_ps(pair[i + j], pair[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 16; i += 8) /* quad[i + j], lane q: column 4 q + j of rows i .. i + 3 */
+        for (int j = 0; j < 4; j++) {
+            half[i + j] = _mm512_shuffle_f32x4(quad[i + j], quad[i + j + 4], 0x88);
+            half[i + j + 4] = _mm512_shuffle_f32x4(quad[i + j], quad[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        v[j] = _mm512_shuffle_f32x4(half[j], half[j + 8], 0x88);
+        v[j + 8] = _mm512_shuffle_f32x4(half[j], half[j + 8], 0xdd);
+    }
+}
+
+#endif

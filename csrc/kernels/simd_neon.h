@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * simd_neon.h - the vector vocabulary (see simd_portable.h) for aarch64: 32 registers of 16 bytes.
+ */
+#ifndef MHA_SIMD_NEON_H
+#define MHA_SIMD_NEON_H
+
+#define ROWS 8
+enum { lanes_f32 = 4, lanes_f64 = 2 };
+typedef float32x4_t vec_f32;
+typedef float64x2_t vec_f64;
+
+static inline vec_f32 load_f32(const float *p) { return vld1q_f32(p); }
+static inline vec_f64 load_f64(const double *p) { return vld1q_f64(p); }
+static inline void store_f32(float *p, vec_f32 v) { vst1q_f32(p, v); }
+static inline void store_f64(double *p, vec_f64 v) { vst1q_f64(p, v); }
+static inline vec_f32 broadcast_f32(const float *p) { return vld1q_dup_f32(p); }
+static inline vec_f64 broadcast_f64(const double *p) { return vld1q_dup_f64(p); }
+static inline vec_f32 splat_f32(float x) { return vdupq_n_f32(x); }
+static inline vec_f64 splat_f64(double x) { return vdupq_n_f64(x); }
+static inline vec_f32 fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return vfmaq_f32(c, a, b); }
+static inline vec_f64 fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return vfmaq_f64(c, a, b); }
+static inline vec_f32 max_f32(vec_f32 a, vec_f32 b) { return vmaxq_f32(a, b); }
+static inline vec_f64 max_f64(vec_f64 a, vec_f64 b) { return vmaxq_f64(a, b); }
+
+static inline vec_f32 exponent_f32(vec_f32 v)
+{
+    return vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(v), 23));
+}
+
+static inline vec_f64 exponent_f64(vec_f64 v)
+{
+    return vreinterpretq_f64_s64(vshlq_n_s64(vreinterpretq_s64_f64(v), 52));
+}
+
+static inline vec_f32 zero_below_f32(vec_f32 v, vec_f32 t, vec_f32 x)
+{
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(t, x)));
+}
+
+static inline vec_f64 zero_below_f64(vec_f64 v, vec_f64 t, vec_f64 x)
+{
+    return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(v), vcltq_f64(t, x)));
+}
+
+static inline void transpose_f64(vec_f64 v[2])
+{
+    const vec_f64 a = vtrn1q_f64(v[0], v[1]);
+    v[1] = vtrn2q_f64(v[0], v[1]);
+    v[0] = a;
+}
+
+static inline void transpose_f32(vec_f32 v[4])
+{
+    const vec_f64 a = vreinterpretq_f64_f32(vtrn1q_f32(v[0], v[1])), b = vreinterpretq_f64_f32(vtrn2q_f32(v[0], v[1]));
+    const vec_f64 c = vreinterpretq_f64_f32(vtrn1q_f32(v[2], v[3])), d = vreinterpretq_f64_f32(vtrn2q_f32(v[2], v[3]));
+    v[0] = vreinterpretq_f32_f64(vtrn1q_f64(a, c));
+    v[1] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
+    v[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
+    v[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
+}
+
+#endif

@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * simd_portable.h - the vector vocabulary in C alone, for any CPU.
+ *
+ * The vocabulary, which every simd_*.h defines for f32 and f64 alike (the operators + - * are the compiler's own):
+ *   vec_f32                 lanes_f32 numbers
+ *   load(p), store(p, v)    any alignment
+ *   broadcast(p), splat(x)  one number in every lane, from memory or from a register
+ *   fma(a, b, c)            a * b + c rounded once (here alone it is rounded twice)
+ *   max(a, b)               either one where a or b is NaN
+ *   exponent(v)             the integer in v's low bits, moved to where the exponent field starts
+ *   zero_below(v, t, x)     v, but 0 where t < x; NaN stays
+ *   transpose(v)            v[i] lane j <-> v[j] lane i, for as many vectors as lanes
+ * and ROWS, the rows of a full tile: ROWS * 3 accumulators, 3 vectors of the panel and 1 broadcast fill the registers.
+ */
+#ifndef MHA_SIMD_PORTABLE_H
+#define MHA_SIMD_PORTABLE_H
+
+#define ROWS 4
+enum { lanes_f32 = 4, lanes_f64 = 2 };
+
+/* GCC's vector extension: 16 bytes are a register on every CPU this is likely to meet, and correct on the others. */
+typedef float vec_f32 __attribute__((vector_size(16)));
+typedef double vec_f64 __attribute__((vector_size(16)));
+typedef int32_t bits_f32 __attribute__((vector_size(16)));
+typedef int64_t bits_f64 __attribute__((vector_size(16)));
+
+static inline vec_f32 load_f32(const float *p) { vec_f32 v; memcpy(&v, p, sizeof v); return v; }
+static inline vec_f64 load_f64(const double *p) { vec_f64 v; memcpy(&v, p, sizeof v); return v; }
+static inline void store_f32(float *p, vec_f32 v) { memcpy(p, &v, sizeof v); }
+static inline void store_f64(double *p, vec_f64 v) { memcpy(p, &v, sizeof v); }
+static inline vec_f32 splat_f32(float x) { return (vec_f32){x, x, x, x}; }
+static inline vec_f64 splat_f64(double x) { return (vec_f64){x, x}; }
+static inline vec_f32 broadcast_f32(const float *p) { return splat_f32(*p); }
+static inline vec_f64 broadcast_f64(const double *p) { return splat_f64(*p); }
+static inline vec_f32 fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return a * b + c; }
+static inline vec_f64 fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return a * b + c; }
+
+static inline vec_f32 max_f32(vec_f32 a, vec_f32 b)
+{
+    const bits_f32 greater = a > b;
+    return (vec_f32)((greater & (bits_f32)a) | (~greater & (bits_f32)b));
+}
+
+static inline vec_f64 max_f64(vec_f64 a, vec_f64 b)
+{
+    const bits_f64 greater = a > b;
+    return (vec_f64)((greater & (bits_f64)a) | (~greater & (bits_f64)b));
+}
+
+static inline vec_f32 exponent_f32(vec_f32 v) { return (vec_f32)((bits_f32)v << 23); }
+static inline vec_f64 exponent_f64(vec_f64 v) { return (vec_f64)((bits_f64)v << 52); }
+static inline vec_f32 zero_below_f32(vec_f32 v, vec_f32 t, vec_f32 x) { return (vec_f32)(~(t < x) & (bits_f32)v); }
+static inline vec_f64 zero_below_f64(vec_f64 v, vec_f64 t, vec_f64 x) { return (vec_f64)(~(t < x) & (bits_f64)v); }
+
+static inline void transpose_f32(vec_f32 v[4])
+{
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < i; j++) {
+            const float x = v[i][j];
+            v[i][j] = v[j][i];
+            v[j][i] = x;
+        }
+}
+
+static inline void transpose_f64(vec_f64 v[2])
+{
+    const double x = v[0][1];
+    v[0][1] = v[1][0];
+    v[1][0] = x;
+}
+
+#endif

@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * masks.c - key padding becomes a list of live keys, everything else a summary per block.
+ *
+ * Owns: the list of live keys.
+ */
+#include "masks.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* What a mask does to one key, as a number that is added to its score. */
+static double mask_value(mha_mask_kind kind, const char *at)
+{
+    float f;
+    double d;
+    switch (kind) {
+    case MHA_MASK_HIDE:
+        return *at ? -INFINITY : 0;
+    case MHA_MASK_FLOAT32:
+        memcpy(&f, at, sizeof f);
+        return f;
+    case MHA_MASK_FLOAT64:
+        memcpy(&d, at, sizeof d);
+        return d;
+    case MHA_MASK_NONE:
+        break;
+    }
+    return 0;
+}
+
+static const char *mask_at(const mha_mask *mask, size_t n, size_t h, size_t l)
+{
+    return (const char *)mask->data + (ptrdiff_t)n * mask->stride_n + (ptrdiff_t)h * mask->stride_h +
+           (ptrdiff_t)l * mask->stride_l;
+}
+
+/* Counts an item's live keys and, given room, lists them. *adds says whether the mask still adds to one of them. */
+static size_t list_live_keys(const mha_mask *mask, size_t n, size_t S, size_t *index, bool *adds)
+{
+    const char *at = mask_at(mask, n, 0, 0);
+    size_t live = 0;
+    for (size_t s = 0; s < S; s++, at += mask->stride_s) {
+        const double value = mask_value(mask->kind, at);
+        if (value == -INFINITY)
+            continue;
+        *adds |= value != 0;
+        if (index)
+            index[live] = s;
+        live++;
+    }
+    return live;
+}
+
+mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *live, mha_masks *masks)
+{
+    const mha_mask *padding = &call->key_padding_mask;
+    mha_layout layout = {0};
+    char *block;
+    *live = (mha_live_keys){.N = call->N, .S = call->S, .extra = extra};
+    *masks = (mha_masks){.attn = call->attn_mask, .is_causal = call->is_causal};
+    mha_reserve(&layout, call->N + 1, 1, sizeof(size_t));
+    const size_t index = mha_reserve(&layout, padding->kind ? call->N : 0, call->S, sizeof(size_t));
+    const mha_status status = mha_allocate(&layout, &block);
+    if (status != MHA_OK)
+        return status;
+    live->start = (size_t *)block;
+    size_t *list = (size_t *)(block + index);
+    bool adds = false;
+    for (size_t n = 0; n < call->N; n++) {
+        live->start[n] = live->total;
+        live->total += padding->kind ? list_live_keys(padding, n, call->S, list + live->total, &adds) : call->S;
+    }
+    live->start[call->N] = live->total;
+    if (live->total < call->N * call->S)
+        live->index = list;
+    if (adds)
+        masks->keys = *padding;
+    return MHA_OK;
+}
+
+void mha_live_keys_release(mha_live_keys *live)
+{
+    mha_release((char *)live->start);
+}
+
+static size_t blocks_of_live_keys(const mha_live_keys *live, size_t n)
+{
+    return (live->start[n + 1] - live->start[n] + MHA_BLOCK_KEYS - 1) / MHA_BLOCK_KEYS;
+}
+
+size_t mha_key_blocks(const mha_live_keys *live, size_t n)
+{
+    return blocks_of_live_keys(live, n) + (live->extra > 0);
+}
+
+mha_key_block mha_key_block_at(const mha_live_keys *live, size_t n, size_t i)
+{
+    if (i == blocks_of_live_keys(live, n))
+        return (mha_key_block){.is_extra = true, .keys = live->extra, .first_key = live->S};
+    const size_t before = i * MHA_BLOCK_KEYS, row = live->start[n] + before;
+    const size_t left = live->start[n + 1] - row, keys = left < MHA_BLOCK_KEYS ? left : MHA_BLOCK_KEYS;
+    mha_key_block block = {.row = row, .keys = keys, .first_key = before};
+    if (live->index) {
+        const size_t *index = live->index + row;
+        block.first_key = index[0];
+        if (index[keys - 1] - index[0] != keys - 1) /* not a run: padding is, usually */
+            block.index = index;
+    }
+    return block;
+}
+
+static size_t last_key(const mha_key_block *block)
+{
+    return block->index ? block->index[block->keys - 1] : block->first_key + block->keys - 1;
+}
+
+/* The keys of one query: all visible when every value is 0, none when every value is -inf. */
+static mha_visibility row_visibility(const mha_mask *mask, const char *row, const mha_key_block *block)
+{
+    bool some_zero = false, some_hidden = false;
+    for (size_t i = 0; i < block->keys; i++) {
+        const size_t s = block->index ? block->index[i] : block->first_key + i;
+        const double value = mask_value(mask->kind, row + (ptrdiff_t)s * mask->stride_s);
+        some_zero |= value == 0;
+        some_hidden |= value == -INFINITY;
+        if ((value != 0 && value != -INFINITY) || (some_zero && some_hidden))
+            return MHA_VISIBLE_SOME;
+    }
+    return some_hidden ? MHA_VISIBLE_NONE : MHA_VISIBLE_ALL;
+}
+
+static mha_visibility mask_visibility(const mha_mask *mask, const char *rows, size_t count, const mha_key_block *block)
+{
+    const mha_visibility first = row_visibility(mask, rows, block);
+    if (mask->stride_l == 0)
+        return first;
+    for (size_t l = 1; l < count && first != MHA_VISIBLE_SOME; l++)
+        if (row_visibility(mask, rows + (ptrdiff_t)l * mask->stride_l, block) != first)
+            return MHA_VISIBLE_SOME;
+    return first;
+}
+
+mha_visibility mha_block_visibility(const mha_masks *masks, size_t n, size_t h, size_t first_query, size_t count,
+                                    const mha_key_block *block)
+{
+    if (block->is_extra)
+        return MHA_VISIBLE_ALL;
+    mha_visibility visibility = masks->keys.kind ? MHA_VISIBLE_SOME : MHA_VISIBLE_ALL;
+    if (masks->is_causal) {
+        if (block->first_key > first_query + count - 1)
+            return MHA_VISIBLE_NONE;
+        if (last_key(block) > first_query)
+            visibility = MHA_VISIBLE_SOME;
+    }
+    if (masks->attn.kind) {
+        const mha_visibility attn =
+            mask_visibility(&masks->attn, mask_at(&masks->attn, n, h, first_query), count, block);
+        if (attn != MHA_VISIBLE_ALL)
+            return attn;
+    }
+    return visibility;
+}
+
+mha_mask_block mha_block_masks(const mha_masks *masks, size_t n, size_t h, size_t first_query,
+                               const mha_key_block *block)
+{
+    return (mha_mask_block){
+        .attn = masks->attn.kind ? mask_at(&masks->attn, n, h, first_query) : NULL,
+        .keys = masks->keys.kind ? mask_at(&masks->keys, n, 0, 0) : NULL,
+        .attn_kind = masks->attn.kind,
+        .keys_kind = masks->keys.kind,
+        .attn_l = masks->attn.stride_l,
+        .attn_s = masks->attn.stride_s,
+        .keys_s = masks->keys.stride_s,
+        .index = block->index,
+        .first_key = block->first_key,
+        .first_query = first_query,
+        .is_causal = masks->is_causal,
+    };
+}

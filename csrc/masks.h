@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * masks.h - what the masks leave: the live keys of each batch item, and what one block of scores needs of the rest.
+ *
+ * A key that key_padding_mask removes for certain (a True, or a float -inf) does not exist for the rest of the core:
+ * it is neither projected nor scored. What remains keeps its order and its number, which the other masks refer to.
+ * After the live keys come the extra ones (bias_k, then zero attention), in a block of their own: no mask concerns them.
+ */
+#ifndef MHA_MASKS_H
+#define MHA_MASKS_H
+
+#include "kernels/kernels.h"
+#include "workspace.h"
+
+typedef struct {
+    size_t N, S;
+    size_t extra;  /* extra keys of every item */
+    size_t total;  /* live keys of all items together */
+    size_t *start; /* [N + 1]: live keys of the items before n, that is its first row among the projected ones */
+    size_t *index; /* [total]: the live keys' numbers; NULL when every key is live */
+} mha_live_keys;
+
+/* Up to MHA_BLOCK_KEYS keys that are treated together. */
+typedef struct {
+    bool is_extra;
+    size_t row; /* of its first key: among the projected rows of all items, or among the extra ones */
+    size_t keys;
+    size_t first_key;    /* number of its first key */
+    const size_t *index; /* their numbers; NULL: first_key, first_key + 1, ... */
+} mha_key_block;
+
+typedef struct {
+    mha_mask attn;
+    mha_mask keys; /* kind NONE once the removed keys are gone and nothing is left to add */
+    bool is_causal;
+} mha_masks;
+
+typedef enum { MHA_VISIBLE_ALL, MHA_VISIBLE_SOME, MHA_VISIBLE_NONE } mha_visibility;
+
+/* Finds the live keys and the masks that are left. mha_live_keys_release() frees what it allocated, also on error. */
+mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *live, mha_masks *masks);
+void mha_live_keys_release(mha_live_keys *live);
+
+/* Blocks of an item, and the i-th of them. */
+size_t mha_key_blocks(const mha_live_keys *live, size_t n);
+mha_key_block mha_key_block_at(const mha_live_keys *live, size_t n, size_t i);
+
+/* What queries first_query .. first_query + count - 1 of (n, h) may see of a block. SOME is always a safe answer. */
+mha_visibility mha_block_visibility(const mha_masks *masks, size_t n, size_t h, size_t first_query, size_t count,
+                                    const mha_key_block *block);
+
+/* What add_masks() needs for the same queries and block. */
+mha_mask_block mha_block_masks(const mha_masks *masks, size_t n, size_t h, size_t first_query,
+                               const mha_key_block *block);
+
+#endif

@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * philox.h - the counter-based random generator of dropout: Philox4x32-10, from Salmon, Moraes, Dror and Shaw,
+ * "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
+ *
+ * Owns nothing: a block of four random words is a pure function of key and counter, so that no thread, no order of
+ * tasks and no choice of path can change the stream.
+ */
+#ifndef MHA_PHILOX_H
+#define MHA_PHILOX_H
+
+#include <stdint.h>
+
+typedef struct {
+    uint32_t word[4];
+} mha_philox_block;
+
+/* The counter's words are taken modulo 2^32. */
+static inline mha_philox_block mha_philox(const uint32_t key[2], uint64_t w0, uint64_t w1, uint64_t w2, uint64_t w3)
+{
+    uint32_t c0 = (uint32_t)w0, c1 = (uint32_t)w1, c2 = (uint32_t)w2, c3 = (uint32_t)w3;
+    uint32_t k0 = key[0], k1 = key[1];
+    for (int round = 0; round < 10; round++) {
+        const uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
+        c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
+        c1 = (uint32_t)b;
+        c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
+        c3 = (uint32_t)a;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return (mha_philox_block){{c0, c1, c2, c3}};
+}
+
+#endif

@@ -1,0 +1,197 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * projection.c - blocking, packing of rows, bias, tasks.
+ *
+ * A task is a block of rows by a run of panels. It copies its rows side by side, a slice of features at a time, and
+ * multiplies that slice with the same slice of each panel; sums go through a strip that stays in the cache:
+ *
+ *          slice                    panel          strip
+ *        +-------+---             +-------+      +-------+
+ *   rows | block |  (x)     slice |  P    |      |  P    | rows   = addend + chain, chain after chain,
+ *        +-------+---             +-------+      +-------+          the last one going straight to y
+ *
+ * Owns: the order of additions, which no blocking may change: bias, then chains of MHA_CHAIN features in order.
+ */
+#include "projection.h"
+
+#include <string.h>
+
+#include "threads.h"
+#include "workspace.h"
+
+enum {
+    BLOCK_ROWS = 96,     /* a slice of a panel is read once for so many rows */
+    WHOLE_ROWS = 8,      /* a multiple of every kernel's rows */
+    SLICE_BYTES = 4096,  /* of a row; a whole number of chains */
+    SLICED_PANELS = 8,   /* panels whose strips wait at once for the next slice */
+    TASKS_A_THREAD = 4,  /* so that the last ones to finish differ by little */
+};
+
+typedef struct {
+    const mha_projection *projection;
+    size_t depth, slice, slices;
+    size_t block_rows, blocks;
+    size_t panels;      /* of all targets */
+    size_t task_panels; /* of a task */
+    size_t runs;        /* tasks of a block */
+    size_t tasks;
+} plan;
+
+typedef struct {
+    const mha_kernels *kernels;
+    plan plans[MHA_TARGETS];
+    char *scratch;
+    size_t scratch_bytes;
+} job;
+
+static size_t divide_up(size_t a, size_t b)
+{
+    return (a + b - 1) / b;
+}
+
+static plan make_plan(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
+{
+    const size_t depth = projection->target[0].panels->depth;
+    const size_t slice = SLICE_BYTES / kernels->item;
+    plan p = {.projection = projection, .depth = depth, .slice = depth < slice ? depth : slice};
+    p.slices = depth ? divide_up(depth, slice) : 1;
+    p.blocks = divide_up(projection->rows, BLOCK_ROWS);
+    if (p.blocks) {
+        p.block_rows = divide_up(divide_up(projection->rows, p.blocks), WHOLE_ROWS) * WHOLE_ROWS;
+        p.blocks = divide_up(projection->rows, p.block_rows);
+    }
+    for (size_t t = 0; t < projection->targets; t++)
+        p.panels += projection->target[t].panels->split.panels;
+    p.task_panels = p.panels;
+    if (threads > 1 && p.blocks)
+        p.task_panels = divide_up(p.panels, divide_up(TASKS_A_THREAD * threads, p.blocks));
+    if (p.slices > 1 && p.task_panels > SLICED_PANELS)
+        p.task_panels = SLICED_PANELS;
+    p.runs = divide_up(p.panels, p.task_panels);
+    p.tasks = p.blocks * p.runs;
+    return p;
+}
+
+static size_t block_stride(const mha_kernels *kernels, const plan *p)
+{
+    return mha_row_stride(p->slice, kernels->lanes, kernels->item);
+}
+
+static size_t strip_size(const mha_kernels *kernels, const plan *p)
+{
+    return p->block_rows * kernels->vectors * kernels->lanes;
+}
+
+static size_t waiting_strips(const plan *p)
+{
+    return p->slices > 1 ? SLICED_PANELS : 1;
+}
+
+size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *projections, size_t count)
+{
+    size_t most = 0;
+    for (size_t i = 0; i < count; i++) {
+        const plan p = make_plan(kernels, &projections[i], 1);
+        mha_layout layout = {0};
+        mha_reserve(&layout, p.block_rows, block_stride(kernels, &p), kernels->item);
+        mha_reserve(&layout, waiting_strips(&p), strip_size(kernels, &p), kernels->item);
+        if (layout.bytes > most)
+            most = layout.bytes;
+    }
+    return most;
+}
+
+static void copy_rows(const mha_projection *projection, size_t first_row, size_t rows, size_t first_feature,
+                      size_t features, size_t item, char *block, size_t stride)
+{
+    for (size_t r = 0; r < rows; r++) {
+        const char *x = projection->row[first_row + r] + (ptrdiff_t)first_feature * projection->stride_e;
+        char *to = block + r * stride * item;
+        if (projection->stride_e == (ptrdiff_t)item)
+            memcpy(to, x, features * item);
+        else if (item == sizeof(float))
+            for (size_t e = 0; e < features; e++)
+                memcpy(to + e * sizeof(float), x + (ptrdiff_t)e * projection->stride_e, sizeof(float));
+        else
+            for (size_t e = 0; e < features; e++)
+                memcpy(to + e * sizeof(double), x + (ptrdiff_t)e * projection->stride_e, sizeof(double));
+    }
+}
+
+/* Adds one slice of one panel to its strip; the last slice of all ends in y. */
+static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_target *target, mha_panel panel,
+                           size_t first_row, size_t rows, size_t first_feature, const char *block, char *strip)
+{
+    const size_t item = kernels->item, P = panel.vectors * kernels->lanes;
+    const bool fits = panel.first + P <= target->stride;
+    const char *b = target->panels->data + (panel.first * p->depth + first_feature * P) * item;
+    char *y = target->y + (first_row * target->stride + panel.first) * item;
+    const size_t left = p->depth - first_feature, features = left < p->slice ? left : p->slice;
+    mha_product product = {.rows = rows, .vectors = panel.vectors, .a_row = (ptrdiff_t)block_stride(kernels, p),
+                           .a_k = 1, .b_k = P, .addend = strip, .addend_row = P};
+    if (first_feature == 0) {
+        product.addend = target->panels->bias ? target->panels->bias + panel.first * item : NULL;
+        product.addend_row = 0;
+    }
+    size_t k = 0;
+    do {
+        const bool is_last = first_feature + k + MHA_CHAIN >= p->depth;
+        product.depth = features - k < MHA_CHAIN ? features - k : MHA_CHAIN;
+        product.a = block + k * item;
+        product.b = b + k * P * item;
+        product.c = is_last && fits ? y : strip;
+        product.c_row = is_last && fits ? target->stride : P;
+        kernels->product(&product);
+        product.addend = strip;
+        product.addend_row = P;
+        k += MHA_CHAIN;
+    } while (k < features);
+    if (!fits && first_feature + k >= p->depth)
+        for (size_t r = 0; r < rows; r++)
+            memcpy(y + r * target->stride * item, strip + r * P * item, panel.count * item);
+}
+
+/* Panels are numbered through all targets. */
+static const mha_target *find_target(const mha_projection *projection, size_t *panel)
+{
+    const mha_target *target = projection->target;
+    while (*panel >= target->panels->split.panels)
+        *panel -= (target++)->panels->split.panels;
+    return target;
+}
+
+static void run_task(void *context, size_t task, size_t worker)
+{
+    const job *j = context;
+    const plan *p = j->plans;
+    while (task >= p->tasks)
+        task -= (p++)->tasks;
+    const size_t item = j->kernels->item, stride = block_stride(j->kernels, p);
+    const size_t first_row = task / p->runs * p->block_rows, first_panel = task % p->runs * p->task_panels;
+    const size_t left = p->projection->rows - first_row, rows = left < p->block_rows ? left : p->block_rows;
+    const size_t end = first_panel + p->task_panels < p->panels ? first_panel + p->task_panels : p->panels;
+    char *block = j->scratch + worker * j->scratch_bytes, *strips = block + p->block_rows * stride * item;
+    for (size_t s = 0; s < p->slices; s++) {
+        const size_t first = s * p->slice, features = p->depth - first < p->slice ? p->depth - first : p->slice;
+        copy_rows(p->projection, first_row, rows, first, features, item, block, stride);
+        for (size_t i = first_panel; i < end; i++) {
+            size_t in_target = i;
+            const mha_target *target = find_target(p->projection, &in_target);
+            char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * item;
+            multiply_slice(j->kernels, p, target, mha_panel_at(&target->panels->split, in_target), first_row, rows,
+                           first, block, strip);
+        }
+    }
+}
+
+mha_status mha_project(const mha_kernels *kernels, const mha_projection *projections, size_t count, size_t threads,
+                       char *scratch, size_t scratch_bytes, mha_stop stop)
+{
+    job j = {.kernels = kernels, .scratch = scratch, .scratch_bytes = scratch_bytes};
+    size_t tasks = 0;
+    for (size_t i = 0; i < count; i++) {
+        j.plans[i] = make_plan(kernels, &projections[i], threads);
+        tasks += j.plans[i].tasks;
+    }
+    return mha_parallel_for(threads, tasks, run_task, &j, stop);
+}

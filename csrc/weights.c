@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * weights.c - parameters -> panels for the kernels of this CPU, once, when they are loaded.
+ *
+ * Owns: the memory of mha_weights.
+ */
+#include "weights.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu.h"
+#include "workspace.h"
+
+/* Where a matrix and its bias will lie in the block. */
+typedef struct {
+    size_t data, bias;
+} place;
+
+static place reserve_panels(mha_layout *layout, const mha_kernels *kernels, mha_panels *panels, size_t features,
+                            size_t depth)
+{
+    panels->split = mha_split_width(kernels, features);
+    panels->depth = depth;
+    const size_t padded = panels->split.vectors * kernels->lanes;
+    return (place){.data = mha_reserve(layout, padded, depth, kernels->item),
+                   .bias = mha_reserve(layout, padded, 1, kernels->item)};
+}
+
+static void pack_panels(const mha_kernels *kernels, mha_panels *panels, char *block, place at, const char *weight,
+                        const char *bias)
+{
+    const mha_split *split = &panels->split;
+    const size_t item = kernels->item, depth = panels->depth;
+    for (size_t i = 0; i < split->panels; i++) {
+        const mha_panel panel = mha_panel_at(split, i);
+        kernels->pack_panel(weight + panel.first * depth * item, depth, panel.count, depth, 1,
+                            block + at.data + panel.first * depth * item, panel.vectors);
+    }
+    panels->data = block + at.data;
+    if (bias) {
+        memset(block + at.bias, 0, split->vectors * kernels->lanes * item);
+        memcpy(block + at.bias, bias, split->width * item);
+        panels->bias = block + at.bias;
+    }
+}
+
+static const char *copy(char *block, size_t offset, const void *from, size_t bytes)
+{
+    return from ? memcpy(block + offset, from, bytes) : NULL;
+}
+
+mha_status mha_weights_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *given,
+                              mha_weights **weights)
+{
+    const mha_widths w = *widths;
+    const mha_kernels *kernels = mha_cpu_kernels(dtype);
+    const size_t item = kernels->item;
+    mha_layout layout = {0};
+    mha_status status = MHA_NO_MEMORY;
+    mha_weights *made = calloc(1, sizeof *made);
+    if (!made)
+        goto done;
+    const place q = reserve_panels(&layout, kernels, &made->q, w.H * w.D, w.E);
+    const place k = reserve_panels(&layout, kernels, &made->k, w.Hkv * w.D, w.Ek);
+    const place v = reserve_panels(&layout, kernels, &made->v, w.Hkv * w.Dv, w.Ev);
+    const place out = reserve_panels(&layout, kernels, &made->out, w.Eo, w.H * w.Dv);
+    const size_t bias_k = mha_reserve(&layout, w.Hkv, w.D, item), bias_v = mha_reserve(&layout, w.Hkv, w.Dv, item);
+    status = mha_allocate(&layout, &made->block);
+    if (status != MHA_OK)
+        goto done;
+    made->widths = w;
+    made->kernels = kernels;
+    made->bytes = layout.bytes;
+    pack_panels(kernels, &made->q, made->block, q, given->q_weight, given->q_bias);
+    pack_panels(kernels, &made->k, made->block, k, given->k_weight, given->k_bias);
+    pack_panels(kernels, &made->v, made->block, v, given->v_weight, given->v_bias);
+    pack_panels(kernels, &made->out, made->block, out, given->out_weight, given->out_bias);
+    made->bias_k = copy(made->block, bias_k, given->bias_k, w.Hkv * w.D * item);
+    made->bias_v = copy(made->block, bias_v, given->bias_v, w.Hkv * w.Dv * item);
+done:
+    if (status != MHA_OK) {
+        mha_weights_destroy(made);
+        made = NULL;
+    }
+    *weights = made;
+    return status;
+}
+
+void mha_weights_destroy(mha_weights *weights)
+{
+    if (weights)
+        mha_release(weights->block);
+    free(weights);
+}

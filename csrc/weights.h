@@ -1,0 +1,19 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * weights.h - the packed parameters, as the core sees them.
+ */
+#ifndef MHA_WEIGHTS_H
+#define MHA_WEIGHTS_H
+
+#include "panels.h"
+
+struct mha_weights {
+    mha_widths widths;
+    const mha_kernels *kernels;
+    mha_panels q, k, v, out;
+    const char *bias_k, *bias_v; /* NULL: none */
+    char *block;                 /* owns all of the above */
+    size_t bytes;                /* of block */
+};
+
+#endif

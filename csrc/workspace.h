@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * workspace.h - the memory of one call: sizes that cannot overflow unnoticed, and one aligned block for all of them.
+ */
+#ifndef MHA_WORKSPACE_H
+#define MHA_WORKSPACE_H
+
+#include "mha.h"
+
+/* Plans a block: reserve() hands out offsets into it, until allocate() turns the plan into memory. An overflow on the
+ * way is remembered and reported by allocate(). Zero-initialise. */
+typedef struct {
+    size_t bytes;
+    bool too_large;
+} mha_layout;
+
+/* The offset of rows * columns items of `item` bytes, on a cache line of its own. */
+size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t item);
+
+/* The planned block, uninitialised; release with mha_release(). */
+mha_status mha_allocate(const mha_layout *layout, char **block);
+void mha_release(char *block); /* NULL is allowed */
+
+/* The distance between rows of `width` numbers that the kernels write in whole vectors: never a large power of two,
+ * which would map all rows to one set of the first-level cache. */
+size_t mha_row_stride(size_t width, size_t lanes, size_t item);
+
+#endif
