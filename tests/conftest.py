@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: where helper modules are found, hypothesis' profiles, torch told to keep to itself."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# pytest's "importlib" mode leaves sys.path alone, so that the `mha_c/` folder of the repository cannot stand in for
+# the installed package; reference.py and helpers.py are then found only if this folder is named.
+sys.path.append(str(Path(__file__).parent))
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # only the differential tests need it, and they skip themselves
+    pass
+else:
+    shared = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+    settings.register_profile("ci", max_examples=400, derandomize=True, **shared)
+    settings.register_profile("thorough", max_examples=20_000, print_blob=True, **shared)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config):
+    """torch warns of a bool mask beside a float mask, which these tests pass on purpose."""
+    config.addinivalue_line("filterwarnings", "ignore:Support for mismatched:UserWarning")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def torch_is_the_judge():
+    """One thread for torch (the machine is shared), and its ordinary path: the other one answers differently in
+    corner cases, see torch.backends.mha."""
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)
