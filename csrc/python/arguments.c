@@ -1,0 +1,279 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * arguments.c - Python objects to mha_call, the arrays that hold the results, and the way back.
+ *
+ * Owns: the references in call_arguments. What the caller passed is never written to, except out=.
+ */
+#include "arguments.h"
+
+#include "arrays.h"
+
+/* *array = the array that an object stands for; NULL for None where that is allowed. */
+static int collect_array(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
+{
+    *array = array_from_object(state, object, name);
+    return *array == NULL ? -1 : 0;
+}
+
+static int collect_mask(const module_state *state, PyObject *object, const char *name, PyArrayObject **mask)
+{
+    return object == Py_None ? 0 : collect_array(state, object, name, mask);
+}
+
+/* The same object passed twice is converted once, so that the core sees one input. */
+static int collect_inputs(const module_state *state, PyObject *const *objects, call_arguments *arguments)
+{
+    PyObject *query = objects[ARGUMENT_QUERY], *key = objects[ARGUMENT_KEY], *value = objects[ARGUMENT_VALUE];
+    if (collect_array(state, query, "query", &arguments->query) < 0)
+        return -1;
+    if (key == query)
+        arguments->key = (PyArrayObject *)Py_NewRef(arguments->query);
+    else if (collect_array(state, key, "key", &arguments->key) < 0)
+        return -1;
+    if (value == key)
+        arguments->value = (PyArrayObject *)Py_NewRef(arguments->key);
+    else if (value == query)
+        arguments->value = (PyArrayObject *)Py_NewRef(arguments->query);
+    else if (collect_array(state, value, "value", &arguments->value) < 0)
+        return -1;
+    return 0;
+}
+
+static int collect_flag(PyObject *object, bool *flag)
+{
+    const int truth = PyObject_IsTrue(object);
+    *flag = truth == 1;
+    return truth < 0 ? -1 : 0;
+}
+
+static int collect_number(PyObject *object, uint64_t *number)
+{
+    *number = PyLong_AsUnsignedLongLong(object);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* Which answer an empty row gets: torch's depends on the way it goes, and need_weights decides about that. */
+static int collect_masked_rows(PyObject *object, bool need_weights, mha_empty_row *empty_row)
+{
+    if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "torch") == 0)
+        *empty_row = need_weights ? MHA_EMPTY_ROW_NAN : MHA_EMPTY_ROW_ZERO;
+    else if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "zero") == 0)
+        *empty_row = MHA_EMPTY_ROW_ZERO;
+    else {
+        PyErr_Format(PyExc_ValueError, "masked_rows must be 'torch' or 'zero', not %R", object);
+        return -1;
+    }
+    return 0;
+}
+
+int collect_arguments(const module_state *state, PyObject *const *objects, call_arguments *arguments)
+{
+    mha_call *call = &arguments->call;
+    PyObject *weights = objects[ARGUMENT_WEIGHTS], *out = objects[ARGUMENT_OUT];
+    if (!Py_IS_TYPE(weights, state->weights_type)) {
+        PyErr_Format(PyExc_TypeError, "weights must be Weights, not %s", Py_TYPE(weights)->tp_name);
+        return -1;
+    }
+    arguments->weights = (const weights_object *)weights;
+    arguments->out_object = out == Py_None ? NULL : out;
+
+    arguments->dropout_p = PyFloat_AsDouble(objects[ARGUMENT_DROPOUT_P]);
+    if (arguments->dropout_p == -1 && PyErr_Occurred())
+        return -1;
+    if (collect_flag(objects[ARGUMENT_NEED_WEIGHTS], &arguments->need_weights) < 0 ||
+        collect_flag(objects[ARGUMENT_AVERAGE_ATTN_WEIGHTS], &arguments->average_attn_weights) < 0 ||
+        collect_flag(objects[ARGUMENT_BATCH_FIRST], &arguments->batch_first) < 0 ||
+        collect_flag(objects[ARGUMENT_IS_CAUSAL], &call->is_causal) < 0 ||
+        collect_flag(objects[ARGUMENT_ADD_ZERO_ATTN], &call->add_zero_attn) < 0 ||
+        collect_masked_rows(objects[ARGUMENT_MASKED_ROWS], arguments->need_weights, &call->empty_row) < 0 ||
+        collect_number(objects[ARGUMENT_DROPOUT_SEED], &call->dropout_seed) < 0 ||
+        collect_number(objects[ARGUMENT_DROPOUT_CALL], &call->dropout_call) < 0)
+        return -1;
+
+    if (collect_inputs(state, objects, arguments) < 0 ||
+        collect_mask(state, objects[ARGUMENT_KEY_PADDING_MASK], "key_padding_mask", &arguments->key_padding_mask) < 0 ||
+        collect_mask(state, objects[ARGUMENT_ATTN_MASK], "attn_mask", &arguments->attn_mask) < 0)
+        return -1;
+    return 0;
+}
+
+static mha_array describe_input(const call_arguments *arguments, PyArrayObject *array)
+{
+    const npy_intp *strides = PyArray_STRIDES(array);
+    const void *data = PyArray_DATA(array);
+    if (!arguments->is_batched)
+        return (mha_array){.data = data, .stride_l = strides[0], .stride_e = strides[1]};
+    const int n_axis = arguments->batch_first ? 0 : 1;
+    return (mha_array){
+        .data = data, .stride_n = strides[n_axis], .stride_l = strides[1 - n_axis], .stride_e = strides[2]};
+}
+
+/* The kind of a mask, which is cast if the core does not read its type: half to float32, long double to float64. */
+static int cast_mask(PyArrayObject **mask, mha_mask_kind *kind)
+{
+    if (PyArray_ISBOOL(*mask)) {
+        *kind = MHA_MASK_HIDE;
+        return 0;
+    }
+    const bool is_float64 = array_has_dtype(*mask, MHA_FLOAT64);
+    if (!is_float64 && !array_has_dtype(*mask, MHA_FLOAT32)) {
+        *kind = PyArray_TYPE(*mask) == NPY_LONGDOUBLE ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
+        PyArray_Descr *descr = PyArray_DescrFromType(*kind == MHA_MASK_FLOAT64 ? NPY_DOUBLE : NPY_FLOAT);
+        PyArrayObject *cast = (PyArrayObject *)PyArray_FromArray(*mask, descr, NPY_ARRAY_FORCECAST);
+        if (cast == NULL)
+            return -1;
+        Py_SETREF(*mask, cast);
+        return 0;
+    }
+    *kind = is_float64 ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
+    return 0;
+}
+
+static int describe_masks(call_arguments *arguments)
+{
+    mha_call *call = &arguments->call;
+    if (arguments->attn_mask != NULL) {
+        mha_mask *mask = &call->attn_mask;
+        if (cast_mask(&arguments->attn_mask, &mask->kind) < 0)
+            return -1;
+        const int ndim = PyArray_NDIM(arguments->attn_mask);
+        const npy_intp *strides = PyArray_STRIDES(arguments->attn_mask);
+        mask->data = PyArray_DATA(arguments->attn_mask);
+        mask->stride_s = strides[ndim - 1];
+        mask->stride_l = strides[ndim - 2];
+        if (ndim == 3) { /* (N * H, L, S), heads within batch items; unsigned, as an empty mask may say any stride */
+            mask->stride_h = strides[0];
+            mask->stride_n = (ptrdiff_t)((size_t)strides[0] * arguments->weights->widths.H);
+        }
+    }
+    if (arguments->key_padding_mask != NULL) {
+        mha_mask *mask = &call->key_padding_mask;
+        if (cast_mask(&arguments->key_padding_mask, &mask->kind) < 0)
+            return -1;
+        const npy_intp *strides = PyArray_STRIDES(arguments->key_padding_mask);
+        mask->data = PyArray_DATA(arguments->key_padding_mask);
+        mask->stride_n = arguments->is_batched ? strides[0] : 0;
+        mask->stride_s = strides[arguments->is_batched ? 1 : 0];
+    }
+    return 0;
+}
+
+/* As NumPy's ufuncs: TypeError for a thing or a dtype that cannot be, ValueError for a shape or a read-only array. */
+static int check_out(const call_arguments *arguments, int ndim, const npy_intp *shape)
+{
+    PyObject *object = arguments->out_object;
+    if (!PyArray_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "out must be a NumPy array, not %s", Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    PyArrayObject *out = (PyArrayObject *)object;
+    if (!array_has_dtype(out, arguments->weights->dtype)) {
+        PyErr_Format(PyExc_TypeError, "out must be of dtype %s, not %s",
+                     arguments->weights->dtype == MHA_FLOAT32 ? "float32" : "float64",
+                     PyArray_DESCR(out)->typeobj->tp_name);
+        return -1;
+    }
+    if (!array_has_shape(out, ndim, shape)) {
+        PyObject *expected = PyArray_IntTupleFromIntp(ndim, shape);
+        PyObject *actual = PyArray_IntTupleFromIntp(PyArray_NDIM(out), PyArray_DIMS(out));
+        if (expected != NULL && actual != NULL)
+            PyErr_Format(PyExc_ValueError, "out must have the shape %R, not %R", expected, actual);
+        Py_XDECREF(expected);
+        Py_XDECREF(actual);
+        return -1;
+    }
+    return PyArray_FailUnlessWriteable(out, "out");
+}
+
+/* Whether the core may write its result where out= lies, while it still reads the inputs. */
+static bool is_writable_in_place(const call_arguments *arguments)
+{
+    PyArrayObject *out = (PyArrayObject *)arguments->out_object;
+    PyArrayObject *const read[] = {arguments->query, arguments->key, arguments->value, arguments->key_padding_mask,
+                                   arguments->attn_mask};
+    bool in_place = PyArray_ISCARRAY(out);
+    for (size_t i = 0; in_place && i < sizeof read / sizeof *read; i++)
+        in_place = read[i] == NULL || !arrays_may_overlap(out, read[i]);
+    return in_place;
+}
+
+/* Without a batch axis for an input that has none. */
+static int make_output(call_arguments *arguments)
+{
+    const mha_widths *widths = &arguments->weights->widths;
+    const npy_intp L = arguments->query_shape[0], N = arguments->query_shape[1], Eo = (npy_intp)widths->Eo;
+    const bool batch_first = arguments->batch_first || !arguments->is_batched;
+    const npy_intp shape[] = {batch_first ? N : L, batch_first ? L : N, Eo};
+    const int skip = arguments->is_batched ? 0 : 1, ndim = 3 - skip;
+
+    if (arguments->out_object != NULL && check_out(arguments, ndim, shape + skip) < 0)
+        return -1;
+    if (arguments->out_object != NULL && is_writable_in_place(arguments))
+        arguments->output = (PyArrayObject *)Py_NewRef(arguments->out_object);
+    else
+        arguments->output = new_array(ndim, shape + skip, arguments->weights->dtype);
+    if (arguments->output == NULL)
+        return -1;
+    arguments->call.output = PyArray_DATA(arguments->output);
+    arguments->call.output_batch_first = batch_first;
+    return 0;
+}
+
+static int make_attn_weights(call_arguments *arguments)
+{
+    mha_call *call = &arguments->call;
+    if (!arguments->need_weights)
+        return 0;
+    npy_intp shape[4] = {(npy_intp)call->N};
+    int ndim = 1;
+    if (!arguments->average_attn_weights)
+        shape[ndim++] = (npy_intp)arguments->weights->widths.H;
+    shape[ndim++] = (npy_intp)call->L;
+    shape[ndim++] = (npy_intp)(call->S + mha_extra_keys(arguments->weights->packed, call));
+
+    const int skip = arguments->is_batched ? 0 : 1;
+    arguments->attn_weights = new_array(ndim - skip, shape + skip, arguments->weights->dtype);
+    if (arguments->attn_weights == NULL)
+        return -1;
+    call->attn_weights = PyArray_DATA(arguments->attn_weights);
+    call->weights_wanted = arguments->average_attn_weights ? MHA_WEIGHTS_AVERAGED : MHA_WEIGHTS_PER_HEAD;
+    return 0;
+}
+
+int prepare_call(call_arguments *arguments)
+{
+    mha_call *call = &arguments->call;
+    call->L = (size_t)arguments->query_shape[0];
+    call->N = (size_t)arguments->query_shape[1];
+    call->S = (size_t)arguments->key_shape[0];
+    call->query = describe_input(arguments, arguments->query);
+    call->key = describe_input(arguments, arguments->key);
+    call->value = describe_input(arguments, arguments->value);
+    call->dropout_p = arguments->dropout_p > 0 ? arguments->dropout_p : 0; /* below 0 torch drops nothing */
+    call->threads = 1;
+    if (describe_masks(arguments) < 0 || make_output(arguments) < 0 || make_attn_weights(arguments) < 0)
+        return -1;
+    return 0;
+}
+
+PyObject *hand_back(const call_arguments *arguments)
+{
+    PyObject *output = (PyObject *)arguments->output;
+    if (arguments->out_object != NULL && output != arguments->out_object) {
+        if (PyArray_CopyInto((PyArrayObject *)arguments->out_object, arguments->output) < 0)
+            return NULL;
+        output = arguments->out_object;
+    }
+    return PyTuple_Pack(2, output, arguments->attn_weights == NULL ? Py_None : (PyObject *)arguments->attn_weights);
+}
+
+void release_arguments(call_arguments *arguments)
+{
+    Py_XDECREF(arguments->query);
+    Py_XDECREF(arguments->key);
+    Py_XDECREF(arguments->value);
+    Py_XDECREF(arguments->key_padding_mask);
+    Py_XDECREF(arguments->attn_mask);
+    Py_XDECREF(arguments->output);
+    Py_XDECREF(arguments->attn_weights);
+}

@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * arguments.h - the arguments of a forward call: from Python objects to the core's mha_call, and back.
+ *
+ * Owns: every reference that a call needs, in one struct that one function releases.
+ *
+ *     collect_arguments  ->  check_arguments  ->  prepare_call  ->  (the core)  ->  hand_back
+ */
+#ifndef MHA_PYTHON_ARGUMENTS_H
+#define MHA_PYTHON_ARGUMENTS_H
+
+#include "module.h"
+#include "weights_type.h"
+
+typedef struct {
+    const weights_object *weights; /* borrowed from the caller's arguments, as is out_object */
+    PyObject *out_object;          /* NULL: no out= */
+
+    PyArrayObject *query, *key, *value;           /* the same array where the same object was passed */
+    PyArrayObject *key_padding_mask, *attn_mask;  /* NULL: none */
+    PyArrayObject *output;                        /* what the core writes; may be out_object itself */
+    PyArrayObject *attn_weights;                  /* NULL: not wanted */
+
+    bool is_batched, batch_first, need_weights, average_attn_weights;
+    double dropout_p; /* as given */
+
+    /* (length, batch, features) of the inputs, torch's order inside, whatever batch_first says. */
+    npy_intp query_shape[3], key_shape[3], value_shape[3];
+
+    mha_call call;
+} call_arguments;
+
+/* The positional arguments of _core.forward(). */
+enum {
+    ARGUMENT_WEIGHTS,
+    ARGUMENT_QUERY,
+    ARGUMENT_KEY,
+    ARGUMENT_VALUE,
+    ARGUMENT_KEY_PADDING_MASK,
+    ARGUMENT_NEED_WEIGHTS,
+    ARGUMENT_ATTN_MASK,
+    ARGUMENT_AVERAGE_ATTN_WEIGHTS,
+    ARGUMENT_IS_CAUSAL,
+    ARGUMENT_OUT,
+    ARGUMENT_BATCH_FIRST,
+    ARGUMENT_ADD_ZERO_ATTN,
+    ARGUMENT_MASKED_ROWS,
+    ARGUMENT_DROPOUT_P,
+    ARGUMENT_DROPOUT_SEED,
+    ARGUMENT_DROPOUT_CALL,
+    ARGUMENT_COUNT
+};
+
+/* These return 0, or -1 with an exception. `arguments` starts as all zeros. */
+int collect_arguments(const module_state *state, PyObject *const *objects, call_arguments *arguments);
+int check_arguments(call_arguments *arguments); /* torch's checks, in torch's order; finds the shapes as well */
+int prepare_call(call_arguments *arguments);    /* makes the arrays for the results, and completes `call` */
+
+/* The tuple that forward() returns. */
+PyObject *hand_back(const call_arguments *arguments);
+
+void release_arguments(call_arguments *arguments);
+
+#endif

@@ -1,0 +1,181 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * arrays.c - Python objects to NumPy arrays, and questions about arrays.
+ *
+ * Assumes: the GIL is held.
+ */
+#include "arrays.h"
+
+#include <string.h>
+
+/* Whether the object has the attribute; -1 if looking it up raised anything but AttributeError. */
+static int has_attribute(PyObject *object, PyObject *name)
+{
+    PyObject *attribute = PyObject_GetAttr(object, name);
+    if (attribute != NULL) {
+        Py_DECREF(attribute);
+        return 1;
+    }
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError))
+        return -1;
+    PyErr_Clear();
+    return 0;
+}
+
+/* Whether NumPy can make an array of the object without inspecting elements: 1, 0, or -1 with an exception. */
+static int exposes_array(const module_state *state, PyObject *object)
+{
+    if (PyObject_CheckBuffer(object))
+        return 1;
+    PyObject *const names[] = {state->array_name, state->array_interface_name, state->array_struct_name};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const int has = has_attribute(object, names[i]);
+        if (has != 0)
+            return has;
+    }
+    return 0;
+}
+
+static PyArrayObject *raise_not_an_array(PyObject *object, const char *name)
+{
+    PyErr_Format(PyExc_TypeError, "%s must be an array (NumPy, buffer protocol or DLPack), not %s", name,
+                 Py_TYPE(object)->tp_name);
+    return NULL;
+}
+
+static PyArrayObject *array_from_protocol(const module_state *state, PyObject *object, const char *name)
+{
+    /* NumPy would turn these into arrays too, but they are numbers, text and classes, not arrays. */
+    if (PyArray_IsScalar(object, Generic) || PyBytes_Check(object) || PyType_Check(object))
+        return raise_not_an_array(object, name);
+
+    const int exposes = exposes_array(state, object);
+    if (exposes < 0)
+        return NULL;
+    PyObject *array = NULL;
+    if (exposes) {
+        array = PyArray_FromAny(object, NULL, 0, 0, 0, NULL);
+    } else {
+        const int dlpack = has_attribute(object, state->dlpack_name);
+        if (dlpack < 0)
+            return NULL;
+        if (dlpack == 0)
+            return raise_not_an_array(object, name);
+        array = PyObject_CallOneArg(state->from_dlpack, object);
+    }
+    if (array == NULL)
+        return NULL;
+
+    /* A lone object is what NumPy makes of something whose protocol came to nothing. */
+    if (!PyArray_Check(array) ||
+        (PyArray_NDIM((PyArrayObject *)array) == 0 && PyArray_TYPE((PyArrayObject *)array) == NPY_OBJECT)) {
+        Py_DECREF(array);
+        return raise_not_an_array(object, name);
+    }
+    return (PyArrayObject *)array;
+}
+
+/* Both functions take over the reference to the array, and may return it as it is. */
+static PyArrayObject *to_base_class(PyArrayObject *array)
+{
+    if (PyArray_CheckExact(array))
+        return array;
+    PyObject *view = PyArray_View(array, NULL, &PyArray_Type);
+    Py_DECREF(array);
+    return (PyArrayObject *)view;
+}
+
+static PyArrayObject *to_native_byte_order(PyArrayObject *array)
+{
+    if (!PyArray_ISBYTESWAPPED(array))
+        return array;
+    PyObject *native = NULL;
+    PyArray_Descr *descr = PyArray_DescrNewByteorder(PyArray_DESCR(array), NPY_NATIVE);
+    if (descr != NULL)
+        native = PyArray_FromArray(array, descr, 0);
+    Py_DECREF(array);
+    return (PyArrayObject *)native;
+}
+
+PyArrayObject *array_from_object(const module_state *state, PyObject *object, const char *name)
+{
+    PyArrayObject *array = NULL;
+    if (PyArray_Check(object))
+        array = (PyArrayObject *)Py_NewRef(object);
+    else
+        array = array_from_protocol(state, object, name);
+    if (array != NULL)
+        array = to_base_class(array);
+    if (array != NULL)
+        array = to_native_byte_order(array);
+    return array;
+}
+
+bool array_has_dtype(PyArrayObject *array, mha_dtype dtype)
+{
+    /* By size, not by name: where long double is no wider than double, it is a double. */
+    const size_t item_size = dtype == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
+    return PyTypeNum_ISFLOAT(PyArray_TYPE(array)) && (size_t)PyArray_ITEMSIZE(array) == item_size;
+}
+
+bool array_is_floating(PyArrayObject *array)
+{
+    const int type = PyArray_TYPE(array);
+    if (PyTypeNum_ISUSERDEF(type)) /* such types have no kind of their own, but speaking names */
+        return strstr(PyArray_DESCR(array)->typeobj->tp_name, "float") != NULL;
+    return PyTypeNum_ISFLOAT(type);
+}
+
+const char *torch_type_name(PyArrayObject *array)
+{
+    static const struct {
+        char kind;
+        int item_size;
+        const char *name;
+    } names[] = {
+        {'b', 1, "Bool"},   {'i', 1, "Char"},    {'i', 2, "Short"},  {'i', 4, "Int"},
+        {'i', 8, "Long"},   {'u', 1, "Byte"},    {'u', 2, "UInt16"}, {'u', 4, "UInt32"},
+        {'u', 8, "UInt64"}, {'f', 2, "Half"},    {'f', 4, "Float"},  {'f', 8, "Double"},
+        {'c', 8, "ComplexFloat"}, {'c', 16, "ComplexDouble"},
+    };
+    const PyArray_Descr *descr = PyArray_DESCR(array);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (names[i].kind == descr->kind && names[i].item_size == PyArray_ITEMSIZE(array))
+            return names[i].name;
+    return strstr(descr->typeobj->tp_name, "bfloat16") != NULL ? "BFloat16" : descr->typeobj->tp_name;
+}
+
+bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape)
+{
+    return PyArray_NDIM(array) == ndim && PyArray_CompareLists(PyArray_DIMS(array), shape, ndim);
+}
+
+/* The addresses that the elements occupy: from *low up to, not including, *high. */
+static void address_range(PyArrayObject *array, uintptr_t *low, uintptr_t *high)
+{
+    *low = *high = (uintptr_t)PyArray_DATA(array);
+    if (PyArray_SIZE(array) == 0)
+        return;
+    *high += (uintptr_t)PyArray_ITEMSIZE(array);
+    for (int i = 0; i < PyArray_NDIM(array); i++) {
+        const npy_intp reach = (PyArray_DIM(array, i) - 1) * PyArray_STRIDE(array, i);
+        *(reach < 0 ? low : high) += (uintptr_t)reach;
+    }
+}
+
+bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b)
+{
+    uintptr_t a_low, a_high, b_low, b_high;
+    address_range(a, &a_low, &a_high);
+    address_range(b, &b_low, &b_high);
+    return a_low < b_high && b_low < a_high && a_low < a_high && b_low < b_high;
+}
+
+PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype)
+{
+    npy_intp bytes = dtype == MHA_FLOAT32 ? (npy_intp)sizeof(float) : (npy_intp)sizeof(double);
+    for (int i = 0; i < ndim; i++)
+        if (shape[i] != 0 && __builtin_mul_overflow(bytes, shape[i], &bytes))
+            return (PyArrayObject *)PyErr_NoMemory();
+    return (PyArrayObject *)PyArray_SimpleNew(ndim, shape, dtype == MHA_FLOAT32 ? NPY_FLOAT : NPY_DOUBLE);
+}

@@ -1,0 +1,31 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * arrays.h - arrays as the binding sees them: where they come from, what they hold, where they lie in memory.
+ */
+#ifndef MHA_PYTHON_ARRAYS_H
+#define MHA_PYTHON_ARRAYS_H
+
+#include "module.h"
+
+/* A new reference to the array that an object is or exposes (array interface, __array__, buffer protocol or DLPack),
+ * of the base class and in native byte order. Memory is shared unless the byte order had to change. */
+PyArrayObject *array_from_object(const module_state *state, PyObject *object, const char *name);
+
+/* Whether the array holds the numbers of a layer of this dtype. */
+bool array_has_dtype(PyArrayObject *array, mha_dtype dtype);
+
+/* Whether it holds floating-point numbers of any width, those of registered types (bfloat16) included. */
+bool array_is_floating(PyArrayObject *array);
+
+/* "Float", "Double", ... as torch's messages say it; NumPy's name where torch has no such type. */
+const char *torch_type_name(PyArrayObject *array);
+
+bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape);
+
+/* Whether some byte may belong to both: compares the ranges of addresses, so it may say true in vain. */
+bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);
+
+/* A new C-contiguous array; MemoryError where NumPy says ValueError, for a shape beyond all memory. */
+PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype);
+
+#endif

@@ -1,0 +1,235 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * weights_type.c - Weights: checks the parameters of a layer and has the core pack them.
+ *
+ * Owns: the packed parameters. The arrays it is made from are read once and not kept.
+ */
+#include "weights_type.h"
+
+#include "arrays.h"
+
+/* Packing touches every number once; with more numbers than this, other threads may run meanwhile. */
+enum { PACK_WITHOUT_GIL = 1 << 16 };
+
+/* What the constructor is given; the references are borrowed from its arguments. */
+typedef struct {
+    Py_ssize_t H, Hkv, D, Dv;
+    PyObject *q_weight, *k_weight, *v_weight, *in_bias, *bias_k, *bias_v, *out_weight, *out_bias;
+} weights_arguments;
+
+/* One array of them, and what it has to be. */
+typedef struct {
+    PyObject *object;
+    const char *name;
+    bool is_optional;
+    int ndim;
+    npy_intp shape[3]; /* -1: any length */
+} parameter;
+
+static int check_counts(const weights_arguments *given)
+{
+    if (given->H < 1 || given->Hkv < 1 || given->D < 1 || given->Dv < 1) {
+        PyErr_Format(PyExc_ValueError,
+                     "num_heads, num_kv_heads, head_dim and v_head_dim must be greater than 0, "
+                     "got %zd, %zd, %zd and %zd",
+                     given->H, given->Hkv, given->D, given->Dv);
+        return -1;
+    }
+    if (given->H % given->Hkv != 0) {
+        PyErr_Format(PyExc_ValueError, "num_heads (%zd) must be divisible by num_kv_heads (%zd)", given->H,
+                     given->Hkv);
+        return -1;
+    }
+    /* So that the sum of the three widths below fits as well. */
+    if (given->H > NPY_MAX_INTP / 3 / given->D || given->H > NPY_MAX_INTP / 3 / given->Dv) {
+        PyErr_SetString(PyExc_ValueError, "num_heads * head_dim is too large");
+        return -1;
+    }
+    return 0;
+}
+
+static int raise_shape(const parameter *expected, PyArrayObject *array)
+{
+    PyObject *shape = PyArray_IntTupleFromIntp(PyArray_NDIM(array), PyArray_DIMS(array));
+    PyObject *expected_shape = PyArray_IntTupleFromIntp(expected->ndim, expected->shape);
+    if (shape != NULL && expected_shape != NULL)
+        PyErr_Format(PyExc_ValueError, "%s must have the shape %R (-1: any), not %R", expected->name, expected_shape,
+                     shape);
+    Py_XDECREF(shape);
+    Py_XDECREF(expected_shape);
+    return -1;
+}
+
+static int check_parameter(const parameter *expected, mha_dtype dtype)
+{
+    if (expected->object == Py_None && expected->is_optional)
+        return 0;
+    if (!PyArray_Check(expected->object)) {
+        PyErr_Format(PyExc_TypeError, "%s must be a NumPy array, not %s", expected->name,
+                     Py_TYPE(expected->object)->tp_name);
+        return -1;
+    }
+    PyArrayObject *array = (PyArrayObject *)expected->object;
+    if (!array_has_dtype(array, dtype)) {
+        PyErr_Format(PyExc_TypeError, "%s must be of dtype %s, not %s", expected->name,
+                     dtype == MHA_FLOAT32 ? "float32" : "float64", PyArray_DESCR(array)->typeobj->tp_name);
+        return -1;
+    }
+    if (!PyArray_ISCARRAY_RO(array)) {
+        PyErr_Format(PyExc_ValueError, "%s must be C-contiguous, aligned and in native byte order", expected->name);
+        return -1;
+    }
+    bool fits = PyArray_NDIM(array) == expected->ndim;
+    for (int i = 0; fits && i < expected->ndim; i++)
+        fits = expected->shape[i] == -1 || expected->shape[i] == PyArray_DIM(array, i);
+    return fits ? 0 : raise_shape(expected, array);
+}
+
+/* float64 if that is what the first weight says; check_parameter() rejects whatever is neither. */
+static mha_dtype dtype_of(PyObject *object)
+{
+    const bool is_double = PyArray_Check(object) && array_has_dtype((PyArrayObject *)object, MHA_FLOAT64);
+    return is_double ? MHA_FLOAT64 : MHA_FLOAT32;
+}
+
+static npy_intp length(PyObject *array, int axis)
+{
+    return PyArray_DIM((PyArrayObject *)array, axis);
+}
+
+static int check_parameters(const weights_arguments *given, mha_dtype dtype, size_t *nbytes)
+{
+    const npy_intp q = given->H * given->D, k = given->Hkv * given->D, v = given->Hkv * given->Dv;
+    const parameter expected[] = {
+        {given->q_weight, "q_proj_weight", false, 2, {q, -1}},
+        {given->k_weight, "k_proj_weight", false, 2, {k, -1}},
+        {given->v_weight, "v_proj_weight", false, 2, {v, -1}},
+        {given->in_bias, "in_proj_bias", true, 1, {q + k + v}},
+        {given->bias_k, "bias_k", true, 3, {1, 1, k}},
+        {given->bias_v, "bias_v", true, 3, {1, 1, v}},
+        {given->out_weight, "out_proj_weight", false, 2, {-1, given->H * given->Dv}},
+        {given->out_bias, "out_proj_bias", true, 1, {-1}},
+    };
+    for (size_t i = 0; i < sizeof expected / sizeof *expected; i++) {
+        if (check_parameter(&expected[i], dtype) < 0)
+            return -1;
+        if (expected[i].object != Py_None)
+            *nbytes += (size_t)PyArray_NBYTES((PyArrayObject *)expected[i].object);
+    }
+    if (given->out_bias != Py_None && length(given->out_bias, 0) != length(given->out_weight, 0)) {
+        PyErr_Format(PyExc_ValueError, "out_proj_bias has %zd elements for the %zd rows of out_proj_weight",
+                     length(given->out_bias, 0), length(given->out_weight, 0));
+        return -1;
+    }
+    if ((given->bias_k == Py_None) != (given->bias_v == Py_None)) {
+        PyErr_SetString(PyExc_AssertionError, given->bias_k == Py_None ? "bias_v is set but bias_k is None"
+                                                                       : "bias_k is set but bias_v is None");
+        return -1;
+    }
+    return 0;
+}
+
+static const char *numbers(PyObject *array)
+{
+    return array == Py_None ? NULL : PyArray_BYTES((PyArrayObject *)array);
+}
+
+static mha_status pack(weights_object *self, const weights_arguments *given)
+{
+    const mha_widths *widths = &self->widths;
+    const size_t item = self->dtype == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
+    const char *in_bias = numbers(given->in_bias);
+    const size_t k_offset = widths->H * widths->D * item, v_offset = k_offset + widths->Hkv * widths->D * item;
+    const mha_parameters parameters = {
+        .q_weight = numbers(given->q_weight),
+        .k_weight = numbers(given->k_weight),
+        .v_weight = numbers(given->v_weight),
+        .q_bias = in_bias,
+        .k_bias = in_bias == NULL ? NULL : in_bias + k_offset,
+        .v_bias = in_bias == NULL ? NULL : in_bias + v_offset,
+        .bias_k = numbers(given->bias_k),
+        .bias_v = numbers(given->bias_v),
+        .out_weight = numbers(given->out_weight),
+        .out_bias = numbers(given->out_bias),
+    };
+    if (self->nbytes / item <= PACK_WITHOUT_GIL)
+        return mha_weights_create(widths, self->dtype, &parameters, &self->packed);
+
+    mha_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = mha_weights_create(widths, self->dtype, &parameters, &self->packed);
+    Py_END_ALLOW_THREADS;
+    return status;
+}
+
+static PyObject *weights_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    weights_arguments given;
+    if (kwargs != NULL && PyDict_GET_SIZE(kwargs) != 0) {
+        PyErr_SetString(PyExc_TypeError, "Weights() takes no keyword arguments");
+        return NULL;
+    }
+    if (!PyArg_ParseTuple(args, "nnnnOOOOOOOO:Weights", &given.H, &given.Hkv, &given.D, &given.Dv, &given.q_weight,
+                          &given.k_weight, &given.v_weight, &given.in_bias, &given.bias_k, &given.bias_v,
+                          &given.out_weight, &given.out_bias))
+        return NULL;
+    const mha_dtype dtype = dtype_of(given.q_weight);
+    size_t nbytes = 0;
+    if (check_counts(&given) < 0 || check_parameters(&given, dtype, &nbytes) < 0)
+        return NULL;
+
+    weights_object *self = (weights_object *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    self->dtype = dtype;
+    self->has_bias_kv = given.bias_k != Py_None;
+    self->nbytes = nbytes;
+    self->widths = (mha_widths){
+        .H = (size_t)given.H,
+        .Hkv = (size_t)given.Hkv,
+        .D = (size_t)given.D,
+        .Dv = (size_t)given.Dv,
+        .E = (size_t)length(given.q_weight, 1),
+        .Ek = (size_t)length(given.k_weight, 1),
+        .Ev = (size_t)length(given.v_weight, 1),
+        .Eo = (size_t)length(given.out_weight, 0),
+    };
+    if (raise_status(pack(self, &given)) < 0)
+        Py_CLEAR(self);
+    return (PyObject *)self;
+}
+
+static void weights_dealloc(PyObject *object)
+{
+    weights_object *self = (weights_object *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    mha_weights_destroy(self->packed);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+static PyObject *weights_nbytes(PyObject *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromSize_t(((const weights_object *)self)->nbytes);
+}
+
+static PyGetSetDef weights_getset[] = {
+    {"nbytes", weights_nbytes, NULL, "Bytes of the parameters that this was made from.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot weights_slots[] = {
+    {Py_tp_doc, "One immutable set of parameters, packed for the kernels of this CPU."},
+    {Py_tp_new, weights_new},
+    {Py_tp_dealloc, weights_dealloc},
+    {Py_tp_getset, weights_getset},
+    {0, NULL},
+};
+
+PyType_Spec weights_type_spec = {
+    .name = "mha_c._core.Weights",
+    .basicsize = (int)sizeof(weights_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = weights_slots,
+};

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one extension module; everything else about the package stands in pyproject.toml.
+
+No flag names an instruction set: each file under csrc/kernels opens its own target region, and the module chooses
+among them when it is imported. Contraction stays off, so that every compiler gives the same bits.
+"""
+
+import sys
+from glob import glob
+
+import numpy
+from setuptools import Extension, setup
+
+core = Extension(
+    "mha_c._core",
+    sources=sorted(glob("csrc/**/*.c", recursive=True)),
+    depends=sorted(glob("csrc/**/*.h", recursive=True)),
+    include_dirs=[numpy.get_include()],
+    define_macros=[("MHA_C_NUMPY_VERSION", f'"{numpy.__version__}"')]
+    + ([("_GNU_SOURCE", None)] if sys.platform == "linux" else []),
+    extra_compile_args=[
+        "-std=c11",
+        "-O2",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-pthread",
+        "-Wall",
+        "-Wextra",
+        "-Wconversion",
+        "-Wshadow",
+    ],
+    extra_link_args=["-pthread"],
+)
+
+setup(ext_modules=[core])
