@@ -2,6 +2,7 @@
 """What several test files need: random inputs, torch as the judge, the tolerance, child processes."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -108,6 +109,14 @@ def outcome(call):
         return SimpleNamespace(result=call(), error=None)
     except Exception as error:  # noqa: BLE001 - the point is to compare whatever comes
         return SimpleNamespace(result=None, error=error)
+
+
+def torch_words(error):
+    """torch's message as mha_c says it: a shape is printed as a tuple."""
+    def as_tuple(match):
+        sizes = [int(n) for n in match[1].split(",") if n.strip()]
+        return str(tuple(sizes))
+    return re.sub(r"torch\.Size\(\[([^\]]*)\]\)", as_tuple, str(error))
 
 
 # ---------------------------------------------------------------------------------------------- tolerance
