@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head attention as torch.nn.MultiheadAttention computes it, on NumPy arrays, without torch.
+
+>>> import mha_c, numpy as np
+>>> attention = mha_c.MultiheadAttention(embed_dim=8, num_heads=4)
+>>> x = np.zeros((5, 3, 8), dtype=np.float32)  # (length, batch, features)
+>>> output, weights = attention(x, x, x)
+>>> output.shape
+(5, 3, 8)
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+__all__ = ["MultiheadAttention", "get_num_threads", "num_threads", "set_num_threads", "show_config"]
+
+try:
+    import mha_c._core
+except ModuleNotFoundError as error:
+    if error.name != "mha_c._core":
+        raise
+    raise ImportError(
+        f"Python imported mha_c from {__path__[0]}, where its C extension is not built. In a source tree, build it "
+        "with `pip install -e .`; to use an installed mha_c instead, start Python in another directory."
+    ) from error
+
+from mha_c.attention import MultiheadAttention
+from mha_c.threads import get_num_threads, num_threads, set_num_threads, show_config
+
+_SUBMODULES = ("torch",)  # imported when first used: `import mha_c` needs NumPy alone
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        from importlib import import_module
+
+        return import_module(f"mha_c.{name}")
+    raise AttributeError(f"module 'mha_c' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

@@ -1,0 +1,624 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head attention as a layer: torch's constructor, call, attributes and state dict over the C core."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mha_c import _core
+from mha_c.initialization import initial_parameters
+from mha_c.parameters import ParameterSet, Widths, as_array
+from mha_c.serialization import IncompatibleKeys, match_state_dict
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["MultiheadAttention", "OutputProjection"]
+
+_Arguments = ParamSpec("_Arguments")
+
+# Held for an instant, to count a call or to swap a set of parameters, so one lock serves all layers. Forking waits for
+# it, or a child could inherit it locked.
+_lock = threading.Lock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+def _explaining_foreign_names(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Add to Python's TypeError what torch.nn.Transformer's names for the same arguments are called here."""
+    names = {"d_model": "embed_dim", "nhead": "num_heads"}
+
+    @functools.wraps(init)
+    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        try:
+            init(*args, **kwargs)
+        except TypeError as error:
+            foreign = [name for name in names if name in kwargs]
+            if not foreign:
+                raise
+            advice = ", ".join(f"{names[name]}={kwargs[name]!r} instead of {name}={kwargs[name]!r}" for name in foreign)
+            raise TypeError(f"{error}. Write {advice}.") from None
+
+    return checked
+
+
+def _width(name: str) -> property:
+    """A width of the layer as an attribute; all widths are fixed at construction."""
+    return property(operator.attrgetter(f"_parameters.widths.{name}"), doc=f"{name}, fixed at construction.")
+
+
+def _parameter(name: str) -> property:
+    """A parameter as an attribute: reading gives the array, or None where the layer has none; assigning replaces it."""
+
+    def read(layer: MultiheadAttention) -> NDArray[Any] | None:
+        return layer._parameters.arrays.get(name)
+
+    def replace(layer: MultiheadAttention, value: Any) -> None:
+        layer._assign(name, value)
+
+    return property(read, replace, doc=f"The parameter {name}, or None.")
+
+
+class MultiheadAttention:
+    """Multi-head attention: what ``torch.nn.MultiheadAttention`` computes, on NumPy arrays.
+
+    Each head compares every query with every key, turns the scores into weights that sum to 1, and takes the weighted
+    sum of the values; the heads' results side by side go through one more linear map::
+
+        head_i = softmax(Q_i K_iᵀ / sqrt(head_dim)) V_i
+        output = concatenate(head_1, ..., head_H) W_oᵀ + b_o
+
+    with Q_i, K_i, V_i linear maps of the query, key and value inputs ("Attention Is All You Need", Vaswani et al.,
+    2017, section 3.2.2).
+
+    Parameters
+    ----------
+    embed_dim : int
+        Features of the query, and of the output unless `out_dim` is given.
+    num_heads : int
+        Heads, H. They divide `embed_dim` unless `head_dim` is given.
+    dropout : float, default 0.0
+        Probability of dropping an attention weight, in training mode only. A new layer is in training mode.
+    bias : bool, default True
+        Whether the projections add biases.
+    add_bias_kv : bool, default False
+        Whether to append one learnt key and value, ``bias_k`` and ``bias_v``.
+    add_zero_attn : bool, default False
+        Whether to append one key and value of zeros.
+    kdim, vdim : int, optional
+        Features of the key and of the value; `embed_dim` unless given.
+    batch_first : bool, default False
+        Whether inputs are (N, L, E) rather than (L, N, E).
+    device : optional
+        None or "cpu".
+    dtype : optional
+        float32 (the default) or float64, as a name, a NumPy or a torch dtype.
+    seed : int, optional
+        The parameters are those of torch after ``torch.manual_seed(seed)``, bit for bit. None: random ones.
+    dropout_seed : int, optional
+        Seed of the dropped weights, which also depend on the number of calls made in training mode. None: random.
+    masked_rows : {"torch", "zero"}, default "torch"
+        What a query attends to that may see no key: as torch, NaN with `need_weights` and nothing without; or always
+        nothing, so that its output is the output bias.
+    head_dim, v_head_dim : int, optional
+        Features of a query and key head, and of a value head: ``embed_dim // num_heads`` and `head_dim` unless given.
+    out_dim : int, optional
+        Features of the output; `embed_dim` unless given.
+    num_kv_heads : int, optional
+        Key and value heads, a divisor of `num_heads`: grouped-query attention, in which query head h reads key and
+        value head ``h // (num_heads // num_kv_heads)``. `num_heads` unless given.
+
+    Attributes
+    ----------
+    in_proj_weight : numpy.ndarray or None
+        The query, key and value projections, stacked, where kdim = vdim = embed_dim; else None.
+    q_proj_weight, k_proj_weight, v_proj_weight : numpy.ndarray or None
+        The same one by one, where the widths differ; else None.
+    in_proj_bias : numpy.ndarray or None
+        The biases of the three, stacked.
+    bias_k, bias_v : numpy.ndarray or None
+        The learnt key and value of `add_bias_kv`, (1, 1, features).
+    out_proj : OutputProjection
+        The output projection's ``weight`` and ``bias``.
+    embed_dim, kdim, vdim, num_heads, num_kv_heads, head_dim, v_head_dim, out_dim : int
+        The widths; fixed.
+    dropout, batch_first, add_zero_attn, masked_rows, training, dropout_seed
+        As given; they may be changed, and count from the next call on.
+
+    Raises
+    ------
+    ValueError
+        If a width is not positive, `num_kv_heads` does not divide `num_heads`, or `masked_rows` is unknown.
+    AssertionError
+        If `embed_dim` is not divisible by `num_heads` and `head_dim` is not given.
+    TypeError, RuntimeError
+        If a width is no integer, or `dtype` or `device` is not supported.
+
+    Notes
+    -----
+    Parameters are read-only arrays. Assigning to one, `load_state_dict` and `to` replace the whole set at once, so that
+    a layer may be called from many threads while another replaces its parameters: each call uses one set throughout.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> attention = mha_c.MultiheadAttention(embed_dim=8, num_heads=4, seed=0)
+    >>> x = np.random.default_rng(0).standard_normal((5, 3, 8), dtype=np.float32)  # (L, N, E)
+    >>> output, weights = attention(x, x, x)
+    >>> output.shape, weights.shape
+    ((5, 3, 8), (3, 5, 5))
+
+    Widths that torch ties together are free:
+
+    >>> mha_c.MultiheadAttention(10, 4, head_dim=2, out_dim=8)
+    MultiheadAttention(
+      (out_proj): NonDynamicallyQuantizableLinear(in_features=8, out_features=8, bias=True)
+    )
+    """
+
+    embed_dim = _width("embed_dim")
+    kdim = _width("kdim")
+    vdim = _width("vdim")
+    num_heads = _width("num_heads")
+    num_kv_heads = _width("num_kv_heads")
+    head_dim = _width("head_dim")
+    v_head_dim = _width("v_head_dim")
+    out_dim = _width("out_dim")
+
+    in_proj_weight = _parameter("in_proj_weight")
+    q_proj_weight = _parameter("q_proj_weight")
+    k_proj_weight = _parameter("k_proj_weight")
+    v_proj_weight = _parameter("v_proj_weight")
+    in_proj_bias = _parameter("in_proj_bias")
+    bias_k = _parameter("bias_k")
+    bias_v = _parameter("bias_v")
+
+    @_explaining_foreign_names
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        seed: int | None = None,
+        dropout_seed: int | None = None,
+        masked_rows: str = "torch",
+        head_dim: int | None = None,
+        v_head_dim: int | None = None,
+        out_dim: int | None = None,
+        num_kv_heads: int | None = None,
+    ) -> None:
+        widths = Widths.from_arguments(embed_dim, num_heads, kdim, vdim, head_dim, v_head_dim, out_dim, num_kv_heads)
+        _check_device(device)
+        real = _float_dtype(dtype)
+        arrays = initial_parameters(widths.shapes(bool(bias), bool(add_bias_kv)), real, seed)
+        parameters = ParameterSet(widths, arrays, real)
+        self._set_up(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
+
+    def _set_up(
+        self,
+        parameters: ParameterSet,
+        dropout: float,
+        add_zero_attn: bool,
+        batch_first: bool,
+        dropout_seed: int | None = None,
+        masked_rows: str = "torch",
+    ) -> None:
+        """Complete a new layer, whether its parameters are initial ones or come from elsewhere."""
+        if masked_rows not in ("torch", "zero"):
+            raise ValueError(f'masked_rows must be "torch" or "zero", but got {masked_rows!r}')
+        self.dropout = dropout
+        self.batch_first = batch_first
+        self.add_zero_attn = add_zero_attn
+        self.masked_rows = masked_rows
+        self.training = True
+        entropy = int.from_bytes(os.urandom(8), "little")
+        self.dropout_seed = entropy if dropout_seed is None else operator.index(dropout_seed) % 2**64
+        self._dropout_calls = 0
+        self._parameters = parameters
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "forward" in cls.__dict__ and "__call__" not in cls.__dict__:
+            cls.__call__ = cls.forward  # type: ignore[method-assign]  # a call is forward without an indirection
+
+    def forward(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        key_padding_mask: Any = None,
+        need_weights: bool = True,
+        attn_mask: Any = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        out: NDArray[Any] | None = None,
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Attend with each query to all keys; calling the layer does the same.
+
+        Inputs are whatever exposes the array interface, the buffer protocol or DLPack on the CPU, of the layer's dtype;
+        none is modified. N is the batch size, L the number of queries, S the number of keys.
+
+        Parameters
+        ----------
+        query : array, (L, N, embed_dim)
+            (N, L, embed_dim) with `batch_first`; (L, embed_dim) without a batch.
+        key : array, (S, N, kdim)
+            Or (N, S, kdim), or (S, kdim).
+        value : array, (S, N, vdim)
+            Or (N, S, vdim), or (S, vdim).
+        key_padding_mask : array, (N, S) or (S,), optional
+            Booleans, True = this key is hidden; or floats, added to the scores of that key.
+        need_weights : bool, default True
+            Whether to return the attention weights too.
+        attn_mask : array, (L, S) or (N * num_heads, L, S) or (num_heads, L, S), optional
+            Booleans, True = this query does not see this key; or floats, added to the scores.
+        average_attn_weights : bool, default True
+            Whether the weights returned are averaged over the heads.
+        is_causal : bool, default False
+            Whether query l sees the keys 0..l only, on top of the masks.
+        out : numpy.ndarray, optional
+            Writable array of the output's shape and dtype, in which to put the output.
+
+        Returns
+        -------
+        attn_output : numpy.ndarray
+            Of the query's shape, with `out_dim` features; `out` where given.
+        attn_output_weights : numpy.ndarray or None
+            None without `need_weights`; else (N, L, S'), or (N, num_heads, L, S') unless averaged, N omitted without a
+            batch; S' counts the keys that `add_bias_kv` and `add_zero_attn` append.
+
+        Raises
+        ------
+        AssertionError, RuntimeError, TypeError, ValueError
+            Where torch raises them, in its words: ranks, shapes and dtypes that do not fit. A list is a TypeError.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> attention = mha_c.MultiheadAttention(4, 2, batch_first=True, dtype="float64", seed=0)
+        >>> x = np.ones((1, 3, 4))
+        >>> attention(x, x, x, is_causal=True)[1]
+        array([[[1.        , 0.        , 0.        ],
+                [0.5       , 0.5       , 0.        ],
+                [0.33333333, 0.33333333, 0.33333333]]])
+        """
+        dropout_p = self.dropout if self.training else 0.0
+        return _core.forward(
+            self._parameters.weights,
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+            out,
+            self.batch_first,
+            self.add_zero_attn,
+            self.masked_rows,
+            dropout_p,
+            self.dropout_seed,
+            self._count_dropout_call() if dropout_p > 0 else 0,
+        )
+
+    __call__ = forward
+
+    def _count_dropout_call(self) -> int:
+        with _lock:
+            call = self._dropout_calls
+            self._dropout_calls = call + 1
+        return call
+
+    @property
+    def out_proj(self) -> OutputProjection:
+        """The output projection."""
+        return OutputProjection(self)
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        return self._parameters.widths.packed
+
+    def _assign(self, name: str, value: Any) -> None:
+        """Replace one parameter, cast to the layer's dtype."""
+        current = self._parameters.arrays.get(name)
+        if current is None:
+            raise AttributeError(f"this layer has no {name}: it has {', '.join(self._parameters.arrays)}")
+        array = as_array(value)
+        if array.shape != current.shape:
+            raise ValueError(f"{name} has shape {current.shape}, but got an array of shape {array.shape}")
+        self._replace({name: array})
+
+    def _replace(self, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any] | None = None) -> None:
+        """Swap in a new set of parameters, unless another thread was faster: then start from its set."""
+        while True:
+            old = self._parameters
+            new = ParameterSet(old.widths, {**old.arrays, **arrays}, dtype or old.dtype)
+            with _lock:
+                if self._parameters is old:
+                    self._parameters = new
+                    return
+
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, NDArray[Any]]]:
+        """Iterate over the names and arrays of the parameters, in the order of the state dict.
+
+        Parameters
+        ----------
+        prefix : str, default ""
+            What precedes each name, with a dot between.
+
+        Yields
+        ------
+        tuple of str and numpy.ndarray
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> [(name, array.shape) for name, array in mha_c.MultiheadAttention(4, 2, bias=False).named_parameters()]
+        [('in_proj_weight', (12, 4)), ('out_proj.weight', (4, 4))]
+        """
+        for name, array in self._parameters.arrays.items():
+            yield f"{prefix}.{name}" if prefix else name, array
+
+    def parameters(self) -> Iterator[NDArray[Any]]:
+        """Iterate over the arrays of the parameters, in the order of the state dict.
+
+        Yields
+        ------
+        numpy.ndarray
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> sum(array.size for array in mha_c.MultiheadAttention(8, 2).parameters())
+        288
+        """
+        yield from self._parameters.arrays.values()
+
+    def state_dict(self, *, prefix: str = "") -> OrderedDict[str, NDArray[Any]]:
+        """The parameters by name, as torch names and orders them.
+
+        Parameters
+        ----------
+        prefix : str, default ""
+            What precedes each name, with no dot added.
+
+        Returns
+        -------
+        collections.OrderedDict of str to numpy.ndarray
+            The layer's own read-only arrays.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> list(mha_c.MultiheadAttention(8, 2).state_dict(prefix="attention."))[:2]
+        ['attention.in_proj_weight', 'attention.in_proj_bias']
+        """
+        return OrderedDict((prefix + name, array) for name, array in self._parameters.arrays.items())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Replace the parameters by those of a state dict; on an error nothing changes.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array or tensor
+            By torch's names; any dtype is cast to the layer's.
+        strict : bool, default True
+            Whether the names must be exactly the layer's.
+
+        Returns
+        -------
+        IncompatibleKeys
+            The named tuple (missing_keys, unexpected_keys).
+
+        Raises
+        ------
+        RuntimeError
+            In torch's words, if names (with `strict`) or shapes differ.
+        TypeError
+            If `state_dict` is not a mapping.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> attention = mha_c.MultiheadAttention(8, 2)
+        >>> attention.load_state_dict(mha_c.MultiheadAttention(8, 2).state_dict())
+        <All keys matched successfully>
+        """
+        arrays, incompatible = match_state_dict(type(self).__name__, self._parameters.arrays, state_dict, strict)
+        self._replace(arrays)
+        return incompatible
+
+    def to(self, dtype: Any) -> Self:
+        """Cast the parameters, in place.
+
+        Parameters
+        ----------
+        dtype : str, numpy.dtype or torch.dtype
+            float32 or float64.
+
+        Returns
+        -------
+        MultiheadAttention
+            The layer itself.
+
+        Raises
+        ------
+        TypeError
+            If the dtype is another one.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).to("float64").out_proj.weight.dtype
+        dtype('float64')
+        """
+        self._replace({}, _float_dtype(dtype))
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch training mode, in which dropout is active, on or off.
+
+        Parameters
+        ----------
+        mode : bool, default True
+            Whether the layer is to be in training mode.
+
+        Returns
+        -------
+        MultiheadAttention
+            The layer itself.
+
+        Raises
+        ------
+        ValueError
+            If `mode` is no bool.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).train(False).training
+        False
+        """
+        if not isinstance(mode, bool):
+            raise ValueError("training mode is expected to be boolean")
+        self.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """Leave training mode: ``train(False)``.
+
+        Returns
+        -------
+        MultiheadAttention
+            The layer itself.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2, dropout=0.1).eval().training
+        False
+        """
+        return self.train(False)
+
+    @classmethod
+    def from_torch(cls, module: Any) -> Self:
+        """A layer with the arguments, the parameters and the training mode of torch's.
+
+        Parameters
+        ----------
+        module : torch.nn.MultiheadAttention
+            The layer to copy. Parameters in float16 or bfloat16 become float32.
+
+        Returns
+        -------
+        MultiheadAttention
+
+        Raises
+        ------
+        TypeError
+            If `module` is something else.
+        ImportError
+            If torch is not installed.
+
+        Examples
+        --------
+        >>> import mha_c, torch
+        >>> mha_c.MultiheadAttention.from_torch(torch.nn.MultiheadAttention(8, 2)).num_heads
+        2
+        """
+        from mha_c.torch import from_torch
+
+        return from_torch(module, cls)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(\n  (out_proj): {self.out_proj}\n)"
+
+
+class OutputProjection:
+    """The output projection of a layer: its ``weight`` and ``bias``, which may be assigned.
+
+    Examples
+    --------
+    >>> import mha_c
+    >>> mha_c.MultiheadAttention(8, 2).out_proj.weight.shape
+    (8, 8)
+    """
+
+    def __init__(self, layer: MultiheadAttention) -> None:
+        self._layer = layer
+
+    @property
+    def weight(self) -> NDArray[Any]:
+        """(out_dim, num_heads * v_head_dim)."""
+        return self._layer._parameters.arrays["out_proj.weight"]
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._layer._assign("out_proj.weight", value)
+
+    @property
+    def bias(self) -> NDArray[Any] | None:
+        """(out_dim,), or None in a layer without biases."""
+        return self._layer._parameters.arrays.get("out_proj.bias")
+
+    @bias.setter
+    def bias(self, value: Any) -> None:
+        self._layer._assign("out_proj.bias", value)
+
+    @property
+    def in_features(self) -> int:
+        """The heads' features side by side: num_heads * v_head_dim."""
+        return int(self.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        """The features of the output: out_dim."""
+        return int(self.weight.shape[0])
+
+    def __repr__(self) -> str:
+        return (
+            f"NonDynamicallyQuantizableLinear(in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None})"
+        )
+
+
+def _check_device(device: Any) -> None:
+    if device is not None and str(device) not in ("cpu", "cpu:0"):
+        raise RuntimeError(f'mha_c computes on the CPU: device must be None or "cpu", but got {device!r}')
+
+
+def _float_dtype(dtype: Any) -> np.dtype[Any]:
+    """float32 or float64 from a name, a NumPy dtype or, without importing torch, a torch dtype."""
+    if dtype is None:
+        return np.dtype(np.float32)
+    try:
+        found = np.dtype(str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else dtype)
+    except TypeError:  # bfloat16 among others
+        found = None
+    if found is not None and found in (np.float32, np.float64):
+        return found
+    if found is not None and found.kind in "iub":
+        raise RuntimeError(
+            "Only Tensors of floating point and complex dtype can require gradients: "
+            f"dtype must be float32 or float64, but got {dtype!r}"
+        )
+    raise TypeError(f"dtype must be float32 or float64, but got {dtype!r}")

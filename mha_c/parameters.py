@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The widths of a layer, the shapes that follow from them, and one immutable set of parameters."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mha_c import _core
+
+__all__ = ["ParameterSet", "Widths", "as_array"]
+
+
+class Widths(NamedTuple):
+    """Every width of a layer, with torch's names; the last four are free here and tied together in torch."""
+
+    embed_dim: int
+    kdim: int
+    vdim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    out_dim: int
+
+    @classmethod
+    def from_arguments(
+        cls,
+        embed_dim: int,
+        num_heads: int,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        head_dim: int | None = None,
+        v_head_dim: int | None = None,
+        out_dim: int | None = None,
+        num_kv_heads: int | None = None,
+    ) -> Widths:
+        """Check the constructor's arguments, in torch's order and with its errors, and fill in what is None."""
+        if embed_dim <= 0 or num_heads <= 0:
+            raise ValueError(
+                "embed_dim and num_heads must be greater than 0, "
+                f"got embed_dim={embed_dim} and num_heads={num_heads} instead"
+            )
+        if head_dim is None and embed_dim % num_heads:
+            raise AssertionError(f"embed_dim must be divisible by num_heads. {_ways_to_divide(embed_dim, num_heads)}")
+        if isinstance(embed_dim, bool) or not hasattr(embed_dim, "__index__"):
+            raise TypeError(
+                "empty(): argument 'size' (position 1) must be tuple of ints, "
+                f"but found element of type {type(embed_dim).__name__} at pos 0: embed_dim must be an int"
+            )
+        embed_dim = operator.index(embed_dim)
+        num_heads = _positive("num_heads", int(num_heads) if int(num_heads) == num_heads else num_heads)
+        for name, width in (("kdim", kdim), ("vdim", vdim)):
+            if width is not None and _integer(name, width) < 0:
+                raise RuntimeError(f"Trying to create tensor with negative dimension {width}: {name} must not be negative")
+        kv_heads = num_heads if num_kv_heads is None else _positive("num_kv_heads", num_kv_heads)
+        if num_heads % kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads, but {kv_heads} does not divide {num_heads}")
+        head_dim = embed_dim // num_heads if head_dim is None else _positive("head_dim", head_dim)
+        return cls(
+            embed_dim=embed_dim,
+            kdim=embed_dim if kdim is None else operator.index(kdim),
+            vdim=embed_dim if vdim is None else operator.index(vdim),
+            num_heads=num_heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            v_head_dim=head_dim if v_head_dim is None else _positive("v_head_dim", v_head_dim),
+            out_dim=embed_dim if out_dim is None else _positive("out_dim", out_dim),
+        )
+
+    @property
+    def packed(self) -> bool:
+        """Whether in_proj_weight holds the input projections, stacked; else they are three parameters."""
+        return self.kdim == self.vdim == self.embed_dim
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Output features of the query, key and value projections."""
+        return (
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+            self.num_kv_heads * self.v_head_dim,
+        )
+
+    def shapes(self, bias: bool, bias_kv: bool) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters by name, in the order of torch's state dict."""
+        q, k, v = self.rows
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.packed:
+            shapes["in_proj_weight"] = (q + k + v, self.embed_dim)
+        else:
+            shapes["q_proj_weight"] = (q, self.embed_dim)
+            shapes["k_proj_weight"] = (k, self.kdim)
+            shapes["v_proj_weight"] = (v, self.vdim)
+        if bias:
+            shapes["in_proj_bias"] = (q + k + v,)
+        if bias_kv:
+            shapes["bias_k"] = (1, 1, k)
+            shapes["bias_v"] = (1, 1, v)
+        shapes["out_proj.weight"] = (self.out_dim, self.num_heads * self.v_head_dim)
+        if bias:
+            shapes["out_proj.bias"] = (self.out_dim,)
+        return shapes
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, but got {value!r}") from None
+
+
+def _positive(name: str, value: Any) -> int:
+    if _integer(name, value) <= 0:
+        raise ValueError(f"{name} must be greater than 0, but got {value}")
+    return operator.index(value)
+
+
+def _ways_to_divide(embed_dim: int, num_heads: int) -> str:
+    if num_heads != int(num_heads):
+        return f"num_heads must be an int, but got {num_heads!r}"
+    lower = embed_dim // num_heads * num_heads
+    upper = lower + num_heads
+    choices = f"{lower} or {upper}" if lower else f"{upper}"
+    return f"Choose embed_dim={choices} for {num_heads} heads, or give the heads a width of their own with head_dim=..."
+
+
+class ParameterSet:
+    """One immutable set of parameters: as read-only arrays, and packed for the kernels.
+
+    Parameters
+    ----------
+    widths : Widths
+        The widths of the layer.
+    arrays : mapping of str to numpy.ndarray
+        The parameters by name, of the shapes that `widths` asks for, in the order of the state dict.
+    dtype : numpy.dtype
+        float32 or float64, to which the arrays are cast.
+
+    Attributes
+    ----------
+    arrays : mapping of str to numpy.ndarray
+        Views of one `bytes` object, which is why NumPy refuses to make them writable.
+    weights : mha_c._core.Weights
+        What the forward pass reads.
+    """
+
+    __slots__ = ("arrays", "dtype", "weights", "widths")
+
+    def __init__(self, widths: Widths, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any]) -> None:
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as in torch
+            buffer = b"".join(np.ascontiguousarray(array, dtype).data for array in arrays.values())
+        flat = np.frombuffer(buffer, dtype)
+        views: dict[str, NDArray[Any]] = {}
+        start = 0
+        for name, array in arrays.items():
+            views[name] = flat[start : start + array.size].reshape(array.shape)
+            start += array.size
+
+        if widths.packed:
+            q_rows, k_rows, _ = widths.rows
+            q, k, v = np.split(views["in_proj_weight"], (q_rows, q_rows + k_rows))
+        else:
+            q, k, v = (views[f"{letter}_proj_weight"] for letter in "qkv")
+        self.widths = widths
+        self.dtype = dtype
+        self.arrays = MappingProxyType(views)
+        self.weights = _core.Weights(
+            widths.num_heads,
+            widths.num_kv_heads,
+            widths.head_dim,
+            widths.v_head_dim,
+            q,
+            k,
+            v,
+            views.get("in_proj_bias"),
+            views.get("bias_k"),
+            views.get("bias_v"),
+            views["out_proj.weight"],
+            views.get("out_proj.bias"),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ParameterSet, (self.widths, dict(self.arrays), self.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParameterSet:
+        return self  # nothing in it can change
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """A NumPy array over `value`: an array, a tensor, or whatever exposes the array interface, a buffer or DLPack.
+
+    Raises
+    ------
+    TypeError
+        If `value` is none of these, such as a list.
+    """
+    if hasattr(value, "detach"):  # a torch tensor
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # which NumPy lacks
+            value = value.float()
+    if any(hasattr(value, name) for name in ("__array__", "__array_interface__", "__array_struct__")):
+        return np.asarray(value)
+    if hasattr(value, "__dlpack__"):
+        return np.from_dlpack(value)
+    try:
+        return np.asarray(memoryview(value))
+    except TypeError:
+        raise TypeError(f"expected an array or a tensor, but got {type(value)}") from None

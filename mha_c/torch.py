@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From torch and back. The only module of this package that imports torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mha_c.attention import MultiheadAttention
+from mha_c.parameters import ParameterSet, Widths, as_array
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise ImportError("mha_c.torch needs torch, which is not installed: `pip install torch`") from error
+
+__all__ = ["forward_in_torch", "from_torch", "to_torch"]
+
+_Layer = TypeVar("_Layer", bound=MultiheadAttention)
+
+
+def from_torch(module: torch.nn.MultiheadAttention, cls: type[_Layer]) -> _Layer:
+    """A layer with the arguments, the parameters and the training mode of torch's.
+
+    Parameters
+    ----------
+    module : torch.nn.MultiheadAttention
+        The layer to copy. Parameters in float16 or bfloat16 become float32.
+    cls : type
+        `mha_c.MultiheadAttention` or a subclass of it.
+
+    Returns
+    -------
+    MultiheadAttention
+
+    Raises
+    ------
+    TypeError
+        If `module` is something else.
+
+    Examples
+    --------
+    >>> import mha_c, torch
+    >>> from_torch(torch.nn.MultiheadAttention(8, 2), mha_c.MultiheadAttention).num_heads
+    2
+    """
+    if not isinstance(module, torch.nn.MultiheadAttention):
+        raise TypeError(f"from_torch takes a torch.nn.MultiheadAttention, but got {type(module)}")
+    widths = Widths.from_arguments(module.embed_dim, module.num_heads, module.kdim, module.vdim)
+    dtype = np.dtype(np.float64 if module.out_proj.weight.dtype == torch.float64 else np.float32)
+    arrays = {name: as_array(tensor) for name, tensor in module.state_dict().items()}
+    layer = cls.__new__(cls)
+    layer._set_up(ParameterSet(widths, arrays, dtype), module.dropout, module.add_zero_attn, module.batch_first)
+    return layer.train(module.training)
+
+
+def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
+    """The layer of torch with the arguments, the parameters and the training mode of ours.
+
+    Parameters
+    ----------
+    layer : MultiheadAttention
+        The layer to copy.
+
+    Returns
+    -------
+    torch.nn.MultiheadAttention
+
+    Raises
+    ------
+    ValueError
+        If torch has no such layer: it ties the widths of heads and output to `embed_dim`.
+
+    Examples
+    --------
+    >>> import mha_c
+    >>> to_torch(mha_c.MultiheadAttention(8, 2)).num_heads
+    2
+    """
+    widths = layer._parameters.widths
+    if widths != Widths.from_arguments(widths.embed_dim, widths.num_heads, widths.kdim, widths.vdim):
+        raise ValueError(f"torch.nn.MultiheadAttention has no such widths: {widths}")
+    parameters = {name: torch.from_numpy(array.copy()) for name, array in layer.state_dict().items()}
+    # skip_init leaves torch's random numbers alone.
+    module: torch.nn.MultiheadAttention = torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        torch.nn.MultiheadAttention,
+        widths.embed_dim,
+        widths.num_heads,
+        dropout=layer.dropout,
+        bias="in_proj_bias" in parameters,
+        add_bias_kv="bias_k" in parameters,
+        add_zero_attn=layer.add_zero_attn,
+        kdim=widths.kdim,
+        vdim=widths.vdim,
+        batch_first=layer.batch_first,
+        dtype=parameters["out_proj.weight"].dtype,
+    )
+    module.load_state_dict(parameters)
+    return module.train(layer.training)
+
+
+def forward_in_torch(
+    layer: MultiheadAttention, query: Any, key: Any, value: Any, **call: Any
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """What torch's layer with the same parameters answers to the same call.
+
+    Parameters
+    ----------
+    layer : MultiheadAttention
+        The layer to imitate.
+    query, key, value : array
+        As for the layer itself.
+    **call
+        The other arguments of ``MultiheadAttention.forward``, except `out`.
+
+    Returns
+    -------
+    tuple of numpy.ndarray and numpy.ndarray or None
+        The output and the attention weights.
+
+    Raises
+    ------
+    ValueError
+        If torch has no such layer.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> x = np.zeros((5, 3, 8), dtype=np.float32)
+    >>> forward_in_torch(mha_c.MultiheadAttention(8, 2), x, x, x)[0].shape
+    (5, 3, 8)
+    """
+    module = to_torch(layer)
+    tensors = [torch.from_numpy(np.array(array)) for array in (query, key, value)]
+    for name in ("key_padding_mask", "attn_mask"):
+        if call.get(name) is not None:
+            call[name] = torch.from_numpy(np.array(call[name]))
+    # Gradients are left on: without them torch may take its inference fast path, which differs in corner cases.
+    output, weights = module(*tensors, **call)
+    return output.detach().numpy(), None if weights is None else weights.detach().numpy()
