@@ -174,8 +174,11 @@ bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b)
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype)
 {
     npy_intp bytes = dtype == MHA_FLOAT32 ? (npy_intp)sizeof(float) : (npy_intp)sizeof(double);
-    for (int i = 0; i < ndim; i++)
-        if (shape[i] != 0 && __builtin_mul_overflow(bytes, shape[i], &bytes))
-            return (PyArrayObject *)PyErr_NoMemory();
+    for (int i = 0; i < ndim; i++) {
+        if (shape[i] != 0 && __builtin_mul_overflow(bytes, shape[i], &bytes)) {
+            raise_status(MHA_TOO_LARGE);
+            return NULL;
+        }
+    }
     return (PyArrayObject *)PyArray_SimpleNew(ndim, shape, dtype == MHA_FLOAT32 ? NPY_FLOAT : NPY_DOUBLE);
 }

@@ -162,8 +162,9 @@ static int check_projections(const call_arguments *arguments)
         return -1;
     const npy_intp *key = arguments->key_shape;
     if (key[FEATURES] != (npy_intp)widths->Ek) {
-        /* One product for both where key is value. */
-        const size_t columns = widths->Hkv * (arguments->key == arguments->value ? widths->D + widths->Dv : widths->D);
+        /* torch multiplies once for both where key is value, which its own batch axis makes it forget. */
+        const bool is_shared = arguments->key == arguments->value && arguments->is_batched;
+        const size_t columns = widths->Hkv * (is_shared ? widths->D + widths->Dv : widths->D);
         PyErr_Format(PyExc_RuntimeError, "mat1 and mat2 shapes cannot be multiplied (%zdx%zd and %zux%zu)",
                      product(key[LENGTH], key[BATCH]), key[FEATURES], widths->Ek, columns);
         return -1;

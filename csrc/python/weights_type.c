@@ -50,13 +50,17 @@ static int check_counts(const weights_arguments *given)
 
 static int raise_shape(const parameter *expected, PyArrayObject *array)
 {
-    PyObject *shape = PyArray_IntTupleFromIntp(PyArray_NDIM(array), PyArray_DIMS(array));
-    PyObject *expected_shape = PyArray_IntTupleFromIntp(expected->ndim, expected->shape);
-    if (shape != NULL && expected_shape != NULL)
-        PyErr_Format(PyExc_ValueError, "%s must have the shape %R (-1: any), not %R", expected->name, expected_shape,
-                     shape);
-    Py_XDECREF(shape);
-    Py_XDECREF(expected_shape);
+    const int ndim = PyArray_NDIM(array);
+    npy_intp shape[3];
+    for (int i = 0; i < expected->ndim; i++) /* no complaint about a length that may be any */
+        shape[i] = expected->shape[i] == -1 && ndim == expected->ndim ? PyArray_DIM(array, i) : expected->shape[i];
+
+    PyObject *expected_tuple = PyArray_IntTupleFromIntp(expected->ndim, shape);
+    PyObject *tuple = PyArray_IntTupleFromIntp(ndim, PyArray_DIMS(array));
+    if (expected_tuple != NULL && tuple != NULL)
+        PyErr_Format(PyExc_ValueError, "%s must have the shape %R, not %R", expected->name, expected_tuple, tuple);
+    Py_XDECREF(expected_tuple);
+    Py_XDECREF(tuple);
     return -1;
 }
 
