@@ -40,6 +40,12 @@ typedef struct {
     char *block; /* the workspace */
 } forward;
 
+/* While the workspace is only planned there is no block: addresses are then NULL. */
+static char *at_offset(const forward *f, size_t offset)
+{
+    return f->block ? f->block + offset : NULL;
+}
+
 size_t mha_extra_keys(const mha_weights *weights, const mha_call *call)
 {
     return (weights->bias_k != NULL) + (size_t)call->add_zero_attn;
@@ -90,9 +96,9 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
         size_t rows, row;
         mha_target target;
     } inputs[MHA_TARGETS] = {
-        {&call->query, call->N * call->L, at->q_row, {&w->q, f->block + at->q, at->q_stride}},
-        {&call->key, f->live.total, at->k_row, {&w->k, f->block + at->k, at->k_stride}},
-        {&call->value, f->live.total, at->v_row, {&w->v, f->block + at->v, at->v_stride}},
+        {&call->query, call->N * call->L, at->q_row, {&w->q, at_offset(f, at->q), at->q_stride}},
+        {&call->key, f->live.total, at->k_row, {&w->k, at_offset(f, at->k), at->k_stride}},
+        {&call->value, f->live.total, at->v_row, {&w->v, at_offset(f, at->v), at->v_stride}},
     };
     size_t count = 0;
     for (size_t i = 0; i < MHA_TARGETS; i++) {
@@ -101,7 +107,7 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
                                inputs[i].target.panels->depth == inputs[i - 1].target.panels->depth;
         if (!as_before)
             projections[count++] = (mha_projection){.rows = inputs[i].rows,
-                                                    .row = (const char *const *)(void *)(f->block + inputs[i].row),
+                                                    .row = (const char *const *)(void *)at_offset(f, inputs[i].row),
                                                     .stride_e = inputs[i].x->stride_e};
         mha_projection *p = &projections[count - 1];
         p->target[p->targets++] = inputs[i].target;
@@ -114,7 +120,7 @@ static mha_projection plan_output(const forward *f)
 {
     const mha_weights *w = f->weights;
     return (mha_projection){.rows = f->call->N * f->call->L,
-                            .row = (const char *const *)(void *)(f->block + f->at.context_row),
+                            .row = (const char *const *)(void *)at_offset(f, f->at.context_row),
                             .stride_e = (ptrdiff_t)w->kernels->item,
                             .targets = 1,
                             .target = {{&w->out, f->call->output, w->widths.Eo}}};
@@ -142,7 +148,7 @@ static void write_extra_keys(const forward *f)
 {
     const mha_weights *w = f->weights;
     const size_t item = w->kernels->item, k_bytes = f->at.k_stride * item, v_bytes = f->at.v_stride * item;
-    char *k = f->block + f->at.extra_k, *v = f->block + f->at.extra_v;
+    char *k = at_offset(f, f->at.extra_k), *v = at_offset(f, f->at.extra_v);
     memset(k, 0, f->live.extra * k_bytes);
     memset(v, 0, f->live.extra * v_bytes);
     if (w->bias_k) {
@@ -165,17 +171,17 @@ static mha_attention describe_attention(const forward *f)
         .kernels = f->weights->kernels,
         .N = call->N, .L = call->L, .H = w->H, .Hkv = w->Hkv, .D = w->D, .Dv = w->Dv,
         .scale = 1 / sqrt((double)w->D),
-        .q = {f->block + at->q, L * q, D, q},
-        .context = {f->block + at->context, L * context, Dv, context},
-        .k = {f->block + at->k, 0, D, k},
-        .v = {f->block + at->v, 0, Dv, v},
-        .extra_k = {f->block + at->extra_k, 0, D, k},
-        .extra_v = {f->block + at->extra_v, 0, Dv, v},
+        .q = {at_offset(f, at->q), L * q, D, q},
+        .context = {at_offset(f, at->context), L * context, Dv, context},
+        .k = {at_offset(f, at->k), 0, D, k},
+        .v = {at_offset(f, at->v), 0, Dv, v},
+        .extra_k = {at_offset(f, at->extra_k), 0, D, k},
+        .extra_v = {at_offset(f, at->extra_v), 0, Dv, v},
         .live = &f->live, .masks = &f->masks, .empty_row = call->empty_row,
         .dropout_p = call->dropout_p,
         .weights_wanted = call->weights_wanted, .attn_weights = call->attn_weights,
-        .maximum = f->block + at->maximum, .inverse = f->block + at->inverse,
-        .threads = call->threads, .scratch = f->block + at->scratch, .scratch_bytes = at->scratch_bytes,
+        .maximum = at_offset(f, at->maximum), .inverse = at_offset(f, at->inverse),
+        .threads = call->threads, .scratch = at_offset(f, at->scratch), .scratch_bytes = at->scratch_bytes,
         .stop = call->stop,
     };
 }
@@ -227,7 +233,7 @@ static mha_status run(const forward *f)
 {
     const mha_call *call = f->call;
     const mha_kernels *kernels = f->weights->kernels;
-    char *scratch = f->block + f->at.scratch;
+    char *scratch = at_offset(f, f->at.scratch);
     mha_projection projections[MHA_TARGETS] = {{0}};
     list_all_rows(f);
     write_extra_keys(f);

@@ -12,6 +12,10 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
+#ifndef __clang__ /* gcc would schedule the broadcasts ahead of their use, and spill accumulators for them */
+#pragma GCC push_options
+#pragma GCC optimize("no-schedule-insns")
+#endif
 #include "simd_neon.h"
 
 #define DTYPE f32
@@ -21,6 +25,10 @@
 #define DTYPE f64
 #define REAL double
 #include "kernels.inc.h"
+
+#ifndef __clang__
+#pragma GCC pop_options
+#endif
 
 const mha_kernels mha_kernels_neon[2] = {
     MHA_KERNELS("neon", f32, float, MHA_FLOAT32),
