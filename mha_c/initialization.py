@@ -54,8 +54,8 @@ def initial_parameters(
     Examples
     --------
     >>> initial_parameters({"out_proj.weight": (2, 2)}, np.dtype("float32"), seed=0)["out_proj.weight"]
-    array([[-0.00529398,  0.37932295],
-           [-0.58198076, -0.52038747]], dtype=float32)
+    array([[-0.00529398,  0.3793229 ],
+           [-0.58198076, -0.5203875 ]], dtype=float32)
     """
     draws = _Draws(seed, dtype)
     parameters = {name: np.zeros(shape, dtype) for name, shape in shapes.items()}

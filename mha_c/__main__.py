@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``python -m mha_c demo | info``, also installed as ``mha-c``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mha_c import show_config
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments; those of the process unless given.
+
+    Returns
+    -------
+    int
+        The exit status.
+
+    Examples
+    --------
+    >>> main(["info"])  # doctest: +ELLIPSIS
+    mha_c ...
+    0
+    """
+    parser = argparse.ArgumentParser(prog="mha-c", description="Multi-head attention on NumPy arrays, without torch.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo", help="attention step by step, on a small example and in a real model")
+    commands.add_parser("info", help="versions, instruction set and number of threads")
+    command = parser.parse_args(argv).command
+    if command == "info":
+        show_config()
+    else:
+        from mha_c import demo
+
+        demo.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
