@@ -1,0 +1,145 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * cpu.c - which kernels this process runs: what the CPU has, what the operating system saves, what the user asked for.
+ *
+ * Owns: the list of levels, and the choice, made once.
+ * Assumes: nothing. An instruction set counts only if the operating system saves its registers, too (XGETBV).
+ */
+#include "cpu.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+extern const mha_kernels mha_kernels_avx2[2], mha_kernels_portable[2]; /* by mha_dtype */
+
+enum { AVX2 = 1, AVX512 = 2, NEON = 4 };
+
+/* Best first. A level's name is that of its kernels. */
+static const struct {
+    const mha_kernels *kernels;
+    unsigned needs;
+} levels[] = {
+#if defined(__x86_64__)
+    {mha_kernels_avx2, AVX2},
+#endif
+    {mha_kernels_portable, 0},
+};
+enum { LEVELS = sizeof levels / sizeof *levels };
+
+static const mha_kernels *supported[LEVELS]; /* best first */
+static size_t supported_count;
+static const mha_kernels *chosen; /* NULL: see `refusal` */
+static char refusal[256];
+
+#if defined(__x86_64__)
+
+/* Are all bits of `mask` set? */
+static bool has(unsigned bits, unsigned mask)
+{
+    return (bits & mask) == mask;
+}
+
+static unsigned detect(void)
+{
+    /* Which registers the system saves: XMM 0x02, YMM 0x04, opmask 0x20, upper halves of ZMM 0x40, ZMM16-31 0x80.
+     * (macOS reports the last three only after their first use: there AVX-512 stays off.) */
+    const unsigned ymm_state = 0x06, zmm_state = 0xe6;
+    const unsigned avx512 = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
+    unsigned eax, ebx, ecx, edx, saved, saved_high;
+
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !has(ecx, bit_OSXSAVE | bit_AVX | bit_FMA))
+        return 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !has(ebx, bit_AVX2))
+        return 0;
+    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(saved_high) : "c"(0));
+    if (!has(saved, ymm_state))
+        return 0;
+    return has(ebx, avx512) && has(saved, zmm_state) ? AVX2 | AVX512 : AVX2;
+}
+
+#elif defined(__aarch64__)
+
+static unsigned detect(void)
+{
+    return NEON; /* part of the architecture */
+}
+
+#else
+
+static unsigned detect(void)
+{
+    return 0;
+}
+
+#endif
+
+static const mha_kernels *find_supported(const char *name)
+{
+    for (size_t i = 0; i < supported_count; i++)
+        if (strcmp(supported[i]->name, name) == 0)
+            return supported[i];
+    return NULL;
+}
+
+static void choose(void)
+{
+    unsigned present = detect();
+    for (size_t i = 0; i < LEVELS; i++)
+        if ((levels[i].needs & ~present) == 0)
+            supported[supported_count++] = levels[i].kernels;
+
+    const char *wanted = getenv("MHA_C_CPU");
+    chosen = wanted == NULL || *wanted == '\0' ? supported[0] : find_supported(wanted);
+    if (chosen == NULL) {
+        size_t used = (size_t)snprintf(refusal, sizeof refusal, "MHA_C_CPU is '%.64s', but this build can run only",
+                                       wanted);
+        for (size_t i = 0; i < supported_count && used < sizeof refusal; i++)
+            used += (size_t)snprintf(refusal + used, sizeof refusal - used, "%s '%s'", i == 0 ? "" : ",",
+                                     supported[i]->name);
+        if (used < sizeof refusal)
+            snprintf(refusal + used, sizeof refusal - used, " on this CPU");
+    }
+}
+
+static void choose_once(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, choose);
+}
+
+bool mha_cpu_init(const char **reason)
+{
+    choose_once();
+    if (chosen == NULL)
+        *reason = refusal;
+    return chosen != NULL;
+}
+
+const mha_kernels *mha_cpu_kernels(mha_dtype dtype)
+{
+    return &chosen[dtype];
+}
+
+const char *mha_cpu_name(void)
+{
+    return chosen->name;
+}
+
+const char *mha_cpu_supported(size_t i)
+{
+    choose_once();
+    return i < supported_count ? supported[i]->name : NULL;
+}
+
+const mha_kernels *mha_cpu_kernels_named(const char *name, mha_dtype dtype)
+{
+    choose_once();
+    const mha_kernels *kernels = find_supported(name);
+    return kernels != NULL ? &kernels[dtype] : NULL;
+}

@@ -1,0 +1,418 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * threads.c - the pool: idle threads that help whoever runs a parallel loop.
+ *
+ * Owns: the workers and the one static `pool` through which they are reached; nothing here is allocated or freed.
+ * Assumes: lock-free atomics, and that tasks do not fork (should_stop may).
+ *
+ * The caller never needs a worker. It puts its loop, a `job` on its own stack, behind a gate with threads - 1 free
+ * seats and starts on the tasks itself. Workers that come in time take a seat, help, and leave; when the tasks have run
+ * out the caller closes the gate and waits for those still inside. A worker that wakes up late finds the gate closed
+ * and touches nothing, so no loop waits for a thread that the system has not scheduled yet - or that did not survive a
+ * fork.
+ *
+ * Workers are detached and never end: between jobs they spin or sleep on the static pool, hold no lock and own nothing,
+ * so that neither a forked child nor the exit of the process has anything to wait for or to clean up.
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* sched_getaffinity */
+#endif
+
+#include "threads.h"
+
+#include <fenv.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdalign.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#endif
+
+enum {
+    MAX_THREADS = 1024,
+    CACHE_LINE = 128, /* what one writes and others watch has a line of its own (64 bytes, fetched in pairs, or 128) */
+    SPIN_NS = 50000,  /* about what waking a thread takes: watching in vain costs no more than what it might save */
+};
+
+/* pool.gate: free seats in the upper half; below them, who is inside and whether the caller sleeps until they left. */
+enum { INSIDE = 0x7fff, CALLER_SLEEPS = 0x8000, SEAT = 0x10000 };
+
+struct job {
+    mha_task run;
+    void *context;
+    size_t tasks;
+    fenv_t environment; /* the caller's rounding mode and the like */
+    alignas(CACHE_LINE) atomic_size_t next; /* the next ticket: the number of a task */
+};
+
+/* All zero in a fresh process, and again in a forked child. Who holds `busy` owns the fields that are not atomic. */
+static struct {
+    atomic_bool busy;
+    unsigned workers;    /* that exist */
+    size_t cpus;         /* that the process could use when the last worker was created */
+    struct job *current; /* also read by whoever is inside the gate */
+    alignas(CACHE_LINE) atomic_uint gate;
+    alignas(CACHE_LINE) atomic_uint epoch; /* counts the jobs: what idle workers watch */
+    atomic_bool spinning_pays;
+    alignas(CACHE_LINE) atomic_uint sleeping; /* workers that need a wake-up call to notice a new epoch */
+} pool;
+
+static unsigned forks; /* between the first process and this one */
+static _Thread_local bool in_task;
+
+/* ---- Waiting: sleep_while() may return for no reason; wake() is called after *word has changed. ---- */
+
+#if defined(__linux__)
+
+static void sleep_while(atomic_uint *word, unsigned value)
+{
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+
+static void wake(atomic_uint *word, unsigned threads)
+{
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, threads, NULL, NULL, 0);
+}
+
+static void forget_sleepers(void)
+{
+}
+
+#else
+
+static pthread_mutex_t sleep_mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t sleep_condition = PTHREAD_COND_INITIALIZER;
+
+static void sleep_while(atomic_uint *word, unsigned value)
+{
+    pthread_mutex_lock(&sleep_mutex);
+    if (atomic_load(word) == value)
+        pthread_cond_wait(&sleep_condition, &sleep_mutex);
+    pthread_mutex_unlock(&sleep_mutex);
+}
+
+static void wake(atomic_uint *word, unsigned threads)
+{
+    (void)word, (void)threads; /* one condition serves all words, so everybody looks */
+    pthread_mutex_lock(&sleep_mutex);
+    pthread_cond_broadcast(&sleep_condition);
+    pthread_mutex_unlock(&sleep_mutex);
+}
+
+/* In a forked child: those who slept, or held the mutex, are gone. */
+static void forget_sleepers(void)
+{
+    sleep_mutex = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    sleep_condition = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+}
+
+#endif
+
+static void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static int64_t nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* Watches *word for a short while; returns true as soon as it differs from `value`. */
+static bool changes_soon(atomic_uint *word, unsigned value)
+{
+    int64_t end = nanoseconds() + SPIN_NS;
+    do {
+        if (atomic_load_explicit(word, memory_order_acquire) != value)
+            return true;
+        relax();
+    } while (atomic_load_explicit(&pool.spinning_pays, memory_order_relaxed) && nanoseconds() < end);
+    return false;
+}
+
+/* ---- Both sides of a job ---- */
+
+/* Runs tasks until none is left or, for the caller, until should_stop() says so; returns whether it did. The tickets
+ * need no order among themselves: the gate orders the job before its tasks, and those before the caller's return. */
+static bool take_part(struct job *job, size_t worker, const mha_stop *stop)
+{
+    size_t task;
+    while ((task = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)) < job->tasks) {
+        job->run(job->context, task, worker);
+        if (stop != NULL && stop->should_stop != NULL && stop->should_stop(stop->context)) {
+            atomic_store_explicit(&job->next, job->tasks, memory_order_relaxed);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* ---- The workers' side ---- */
+
+/* Takes a seat and returns its number, or 0 if none is free. */
+static unsigned enter_gate(void)
+{
+    unsigned gate = atomic_load_explicit(&pool.gate, memory_order_relaxed);
+    while (gate >= SEAT)
+        if (atomic_compare_exchange_weak_explicit(&pool.gate, &gate, gate - SEAT + 1, memory_order_acquire,
+                                                  memory_order_relaxed))
+            return gate / SEAT;
+    return 0;
+}
+
+static void leave_gate(void)
+{
+    if (atomic_fetch_sub_explicit(&pool.gate, 1, memory_order_release) == (CALLER_SLEEPS | 1))
+        wake(&pool.gate, 1);
+}
+
+static void await_epoch_after(unsigned seen)
+{
+    if (changes_soon(&pool.epoch, seen))
+        return;
+    /* Sequentially consistent, as in publish(): either it counts this sleeper, or this sees its new epoch. */
+    atomic_fetch_add(&pool.sleeping, 1);
+    while (atomic_load(&pool.epoch) == seen)
+        sleep_while(&pool.epoch, seen);
+    atomic_fetch_sub_explicit(&pool.sleeping, 1, memory_order_relaxed);
+}
+
+static void *work(void *unused)
+{
+    (void)unused;
+    in_task = true;
+    for (;;) {
+        /* In this order: a job that opens the gate too late for enter_gate() changes the epoch later still. */
+        unsigned seen = atomic_load_explicit(&pool.epoch, memory_order_acquire);
+        unsigned seat = enter_gate();
+        if (seat != 0) {
+            fesetenv(&pool.current->environment);
+            take_part(pool.current, seat, NULL);
+            leave_gate();
+        }
+        await_epoch_after(seen);
+    }
+    return NULL;
+}
+
+/* ---- The caller's side ---- */
+
+/* Runs in a forked child, where the forking thread is alone and the pool may be frozen in any state. Nothing was locked
+ * before the fork, so forking waits for nobody. */
+static void start_over_in_child(void)
+{
+    memset(&pool, 0, sizeof pool);
+    forget_sleepers();
+    forks++;
+}
+
+static bool forks_are_watched;
+
+static void watch_forks(void)
+{
+    forks_are_watched = pthread_atfork(NULL, NULL, start_over_in_child) == 0;
+}
+
+/* Brings the pool to `wanted` workers, or as near as the system lets it. */
+static void hire(unsigned wanted)
+{
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0)
+        return;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+
+    /* A new thread inherits the mask. The process's signals are not for workers; those that a thread raises by its own
+     * fault cannot go to another, and blocking them would only keep a crash reporter from speaking. */
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+    sigset_t blocked, before;
+    sigfillset(&blocked);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
+        sigdelset(&blocked, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+
+    unsigned workers = pool.workers;
+    pthread_t thread;
+    while (workers < wanted && pthread_create(&thread, &attributes, work, NULL) == 0)
+        workers++;
+
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    if (workers > pool.workers)
+        pool.cpus = mha_usable_cpus();
+    pool.workers = workers;
+}
+
+/* Opens the gate to the job for up to threads - 1 workers. False: it has to do without. */
+static bool publish(struct job *job, size_t threads)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    if (threads < 2 || in_task)
+        return false;
+    pthread_once(&once, watch_forks);
+    if (!forks_are_watched || atomic_exchange_explicit(&pool.busy, true, memory_order_acquire))
+        return false;
+
+    unsigned seats = (unsigned)(threads < MAX_THREADS ? threads : MAX_THREADS) - 1;
+    if (pool.workers < seats)
+        hire(seats);
+    if (pool.workers < seats)
+        seats = pool.workers;
+    if (seats == 0) {
+        atomic_store_explicit(&pool.busy, false, memory_order_release);
+        return false;
+    }
+
+    fegetenv(&job->environment);
+    pool.current = job;
+    atomic_store_explicit(&pool.spinning_pays, seats < pool.cpus, memory_order_relaxed);
+    atomic_store_explicit(&pool.gate, seats * SEAT, memory_order_release);
+    atomic_fetch_add(&pool.epoch, 1);
+    unsigned awake = pool.workers - atomic_load(&pool.sleeping); /* they see the new epoch without being told */
+    if (awake < seats)
+        wake(&pool.epoch, seats - awake);
+    return true;
+}
+
+/* Closes the gate behind the last worker and gives the pool back. */
+static void withdraw(void)
+{
+    unsigned gate = atomic_fetch_and_explicit(&pool.gate, INSIDE, memory_order_acquire) & INSIDE;
+    while (gate != 0 && changes_soon(&pool.gate, gate))
+        gate = atomic_load_explicit(&pool.gate, memory_order_acquire);
+    if (gate != 0) {
+        gate = atomic_fetch_or_explicit(&pool.gate, CALLER_SLEEPS, memory_order_acquire) | CALLER_SLEEPS;
+        while (gate != CALLER_SLEEPS) {
+            sleep_while(&pool.gate, gate);
+            gate = atomic_load_explicit(&pool.gate, memory_order_acquire);
+        }
+    }
+    atomic_store_explicit(&pool.busy, false, memory_order_release);
+}
+
+mha_status mha_parallel_for(size_t threads, size_t tasks, mha_task run, void *context, mha_stop stop)
+{
+    struct job job = {.run = run, .context = context, .tasks = tasks};
+    unsigned forks_before = forks;
+    bool was_in_task = in_task;
+    bool published = publish(&job, threads < tasks ? threads : tasks);
+
+    in_task = true;
+    bool stopped = take_part(&job, 0, &stop);
+    in_task = was_in_task;
+
+    if (published && forks != forks_before)
+        return MHA_STOPPED; /* should_stop() forked: in this child the workers' tasks are lost, and the pool is new */
+    if (published)
+        withdraw();
+    return stopped ? MHA_STOPPED : MHA_OK;
+}
+
+/* ---- How many CPUs there are to use ---- */
+
+#if defined(__linux__)
+
+static bool read_line(const char *directory, const char *name, char *line, int size)
+{
+    char path[4096 + 64];
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    FILE *file = fopen(path, "re");
+    bool read = file != NULL && fgets(line, size, file) != NULL;
+    if (file != NULL)
+        fclose(file);
+    return read;
+}
+
+/* The quota of one cgroup in CPUs, rounded up; SIZE_MAX if it has none. Version 2 says "quota period" or "max period"
+ * in one file, version 1 uses two files and a quota of -1. */
+static size_t quota_of(const char *directory)
+{
+    char first[64], second[64], *rest;
+    long long quota = 0, period = 0;
+    if (read_line(directory, "cpu.max", first, sizeof first)) {
+        quota = strtoll(first, &rest, 10);
+        period = strtoll(rest, NULL, 10);
+    } else if (read_line(directory, "cpu.cfs_quota_us", first, sizeof first) &&
+               read_line(directory, "cpu.cfs_period_us", second, sizeof second)) {
+        quota = strtoll(first, NULL, 10);
+        period = strtoll(second, NULL, 10);
+    }
+    return quota > 0 && period > 0 ? (size_t)((quota - 1) / period + 1) : SIZE_MAX;
+}
+
+/* Is `name` in this comma-separated list? */
+static bool lists(const char *list, const char *name)
+{
+    size_t length = strlen(name);
+    for (; list != NULL; list = strchr(list, ',')) {
+        list += *list == ',';
+        if (strncmp(list, name, length) == 0 && (list[length] == ',' || list[length] == '\0'))
+            return true;
+    }
+    return false;
+}
+
+/* The least quota among the cgroups of this process and those around them. The path that the system reports may begin
+ * outside the container that it is read in; then only its root exists here, and is the right one. */
+static size_t cgroup_quota(void)
+{
+    size_t least = SIZE_MAX;
+    char line[4096], directory[4096 + 32];
+    FILE *file = fopen("/proc/self/cgroup", "re");
+    while (file != NULL && fgets(line, sizeof line, file) != NULL) { /* number:controllers:path */
+        line[strcspn(line, "\n")] = '\0';
+        char *controllers = strchr(line, ':');
+        char *path = controllers != NULL ? strchr(controllers + 1, ':') : NULL;
+        if (path == NULL)
+            continue;
+        *controllers++ = '\0';
+        *path++ = '\0';
+        bool version_2 = *controllers == '\0';
+        if (!version_2 && !lists(controllers, "cpu"))
+            continue;
+        for (char *end = path + strlen(path); end != NULL; end = strrchr(path, '/')) {
+            *end = '\0';
+            snprintf(directory, sizeof directory, "/sys/fs/cgroup%s%s", version_2 ? "" : "/cpu", path);
+            size_t quota = quota_of(directory);
+            least = quota < least ? quota : least;
+        }
+    }
+    if (file != NULL)
+        fclose(file);
+    return least;
+}
+
+size_t mha_usable_cpus(void)
+{
+    cpu_set_t allowed[8]; /* 8192 CPUs, the most that Linux can be built for */
+    size_t cpus = 0;
+    if (sched_getaffinity(0, sizeof allowed, allowed) == 0)
+        cpus = (size_t)CPU_COUNT_S(sizeof allowed, allowed);
+    size_t quota = cgroup_quota();
+    cpus = quota < cpus ? quota : cpus;
+    return cpus > 1 ? cpus : 1;
+}
+
+#else
+
+size_t mha_usable_cpus(void)
+{
+    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    return cpus > 1 ? (size_t)cpus : 1;
+}
+
+#endif
