@@ -26,7 +26,11 @@ static const struct {
     unsigned needs;
 } levels[] = {
 #if defined(__x86_64__)
+    {mha_kernels_avx512, AVX512},
     {mha_kernels_avx2, AVX2},
+#endif
+#if defined(__aarch64__)
+    {mha_kernels_neon, NEON},
 #endif
     {mha_kernels_portable, 0},
 };
