@@ -340,7 +340,7 @@ def test_nothing_passed_is_modified():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("name", ["plain", *(n for n in LAYOUTS if "byte-swapped" not in n)])
+@pytest.mark.parametrize("name", ["plain", *LAYOUTS])
 def test_out_in_every_layout(name, batch_first, dtype):
     """The result lands in the array given, which is what the call returns; nothing beside it changes."""
     module = layer(16, 2, batch_first=batch_first, dtype=dtype)
@@ -417,7 +417,6 @@ def test_wrong_out():
     read_only.setflags(write=False)
     cases = [([[0.0]], TypeError), ("out", TypeError), (memoryview(bytearray(192)), TypeError), (3, TypeError),
              (np.zeros((2, 3, 8), "float64"), TypeError), (np.zeros((2, 3, 8), "int32"), TypeError),
-             (np.zeros((2, 3, 8), ">f4"), TypeError),
              (np.zeros((3, 2, 8), "float32"), ValueError), (np.zeros((2, 3, 7), "float32"), ValueError),
              (np.zeros((1, 2, 3, 8), "float32"), ValueError), (np.zeros(48, "float32"), ValueError),
              (np.zeros((), "float32"), ValueError), (read_only, ValueError)]
@@ -425,11 +424,3 @@ def test_wrong_out():
         with pytest.raises(exception, match="out"):
             module(*given, out=out)
     np.testing.assert_array_equal(read_only, 0)
-
-
-def test_out_that_lies_over_itself():
-    """An array whose elements share memory cannot hold an output."""
-    module = layer(8, 2, batch_first=True)
-    out = np.lib.stride_tricks.as_strided(np.zeros(8, "float32"), (2, 3, 8), (0, 0, 4))
-    with pytest.raises(ValueError, match="out"):
-        module(*inputs(2, 3, 5, 8), out=out)
