@@ -16,8 +16,6 @@
 #include <cpuid.h>
 #endif
 
-extern const mha_kernels mha_kernels_avx2[2], mha_kernels_portable[2]; /* by mha_dtype */
-
 enum { AVX2 = 1, AVX512 = 2, NEON = 4 };
 
 /* Best first. A level's name is that of its kernels. */
