@@ -17,7 +17,14 @@ __all__ = ["ParameterSet", "Widths", "as_array"]
 
 
 class Widths(NamedTuple):
-    """Every width of a layer, with torch's names; the last four are free here and tied together in torch."""
+    """Every width of a layer; torch ties the last four to the others.
+
+    Examples
+    --------
+    >>> widths = Widths.from_arguments(embed_dim=10, num_heads=4, head_dim=2, out_dim=8)
+    >>> widths.shapes(bias=False, bias_kv=False)
+    {'in_proj_weight': (24, 10), 'out_proj.weight': (8, 8)}
+    """
 
     embed_dim: int
     kdim: int
@@ -193,12 +200,27 @@ class ParameterSet:
 
 
 def as_array(value: Any) -> NDArray[Any]:
-    """A NumPy array over `value`: an array, a tensor, or whatever exposes the array interface, a buffer or DLPack.
+    """A NumPy array over `value`, copied only where NumPy cannot read it in place.
+
+    Parameters
+    ----------
+    value : object
+        An array, a tensor of torch, or whatever exposes the array interface, the buffer protocol or DLPack.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of the dtype of `value`; float32 for a tensor of bfloat16.
 
     Raises
     ------
     TypeError
         If `value` is none of these, such as a list.
+
+    Examples
+    --------
+    >>> as_array(memoryview(b"ab"))
+    array([97, 98], dtype=uint8)
     """
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu()

@@ -58,6 +58,12 @@ def match_state_dict(
         If `state_dict` is not a mapping.
     RuntimeError
         In torch's words, if `strict` and the names differ, or if a shape differs, or a value is no array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> match_state_dict("Layer", {"weight": np.zeros(2)}, {"weight": np.ones(2), "bias": np.ones(2)}, strict=False)
+    ({'weight': array([1., 1.])}, _IncompatibleKeys(missing_keys=[], unexpected_keys=['bias']))
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.")
