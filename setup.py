@@ -5,11 +5,15 @@ No flag names an instruction set: each file under csrc/kernels opens its own tar
 among them when it is imported. Contraction stays off, so that every compiler gives the same bits.
 """
 
+import os
 import sys
 from glob import glob
 
 import numpy
 from setuptools import Extension, setup
+
+# The flags that Python was built with ask for debug information, nine tenths of a wheel; CFLAGS=-g brings it back.
+debug_flags = [] if "-g" in os.environ.get("CFLAGS", "").split() else ["-g0"]
 
 core = Extension(
     "mha_c._core",
@@ -28,6 +32,7 @@ core = Extension(
         "-Wextra",
         "-Wconversion",
         "-Wshadow",
+        *debug_flags,
     ],
     extra_link_args=["-pthread"],
 )
