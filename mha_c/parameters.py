@@ -64,7 +64,7 @@ class Widths(NamedTuple):
         num_heads = _positive("num_heads", int(num_heads) if int(num_heads) == num_heads else num_heads)
         for name, width in (("kdim", kdim), ("vdim", vdim)):
             if width is not None and _integer(name, width) < 0:
-                raise RuntimeError(f"Trying to create tensor with negative dimension {width}: {name} must not be negative")
+                raise RuntimeError(f"Trying to create tensor with negative dimension {width}: {name} is negative")
         kv_heads = num_heads if num_kv_heads is None else _positive("num_kv_heads", num_kv_heads)
         if num_heads % kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, but {kv_heads} does not divide {num_heads}")

@@ -193,13 +193,14 @@ def test_parameters_are_read_only():
 
 
 def test_assignment_replaces_a_parameter():
-    """Each one, from any array or tensor, of any dtype and strides; the arrays handed out before stay what they were."""
+    """Each one, from any array or tensor, of any dtype and strides; arrays handed out before stay as they were."""
     module = mha_c.MultiheadAttention(8, 2, kdim=5, add_bias_kv=True, seed=0)
     for name, before in module.named_parameters():
         holder, attribute = (module.out_proj, name[9:]) if name.startswith("out_proj.") else (module, name)
         bits = before.tobytes()
         new = normal(before.shape[::-1], "float64").T
-        for value in (new, torch.tensor(new), torch.tensor(new).to(torch.bfloat16), torch.nn.Parameter(torch.tensor(new))):
+        tensor = torch.tensor(new)
+        for value in (new, tensor, tensor.to(torch.bfloat16), torch.nn.Parameter(tensor)):
             expected = np.asarray(value.detach().float() if isinstance(value, torch.Tensor) else value, "float32")
             setattr(holder, attribute, value)
             assert np.array_equal(getattr(holder, attribute), expected), name
@@ -362,7 +363,9 @@ def test_load_state_dict_errors_are_torchs(changes, strict):
     if expected.error is None:
         assert repr(got.result) == str(got.result) == repr(expected.result)
         assert tuple(got.result) == tuple(expected.result)
-        assert all(np.array_equal(a, p.detach()) for a, p in zip(ours.parameters(), theirs.parameters()) if (p == 1).all())
+        for name, tensor in state.items():
+            if name in ours.state_dict():
+                assert np.array_equal(ours.state_dict()[name], tensor), name
     else:
         assert str(got.error).rstrip("\n") == torch_words(expected.error).rstrip("\n")
         assert pickle.dumps(ours.state_dict()) == before
@@ -410,7 +413,7 @@ def test_train_and_eval():
     [copy.copy, copy.deepcopy, *(lambda m, p=p: pickle.loads(pickle.dumps(m, p)) for p in range(2, 6))],
     ids=["copy", "deepcopy", *(f"pickle{p}" for p in range(2, 6))],
 )
-@pytest.mark.parametrize("options", [{}, {"kdim": 5, "bias": False, "dtype": "float64"}, {"add_bias_kv": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"kdim": 5, "bias": False, "dtype": "float64"}, {"add_bias_kv": True}])
 def test_copies(duplicate, options):
     """A copy answers alike, dropout included, goes on counting by itself, and has read-only parameters too."""
     original = mha_c.MultiheadAttention(8, 2, dropout=0.5, masked_rows="zero", batch_first=True, **options)
