@@ -238,6 +238,8 @@ static void attend_task(void *context, size_t task, size_t worker)
     /* The last queries first: under a causal mask they see the most keys. */
     const size_t heads = a->N * a->Hkv, group = j->groups - 1 - task / heads;
     const size_t n = task % heads / a->Hkv, hkv = task % heads % a->Hkv, shared = a->H / a->Hkv;
+    if (a->live->is_few[n])
+        return;
     const size_t first = group * j->task_panels;
     const size_t panels = smaller(j->task_panels, shared * j->split.panels - first);
     for (size_t i = 0; i < panels; i++) {
@@ -325,15 +327,9 @@ static void write_removed(const mha_attention *a, const weighing *w)
     for (size_t h = w->first_head; h < w->first_head + w->heads; h++)
         weigh(a, w, h, &one, MHA_VISIBLE_NONE, w->weights);
     kernels->unpack_panel(w->weights, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
-    const size_t *live = a->live->index + a->live->start[w->n], *end = a->live->index + a->live->start[w->n + 1];
-    for (size_t s = 0; s < a->live->S; s++) {
-        if (live < end && *live == s) {
-            live++;
-            continue;
-        }
+    for (size_t s = mha_next_removed(a->live, w->n, 0); s < a->live->S; s = mha_next_removed(a->live, w->n, s + 1))
         for (size_t lane = 0; lane < w->lanes.count; lane++)
             memcpy(weights_row(a, w, lane) + s * kernels->item, w->rows + lane * kernels->item, kernels->item);
-    }
 }
 
 static void weigh_task(void *context, size_t task, size_t worker)
@@ -355,6 +351,8 @@ static void weigh_task(void *context, size_t task, size_t worker)
         .scores = take(a, base, &layout, MHA_BLOCK_KEYS, P),
         .rows = take(a, base, &layout, P, MHA_BLOCK_KEYS),
     };
+    if (a->live->is_few[w.n])
+        return;
     const size_t first = chunk * CHUNK_BLOCKS, end = smaller(first + CHUNK_BLOCKS, mha_key_blocks(a->live, w.n));
     const size_t block_weights = MHA_BLOCK_KEYS * w.lanes.vectors * a->kernels->lanes * a->kernels->item;
     a->kernels->fill(w.factor, P, 1 / (double)heads);

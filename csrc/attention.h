@@ -44,7 +44,7 @@ typedef struct {
 size_t mha_attention_scratch(const mha_attention *a);
 size_t mha_attention_statistics(const mha_attention *a);
 
-/* Fills context, then attn_weights. */
+/* Fills context, then attn_weights, of all items but those that live->is_few leaves to few_queries.c. */
 mha_status mha_attend(const mha_attention *attention);
 
 #endif

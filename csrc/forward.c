@@ -3,7 +3,7 @@
  * forward.c - multi-head attention, from inputs to outputs:
  *
  *      q = query Wq^T + bq     k = key Wk^T + bk     v = value Wv^T + bv          (projection.c)
- *      context_h = softmax(q_h k_h^T / sqrt(D) + masks) v_h, for every head h     (attention.c)
+ *      context_h = softmax(q_h k_h^T / sqrt(D) + masks) v_h, for every head h     (attention.c, few_queries.c)
  *      output = context Wo^T + bo, the heads side by side                         (projection.c)
  *
  * (Vaswani et al., "Attention Is All You Need", 2017; torch.nn.MultiheadAttention.)
@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "few_queries.h"
 #include "philox.h"
 #include "projection.h"
 #include "weights.h"
@@ -36,6 +37,7 @@ typedef struct {
     const mha_call *call;
     mha_live_keys live;
     mha_masks masks;
+    mha_few_queries few;
     plan at;
     char *block; /* the workspace */
 } forward;
@@ -64,11 +66,13 @@ double mha_forward_operations(const mha_weights *weights, const mha_call *call)
 
 /* ---- Rows ---- */
 
-/* The address of every row of an input: of all positions, or of the live keys alone. */
+/* The address of every row of an input: of all positions, or of the live keys alone that are projected. */
 static void list_rows(const mha_array *x, size_t N, size_t length, const mha_live_keys *only, const char **row)
 {
     for (size_t n = 0; n < N; n++) {
         const char *item = (const char *)x->data + (ptrdiff_t)n * x->stride_n;
+        if (only && only->is_few[n])
+            continue;
         if (only && only->index)
             for (size_t i = only->start[n]; i < only->start[n + 1]; i++)
                 *row++ = item + (ptrdiff_t)only->index[i] * x->stride_l;
@@ -90,15 +94,16 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
     const mha_call *call = f->call;
     const mha_weights *w = f->weights;
     const plan *at = &f->at;
-    const bool every_key = !f->live.index;
+    const size_t keys = f->live.row[call->N];
+    const bool every_key = keys == call->N * call->S;
     const struct {
         const mha_array *x;
         size_t rows, row;
         mha_target target;
     } inputs[MHA_TARGETS] = {
         {&call->query, call->N * call->L, at->q_row, {&w->q, at_offset(f, at->q), at->q_stride}},
-        {&call->key, f->live.total, at->k_row, {&w->k, at_offset(f, at->k), at->k_stride}},
-        {&call->value, f->live.total, at->v_row, {&w->v, at_offset(f, at->v), at->v_stride}},
+        {&call->key, keys, at->k_row, {&w->k, at_offset(f, at->k), at->k_stride}},
+        {&call->value, keys, at->v_row, {&w->v, at_offset(f, at->v), at->v_stride}},
     };
     size_t count = 0;
     for (size_t i = 0; i < MHA_TARGETS; i++) {
@@ -186,6 +191,18 @@ static mha_attention describe_attention(const forward *f)
     };
 }
 
+/* Completes the plan of few_queries.c with the addresses that it shares with the rest. */
+static mha_few_queries describe_few_queries(const forward *f)
+{
+    mha_few_queries few = f->few;
+    few.block = f->block;
+    few.q = at_offset(f, f->at.q);
+    few.q_stride = f->at.q_stride;
+    few.context = at_offset(f, f->at.context);
+    few.context_stride = f->at.context_stride;
+    return few;
+}
+
 static size_t larger(size_t a, size_t b)
 {
     return a > b ? a : b;
@@ -196,7 +213,8 @@ static mha_status plan_call(forward *f)
     const mha_call *call = f->call;
     const mha_widths *w = &f->weights->widths;
     const mha_kernels *kernels = f->weights->kernels;
-    const size_t item = kernels->item, lanes = kernels->lanes, queries = call->N * call->L, keys = f->live.total;
+    const size_t item = kernels->item, lanes = kernels->lanes, queries = call->N * call->L;
+    const size_t keys = f->live.row[call->N];
     plan *at = &f->at;
     mha_layout layout = {0};
     at->q_stride = mha_row_stride(w->H * w->D, lanes, item);
@@ -220,7 +238,8 @@ static mha_status plan_call(forward *f)
     const size_t statistics = call->weights_wanted ? mha_attention_statistics(&attention) : 0;
     at->maximum = mha_reserve(&layout, statistics, 1, item);
     at->inverse = mha_reserve(&layout, statistics, 1, item);
-    at->scratch_bytes = larger(mha_attention_scratch(&attention),
+    mha_few_queries_plan(&f->few, &layout);
+    at->scratch_bytes = larger(larger(mha_attention_scratch(&attention), mha_few_queries_scratch(&f->few)),
                                larger(mha_projection_scratch(kernels, projections, inputs),
                                       mha_projection_scratch(kernels, &output, 1)));
     at->scratch = mha_reserve(&layout, call->threads, at->scratch_bytes, 1);
@@ -251,6 +270,10 @@ static mha_status run(const forward *f)
     status = mha_attend(&attention);
     if (status != MHA_OK)
         return status;
+    const mha_few_queries few = describe_few_queries(f);
+    status = mha_few_queries_attend(&few, scratch, f->at.scratch_bytes);
+    if (status != MHA_OK)
+        return status;
 
     const mha_projection output = plan_output(f);
     return mha_project(kernels, &output, 1, call->threads, scratch, f->at.scratch_bytes, call->stop);
@@ -262,6 +285,10 @@ mha_status mha_forward(const mha_weights *weights, const mha_call *call)
     mha_status status = mha_read_masks(call, mha_extra_keys(weights, call), &f.live, &f.masks);
     if (status != MHA_OK)
         goto done;
+    for (size_t n = 0; n < call->N; n++)
+        f.live.is_few[n] = mha_few_queries_pays(weights, call, mha_live_count(&f.live, n));
+    mha_number_rows(&f.live);
+    f.few = (mha_few_queries){.weights = weights, .call = call, .live = &f.live, .masks = &f.masks};
     status = plan_call(&f);
     if (status != MHA_OK)
         goto done;

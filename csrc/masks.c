@@ -36,7 +36,7 @@ static const char *mask_at(const mha_mask *mask, size_t n, size_t h, size_t l)
            (ptrdiff_t)l * mask->stride_l;
 }
 
-/* Counts an item's live keys and, given room, lists them. *adds says whether the mask still adds to one of them. */
+/* Lists an item's live keys and counts them. *adds says whether the mask still adds to one of them. */
 static size_t list_live_keys(const mha_mask *mask, size_t n, size_t S, size_t *index, bool *adds)
 {
     const char *at = mask_at(mask, n, 0, 0);
@@ -46,9 +46,7 @@ static size_t list_live_keys(const mha_mask *mask, size_t n, size_t S, size_t *i
         if (value == -INFINITY)
             continue;
         *adds |= value != 0;
-        if (index)
-            index[live] = s;
-        live++;
+        index[live++] = s;
     }
     return live;
 }
@@ -57,37 +55,47 @@ mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *liv
 {
     const mha_mask *padding = &call->key_padding_mask;
     mha_layout layout = {0};
-    char *block;
     *live = (mha_live_keys){.N = call->N, .S = call->S, .extra = extra};
     *masks = (mha_masks){.attn = call->attn_mask, .is_causal = call->is_causal};
-    mha_reserve(&layout, call->N + 1, 1, sizeof(size_t));
+    const size_t start = mha_reserve(&layout, call->N + 1, 1, sizeof(size_t));
+    const size_t row = mha_reserve(&layout, call->N + 1, 1, sizeof(size_t));
+    const size_t is_few = mha_reserve(&layout, call->N, 1, sizeof(bool));
     const size_t index = mha_reserve(&layout, padding->kind ? call->N : 0, call->S, sizeof(size_t));
-    const mha_status status = mha_allocate(&layout, &block);
+    const mha_status status = mha_allocate(&layout, &live->block);
     if (status != MHA_OK)
         return status;
-    live->start = (size_t *)block;
-    size_t *list = (size_t *)(block + index);
+    live->start = (size_t *)(void *)(live->block + start);
+    live->row = (size_t *)(void *)(live->block + row);
+    live->is_few = memset(live->block + is_few, false, call->N);
+    size_t *list = (size_t *)(void *)(live->block + index), total = 0;
     bool adds = false;
     for (size_t n = 0; n < call->N; n++) {
-        live->start[n] = live->total;
-        live->total += padding->kind ? list_live_keys(padding, n, call->S, list + live->total, &adds) : call->S;
+        live->start[n] = total;
+        total += padding->kind ? list_live_keys(padding, n, call->S, list + total, &adds) : call->S;
     }
-    live->start[call->N] = live->total;
-    if (live->total < call->N * call->S)
+    live->start[call->N] = total;
+    if (total < call->N * call->S)
         live->index = list;
     if (adds)
         masks->keys = *padding;
     return MHA_OK;
 }
 
+void mha_number_rows(mha_live_keys *live)
+{
+    live->row[0] = 0;
+    for (size_t n = 0; n < live->N; n++)
+        live->row[n + 1] = live->row[n] + (live->is_few[n] ? 0 : mha_live_count(live, n));
+}
+
 void mha_live_keys_release(mha_live_keys *live)
 {
-    mha_release((char *)live->start);
+    mha_release(live->block);
 }
 
 static size_t blocks_of_live_keys(const mha_live_keys *live, size_t n)
 {
-    return (live->start[n + 1] - live->start[n] + MHA_BLOCK_KEYS - 1) / MHA_BLOCK_KEYS;
+    return (mha_live_count(live, n) + MHA_BLOCK_KEYS - 1) / MHA_BLOCK_KEYS;
 }
 
 size_t mha_key_blocks(const mha_live_keys *live, size_t n)
@@ -99,11 +107,11 @@ mha_key_block mha_key_block_at(const mha_live_keys *live, size_t n, size_t i)
 {
     if (i == blocks_of_live_keys(live, n))
         return (mha_key_block){.is_extra = true, .keys = live->extra, .first_key = live->S};
-    const size_t before = i * MHA_BLOCK_KEYS, row = live->start[n] + before;
-    const size_t left = live->start[n + 1] - row, keys = left < MHA_BLOCK_KEYS ? left : MHA_BLOCK_KEYS;
-    mha_key_block block = {.row = row, .keys = keys, .first_key = before};
+    const size_t before = i * MHA_BLOCK_KEYS, left = mha_live_count(live, n) - before;
+    const size_t keys = left < MHA_BLOCK_KEYS ? left : MHA_BLOCK_KEYS;
+    mha_key_block block = {.row = live->row[n] + before, .keys = keys, .first_key = before};
     if (live->index) {
-        const size_t *index = live->index + row;
+        const size_t *index = live->index + live->start[n] + before;
         block.first_key = index[0];
         if (index[keys - 1] - index[0] != keys - 1) /* not a run: padding is, usually */
             block.index = index;
@@ -111,9 +119,23 @@ mha_key_block mha_key_block_at(const mha_live_keys *live, size_t n, size_t i)
     return block;
 }
 
-static size_t last_key(const mha_key_block *block)
+size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s)
 {
-    return block->index ? block->index[block->keys - 1] : block->first_key + block->keys - 1;
+    /* Of the keys before s, as many are live as stand before it in the sorted list. */
+    const size_t *index = live->index + live->start[n], live_keys = mha_live_count(live, n);
+    size_t low = 0, high = live_keys;
+    while (low < high) {
+        const size_t middle = low + (high - low) / 2;
+        if (index[middle] < s)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    while (low < live_keys && s < live->S && index[low] == s) {
+        low++;
+        s++;
+    }
+    return s;
 }
 
 /* The keys of one query: all visible when every value is 0, none when every value is -inf. */
@@ -121,8 +143,7 @@ static mha_visibility row_visibility(const mha_mask *mask, const char *row, cons
 {
     bool some_zero = false, some_hidden = false;
     for (size_t i = 0; i < block->keys; i++) {
-        const size_t s = block->index ? block->index[i] : block->first_key + i;
-        const double value = mask_value(mask->kind, row + (ptrdiff_t)s * mask->stride_s);
+        const double value = mask_value(mask->kind, row + (ptrdiff_t)mha_key_number(block, i) * mask->stride_s);
         some_zero |= value == 0;
         some_hidden |= value == -INFINITY;
         if ((value != 0 && value != -INFINITY) || (some_zero && some_hidden))
@@ -151,7 +172,7 @@ mha_visibility mha_block_visibility(const mha_masks *masks, size_t n, size_t h, 
     if (masks->is_causal) {
         if (block->first_key > first_query + count - 1)
             return MHA_VISIBLE_NONE;
-        if (last_key(block) > first_query)
+        if (mha_key_number(block, block->keys - 1) > first_query)
             visibility = MHA_VISIBLE_SOME;
     }
     if (masks->attn.kind) {

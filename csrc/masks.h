@@ -15,9 +15,12 @@
 typedef struct {
     size_t N, S;
     size_t extra;  /* extra keys of every item */
-    size_t total;  /* live keys of all items together */
-    size_t *start; /* [N + 1]: live keys of the items before n, that is its first row among the projected ones */
-    size_t *index; /* [total]: the live keys' numbers; NULL when every key is live */
+    size_t *start; /* [N + 1]: live keys of the items before n */
+    size_t *index; /* [start[N]]: the live keys' numbers; NULL when every key is live */
+    bool *is_few;  /* [N]: the item is left to few_queries.c, which projects no keys; false until someone says so */
+    size_t *row;   /* [N + 1]: projected keys of the items before n, that is its first row among them; filled by
+                      mha_number_rows() once is_few is settled */
+    char *block;   /* owns all of the above */
 } mha_live_keys;
 
 /* Up to MHA_BLOCK_KEYS keys that are treated together. */
@@ -41,9 +44,25 @@ typedef enum { MHA_VISIBLE_ALL, MHA_VISIBLE_SOME, MHA_VISIBLE_NONE } mha_visibil
 mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *live, mha_masks *masks);
 void mha_live_keys_release(mha_live_keys *live);
 
+void mha_number_rows(mha_live_keys *live);
+
+static inline size_t mha_live_count(const mha_live_keys *live, size_t n)
+{
+    return live->start[n + 1] - live->start[n];
+}
+
 /* Blocks of an item, and the i-th of them. */
 size_t mha_key_blocks(const mha_live_keys *live, size_t n);
 mha_key_block mha_key_block_at(const mha_live_keys *live, size_t n, size_t i);
+
+/* The number of the i-th key of a block. */
+static inline size_t mha_key_number(const mha_key_block *block, size_t i)
+{
+    return block->index ? block->index[i] : block->first_key + i;
+}
+
+/* The first key of an item, from number s on, that is not live; S if there is none. live->index must be there. */
+size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s);
 
 /* What queries first_query .. first_query + count - 1 of (n, h) may see of a block. SOME is always a safe answer. */
 mha_visibility mha_block_visibility(const mha_masks *masks, size_t n, size_t h, size_t first_query, size_t count,

@@ -44,8 +44,8 @@ typedef struct {
     const void *out_weight, *out_bias;          /* (Eo, H*Dv), (Eo) */
 } mha_parameters;
 
-/* Parameters packed for the kernels of this CPU: immutable, usable from any number of threads. Nothing of the
- * mha_parameters it was made from is referenced afterwards. */
+/* Parameters packed for the kernels of this CPU: immutable, usable from any number of threads. k_weight must stay
+ * where it is, unchanged, as long as they live; nothing else of the mha_parameters is referenced afterwards. */
 typedef struct mha_weights mha_weights;
 
 mha_status mha_weights_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *parameters,

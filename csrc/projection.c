@@ -101,21 +101,16 @@ size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *
     return most;
 }
 
-static void copy_rows(const mha_projection *projection, size_t first_row, size_t rows, size_t first_feature,
-                      size_t features, size_t item, char *block, size_t stride)
+void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t item, char *to)
 {
-    for (size_t r = 0; r < rows; r++) {
-        const char *x = projection->row[first_row + r] + (ptrdiff_t)first_feature * projection->stride_e;
-        char *to = block + r * stride * item;
-        if (projection->stride_e == (ptrdiff_t)item)
-            memcpy(to, x, features * item);
-        else if (item == sizeof(float))
-            for (size_t e = 0; e < features; e++)
-                memcpy(to + e * sizeof(float), x + (ptrdiff_t)e * projection->stride_e, sizeof(float));
-        else
-            for (size_t e = 0; e < features; e++)
-                memcpy(to + e * sizeof(double), x + (ptrdiff_t)e * projection->stride_e, sizeof(double));
-    }
+    if (stride_e == (ptrdiff_t)item)
+        memcpy(to, x, features * item);
+    else if (item == sizeof(float))
+        for (size_t e = 0; e < features; e++)
+            memcpy(to + e * sizeof(float), x + (ptrdiff_t)e * stride_e, sizeof(float));
+    else
+        for (size_t e = 0; e < features; e++)
+            memcpy(to + e * sizeof(double), x + (ptrdiff_t)e * stride_e, sizeof(double));
 }
 
 /* Adds one slice of one panel to its strip; the last slice of all ends in y. */
@@ -173,7 +168,9 @@ static void run_task(void *context, size_t task, size_t worker)
     char *block = j->scratch + worker * j->scratch_bytes, *strips = block + p->block_rows * stride * item;
     for (size_t s = 0; s < p->slices; s++) {
         const size_t first = s * p->slice, features = p->depth - first < p->slice ? p->depth - first : p->slice;
-        copy_rows(p->projection, first_row, rows, first, features, item, block, stride);
+        for (size_t r = 0; r < rows; r++)
+            mha_copy_row(p->projection->row[first_row + r] + (ptrdiff_t)first * p->projection->stride_e,
+                         p->projection->stride_e, features, item, block + r * stride * item);
         for (size_t i = first_panel; i < end; i++) {
             size_t in_target = i;
             const mha_target *target = find_target(p->projection, &in_target);

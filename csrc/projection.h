@@ -26,6 +26,9 @@ typedef struct {
     mha_target target[MHA_TARGETS];
 } mha_projection;
 
+/* Copies features of `item` bytes each, stride_e bytes apart, side by side. */
+void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t item, char *to);
+
 /* Bytes of scratch that each thread needs to run any of these. */
 size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *projections, size_t count);
 

@@ -72,6 +72,7 @@ mha_status mha_weights_create(const mha_widths *widths, mha_dtype dtype, const m
     made->widths = w;
     made->kernels = kernels;
     made->bytes = layout.bytes;
+    made->k_weight = given->k_weight;
     pack_panels(kernels, &made->q, made->block, q, given->q_weight, given->q_bias);
     pack_panels(kernels, &made->k, made->block, k, given->k_weight, given->k_bias);
     pack_panels(kernels, &made->v, made->block, v, given->v_weight, given->v_bias);

@@ -12,7 +12,8 @@ struct mha_weights {
     const mha_kernels *kernels;
     mha_panels q, k, v, out;
     const char *bias_k, *bias_v; /* NULL: none */
-    char *block;                 /* owns all of the above */
+    const void *k_weight;        /* as given, for few_queries.c */
+    char *block;                 /* owns all of the above but k_weight */
     size_t bytes;                /* of block */
 };
 

@@ -21,6 +21,8 @@
  * project, the same on every instruction set: changing them changes the bits of results. */
 enum { MHA_CHAIN = 128, MHA_BLOCK_KEYS = 64 };
 
+enum { MHA_MOST_LANES = 48 }; /* of a panel, on any instruction set */
+
 /* C[rows][P] = chain                       when addend is NULL,
  *            = addend + chain              when factor is NULL,
  *            = addend * factor + chain     (fused) otherwise, where
@@ -95,6 +97,11 @@ typedef struct mha_kernels {
      * softmax_begin() sets maximum and sum for no keys at all. */
     void (*softmax_begin)(void *maximum, void *sum, size_t vectors);
     void (*softmax_step)(void *scores, size_t keys, size_t vectors, void *maximum, void *sum, void *factor);
+
+    /* Joins what two runs over different keys left: sums [width][P] of values, maximum and sum [P]. The first three
+     * take in the other three. */
+    void (*softmax_merge)(void *sums, void *maximum, void *sum, const void *sums_2, const void *maximum_2,
+                          const void *sum_2, size_t width, size_t vectors);
 
     /* scores[key][lane] becomes exp(score - maximum[lane]) * inverse[lane]: the attention weights themselves, once
      * maximum and sum are final. */

@@ -42,6 +42,7 @@ static const double exp2_coefficients_f64[] = {
         .product = PASTE(product, suffix), .pack_panel = PASTE(pack_panel, suffix), \
         .unpack_panel = PASTE(unpack_panel, suffix), .add_masks = PASTE(add_masks, suffix), \
         .softmax_begin = PASTE(softmax_begin, suffix), .softmax_step = PASTE(softmax_step, suffix), \
+        .softmax_merge = PASTE(softmax_merge, suffix), \
         .softmax_weights = PASTE(softmax_weights, suffix), .invert_sums = PASTE(invert_sums, suffix), \
         .accumulate = PASTE(accumulate, suffix), .fill = PASTE(fill, suffix), .dropout = PASTE(dropout, suffix), \
     }
@@ -302,6 +303,23 @@ static void V(softmax_step)(void *scores_, size_t keys, size_t vectors, void *ma
         V(store)(sum, V(fma)(V(load)(sum), rescale, block_sum));
         V(store)(maximum, new);
         V(store)(factor, rescale);
+    }
+}
+
+static void V(softmax_merge)(void *sums_, void *maximum_, void *sum_, const void *sums_2_, const void *maximum_2_,
+                             const void *sum_2_, size_t width, size_t vectors)
+{
+    const size_t P = vectors * LANES;
+    for (size_t lane = 0; lane < P; lane += LANES) {
+        REAL *sums = (REAL *)sums_ + lane, *maximum = (REAL *)maximum_ + lane, *sum = (REAL *)sum_ + lane;
+        const REAL *sums_2 = (const REAL *)sums_2_ + lane;
+        const VEC old = V(load)(maximum), old_2 = V(load)((const REAL *)maximum_2_ + lane);
+        const VEC new = V(max)(old, old_2);
+        const VEC factor = V(exp)(old - new), factor_2 = V(exp)(old_2 - new);
+        for (size_t d = 0; d < width; d++)
+            V(store)(sums + d * P, V(fma)(V(load)(sums + d * P), factor, V(load)(sums_2 + d * P) * factor_2));
+        V(store)(sum, V(fma)(V(load)(sum), factor, V(load)((const REAL *)sum_2_ + lane) * factor_2));
+        V(store)(maximum, new);
     }
 }
 

@@ -2,7 +2,8 @@
  *
  * weights_type.c - Weights: checks the parameters of a layer and has the core pack them.
  *
- * Owns: the packed parameters. The arrays it is made from are read once and not kept.
+ * Owns: the packed parameters, and a reference to the key weights, which the core also reads as they were given. The
+ * other arrays it is made from are read once and not kept.
  */
 #include "weights_type.h"
 
@@ -198,6 +199,7 @@ static PyObject *weights_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         .Ev = (size_t)length(given.v_weight, 1),
         .Eo = (size_t)length(given.out_weight, 0),
     };
+    self->k_weight = Py_NewRef(given.k_weight);
     if (raise_status(pack(self, &given)) < 0)
         Py_CLEAR(self);
     return (PyObject *)self;
@@ -208,6 +210,7 @@ static void weights_dealloc(PyObject *object)
     weights_object *self = (weights_object *)object;
     PyTypeObject *type = Py_TYPE(object);
     mha_weights_destroy(self->packed);
+    Py_XDECREF(self->k_weight);
     type->tp_free(object);
     Py_DECREF(type);
 }

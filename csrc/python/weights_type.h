@@ -11,6 +11,7 @@
 typedef struct {
     PyObject_HEAD
     mha_weights *packed;
+    PyObject *k_weight; /* what packed refers to */
     mha_widths widths;
     mha_dtype dtype;
     bool has_bias_kv;

@@ -1,0 +1,520 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * few_queries.c - the re-associated pass: queries to the keys' side, attention over raw inputs, sums to the values' side.
+ *
+ *      absorb        t = Wk_h^T q_h for every lane, then as panels                        task: item, head
+ *      attend        softmax and sums over one chunk of keys                             task: item, panel, chunk
+ *      merge         the chunks of a panel, in order                                     task: item, panel
+ *      emit          context = Wv_h y + bv                                               task: item, head
+ *      weigh         the attention weights, from the scores computed once more           task: item, query, chunk
+ *
+ * Owns: the order of additions along the keys: blocks as in attention.c, then chunks of CHUNK_BLOCKS of them.
+ */
+#include "few_queries.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "projection.h"
+#include "threads.h"
+
+enum {
+    CHUNK_BLOCKS = 8,      /* so that one query of one item keeps several threads busy */
+    LEAST_FEATURES = 16,   /* of keys and values: a vector of any instruction set, also for rows of Wk as they are */
+    CLEARLY = 2,           /* times fewer operations, for the path to be chosen */
+};
+
+static size_t divide_up(size_t a, size_t b)
+{
+    return (a + b - 1) / b;
+}
+
+static size_t smaller(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+bool mha_few_queries_pays(const mha_weights *weights, const mha_call *call, size_t live_keys)
+{
+    const mha_widths *w = &weights->widths;
+    if (w->Ek < LEAST_FEATURES || w->Ev < LEAST_FEATURES || mha_extra_keys(weights, call) || call->dropout_p > 0 ||
+        call->L == 0)
+        return false; /* extra keys have no input, and dropout is for training */
+    const double L = (double)call->L, S = (double)live_keys, H = (double)w->H, Hkv = (double)w->Hkv;
+    const double D = (double)w->D, Dv = (double)w->Dv, Ek = (double)w->Ek, Ev = (double)w->Ev;
+    const double this_way = L * H * (S * (Ek + Ev) + D * Ek + Dv * Ev);
+    const double other_way = S * Hkv * (D * Ek + Dv * Ev) + L * S * H * (D + Dv);
+    return CLEARLY * this_way < other_way;
+}
+
+/* ---- The plan ---- */
+
+static size_t lanes_of(const mha_few_queries *f)
+{
+    return f->call->L * f->weights->widths.H;
+}
+
+static mha_split split_of(const mha_few_queries *f)
+{
+    return mha_split_width(f->weights->kernels, lanes_of(f));
+}
+
+static size_t padded_lanes(const mha_few_queries *f)
+{
+    return split_of(f).vectors * f->weights->kernels->lanes;
+}
+
+void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
+{
+    const mha_widths *w = &f->weights->widths;
+    const mha_kernels *kernels = f->weights->kernels;
+    const size_t number = kernels->item;
+    f->items = f->chunks = 0;
+    for (size_t n = 0; n < f->call->N; n++) {
+        if (!f->live->is_few[n])
+            continue;
+        f->items++;
+        const size_t chunks = divide_up(mha_key_blocks(f->live, n), CHUNK_BLOCKS);
+        f->chunks = chunks > f->chunks ? chunks : f->chunks;
+    }
+    if (f->items == 0)
+        return;
+    const size_t padded = padded_lanes(f), rows = f->items * lanes_of(f);
+    const size_t widest = kernels->vectors * kernels->lanes; /* rows of statistics are read a panel at a time */
+    f->t_stride = mha_row_stride(w->Ek, kernels->lanes, number);
+    f->y_stride = mha_row_stride(w->Ev, kernels->lanes, number);
+    f->item = mha_reserve(layout, f->items, 1, sizeof(size_t));
+    f->t = mha_reserve(layout, rows, f->t_stride, number);
+    f->t_panels = mha_reserve(layout, f->items * padded, w->Ek, number);
+    const size_t by_head = mha_split_width(kernels, w->H).vectors * kernels->lanes;
+    f->query_panels = mha_reserve(layout, f->call->weights_wanted ? f->items * f->call->L * by_head : 0, w->Ek, number);
+    f->sums = mha_reserve(layout, f->items * f->chunks * padded, w->Ev, number);
+    f->maximum = mha_reserve(layout, f->items * f->chunks * padded + widest, 1, number);
+    f->sum = mha_reserve(layout, f->items * f->chunks * padded, 1, number);
+    f->y = mha_reserve(layout, rows, f->y_stride, number);
+    f->inverse = mha_reserve(layout, f->items * padded + widest, 1, number);
+    f->mass = mha_reserve(layout, f->items * padded, 1, number);
+}
+
+/* A thread's scratch: scores of a panel, a slice of a block's inputs, a strip or weights of all heads of a query. */
+typedef struct {
+    char *scores, *factor, *slice, *rows;
+} places;
+
+static size_t slice_stride(const mha_kernels *kernels)
+{
+    return mha_row_stride(MHA_CHAIN, kernels->lanes, kernels->item);
+}
+
+static places take_scratch(const mha_few_queries *f, char *base, mha_layout *layout)
+{
+    const mha_kernels *kernels = f->weights->kernels;
+    const size_t P = kernels->vectors * kernels->lanes, H = f->weights->widths.H, number = kernels->item;
+    const size_t scores = mha_reserve(layout, MHA_BLOCK_KEYS, P, number), factor = mha_reserve(layout, 1, P, number);
+    const size_t slice = mha_reserve(layout, MHA_BLOCK_KEYS, slice_stride(kernels), number);
+    const size_t most_rows = H > f->call->L ? H : f->call->L;
+    const size_t rows = mha_reserve(layout, most_rows, MHA_BLOCK_KEYS > P ? MHA_BLOCK_KEYS : P, number);
+    return base ? (places){base + scores, base + factor, base + slice, base + rows} : (places){0};
+}
+
+size_t mha_few_queries_scratch(const mha_few_queries *f)
+{
+    mha_layout layout = {0};
+    if (f->items)
+        take_scratch(f, NULL, &layout);
+    return layout.bytes;
+}
+
+/* ---- Places in the workspace ---- */
+
+typedef struct {
+    const mha_few_queries *f;
+    mha_split split;   /* of the lanes of an item */
+    mha_split by_head; /* of the H lanes of one query */
+    char *scratch;
+    size_t scratch_bytes;
+} job;
+
+static places scratch_of(const job *j, size_t worker)
+{
+    mha_layout layout = {0};
+    return take_scratch(j->f, j->scratch + worker * j->scratch_bytes, &layout);
+}
+
+static size_t number_of_item(const mha_few_queries *f, size_t i)
+{
+    return ((const size_t *)(const void *)(f->block + f->item))[i];
+}
+
+static char *numbers_at(const mha_few_queries *f, size_t offset, size_t index)
+{
+    return f->block + offset + index * f->weights->kernels->item;
+}
+
+/* ---- Keys' inputs ---- */
+
+/* Copies features first .. first + features - 1 of the block's inputs to rows of slice_stride() numbers. */
+static void copy_slice(const mha_few_queries *f, const mha_array *x, size_t n, const mha_key_block *block, size_t first,
+                       size_t features, char *slice)
+{
+    const mha_kernels *kernels = f->weights->kernels;
+    const size_t bytes = slice_stride(kernels) * kernels->item;
+    const char *item = (const char *)x->data + (ptrdiff_t)n * x->stride_n + (ptrdiff_t)first * x->stride_e;
+    for (size_t i = 0; i < block->keys; i++) {
+        mha_copy_row(item + (ptrdiff_t)mha_key_number(block, i) * x->stride_l, x->stride_e, features, kernels->item, slice + i * bytes);
+    }
+}
+
+/* ---- absorb ---- */
+
+/* Rows of t for one head: q_h against rows of Wk as they are, feature by feature in the lanes. The last vector ends
+ * with the last feature, so that nothing is read beyond the matrix; what it overlaps is computed twice, to equal bits. */
+static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t first, size_t vectors)
+{
+    const mha_weights *weights = f->weights;
+    const mha_widths *w = &weights->widths;
+    const size_t number = weights->kernels->item, hkv = h / (w->H / w->Hkv), n = number_of_item(f, i);
+    const char *q = f->q + (n * f->call->L * f->q_stride + h * w->D) * number;
+    const char *Wk = (const char *)weights->k_weight + (hkv * w->D * w->Ek + first) * number;
+    char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
+    mha_product product = {.rows = f->call->L, .vectors = vectors, .a_row = (ptrdiff_t)f->q_stride, .a_k = 1,
+                           .b_k = w->Ek, .addend_row = w->H * f->t_stride, .c = t, .c_row = w->H * f->t_stride};
+    for (size_t d = 0; d < w->D; d += MHA_CHAIN) {
+        product.depth = smaller(w->D - d, MHA_CHAIN);
+        product.a = q + d * number;
+        product.b = Wk + d * w->Ek * number;
+        product.addend = d ? t : NULL;
+        weights->kernels->product(&product);
+    }
+}
+
+static void absorb_task(void *context, size_t task, size_t worker)
+{
+    const job *j = context;
+    const mha_kernels *kernels = j->f->weights->kernels;
+    const size_t H = j->f->weights->widths.H, i = task / H, h = task % H, Ek = j->f->weights->widths.Ek;
+    size_t e = 0;
+    (void)worker;
+    while (Ek - e >= kernels->lanes) {
+        const size_t vectors = smaller((Ek - e) / kernels->lanes, kernels->vectors);
+        absorb_window(j->f, i, h, e, vectors);
+        e += vectors * kernels->lanes;
+    }
+    if (e < Ek)
+        absorb_window(j->f, i, h, Ek - kernels->lanes, 1);
+}
+
+static void pack_task(void *context, size_t task, size_t worker)
+{
+    const job *j = context;
+    const mha_few_queries *f = j->f;
+    const size_t Ek = f->weights->widths.Ek, i = task / j->split.panels;
+    const mha_panel panel = mha_panel_at(&j->split, task % j->split.panels);
+    (void)worker;
+    f->weights->kernels->pack_panel(numbers_at(f, f->t, (i * lanes_of(f) + panel.first) * f->t_stride), f->t_stride,
+                                    panel.count, Ek, 1 / sqrt((double)f->weights->widths.D),
+                                    numbers_at(f, f->t_panels, (i * padded_lanes(f) + panel.first) * Ek),
+                                    panel.vectors);
+}
+
+/* ---- attend ---- */
+
+/* Masked scores of a panel against a block; false if no lane sees any key of it. Lane 0 is `first` of the item. */
+static bool score(const mha_few_queries *f, size_t n, size_t first, mha_panel panel, const mha_key_block *block,
+                  const char *queries, const places *s)
+{
+    const mha_kernels *kernels = f->weights->kernels;
+    const size_t P = panel.vectors * kernels->lanes, Ek = f->weights->widths.Ek, H = f->weights->widths.H;
+    mha_visibility visibility[MHA_MOST_LANES];
+    bool any = false;
+    for (size_t lane = 0; lane < panel.count; lane++) {
+        const size_t i = first + lane;
+        visibility[lane] = mha_block_visibility(f->masks, n, i % H, i / H, 1, block);
+        any |= visibility[lane] != MHA_VISIBLE_NONE;
+    }
+    if (!any)
+        return false;
+    mha_product product = {.rows = block->keys, .vectors = panel.vectors, .a = s->slice,
+                           .a_row = (ptrdiff_t)slice_stride(kernels), .a_k = 1, .b_k = P, .addend_row = P,
+                           .c = s->scores, .c_row = P};
+    for (size_t e = 0; e < Ek; e += MHA_CHAIN) {
+        product.depth = smaller(Ek - e, MHA_CHAIN);
+        copy_slice(f, &f->call->key, n, block, e, product.depth, s->slice);
+        product.b = queries + e * P * kernels->item;
+        product.addend = e ? s->scores : NULL;
+        kernels->product(&product);
+    }
+    for (size_t lane = 0; lane < panel.count; lane++) {
+        if (visibility[lane] == MHA_VISIBLE_ALL)
+            continue;
+        const size_t i = first + lane;
+        const mha_mask_block masks = mha_block_masks(f->masks, n, i % H, i / H, block);
+        kernels->add_masks(s->scores + lane * kernels->item, block->keys, panel.vectors, 1, &masks);
+    }
+    return true;
+}
+
+/* sums = sums * factor + x^T weights, a slice of features at a time. */
+static void add_values(const mha_few_queries *f, size_t n, mha_panel panel, const mha_key_block *block,
+                       const places *s, char *sums)
+{
+    const mha_kernels *kernels = f->weights->kernels;
+    const size_t P = panel.vectors * kernels->lanes, Ev = f->weights->widths.Ev;
+    mha_product product = {.depth = block->keys, .vectors = panel.vectors, .a = s->slice, .a_row = 1,
+                           .a_k = (ptrdiff_t)slice_stride(kernels), .b = s->scores, .b_k = P, .addend_row = P,
+                           .factor = s->factor, .c_row = P};
+    for (size_t e = 0; e < Ev; e += MHA_CHAIN) {
+        product.rows = smaller(Ev - e, MHA_CHAIN);
+        copy_slice(f, &f->call->value, n, block, e, product.rows, s->slice);
+        product.addend = product.c = sums + e * P * kernels->item;
+        kernels->product(&product);
+    }
+}
+
+static void attend_task(void *context, size_t task, size_t worker)
+{
+    const job *j = context;
+    const mha_few_queries *f = j->f;
+    const mha_kernels *kernels = f->weights->kernels;
+    const places s = scratch_of(j, worker);
+    const size_t padded = padded_lanes(f), chunk = task % f->chunks, i = task / f->chunks / j->split.panels;
+    const size_t n = number_of_item(f, i), part = i * f->chunks + chunk;
+    const mha_panel panel = mha_panel_at(&j->split, task / f->chunks % j->split.panels);
+    const size_t Ek = f->weights->widths.Ek, Ev = f->weights->widths.Ev, P = panel.vectors * kernels->lanes;
+    const char *queries = numbers_at(f, f->t_panels, (i * padded + panel.first) * Ek);
+    char *sums = numbers_at(f, f->sums, (part * padded + panel.first) * Ev);
+    char *maximum = numbers_at(f, f->maximum, part * padded + panel.first);
+    char *sum = numbers_at(f, f->sum, part * padded + panel.first);
+    kernels->softmax_begin(maximum, sum, panel.vectors);
+    kernels->fill(sums, Ev * P, 0);
+    const size_t first = chunk * CHUNK_BLOCKS, end = smaller(first + CHUNK_BLOCKS, mha_key_blocks(f->live, n));
+    for (size_t b = first; b < end; b++) {
+        const mha_key_block block = mha_key_block_at(f->live, n, b);
+        if (!score(f, n, panel.first, panel, &block, queries, &s))
+            continue;
+        kernels->softmax_step(s.scores, block.keys, panel.vectors, maximum, sum, s.factor);
+        add_values(f, n, panel, &block, &s, sums);
+    }
+}
+
+/* ---- merge ---- */
+
+static void merge_task(void *context, size_t task, size_t worker)
+{
+    const job *j = context;
+    const mha_few_queries *f = j->f;
+    const mha_kernels *kernels = f->weights->kernels;
+    const size_t padded = padded_lanes(f), i = task / j->split.panels, Ev = f->weights->widths.Ev;
+    const mha_panel panel = mha_panel_at(&j->split, task % j->split.panels);
+    const size_t at = i * f->chunks * padded + panel.first; /* the first chunk collects the others */
+    char *sums = numbers_at(f, f->sums, at * Ev), *maximum = numbers_at(f, f->maximum, at);
+    (void)worker;
+    char *sum = numbers_at(f, f->sum, at);
+    for (size_t chunk = 1; chunk < f->chunks; chunk++) {
+        const size_t part = (i * f->chunks + chunk) * padded + panel.first;
+        kernels->softmax_merge(sums, maximum, sum, numbers_at(f, f->sums, part * Ev),
+                               numbers_at(f, f->maximum, part), numbers_at(f, f->sum, part), Ev, panel.vectors);
+    }
+    char *inverse = numbers_at(f, f->inverse, i * padded + panel.first);
+    char *mass = numbers_at(f, f->mass, i * padded + panel.first);
+    kernels->invert_sums(sum, inverse, panel.vectors, f->call->empty_row);
+    kernels->unpack_panel(sums, panel.vectors, inverse, panel.count, Ev,
+                          numbers_at(f, f->y, (i * lanes_of(f) + panel.first) * f->y_stride), f->y_stride);
+    for (size_t lane = 0; lane < panel.count; lane++) {
+        const char zero[sizeof(double)] = {0};
+        const bool is_empty = memcmp(sum + lane * kernels->item, zero, kernels->item) == 0;
+        kernels->fill(mass + lane * kernels->item, 1, is_empty ? 0 : 1);
+    }
+}
+
+/* ---- emit ---- */
+
+/* Features of one panel of Wv for one head, through a strip; the panel may hold features of other heads as well. */
+static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel panel, char *strip)
+{
+    const mha_weights *weights = f->weights;
+    const mha_widths *w = &weights->widths;
+    const mha_kernels *kernels = weights->kernels;
+    const size_t number = kernels->item, P = panel.vectors * kernels->lanes, n = number_of_item(f, i);
+    const char *y = numbers_at(f, f->y, (i * lanes_of(f) + h) * f->y_stride);
+    const char *Wv = weights->v.data + panel.first * w->Ev * number;
+    mha_product product = {.rows = f->call->L, .vectors = panel.vectors, .a_row = (ptrdiff_t)(w->H * f->y_stride),
+                           .a_k = 1, .b_k = P, .addend_row = P, .c = strip, .c_row = P};
+    for (size_t e = 0; e < w->Ev; e += MHA_CHAIN) {
+        product.depth = smaller(w->Ev - e, MHA_CHAIN);
+        product.a = y + e * number;
+        product.b = Wv + e * P * number;
+        product.addend = e ? strip : NULL;
+        kernels->product(&product);
+    }
+    if (weights->v.bias) {
+        product.depth = 1;
+        product.a = numbers_at(f, f->mass, i * padded_lanes(f) + h);
+        product.a_row = (ptrdiff_t)w->H;
+        product.b = weights->v.bias + panel.first * number;
+        product.addend = strip;
+        kernels->product(&product);
+    }
+    const size_t hkv = h / (w->H / w->Hkv), head = hkv * w->Dv;
+    const size_t from = head > panel.first ? head : panel.first;
+    const size_t to = smaller(head + w->Dv, panel.first + panel.count);
+    for (size_t l = 0; l < f->call->L; l++)
+        memcpy(f->context + ((n * f->call->L + l) * f->context_stride + h * w->Dv + from - head) * number,
+               strip + (l * P + from - panel.first) * number, (to - from) * number);
+}
+
+static void emit_task(void *context, size_t task, size_t worker)
+{
+    const job *j = context;
+    const mha_few_queries *f = j->f;
+    const mha_widths *w = &f->weights->widths;
+    const size_t i = task / w->H, h = task % w->H, head = h / (w->H / w->Hkv) * w->Dv;
+    const mha_split *split = &f->weights->v.split;
+    for (size_t p = 0; p < split->panels; p++) {
+        const mha_panel panel = mha_panel_at(split, p);
+        if (panel.first < head + w->Dv && head < panel.first + panel.count)
+            emit_panel(f, i, h, panel, scratch_of(j, worker).rows);
+    }
+}
+
+/* ---- weigh ---- */
+
+/* The panels of one query's heads, apart from those of the other queries: averaging runs over them. */
+static void pack_query_task(void *context, size_t task, size_t worker)
+{
+    const job *j = context;
+    const mha_few_queries *f = j->f;
+    const mha_widths *w = &f->weights->widths;
+    const size_t padded = j->by_head.vectors * j->by_head.lanes;
+    (void)worker;
+    for (size_t p = 0; p < j->by_head.panels; p++) {
+        const mha_panel panel = mha_panel_at(&j->by_head, p);
+        f->weights->kernels->pack_panel(numbers_at(f, f->t, (task * w->H + panel.first) * f->t_stride), f->t_stride,
+                                        panel.count, w->Ek, 1 / sqrt((double)w->D),
+                                        numbers_at(f, f->query_panels, (task * padded + panel.first) * w->Ek),
+                                        panel.vectors);
+    }
+}
+
+typedef struct {
+    size_t n, l;
+    const char *panels;            /* of the query's heads */
+    const char *maximum, *inverse; /* of head 0 */
+    char *out;                     /* the query's row of weights, of head 0, */
+    size_t out_stride;             /* and the bytes to the next head's; with averaged weights there is but one */
+} weighing;
+
+static weighing describe_weighing(const job *j, size_t query)
+{
+    const mha_few_queries *f = j->f;
+    const mha_call *call = f->call;
+    const mha_widths *w = &f->weights->widths;
+    const size_t i = query / call->L, l = query % call->L, n = number_of_item(f, i), padded = padded_lanes(f);
+    const size_t heads = call->weights_wanted == MHA_WEIGHTS_PER_HEAD ? w->H : 1;
+    const size_t row_bytes = call->S * f->weights->kernels->item;
+    return (weighing){
+        .n = n, .l = l,
+        .panels = numbers_at(f, f->query_panels, query * j->by_head.vectors * j->by_head.lanes * w->Ek),
+        .maximum = numbers_at(f, f->maximum, i * f->chunks * padded + l * w->H),
+        .inverse = numbers_at(f, f->inverse, i * padded + l * w->H),
+        .out = (char *)call->attn_weights + (n * heads * call->L + l) * row_bytes,
+        .out_stride = call->L * row_bytes,
+    };
+}
+
+/* rows[h][key]: the weights of all heads of one query for a block, or in rows[0] their average. Keys that are hidden
+ * from every head get exp(-inf), which is 0, or NaN in a row that sees nothing at all. */
+static void weigh_block(const job *j, const weighing *w, const mha_key_block *block, bool is_hidden, const places *s)
+{
+    const mha_few_queries *f = j->f;
+    const mha_kernels *kernels = f->weights->kernels;
+    const size_t number = kernels->item, H = f->weights->widths.H;
+    const bool is_averaged = f->call->weights_wanted == MHA_WEIGHTS_AVERAGED;
+    for (size_t p = 0; p < j->by_head.panels; p++) {
+        const mha_panel panel = mha_panel_at(&j->by_head, p);
+        const size_t P = panel.vectors * kernels->lanes;
+        const char *queries = w->panels + panel.first * f->weights->widths.Ek * number;
+        if (is_hidden || !score(f, w->n, w->l * H + panel.first, panel, block, queries, s))
+            kernels->fill(s->scores, block->keys * P, -INFINITY);
+        kernels->softmax_weights(s->scores, block->keys, panel.vectors, w->maximum + panel.first * number,
+                                 w->inverse + panel.first * number);
+        kernels->fill(s->factor, P, is_averaged ? 1 / (double)H : 1);
+        kernels->unpack_panel(s->scores, panel.vectors, s->factor, panel.count, block->keys,
+                              s->rows + panel.first * MHA_BLOCK_KEYS * number, MHA_BLOCK_KEYS);
+    }
+    for (size_t h = 1; is_averaged && h < H; h++)
+        kernels->accumulate(s->rows, s->rows + h * MHA_BLOCK_KEYS * number, MHA_BLOCK_KEYS);
+}
+
+/* Copies what weigh_block() left for its i-th key to the column of key s. */
+static void write_weight(const job *j, const weighing *w, size_t i, size_t s_key, const places *s)
+{
+    const mha_few_queries *f = j->f;
+    const size_t number = f->weights->kernels->item;
+    const size_t heads = f->call->weights_wanted == MHA_WEIGHTS_PER_HEAD ? f->weights->widths.H : 1;
+    for (size_t h = 0; h < heads; h++)
+        memcpy(w->out + h * w->out_stride + s_key * number, s->rows + (h * MHA_BLOCK_KEYS + i) * number, number);
+}
+
+static void weigh_task(void *context, size_t task, size_t worker)
+{
+    const job *j = context;
+    const mha_live_keys *live = j->f->live;
+    const places s = scratch_of(j, worker);
+    const weighing w = describe_weighing(j, task / j->f->chunks);
+    const size_t chunk = task % j->f->chunks, first = chunk * CHUNK_BLOCKS;
+    const size_t end = smaller(first + CHUNK_BLOCKS, mha_key_blocks(live, w.n));
+    for (size_t b = first; b < end; b++) {
+        const mha_key_block block = mha_key_block_at(live, w.n, b);
+        weigh_block(j, &w, &block, false, &s);
+        for (size_t i = 0; i < block.keys; i++)
+            write_weight(j, &w, i, mha_key_number(&block, i), &s);
+    }
+    if (chunk == 0 && live->index) {
+        const mha_key_block one = {.keys = 1};
+        weigh_block(j, &w, &one, true, &s);
+        for (size_t k = mha_next_removed(live, w.n, 0); k < live->S; k = mha_next_removed(live, w.n, k + 1))
+            write_weight(j, &w, 0, k, &s);
+    }
+}
+
+/* ---- All stages ---- */
+
+static mha_status run(const job *j, size_t tasks, mha_task task)
+{
+    return mha_parallel_for(j->f->call->threads, tasks, task, (void *)j, j->f->call->stop);
+}
+
+static void number_items(const mha_few_queries *f)
+{
+    size_t *number = (size_t *)(void *)(f->block + f->item);
+    for (size_t n = 0; n < f->call->N; n++)
+        if (f->live->is_few[n])
+            *number++ = n;
+}
+
+mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_t scratch_bytes)
+{
+    if (f->items == 0)
+        return MHA_OK;
+    const size_t H = f->weights->widths.H;
+    const job j = {.f = f, .split = split_of(f), .by_head = mha_split_width(f->weights->kernels, H),
+                   .scratch = scratch, .scratch_bytes = scratch_bytes};
+    const size_t panels = f->items * j.split.panels, queries = f->items * f->call->L;
+    const struct {
+        size_t tasks;
+        mha_task task;
+        bool only_for_weights;
+    } stages[] = {
+        {f->items * H, absorb_task, false},  {panels, pack_task, false},
+        {panels * f->chunks, attend_task, false}, {panels, merge_task, false},
+        {f->items * H, emit_task, false},    {queries, pack_query_task, true},
+        {queries * f->chunks, weigh_task, true},
+    };
+    mha_status status = MHA_OK;
+    number_items(f);
+    for (size_t i = 0; i < sizeof stages / sizeof *stages && status == MHA_OK; i++)
+        if (!stages[i].only_for_weights || f->call->weights_wanted)
+            status = run(&j, stages[i].tasks, stages[i].task);
+    return status;
+}
