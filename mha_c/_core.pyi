@@ -10,7 +10,8 @@ class Weights:
     """One immutable set of parameters, packed for the kernels of this CPU.
 
     All arrays are C-contiguous, aligned, in native byte order and of one dtype, float32 or float64. Biases and
-    bias_k / bias_v are None where the layer has none; in_proj_bias holds the biases of q, k and v, stacked.
+    bias_k / bias_v are None where the layer has none; in_proj_bias holds the biases of q, k and v, stacked. Anything
+    else raises TypeError or ValueError.
     """
 
     def __new__(
@@ -30,7 +31,8 @@ class Weights:
         /,
     ) -> Weights: ...
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of the parameters that this was made from; packed, they take about as many again."""
 
 def forward(
     weights: Weights,
@@ -50,11 +52,19 @@ def forward(
     dropout_seed: int,
     dropout_call: int,
     /,
-) -> tuple[ndarray, ndarray | None]: ...
+) -> tuple[ndarray, ndarray | None]:
+    """The forward pass: torch's checks, in torch's order and words, then the result.
+
+    masked_rows is "torch" or "zero". dropout_p is that of this call: 0 outside training. Inputs and masks are whatever
+    exposes an array; None is no mask. out is returned as the first result; as with NumPy's ufuncs a wrong type or
+    dtype of it is a TypeError, a wrong shape or a read-only array a ValueError.
+    """
 
 num_threads: ContextVar[int | None]
 """The number of threads of the current context; None or unset: that of the process."""
 
 def set_num_threads(n: int, /) -> None: ...
 def get_num_threads() -> int: ...
-def config() -> dict[str, Any]: ...
+def config() -> dict[str, Any]:
+    """cpu_level: str, cpu_levels: list[str] (best first), threads: int, usable_cpus: int, compiler: str,
+    numpy: str (the version that the extension was built against)."""

@@ -20,6 +20,9 @@
 #define OPERATIONS_WITHOUT_GIL 4e5
 #define OPERATIONS_WITH_THREADS 2.5e6
 
+/* Every thread has its share of the workspace: a number beyond any machine's must not exhaust the memory. */
+enum { MOST_THREADS = 1024 };
+
 /* How often a long call looks for signals: soon enough for whoever presses Ctrl-C. */
 #define SIGNAL_SECONDS 0.05
 
@@ -90,8 +93,10 @@ static int run(module_state *state, call_arguments *arguments)
     if (operations < OPERATIONS_WITHOUT_GIL)
         return raise_status(mha_forward(weights, call));
 
-    if (operations >= OPERATIONS_WITH_THREADS)
-        call->threads = thread_count(state);
+    if (operations >= OPERATIONS_WITH_THREADS) {
+        const size_t threads = thread_count(state);
+        call->threads = threads < MOST_THREADS ? threads : MOST_THREADS;
+    }
     const int watches_signals = is_main_thread(state);
     if (call->threads == 0 || watches_signals < 0)
         return -1;
