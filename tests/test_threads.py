@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads: how many there are, callers that come at the same time, forks, and Ctrl-C."""
+
+import asyncio
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from helpers import inputs, layer, randomize, run_child
+
+mha_c = pytest.importorskip("mha_c")
+
+POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+
+
+@pytest.fixture(autouse=True)
+def unchanged_count():
+    """A test may change the process-wide number of threads."""
+    before = mha_c.get_num_threads()
+    yield
+    mha_c.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------- how many
+
+
+def test_set_and_get():
+    """Process-wide: another thread sees it too."""
+    mha_c.set_num_threads(3)
+    assert mha_c.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(mha_c.get_num_threads).result() == 3
+        pool.submit(mha_c.set_num_threads, 2).result()
+    assert mha_c.get_num_threads() == 2
+    mha_c.set_num_threads(np.int64(4))
+    assert mha_c.get_num_threads() == 4
+
+
+@pytest.mark.parametrize("wrong", [0, -1, -(2**70), 2.0, "2", None, [2]])
+def test_wrong_counts(wrong):
+    """torch's types and words; the number stays what it was."""
+    torch = pytest.importorskip("torch")
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as theirs:
+        torch.set_num_threads(wrong)
+    expected = theirs.type if wrong != -(2**70) else (RuntimeError, OverflowError)  # torch has a C int here
+    before = mha_c.get_num_threads()
+    with pytest.raises(expected) as ours:
+        mha_c.set_num_threads(wrong)
+    if wrong in (0, -1):
+        assert str(ours.value).startswith(str(theirs.value).splitlines()[0])
+    if wrong is not None:
+        with pytest.raises(expected):
+            with mha_c.num_threads(wrong):
+                pytest.fail("the block was entered")
+    assert mha_c.get_num_threads() == before
+
+
+def test_context_manager():
+    """Nested blocks, and what an exception leaves behind; set_num_threads() inside shows only afterwards."""
+    mha_c.set_num_threads(2)
+    with mha_c.num_threads(4):
+        assert mha_c.get_num_threads() == 4
+        with mha_c.num_threads(1):
+            assert mha_c.get_num_threads() == 1
+            mha_c.set_num_threads(3)
+            assert mha_c.get_num_threads() == 1
+        assert mha_c.get_num_threads() == 4
+        with pytest.raises(KeyError), mha_c.num_threads(2):
+            raise KeyError
+        assert mha_c.get_num_threads() == 4
+    assert mha_c.get_num_threads() == 3
+
+
+def test_context_manager_belongs_to_its_thread():
+    """A block in one thread does not show in another."""
+    mha_c.set_num_threads(2)
+    inside, done = threading.Event(), threading.Event()
+
+    def other():
+        with mha_c.num_threads(7):
+            inside.set()
+            assert done.wait(10)
+            return mha_c.get_num_threads()
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(other)
+        assert inside.wait(10)
+        assert mha_c.get_num_threads() == 2
+        with mha_c.num_threads(5):
+            done.set()
+            assert future.result() == 7
+
+
+def test_context_manager_belongs_to_its_task():
+    """Nor in another asynchronous task of the same thread."""
+    async def task(n):
+        with mha_c.num_threads(n):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                assert mha_c.get_num_threads() == n
+
+    async def both():
+        await asyncio.gather(task(3), task(4))
+
+    mha_c.set_num_threads(2)
+    asyncio.run(both())
+    assert mha_c.get_num_threads() == 2
+
+
+SAY = "import mha_c; print(mha_c.get_num_threads())"
+
+
+@pytest.mark.parametrize("variables, expected", [
+    ({"MHA_C_NUM_THREADS": "3"}, "3"), ({"OMP_NUM_THREADS": "3"}, "3"), ({"OMP_NUM_THREADS": "3,2"}, "3"),
+    ({"MHA_C_NUM_THREADS": "5", "OMP_NUM_THREADS": "3"}, "5"), ({"MHA_C_NUM_THREADS": "", "OMP_NUM_THREADS": "3"}, "3"),
+], ids=str)
+def test_environment(variables, expected):
+    assert run_child(SAY, env=variables).stdout.strip() == expected
+
+
+def test_without_environment():
+    """As many as the CPUs that this process may use, at most."""
+    count = int(run_child(SAY).stdout)
+    assert 1 <= count <= len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this platform cannot bind a process to a CPU")
+def test_affinity():
+    """A process that is bound to one CPU uses one thread."""
+    child = run_child("""
+        import os
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+        import mha_c
+        print(mha_c.get_num_threads())
+    """)
+    assert child.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "two", "2.5", "1e3"])
+def test_wrong_environment(wrong):
+    """Nonsense in our own variable is an error at import that names it; in that of OpenMP it is ignored."""
+    child = run_child(SAY, env={"MHA_C_NUM_THREADS": wrong}, check=False)
+    assert child.returncode == 1 and "ImportError" in child.stderr and "MHA_C_NUM_THREADS" in child.stderr
+    assert int(run_child(SAY, env={"OMP_NUM_THREADS": wrong}).stdout) >= 1
+
+
+# ------------------------------------------------------------------------------------------- callers at once
+
+
+def test_concurrent_callers():
+    """Many Python threads, with layers of their own and shared ones, get the bits that one caller gets."""
+    mha_c.set_num_threads(3)
+    modules = [layer(64, 4, batch_first=True, seed=1), layer(64, 4, batch_first=True, seed=2, dtype="float64"),
+               layer(16, 2, batch_first=True, seed=3, add_bias_kv=True)]
+    shapes = [(4, 70, 130), (1, 200, 200), (3, 5, 5), (2, 1, 300)]
+    jobs = []
+    for module in modules:
+        dtype = module.out_proj.weight.dtype
+        for n, length, s in shapes:
+            given = inputs(n, length, s, module.embed_dim, dtype=dtype)
+            for call in ({}, {"need_weights": False, "is_causal": True}):
+                jobs.append((module, given, call, module(*given, **call)))
+
+    def work(number):
+        rng = np.random.default_rng(number)
+        for _ in range(40):
+            module, given, call, want = jobs[rng.integers(len(jobs))]
+            got = module(*given, **call)
+            np.testing.assert_array_equal(got[0], want[0])
+            np.testing.assert_array_equal(got[1], want[1])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+
+
+def test_the_interpreter_runs_during_a_call():
+    """A long call lets other Python threads go on: the GIL is released."""
+    module = layer(64, 4, batch_first=True)
+    given = inputs(1, 1500, 1500, 64)
+    stop, ticks = threading.Event(), []
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(None)
+            stop.wait(0.001)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    try:
+        with mha_c.num_threads(1):
+            before = len(ticks)
+            module(*given, need_weights=False)
+            during = len(ticks) - before
+    finally:
+        stop.set()
+        ticker.join()
+    assert during >= 3
+
+
+def test_loading_parameters_during_calls():
+    """A call computes with the old or the new parameters, never with some of each."""
+    module = layer(48, 4, batch_first=True)
+    given = inputs(3, 40, 40, 48)
+    states, wanted = [], []
+    for seed in range(3):
+        randomize(module, seed)
+        states.append({name: np.array(array) for name, array in module.state_dict().items()})
+        wanted.append(module(*given)[0].tobytes())
+    assert len(set(wanted)) == 3
+    stop, loads = threading.Event(), []
+
+    def load():
+        while not stop.is_set():
+            module.load_state_dict(states[len(loads) % 3])
+            loads.append(None)
+
+    def call(_):
+        return [module(*given)[0].tobytes() for _ in range(150)]
+
+    loader = threading.Thread(target=load)
+    loader.start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            results = [result for many in pool.map(call, range(4)) for result in many]
+    finally:
+        stop.set()
+        loader.join()
+    assert len(loads) > 3 and set(results) <= set(wanted)
+    assert len(set(results)) > 1, "no call ever saw new parameters: nothing was tested"
+
+
+def test_layer_dies_during_a_call():
+    """The last name of a layer may go while it computes."""
+    given = inputs(2, 300, 300, 64)
+    want = layer(64, 4, batch_first=True)(*given)[0]
+
+    def call(_):
+        return layer(64, 4, batch_first=True)(*given)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(call, range(12)):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_threads_that_come_and_go():
+    """Callers in short-lived threads: nothing of them is left over in the pool."""
+    module = layer(64, 4, batch_first=True)
+    given = inputs(4, 100, 100, 64)
+    want = module(*given)[0]
+    mha_c.set_num_threads(3)
+    for _ in range(30):
+        results = []
+        threads = [threading.Thread(target=lambda: results.append(module(*given)[0])) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for got in results:
+            np.testing.assert_array_equal(got, want)
+
+
+# ------------------------------------------------------------------------------------------- processes
+
+PREPARE = """
+    import os, signal, sys, threading, time
+    import numpy as np
+    import mha_c
+    from helpers import inputs, layer
+    mha_c.set_num_threads(3)
+    module = layer(64, 4, batch_first=True)
+    given = inputs(4, 200, 200, 64)
+    want = module(*given)[0].tobytes()
+"""
+
+
+@POSIX
+def test_fork():
+    """A child computes the same with threads of its own, whether or not the parent's were ever started; so does the
+    parent afterwards, and the child's child."""
+    run_child(PREPARE + """
+    def in_child():
+        ok = all(module(*given)[0].tobytes() == want for _ in range(5))
+        inner = os.fork()
+        if inner == 0:
+            os._exit(0 if module(*given)[0].tobytes() == want else 1)
+        return ok and os.waitpid(inner, 0)[1] == 0
+
+    for _ in range(10):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if in_child() else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert module(*given)[0].tobytes() == want
+    """)
+
+
+@POSIX
+def test_fork_during_calls():
+    """Forking while other threads are in the middle of calls: the child neither hangs nor errs, and the calls of the
+    parent end well."""
+    run_child(PREPARE + """
+    stop, wrong = threading.Event(), []
+
+    def call():
+        while not stop.is_set():
+            if module(*given)[0].tobytes() != want:
+                wrong.append(None)
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for _ in range(25):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(0 if all(module(*given)[0].tobytes() == want for _ in range(2)) else 1)
+        status = os.waitpid(child, 0)[1]
+        assert status == 0, f"status {status}"
+    stop.set()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+    """, timeout=120)
+
+
+@POSIX
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(method):
+    """A layer goes to the workers of a pool, by inheritance or by pickle, and comes back with the same bits."""
+    run_child(PREPARE + f"""
+    import multiprocessing
+    if __name__ == "__main__":
+        with multiprocessing.get_context({method!r}).Pool(2) as pool:
+            results = [pool.apply_async(module, given) for _ in range(6)]
+            assert all(result.get(timeout=50)[0].tobytes() == want for result in results)
+        assert module(*given)[0].tobytes() == want
+    """)
+
+
+@POSIX
+def test_exit_during_a_call():
+    """A process that ends while a daemon thread computes ends; it does not crash or hang."""
+    child = run_child(PREPARE + """
+    def call():
+        while True:
+            module(*given)
+    for _ in range(3):
+        threading.Thread(target=call, daemon=True).start()
+    time.sleep(0.2)
+    print("done", flush=True)
+    """)
+    assert child.stdout == "done\n"
+
+
+# ------------------------------------------------------------------------------------------- signals
+
+LONG = """
+    long = inputs(1, 40_000, 40_000, 16)
+    small = layer(16, 2, batch_first=True)
+"""
+
+
+@POSIX
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ctrl_c(threads):
+    """SIGINT ends a call that would take minutes within a second; KeyboardInterrupt comes out of it, and everything
+    works afterwards."""
+    run_child(PREPARE + LONG + f"""
+    mha_c.set_num_threads({threads})
+    sent = []
+    def send():
+        time.sleep(0.3)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(2):
+        threading.Thread(target=send).start()
+        begun = time.monotonic()
+        try:
+            small(*long, average_attn_weights=True, need_weights=False)
+        except KeyboardInterrupt:
+            waited = time.monotonic() - sent[-1]
+            assert waited < 1, f"KeyboardInterrupt came {{waited:.2f}} s after the signal"
+        else:
+            raise AssertionError(f"the call was over in {{time.monotonic() - begun:.2f}} s: nothing was tested")
+        assert module(*given)[0].tobytes() == want
+    """)
+
+
+@POSIX
+def test_signal_handler_that_returns():
+    """A handler that raises nothing runs in the middle of a call, which then goes on to the right result."""
+    run_child(PREPARE + """
+    seen = []
+    signal.signal(signal.SIGALRM, lambda *_: seen.append(time.monotonic()))
+    long = inputs(1, 3000, 3000, 64)
+    expected = module(*long, need_weights=False)[0].tobytes()
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    begun = time.monotonic()
+    while not seen or time.monotonic() - begun < 0.5:
+        got = module(*long, need_weights=False)[0].tobytes()
+        assert got == expected
+        assert time.monotonic() - begun < 20
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert module(*given)[0].tobytes() == want
+    """)
+
+
+@POSIX
+def test_signal_handler_that_calls():
+    """A handler may itself call a layer, in the middle of a call in the same thread."""
+    run_child(PREPARE + """
+    seen = []
+    signal.signal(signal.SIGALRM, lambda *_: seen.append(module(*given)[0].tobytes()))
+    long = inputs(1, 3000, 3000, 64)
+    expected = module(*long, need_weights=False)[0].tobytes()
+    begun = time.monotonic()
+    while len(seen) < 3:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        assert module(*long, need_weights=False)[0].tobytes() == expected
+        assert time.monotonic() - begun < 20
+    assert set(seen) == {want}
+    """)
+
+
+@POSIX
+def test_signals_reach_python_not_the_pool():
+    """The workers block signals: a process-directed signal is handled by a thread of Python's."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    child = run_child(PREPARE + """
+    own = {str(thread.native_id) for thread in threading.enumerate()}
+    for task in set(os.listdir("/proc/self/task")) - own:
+        status = dict(line.split(":", 1) for line in open(f"/proc/self/task/{task}/status"))
+        blocked = int(status["SigBlk"], 16)
+        print(task, blocked >> (signal.SIGINT - 1) & 1, blocked >> (signal.SIGTERM - 1) & 1)
+    """, env={"OPENBLAS_NUM_THREADS": "1"})
+    workers = [line.split()[1:] for line in child.stdout.splitlines()]
+    assert len(workers) >= 1 and all(blocked == ["1", "1"] for blocked in workers)
