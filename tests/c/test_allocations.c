@@ -1,0 +1,201 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * test_allocations.c - what happens when memory runs out, at any moment: MHA_NO_MEMORY, nothing leaked, nothing broken.
+ *
+ * To be linked with -Wl,--wrap=malloc,--wrap=calloc,--wrap=aligned_alloc,--wrap=free, so that the allocations of
+ * the core, and of this file, come here first.
+ *
+ * Also: sizes that no memory could hold, and a call that is asked to stop.
+ */
+#include "cpu.h"
+#include "problems.h"
+
+/* ---- Allocations, counted and refused ---- */
+
+static size_t allocations_left = SIZE_MAX; /* before one fails, and all after it */
+static long live;
+
+void *__real_malloc(size_t bytes);
+void *__real_calloc(size_t count, size_t bytes);
+void *__real_aligned_alloc(size_t alignment, size_t bytes);
+void __real_free(void *old);
+void *__wrap_malloc(size_t bytes);
+void *__wrap_calloc(size_t count, size_t bytes);
+void *__wrap_aligned_alloc(size_t alignment, size_t bytes);
+void __wrap_free(void *old);
+
+static bool may_allocate(void)
+{
+    if (allocations_left == 0)
+        return false;
+    allocations_left--;
+    return true;
+}
+
+static void *counted(void *made)
+{
+    live += made != NULL;
+    return made;
+}
+
+void *__wrap_malloc(size_t bytes)
+{
+    return may_allocate() ? counted(__real_malloc(bytes)) : NULL;
+}
+
+void *__wrap_calloc(size_t count, size_t bytes)
+{
+    return may_allocate() ? counted(__real_calloc(count, bytes)) : NULL;
+}
+
+/* Memory that was freed and is given again may still hold the right answer. Not here: every number becomes NaN. */
+void *__wrap_aligned_alloc(size_t alignment, size_t bytes)
+{
+    void *made = may_allocate() ? counted(__real_aligned_alloc(alignment, bytes)) : NULL;
+    if (made && bytes < GUARDED_BYTES)
+        memset(made, CANARY, bytes);
+    return made;
+}
+
+void __wrap_free(void *old)
+{
+    live -= old != NULL;
+    __real_free(old);
+}
+
+/* ---- The n-th allocation fails ---- */
+
+#define RAGGED {.H = 6, .Hkv = 2, .D = 5, .Dv = 7, .E = 11, .Ek = 13, .Ev = 3, .Eo = 9}
+
+static const problem problems[] = {
+    {.name = "everything", .N = 3, .L = 70, .S = 131, .w = RAGGED, .has_bias_kv = true, .add_zero_attn = true,
+     .has_bias = true, .padding = MHA_MASK_FLOAT32, .attn = MHA_MASK_FLOAT64, .attn_per_head = true},
+    {.name = "few queries", .N = 2, .L = 1, .S = 1100, .w = RAGGED, .padding = MHA_MASK_HIDE},
+    {.name = "no masks", .N = 1, .L = 3, .S = 4, .w = RAGGED},
+};
+enum { PROBLEMS = sizeof problems / sizeof *problems, MOST_ALLOCATIONS = 1000 };
+
+/* Weights, made with ever more memory until they can be. */
+static mha_weights *make_weights(const problem *p, const parameters *given)
+{
+    mha_weights *weights = NULL;
+    const long before = live;
+    mha_status status = MHA_NO_MEMORY;
+    for (size_t n = 0; n < MOST_ALLOCATIONS && status != MHA_OK; n++) {
+        DESCRIBE("'%s', weights, %zu allocations", p->name, n);
+        allocations_left = n;
+        status = pack_parameters(p, given, &weights);
+        allocations_left = SIZE_MAX;
+        CHECK(status == MHA_OK || status == MHA_NO_MEMORY, "status %d", (int)status);
+        CHECK((weights != NULL) == (status == MHA_OK), "status %d and weights %p", (int)status, (void *)weights);
+        CHECK(status == MHA_OK || live == before, "%ld allocations leaked", live - before);
+        CHECK(n > 0 || status == MHA_NO_MEMORY, "needs no memory");
+    }
+    CHECK(status == MHA_OK, "never enough memory");
+    return weights;
+}
+
+/* The same for a call; what it gives in the end is what it gives at once. */
+static void test_problem(const problem *p, mha_dtype dtype, mha_weights_wanted wanted)
+{
+    parameters given = make_parameters(p, dtype);
+    const long at_first = live;
+    mha_weights *weights = make_weights(p, &given);
+    const manner m = {.threads = 2, .wanted = wanted};
+    const mha_call c = make_call(p, dtype, &m);
+    const size_t bytes = p->N * p->L * p->w.Eo * item_of(dtype);
+    char *complete = malloc(bytes);
+    CHECK(mha_forward(weights, &c) == MHA_OK, "no answer");
+    memcpy(complete, c.output, bytes);
+    const long before = live;
+    mha_status status = MHA_NO_MEMORY;
+    for (size_t n = 0; n < MOST_ALLOCATIONS && status != MHA_OK; n++) {
+        DESCRIBE("'%s', %s, weights wanted %d, %zu allocations", p->name, dtype_name(dtype), (int)wanted, n);
+        memset(c.output, CANARY, bytes);
+        allocations_left = n;
+        status = mha_forward(weights, &c);
+        allocations_left = SIZE_MAX;
+        CHECK(status == MHA_OK || status == MHA_NO_MEMORY, "status %d", (int)status);
+        CHECK(live == before, "%ld allocations leaked", live - before);
+    }
+    CHECK(status == MHA_OK && memcmp(complete, c.output, bytes) == 0, "status %d, or another answer", (int)status);
+    free(complete);
+    mha_weights_destroy(weights);
+    CHECK(live == at_first, "%ld allocations leaked", live - at_first);
+    free_parameters(&given);
+}
+
+/* ---- Too large, and stopped ---- */
+
+static void expect_too_large(const char *what, const mha_weights *weights, mha_call c, size_t N, size_t L, size_t S)
+{
+    const long before = live;
+    DESCRIBE("N %zu, L %zu, S %zu: %s", N, L, S, what);
+    c.N = N;
+    c.L = L;
+    c.S = S;
+    const mha_status status = mha_forward(weights, &c);
+    CHECK(status == MHA_TOO_LARGE || status == MHA_NO_MEMORY, "status %d", (int)status);
+    CHECK(live == before, "%ld allocations leaked", live - before);
+}
+
+/* Arrays whose every stride is 0 can have any length. */
+static void test_sizes(void)
+{
+    const problem p = {.name = "huge", .N = 1, .L = 1, .S = 1, .w = RAGGED};
+    const size_t huge = SIZE_MAX / 4 + 1;
+    parameters given = make_parameters(&p, MHA_FLOAT32);
+    mha_weights *weights = make_weights(&p, &given);
+    const manner m = {.threads = 1};
+    mha_call c = make_call(&p, MHA_FLOAT32, &m);
+    c.query.stride_n = c.query.stride_l = c.key.stride_n = c.key.stride_l = c.value.stride_n = c.value.stride_l = 0;
+    expect_too_large("queries", weights, c, 1, huge, 1);
+    expect_too_large("keys", weights, c, 1, 1, huge);
+    expect_too_large("items", weights, c, huge, 1, 1);
+    expect_too_large("N * L overflows", weights, c, 4, huge, 1);
+    expect_too_large("N * S overflows", weights, c, 4, 1, huge);
+    mha_weights_destroy(weights);
+    free_parameters(&given);
+}
+
+static bool always(void *context)
+{
+    ++*(size_t *)context;
+    return true;
+}
+
+static void test_stop(void)
+{
+    const problem p = {.name = "stopped", .N = 4, .L = 200, .S = 200, .w = RAGGED};
+    parameters given = make_parameters(&p, MHA_FLOAT32);
+    mha_weights *weights = make_weights(&p, &given);
+    const long before = live;
+    for (size_t threads = 1; threads < 4; threads++) {
+        const manner m = {.threads = threads, .wanted = MHA_WEIGHTS_AVERAGED};
+        mha_call c = make_call(&p, MHA_FLOAT32, &m);
+        size_t asked = 0;
+        c.stop = (mha_stop){always, &asked};
+        DESCRIBE("stopped, %zu threads", threads);
+        const mha_status status = mha_forward(weights, &c);
+        CHECK(status == (asked ? MHA_STOPPED : MHA_OK), "asked %zu times, status %d", asked, (int)status);
+        CHECK(live == before, "%ld allocations leaked", live - before);
+    }
+    mha_weights_destroy(weights);
+    free_parameters(&given);
+}
+
+int main(void)
+{
+    const char *reason;
+    if (!mha_cpu_init(&reason)) {
+        fprintf(stderr, "%s\n", reason);
+        return 2;
+    }
+    for (size_t i = 0; i < PROBLEMS; i++)
+        for (int dtype = 0; dtype < 2; dtype++)
+            for (int wanted = 0; wanted < 3; wanted++)
+                test_problem(&problems[i], (mha_dtype)dtype, (mha_weights_wanted)wanted);
+    test_stop();
+    test_sizes();
+    return check_report("test_allocations");
+}

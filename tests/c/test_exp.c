@@ -1,0 +1,227 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * test_exp.c - how accurate exp is: "at most 1 ulp on [-126, 0] of the base-2 argument, exactly 0 below, NaN stays NaN"
+ * ([-1022, 0] for float64).
+ *
+ *     ./test_exp            a sample of all float32, a sample of float64
+ *     ./test_exp every      and every float32 in [-128, 0], by the levels with FMA
+ *
+ * softmax_weights() with maximum 0 and inverse 1 is exp(x). It computes 2^t of t = x log2(e), rounded once; the error
+ * of t is not the polynomial's, so 2^t is measured against exp2 of the same t. The sample's hash is printed: it must be
+ * the same on every CPU with FMA.
+ */
+#include "bench.h"
+
+enum { BLOCK = 1 << 14, MOST_LEVELS = 4, STRIDE = 1009, SAMPLES = 1 << 19, PANEL_ROWS = 64 };
+
+static const double PORTABLE_EXTRA = 1; /* of a bound: without FMA every step rounds twice */
+
+/* x[i] = exp(x[i]) for i < BLOCK. */
+static void exp_of(const mha_kernels *k, void *x)
+{
+    char *row = x;
+    double zero[8] = {0}, one[8]; /* a vector of either dtype */
+    for (size_t i = 0; i < k->lanes; i++)
+        put(k->dtype, one, (ptrdiff_t)i, 1);
+    const size_t bytes = PANEL_ROWS * k->lanes * k->item;
+    for (; row < (char *)x + BLOCK * k->item; row += bytes)
+        k->softmax_weights(row, PANEL_ROWS, 1, zero, one);
+}
+
+/* ---- float32 ---- */
+
+static float float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* The distance of p from 2^t in units of the last place of 2^t, for t in [-126, 0]. */
+static double ulps_f32(float p, float t)
+{
+    /* Most floats are tiny. For those the series is quick, and exact enough: the fourth term is below 2^-46. */
+    const double u = (double)t * 0x1.62e42fefa39efp-1;
+    const double wanted = t > -0x1p-10f ? 1 + u * (1 + u * (0.5 + u * (1 / 6.0))) : exp2((double)t);
+    uint64_t bits;
+    memcpy(&bits, &wanted, sizeof bits);
+    bits = (bits & 0x7ff0000000000000u) - ((uint64_t)23 << 52); /* the power of two at or below, times 2^-23 */
+    double ulp;
+    memcpy(&ulp, &bits, sizeof ulp);
+    return fabs((double)p - wanted) / ulp;
+}
+
+/* A level's worst result so far. Levels with FMA give the same bits, so that only the first of them is measured. */
+typedef struct {
+    const mha_kernels *kernels;
+    double ulps, x;
+} level;
+
+static level levels[MOST_LEVELS];
+static size_t level_count;
+
+static bool has_fma(const level *l)
+{
+    return strcmp(l->kernels->name, "portable") != 0;
+}
+
+static void remember(level *l, double ulps, double x)
+{
+    if (!(ulps <= l->ulps)) { /* NaN, too */
+        l->ulps = ulps;
+        l->x = x;
+    }
+}
+
+static void measure_f32(level *l, const void *x_, const void *p_)
+{
+    const float *x = x_, *p = p_, log2_e = 0x1.715476p0f;
+    for (size_t i = 0; i < BLOCK; i++) {
+        const float t = x[i] * log2_e;
+        if (t >= -126)
+            remember(l, ulps_f32(p[i], t), (double)x[i]);
+        else if (p[i] != 0)
+            CHECK(p[i] == 0, "%s: exp(%a) is %a", l->kernels->name, (double)x[i], (double)p[i]);
+    }
+}
+
+/* ---- float64 ---- */
+
+/* long double has more bits than double on x86-64 and on Linux for aarch64; elsewhere the bound is half a unit off. */
+static const double bound_f64 = LDBL_MANT_DIG > DBL_MANT_DIG ? 1 : 1.5;
+
+static void measure_f64(level *l, const void *x_, const void *p_)
+{
+    const double *x = x_, *p = p_, log2_e = 0x1.71547652b82fep0;
+    for (size_t i = 0; i < BLOCK; i++) {
+        const double t = x[i] * log2_e;
+        if (t < -1022) {
+            CHECK(p[i] == 0, "%s: exp(%a) is %a", l->kernels->name, x[i], p[i]);
+            continue;
+        }
+        const long double wanted = exp2l((long double)t);
+        int exponent;
+        frexpl(wanted, &exponent);
+        remember(l, (double)ldexpl(fabsl((long double)p[i] - wanted), DBL_MANT_DIG - exponent), x[i]);
+    }
+}
+
+/* ---- All levels ---- */
+
+/* Runs every level on the same numbers; what the first one with FMA makes of them replaces x[]. */
+static void run_block(mha_dtype dtype, void *x)
+{
+    static double first[BLOCK], p[BLOCK];
+    const size_t bytes = BLOCK * item_of(dtype);
+    bool has_first = false;
+    for (size_t i = 0; i < level_count; i++) {
+        memcpy(p, x, bytes);
+        exp_of(levels[i].kernels, p);
+        if (has_fma(&levels[i]) && has_first) {
+            CHECK(memcmp(p, first, bytes) == 0, "%s: other bits somewhere after exp(%a)", levels[i].kernels->name,
+                  get(dtype, x, 0));
+            continue;
+        }
+        (dtype == MHA_FLOAT32 ? measure_f32 : measure_f64)(&levels[i], x, p);
+        if (has_fma(&levels[i])) {
+            memcpy(first, p, bytes);
+            has_first = true;
+        }
+    }
+    if (has_first)
+        memcpy(x, first, bytes);
+}
+
+static void begin(mha_dtype dtype, bool with_portable)
+{
+    level_count = 0;
+    for (size_t i = 0; mha_cpu_supported(i); i++) {
+        levels[level_count] = (level){.kernels = mha_cpu_kernels_named(mha_cpu_supported(i), dtype)};
+        level_count += with_portable || has_fma(&levels[level_count]);
+    }
+}
+
+static void report(mha_dtype dtype, double bound, double portable_bound)
+{
+    for (size_t i = 0; i < level_count; i++) {
+        const level *l = &levels[i];
+        if (l->ulps > 0)
+            printf("exp %s %s: at most %.4f ulp, at %a\n", dtype_name(dtype), l->kernels->name, l->ulps, l->x);
+        CHECK(l->ulps <= (has_fma(l) ? bound : portable_bound), "%s: exp(%a) is %g ulp off", l->kernels->name, l->x,
+              l->ulps);
+    }
+}
+
+/* Some values that a sample may miss, both sides of where exp becomes 0 among them. */
+static const double special[] = {0,        -0.0,      -INFINITY, -FLT_MAX, -FLT_MIN, -1,     -0x1p-149, -87.336544,
+                                 -87.3366, -87.33655, -88,       -104,     -708.396, -708.4, -745,      -1e300};
+enum { SPECIAL = sizeof special / sizeof *special };
+
+static double sample_f64(size_t i)
+{
+    const double u = random_number(MHA_FLOAT64, 1, i);
+    if (i < SPECIAL)
+        return special[i];
+    return i % 2 ? -fabs(u) * 710 : -ldexp(fabs(u), -(int)(i % 64)); /* evenly, and ever closer to 0 */
+}
+
+static void test_f64(size_t samples)
+{
+    static double x[BLOCK];
+    uint64_t hash = HASH_OF_NOTHING;
+    begin(MHA_FLOAT64, true);
+    for (size_t done = 0; done < samples; done += BLOCK) {
+        for (size_t i = 0; i < BLOCK; i++)
+            x[i] = sample_f64(done + i);
+        run_block(MHA_FLOAT64, x);
+        for (size_t i = 0; i < BLOCK; i++)
+            hash_number(&hash, x[i]);
+    }
+    report(MHA_FLOAT64, bound_f64, bound_f64 + PORTABLE_EXTRA);
+    printf("hash exp float64 %016llx\n", (unsigned long long)hash);
+}
+
+/* Of the magnitudes of float32, the bits are whole numbers in order; `stride` is 1 or prime. */
+static void test_f32(uint32_t stride)
+{
+    static float x[BLOCK];
+    const uint64_t magnitudes = (stride > 1 ? 0x7f800000 : 0x43000000) + 1; /* up to infinity, up to 128 */
+    uint64_t hash = HASH_OF_NOTHING;
+    begin(MHA_FLOAT32, stride > 1);
+    for (uint64_t bits = 0; bits < magnitudes; bits += BLOCK * (uint64_t)stride) {
+        for (uint64_t i = 0; i < BLOCK; i++)
+            x[i] = bits + i * stride < magnitudes ? -float_of((uint32_t)(bits + i * stride)) : 0;
+        run_block(MHA_FLOAT32, x);
+        for (size_t i = 0; stride > 1 && i < BLOCK; i++)
+            hash_number(&hash, (double)x[i]);
+    }
+    report(MHA_FLOAT32, 1, 1 + PORTABLE_EXTRA);
+    if (stride > 1)
+        printf("hash exp float32 %016llx\n", (unsigned long long)hash);
+}
+
+/* NaN of either sign stays NaN, wherever it stands in a vector. */
+static void test_nan(mha_dtype dtype)
+{
+    static double x[BLOCK];
+    begin(dtype, true);
+    for (size_t l = 0; l < level_count; l++) {
+        for (size_t i = 0; i < BLOCK; i++)
+            put(dtype, x, (ptrdiff_t)i, i % 3 ? -1 : i % 2 ? NAN : -NAN);
+        exp_of(levels[l].kernels, x);
+        for (size_t i = 0; i < BLOCK; i++)
+            CHECK(isnan(get(dtype, x, (ptrdiff_t)i)) == (i % 3 == 0), "%s: exp(NaN) at %zu", levels[l].kernels->name, i);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    const bool every = argc > 1 && strcmp(argv[1], "every") == 0;
+    test_nan(MHA_FLOAT32);
+    test_nan(MHA_FLOAT64);
+    test_f64(SAMPLES);
+    test_f32(STRIDE);
+    if (every)
+        test_f32(1);
+    return check_report("test_exp");
+}

@@ -1,0 +1,298 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * test_forward.c - mha_forward on small problems, by the level that MHA_C_CPU names or the best of this CPU.
+ *
+ * Each problem is compared with the definition in problems.h, and then with itself: the same bits must come out for any
+ * number of threads, any layout and alignment of the inputs, any kind of weights asked for, and for an item alone.
+ * Inputs, masks and results touch inaccessible pages. The hashes that are printed must be the same for every level
+ * with FMA, on every CPU.
+ *
+ *     ./test_forward levels     the names of the levels that this CPU can run, best first
+ */
+#include "cpu.h"
+#include "problems.h"
+
+#define SQUARE(h, d, e) {.H = h, .Hkv = h, .D = d, .Dv = d, .E = e, .Ek = e, .Ev = e, .Eo = e}
+
+#define RAGGED {.H = 6, .Hkv = 2, .D = 5, .Dv = 7, .E = 11, .Ek = 13, .Ev = 3, .Eo = 9}
+
+static const problem problems[] = {
+    {.name = "self", .N = 3, .L = 9, .S = 9, .w = SQUARE(2, 8, 16), .has_bias = true, .is_self = true},
+    {.name = "self, long chains", .N = 2, .L = 70, .S = 70, .w = SQUARE(3, 100, 300), .has_bias = true,
+     .is_self = true},
+    {.name = "chains of heads", .N = 1, .L = 30, .S = 66, .w = SQUARE(1, 300, 300)},
+    {.name = "widths", .N = 2, .L = 5, .S = 130, .w = RAGGED, .has_bias = true},
+    {.name = "one of everything", .N = 1, .L = 1, .S = 1, .w = SQUARE(1, 1, 1), .has_bias = true},
+    {.name = "causal", .N = 2, .L = 150, .S = 150, .w = SQUARE(2, 4, 8), .is_causal = true, .is_self = true},
+    {.name = "causal, more keys", .N = 1, .L = 5, .S = 140, .w = SQUARE(2, 4, 8), .is_causal = true},
+    {.name = "causal, fewer keys", .N = 1, .L = 90, .S = 7, .w = SQUARE(2, 4, 8), .is_causal = true},
+    {.name = "hidden keys", .N = 3, .L = 20, .S = 75, .w = SQUARE(2, 4, 8), .padding = MHA_MASK_HIDE},
+    {.name = "padding in float32", .N = 3, .L = 20, .S = 75, .w = SQUARE(2, 4, 8), .padding = MHA_MASK_FLOAT32},
+    {.name = "padding in float64", .N = 3, .L = 6, .S = 200, .w = SQUARE(2, 4, 8), .padding = MHA_MASK_FLOAT64,
+     .is_causal = true},
+    {.name = "hidden pairs", .N = 2, .L = 66, .S = 70, .w = SQUARE(2, 4, 8), .attn = MHA_MASK_HIDE},
+    {.name = "hidden pairs, per head", .N = 3, .L = 17, .S = 70, .w = SQUARE(3, 4, 12), .attn = MHA_MASK_HIDE,
+     .attn_per_head = true, .padding = MHA_MASK_HIDE, .empty_row = MHA_EMPTY_ROW_NAN},
+    {.name = "float32 mask", .N = 2, .L = 30, .S = 65, .w = SQUARE(2, 4, 8), .attn = MHA_MASK_FLOAT32,
+     .padding = MHA_MASK_FLOAT32, .is_causal = true, .has_bias = true},
+    {.name = "float64 mask, per head", .N = 2, .L = 30, .S = 65, .w = SQUARE(2, 4, 8), .attn = MHA_MASK_FLOAT64,
+     .attn_per_head = true, .empty_row = MHA_EMPTY_ROW_NAN},
+    {.name = "bias_k", .N = 3, .L = 10, .S = 64, .w = SQUARE(2, 4, 8), .has_bias_kv = true, .has_bias = true,
+     .padding = MHA_MASK_HIDE, .attn = MHA_MASK_HIDE},
+    {.name = "zero attention", .N = 2, .L = 10, .S = 7, .w = SQUARE(2, 4, 8), .add_zero_attn = true,
+     .is_causal = true},
+    {.name = "everything", .N = 3, .L = 70, .S = 131, .w = RAGGED, .has_bias_kv = true, .add_zero_attn = true,
+     .has_bias = true, .padding = MHA_MASK_FLOAT32, .attn = MHA_MASK_FLOAT64, .attn_per_head = true},
+    {.name = "few queries", .N = 2, .L = 1, .S = 1100, .w = SQUARE(2, 16, 32), .has_bias = true},
+    {.name = "few queries, masks", .N = 3, .L = 2, .S = 700, .w = {.H = 4, .Hkv = 2, .D = 16, .Dv = 24, .E = 20,
+     .Ek = 9, .Ev = 10, .Eo = 6}, .has_bias = true, .has_bias_kv = true, .add_zero_attn = true,
+     .padding = MHA_MASK_FLOAT64, .attn = MHA_MASK_HIDE},
+    {.name = "no items", .N = 0, .L = 3, .S = 4, .w = SQUARE(2, 4, 8), .has_bias = true},
+    {.name = "no queries", .N = 2, .L = 0, .S = 4, .w = SQUARE(2, 4, 8), .padding = MHA_MASK_HIDE},
+    {.name = "no keys", .N = 2, .L = 3, .S = 0, .w = SQUARE(2, 4, 8), .has_bias = true, .padding = MHA_MASK_HIDE,
+     .attn = MHA_MASK_FLOAT32, .empty_row = MHA_EMPTY_ROW_NAN},
+    {.name = "no keys but zero", .N = 2, .L = 3, .S = 0, .w = SQUARE(2, 4, 8), .has_bias = true,
+     .add_zero_attn = true},
+};
+enum { PROBLEMS = sizeof problems / sizeof *problems };
+
+/* ---- One call ---- */
+
+static const manner plainly = {.threads = 1, .wanted = MHA_WEIGHTS_PER_HEAD};
+
+static double *read_numbers(mha_dtype dtype, const void *x, size_t count)
+{
+    double *numbers = malloc(count * sizeof *numbers + 1);
+    for (size_t i = 0; i < count; i++)
+        numbers[i] = get(dtype, x, (ptrdiff_t)i);
+    return numbers;
+}
+
+/* The output in the order (N, L, Eo) whatever the call's, and the weights as they are. */
+static answer read_results(const problem *p, mha_dtype dtype, const mha_call *c)
+{
+    const size_t heads = c->weights_wanted == MHA_WEIGHTS_PER_HEAD ? p->w.H : c->weights_wanted != MHA_WEIGHTS_NONE;
+    const size_t Eo = p->w.Eo;
+    answer a = {read_numbers(dtype, c->output, c->N * c->L * Eo),
+                read_numbers(dtype, c->attn_weights, c->N * heads * c->L * columns_of(p))};
+    for (size_t n = 0; n < c->N && !c->output_batch_first; n++)
+        for (size_t l = 0; l < c->L; l++)
+            for (size_t e = 0; e < Eo; e++)
+                a.output[(n * c->L + l) * Eo + e] = get(dtype, c->output, (ptrdiff_t)((l * c->N + n) * Eo + e));
+    return a;
+}
+
+static answer call_forward(const problem *p, const mha_weights *weights, mha_dtype dtype, const mha_call *c)
+{
+    const mha_status status = mha_forward(weights, c);
+    CHECK(status == MHA_OK, "status %d", (int)status);
+    for (size_t slot = 0; slot <= WEIGHTS; slot++)
+        CHECK(!guarded_slots[slot].first || guarded_intact(slot), "wrote beside array %zu", slot);
+    return read_results(p, dtype, c);
+}
+
+static answer run(const problem *p, const mha_weights *weights, mha_dtype dtype, const manner *m)
+{
+    const mha_call c = make_call(p, dtype, m);
+    return call_forward(p, weights, dtype, &c);
+}
+
+/* ---- Against the definition ---- */
+
+static void check_close(const char *what, mha_dtype dtype, const double *got, const double *wanted, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        const double bound = 64 * eps_of(dtype) * (1 + fabs(wanted[i]));
+        CHECK(isnan(wanted[i]) ? isnan(got[i]) : fabs(got[i] - wanted[i]) <= bound, "%s[%zu]: %.17g instead of %.17g",
+              what, i, got[i], wanted[i]);
+    }
+}
+
+static void check_identical(const char *what, const double *got, const double *wanted, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        CHECK(identical(got[i], wanted[i]), "%s[%zu]: %a instead of %a", what, i, got[i], wanted[i]);
+}
+
+static void check_definition(const problem *p, const parameters *given, const answer *got)
+{
+    const mha_call c = make_call(p, given->dtype, &plainly);
+    answer wanted = define(p, given, &c, NULL);
+    check_close("output", given->dtype, got->output, wanted.output, p->N * p->L * p->w.Eo);
+    check_close("weights", given->dtype, got->weights, wanted.weights, p->N * p->w.H * p->L * columns_of(p));
+    free_answer(&wanted);
+}
+
+/* ---- Against itself ---- */
+
+/* The averages of weights per head. */
+static void check_averages(const problem *p, mha_dtype dtype, const double *averaged, const double *per_head)
+{
+    const size_t columns = columns_of(p), H = p->w.H, all = p->L * columns;
+    for (size_t i = 0; i < p->N * all; i++) {
+        double sum = 0;
+        for (size_t h = 0; h < H; h++)
+            sum += per_head[(i / all * H + h) * all + i % all];
+        check_close("average", dtype, &averaged[i], &(double){sum / (double)H}, 1);
+    }
+}
+
+static void check_manners(const problem *p, const mha_weights *weights, mha_dtype dtype, const answer *plain)
+{
+    static const manner manners[] = {
+        {1, MHA_WEIGHTS_NONE, false, 0, AT_END},       {2, MHA_WEIGHTS_NONE, false, 4, AT_START},
+        {3, MHA_WEIGHTS_NONE, true, 1, AT_END},        {1, MHA_WEIGHTS_AVERAGED, false, 2, AT_END},
+        {3, MHA_WEIGHTS_AVERAGED, true, 3, AT_START},  {2, MHA_WEIGHTS_PER_HEAD, false, 5, AT_START},
+        {3, MHA_WEIGHTS_PER_HEAD, false, 2, AT_START},
+    };
+    double *averaged = NULL;
+    for (size_t i = 0; i < sizeof manners / sizeof *manners; i++) {
+        const manner *m = &manners[i];
+        DESCRIBE("%s %s '%s', %zu threads, weights %d, L first %d, layout %zu, guarded at the %s", mha_cpu_name(),
+                 dtype_name(dtype), p->name, m->threads, (int)m->wanted, m->output_l_first, m->layout,
+                 m->side == AT_END ? "end" : "start");
+        answer a = run(p, weights, dtype, m);
+        check_identical("output", a.output, plain->output, p->N * p->L * p->w.Eo);
+        if (m->wanted == MHA_WEIGHTS_PER_HEAD)
+            check_identical("weights", a.weights, plain->weights, p->N * p->w.H * p->L * columns_of(p));
+        if (m->wanted == MHA_WEIGHTS_AVERAGED && !averaged) {
+            check_averages(p, dtype, a.weights, plain->weights);
+            averaged = a.weights;
+            a.weights = NULL;
+        } else if (m->wanted == MHA_WEIGHTS_AVERAGED) {
+            check_identical("averages", a.weights, averaged, p->N * p->L * columns_of(p));
+        }
+        free_answer(&a);
+    }
+    free(averaged);
+}
+
+/* Item n of a call, by itself. */
+static void check_items_alone(const problem *p, const mha_weights *weights, mha_dtype dtype, const answer *plain)
+{
+    const size_t output = p->L * p->w.Eo, of_weights = p->w.H * p->L * columns_of(p);
+    for (size_t n = 0; n < p->N; n++) {
+        mha_call c = make_call(p, dtype, &plainly);
+        mha_array *inputs[] = {&c.query, &c.key, &c.value};
+        mha_mask *masks[] = {&c.attn_mask, &c.key_padding_mask};
+        for (size_t i = 0; i < 3; i++)
+            inputs[i]->data = (const char *)inputs[i]->data + (ptrdiff_t)n * inputs[i]->stride_n;
+        for (size_t i = 0; i < 2; i++)
+            masks[i]->data = masks[i]->kind ? (const char *)masks[i]->data + (ptrdiff_t)n * masks[i]->stride_n : NULL;
+        c.N = 1;
+        DESCRIBE("%s %s '%s', item %zu alone", mha_cpu_name(), dtype_name(dtype), p->name, n);
+        answer a = call_forward(p, weights, dtype, &c);
+        check_identical("output", a.output, plain->output + n * output, output);
+        check_identical("weights", a.weights, plain->weights + n * of_weights, of_weights);
+        free_answer(&a);
+    }
+}
+
+static void test_problem(const problem *p, mha_dtype dtype, uint64_t *hash)
+{
+    parameters given = make_parameters(p, dtype);
+    mha_weights *weights = NULL;
+    DESCRIBE("%s %s '%s'", mha_cpu_name(), dtype_name(dtype), p->name);
+    const mha_status status = pack_parameters(p, &given, &weights);
+    CHECK(status == MHA_OK, "status %d", (int)status);
+    if (!weights)
+        return;
+    answer plain = run(p, weights, dtype, &plainly);
+    check_definition(p, &given, &plain);
+    for (size_t i = 0; i < p->N * p->L * p->w.Eo; i++)
+        hash_number(hash, plain.output[i]);
+    for (size_t i = 0; i < p->N * p->w.H * p->L * columns_of(p); i++)
+        hash_number(hash, plain.weights[i]);
+    check_manners(p, weights, dtype, &plain);
+    check_items_alone(p, weights, dtype, &plain);
+    free_answer(&plain);
+    mha_weights_destroy(weights);
+    free_parameters(&given);
+}
+
+/* ---- Padding and dropout ---- */
+
+/* Keys behind the last one that counts change nothing, however many there are and whatever they hold. */
+static void test_padding(mha_dtype dtype)
+{
+    const problem shorter = {.name = "unpadded", .N = 1, .L = 4, .S = 70, .w = RAGGED, .has_bias = true};
+    problem longer = shorter;
+    longer.S = 200;
+    parameters given = make_parameters(&shorter, dtype);
+    mha_weights *weights = NULL;
+    DESCRIBE("%s %s padding", mha_cpu_name(), dtype_name(dtype));
+    CHECK(pack_parameters(&shorter, &given, &weights) == MHA_OK, "no weights");
+    const manner m = {.threads = 1};
+    answer wanted = run(&shorter, weights, dtype, &m);
+    mha_call c = make_call(&longer, dtype, &m); /* the first numbers are the same: one item, in C order */
+    char *hidden = guarded_buffer(MASKS + 1, longer.S, AT_END);
+    for (size_t s = 0; s < longer.S; s++)
+        hidden[s] = s >= shorter.S;
+    c.key_padding_mask = (mha_mask){hidden, MHA_MASK_HIDE, 0, 0, 0, 1};
+    put_at(dtype, (char *)guarded_slots[INPUTS + 1].data + shorter.S * (size_t)c.key.stride_l, NAN);
+    answer got = call_forward(&longer, weights, dtype, &c);
+    check_identical("output", got.output, wanted.output, shorter.L * shorter.w.Eo);
+    free_answer(&wanted);
+    free_answer(&got);
+    mha_weights_destroy(weights);
+    free_parameters(&given);
+}
+
+/* The weights that dropout leaves are 0 or scaled, and the output is made of them. */
+static void test_dropout(mha_dtype dtype)
+{
+    static const double rates[] = {0.1, 0.5, 1};
+    for (size_t i = 0; i < sizeof rates / sizeof *rates; i++) {
+        problem p = {.name = "dropout", .N = 2, .L = 20, .S = 100, .w = RAGGED, .has_bias = true,
+                     .padding = MHA_MASK_HIDE, .is_causal = i == 1, .dropout_p = rates[i]};
+        const size_t count = p.N * p.w.H * p.L * p.S;
+        parameters given = make_parameters(&p, dtype);
+        mha_weights *weights = NULL;
+        DESCRIBE("%s %s dropout %g", mha_cpu_name(), dtype_name(dtype), p.dropout_p);
+        CHECK(pack_parameters(&p, &given, &weights) == MHA_OK, "no weights");
+        answer got = run(&p, weights, dtype, &plainly);
+        const mha_call c = make_call(&p, dtype, &plainly);
+        answer wanted = define(&p, &given, &c, got.weights);
+        check_close("output", dtype, got.output, wanted.output, p.N * p.L * p.w.Eo);
+        size_t kept = 0, visible = 0;
+        for (size_t j = 0; j < count; j++) {
+            kept += got.weights[j] != 0;
+            visible += wanted.weights[j] > 0;
+            if (got.weights[j] != 0)
+                wanted.weights[j] /= 1 - p.dropout_p;
+            else
+                wanted.weights[j] = 0;
+        }
+        check_close("weights", dtype, got.weights, wanted.weights, count);
+        const double sigma = sqrt(p.dropout_p * (1 - p.dropout_p) * (double)visible);
+        CHECK(fabs((double)kept - (1 - p.dropout_p) * (double)visible) <= 5 * sigma, "%zu of %zu kept", kept, visible);
+        check_manners(&p, weights, dtype, &got);
+        free_answer(&got);
+        free_answer(&wanted);
+        mha_weights_destroy(weights);
+        free_parameters(&given);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    const char *reason;
+    if (argc > 1 && strcmp(argv[1], "levels") == 0) {
+        for (size_t i = 0; mha_cpu_supported(i); i++)
+            puts(mha_cpu_supported(i));
+        return 0;
+    }
+    if (!mha_cpu_init(&reason)) {
+        fprintf(stderr, "%s\n", reason);
+        return 2;
+    }
+    for (int dtype = 0; dtype < 2; dtype++) {
+        uint64_t hash = HASH_OF_NOTHING;
+        for (size_t i = 0; i < PROBLEMS; i++)
+            test_problem(&problems[i], (mha_dtype)dtype, &hash);
+        printf("hash forward %s %016llx\n", dtype_name((mha_dtype)dtype), (unsigned long long)hash);
+        test_padding((mha_dtype)dtype);
+        test_dropout((mha_dtype)dtype);
+    }
+    return check_report("test_forward");
+}

@@ -1,0 +1,479 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * test_kernels.c - the kernels of every table this CPU can run, softmax apart, against kernels.h.
+ *
+ *     cc -std=c11 -D_GNU_SOURCE -O2 -ffp-contract=off -Icsrc tests/c/test_kernels.c csrc/?*.c csrc/kernels/?*.c \
+ *        -o test_kernels -lpthread -lm && ./test_kernels
+ *
+ * kernels.h defines them by single operations, which are done here one by one in plain C: the results must agree bit
+ * for bit. Only the product of the portable table, which has no true FMA, is given a bound. Every case runs twice, with
+ * all buffers ending at an inaccessible page and with all starting at one.
+ */
+#include "bench.h"
+#include "philox.h"
+
+enum { MOST_ROWS = 97 };
+
+/* ---- product ---- */
+
+typedef enum { NO_ADDEND, ITS_OWN_ROWS, ONE_ROW, IN_PLACE, ADDENDS } addend_kind;
+
+typedef struct {
+    size_t rows, depth, layout, gap; /* gap: unused numbers after each row of b, addend and c */
+    addend_kind addend;
+    bool has_factor;
+} product_case;
+
+typedef struct {
+    ptrdiff_t row, k;
+} strides;
+
+enum { LAYOUTS = 9 };
+
+static strides layout_of(const product_case *c)
+{
+    const ptrdiff_t rows = (ptrdiff_t)c->rows, depth = (ptrdiff_t)c->depth;
+    const strides layouts[LAYOUTS] = {
+        {depth, 1}, {depth + 5, 1}, {1, rows},   {1, rows + 7}, {-depth, 1},
+        {depth, -1}, {0, 1},        {1, 0},      {1031, 3},
+    };
+    return layouts[c->layout];
+}
+
+/* Mostly in [-1, 1), but also zeros of both signs, subnormal numbers and large ones. */
+static double operand(mha_dtype dtype, uint64_t seed, uint64_t i)
+{
+    const double x = random_number(dtype, seed, i);
+    switch (random_word(seed + 1, i) % 64) {
+    case 0:
+        return 0;
+    case 1:
+        return -0.0;
+    case 2:
+        return rounded(dtype, x * smallest_of(dtype));
+    case 3:
+        return x * 0x1p40;
+    default:
+        return x;
+    }
+}
+
+/* Fills a[] where the product reads it; everything between stays NaN. Returns the address of row 0, k 0. */
+static void *fill_a(const bench *b, const product_case *c, strides a)
+{
+    const ptrdiff_t to_last_row = (ptrdiff_t)c->rows * a.row - a.row, to_last_k = (ptrdiff_t)c->depth * a.k - a.k;
+    const ptrdiff_t lowest = (a.row < 0 ? to_last_row : 0) + (a.k < 0 ? to_last_k : 0);
+    const ptrdiff_t highest = (a.row > 0 ? to_last_row : 0) + (a.k > 0 ? to_last_k : 0);
+    const bool is_empty = c->rows == 0 || c->depth == 0;
+    char *data = buffer(b, 0, is_empty ? 0 : (size_t)(highest - lowest + 1));
+    if (is_empty)
+        return data;
+    data -= lowest * (ptrdiff_t)b->k->item;
+    for (size_t r = 0; r < c->rows; r++)
+        for (size_t k = 0; k < c->depth; k++)
+            put(b->dtype, data, (ptrdiff_t)r * a.row + (ptrdiff_t)k * a.k, operand(b->dtype, 1, r * c->depth + k));
+    return data;
+}
+
+/* A matrix [rows][P] whose rows are P + gap apart, the gaps NaN. */
+static void *fill_rows(const bench *b, size_t slot, size_t rows, size_t gap, uint64_t seed)
+{
+    const size_t stride = b->P + gap;
+    void *x = buffer(b, slot, rows ? rows * stride - gap : 0);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t lane = 0; lane < b->P; lane++)
+            put(b->dtype, x, (ptrdiff_t)(r * stride + lane), operand(b->dtype, seed, r * b->P + lane));
+    return x;
+}
+
+static mha_product fill_product(const bench *b, const product_case *c)
+{
+    const strides a = layout_of(c);
+    const size_t stride = b->P + c->gap;
+    mha_product p = {.rows = c->rows, .depth = c->depth, .vectors = b->vectors, .a_row = a.row, .a_k = a.k,
+                     .b_k = stride, .c_row = stride};
+    p.a = fill_a(b, c, a);
+    p.b = fill_rows(b, 1, c->depth, c->gap, 2);
+    if (c->addend == IN_PLACE) {
+        p.c = fill_rows(b, 2, c->rows, c->gap, 3);
+        p.addend = p.c;
+        p.addend_row = stride;
+    } else {
+        p.c = buffer(b, 2, c->rows ? c->rows * stride - c->gap : 0);
+        p.addend = c->addend == NO_ADDEND ? NULL : fill_rows(b, 3, c->addend == ONE_ROW ? 1 : c->rows, c->gap, 3);
+        p.addend_row = c->addend == ONE_ROW ? 0 : stride;
+    }
+    p.factor = c->has_factor ? fill_rows(b, 4, 1, 0, 4) : NULL;
+    return p;
+}
+
+/* What kernels.h says, one operation at a time; *bound is how far two roundings per FMA can lead away from it. */
+static double expected_product(const bench *b, const mha_product *p, size_t r, size_t lane, double *bound)
+{
+    const mha_dtype t = b->dtype;
+    double chain = 0, size = 0;
+    for (size_t k = 0; k < p->depth; k++) {
+        const double x = get(t, p->a, (ptrdiff_t)r * p->a_row + (ptrdiff_t)k * p->a_k);
+        const double y = get(t, p->b, (ptrdiff_t)(k * p->b_k + lane));
+        chain = fused(t, x, y, chain);
+        size += fabs(x * y);
+    }
+    if (p->addend) {
+        const double addend = get(t, p->addend, (ptrdiff_t)(r * p->addend_row + lane));
+        const double factor = p->factor ? get(t, p->factor, (ptrdiff_t)lane) : 1;
+        chain = p->factor ? fused(t, addend, factor, chain) : rounded(t, addend + chain);
+        size += fabs(addend * factor);
+    }
+    *bound = (double)(p->depth + 2) * (eps_of(t) * size + smallest_of(t));
+    return chain;
+}
+
+static void check_product(const bench *b, const product_case *c)
+{
+    static double expected[MOST_ROWS][MOST_LANES], bound[MOST_ROWS][MOST_LANES];
+    const mha_product p = fill_product(b, c);
+    DESCRIBE("%s %s product, %zu vectors, %zu rows, depth %zu, layout %zu, addend %d, factor %d, gap %zu, at the %s",
+             b->k->name, dtype_name(b->dtype), b->vectors, c->rows, c->depth, c->layout, (int)c->addend,
+             c->has_factor, c->gap, b->side == AT_END ? "end" : "start");
+    for (size_t r = 0; r < c->rows; r++)
+        for (size_t lane = 0; lane < b->P; lane++)
+            expected[r][lane] = expected_product(b, &p, r, lane, &bound[r][lane]);
+    b->k->product(&p);
+    for (size_t r = 0; r < c->rows; r++) {
+        for (size_t lane = 0; lane < b->P; lane++) {
+            const double got = get(b->dtype, p.c, (ptrdiff_t)(r * p.c_row + lane));
+            if (b->has_fma)
+                CHECK_SAME(got, expected[r][lane], r, lane);
+            else
+                CHECK(fabs(got - expected[r][lane]) <= bound[r][lane], "%a instead of %a, more than %a off", got,
+                      expected[r][lane], bound[r][lane]);
+        }
+        if (r + 1 < c->rows)
+            CHECK(all_canaries((unsigned char *)p.c + (r * p.c_row + b->P) * b->k->item, c->gap * b->k->item),
+                  "wrote between rows %zu and %zu", r, r + 1);
+    }
+    for (size_t slot = 0; slot < 5; slot++)
+        CHECK(!guarded_slots[slot].first || guarded_intact(slot), "wrote beside buffer %zu", slot);
+}
+
+/* Every combination of options for one ragged size, then some combination for every size. */
+static void test_product(const bench *b)
+{
+    static const size_t rows[] = {0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 16, 17, 97}, depths[] = {0, 1, 2, 5, 64, 131};
+    for (size_t layout = 0; layout < LAYOUTS; layout++)
+        for (int addend = 0; addend < ADDENDS; addend++)
+            for (size_t i = 0; i < 4; i++)
+                check_product(b, &(product_case){11, 7, layout, i % 2 ? 3 : 0, (addend_kind)addend, i / 2 != 0});
+    for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
+        for (size_t d = 0; d < sizeof depths / sizeof *depths; d++)
+            for (uint64_t i = 0; i < 4; i++) {
+                const uint64_t word = random_word(r * 100 + d, i);
+                check_product(b, &(product_case){rows[r], depths[d], word % LAYOUTS, word >> 8 & 1 ? 3 : 0,
+                                                 (addend_kind)(word >> 16) % ADDENDS, word >> 24 & 1});
+            }
+}
+
+/* ---- Panels in and out ---- */
+
+static const size_t widths[] = {0, 1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 130};
+enum { WIDTHS = sizeof widths / sizeof *widths };
+
+static void check_pack(const bench *b, size_t count, size_t width, size_t gap, double scale)
+{
+    const mha_dtype t = b->dtype;
+    const size_t stride = width + gap;
+    const void *rows = random_buffer(b, 0, count ? count * stride - gap : 0, width);
+    void *panel = buffer(b, 1, width * b->P);
+    DESCRIBE("%s %s pack_panel, %zu vectors, %zu rows of %zu, gap %zu", b->k->name, dtype_name(t), b->vectors, count,
+             width, gap);
+    b->k->pack_panel(rows, stride, count, width, scale, panel, b->vectors);
+    for (size_t d = 0; d < width; d++)
+        for (size_t lane = 0; lane < b->P; lane++) {
+            const double wanted =
+                lane < count ? rounded(t, get(t, rows, (ptrdiff_t)(lane * stride + d)) * rounded(t, scale)) : 0;
+            CHECK_SAME(get(t, panel, (ptrdiff_t)(d * b->P + lane)), wanted, d, lane);
+        }
+    CHECK(guarded_intact(0) && guarded_intact(1), "wrote beside a buffer");
+}
+
+static void check_unpack(const bench *b, size_t count, size_t width, size_t gap)
+{
+    const mha_dtype t = b->dtype;
+    const size_t stride = width + gap;
+    const void *panel = random_buffer(b, 0, width * b->P, width), *factor = random_buffer(b, 1, b->P, 7);
+    char *rows = buffer(b, 2, count ? count * stride - gap : 0);
+    DESCRIBE("%s %s unpack_panel, %zu vectors, %zu rows of %zu, gap %zu", b->k->name, dtype_name(t), b->vectors,
+             count, width, gap);
+    b->k->unpack_panel(panel, b->vectors, factor, count, width, rows, stride);
+    for (size_t lane = 0; lane < count; lane++) {
+        for (size_t d = 0; d < width; d++) {
+            const double x = get(t, panel, (ptrdiff_t)(d * b->P + lane)), f = get(t, factor, (ptrdiff_t)lane);
+            CHECK_SAME(get(t, rows, (ptrdiff_t)(lane * stride + d)), rounded(t, x * f), lane, d);
+        }
+        if (lane + 1 < count)
+            CHECK(all_canaries((unsigned char *)rows + (lane * stride + width) * b->k->item, gap * b->k->item),
+                  "wrote behind row %zu", lane);
+    }
+    CHECK(guarded_intact(0) && guarded_intact(1) && guarded_intact(2), "wrote beside a buffer");
+}
+
+static void test_panels(const bench *b)
+{
+    for (size_t i = 0; i < WIDTHS; i++)
+        for (size_t count = 0; count <= b->P; count += count < 3 || count + 3 > b->P ? 1 : 5)
+            for (size_t gap = 0; gap < 6; gap += 5) {
+                check_pack(b, count, widths[i], gap, 0.3);
+                check_unpack(b, count, widths[i], gap);
+            }
+    check_pack(b, b->P, 19, 0, 1);
+}
+
+/* ---- Masks ---- */
+
+/* A mask in a buffer of its own: element (l, i) of `queries` by the block's keys, whatever the strides in bytes. */
+typedef struct {
+    mha_mask_kind kind;
+    ptrdiff_t stride_l, stride_s;
+    const char *data;
+} mask_case;
+
+static double mask_number(mha_mask_kind kind, const char *at)
+{
+    return kind == MHA_MASK_HIDE      ? (*at ? -INFINITY : 0)
+           : kind == MHA_MASK_FLOAT32 ? get_at(MHA_FLOAT32, at)
+                                      : get_at(MHA_FLOAT64, at);
+}
+
+static void put_mask_number(mha_mask_kind kind, char *at, uint64_t word)
+{
+    static const double special[] = {0, -INFINITY, -FLT_MAX, -DBL_MAX, 0.1, -3};
+    const double x = word % 8 < 6 ? special[word % 8] : (double)(word >> 44) * 0x1p-18;
+    if (kind == MHA_MASK_HIDE)
+        *at = (char)(word % 3);
+    else if (kind == MHA_MASK_FLOAT32)
+        put_at(MHA_FLOAT32, at, x < -FLT_MAX ? -INFINITY : x);
+    else
+        put_at(MHA_FLOAT64, at, x);
+}
+
+static size_t key_number(const mha_mask_block *m, size_t i)
+{
+    return m->index ? m->index[i] : m->first_key + i;
+}
+
+/* Makes a mask for `queries` queries; returns the address of query 0 and key 0 of the whole item. */
+static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t queries, size_t keys,
+                      const mha_mask_block *m)
+{
+    const size_t item = mask->kind == MHA_MASK_HIDE ? 1 : mask->kind == MHA_MASK_FLOAT32 ? 4 : 8;
+    ptrdiff_t lowest = 0, highest = 0;
+    for (size_t l = 0; l < queries; l++)
+        for (size_t i = 0; i < keys; i++) {
+            const ptrdiff_t at = (ptrdiff_t)l * mask->stride_l + (ptrdiff_t)key_number(m, i) * mask->stride_s;
+            lowest = l + i == 0 || at < lowest ? at : lowest;
+            highest = l + i == 0 || at > highest ? at : highest;
+        }
+    const bool is_empty = queries == 0 || keys == 0;
+    char *data = guarded_buffer(slot, is_empty ? 0 : (size_t)(highest - lowest) + item, b->side);
+    data -= lowest;
+    for (size_t l = 0; l < queries; l++)
+        for (size_t i = 0; i < keys; i++)
+            put_mask_number(mask->kind,
+                            data + (ptrdiff_t)l * mask->stride_l + (ptrdiff_t)key_number(m, i) * mask->stride_s,
+                            random_word(slot, l * keys + i));
+    mask->data = data;
+}
+
+static double expected_masked(const bench *b, const mha_mask_block *m, double score, size_t i, size_t lane)
+{
+    const size_t s = key_number(m, i);
+    double mask = 0;
+    if (m->attn)
+        mask = rounded(b->dtype, mask_number(m->attn_kind, m->attn + (ptrdiff_t)lane * m->attn_l +
+                                                               (ptrdiff_t)s * m->attn_s));
+    if (m->keys)
+        mask = rounded(b->dtype, mask + rounded(b->dtype, mask_number(m->keys_kind, m->keys + (ptrdiff_t)s *
+                                                                                                  m->keys_s)));
+    if (m->is_causal && s > m->first_query + lane)
+        return -INFINITY;
+    return rounded(b->dtype, score + mask);
+}
+
+static void check_masks(const bench *b, size_t keys, size_t count, mha_mask_block m, mask_case attn, mask_case of_keys)
+{
+    static double before[MHA_BLOCK_KEYS][MOST_LANES];
+    DESCRIBE("%s %s add_masks, %zu vectors, %zu keys, %zu queries, kinds %d (%td, %td) and %d (%td), index %d, "
+             "causal %d", b->k->name, dtype_name(b->dtype), b->vectors, keys, count, (int)attn.kind, attn.stride_l,
+             attn.stride_s, (int)of_keys.kind, of_keys.stride_s, m.index != NULL, m.is_causal);
+    make_mask(b, 1, &attn, count, keys, &m);
+    make_mask(b, 2, &of_keys, count ? 1 : 0, keys, &m);
+    m.attn = attn.kind ? attn.data : NULL;
+    m.keys = of_keys.kind ? of_keys.data : NULL;
+    m.attn_kind = attn.kind;
+    m.keys_kind = of_keys.kind;
+    m.attn_l = attn.stride_l;
+    m.attn_s = attn.stride_s;
+    m.keys_s = of_keys.stride_s;
+    void *scores = random_buffer(b, 0, keys * b->P, keys);
+    for (size_t i = 0; i < keys * b->P; i++)
+        before[i / b->P][i % b->P] = get(b->dtype, scores, (ptrdiff_t)i);
+    b->k->add_masks(scores, keys, b->vectors, count, &m);
+    for (size_t i = 0; i < keys; i++)
+        for (size_t lane = 0; lane < count; lane++)
+            CHECK_SAME(get(b->dtype, scores, (ptrdiff_t)(i * b->P + lane)),
+                       expected_masked(b, &m, before[i][lane], i, lane), i, lane);
+    CHECK(guarded_intact(0) && guarded_intact(1) && guarded_intact(2), "wrote beside a buffer");
+}
+
+static void test_masks(const bench *b)
+{
+    static const size_t keys[] = {0, 1, 2, 5, 63, 64};
+    static const mask_case masks[] = {
+        {MHA_MASK_NONE, 0, 0, NULL},      {MHA_MASK_HIDE, 200, 1, NULL},   {MHA_MASK_HIDE, 0, 3, NULL},
+        {MHA_MASK_HIDE, -1, 64, NULL},    {MHA_MASK_FLOAT32, 900, 4, NULL}, {MHA_MASK_FLOAT32, 4, 1001, NULL},
+        {MHA_MASK_FLOAT32, 2000, -5, NULL}, {MHA_MASK_FLOAT32, 7, 0, NULL}, {MHA_MASK_FLOAT64, 2000, 8, NULL},
+        {MHA_MASK_FLOAT64, -9, 999, NULL},  {MHA_MASK_FLOAT64, 0, 0, NULL},
+    };
+    enum { MASKS = sizeof masks / sizeof *masks };
+    static size_t index[MHA_BLOCK_KEYS];
+    for (size_t i = 0; i < MHA_BLOCK_KEYS; i++)
+        index[i] = 3 + 2 * i + i / 7;
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        for (size_t attn = 0; attn < MASKS; attn++)
+            for (size_t of_keys = 0; of_keys < MASKS; of_keys++) {
+                const uint64_t word = random_word(attn, of_keys * 10 + i);
+                const size_t count = word % 3 ? b->P - (word >> 8) % b->P : b->P;
+                const mha_mask_block m = {.index = word >> 16 & 1 ? index : NULL, .first_key = word >> 24 & 1 ? 5 : 0,
+                                          .first_query = (word >> 32) % 70, .is_causal = word >> 40 & 1};
+                check_masks(b, keys[i], count, m, masks[attn], masks[of_keys]);
+            }
+}
+
+/* ---- Sums, totals, constants ---- */
+
+static void test_invert_sums(const bench *b)
+{
+    static const double sums[] = {0, 1, 3, 0.5, 1e10, NAN, INFINITY};
+    describe(b, "invert_sums");
+    for (int empty = 0; empty < 2; empty++) {
+        void *sum = buffer(b, 0, b->P), *inverse = buffer(b, 1, b->P);
+        for (size_t lane = 0; lane < b->P; lane++)
+            put(b->dtype, sum, (ptrdiff_t)lane, lane < 7 ? sums[lane] : 1 + fabs(random_number(b->dtype, 1, lane)));
+        b->k->invert_sums(sum, inverse, b->vectors, empty ? MHA_EMPTY_ROW_NAN : MHA_EMPTY_ROW_ZERO);
+        for (size_t lane = 0; lane < b->P; lane++) {
+            const double x = get(b->dtype, sum, (ptrdiff_t)lane);
+            const double wanted = x == 0 ? (empty ? NAN : 0) : rounded(b->dtype, 1 / x);
+            CHECK_SAME(get(b->dtype, inverse, (ptrdiff_t)lane), wanted, lane, (size_t)empty);
+        }
+        CHECK(guarded_intact(0) && guarded_intact(1), "wrote beside a buffer");
+    }
+}
+
+static void test_accumulate_and_fill(const bench *b)
+{
+    describe(b, "accumulate");
+    for (size_t vectors = 0; vectors < 8; vectors++) {
+        const size_t n = vectors * b->k->lanes;
+        void *total = random_buffer(b, 0, n, 1), *x = random_buffer(b, 1, n, 2);
+        b->k->accumulate(total, x, n);
+        for (size_t i = 0; i < n; i++)
+            CHECK_SAME(get(b->dtype, total, (ptrdiff_t)i),
+                       rounded(b->dtype, random_number(b->dtype, 1, i) + random_number(b->dtype, 2, i)), i, n);
+        CHECK(guarded_intact(0) && guarded_intact(1), "wrote beside a buffer");
+    }
+    describe(b, "fill");
+    for (size_t n = 0; n < 70; n++) {
+        void *x = buffer(b, 0, n);
+        const double value = n % 2 ? -INFINITY : 1 / 3.0;
+        b->k->fill(x, n, value);
+        for (size_t i = 0; i < n; i++)
+            CHECK_SAME(get(b->dtype, x, (ptrdiff_t)i), rounded(b->dtype, value), i, n);
+        CHECK(guarded_intact(0), "wrote beside the buffer");
+    }
+}
+
+/* ---- Dropout ---- */
+
+static const uint32_t dropout_key[2] = {0x243f6a88, 0x85a308d3};
+
+/* The weights of `keys` keys by `count` queries after dropout, as multiples of what they were. */
+static void drop(const bench *b, size_t keys, size_t count, const mha_dropout_block *block,
+                 double result[MHA_BLOCK_KEYS][MOST_LANES])
+{
+    void *weights = buffer(b, 0, keys * b->P);
+    for (size_t i = 0; i < keys * b->P; i++)
+        put(b->dtype, weights, (ptrdiff_t)i, (double)(1 + i));
+    b->k->dropout(weights, keys, b->vectors, count, block);
+    for (size_t i = 0; i < keys; i++)
+        for (size_t lane = 0; lane < count; lane++) {
+            const double x = get(b->dtype, weights, (ptrdiff_t)(i * b->P + lane));
+            result[i][lane] = x / (double)(1 + i * b->P + lane);
+        }
+    CHECK(guarded_intact(0), "wrote beside the buffer");
+}
+
+/* Each weight is scaled or 0, in the right proportion, and its fate is its own: not the block's, not the lane's. */
+static void test_dropout(const bench *b)
+{
+    static double whole[MHA_BLOCK_KEYS][MOST_LANES], part[MHA_BLOCK_KEYS][MOST_LANES];
+    static size_t index[MHA_BLOCK_KEYS];
+    size_t kept = 0, all = 0;
+    mha_dropout_block block = {.key = dropout_key, .threshold = 3u << 30, .scale = 4 / 3.0, .n = 2, .h = 3,
+                               .first_query = 40, .first_key = 128};
+    describe(b, "dropout");
+    drop(b, MHA_BLOCK_KEYS, b->P, &block, whole);
+    for (size_t i = 0; i < MHA_BLOCK_KEYS; i++)
+        for (size_t lane = 0; lane < b->P; lane++) {
+            CHECK(whole[i][lane] == 0 || fabs(whole[i][lane] * 0.75 - 1) < 4 * eps_of(b->dtype), "factor %a",
+                  whole[i][lane]);
+            kept += whole[i][lane] != 0;
+            all++;
+        }
+    const double off = ((double)kept - 0.75 * (double)all) / sqrt(0.75 * 0.25 * (double)all);
+    CHECK(fabs(off) < 5, "%zu of %zu kept, %g sigma from 3/4", kept, all, off);
+    for (size_t i = 0; i < 13; i++)
+        index[i] = 129 + 4 * i + i % 2;
+    block.index = index;
+    block.first_query = 41;
+    drop(b, 13, b->P - 1, &block, part);
+    for (size_t i = 0; i < 13; i++)
+        for (size_t lane = 0; lane + 1 < b->P; lane++)
+            CHECK((part[i][lane] == 0) == (whole[index[i] - 128][lane + 1] == 0), "query %zu, key %zu", 41 + lane,
+                  index[i]);
+    for (int every = 0; every < 2; every++) {
+        block.threshold = every ? (uint64_t)1 << 32 : 0;
+        drop(b, 13, b->P, &block, part);
+        for (size_t i = 0; i < 13; i++)
+            for (size_t lane = 0; lane < b->P; lane++)
+                CHECK((part[i][lane] != 0) == every, "threshold %d: %a", every, part[i][lane]);
+    }
+}
+
+/* Known answers, from the authors' own tests. */
+static void test_philox(void)
+{
+    static const uint32_t answers[3][10] = {
+        {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+        {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
+        {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09, 0x94fdcceb, 0x5001e420,
+         0x24126ea1},
+    };
+    DESCRIBE("philox");
+    for (size_t i = 0; i < 3; i++) {
+        const uint32_t *a = answers[i];
+        const mha_philox_block random = mha_philox(a + 4, a[0], a[1], a[2], a[3]);
+        CHECK(memcmp(random.word, a + 6, sizeof random.word) == 0, "known answer %zu", i);
+    }
+}
+
+int main(void)
+{
+    test_philox();
+    on_every_bench(test_product);
+    on_every_bench(test_panels);
+    on_every_bench(test_masks);
+    on_every_bench(test_invert_sums);
+    on_every_bench(test_accumulate_and_fill);
+    on_every_bench(test_dropout);
+    return check_report("test_kernels");
+}
