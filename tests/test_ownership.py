@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every reference taken is given back and every byte allocated is freed, on success and on each kind of error."""
+
+import gc
+import os
+import sys
+import weakref
+
+import numpy as np
+import pytest
+from helpers import inputs, layer, normal, outcome
+
+mha_c = pytest.importorskip("mha_c")
+
+CALLS = 200
+IMMORTAL = sys.version_info >= (3, 12)  # None, True and False are no longer counted
+
+
+class Provider:
+    """An input that is no array, so that the core makes one and has to let it go."""
+
+    def __init__(self, array):
+        self.array = array
+
+    @property
+    def __array_interface__(self):
+        # Without strides, which may be left out where they are None: NumPy 2.4 loses a reference to that None.
+        return {name: value for name, value in self.array.__array_interface__.items() if value is not None}
+
+
+class Broken:
+    """Fails when it is asked for its array."""
+
+    @property
+    def __array_interface__(self):
+        raise OSError
+
+
+def scenarios():
+    """Name, layer, arguments by name: what a call may meet, right and wrong, at each stage of taking it apart."""
+    x = normal((2, 5, 8))
+    given = {"query": x.copy(), "key": x.copy(), "value": x.copy()}
+    module = layer(8, 2, batch_first=True)
+    mask, padding = np.zeros((5, 5), bool), np.zeros((2, 5), bool)
+
+    def case(name, **changes):
+        return pytest.param(changes.pop("module", module), {**given, **changes}, id=name)
+
+    read_only = x.copy()
+    read_only.setflags(write=False)
+    yield case("plain")
+    yield case("no weights", need_weights=False)
+    yield case("per head", average_attn_weights=False)
+    yield case("masks", attn_mask=mask, key_padding_mask=padding)
+    yield case("float masks", attn_mask=mask.astype("f4"), key_padding_mask=padding.astype("f8"))
+    yield case("half-precision mask", attn_mask=mask.astype("f2"))
+    yield case("byte-swapped", query=x.astype(">f4"), attn_mask=mask.astype(">f4"))
+    yield case("misaligned", key=np.zeros(x.nbytes + 1, np.uint8)[1:].view("f4").reshape(x.shape))
+    yield case("providers", query=Provider(x), key=Provider(x), attn_mask=Provider(mask))
+    yield case("memoryview", query=memoryview(x))
+    yield case("out", out=x.copy())
+    yield case("out over an input", query=x, out=x)
+    yield case("out in other strides", out=np.zeros((8, 5, 2), "f4").T)
+    yield case("causal", is_causal=True)
+    yield case("unbatched", query=x[0], key=x[0], value=x[0])
+    yield case("empty", query=x[:, :0])
+    yield case("dropout", module=layer(8, 2, batch_first=True, dropout=0.5, training=True))
+    yield case("extra keys", module=layer(8, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True))
+    # wrong calls, from the first argument to the last
+    yield case("query a list", query=[1.0])
+    yield case("value a list", value=[1.0])
+    yield case("attn_mask a list", attn_mask=[1.0])
+    yield case("key_padding_mask a list", key_padding_mask=[1.0])
+    yield case("query broken", query=Broken())
+    yield case("value broken", value=Broken(), query=Provider(x))
+    yield case("mask broken", attn_mask=Broken(), query=x.astype(">f4"))
+    yield case("query 1-D", query=x[0, 0])
+    yield case("key 2-D", key=x[0])
+    yield case("query too narrow", query=x[..., :6].copy())
+    yield case("key shorter than value", key=x[:, :4].copy())
+    yield case("key of another batch", key=x[:1].copy(), value=x[:1].copy())
+    yield case("query in float64", query=x.astype("f8"))
+    yield case("query of integers", query=x.astype("i4"))
+    yield case("query of objects", query=x.astype(object))
+    yield case("attn_mask of integers", attn_mask=mask.astype(int))
+    yield case("attn_mask of another shape", attn_mask=mask[:4], key_padding_mask=padding.astype("f8"))
+    yield case("attn_mask 3-D of another shape", attn_mask=np.zeros((2, 5, 5), ">f4"))
+    yield case("key_padding_mask of integers", key_padding_mask=padding.astype(int))
+    yield case("key_padding_mask of another shape", key_padding_mask=padding[:1], attn_mask=mask.astype("f2"))
+    yield case("out a list", out=[])
+    yield case("out of another dtype", out=x.astype("f8"))
+    yield case("out of another shape", out=x[:1].copy())
+    yield case("out read-only", out=read_only)
+    yield case("need_weights raises", need_weights=np.zeros(2))
+    yield case("is_causal raises", is_causal=np.zeros(2))
+    yield case("unknown argument", mask=None)
+    yield case("dropout above 1", module=layer(8, 2, batch_first=True, dropout=2.0, training=True))
+
+
+def counts(objects):
+    return [sys.getrefcount(x) for x in objects]
+
+
+@pytest.mark.parametrize("module, arguments", list(scenarios()))
+def test_references(module, arguments):
+    """Thousands of calls later, everything that took part has as many references as before, and may die."""
+    own = [module, *(x for x in arguments.values() if not isinstance(x, bool | None)), module._parameters,
+           module._parameters.weights, *module.parameters()]
+    shared = [x for x in (None, True, False) if not IMMORTAL] + [
+        np.dtype("float32"), np.dtype("float64"), np.dtype(bool), np.ndarray, np.float32]
+    held = own + shared
+    outcome(lambda: module(**arguments))
+    gc.collect()
+    before = counts(held)
+    for _ in range(CALLS):
+        outcome(lambda: module(**arguments))
+    gc.collect()
+    after = counts(held)
+    for i, x in enumerate(held):
+        # The interpreter's own business moves shared objects by a handful; one lost reference a call is far more.
+        assert abs(after[i] - before[i]) <= (0 if i < len(own) else CALLS // 4), (
+            f"{x!r}: {before[i]} references became {after[i]}")
+
+
+def test_results_die():
+    """Results are held by nobody else, and neither are the inputs after the call."""
+    module = layer(8, 2)
+    given = [x.copy() for x in inputs(2, 3, 5, 8, batch_first=False)]
+    output, weights = module(*given)
+    assert sys.getrefcount(output) == 2 and sys.getrefcount(weights) == 2
+    assert output.base is None or sys.getrefcount(output.base) <= 2
+
+    class Array(np.ndarray):
+        pass
+
+    probe = given[0].view(Array)
+    mask = np.zeros((3, 5), bool).view(Array)
+    dead = weakref.ref(probe), weakref.ref(mask)
+    module(probe, given[1], given[2], attn_mask=mask)
+    outcome(lambda: module(probe, given[1], given[2], attn_mask=mask[:2]))
+    del probe, mask
+    gc.collect()
+    assert dead[0]() is None and dead[1]() is None
+
+
+def test_parameters_outlive_the_layer():
+    """An array of parameters stays valid when its layer, or the set it belonged to, is gone."""
+    module = layer(8, 2)
+    weight = module.in_proj_weight
+    copy = weight.copy()
+    module.load_state_dict({name: np.zeros_like(array) for name, array in module.state_dict().items()})
+    np.testing.assert_array_equal(weight, copy)
+    del module
+    gc.collect()
+    np.testing.assert_array_equal(weight, copy)
+    with pytest.raises(ValueError):
+        weight[...] = 0
+    with pytest.raises(ValueError):
+        weight.setflags(write=True)
+
+
+def resident():
+    """Bytes of physical memory in use."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory in use is read from /proc")
+
+
+def growth(action, *, rounds=5, repeat=100):
+    """The least growth of resident memory over rounds of calls, after one round to fill caches."""
+    grown = []
+    for _ in range(rounds + 1):
+        before = resident()
+        for _ in range(repeat):
+            action()
+        gc.collect()
+        grown.append(resident() - before)
+    return min(grown[1:])
+
+
+@needs_proc
+@pytest.mark.parametrize("module, arguments", list(scenarios()))
+def test_memory(module, arguments):
+    """Memory is flat over every outcome.
+
+    A call that lost even 48 bytes would lose 33,600 in a round."""
+    assert growth(lambda: outcome(lambda: module(**arguments)), rounds=2, repeat=700) < 32 * 1024
+
+
+@needs_proc
+def test_memory_of_large_calls():
+    """The workspace of calls that need much of it, alone, in threads, and with results that are dropped."""
+    module = layer(64, 4, batch_first=True)
+    given = inputs(4, 120, 150, 64)
+    for call in ({}, {"need_weights": False}, {"average_attn_weights": False}):
+        for threads in (1, 3):
+            with mha_c.num_threads(threads):
+                assert growth(lambda: module(*given, **call), rounds=3, repeat=20) < 512 * 1024
+
+
+@needs_proc
+def test_memory_of_layers():
+    """Layers made, loaded and dropped; layers whose construction fails."""
+    state = layer(64, 4).state_dict()
+    wrong = {**state, "in_proj_bias": np.zeros(3, "float32")}
+    module = layer(64, 4)
+    actions = [lambda: mha_c.MultiheadAttention(64, 4), lambda: module.load_state_dict(state),
+               lambda: outcome(lambda: module.load_state_dict(wrong)),
+               lambda: outcome(lambda: mha_c.MultiheadAttention(64, 5)),
+               lambda: setattr(module, "in_proj_bias", state["in_proj_bias"])]
+    for action in actions:
+        assert growth(action, rounds=3, repeat=60) < 256 * 1024  # one layer's parameters are 66 KB, twice
+
+
+@needs_proc
+def test_memory_of_an_interrupted_call():
+    """A call that a signal handler ends by an exception leaves nothing behind."""
+    import signal
+
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("this platform has no interval timer")
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    module = layer(16, 2, batch_first=True)
+    given = inputs(1, 6000, 6000, 16)
+    before = signal.signal(signal.SIGALRM, stop)
+
+    def interrupted():
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            while True:
+                module(*given)
+        except Stop:
+            pass
+
+    try:
+        assert growth(interrupted, rounds=2, repeat=4) < 1024 * 1024
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
