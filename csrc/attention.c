@@ -216,14 +216,14 @@ static void finish(const mha_attention *a, size_t n, const state *s)
     char *inverse = s->factor;
     /* A sum over no key at all is 0, as torch has it; NaN is for keys that are there and hidden. */
     const mha_empty_row empty_row = a->live->S + a->live->extra > 0 ? a->empty_row : MHA_EMPTY_ROW_ZERO;
-    kernels->invert_sums(s->sum, inverse, s->lanes.vectors, empty_row);
+    kernels->softmax_end(s->sum, inverse, s->lanes.vectors, empty_row);
     kernels->unpack_panel(s->out, s->lanes.vectors, inverse, s->lanes.count, a->Dv,
                           row_at(a, &a->context, n, s->h, s->lanes.first), (size_t)a->context.stride_l);
     if (a->weights_wanted) {
         const size_t at = statistics_offset(a, n, s->h, s->lanes);
         const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->item;
         memcpy(a->maximum + at, s->maximum, bytes);
-        memcpy(a->inverse + at, inverse, bytes);
+        memcpy(a->sum + at, s->sum, bytes);
     }
 }
 
@@ -289,7 +289,7 @@ static void weigh(const mha_attention *a, const weighing *w, size_t h, const mha
         kernels->fill(scores, block->keys * P, -INFINITY);
     else
         score(a, w->n, h, w->lanes, block, visibility, w->queries, scores);
-    kernels->softmax_weights(scores, block->keys, w->lanes.vectors, a->maximum + at, a->inverse + at);
+    kernels->softmax_weights(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
     if (a->dropout_p > 0)
         drop_out(a, w->n, h, w->lanes, block, scores);
     if (scores != weights)

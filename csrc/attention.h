@@ -32,7 +32,7 @@ typedef struct {
     mha_weights_wanted weights_wanted;
     char *attn_weights; /* C-contiguous (N, L, S') or (N, H, L, S') */
     /* [N][H][lanes of all panels of L], only where weights are wanted: what the first pass leaves for the second. */
-    char *maximum, *inverse;
+    char *maximum, *sum;
 
     size_t threads;
     char *scratch; /* threads pieces of scratch_bytes */
@@ -40,7 +40,7 @@ typedef struct {
     mha_stop stop;
 } mha_attention;
 
-/* Bytes of scratch that each thread needs; numbers in maximum and in inverse. */
+/* Bytes of scratch that each thread needs; numbers in maximum and in sum. */
 size_t mha_attention_scratch(const mha_attention *a);
 size_t mha_attention_statistics(const mha_attention *a);
 

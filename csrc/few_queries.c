@@ -19,6 +19,7 @@
 #include "threads.h"
 
 enum {
+    FEATURES = 64,         /* of a chain and of a slice of inputs: scores here are longer sums than elsewhere */
     CHUNK_BLOCKS = 8,      /* so that one query of one item keeps several threads busy */
     LEAST_FEATURES = 16,   /* of keys and values: a vector of any instruction set, also for rows of Wk as they are */
     CLEARLY = 2,           /* times fewer operations, for the path to be chosen */
@@ -90,9 +91,8 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
     f->query_panels = mha_reserve(layout, f->call->weights_wanted ? f->items * f->call->L * by_head : 0, w->Ek, number);
     f->sums = mha_reserve(layout, f->items * f->chunks * padded, w->Ev, number);
     f->maximum = mha_reserve(layout, f->items * f->chunks * padded + widest, 1, number);
-    f->sum = mha_reserve(layout, f->items * f->chunks * padded, 1, number);
+    f->sum = mha_reserve(layout, f->items * f->chunks * padded + widest, 1, number);
     f->y = mha_reserve(layout, rows, f->y_stride, number);
-    f->inverse = mha_reserve(layout, f->items * padded + widest, 1, number);
     f->mass = mha_reserve(layout, f->items * padded, 1, number);
 }
 
@@ -103,7 +103,7 @@ typedef struct {
 
 static size_t slice_stride(const mha_kernels *kernels)
 {
-    return mha_row_stride(MHA_CHAIN, kernels->lanes, kernels->item);
+    return mha_row_stride(FEATURES, kernels->lanes, kernels->item);
 }
 
 static places take_scratch(const mha_few_queries *f, char *base, mha_layout *layout)
@@ -179,8 +179,8 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
     char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
     mha_product product = {.rows = f->call->L, .vectors = vectors, .a_row = (ptrdiff_t)f->q_stride, .a_k = 1,
                            .b_k = w->Ek, .addend_row = w->H * f->t_stride, .c = t, .c_row = w->H * f->t_stride};
-    for (size_t d = 0; d < w->D; d += MHA_CHAIN) {
-        product.depth = smaller(w->D - d, MHA_CHAIN);
+    for (size_t d = 0; d < w->D; d += FEATURES) {
+        product.depth = smaller(w->D - d, FEATURES);
         product.a = q + d * number;
         product.b = Wk + d * w->Ek * number;
         product.addend = d ? t : NULL;
@@ -237,8 +237,8 @@ static bool score(const mha_few_queries *f, size_t n, size_t first, mha_panel pa
     mha_product product = {.rows = block->keys, .vectors = panel.vectors, .a = s->slice,
                            .a_row = (ptrdiff_t)slice_stride(kernels), .a_k = 1, .b_k = P, .addend_row = P,
                            .c = s->scores, .c_row = P};
-    for (size_t e = 0; e < Ek; e += MHA_CHAIN) {
-        product.depth = smaller(Ek - e, MHA_CHAIN);
+    for (size_t e = 0; e < Ek; e += FEATURES) {
+        product.depth = smaller(Ek - e, FEATURES);
         copy_slice(f, &f->call->key, n, block, e, product.depth, s->slice);
         product.b = queries + e * P * kernels->item;
         product.addend = e ? s->scores : NULL;
@@ -263,8 +263,8 @@ static void add_values(const mha_few_queries *f, size_t n, mha_panel panel, cons
     mha_product product = {.depth = block->keys, .vectors = panel.vectors, .a = s->slice, .a_row = 1,
                            .a_k = (ptrdiff_t)slice_stride(kernels), .b = s->scores, .b_k = P, .addend_row = P,
                            .factor = s->factor, .c_row = P};
-    for (size_t e = 0; e < Ev; e += MHA_CHAIN) {
-        product.rows = smaller(Ev - e, MHA_CHAIN);
+    for (size_t e = 0; e < Ev; e += FEATURES) {
+        product.rows = smaller(Ev - e, FEATURES);
         copy_slice(f, &f->call->value, n, block, e, product.rows, s->slice);
         product.addend = product.c = sums + e * P * kernels->item;
         kernels->product(&product);
@@ -308,23 +308,22 @@ static void merge_task(void *context, size_t task, size_t worker)
     const mha_panel panel = mha_panel_at(&j->split, task % j->split.panels);
     const size_t at = i * f->chunks * padded + panel.first; /* the first chunk collects the others */
     char *sums = numbers_at(f, f->sums, at * Ev), *maximum = numbers_at(f, f->maximum, at);
-    (void)worker;
     char *sum = numbers_at(f, f->sum, at);
     for (size_t chunk = 1; chunk < f->chunks; chunk++) {
         const size_t part = (i * f->chunks + chunk) * padded + panel.first;
         kernels->softmax_merge(sums, maximum, sum, numbers_at(f, f->sums, part * Ev),
                                numbers_at(f, f->maximum, part), numbers_at(f, f->sum, part), Ev, panel.vectors);
     }
-    char *inverse = numbers_at(f, f->inverse, i * padded + panel.first);
     char *mass = numbers_at(f, f->mass, i * padded + panel.first);
-    kernels->invert_sums(sum, inverse, panel.vectors, f->call->empty_row);
-    kernels->unpack_panel(sums, panel.vectors, inverse, panel.count, Ev,
-                          numbers_at(f, f->y, (i * lanes_of(f) + panel.first) * f->y_stride), f->y_stride);
     for (size_t lane = 0; lane < panel.count; lane++) {
         const char zero[sizeof(double)] = {0};
         const bool is_empty = memcmp(sum + lane * kernels->item, zero, kernels->item) == 0;
         kernels->fill(mass + lane * kernels->item, 1, is_empty ? 0 : 1);
     }
+    char *inverse = scratch_of(j, worker).factor;
+    kernels->softmax_end(sum, inverse, panel.vectors, f->call->empty_row);
+    kernels->unpack_panel(sums, panel.vectors, inverse, panel.count, Ev,
+                          numbers_at(f, f->y, (i * lanes_of(f) + panel.first) * f->y_stride), f->y_stride);
 }
 
 /* ---- emit ---- */
@@ -340,8 +339,8 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
     const char *Wv = weights->v.data + panel.first * w->Ev * number;
     mha_product product = {.rows = f->call->L, .vectors = panel.vectors, .a_row = (ptrdiff_t)(w->H * f->y_stride),
                            .a_k = 1, .b_k = P, .addend_row = P, .c = strip, .c_row = P};
-    for (size_t e = 0; e < w->Ev; e += MHA_CHAIN) {
-        product.depth = smaller(w->Ev - e, MHA_CHAIN);
+    for (size_t e = 0; e < w->Ev; e += FEATURES) {
+        product.depth = smaller(w->Ev - e, FEATURES);
         product.a = y + e * number;
         product.b = Wv + e * P * number;
         product.addend = e ? strip : NULL;
@@ -399,7 +398,7 @@ static void pack_query_task(void *context, size_t task, size_t worker)
 typedef struct {
     size_t n, l;
     const char *panels;            /* of the query's heads */
-    const char *maximum, *inverse; /* of head 0 */
+    const char *maximum, *sum;     /* of head 0 */
     char *out;                     /* the query's row of weights, of head 0, */
     size_t out_stride;             /* and the bytes to the next head's; with averaged weights there is but one */
 } weighing;
@@ -416,7 +415,7 @@ static weighing describe_weighing(const job *j, size_t query)
         .n = n, .l = l,
         .panels = numbers_at(f, f->query_panels, query * j->by_head.vectors * j->by_head.lanes * w->Ek),
         .maximum = numbers_at(f, f->maximum, i * f->chunks * padded + l * w->H),
-        .inverse = numbers_at(f, f->inverse, i * padded + l * w->H),
+        .sum = numbers_at(f, f->sum, i * f->chunks * padded + l * w->H),
         .out = (char *)call->attn_weights + (n * heads * call->L + l) * row_bytes,
         .out_stride = call->L * row_bytes,
     };
@@ -437,7 +436,7 @@ static void weigh_block(const job *j, const weighing *w, const mha_key_block *bl
         if (is_hidden || !score(f, w->n, w->l * H + panel.first, panel, block, queries, s))
             kernels->fill(s->scores, block->keys * P, -INFINITY);
         kernels->softmax_weights(s->scores, block->keys, panel.vectors, w->maximum + panel.first * number,
-                                 w->inverse + panel.first * number);
+                                 w->sum + panel.first * number);
         kernels->fill(s->factor, P, is_averaged ? 1 / (double)H : 1);
         kernels->unpack_panel(s->scores, panel.vectors, s->factor, panel.count, block->keys,
                               s->rows + panel.first * MHA_BLOCK_KEYS * number, MHA_BLOCK_KEYS);

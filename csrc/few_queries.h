@@ -32,9 +32,9 @@ typedef struct {
     size_t t_panels;          /* [items]: the same as panels [Ek][P], */
     size_t query_panels;      /* [items][L]: and, for the weights, as panels of one query's heads */
     size_t sums;              /* [items][chunks]: panels [Ev][P] of sums of p_s x_s, */
-    size_t maximum, sum;      /* [items][chunks][lanes]: what softmax knows of a chunk */
+    size_t maximum, sum;      /* [items][chunks][lanes]: what softmax knows of a chunk; the first takes in the others */
     size_t y, y_stride;       /* [items][L * H]: rows sum_s p_s x_s, normalised */
-    size_t inverse, mass;     /* [items][lanes]: 1 / sum; what bv is multiplied with */
+    size_t mass;              /* [items][lanes]: what bv is multiplied with */
 } mha_few_queries;
 
 /* Whether an item with so many live keys is better treated this way. It depends on nothing else, so that the bits of

@@ -26,7 +26,7 @@ typedef struct {
     size_t q, k, v, context;            /* offsets of the matrices in the workspace, */
     size_t extra_k, extra_v;
     size_t q_row, k_row, v_row, context_row; /* of the tables of row addresses, */
-    size_t maximum, inverse;
+    size_t maximum, sum;
     size_t scratch;
     size_t q_stride, k_stride, v_stride, context_stride; /* and numbers between rows */
     size_t scratch_bytes;
@@ -185,7 +185,7 @@ static mha_attention describe_attention(const forward *f)
         .live = &f->live, .masks = &f->masks, .empty_row = call->empty_row,
         .dropout_p = call->dropout_p,
         .weights_wanted = call->weights_wanted, .attn_weights = call->attn_weights,
-        .maximum = at_offset(f, at->maximum), .inverse = at_offset(f, at->inverse),
+        .maximum = at_offset(f, at->maximum), .sum = at_offset(f, at->sum),
         .threads = call->threads, .scratch = at_offset(f, at->scratch), .scratch_bytes = at->scratch_bytes,
         .stop = call->stop,
     };
@@ -237,7 +237,7 @@ static mha_status plan_call(forward *f)
     const mha_projection output = plan_output(f);
     const size_t statistics = call->weights_wanted ? mha_attention_statistics(&attention) : 0;
     at->maximum = mha_reserve(&layout, statistics, 1, item);
-    at->inverse = mha_reserve(&layout, statistics, 1, item);
+    at->sum = mha_reserve(&layout, statistics, 1, item);
     mha_few_queries_plan(&f->few, &layout);
     at->scratch_bytes = larger(larger(mha_attention_scratch(&attention), mha_few_queries_scratch(&f->few)),
                                larger(mha_projection_scratch(kernels, projections, inputs),

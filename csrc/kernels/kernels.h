@@ -103,12 +103,13 @@ typedef struct mha_kernels {
     void (*softmax_merge)(void *sums, void *maximum, void *sum, const void *sums_2, const void *maximum_2,
                           const void *sum_2, size_t width, size_t vectors);
 
-    /* scores[key][lane] becomes exp(score - maximum[lane]) * inverse[lane]: the attention weights themselves, once
-     * maximum and sum are final. */
-    void (*softmax_weights)(void *scores, size_t keys, size_t vectors, const void *maximum, const void *inverse);
+    /* What to divide by, once all keys are through. Where sum is 0 (no key was visible: one that is adds at least the
+     * exp(0) of the maximum) it becomes NaN or 1, as `empty_row` says; inverse [P] = 1 / sum. */
+    void (*softmax_end)(void *sum, void *inverse, size_t vectors, mha_empty_row empty_row);
 
-    /* inverse[lane] = 1 / sum[lane]; where sum is 0 (no key was visible), NaN or 0 as `empty_row` says. */
-    void (*invert_sums)(const void *sum, void *inverse, size_t vectors, mha_empty_row empty_row);
+    /* scores[key][lane] becomes exp(score - maximum[lane]) / sum[lane]: the attention weights themselves, once
+     * maximum and sum are final. */
+    void (*softmax_weights)(void *scores, size_t keys, size_t vectors, const void *maximum, const void *sum);
 
     void (*accumulate)(void *total, const void *x, size_t n); /* total[i] += x[i]; n is a multiple of lanes */
     void (*fill)(void *x, size_t n, double value);

@@ -21,6 +21,10 @@
 enum { VECTORS = 3 };
 
 /* See exp(): ROUND is 1.5 * 2^mantissa bits + exponent bias. */
+#define LOG2_E_f32 0x1.715476p+0f
+#define LOG2_E_f64 0x1.71547652b82fep+0
+#define LOG2_E_REST_f32 0x1.4ae0c00p-26f
+#define LOG2_E_REST_f64 0x1.777d0ffda0d24p-56
 #define LOWEST_f32 (-FLT_MAX)
 #define LOWEST_f64 (-DBL_MAX)
 #define EXP2_LOWEST_f32 (-126.0f)
@@ -43,7 +47,7 @@ static const double exp2_coefficients_f64[] = {
         .unpack_panel = PASTE(unpack_panel, suffix), .add_masks = PASTE(add_masks, suffix), \
         .softmax_begin = PASTE(softmax_begin, suffix), .softmax_step = PASTE(softmax_step, suffix), \
         .softmax_merge = PASTE(softmax_merge, suffix), \
-        .softmax_weights = PASTE(softmax_weights, suffix), .invert_sums = PASTE(invert_sums, suffix), \
+        .softmax_weights = PASTE(softmax_weights, suffix), .softmax_end = PASTE(softmax_end, suffix), \
         .accumulate = PASTE(accumulate, suffix), .fill = PASTE(fill, suffix), .dropout = PASTE(dropout, suffix), \
     }
 
@@ -259,15 +263,17 @@ static void V(add_masks)(void *scores_, size_t keys, size_t vectors, size_t coun
 
 /* ---- Softmax ---- */
 
-/* exp(x) for x <= 0 as 2^t, t = x log2(e) = n + f with |f| <= 1/2: at most 1 ulp above t = EXP2_LOWEST, 0 below it,
- * NaN stays NaN. The logarithm comes after the subtraction of the maximum, so that a score of finfo.min is finite.
+/* exp(x) for x <= 0 as 2^(n + f), n + f = x log2(e) with |f| <= 1/2: at most 1 ulp where t = x log2(e), rounded, is
+ * EXP2_LOWEST or more, 0 below it, NaN stays NaN. f comes from x by two fused steps, since the rounding of t alone would
+ * cost several ulp. The logarithm follows the subtraction of the maximum, so that a score of finfo.min stays finite.
  * Adding ROUND leaves n, biased as exponents are, in the low bits of the sum. The polynomials, minimax in the relative
  * error with constant term 1, were found by Remez' algorithm: their own errors are 2.6e-9 (float) and 1.8e-17. */
 INLINE VEC V(exp)(VEC x)
 {
-    const VEC t = x * V(splat)((REAL)0x1.71547652b82fep0);
+    const VEC t = x * V(splat)(V(LOG2_E));
     const VEC rounded = t + V(splat)(V(ROUND));
-    const VEC f = t - (rounded - V(splat)(V(ROUND)));
+    const VEC minus_n = V(splat)(V(ROUND)) - rounded;
+    const VEC f = V(fma)(x, V(splat)(V(LOG2_E_REST)), V(fma)(x, V(splat)(V(LOG2_E)), minus_n));
     VEC p = V(splat)(V(exp2_coefficients)[0]);
     for (size_t i = 1; i < sizeof V(exp2_coefficients) / sizeof(REAL); i++)
         p = V(fma)(p, f, V(splat)(V(exp2_coefficients)[i]));
@@ -293,12 +299,13 @@ static void V(softmax_step)(void *scores_, size_t keys, size_t vectors, void *ma
         VEC new = old;
         for (size_t i = 0; i < keys; i++)
             new = V(max)(new, V(load)(scores + i * P));
-        VEC block_sum = V(splat)(0);
+        VEC sums[4] = {V(splat)(0), V(splat)(0), V(splat)(0), V(splat)(0)}; /* shorter sums round less */
         for (size_t i = 0; i < keys; i++) {
             const VEC p = V(exp)(V(load)(scores + i * P) - new);
             V(store)(scores + i * P, p);
-            block_sum = block_sum + p;
+            sums[i % 4] = sums[i % 4] + p;
         }
+        const VEC block_sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
         const VEC rescale = V(exp)(old - new);
         V(store)(sum, V(fma)(V(load)(sum), rescale, block_sum));
         V(store)(maximum, new);
@@ -323,23 +330,26 @@ static void V(softmax_merge)(void *sums_, void *maximum_, void *sum_, const void
     }
 }
 
-static void V(softmax_weights)(void *scores_, size_t keys, size_t vectors, const void *maximum_, const void *inverse_)
+static void V(softmax_weights)(void *scores_, size_t keys, size_t vectors, const void *maximum_, const void *sum_)
 {
     const size_t P = vectors * LANES;
     for (size_t lane = 0; lane < P; lane += LANES) {
         REAL *scores = (REAL *)scores_ + lane;
-        const VEC maximum = V(load)((const REAL *)maximum_ + lane), inverse = V(load)((const REAL *)inverse_ + lane);
+        const VEC maximum = V(load)((const REAL *)maximum_ + lane), sum = V(load)((const REAL *)sum_ + lane);
         for (size_t i = 0; i < keys; i++)
-            V(store)(scores + i * P, V(exp)(V(load)(scores + i * P) - maximum) * inverse);
+            V(store)(scores + i * P, V(exp)(V(load)(scores + i * P) - maximum) / sum);
     }
 }
 
-static void V(invert_sums)(const void *sum_, void *inverse_, size_t vectors, mha_empty_row empty_row)
+static void V(softmax_end)(void *sum_, void *inverse_, size_t vectors, mha_empty_row empty_row)
 {
-    const REAL *sum = sum_, of_nothing = empty_row == MHA_EMPTY_ROW_NAN ? (REAL)NAN : 0;
-    REAL *inverse = inverse_;
-    for (size_t lane = 0; lane < vectors * LANES; lane++) /* a visible key adds at least the exp(0) of the maximum */
-        inverse[lane] = sum[lane] == 0 ? of_nothing : 1 / sum[lane];
+    const REAL of_nothing = empty_row == MHA_EMPTY_ROW_NAN ? (REAL)NAN : 1;
+    REAL *sum = sum_, *inverse = inverse_;
+    for (size_t lane = 0; lane < vectors * LANES; lane++) {
+        if (sum[lane] == 0)
+            sum[lane] = of_nothing;
+        inverse[lane] = 1 / sum[lane];
+    }
 }
 
 static void V(accumulate)(void *total_, const void *x_, size_t n)
