@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -16,7 +20,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("mha_c.torch needs torch, which is not installed: `pip install torch`") from error
 
-__all__ = ["forward_in_torch", "from_torch", "to_torch"]
+__all__ = ["forward_in_torch", "from_torch", "read_checkpoint", "state_dict", "to_torch"]
 
 _Layer = TypeVar("_Layer", bound=MultiheadAttention)
 
@@ -82,7 +86,7 @@ def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
     widths = layer._parameters.widths
     if widths != Widths.from_arguments(widths.embed_dim, widths.num_heads, widths.kdim, widths.vdim):
         raise ValueError(f"torch.nn.MultiheadAttention has no such widths: {widths}")
-    parameters = {name: torch.from_numpy(array.copy()) for name, array in layer.state_dict().items()}
+    parameters = state_dict(layer)
     # skip_init leaves torch's random numbers alone.
     module: torch.nn.MultiheadAttention = torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]
         torch.nn.MultiheadAttention,
@@ -99,6 +103,69 @@ def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
     )
     module.load_state_dict(parameters)
     return module.train(layer.training)
+
+
+def state_dict(layer: MultiheadAttention, *, prefix: str = "") -> OrderedDict[str, torch.Tensor]:
+    """The parameters of a layer as tensors, for ``load_state_dict`` of torch's layer.
+
+    Parameters
+    ----------
+    layer : MultiheadAttention
+        The layer to copy.
+    prefix : str, default ""
+        What precedes each name, with no dot added.
+
+    Returns
+    -------
+    collections.OrderedDict of str to torch.Tensor
+        Copies, which may be written to.
+
+    Examples
+    --------
+    >>> import mha_c
+    >>> torch.nn.MultiheadAttention(8, 2).load_state_dict(state_dict(mha_c.MultiheadAttention(8, 2)))
+    <All keys matched successfully>
+    """
+    arrays = layer.state_dict(prefix=prefix)
+    return OrderedDict((name, torch.from_numpy(array.copy())) for name, array in arrays.items())
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The state dict in a file that ``torch.save`` wrote, without executing what the file may contain.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file; tensors of torch's zip format are read from the disk when they are used.
+
+    Returns
+    -------
+    mapping of str to torch.Tensor
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, holds objects that only code could restore, such as a whole module, or no state dict.
+    OSError
+        If there is no such file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save({"bias": torch.zeros(2)}, f"{folder}/model.pt")
+    ...     read_checkpoint(f"{folder}/model.pt")
+    {'bias': tensor([0., 0.])}
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # torch has no one exception for damaged files
+        raise ValueError(f"{os.fspath(path)} is damaged, or holds more than tensors: save a state_dict") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{os.fspath(path)} holds {type(content)}, but no state dict")
+    return content
 
 
 def forward_in_torch(
