@@ -49,8 +49,8 @@ static inline char *element(const array4 *a, size_t n, size_t h, size_t l, size_
            (ptrdiff_t)s * a->stride[3];
 }
 
-/* An array in a guarded slot. Layouts: 0 C order, 1 Fortran order, 2 unaligned, 3 backwards, 4 the first axis inside the
- * third, as torch has batches, 5 gaps between rows. */
+/* An array in a guarded slot. Layouts: 0 C order, 1 Fortran order, 2 unaligned, 3 backwards, 4 the first axis inside
+ * the third, as torch has batches, 5 gaps between rows. */
 static inline array4 place_array(size_t slot, const size_t size[4], size_t item, size_t layout, guarded_side side)
 {
     static const int orders[LAYOUTS][4] = {{3, 2, 1, 0}, {0, 1, 2, 3}, {3, 2, 1, 0},

@@ -18,9 +18,10 @@
 
 static const problem problems[] = {
     {.name = "self", .N = 3, .L = 9, .S = 9, .w = SQUARE(2, 8, 16), .has_bias = true, .is_self = true},
-    {.name = "self, long chains", .N = 2, .L = 70, .S = 70, .w = SQUARE(3, 100, 300), .has_bias = true,
+    {.name = "self, two chains", .N = 2, .L = 20, .S = 20, .w = SQUARE(3, 50, 150), .has_bias = true,
      .is_self = true},
-    {.name = "chains of heads", .N = 1, .L = 30, .S = 66, .w = SQUARE(1, 300, 300)},
+    {.name = "two chains in a head", .N = 1, .L = 20, .S = 66, .w = SQUARE(1, 140, 20)},
+    {.name = "slices of features", .N = 1, .L = 2, .S = 2, .w = SQUARE(2, 200, 1100), .has_bias = true},
     {.name = "widths", .N = 2, .L = 5, .S = 130, .w = RAGGED, .has_bias = true},
     {.name = "one of everything", .N = 1, .L = 1, .S = 1, .w = SQUARE(1, 1, 1), .has_bias = true},
     {.name = "causal", .N = 2, .L = 150, .S = 150, .w = SQUARE(2, 4, 8), .is_causal = true, .is_self = true},

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core's own tests, in C: compiled and run here, by every compiler that is found and on every level of this CPU;
+NEON under an emulator where there is one.
+
+Each program of tests/c says at its top what it tests. Nothing of Python or of the installed package takes part.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+PROGRAMS = ["kernels", "softmax", "exp", "forward", "allocations"]
+FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wconversion", "-Wshadow",
+         "-pthread", f"-I{REPOSITORY / 'csrc'}"]
+WRAP = ["-Wl," + ",".join(f"--wrap={name}" for name in ("malloc", "calloc", "aligned_alloc", "free"))]
+NATIVE = ["gcc", "clang"]
+CROSS = "aarch64-linux-gnu-gcc"
+EMULATOR = "qemu-aarch64"
+
+
+def need(*tools):
+    """Skips the test that asks, unless all of these programs are installed."""
+    for tool in tools:
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+
+
+def first_compiler():
+    """Some compiler for this machine."""
+    for tool in [*NATIVE, "cc"]:
+        if shutil.which(tool):
+            return tool
+    return pytest.skip("no C compiler is installed")
+
+
+def execute(command, *, level=None, timeout=120):
+    """Runs a command to its end and returns what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k != "MHA_C_CPU"}
+    if level:
+        environment["MHA_C_CPU"] = level
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout,
+                          env=environment, check=False)
+    assert done.returncode == 0, f"{command}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+class Workshop:
+    """Compiles each thing once, and remembers what each program printed."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.cores = {}
+        self.outputs = {}
+
+    def core(self, compiler):
+        """The object files of everything in csrc that does not need Python."""
+        if compiler not in self.cores:
+            folder = self.folder / compiler
+            folder.mkdir()
+            sources = sorted([*(REPOSITORY / "csrc").glob("*.c"), *(REPOSITORY / "csrc" / "kernels").glob("*.c")])
+            objects = [folder / f"core_{source.stem}.o" for source in sources]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda pair: execute([compiler, *FLAGS, "-c", pair[0], "-o", pair[1]]),
+                              zip(sources, objects)))
+            self.cores[compiler] = objects
+        return self.cores[compiler]
+
+    def program(self, compiler, name):
+        """A program of tests/c, as the command that runs it."""
+        path = self.folder / compiler / f"test_{name}"
+        objects = self.core(compiler)
+        if not path.exists():
+            options = [*(WRAP if name == "allocations" else []), *(["-static"] if compiler == CROSS else [])]
+            execute([compiler, *FLAGS, REPOSITORY / "tests" / "c" / f"test_{name}.c", *objects, "-o", path, *options,
+                     "-lm"])
+        return [EMULATOR, path] if compiler == CROSS else [path]
+
+    def output(self, compiler, name, *, level=None):
+        """What a program prints, by the level named or the best one."""
+        key = compiler, name, level
+        if key not in self.outputs:
+            self.outputs[key] = execute(self.program(compiler, name), level=level)
+        return self.outputs[key]
+
+    def levels(self, compiler):
+        """The levels this CPU, or the emulator, can run."""
+        return execute([*self.program(compiler, "forward"), "levels"]).split()
+
+    def hashes(self, compiler, name, *, level=None):
+        """Lines such as "hash forward float32 963ec3cfbdfca0ba"."""
+        lines = [line for line in self.output(compiler, name, level=level).splitlines() if line.startswith("hash ")]
+        assert len(lines) == 2, "one hash per dtype"
+        return lines
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """One for all tests of this file."""
+    return Workshop(tmp_path_factory.mktemp("c"))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("compiler", NATIVE)
+def test_on_this_cpu(workshop, compiler, name):
+    """Every program, by the best level; those about kernels try all levels by themselves."""
+    need(compiler)
+    if name == "allocations" and sys.platform != "linux":
+        pytest.skip("this platform's linker cannot wrap functions")
+    assert " 0 failures" in workshop.output(compiler, name)
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2", "neon", "portable"])
+def test_forward_on_every_level(workshop, level):
+    """The whole forward pass on a level that is perhaps not the best."""
+    compiler = first_compiler()
+    if level not in workshop.levels(compiler):
+        pytest.skip(f"this CPU ({platform.machine()}) lacks {level}")
+    assert " 0 failures" in workshop.output(compiler, "forward", level=level)
+
+
+def test_unknown_level(workshop):
+    """A level that does not exist is refused in words that name those that do."""
+    done = subprocess.run(workshop.program(first_compiler(), "forward"), capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "MHA_C_CPU": "mmx"}, check=False)
+    assert done.returncode == 2
+    assert "mmx" in done.stderr and "'portable'" in done.stderr
+
+
+def test_exp_of_every_float(workshop):
+    """1.1e9 of them, which takes some seconds."""
+    program = workshop.program(first_compiler(), "exp")
+    assert " 0 failures" in execute([*program, "every"], timeout=300)
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "allocations"])
+def test_on_aarch64(workshop, name):
+    """With NEON, under the emulator. (A static program's allocations are not the core's alone.)"""
+    need(CROSS, EMULATOR)
+    assert " 0 failures" in workshop.output(CROSS, name)
+
+
+@pytest.mark.parametrize("name", ["forward", "softmax", "exp"])
+def test_equal_bits_everywhere(workshop, name):
+    """AVX2, AVX-512 and NEON, gcc and clang: one set of results. (softmax and exp compare the levels of a CPU.)"""
+    found = {}
+    for compiler in [c for c in NATIVE if shutil.which(c)]:
+        levels = [level for level in workshop.levels(compiler) if level != "portable"] if name == "forward" else [None]
+        for level in levels:
+            found[compiler, level] = workshop.hashes(compiler, name, level=level)
+    if shutil.which(CROSS) and shutil.which(EMULATOR):
+        found[CROSS, "neon"] = workshop.hashes(CROSS, name)
+    if len(found) < 2:
+        pytest.skip(f"nothing to compare: only {list(found)}")
+    assert len(set(map(tuple, found.values()))) == 1, found
+
+
+@pytest.mark.parametrize("compiler", NATIVE)
+def test_threads(tmp_path, compiler):
+    """The pool stands alone: its test needs nothing else of the core."""
+    need(compiler)
+    sources = [REPOSITORY / "tests" / "c" / "test_threads.c", REPOSITORY / "csrc" / "threads.c"]
+    execute([compiler, *FLAGS, *sources, "-o", tmp_path / "test_threads", "-lm"])
+    execute([tmp_path / "test_threads"], timeout=300)
