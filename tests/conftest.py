@@ -18,7 +18,7 @@ except ImportError:  # only the differential tests need it, and they skip themse
 else:
     shared = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
     settings.register_profile("ci", max_examples=400, derandomize=True, **shared)
-    settings.register_profile("thorough", max_examples=20_000, print_blob=True, **shared)
+    settings.register_profile("thorough", max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", 20_000)), **shared)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

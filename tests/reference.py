@@ -72,13 +72,14 @@ def combined_mask(shape, dtype, attn_mask=None, key_padding_mask=None, is_causal
 
     n, h, length, s = shape
     total = np.zeros(shape, dtype)
-    if attn_mask is not None:
-        mask = as_float(attn_mask)
-        total = total + (mask if mask.ndim == 2 else mask.reshape(shape))
-    if key_padding_mask is not None:
-        total = total + as_float(key_padding_mask).reshape(n, 1, 1, s)
-    if is_causal:
-        total = total + as_float(np.arange(s) > np.arange(length)[:, None])
+    with np.errstate(over="ignore"):
+        if attn_mask is not None:
+            mask = as_float(attn_mask)
+            total = total + (mask if mask.ndim == 2 else mask.reshape(shape))
+        if key_padding_mask is not None:
+            total = total + as_float(key_padding_mask).reshape(n, 1, 1, s)
+        if is_causal:
+            total = total + as_float(np.arange(s) > np.arange(length)[:, None])
     return total
 
 
