@@ -71,7 +71,8 @@ static size_t most_task_panels(const mha_attention *a)
 
 static char *row_at(const mha_attention *a, const mha_rows *rows, size_t n, size_t h, size_t l)
 {
-    const ptrdiff_t at = (ptrdiff_t)n * rows->stride_n + (ptrdiff_t)h * rows->stride_h + (ptrdiff_t)l * rows->stride_l;
+    const ptrdiff_t item = rows->item ? rows->item[n] : (ptrdiff_t)n * rows->stride_n;
+    const ptrdiff_t at = item + (ptrdiff_t)h * rows->stride_h + (ptrdiff_t)l * rows->stride_l;
     return rows->data + at * (ptrdiff_t)a->kernels->item;
 }
 
@@ -136,14 +137,14 @@ static void pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel l
                            queries, lanes.vectors);
 }
 
-static char *keys_of(const mha_attention *a, const mha_key_block *block, size_t h)
+static char *keys_of(const mha_attention *a, size_t n, const mha_key_block *block, size_t h)
 {
-    return row_at(a, block->is_extra ? &a->extra_k : &a->k, 0, h / (a->H / a->Hkv), block->row);
+    return row_at(a, block->is_extra ? &a->extra_k : &a->k, n, h / (a->H / a->Hkv), block->row);
 }
 
-static char *values_of(const mha_attention *a, const mha_key_block *block, size_t h)
+static char *values_of(const mha_attention *a, size_t n, const mha_key_block *block, size_t h)
 {
-    return row_at(a, block->is_extra ? &a->extra_v : &a->v, 0, h / (a->H / a->Hkv), block->row);
+    return row_at(a, block->is_extra ? &a->extra_v : &a->v, n, h / (a->H / a->Hkv), block->row);
 }
 
 /* scores[key][lane], masked. Chains of at most MHA_CHAIN features, as in the projections. */
@@ -152,7 +153,7 @@ static void score(const mha_attention *a, size_t n, size_t h, mha_panel lanes, c
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
-    const char *keys = keys_of(a, block, h);
+    const char *keys = keys_of(a, n, block, h);
     mha_product product = {.rows = block->keys, .vectors = lanes.vectors,
                            .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1, .b_k = P,
                            .addend_row = P, .c = scores, .c_row = P};
@@ -204,7 +205,7 @@ static void step(const mha_attention *a, size_t n, const state *s, const mha_key
         drop_out(a, n, s->h, s->lanes, block, scores);
     const size_t P = s->lanes.vectors * kernels->lanes;
     const mha_product product = {.rows = a->Dv, .depth = block->keys, .vectors = s->lanes.vectors,
-                                 .a = values_of(a, block, s->h), .a_row = 1,
+                                 .a = values_of(a, n, block, s->h), .a_row = 1,
                                  .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = scores, .b_k = P,
                                  .addend = s->out, .addend_row = P, .factor = s->factor, .c = s->out, .c_row = P};
     kernels->product(&product);

@@ -8,11 +8,12 @@
 #include "masks.h"
 #include "panels.h"
 
-/* Rows of all heads side by side; strides in numbers. Row l of head h of item n is at
- * data + n * stride_n + h * stride_h + l * stride_l. */
+/* Rows of all heads; strides in numbers. Row l of head h of item n is at
+ * data + n * stride_n + h * stride_h + l * stride_l, or at data + item[n] + ... where items lie out of step. */
 typedef struct {
     char *data;
     ptrdiff_t stride_n, stride_h, stride_l;
+    const ptrdiff_t *item; /* [N] */
 } mha_rows;
 
 typedef struct {
@@ -20,7 +21,7 @@ typedef struct {
     size_t N, L, H, Hkv, D, Dv;
     double scale; /* of the scores */
     mha_rows q, context;
-    mha_rows k, v;             /* l is a live key's row (mha_key_block.row), so stride_n does not apply */
+    mha_rows k, v;             /* l is a live key's row (mha_key_block.row) */
     mha_rows extra_k, extra_v; /* the extra keys, the same for every item */
     const mha_live_keys *live;
     const mha_masks *masks;

@@ -18,6 +18,8 @@ static double mask_value(mha_mask_kind kind, const char *at)
     switch (kind) {
     case MHA_MASK_HIDE:
         return *at ? -INFINITY : 0;
+    case MHA_MASK_SHOW:
+        return *at ? 0 : -INFINITY;
     case MHA_MASK_FLOAT32:
         memcpy(&f, at, sizeof f);
         return f;
@@ -34,6 +36,11 @@ static const char *mask_at(const mha_mask *mask, size_t n, size_t h, size_t l)
 {
     return (const char *)mask->data + (ptrdiff_t)n * mask->stride_n + (ptrdiff_t)h * mask->stride_h +
            (ptrdiff_t)l * mask->stride_l;
+}
+
+static const char *attn_at(const mha_masks *masks, size_t n, size_t h, size_t l)
+{
+    return masks->attn_item ? mask_at(&masks->attn, 0, h, l) + masks->attn_item[n] : mask_at(&masks->attn, n, h, l);
 }
 
 /* Lists an item's live keys and counts them. *adds says whether the mask still adds to one of them. */
@@ -177,7 +184,7 @@ mha_visibility mha_block_visibility(const mha_masks *masks, size_t n, size_t h, 
     }
     if (masks->attn.kind) {
         const mha_visibility attn =
-            mask_visibility(&masks->attn, mask_at(&masks->attn, n, h, first_query), count, block);
+            mask_visibility(&masks->attn, attn_at(masks, n, h, first_query), count, block);
         if (attn != MHA_VISIBLE_ALL)
             return attn;
     }
@@ -188,7 +195,7 @@ mha_mask_block mha_block_masks(const mha_masks *masks, size_t n, size_t h, size_
                                const mha_key_block *block)
 {
     return (mha_mask_block){
-        .attn = masks->attn.kind ? mask_at(&masks->attn, n, h, first_query) : NULL,
+        .attn = masks->attn.kind ? attn_at(masks, n, h, first_query) : NULL,
         .keys = masks->keys.kind ? mask_at(&masks->keys, n, 0, 0) : NULL,
         .attn_kind = masks->attn.kind,
         .keys_kind = masks->keys.kind,

@@ -34,6 +34,7 @@ typedef struct {
 
 typedef struct {
     mha_mask attn;
+    const ptrdiff_t *attn_item; /* [N]: bytes to an item's part of attn, for items out of step; NULL: stride_n */
     mha_mask keys; /* kind NONE once the removed keys are gone and nothing is left to add */
     bool is_causal;
 } mha_masks;

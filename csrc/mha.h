@@ -62,6 +62,7 @@ typedef struct {
 typedef enum {
     MHA_MASK_NONE = 0,
     MHA_MASK_HIDE, /* one byte per element, non-zero = this key is hidden: torch.nn.MultiheadAttention's bool masks */
+    MHA_MASK_SHOW, /* the same the other way round: scaled_dot_product_attention's */
     MHA_MASK_FLOAT32, /* added to the score, whatever the layer's dtype */
     MHA_MASK_FLOAT64,
 } mha_mask_kind;
