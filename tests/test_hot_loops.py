@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inner loop of every tile stays in registers: it is compiled as the package is, disassembled, and searched for
+references to the stack.
+
+All speed comes from these loops. They use every register there is, so that a compiler which loads one value too early,
+or unrolls too eagerly, must spill, and the results would still be right.
+"""
+
+import ast
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+KERNELS = REPOSITORY / "csrc" / "kernels"
+AARCH64_HEADERS = Path("/usr/aarch64-linux-gnu/include")
+LEVELS = {"avx2": "x86_64", "avx512": "x86_64", "neon": "aarch64"}
+MACHINE = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+
+FUNCTION = re.compile(r"^[0-9a-f]+ <_?(\w+)(?:\.\w+)*>:$")
+INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(\S.*)$")
+TILE = re.compile(r"tile_(\d+)x(\d+)_(f32|f64)")
+JUMP = re.compile(r"^(?:j\w+|b|b\.\w+|cbn?z|tbn?z)\s.*?(?:0x)?([0-9a-f]+) <")
+FINAL = re.compile(r"^(?:jmp|b|ret\w*)\b(?!\.)")
+FMA = re.compile(r"^(?:vfmadd\d+p[sd]|fmla)\b")
+CALL = re.compile(r"^(?:call|bl|push|pop)\b")
+STACK = {"x86_64": r"%[er]sp\b", "aarch64": r"\bsp\b"}
+#: Where a function makes the frame pointer from the stack pointer, that register is another name of the stack.
+FRAME = {"x86_64": (r"mov\w*\s+%rsp,\s*%rbp", r"%[er]bp\b"), "aarch64": (r"(?:mov|add)\s+x29,\s*sp", r"\bx29\b")}
+
+
+def compile_flags():
+    """The flags that setup.py always gives, read and not run."""
+    for node in ast.walk(ast.parse((REPOSITORY / "setup.py").read_text())):
+        if isinstance(node, ast.keyword) and node.arg == "extra_compile_args":
+            return [flag.value for flag in node.value.elts if isinstance(flag, ast.Constant)]
+    raise AssertionError("setup.py has no extra_compile_args")
+
+
+def need(tool):
+    """The tool, if it is installed; else the test is skipped."""
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    return tool
+
+
+def compiler_for(compiler, target):
+    """The command that compiles for the target: directly, or across."""
+    if target == MACHINE:
+        return [need(compiler)]
+    if target != "aarch64":
+        pytest.skip(f"no cross compiler for {target} is known here")
+    if compiler == "gcc":
+        return [need("aarch64-linux-gnu-gcc")]
+    if not AARCH64_HEADERS.is_dir():
+        pytest.skip("clang finds no C headers for aarch64")
+    return [need("clang"), "--target=aarch64-linux-gnu", "-isystem", str(AARCH64_HEADERS)]
+
+
+def disassembler_for(target):
+    """Binutils for the target, or LLVM's, which knows all of them."""
+    candidates = ["objdump"] if target == MACHINE else [f"{target}-linux-gnu-objdump"]
+    for tool in [*candidates, "llvm-objdump"]:
+        if shutil.which(tool):
+            return tool
+    return pytest.skip(f"no disassembler for {target} is installed")
+
+
+def disassemble(compiler, level, folder):
+    """The functions of a kernel file: name -> [(address, instruction)]."""
+    target = LEVELS[level]
+    made = folder / f"{level}.o"
+    subprocess.run([*compiler_for(compiler, target), *compile_flags(), "-c", str(KERNELS / f"{level}.c"), "-o",
+                    str(made)], check=True, timeout=300)
+    text = subprocess.run([disassembler_for(target), "-d", "--no-show-raw-insn", str(made)], check=True, timeout=60,
+                          capture_output=True, text=True).stdout
+    functions, current = {}, []
+    for line in text.splitlines():
+        if found := FUNCTION.match(line):
+            current = functions.setdefault(found[1], [])
+        elif found := INSTRUCTION.match(line):
+            current.append((int(found[1], 16), found[2]))
+    return functions
+
+
+def jump_target(instruction):
+    """Where a jump goes; None for other instructions."""
+    jump = JUMP.match(instruction)
+    return int(jump[1], 16) if jump else None
+
+
+def reachable(function, first, last):
+    """The instructions that can follow the one at `first`, none of them outside [first, last]."""
+    order = {address: i for i, (address, _) in enumerate(function)}
+    seen, waiting = set(), [first]
+    while waiting:
+        address = waiting.pop()
+        if address in seen or address not in order or not first <= address <= last:
+            continue
+        seen.add(address)
+        i = order[address]
+        instruction = function[i][1]
+        waiting.append(jump_target(instruction))
+        if not FINAL.match(instruction) and i + 1 < len(function):
+            waiting.append(function[i + 1][0])
+    return seen
+
+
+def loops(function):
+    """The instructions of every loop: from the target of a backward jump to the jump, if the one leads to the other.
+    (gcc moves rare blocks behind the end, and jumps back from there; that is no loop.)"""
+    for address, instruction in function:
+        target = jump_target(instruction)
+        if target is not None and target <= address:
+            body = reachable(function, target, address)
+            if address in body:
+                yield [i for a, i in function if a in body]
+
+
+def stack_references(function, loop, target):
+    """What in the loop touches the stack, or calls."""
+    makes, frame_pointer = FRAME[target]
+    names = STACK[target]
+    if any(re.match(makes, instruction) for _, instruction in function):
+        names += "|" + frame_pointer
+    return [i for i in loop if re.search(names, i) or CALL.match(i)]
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory):
+    """Disassembles each level once per compiler."""
+    known = {}
+
+    def get(compiler, level):
+        if (compiler, level) not in known:
+            known[compiler, level] = disassemble(compiler, level, tmp_path_factory.mktemp(f"{compiler}-{level}"))
+        return known[compiler, level]
+    return get
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_nothing_spills(functions, compiler, level, dtype):
+    """Every tile of R rows and V vectors has a loop of R * V multiply-adds (or, unrolled, a multiple) and no stack."""
+    code = functions(compiler, level)
+    tiles = {(int(m[1]), int(m[2])): code[name] for name in code if (m := TILE.fullmatch(name)) and m[3] == dtype}
+    rows, vectors = max(r for r, _ in tiles), max(v for _, v in tiles)
+    assert set(tiles) == {(r + 1, v + 1) for r in range(rows) for v in range(vectors)}
+    assert rows * vectors >= 12, "fewer accumulators than the smallest register file has room for"
+    wrong = []
+    for (r, v), function in sorted(tiles.items()):
+        counted = [(sum(bool(FMA.match(i)) for i in loop), loop) for loop in loops(function)]
+        hot = [(count, loop) for count, loop in counted if count]
+        if not hot:
+            wrong.append(f"{r}x{v}: no loop with multiply-adds")
+        for count, loop in hot:
+            if count % (r * v):
+                wrong.append(f"{r}x{v}: a loop of {count} multiply-adds")
+            wrong += [f"{r}x{v}: {i}" for i in stack_references(function, loop, LEVELS[level])]
+    assert not wrong, f"{compiler}, {level}, {dtype}:\n" + "\n".join(wrong)
+
+
+def test_a_spill_is_seen():
+    """What this file calls a reference to the stack, and what not."""
+    loop = ["vfmadd231ps (%rdx),%ymm0,%ymm3", "vmovaps 0x20(%rsp),%ymm1", "mov (%rbp),%rax", "jne 8 <f+0x8>"]
+    plain = list(enumerate(loop))
+    assert stack_references(plain, loop, "x86_64") == loop[1:2]
+    assert stack_references([(9, "mov    %rsp,%rbp"), *plain], loop, "x86_64") == loop[1:3]
+    loop = ["ldr\tq0, [sp, #16]", "fmla\tv6.4s, v1.4s, v2.4s", "str q1, [x29, #8]", "ldp q0, q1, [x2]"]
+    assert stack_references(list(enumerate(loop)), loop, "aarch64") == loop[:1]
+    assert stack_references([(9, "mov x29, sp"), *enumerate(loop)], loop, "aarch64") == [loop[0], loop[2]]
+
+
+def test_a_loop_is_seen():
+    """A jump back makes a loop only where it can come to pass again."""
+    loop = [(0, "nop"), (4, "fmla v6.4s, v1.4s, v2.4s"), (8, "b.ne    4 <f+0x4>  // b.any"), (12, "ret")]
+    assert list(loops(loop)) == [[loop[1][1], loop[2][1]]]
+    moved = [(0, "je     8 <f+0x8>"), (4, "ret"), (8, "nop"), (12, "jmp    4 <f+0x4>")]
+    assert not list(loops(moved))
