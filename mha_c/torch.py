@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From torch and back. The only module of this package that imports torch."""
+"""From torch and back, and models of torch that compute with mha_c. What needs torch is reached through this module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,18 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("mha_c.torch needs torch, which is not installed: `pip install torch`") from error
 
-__all__ = ["forward_in_torch", "from_torch", "read_checkpoint", "state_dict", "to_torch"]
+from mha_c.replacement import ReplacedAttention, replace_attention, restore_attention
+
+__all__ = [
+    "ReplacedAttention",
+    "forward_in_torch",
+    "from_torch",
+    "read_checkpoint",
+    "replace_attention",
+    "restore_attention",
+    "state_dict",
+    "to_torch",
+]
 
 _Layer = TypeVar("_Layer", bound=MultiheadAttention)
 
