@@ -53,12 +53,10 @@ static const double exp2_coefficients_f64[] = {
 
 #if ROWS == 4
 #define EACH_ROW(X) X(0) X(1) X(2) X(3)
-#define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y)
 #define EACH_TILE(X, v) X(1, v) X(2, v) X(3, v) X(4, v)
 #define TILES(v) {V(tile_1x##v), V(tile_2x##v), V(tile_3x##v), V(tile_4x##v)}
 #else
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
-#define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
 #define EACH_TILE(X, v) X(1, v) X(2, v) X(3, v) X(4, v) X(5, v) X(6, v) X(7, v) X(8, v)
 #define TILES(v) \
     {V(tile_1x##v), V(tile_2x##v), V(tile_3x##v), V(tile_4x##v), \
@@ -71,14 +69,11 @@ static const double exp2_coefficients_f64[] = {
 
 /* ---- The tile: all multiplication happens here ---- */
 
-/* What becomes of a chain; `end` is a constant in every copy. */
-enum { V(STORE), V(ADD), V(RESCALE) };
-
-INLINE void V(finish)(const int end, VEC chain, const REAL *addend, const REAL *factor, REAL *c)
+INLINE void V(finish)(VEC chain, const REAL *addend, const REAL *factor, REAL *c)
 {
-    if (end == V(RESCALE))
+    if (addend && factor)
         chain = V(fma)(V(load)(addend), V(load)(factor), chain);
-    else if (end == V(ADD))
+    else if (addend)
         chain = V(load)(addend) + chain;
     V(store)(c, chain);
 }
@@ -112,24 +107,18 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
         b += b_k;
     }
     const REAL *factor = p->factor;
-    const size_t addend_row = p->addend_row, c_row = p->c_row;
-#define FINISH(r, end) \
+#define FINISH(r) \
     if (r < rows) { \
-        V(finish)(end, c##r##_0, addend, factor, c); \
+        const REAL *addend_r = addend ? addend + r * p->addend_row : NULL; \
+        REAL *c_r = c + r * p->c_row; \
+        V(finish)(c##r##_0, addend_r, factor, c_r); \
         if (vectors > 1) \
-            V(finish)(end, c##r##_1, addend + LANES, factor + LANES, c + LANES); \
+            V(finish)(c##r##_1, addend_r ? addend_r + LANES : NULL, factor ? factor + LANES : NULL, c_r + LANES); \
         if (vectors > 2) \
-            V(finish)(end, c##r##_2, addend + 2 * LANES, factor + 2 * LANES, c + 2 * LANES); \
-        addend += addend_row; \
-        c += c_row; \
+            V(finish)(c##r##_2, addend_r ? addend_r + 2 * LANES : NULL, factor ? factor + 2 * LANES : NULL, \
+                      c_r + 2 * LANES); \
     }
-    if (!addend) {
-        EACH_ROW_AND(FINISH, V(STORE))
-    } else if (!factor) {
-        EACH_ROW_AND(FINISH, V(ADD))
-    } else {
-        EACH_ROW_AND(FINISH, V(RESCALE))
-    }
+    EACH_ROW(FINISH)
 #undef DECLARE
 #undef ACCUMULATE
 #undef FINISH
