@@ -84,14 +84,14 @@ static inline void put_random(const array4 *a, mha_dtype dtype, uint64_t seed)
 
 static inline double mask_number(mha_mask_kind kind, const char *at)
 {
-    if (kind == MHA_MASK_HIDE)
-        return *at ? -INFINITY : 0;
+    if (kind == MHA_MASK_HIDE || kind == MHA_MASK_SHOW)
+        return (*at != 0) == (kind == MHA_MASK_HIDE) ? -INFINITY : 0;
     return get_at(kind == MHA_MASK_FLOAT32 ? MHA_FLOAT32 : MHA_FLOAT64, at);
 }
 
 static inline size_t mask_item(mha_mask_kind kind)
 {
-    return kind == MHA_MASK_HIDE ? 1 : kind == MHA_MASK_FLOAT32 ? sizeof(float) : sizeof(double);
+    return kind == MHA_MASK_FLOAT64 ? sizeof(double) : kind == MHA_MASK_FLOAT32 ? sizeof(float) : 1;
 }
 
 /* A third of the keys hidden, the others left alone or, by a float mask, moved. -1e30 leaves nothing of a score. */
@@ -99,8 +99,8 @@ static inline void put_mask_number(mha_mask_kind kind, char *at, uint64_t word)
 {
     static const double moves[] = {0, 0, 0.5, -2.25, -1e30, 1};
     const double x = word % 3 == 0 ? -INFINITY : moves[word / 3 % 6];
-    if (kind == MHA_MASK_HIDE)
-        *at = x == -INFINITY ? (char)(1 + word % 2) : 0;
+    if (kind == MHA_MASK_HIDE || kind == MHA_MASK_SHOW)
+        *at = (x == -INFINITY) == (kind == MHA_MASK_HIDE) ? (char)(1 + word % 2) : 0;
     else
         put_at(kind == MHA_MASK_FLOAT32 ? MHA_FLOAT32 : MHA_FLOAT64, at, x);
 }

@@ -6,7 +6,7 @@
  *     ./test_exp            a sample of all float32, a sample of float64
  *     ./test_exp every      and every float32 in [-128, 0], by the levels with FMA
  *
- * softmax_weights() with maximum 0 and inverse 1 is exp(x). The portable level has no FMA, so that what rounding does
+ * softmax_weights() with maximum 0 and sum 1 is exp(x). The portable level has no FMA, so that what rounding does
  * to t stays: about |x| ulp more. The sample's hash is printed: it must be the same on every CPU with FMA.
  */
 #include "bench.h"

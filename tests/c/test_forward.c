@@ -32,6 +32,8 @@ static const problem problems[] = {
     {.name = "padding in float64", .N = 3, .L = 6, .S = 200, .w = SQUARE(2, 4, 8), .padding = MHA_MASK_FLOAT64,
      .is_causal = true},
     {.name = "hidden pairs", .N = 2, .L = 66, .S = 70, .w = SQUARE(2, 4, 8), .attn = MHA_MASK_HIDE},
+    {.name = "shown pairs", .N = 3, .L = 33, .S = 70, .w = SQUARE(2, 4, 8), .attn = MHA_MASK_SHOW,
+     .padding = MHA_MASK_SHOW, .attn_per_head = true},
     {.name = "hidden pairs, per head", .N = 3, .L = 17, .S = 70, .w = SQUARE(3, 4, 12), .attn = MHA_MASK_HIDE,
      .attn_per_head = true, .padding = MHA_MASK_HIDE, .empty_row = MHA_EMPTY_ROW_NAN},
     {.name = "float32 mask", .N = 2, .L = 30, .S = 65, .w = SQUARE(2, 4, 8), .attn = MHA_MASK_FLOAT32,

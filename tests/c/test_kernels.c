@@ -239,21 +239,21 @@ typedef struct {
 
 static double mask_number(mha_mask_kind kind, const char *at)
 {
-    return kind == MHA_MASK_HIDE      ? (*at ? -INFINITY : 0)
-           : kind == MHA_MASK_FLOAT32 ? get_at(MHA_FLOAT32, at)
-                                      : get_at(MHA_FLOAT64, at);
+    if (kind == MHA_MASK_HIDE || kind == MHA_MASK_SHOW)
+        return (*at != 0) == (kind == MHA_MASK_HIDE) ? -INFINITY : 0;
+    return get_at(kind == MHA_MASK_FLOAT32 ? MHA_FLOAT32 : MHA_FLOAT64, at);
 }
 
 static void put_mask_number(mha_mask_kind kind, char *at, uint64_t word)
 {
     static const double special[] = {0, -INFINITY, -FLT_MAX, -DBL_MAX, 0.1, -3};
     const double x = word % 8 < 6 ? special[word % 8] : (double)(word >> 44) * 0x1p-18;
-    if (kind == MHA_MASK_HIDE)
-        *at = (char)(word % 3);
+    if (kind == MHA_MASK_FLOAT64)
+        put_at(MHA_FLOAT64, at, x);
     else if (kind == MHA_MASK_FLOAT32)
         put_at(MHA_FLOAT32, at, x < -FLT_MAX ? -INFINITY : x);
     else
-        put_at(MHA_FLOAT64, at, x);
+        *at = (char)(word % 3);
 }
 
 static size_t key_number(const mha_mask_block *m, size_t i)
@@ -265,7 +265,7 @@ static size_t key_number(const mha_mask_block *m, size_t i)
 static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t queries, size_t keys,
                       const mha_mask_block *m)
 {
-    const size_t item = mask->kind == MHA_MASK_HIDE ? 1 : mask->kind == MHA_MASK_FLOAT32 ? 4 : 8;
+    const size_t item = mask->kind == MHA_MASK_FLOAT64 ? 8 : mask->kind == MHA_MASK_FLOAT32 ? 4 : 1;
     ptrdiff_t lowest = 0, highest = 0;
     for (size_t l = 0; l < queries; l++)
         for (size_t i = 0; i < keys; i++) {
@@ -330,7 +330,8 @@ static void test_masks(const bench *b)
     static const size_t keys[] = {0, 1, 2, 5, 63, 64};
     static const mask_case masks[] = {
         {MHA_MASK_NONE, 0, 0, NULL},      {MHA_MASK_HIDE, 200, 1, NULL},   {MHA_MASK_HIDE, 0, 3, NULL},
-        {MHA_MASK_HIDE, -1, 64, NULL},    {MHA_MASK_FLOAT32, 900, 4, NULL}, {MHA_MASK_FLOAT32, 4, 1001, NULL},
+        {MHA_MASK_HIDE, -1, 64, NULL},    {MHA_MASK_SHOW, 200, 1, NULL},   {MHA_MASK_SHOW, 1, 99, NULL},
+        {MHA_MASK_FLOAT32, 900, 4, NULL}, {MHA_MASK_FLOAT32, 4, 1001, NULL},
         {MHA_MASK_FLOAT32, 2000, -5, NULL}, {MHA_MASK_FLOAT32, 7, 0, NULL}, {MHA_MASK_FLOAT64, 2000, 8, NULL},
         {MHA_MASK_FLOAT64, -9, 999, NULL},  {MHA_MASK_FLOAT64, 0, 0, NULL},
     };
@@ -351,19 +352,22 @@ static void test_masks(const bench *b)
 
 /* ---- Sums, totals, constants ---- */
 
-static void test_invert_sums(const bench *b)
+static void test_softmax_end(const bench *b)
 {
     static const double sums[] = {0, 1, 3, 0.5, 1e10, NAN, INFINITY};
-    describe(b, "invert_sums");
+    describe(b, "softmax_end");
     for (int empty = 0; empty < 2; empty++) {
+        double before[MOST_LANES];
         void *sum = buffer(b, 0, b->P), *inverse = buffer(b, 1, b->P);
-        for (size_t lane = 0; lane < b->P; lane++)
-            put(b->dtype, sum, (ptrdiff_t)lane, lane < 7 ? sums[lane] : 1 + fabs(random_number(b->dtype, 1, lane)));
-        b->k->invert_sums(sum, inverse, b->vectors, empty ? MHA_EMPTY_ROW_NAN : MHA_EMPTY_ROW_ZERO);
         for (size_t lane = 0; lane < b->P; lane++) {
-            const double x = get(b->dtype, sum, (ptrdiff_t)lane);
-            const double wanted = x == 0 ? (empty ? NAN : 0) : rounded(b->dtype, 1 / x);
-            CHECK_SAME(get(b->dtype, inverse, (ptrdiff_t)lane), wanted, lane, (size_t)empty);
+            before[lane] = rounded(b->dtype, lane < 7 ? sums[lane] : 1 + fabs(random_number(b->dtype, 1, lane)));
+            put(b->dtype, sum, (ptrdiff_t)lane, before[lane]);
+        }
+        b->k->softmax_end(sum, inverse, b->vectors, empty ? MHA_EMPTY_ROW_NAN : MHA_EMPTY_ROW_ZERO);
+        for (size_t lane = 0; lane < b->P; lane++) {
+            const double wanted = before[lane] == 0 ? (empty ? NAN : 1) : before[lane];
+            CHECK_SAME(get(b->dtype, sum, (ptrdiff_t)lane), wanted, lane, empty);
+            CHECK_SAME(get(b->dtype, inverse, (ptrdiff_t)lane), rounded(b->dtype, 1 / wanted), lane, empty);
         }
         CHECK(guarded_intact(0) && guarded_intact(1), "wrote beside a buffer");
     }
@@ -472,7 +476,7 @@ int main(void)
     on_every_bench(test_product);
     on_every_bench(test_panels);
     on_every_bench(test_masks);
-    on_every_bench(test_invert_sums);
+    on_every_bench(test_softmax_end);
     on_every_bench(test_accumulate_and_fill);
     on_every_bench(test_dropout);
     return check_report("test_kernels");

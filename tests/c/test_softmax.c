@@ -22,7 +22,7 @@ typedef struct {
     double score[MOST_BLOCKS][MHA_BLOCK_KEYS][COLUMNS];
     double p[MOST_BLOCKS][MHA_BLOCK_KEYS][COLUMNS];
     double maximum[MOST_BLOCKS][COLUMNS], sum[MOST_BLOCKS][COLUMNS], factor[MOST_BLOCKS][COLUMNS];
-    double inverse[COLUMNS], weight[MHA_BLOCK_KEYS][COLUMNS]; /* of the last block */
+    double divisor[1][COLUMNS], weight[MHA_BLOCK_KEYS][COLUMNS]; /* of the last block */
 } softmax_run;
 
 /* One column sees nothing, one has the lowest number only, one sees nothing until the second block. */
@@ -78,10 +78,10 @@ static void run_panel(const bench *b, const softmax_case *c, softmax_run *run, s
         read_panel(b, factor, 1, &run->factor[block], first);
         CHECK(guarded_intact(0), "wrote beside the scores");
     }
-    b->k->invert_sums(sum, inverse, b->vectors, MHA_EMPTY_ROW_ZERO);
+    b->k->softmax_end(sum, inverse, b->vectors, MHA_EMPTY_ROW_ZERO);
     void *scores = panel_of(b, 0, c->keys[last], run->score[last], first);
-    b->k->softmax_weights(scores, c->keys[last], b->vectors, maximum, inverse);
-    read_panel(b, inverse, 1, &run->inverse, first);
+    b->k->softmax_weights(scores, c->keys[last], b->vectors, maximum, sum);
+    read_panel(b, sum, 1, run->divisor, first);
     read_panel(b, scores, c->keys[last], run->weight, first);
     for (size_t slot = 0; slot < 5; slot++)
         CHECK(guarded_intact(slot), "wrote beside buffer %zu", slot);
@@ -130,7 +130,7 @@ static void check_column(mha_dtype dtype, const softmax_case *c, const softmax_r
     }
     for (size_t key = 0; key < c->keys[c->blocks - 1]; key++)
         CHECK_SAME(run->weight[key][column],
-                   rounded(dtype, run->p[c->blocks - 1][key][column] * run->inverse[column]), column, key);
+                   rounded(dtype, run->p[c->blocks - 1][key][column] / run->divisor[0][column]), column, key);
 }
 
 /* What must come out of a column of nothing, and of one whose every score is finfo.min. */
