@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: shapes of attention in classes, each with its goal, and how much arithmetic each of them is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+# The points of the curve "time against L".
+LENGTHS = tuple(2**i for i in range(3, 12))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a class is meant to reach: the fastest peer's time over ours, our share of the peak, our microseconds."""
+
+    ratio: float | None = None
+    share: float | None = None
+    microseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one layer, in torch's letters. Inputs are (N, length, features); self-attention unless S, kdim or
+    vdim is given."""
+
+    group: str
+    N: int
+    L: int
+    E: int
+    H: int
+    S: int | None = None
+    kdim: int | None = None
+    vdim: int | None = None
+    kv_heads: int | None = None
+    dtype: str = "float32"
+    causal: bool = False
+    attn_mask: str = ""  # "float": (L, S), added to the scores; "bool": (N * H, L, S), True = hidden
+    live: tuple[int, ...] = ()  # how many keys of each item are real; a key_padding_mask hides the rest
+    need_weights: bool = False
+    goal: Goal = Goal()
+
+    @property
+    def keys(self) -> int:
+        return self.L if self.S is None else self.S
+
+    @property
+    def is_self(self) -> bool:
+        """Whether query, key and value are one array."""
+        return self.S is None and self.kdim is None and self.vdim is None
+
+    @property
+    def kv_head_count(self) -> int:
+        return self.kv_heads or self.H
+
+    @property
+    def head_dim(self) -> int:
+        return self.E // self.H
+
+    @cached_property
+    def name(self) -> str:
+        """The shape as "N,L,E,H", then whatever is special about the case."""
+        special = {
+            "S": self.S,
+            "kdim": self.kdim,
+            "vdim": self.vdim,
+            "kv_heads": self.kv_heads,
+            "live": "/".join(map(str, self.live)),
+        }
+        words = [f"{self.N},{self.L},{self.E},{self.H}"]
+        words += [f"{name}={value}" for name, value in special.items() if value]
+        words += [self.dtype] if self.dtype != "float32" else []
+        words += ["causal"] if self.causal else []
+        words += [f"{self.attn_mask} mask"] if self.attn_mask else []
+        words += ["weights"] if self.need_weights else []
+        return " ".join(words)
+
+    @property
+    def nominal_flops(self) -> float:
+        """Floating-point operations of the layer as written down: every key projected, every score computed."""
+        return self._flops(self.N * self.keys, self.N * self.L * self.keys)
+
+    @property
+    def needed_flops(self) -> float:
+        """The same without what the masks alone make unnecessary: padded keys, and keys to the right of a causal
+        diagonal. (A query's scores are counted once, though a call that returns weights may compute them twice.)"""
+        keys = sum(self.live) if self.live else self.N * self.keys
+        scores = self.L * keys
+        if self.causal:
+            scores = self.N * sum(min(row + 1, self.keys) for row in range(self.L))
+        return self._flops(keys, scores)
+
+    def _flops(self, projected_keys: int, scores: int) -> float:
+        queries = self.N * self.L
+        inputs = queries * self.E * self.E
+        inputs += projected_keys * self.kv_head_count * self.head_dim * ((self.kdim or self.E) + (self.vdim or self.E))
+        return 2.0 * (inputs + 2 * scores * self.E + queries * self.E * self.E)
+
+
+def _cases(group: str, goal: Goal, *shapes: tuple[int, int, int, int], **options: object) -> list[Case]:
+    return [Case(group, *shape, goal=goal, **options) for shape in shapes]  # type: ignore[arg-type]
+
+
+CASES: list[Case] = [
+    *_cases("overhead", Goal(10, microseconds=4), (3, 5, 8, 4)),
+    *_cases("overhead", Goal(3, microseconds=10), (1, 16, 64, 4)),
+    *_cases("short", Goal(1.5), (1, 32, 384, 12), (1, 128, 384, 12), (3, 77, 360, 5), (64, 32, 128, 4)),
+    *_cases(
+        "encoder",
+        Goal(1.15, 0.85),
+        (1, 128, 768, 12),
+        (8, 128, 768, 12),
+        (1, 197, 768, 12),
+        (1, 384, 1024, 16),
+        (1, 512, 768, 12),
+    ),
+    *_cases("long", Goal(1.25, 0.80), (1, 2048, 512, 8), (1, 4096, 1024, 16)),
+    *_cases("causal", Goal(1.5), (1, 2048, 512, 8), causal=True),
+    *_cases("padded", Goal(1.3), (4, 512, 768, 12), live=(512, 390, 211, 97)),
+    *_cases("masks", Goal(1.15), (2, 512, 512, 8), attn_mask="float"),
+    *_cases("masks", Goal(1.15), (2, 512, 512, 8), attn_mask="bool"),
+    *_cases("cross", Goal(1.15), (2, 64, 512, 8), S=512, kdim=256),
+    *_cases("few queries", Goal(5), (1, 1, 1024, 16), S=2048),
+    *_cases("weights", Goal(1.3), (8, 128, 512, 8), need_weights=True),
+    *_cases("float64", Goal(1.3), (4, 128, 512, 8), dtype="float64"),
+    *_cases("widths", Goal(1.15), (1, 512, 1280, 16), (1, 256, 256, 1)),
+    *_cases("widths", Goal(1.15), (1, 512, 1024, 16), kv_heads=4),
+    # Shapes without a goal, where a library tuned for the ones above could fall behind unnoticed.
+    *_cases("others", Goal(), (1, 1, 768, 12), (1, 24, 768, 12), (16, 24, 384, 12), (1, 197, 1024, 16)),
+    *_cases("others", Goal(), (2, 300, 100, 5), (32, 64, 256, 8), (1, 1024, 128, 2), (1, 1000, 512, 8)),
+    *_cases("others", Goal(), (3, 5, 8, 4), (1, 16, 64, 4), (1, 512, 512, 8), need_weights=True),
+    *_cases("others", Goal(), (1, 256, 768, 12), causal=True),
+    *_cases("others", Goal(), (8, 128, 384, 12), live=(128, 101, 90, 77, 50, 31, 16, 9)),
+    *_cases("others", Goal(), (2, 64, 512, 8), S=512, kdim=256, vdim=256),
+    *_cases("others", Goal(), (8, 1, 768, 12), S=197),
+    *_cases("others", Goal(), (1, 16, 512, 8), S=4096),
+    *_cases("others", Goal(), (1, 512, 512, 8), S=16),
+    *_cases("others", Goal(), (1, 1024, 512, 8), dtype="float64"),
+    *(Case("lengths", 1, length, 768, 12) for length in LENGTHS),
+]
+
+GROUPS: list[str] = list(dict.fromkeys(case.group for case in CASES))

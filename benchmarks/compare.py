@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures mha_c and every other implementation that is installed, over the grid of cases.py, and reports.
+
+Turns are taken round-robin, one sample of every peer a round, so that a drift of the machine (clock, neighbours, heat)
+hits all alike; what is reported are medians over rounds of ratios within a round. The peak is one more member of the
+round. Every peer's answer is checked against float64, and one that is wrong is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import machine
+import peers
+import report
+from cases import CASES, GROUPS, Case
+from compiler import NoCompiler
+from peak import Peak
+from problem import make, reference, relative_error
+from workers import PeerError, Worker
+
+# Relative rms error of a right answer: a few hundred times the unit in the last place. bfloat16 would be at 1e-2.
+TOLERANCE = {"float32": 3e-5, "float64": 1e-13}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: a sample has at least `sample` seconds, a case about `case` seconds."""
+
+    sample: float
+    case: float
+    least_rounds: int
+    most_rounds: int
+
+
+FULL = Effort(sample=0.015, case=8.0, least_rounds=9, most_rounds=51)
+QUICK = Effort(sample=0.005, case=1.0, least_rounds=5, most_rounds=11)
+
+
+def measure_case(case: Case, workers: list[Worker], threads: int, peak: Peak | None, effort: Effort) -> dict[str, Any]:
+    """Everything known about one case, for the JSON file."""
+    problem = make(case)
+    expected = reference(problem)
+    taking_part: list[tuple[Worker, float]] = []
+    errors: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    for worker in workers:
+        try:
+            output, weights, seconds = worker.prepare(case)
+        except PeerError as error:
+            left_out[worker.name] = str(error)
+            continue
+        errors[worker.name] = relative_error(problem, (output, weights), expected)
+        if errors[worker.name] < TOLERANCE[case.dtype]:
+            taking_part.append((worker, seconds))
+        else:
+            left_out[worker.name] = f"wrong answer: relative error {errors[worker.name]:.1e}"
+    times, peaks = _rounds(case, taking_part, left_out, threads, peak, effort)
+    return {
+        "threads": threads,
+        "name": case.name,
+        "case": dataclasses.asdict(case),
+        "nominal_flops": case.nominal_flops,
+        "needed_flops": case.needed_flops,
+        "peak": peaks,
+        "seconds": times,
+        "errors": errors,
+        "left_out": left_out,
+    }
+
+
+def _rounds(
+    case: Case,
+    taking_part: list[tuple[Worker, float]],
+    left_out: dict[str, str],
+    threads: int,
+    peak: Peak | None,
+    effort: Effort,
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds a call of each peer in each round, and the peak in each round."""
+    times: dict[str, list[float]] = {worker.name: [] for worker, _ in taking_part}
+    peaks: list[float] = []
+    deadline = time.monotonic() + effort.case
+    for number in range(effort.most_rounds):
+        if number >= effort.least_rounds and time.monotonic() > deadline:
+            break
+        if peak is not None:
+            peaks.append(peak.measure(threads, case.dtype))
+        first = number % max(len(taking_part), 1)  # so that nobody always takes the turn after the same neighbour
+        for worker, seconds in taking_part[first:] + taking_part[:first]:
+            try:
+                times[worker.name].append(worker.measure(max(1, round(effort.sample / seconds)), seconds))
+            except PeerError as error:
+                left_out[worker.name] = str(error)
+                del times[worker.name]
+                taking_part = [(other, time_) for other, time_ in taking_part if other is not worker]
+    return times, peaks
+
+
+def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: Effort, file: Path) -> dict[str, Any]:
+    """All measurements, also written to a JSON file, anew after each case."""
+    results: dict[str, Any] = {"machine": machine.describe(), "versions": {}, "missing": {}, "runs": []}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            peak = Peak(results["machine"]["level"], Path(folder))
+        except NoCompiler as error:
+            peak = None
+            print(f"The peak is not measured: {error}", file=sys.stderr)
+        for threads in thread_counts:
+            with ExitStack() as stack:
+                workers = []
+                for name in names:
+                    try:
+                        workers.append(stack.enter_context(Worker(name, threads)))
+                        results["versions"][name] = workers[-1].version
+                    except PeerError as error:
+                        results["missing"][name] = str(error)
+                        print(f"{name} is left out: {error}", file=sys.stderr)
+                for case in cases:
+                    done = measure_case(case, workers, threads, peak, effort)
+                    results["runs"].append(done)
+                    file.write_text(json.dumps(results, indent=1))
+                    print(report.line(done), flush=True)
+    return results
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter samples; without the class 'lengths'")
+    parser.add_argument("--classes", nargs="+", choices=GROUPS, metavar="CLASS", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--shapes", nargs="+", metavar="TEXT", help='only cases whose name has TEXT, as "8,128,768,12"')
+    parser.add_argument("--peers", nargs="+", choices=peers.NAMES, metavar="PEER", help=f"of {', '.join(peers.NAMES)}")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
+    parser.add_argument("--seconds", type=float, help="about how long to measure each case")
+    parser.add_argument("--output", type=Path, default=Path("benchmark-results"), metavar="DIR")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    effort = QUICK if options.quick else FULL
+    if options.seconds:
+        effort = dataclasses.replace(effort, case=options.seconds)
+    groups = options.classes or [group for group in GROUPS if not (options.quick and group == "lengths")]
+    cases = [case for case in CASES if case.group in groups]
+    if options.shapes:
+        cases = [case for case in cases if any(text in case.name for text in options.shapes)]
+    names = [name for name in peers.NAMES if not options.peers or name in (peers.OURS, *options.peers)]
+    folder = options.output / "performance"
+    folder.mkdir(parents=True, exist_ok=True)
+    results = run(cases, names, options.threads, effort, folder / "results.json")
+    print(f"\n{report.write(results, options.output)} has it all.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mha_c itself, called as its users call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import mha_c
+from peers import Prepared
+from problem import Problem
+
+
+def layer(problem: Problem) -> mha_c.MultiheadAttention:
+    """The layer with the parameters of the problem."""
+    case = problem.case
+    module = mha_c.MultiheadAttention(
+        case.E,
+        case.H,
+        kdim=case.kdim,
+        vdim=case.vdim,
+        num_kv_heads=case.kv_heads,
+        batch_first=True,
+        dtype=case.dtype,
+        seed=0,
+    ).eval()
+    state = {"in_proj_bias": problem.in_bias, "out_proj.weight": problem.out_weight, "out_proj.bias": problem.out_bias}
+    separate = problem.q_weight, problem.k_weight, problem.v_weight
+    if module.in_proj_weight is None:
+        state |= dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), separate, strict=True))
+    else:
+        state["in_proj_weight"] = np.concatenate(separate)
+    module.load_state_dict(state)
+    return module
+
+
+class Ours:
+    def __init__(self, threads: int) -> None:
+        mha_c.set_num_threads(threads)
+        self.version = mha_c.__version__
+
+    def prepare(self, problem: Problem) -> Prepared:
+        attend, case = layer(problem), problem.case
+        query, key, value = problem.query, problem.key, problem.value
+        padding, mask = problem.padding, problem.attn_mask
+        wanted, causal = case.need_weights, case.causal
+
+        def call() -> Any:
+            return attend(query, key, value, padding, wanted, mask, True, causal)
+
+        return Prepared(call, lambda result: result)

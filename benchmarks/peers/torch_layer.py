@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.nn.MultiheadAttention with its fast path on or off; torch's functions where it has no such layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import functional as F
+
+from peers import Prepared, Unsupported
+from problem import Array, Problem
+
+
+def tensor(array: Array | None) -> torch.Tensor | None:
+    return None if array is None else torch.from_numpy(array)
+
+
+class TorchLayer:
+    def __init__(self, threads: int, fast_path: bool) -> None:
+        torch.set_num_threads(threads)
+        self.mode = torch.inference_mode()
+        self.mode.__enter__()  # for good: entering it in each call would cost the peer microseconds
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        self.fast_path = fast_path
+        self.version = torch.__version__
+
+    def prepare(self, problem: Problem) -> Prepared:
+        call = self._grouped_call(problem) if problem.case.kv_heads else self._layer_call(problem)
+        if self.fast_path and not takes_fast_path(call):
+            raise Unsupported("torch does not take its fast path here")
+
+        def numpy_result(result: Any) -> tuple[Any, Any]:
+            output, weights = result
+            return output.numpy(), None if weights is None else weights.numpy()
+
+        return Prepared(call, numpy_result)
+
+    def _layer_call(self, problem: Problem) -> Callable[[], Any]:
+        case = problem.case
+        layer = torch.nn.MultiheadAttention(
+            case.E, case.H, kdim=case.kdim, vdim=case.vdim, batch_first=True, dtype=getattr(torch, case.dtype)
+        ).eval()
+        state = {"in_proj_bias": problem.in_bias, "out_proj.weight": problem.out_weight}
+        state["out_proj.bias"] = problem.out_bias
+        tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+        separate = [torch.from_numpy(w) for w in (problem.q_weight, problem.k_weight, problem.v_weight)]
+        if layer.in_proj_weight is None:
+            tensors |= dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), separate, strict=True))
+        else:
+            tensors["in_proj_weight"] = torch.cat(separate)
+        layer.load_state_dict(tensors)
+        one_each = {id(x): torch.from_numpy(x) for x in (problem.query, problem.key, problem.value)}
+        query, key, value = (one_each[id(x)] for x in (problem.query, problem.key, problem.value))
+        padding, mask = tensor(problem.padding), tensor(problem.attn_mask)
+        if case.causal:  # torch wants the mask spelt out, too
+            mask = torch.ones(case.L, case.keys, dtype=torch.bool).triu(1)
+        wanted, causal = case.need_weights, case.causal
+        return lambda: layer(query, key, value, padding, wanted, mask, True, causal)
+
+    def _grouped_call(self, problem: Problem) -> Callable[[], Any]:
+        """Grouped heads, which torch has as a function only."""
+        case = problem.case
+        if self.fast_path or problem.padding is not None or case.attn_mask or case.need_weights:
+            raise Unsupported("torch.nn.MultiheadAttention has no grouped heads")
+        in_weight = torch.cat([torch.from_numpy(w) for w in (problem.q_weight, problem.k_weight, problem.v_weight)])
+        x, in_bias, out_weight, out_bias = (
+            torch.from_numpy(a) for a in (problem.query, problem.in_bias, problem.out_weight, problem.out_bias)
+        )
+        kv = case.kv_head_count * case.head_dim
+
+        def call() -> Any:
+            q, k, v = (
+                y.unflatten(-1, (-1, case.head_dim)).transpose(1, 2)
+                for y in F.linear(x, in_weight, in_bias).split((case.E, kv, kv), dim=-1)
+            )
+            context = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=True)
+            return F.linear(context.transpose(1, 2).flatten(2), out_weight, out_bias), None
+
+        return call
+
+
+def takes_fast_path(call: Callable[[], Any]) -> bool:
+    native = torch._native_multi_head_attention
+    with mock.patch.object(torch, "_native_multi_head_attention", side_effect=native) as spy:
+        call()
+    return spy.called
