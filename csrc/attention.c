@@ -101,14 +101,14 @@ size_t mha_attention_scratch(const mha_attention *a)
 {
     const size_t P = widest_panel(a);
     mha_layout attend = {0}, weigh = {0};
-    take(a, NULL, &attend, MHA_BLOCK_KEYS, P);
+    take(a, NULL, &attend, 2 * MHA_BLOCK_KEYS, P);
     for (size_t i = 0; i < most_task_panels(a); i++)
         take_state(a, NULL, &attend);
     if (a->weights_wanted) {
         take(a, NULL, &weigh, a->D, P);
         take(a, NULL, &weigh, 1, P);
         take(a, NULL, &weigh, CHUNK_BLOCKS * MHA_BLOCK_KEYS, P);
-        take(a, NULL, &weigh, MHA_BLOCK_KEYS, P);
+        take(a, NULL, &weigh, 2 * MHA_BLOCK_KEYS, P);
         take(a, NULL, &weigh, P, MHA_BLOCK_KEYS);
     }
     return attend.bytes > weigh.bytes ? attend.bytes : weigh.bytes;
@@ -147,9 +147,23 @@ static char *values_of(const mha_attention *a, size_t n, const mha_key_block *bl
     return row_at(a, block->is_extra ? &a->extra_v : &a->v, n, h / (a->H / a->Hkv), block->row);
 }
 
-/* scores[key][lane], masked. Chains of at most MHA_CHAIN features, as in the projections. */
+/* Reads the masks for a block into bias, if they matter. */
+static mha_visibility look(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
+                           char *bias)
+{
+    const mha_visibility visibility =
+        mha_block_visibility(a->masks, lanes.first, lanes.first + lanes.count - 1, block);
+    if (visibility != MHA_VISIBLE_SOME)
+        return visibility;
+    mha_mask_block masks = mha_block_masks(a->masks, n, block);
+    for (size_t lane = 0; lane < lanes.count; lane++)
+        mha_block_masks_lane(a->masks, &masks, n, lane, h, lanes.first + lane);
+    return a->kernels->read_masks(bias, block->keys, lanes.vectors, lanes.count, &masks);
+}
+
+/* scores[key][lane], plus bias unless it is NULL. Chains of at most MHA_CHAIN features, as in the projections. */
 static void score(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                  mha_visibility visibility, const char *queries, char *scores)
+                  const char *queries, const char *bias, char *scores)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
@@ -164,10 +178,8 @@ static void score(const mha_attention *a, size_t n, size_t h, mha_panel lanes, c
         product.addend = d ? scores : NULL;
         kernels->product(&product);
     }
-    if (visibility == MHA_VISIBLE_SOME) {
-        const mha_mask_block masks = mha_block_masks(a->masks, n, h, lanes.first, block);
-        kernels->add_masks(scores, block->keys, lanes.vectors, lanes.count, &masks);
-    }
+    if (bias)
+        kernels->accumulate(scores, bias, block->keys * P);
 }
 
 static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
@@ -192,14 +204,13 @@ static void begin(const mha_attention *a, size_t n, state *s)
     a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
 }
 
-static void step(const mha_attention *a, size_t n, const state *s, const mha_key_block *block, char *scores)
+static void step(const mha_attention *a, size_t n, const state *s, const mha_key_block *block, char *scores, char *bias)
 {
     const mha_kernels *kernels = a->kernels;
-    const mha_visibility visibility =
-        mha_block_visibility(a->masks, n, s->h, s->lanes.first, s->lanes.count, block);
+    const mha_visibility visibility = look(a, n, s->h, s->lanes, block, bias);
     if (visibility == MHA_VISIBLE_NONE)
         return; /* such keys would change nothing: their weight is 0 and the maximum stays */
-    score(a, n, s->h, s->lanes, block, visibility, s->queries, scores);
+    score(a, n, s->h, s->lanes, block, s->queries, visibility == MHA_VISIBLE_SOME ? bias : NULL, scores);
     kernels->softmax_step(scores, block->keys, s->lanes.vectors, s->maximum, s->sum, s->factor);
     if (a->dropout_p > 0)
         drop_out(a, n, s->h, s->lanes, block, scores);
@@ -235,6 +246,7 @@ static void attend_task(void *context, size_t task, size_t worker)
     char *base = a->scratch + worker * a->scratch_bytes;
     mha_layout layout = {0};
     char *scores = take(a, base, &layout, MHA_BLOCK_KEYS, widest_panel(a));
+    char *bias = take(a, base, &layout, MHA_BLOCK_KEYS, widest_panel(a));
     state states[TASK_PANELS];
     /* The last queries first: under a causal mask they see the most keys. */
     const size_t heads = a->N * a->Hkv, group = j->groups - 1 - task / heads;
@@ -252,7 +264,7 @@ static void attend_task(void *context, size_t task, size_t worker)
     for (size_t b = 0, blocks = mha_key_blocks(a->live, n); b < blocks; b++) {
         const mha_key_block block = mha_key_block_at(a->live, n, b);
         for (size_t i = 0; i < panels; i++)
-            step(a, n, &states[i], &block, scores);
+            step(a, n, &states[i], &block, scores, bias);
     }
     for (size_t i = 0; i < panels; i++)
         finish(a, n, &states[i]);
@@ -269,7 +281,8 @@ typedef struct {
     mha_panel lanes;
     char *queries, *factor;
     char *weights; /* [keys of all its blocks][P] */
-    char *scores;  /* [block][P], of one head */
+    char *scores;  /* [block][P], of one head, */
+    char *bias;    /* and what the masks add to them */
     char *rows;    /* [P][block], transposed */
 } weighing;
 
@@ -280,16 +293,18 @@ static size_t weight_columns(const mha_attention *a)
 
 /* Adds the weights of one head for one block; keys that no query sees get exp(-inf), which is 0, or NaN in a row that
  * sees nothing at all. */
-static void weigh(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block,
-                  mha_visibility visibility, char *weights)
+static void weigh(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block, bool is_hidden,
+                  char *weights)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = w->lanes.vectors * kernels->lanes, at = statistics_offset(a, w->n, h, w->lanes);
     char *scores = h == w->first_head ? weights : w->scores;
+    const mha_visibility visibility =
+        is_hidden ? MHA_VISIBLE_NONE : look(a, w->n, h, w->lanes, block, w->bias);
     if (visibility == MHA_VISIBLE_NONE)
         kernels->fill(scores, block->keys * P, -INFINITY);
     else
-        score(a, w->n, h, w->lanes, block, visibility, w->queries, scores);
+        score(a, w->n, h, w->lanes, block, w->queries, visibility == MHA_VISIBLE_SOME ? w->bias : NULL, scores);
     kernels->softmax_weights(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
     if (a->dropout_p > 0)
         drop_out(a, w->n, h, w->lanes, block, scores);
@@ -326,7 +341,7 @@ static void write_removed(const mha_attention *a, const weighing *w)
     const mha_kernels *kernels = a->kernels;
     const mha_key_block one = {.keys = 1};
     for (size_t h = w->first_head; h < w->first_head + w->heads; h++)
-        weigh(a, w, h, &one, MHA_VISIBLE_NONE, w->weights);
+        weigh(a, w, h, &one, true, w->weights);
     kernels->unpack_panel(w->weights, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
     for (size_t s = mha_next_removed(a->live, w->n, 0); s < a->live->S; s = mha_next_removed(a->live, w->n, s + 1))
         for (size_t lane = 0; lane < w->lanes.count; lane++)
@@ -350,6 +365,7 @@ static void weigh_task(void *context, size_t task, size_t worker)
         .factor = take(a, base, &layout, 1, P),
         .weights = take(a, base, &layout, CHUNK_BLOCKS * MHA_BLOCK_KEYS, P),
         .scores = take(a, base, &layout, MHA_BLOCK_KEYS, P),
+        .bias = take(a, base, &layout, MHA_BLOCK_KEYS, P),
         .rows = take(a, base, &layout, P, MHA_BLOCK_KEYS),
     };
     if (a->live->is_few[w.n])
@@ -363,9 +379,7 @@ static void weigh_task(void *context, size_t task, size_t worker)
         pack_queries(a, w.n, h, w.lanes, w.queries);
         for (size_t b = first; b < end; b++) {
             const mha_key_block block = mha_key_block_at(a->live, w.n, b);
-            weigh(a, &w, h, &block,
-                  mha_block_visibility(a->masks, w.n, h, w.lanes.first, w.lanes.count, &block),
-                  w.weights + (b - first) * block_weights);
+            weigh(a, &w, h, &block, false, w.weights + (b - first) * block_weights);
         }
     }
     for (size_t b = first; b < end; b++) {

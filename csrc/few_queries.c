@@ -98,7 +98,7 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
 
 /* A thread's scratch: scores of a panel, a slice of a block's inputs, a strip or weights of all heads of a query. */
 typedef struct {
-    char *scores, *factor, *slice, *rows;
+    char *scores, *bias, *factor, *slice, *rows;
 } places;
 
 static size_t slice_stride(const mha_kernels *kernels)
@@ -110,11 +110,12 @@ static places take_scratch(const mha_few_queries *f, char *base, mha_layout *lay
 {
     const mha_kernels *kernels = f->weights->kernels;
     const size_t P = kernels->vectors * kernels->lanes, H = f->weights->widths.H, number = kernels->item;
-    const size_t scores = mha_reserve(layout, MHA_BLOCK_KEYS, P, number), factor = mha_reserve(layout, 1, P, number);
+    const size_t scores = mha_reserve(layout, MHA_BLOCK_KEYS, P, number);
+    const size_t bias = mha_reserve(layout, MHA_BLOCK_KEYS, P, number), factor = mha_reserve(layout, 1, P, number);
     const size_t slice = mha_reserve(layout, MHA_BLOCK_KEYS, slice_stride(kernels), number);
     const size_t most_rows = H > f->call->L ? H : f->call->L;
     const size_t rows = mha_reserve(layout, most_rows, MHA_BLOCK_KEYS > P ? MHA_BLOCK_KEYS : P, number);
-    return base ? (places){base + scores, base + factor, base + slice, base + rows} : (places){0};
+    return base ? (places){base + scores, base + bias, base + factor, base + slice, base + rows} : (places){0};
 }
 
 size_t mha_few_queries_scratch(const mha_few_queries *f)
@@ -219,20 +220,29 @@ static void pack_task(void *context, size_t task, size_t worker)
 
 /* ---- attend ---- */
 
-/* Masked scores of a panel against a block; false if no lane sees any key of it. Lane 0 is `first` of the item. */
+/* Reads the masks for a block, if they matter. Lane 0 is number `first` of the item's. */
+static mha_visibility look(const mha_few_queries *f, size_t n, size_t first, mha_panel panel,
+                           const mha_key_block *block, char *bias)
+{
+    const size_t H = f->weights->widths.H;
+    const mha_visibility visibility =
+        mha_block_visibility(f->masks, first / H, (first + panel.count - 1) / H, block);
+    if (visibility != MHA_VISIBLE_SOME)
+        return visibility;
+    mha_mask_block masks = mha_block_masks(f->masks, n, block);
+    for (size_t lane = 0; lane < panel.count; lane++)
+        mha_block_masks_lane(f->masks, &masks, n, lane, (first + lane) % H, (first + lane) / H);
+    return f->weights->kernels->read_masks(bias, block->keys, panel.vectors, panel.count, &masks);
+}
+
+/* Masked scores of a panel against a block; false if no lane sees any key of it. */
 static bool score(const mha_few_queries *f, size_t n, size_t first, mha_panel panel, const mha_key_block *block,
                   const char *queries, const places *s)
 {
     const mha_kernels *kernels = f->weights->kernels;
-    const size_t P = panel.vectors * kernels->lanes, Ek = f->weights->widths.Ek, H = f->weights->widths.H;
-    mha_visibility visibility[MHA_MOST_LANES];
-    bool any = false;
-    for (size_t lane = 0; lane < panel.count; lane++) {
-        const size_t i = first + lane;
-        visibility[lane] = mha_block_visibility(f->masks, n, i % H, i / H, 1, block);
-        any |= visibility[lane] != MHA_VISIBLE_NONE;
-    }
-    if (!any)
+    const size_t P = panel.vectors * kernels->lanes, Ek = f->weights->widths.Ek;
+    const mha_visibility visibility = look(f, n, first, panel, block, s->bias);
+    if (visibility == MHA_VISIBLE_NONE)
         return false;
     mha_product product = {.rows = block->keys, .vectors = panel.vectors, .a = s->slice,
                            .a_row = (ptrdiff_t)slice_stride(kernels), .a_k = 1, .b_k = P, .addend_row = P,
@@ -244,13 +254,8 @@ static bool score(const mha_few_queries *f, size_t n, size_t first, mha_panel pa
         product.addend = e ? s->scores : NULL;
         kernels->product(&product);
     }
-    for (size_t lane = 0; lane < panel.count; lane++) {
-        if (visibility[lane] == MHA_VISIBLE_ALL)
-            continue;
-        const size_t i = first + lane;
-        const mha_mask_block masks = mha_block_masks(f->masks, n, i % H, i / H, block);
-        kernels->add_masks(s->scores + lane * kernels->item, block->keys, panel.vectors, 1, &masks);
-    }
+    if (visibility == MHA_VISIBLE_SOME)
+        kernels->accumulate(s->scores, s->bias, block->keys * P);
     return true;
 }
 

@@ -145,66 +145,33 @@ size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s)
     return s;
 }
 
-/* The keys of one query: all visible when every value is 0, none when every value is -inf. */
-static mha_visibility row_visibility(const mha_mask *mask, const char *row, const mha_key_block *block)
-{
-    bool some_zero = false, some_hidden = false;
-    for (size_t i = 0; i < block->keys; i++) {
-        const double value = mask_value(mask->kind, row + (ptrdiff_t)mha_key_number(block, i) * mask->stride_s);
-        some_zero |= value == 0;
-        some_hidden |= value == -INFINITY;
-        if ((value != 0 && value != -INFINITY) || (some_zero && some_hidden))
-            return MHA_VISIBLE_SOME;
-    }
-    return some_hidden ? MHA_VISIBLE_NONE : MHA_VISIBLE_ALL;
-}
-
-static mha_visibility mask_visibility(const mha_mask *mask, const char *rows, size_t count, const mha_key_block *block)
-{
-    const mha_visibility first = row_visibility(mask, rows, block);
-    if (mask->stride_l == 0)
-        return first;
-    for (size_t l = 1; l < count && first != MHA_VISIBLE_SOME; l++)
-        if (row_visibility(mask, rows + (ptrdiff_t)l * mask->stride_l, block) != first)
-            return MHA_VISIBLE_SOME;
-    return first;
-}
-
-mha_visibility mha_block_visibility(const mha_masks *masks, size_t n, size_t h, size_t first_query, size_t count,
+mha_visibility mha_block_visibility(const mha_masks *masks, size_t first_query, size_t last_query,
                                     const mha_key_block *block)
 {
     if (block->is_extra)
         return MHA_VISIBLE_ALL;
-    mha_visibility visibility = masks->keys.kind ? MHA_VISIBLE_SOME : MHA_VISIBLE_ALL;
-    if (masks->is_causal) {
-        if (block->first_key > first_query + count - 1)
-            return MHA_VISIBLE_NONE;
-        if (mha_key_number(block, block->keys - 1) > first_query)
-            visibility = MHA_VISIBLE_SOME;
-    }
-    if (masks->attn.kind) {
-        const mha_visibility attn =
-            mask_visibility(&masks->attn, attn_at(masks, n, h, first_query), count, block);
-        if (attn != MHA_VISIBLE_ALL)
-            return attn;
-    }
-    return visibility;
+    if (masks->is_causal && block->first_key > last_query)
+        return MHA_VISIBLE_NONE;
+    const bool crosses = masks->is_causal && mha_key_number(block, block->keys - 1) > first_query;
+    return masks->attn.kind || masks->keys.kind || crosses ? MHA_VISIBLE_SOME : MHA_VISIBLE_ALL;
 }
 
-mha_mask_block mha_block_masks(const mha_masks *masks, size_t n, size_t h, size_t first_query,
-                               const mha_key_block *block)
+mha_mask_block mha_block_masks(const mha_masks *masks, size_t n, const mha_key_block *block)
 {
-    return (mha_mask_block){
-        .attn = masks->attn.kind ? attn_at(masks, n, h, first_query) : NULL,
-        .keys = masks->keys.kind ? mask_at(&masks->keys, n, 0, 0) : NULL,
-        .attn_kind = masks->attn.kind,
-        .keys_kind = masks->keys.kind,
-        .attn_l = masks->attn.stride_l,
-        .attn_s = masks->attn.stride_s,
-        .keys_s = masks->keys.stride_s,
-        .index = block->index,
-        .first_key = block->first_key,
-        .first_query = first_query,
-        .is_causal = masks->is_causal,
-    };
+    mha_mask_block of;
+    of.attn_kind = masks->attn.kind;
+    of.attn_s = masks->attn.stride_s;
+    of.keys = masks->keys.kind ? mask_at(&masks->keys, n, 0, 0) : NULL;
+    of.keys_kind = masks->keys.kind;
+    of.keys_s = masks->keys.stride_s;
+    of.index = block->index;
+    of.first_key = block->first_key;
+    of.is_causal = masks->is_causal;
+    return of;
+}
+
+void mha_block_masks_lane(const mha_masks *masks, mha_mask_block *of, size_t n, size_t lane, size_t h, size_t query)
+{
+    of->attn[lane] = masks->attn.kind ? attn_at(masks, n, h, query) : NULL;
+    of->query[lane] = query;
 }

@@ -39,8 +39,6 @@ typedef struct {
     bool is_causal;
 } mha_masks;
 
-typedef enum { MHA_VISIBLE_ALL, MHA_VISIBLE_SOME, MHA_VISIBLE_NONE } mha_visibility;
-
 /* Finds the live keys and the masks that are left. mha_live_keys_release() frees what it allocated, also on error. */
 mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *live, mha_masks *masks);
 void mha_live_keys_release(mha_live_keys *live);
@@ -65,12 +63,13 @@ static inline size_t mha_key_number(const mha_key_block *block, size_t i)
 /* The first key of an item, from number s on, that is not live; S if there is none. live->index must be there. */
 size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s);
 
-/* What queries first_query .. first_query + count - 1 of (n, h) may see of a block. SOME is always a safe answer. */
-mha_visibility mha_block_visibility(const mha_masks *masks, size_t n, size_t h, size_t first_query, size_t count,
+/* What queries first_query .. last_query may see of a block, as far as that shows without reading the masks: where it is
+ * SOME, read_masks() knows more. */
+mha_visibility mha_block_visibility(const mha_masks *masks, size_t first_query, size_t last_query,
                                     const mha_key_block *block);
 
-/* What add_masks() needs for the same queries and block. */
-mha_mask_block mha_block_masks(const mha_masks *masks, size_t n, size_t h, size_t first_query,
-                               const mha_key_block *block);
+/* What read_masks() needs: of a block the keys, and of each lane its head and its query. */
+mha_mask_block mha_block_masks(const mha_masks *masks, size_t n, const mha_key_block *block);
+void mha_block_masks_lane(const mha_masks *masks, mha_mask_block *of, size_t n, size_t lane, size_t h, size_t query);
 
 #endif

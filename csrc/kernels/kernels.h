@@ -49,17 +49,20 @@ typedef struct {
     size_t c_row;
 } mha_product;
 
-/* The part of the masks that one block of scores needs: keys of the block by queries of the panel. */
+/* The part of the masks that one block of scores needs: keys of the block by lanes of the panel. */
 typedef struct {
-    const char *attn;  /* at (first query, key 0 of the whole item); NULL: no such mask */
-    const char *keys;  /* key_padding_mask at key 0, never of kind HIDE: those keys are gone; NULL: none */
+    const char *attn[MHA_MOST_LANES]; /* of each lane's query, at key 0 of the whole item; kind NONE: not read */
+    size_t query[MHA_MOST_LANES];     /* the lane's query by its number; read where is_causal */
+    const char *keys;                 /* key_padding_mask at key 0, never of kind HIDE: those keys are gone */
     mha_mask_kind attn_kind, keys_kind;
-    ptrdiff_t attn_l, attn_s, keys_s; /* strides in bytes */
+    ptrdiff_t attn_s, keys_s; /* strides in bytes */
     const size_t *index; /* the block's keys by their number in the item; NULL: first_key, first_key + 1, ... */
     size_t first_key;
-    size_t first_query; /* number of lane 0's query */
     bool is_causal;
 } mha_mask_block;
+
+/* What the lanes of a panel see of a block. SOME is always a safe answer. */
+typedef enum { MHA_VISIBLE_ALL, MHA_VISIBLE_SOME, MHA_VISIBLE_NONE } mha_visibility;
 
 /* Where a block of attention weights stands in the random stream: what happens to the weight of (n, h, l, s) depends
  * on these four and on the key alone. */
@@ -89,8 +92,10 @@ typedef struct mha_kernels {
     void (*unpack_panel)(const void *panel, size_t vectors, const void *factor, size_t count, size_t width,
                          void *rows, size_t row_stride);
 
-    /* scores[key][lane] += attn + keys (torch's order: the masks are added to each other first); hidden: -inf. */
-    void (*add_masks)(void *scores, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks);
+    /* bias[key][lane] = what the masks add to a score (torch's order: they are added to each other first), -inf where
+     * they hide the key. Lanes from `count` on are like the last one. ALL: every number is 0; NONE: every one is -inf.
+     * bias has MHA_BLOCK_KEYS rows, whatever `keys`. */
+    mha_visibility (*read_masks)(void *bias, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks);
 
     /* One step of the online softmax over scores[keys][P], which becomes exp(score - maximum), with the running
      * maximum [P] and sum [P] brought up to date and factor [P] = exp(old maximum - new maximum).

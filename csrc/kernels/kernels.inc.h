@@ -19,6 +19,7 @@
 #define NOINLINE static __attribute__((noinline))
 
 enum { VECTORS = 3 };
+enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
 
 /* See exp(): ROUND is 1.5 * 2^mantissa bits + exponent bias. */
 #define LOG2_E_f32 0x1.715476p+0f
@@ -44,7 +45,7 @@ static const double exp2_coefficients_f64[] = {
     { \
         .name = isa, .dtype = kind, .item = sizeof(real), .lanes = PASTE(lanes, suffix), .vectors = VECTORS, \
         .product = PASTE(product, suffix), .pack_panel = PASTE(pack_panel, suffix), \
-        .unpack_panel = PASTE(unpack_panel, suffix), .add_masks = PASTE(add_masks, suffix), \
+        .unpack_panel = PASTE(unpack_panel, suffix), .read_masks = PASTE(read_masks, suffix), \
         .softmax_begin = PASTE(softmax_begin, suffix), .softmax_step = PASTE(softmax_step, suffix), \
         .softmax_merge = PASTE(softmax_merge, suffix), \
         .softmax_weights = PASTE(softmax_weights, suffix), .softmax_end = PASTE(softmax_end, suffix), \
@@ -53,10 +54,12 @@ static const double exp2_coefficients_f64[] = {
 
 #if ROWS == 4
 #define EACH_ROW(X) X(0) X(1) X(2) X(3)
+#define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y)
 #define EACH_TILE(X, v) X(1, v) X(2, v) X(3, v) X(4, v)
 #define TILES(v) {V(tile_1x##v), V(tile_2x##v), V(tile_3x##v), V(tile_4x##v)}
 #else
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
 #define EACH_TILE(X, v) X(1, v) X(2, v) X(3, v) X(4, v) X(5, v) X(6, v) X(7, v) X(8, v)
 #define TILES(v) \
     {V(tile_1x##v), V(tile_2x##v), V(tile_3x##v), V(tile_4x##v), \
@@ -69,13 +72,14 @@ static const double exp2_coefficients_f64[] = {
 
 /* ---- The tile: all multiplication happens here ---- */
 
-INLINE void V(finish)(VEC chain, const REAL *addend, const REAL *factor, REAL *c)
+/* What becomes of a chain; `end` is a constant in every copy. */
+INLINE void V(finish)(const int end, VEC chain, const REAL *addend, const REAL *factor, REAL *c, size_t lane)
 {
-    if (addend && factor)
-        chain = V(fma)(V(load)(addend), V(load)(factor), chain);
-    else if (addend)
-        chain = V(load)(addend) + chain;
-    V(store)(c, chain);
+    if (end == RESCALE)
+        chain = V(fma)(V(load)(addend + lane), V(load)(factor + lane), chain);
+    else if (end == ADD)
+        chain = V(load)(addend + lane) + chain;
+    V(store)(c + lane, chain);
 }
 
 /* `rows` and `vectors` are constants in every copy. Each accumulator is a variable of its own: gcc keeps an array of
@@ -107,18 +111,25 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
         b += b_k;
     }
     const REAL *factor = p->factor;
-#define FINISH(r) \
+    const size_t addend_row = p->addend_row, c_row = p->c_row;
+#define FINISH(r, end) \
     if (r < rows) { \
-        const REAL *addend_r = addend ? addend + r * p->addend_row : NULL; \
-        REAL *c_r = c + r * p->c_row; \
-        V(finish)(c##r##_0, addend_r, factor, c_r); \
+        V(finish)(end, c##r##_0, addend, factor, c, 0); \
         if (vectors > 1) \
-            V(finish)(c##r##_1, addend_r ? addend_r + LANES : NULL, factor ? factor + LANES : NULL, c_r + LANES); \
+            V(finish)(end, c##r##_1, addend, factor, c, LANES); \
         if (vectors > 2) \
-            V(finish)(c##r##_2, addend_r ? addend_r + 2 * LANES : NULL, factor ? factor + 2 * LANES : NULL, \
-                      c_r + 2 * LANES); \
+            V(finish)(end, c##r##_2, addend, factor, c, 2 * LANES); \
+        if (end != STORE) \
+            addend += addend_row; \
+        c += c_row; \
     }
-    EACH_ROW(FINISH)
+    if (!addend) {
+        EACH_ROW_AND(FINISH, STORE)
+    } else if (!factor) {
+        EACH_ROW_AND(FINISH, ADD)
+    } else {
+        EACH_ROW_AND(FINISH, RESCALE)
+    }
 #undef DECLARE
 #undef ACCUMULATE
 #undef FINISH
@@ -205,64 +216,102 @@ static void V(unpack_panel)(const void *panel_, size_t vectors, const void *fact
 
 /* ---- Masks ---- */
 
-/* values[i] = what a mask of one query or one item adds to the score of key i of the block. */
-INLINE void V(read_mask)(mha_mask_kind kind, const char *mask, ptrdiff_t stride, const mha_mask_block *block,
-                         size_t keys, REAL *values)
+/* One number of a mask, as it is added to a score. */
+INLINE REAL V(mask_value)(mha_mask_kind kind, const char *at)
 {
-    for (size_t i = 0; i < keys; i++) {
-        const char *at = mask + (ptrdiff_t)(block->index ? block->index[i] : block->first_key + i) * stride;
-        if (kind == MHA_MASK_HIDE) {
-            values[i] = *at ? -(REAL)INFINITY : 0;
-        } else if (kind == MHA_MASK_SHOW) {
-            values[i] = *at ? 0 : -(REAL)INFINITY;
-        } else if (kind == MHA_MASK_FLOAT32) {
-            float x;
-            memcpy(&x, at, sizeof x);
-            values[i] = (REAL)x;
-        } else {
-            double x;
-            memcpy(&x, at, sizeof x);
-            values[i] = (REAL)x;
-        }
-    }
-}
-
-/* One copy per kind, so that the test of the kind is outside the loop. */
-static void V(read_any_mask)(mha_mask_kind kind, const char *mask, ptrdiff_t stride, const mha_mask_block *block,
-                             size_t keys, REAL *values)
-{
+    static const REAL of_bool[2] = {0, -(REAL)INFINITY}; /* a table, because a branch would be mispredicted */
+    float f;
+    double d;
     if (kind == MHA_MASK_HIDE)
-        V(read_mask)(MHA_MASK_HIDE, mask, stride, block, keys, values);
-    else if (kind == MHA_MASK_SHOW)
-        V(read_mask)(MHA_MASK_SHOW, mask, stride, block, keys, values);
-    else if (kind == MHA_MASK_FLOAT32)
-        V(read_mask)(MHA_MASK_FLOAT32, mask, stride, block, keys, values);
-    else
-        V(read_mask)(MHA_MASK_FLOAT64, mask, stride, block, keys, values);
+        return of_bool[*at != 0];
+    if (kind == MHA_MASK_SHOW)
+        return of_bool[*at == 0];
+    if (kind == MHA_MASK_FLOAT32) {
+        memcpy(&f, at, sizeof f);
+        return (REAL)f;
+    }
+    memcpy(&d, at, sizeof d);
+    return (REAL)d;
 }
 
-static void V(add_masks)(void *scores_, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks)
+/* values[i] = what one row of a mask adds to the score of key i of the block; `kind` is a constant in every copy. */
+INLINE void V(read_row_of)(const mha_mask_kind kind, const char *row, ptrdiff_t stride, const mha_mask_block *block,
+                           size_t keys, REAL *values)
 {
-    REAL *scores = scores_, of_keys[MHA_BLOCK_KEYS] = {0}, values[MHA_BLOCK_KEYS];
-    const size_t P = vectors * LANES;
-    if (masks->keys)
-        V(read_any_mask)(masks->keys_kind, masks->keys, masks->keys_s, masks, keys, of_keys);
-    for (size_t lane = 0; lane < count; lane++) {
-        if (masks->attn) {
-            V(read_any_mask)(masks->attn_kind, masks->attn + (ptrdiff_t)lane * masks->attn_l, masks->attn_s, masks,
-                             keys, values);
-            for (size_t i = 0; i < keys; i++)
-                values[i] += of_keys[i];
-        } else {
-            memcpy(values, of_keys, keys * sizeof *values);
-        }
-        if (masks->is_causal)
-            for (size_t i = 0; i < keys; i++)
-                if ((masks->index ? masks->index[i] : masks->first_key + i) > masks->first_query + lane)
-                    values[i] += -(REAL)INFINITY;
-        for (size_t i = 0; i < keys; i++)
-            scores[i * P + lane] += values[i];
+    const mha_mask_kind own = sizeof(REAL) == sizeof(float) ? MHA_MASK_FLOAT32 : MHA_MASK_FLOAT64;
+    size_t i = 0;
+    if (block->index) {
+        for (; i < keys; i++)
+            values[i] = V(mask_value)(kind, row + (ptrdiff_t)block->index[i] * stride);
+        return;
     }
+    row += (ptrdiff_t)block->first_key * stride;
+    if (kind == own && stride == (ptrdiff_t)sizeof(REAL))
+        memcpy(values, row, (i = keys) * sizeof(REAL));
+    if (kind == MHA_MASK_HIDE && stride == 1)
+        for (; i + LANES <= keys; i += LANES)
+            V(store)(values + i, V(hidden)(row + i));
+    if (kind == MHA_MASK_SHOW && stride == 1)
+        for (; i + LANES <= keys; i += LANES)
+            V(store)(values + i, V(unlike)(V(hidden)(row + i), V(splat)(-(REAL)INFINITY)));
+    for (; i < keys; i++)
+        values[i] = V(mask_value)(kind, row + (ptrdiff_t)i * stride);
+}
+
+static void V(read_row)(mha_mask_kind kind, const char *row, ptrdiff_t stride, const mha_mask_block *block,
+                        size_t keys, REAL *values)
+{
+    if (kind == MHA_MASK_NONE)
+        memset(values, 0, keys * sizeof *values);
+    else if (kind == MHA_MASK_HIDE)
+        V(read_row_of)(MHA_MASK_HIDE, row, stride, block, keys, values);
+    else if (kind == MHA_MASK_SHOW)
+        V(read_row_of)(MHA_MASK_SHOW, row, stride, block, keys, values);
+    else if (kind == MHA_MASK_FLOAT32)
+        V(read_row_of)(MHA_MASK_FLOAT32, row, stride, block, keys, values);
+    else
+        V(read_row_of)(MHA_MASK_FLOAT64, row, stride, block, keys, values);
+}
+
+/* Hides the keys after the lane's query; numbers of keys ascend. */
+static void V(hide_later)(const mha_mask_block *block, size_t query, size_t keys, REAL *values)
+{
+    for (size_t i = keys; i-- > 0 && (block->index ? block->index[i] : block->first_key + i) > query;)
+        values[i] += -(REAL)INFINITY;
+}
+
+static mha_visibility V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t count,
+                                    const mha_mask_block *block)
+{
+    REAL *bias = bias_, of_keys[MHA_BLOCK_KEYS], rows[LANES][MHA_BLOCK_KEYS] = {{0}};
+    const size_t P = vectors * LANES;
+    const VEC hidden = V(splat)(-(REAL)INFINITY);
+    VEC not_zero = V(splat)(0), not_hidden = V(splat)(0);
+    V(read_row)(block->keys_kind, block->keys, block->keys_s, block, keys, of_keys);
+    for (size_t first = 0; first < P; first += LANES) {
+        for (size_t i = 0; i < LANES; i++) {
+            const size_t lane = first + i < count ? first + i : count - 1;
+            V(read_row)(block->attn_kind, block->attn[lane], block->attn_s, block, keys, rows[i]);
+            if (block->is_causal)
+                V(hide_later)(block, block->query[lane], keys, rows[i]);
+        }
+        for (size_t k = 0; k < keys; k += LANES) {
+            VEC v[LANES];
+            for (size_t i = 0; i < LANES; i++)
+                v[i] = V(load)(rows[i] + k);
+            V(transpose)(v);
+            for (size_t i = 0; i < LANES && k + i < keys; i++) {
+                const VEC x = v[i] + V(splat)(of_keys[k + i]);
+                V(store)(bias + (k + i) * P + first, x);
+                not_zero = V(either)(not_zero, x);
+                not_hidden = V(either)(not_hidden, V(unlike)(x, hidden));
+            }
+        }
+    }
+    const VEC zero = V(splat)(0);
+    if (memcmp(&not_zero, &zero, sizeof zero) == 0)
+        return MHA_VISIBLE_ALL;
+    return memcmp(&not_hidden, &zero, sizeof zero) == 0 ? MHA_VISIBLE_NONE : MHA_VISIBLE_SOME;
 }
 
 /* ---- Softmax ---- */

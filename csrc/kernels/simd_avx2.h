@@ -43,6 +43,25 @@ static inline vec_f64 zero_below_f64(vec_f64 v, vec_f64 t, vec_f64 x)
     return _mm256_andnot_pd(_mm256_cmp_pd(t, x, _CMP_LT_OQ), v);
 }
 
+static inline vec_f32 either_f32(vec_f32 a, vec_f32 b) { return _mm256_or_ps(a, b); }
+static inline vec_f64 either_f64(vec_f64 a, vec_f64 b) { return _mm256_or_pd(a, b); }
+static inline vec_f32 unlike_f32(vec_f32 a, vec_f32 b) { return _mm256_xor_ps(a, b); }
+static inline vec_f64 unlike_f64(vec_f64 a, vec_f64 b) { return _mm256_xor_pd(a, b); }
+
+static inline vec_f32 hidden_f32(const char *p)
+{
+    const __m256i bytes = _mm256_cvtepi8_epi32(_mm_loadu_si64(p));
+    const __m256i is_zero = _mm256_cmpeq_epi32(bytes, _mm256_setzero_si256());
+    return _mm256_andnot_ps(_mm256_castsi256_ps(is_zero), _mm256_set1_ps(-INFINITY));
+}
+
+static inline vec_f64 hidden_f64(const char *p)
+{
+    const __m256i bytes = _mm256_cvtepi8_epi64(_mm_loadu_si32(p));
+    const __m256i is_zero = _mm256_cmpeq_epi64(bytes, _mm256_setzero_si256());
+    return _mm256_andnot_pd(_mm256_castsi256_pd(is_zero), _mm256_set1_pd(-INFINITY));
+}
+
 static inline void transpose_f64(vec_f64 v[4])
 {
     const vec_f64 a = _mm256_unpacklo_pd(v[0], v[1]), b = _mm256_unpackhi_pd(v[0], v[1]);

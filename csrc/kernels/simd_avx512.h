@@ -44,6 +44,23 @@ static inline vec_f64 zero_below_f64(vec_f64 v, vec_f64 t, vec_f64 x)
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(t, x, _CMP_NLT_UQ), v);
 }
 
+static inline vec_f32 either_f32(vec_f32 a, vec_f32 b) { return _mm512_or_ps(a, b); }
+static inline vec_f64 either_f64(vec_f64 a, vec_f64 b) { return _mm512_or_pd(a, b); }
+static inline vec_f32 unlike_f32(vec_f32 a, vec_f32 b) { return _mm512_xor_ps(a, b); }
+static inline vec_f64 unlike_f64(vec_f64 a, vec_f64 b) { return _mm512_xor_pd(a, b); }
+
+static inline vec_f32 hidden_f32(const char *p)
+{
+    const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return _mm512_maskz_mov_ps(_mm_test_epi8_mask(bytes, bytes), _mm512_set1_ps(-INFINITY));
+}
+
+static inline vec_f64 hidden_f64(const char *p)
+{
+    const __m128i bytes = _mm_loadu_si64(p);
+    return _mm512_maskz_mov_pd((__mmask8)_mm_test_epi8_mask(bytes, bytes), _mm512_set1_pd(-INFINITY));
+}
+
 static inline void transpose_f64(vec_f64 v[8])
 {
     vec_f64 pair[8], quad[8];

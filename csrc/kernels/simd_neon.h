@@ -43,6 +43,38 @@ static inline vec_f64 zero_below_f64(vec_f64 v, vec_f64 t, vec_f64 x)
     return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(v), vcltq_f64(t, x)));
 }
 
+static inline vec_f32 either_f32(vec_f32 a, vec_f32 b)
+{
+    return vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
+}
+
+static inline vec_f64 either_f64(vec_f64 a, vec_f64 b)
+{
+    return vreinterpretq_f64_u64(vorrq_u64(vreinterpretq_u64_f64(a), vreinterpretq_u64_f64(b)));
+}
+
+static inline vec_f32 unlike_f32(vec_f32 a, vec_f32 b)
+{
+    return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
+}
+
+static inline vec_f64 unlike_f64(vec_f64 a, vec_f64 b)
+{
+    return vreinterpretq_f64_u64(veorq_u64(vreinterpretq_u64_f64(a), vreinterpretq_u64_f64(b)));
+}
+
+static inline vec_f32 hidden_f32(const char *p)
+{
+    const uint32x4_t bytes = {(uint8_t)p[0], (uint8_t)p[1], (uint8_t)p[2], (uint8_t)p[3]};
+    return vreinterpretq_f32_u32(vandq_u32(vtstq_u32(bytes, bytes), vreinterpretq_u32_f32(vdupq_n_f32(-INFINITY))));
+}
+
+static inline vec_f64 hidden_f64(const char *p)
+{
+    const uint64x2_t bytes = {(uint8_t)p[0], (uint8_t)p[1]};
+    return vreinterpretq_f64_u64(vandq_u64(vtstq_u64(bytes, bytes), vreinterpretq_u64_f64(vdupq_n_f64(-INFINITY))));
+}
+
 static inline void transpose_f64(vec_f64 v[2])
 {
     const vec_f64 a = vtrn1q_f64(v[0], v[1]);

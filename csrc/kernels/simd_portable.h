@@ -10,6 +10,8 @@
  *   max(a, b)               either one where a or b is NaN
  *   exponent(v)             the integer in v's low bits, moved to where the exponent field starts
  *   zero_below(v, t, x)     v, but 0 where t < x; NaN stays
+ *   either(a, b), unlike(a, b)  bitwise or, exclusive or
+ *   hidden(p)               -inf where a byte is not 0, else 0, for as many bytes as lanes
  *   transpose(v)            v[i] lane j <-> v[j] lane i, for as many vectors as lanes
  * and ROWS, the rows of a full tile: ROWS * 3 accumulators, 3 vectors of the panel and 1 broadcast fill the registers.
  */
@@ -52,6 +54,23 @@ static inline vec_f32 exponent_f32(vec_f32 v) { return (vec_f32)((bits_f32)v << 
 static inline vec_f64 exponent_f64(vec_f64 v) { return (vec_f64)((bits_f64)v << 52); }
 static inline vec_f32 zero_below_f32(vec_f32 v, vec_f32 t, vec_f32 x) { return (vec_f32)(~(t < x) & (bits_f32)v); }
 static inline vec_f64 zero_below_f64(vec_f64 v, vec_f64 t, vec_f64 x) { return (vec_f64)(~(t < x) & (bits_f64)v); }
+
+static inline vec_f32 either_f32(vec_f32 a, vec_f32 b) { return (vec_f32)((bits_f32)a | (bits_f32)b); }
+static inline vec_f64 either_f64(vec_f64 a, vec_f64 b) { return (vec_f64)((bits_f64)a | (bits_f64)b); }
+static inline vec_f32 unlike_f32(vec_f32 a, vec_f32 b) { return (vec_f32)((bits_f32)a ^ (bits_f32)b); }
+static inline vec_f64 unlike_f64(vec_f64 a, vec_f64 b) { return (vec_f64)((bits_f64)a ^ (bits_f64)b); }
+
+static inline vec_f32 hidden_f32(const char *p)
+{
+    const bits_f32 bytes = {p[0], p[1], p[2], p[3]};
+    return (vec_f32)((bytes != 0) & (bits_f32)splat_f32(-INFINITY));
+}
+
+static inline vec_f64 hidden_f64(const char *p)
+{
+    const bits_f64 bytes = {p[0], p[1]};
+    return (vec_f64)((bytes != 0) & (bits_f64)splat_f64(-INFINITY));
+}
 
 static inline void transpose_f32(vec_f32 v[4])
 {
