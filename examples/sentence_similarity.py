@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank sentences by meaning: all-MiniLM-L6-v2 in NumPy, with attention by mha_c and without torch.
+
+    python examples/sentence_similarity.py "How do I get a stain out of a shirt?"
+
+The model turns a sentence into a vector of length 1, and the cosine of two such vectors says how alike the sentences
+are in meaning, whatever their words. See mha_c/minilm.py for the model itself.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from mha_c.minilm import SentenceEncoder
+
+QUERY = "Which animals can survive without drinking?"
+SENTENCES = (
+    "Koalas get nearly all of their water from the leaves they eat.",
+    "The kangaroo rat of North American deserts may live its whole life without a sip of water.",
+    "Elephants need more than a hundred litres of water a day.",
+    "Drinking water in most cities is treated with chlorine.",
+    "Rub salt on fresh red wine spots before washing the cloth in cold water.",
+    "The central bank raised interest rates by a quarter of a point.",
+    "Shares in carmakers fell after the new tariffs were announced.",
+    "A violin has four strings, tuned in fifths.",
+    "The orchestra rehearsed the symphony until late at night.",
+    "Sourdough rises more slowly than dough made with baker's yeast.",
+)
+
+
+def rank(encoder: SentenceEncoder, query: str, sentences: Sequence[str]) -> list[tuple[float, str]]:
+    """The sentences after their cosines with the query, most similar first."""
+    query_vector, *vectors = encoder.encode([query, *sentences])
+    cosines = [float(query_vector @ vector) for vector in vectors]
+    return sorted(zip(cosines, sentences), reverse=True)
+
+
+def main() -> None:
+    """Rank SENTENCES by the query on the command line, or by QUERY."""
+    query = " ".join(sys.argv[1:]) or QUERY
+    print(query)
+    for cosine, sentence in rank(SentenceEncoder(), query, SENTENCES):
+        print(f"{cosine:7.3f}  {sentence}")
+
+
+if __name__ == "__main__":
+    main()
