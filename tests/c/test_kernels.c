@@ -230,10 +230,10 @@ static void test_panels(const bench *b)
 
 /* ---- Masks ---- */
 
-/* A mask in a buffer of its own: element (l, i) of `queries` by the block's keys, whatever the strides in bytes. */
+/* A mask in a buffer of its own, a row for each lane, whatever the strides in bytes. */
 typedef struct {
     mha_mask_kind kind;
-    ptrdiff_t stride_l, stride_s;
+    ptrdiff_t stride_lane, stride_s;
     const char *data;
 } mask_case;
 
@@ -261,79 +261,83 @@ static size_t key_number(const mha_mask_block *m, size_t i)
     return m->index ? m->index[i] : m->first_key + i;
 }
 
-/* Makes a mask for `queries` queries; returns the address of query 0 and key 0 of the whole item. */
-static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t queries, size_t keys,
-                      const mha_mask_block *m)
+/* Makes the rows of `lanes` lanes; data is where lane 0 has key 0 of the whole item. `uniform`: all numbers alike. */
+static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t lanes, size_t keys, const mha_mask_block *m,
+                      bool uniform)
 {
     const size_t item = mask->kind == MHA_MASK_FLOAT64 ? 8 : mask->kind == MHA_MASK_FLOAT32 ? 4 : 1;
-    ptrdiff_t lowest = 0, highest = 0;
-    for (size_t l = 0; l < queries; l++)
+    ptrdiff_t lowest = PTRDIFF_MAX, highest = PTRDIFF_MIN;
+    for (size_t l = 0; l < lanes; l++)
         for (size_t i = 0; i < keys; i++) {
-            const ptrdiff_t at = (ptrdiff_t)l * mask->stride_l + (ptrdiff_t)key_number(m, i) * mask->stride_s;
-            lowest = l + i == 0 || at < lowest ? at : lowest;
-            highest = l + i == 0 || at > highest ? at : highest;
+            const ptrdiff_t at = (ptrdiff_t)l * mask->stride_lane + (ptrdiff_t)key_number(m, i) * mask->stride_s;
+            lowest = at < lowest ? at : lowest;
+            highest = at > highest ? at : highest;
         }
-    const bool is_empty = queries == 0 || keys == 0;
-    char *data = guarded_buffer(slot, is_empty ? 0 : (size_t)(highest - lowest) + item, b->side);
-    data -= lowest;
-    for (size_t l = 0; l < queries; l++)
+    char *data = (char *)guarded_buffer(slot, (size_t)(highest - lowest) + item, b->side) - lowest;
+    for (size_t l = 0; l < lanes; l++)
         for (size_t i = 0; i < keys; i++)
             put_mask_number(mask->kind,
-                            data + (ptrdiff_t)l * mask->stride_l + (ptrdiff_t)key_number(m, i) * mask->stride_s,
-                            random_word(slot, l * keys + i));
+                            data + (ptrdiff_t)l * mask->stride_lane + (ptrdiff_t)key_number(m, i) * mask->stride_s,
+                            uniform ? slot + keys % 2 : random_word(slot, l * keys + i));
     mask->data = data;
 }
 
-static double expected_masked(const bench *b, const mha_mask_block *m, double score, size_t i, size_t lane)
+static double expected_bias(const bench *b, const mha_mask_block *m, size_t i, size_t lane)
 {
     const size_t s = key_number(m, i);
-    double mask = 0;
-    if (m->attn)
-        mask = rounded(b->dtype, mask_number(m->attn_kind, m->attn + (ptrdiff_t)lane * m->attn_l +
-                                                               (ptrdiff_t)s * m->attn_s));
-    if (m->keys)
-        mask = rounded(b->dtype, mask + rounded(b->dtype, mask_number(m->keys_kind, m->keys + (ptrdiff_t)s *
+    double bias = 0;
+    if (m->attn_kind)
+        bias = rounded(b->dtype, mask_number(m->attn_kind, m->attn[lane] + (ptrdiff_t)s * m->attn_s));
+    if (m->keys_kind)
+        bias = rounded(b->dtype, bias + rounded(b->dtype, mask_number(m->keys_kind, m->keys + (ptrdiff_t)s *
                                                                                                   m->keys_s)));
-    if (m->is_causal && s > m->first_query + lane)
-        return -INFINITY;
-    return rounded(b->dtype, score + mask);
+    return m->is_causal && s > m->query[lane] ? -INFINITY : bias;
 }
 
-static void check_masks(const bench *b, size_t keys, size_t count, mha_mask_block m, mask_case attn, mask_case of_keys)
+static void check_masks(const bench *b, size_t keys, size_t count, mha_mask_block m, mask_case attn, mask_case of_keys,
+                        bool uniform)
 {
-    static double before[MHA_BLOCK_KEYS][MOST_LANES];
-    DESCRIBE("%s %s add_masks, %zu vectors, %zu keys, %zu queries, kinds %d (%td, %td) and %d (%td), index %d, "
-             "causal %d", b->k->name, dtype_name(b->dtype), b->vectors, keys, count, (int)attn.kind, attn.stride_l,
-             attn.stride_s, (int)of_keys.kind, of_keys.stride_s, m.index != NULL, m.is_causal);
-    make_mask(b, 1, &attn, count, keys, &m);
-    make_mask(b, 2, &of_keys, count ? 1 : 0, keys, &m);
-    m.attn = attn.kind ? attn.data : NULL;
-    m.keys = of_keys.kind ? of_keys.data : NULL;
+    size_t shown = 0, hidden = 0;
+    DESCRIBE("%s %s read_masks, %zu vectors, %zu keys, %zu lanes, kinds %d (%td, %td) and %d (%td), index %d, "
+             "causal %d, uniform %d", b->k->name, dtype_name(b->dtype), b->vectors, keys, count, (int)attn.kind,
+             attn.stride_lane, attn.stride_s, (int)of_keys.kind, of_keys.stride_s, m.index != NULL, m.is_causal,
+             uniform);
+    make_mask(b, 1, &attn, count, keys, &m, uniform);
+    make_mask(b, 2, &of_keys, 1, keys, &m, uniform);
     m.attn_kind = attn.kind;
     m.keys_kind = of_keys.kind;
-    m.attn_l = attn.stride_l;
     m.attn_s = attn.stride_s;
     m.keys_s = of_keys.stride_s;
-    void *scores = random_buffer(b, 0, keys * b->P, keys);
-    for (size_t i = 0; i < keys * b->P; i++)
-        before[i / b->P][i % b->P] = get(b->dtype, scores, (ptrdiff_t)i);
-    b->k->add_masks(scores, keys, b->vectors, count, &m);
+    m.keys = of_keys.data;
+    for (size_t lane = 0; lane < count; lane++) {
+        m.attn[lane] = attn.data + (ptrdiff_t)lane * attn.stride_lane;
+        m.query[lane] += lane / 3 * 7;
+    }
+    void *bias = buffer(b, 0, MHA_BLOCK_KEYS * b->P);
+    const mha_visibility visibility = b->k->read_masks(bias, keys, b->vectors, count, &m);
     for (size_t i = 0; i < keys; i++)
-        for (size_t lane = 0; lane < count; lane++)
-            CHECK_SAME(get(b->dtype, scores, (ptrdiff_t)(i * b->P + lane)),
-                       expected_masked(b, &m, before[i][lane], i, lane), i, lane);
+        for (size_t lane = 0; lane < b->P; lane++) {
+            const double wanted = expected_bias(b, &m, i, lane < count ? lane : count - 1);
+            CHECK_SAME(get(b->dtype, bias, (ptrdiff_t)(i * b->P + lane)), wanted, i, lane);
+            shown += wanted == 0;
+            hidden += wanted == -INFINITY;
+        }
+    const mha_visibility wanted = shown == keys * b->P    ? MHA_VISIBLE_ALL
+                                  : hidden == keys * b->P ? MHA_VISIBLE_NONE
+                                                          : MHA_VISIBLE_SOME;
+    CHECK(visibility == wanted, "visibility %d instead of %d", (int)visibility, (int)wanted);
     CHECK(guarded_intact(0) && guarded_intact(1) && guarded_intact(2), "wrote beside a buffer");
 }
 
 static void test_masks(const bench *b)
 {
-    static const size_t keys[] = {0, 1, 2, 5, 63, 64};
+    static const size_t keys[] = {1, 2, 5, 16, 63, 64};
     static const mask_case masks[] = {
-        {MHA_MASK_NONE, 0, 0, NULL},      {MHA_MASK_HIDE, 200, 1, NULL},   {MHA_MASK_HIDE, 0, 3, NULL},
-        {MHA_MASK_HIDE, -1, 64, NULL},    {MHA_MASK_SHOW, 200, 1, NULL},   {MHA_MASK_SHOW, 1, 99, NULL},
-        {MHA_MASK_FLOAT32, 900, 4, NULL}, {MHA_MASK_FLOAT32, 4, 1001, NULL},
-        {MHA_MASK_FLOAT32, 2000, -5, NULL}, {MHA_MASK_FLOAT32, 7, 0, NULL}, {MHA_MASK_FLOAT64, 2000, 8, NULL},
-        {MHA_MASK_FLOAT64, -9, 999, NULL},  {MHA_MASK_FLOAT64, 0, 0, NULL},
+        {MHA_MASK_NONE, 0, 0, NULL},        {MHA_MASK_HIDE, 200, 1, NULL},    {MHA_MASK_HIDE, 0, 3, NULL},
+        {MHA_MASK_HIDE, -1, 64, NULL},      {MHA_MASK_SHOW, 200, 1, NULL},    {MHA_MASK_SHOW, 1, 99, NULL},
+        {MHA_MASK_FLOAT32, 900, 4, NULL},   {MHA_MASK_FLOAT32, 4, 1001, NULL}, {MHA_MASK_FLOAT32, 2000, -5, NULL},
+        {MHA_MASK_FLOAT32, 7, 0, NULL},     {MHA_MASK_FLOAT64, 2000, 8, NULL}, {MHA_MASK_FLOAT64, -9, 999, NULL},
+        {MHA_MASK_FLOAT64, 0, 0, NULL},
     };
     enum { MASKS = sizeof masks / sizeof *masks };
     static size_t index[MHA_BLOCK_KEYS];
@@ -344,9 +348,11 @@ static void test_masks(const bench *b)
             for (size_t of_keys = 0; of_keys < MASKS; of_keys++) {
                 const uint64_t word = random_word(attn, of_keys * 10 + i);
                 const size_t count = word % 3 ? b->P - (word >> 8) % b->P : b->P;
-                const mha_mask_block m = {.index = word >> 16 & 1 ? index : NULL, .first_key = word >> 24 & 1 ? 5 : 0,
-                                          .first_query = (word >> 32) % 70, .is_causal = word >> 40 & 1};
-                check_masks(b, keys[i], count, m, masks[attn], masks[of_keys]);
+                mha_mask_block m = {.index = word >> 16 & 1 ? index : NULL, .first_key = word >> 24 & 1 ? 5 : 0,
+                                    .is_causal = word >> 40 & 1};
+                for (size_t lane = 0; lane < count; lane++)
+                    m.query[lane] = (word >> 32) % 70;
+                check_masks(b, keys[i], count, m, masks[attn], masks[of_keys], word >> 48 & 1);
             }
 }
 
