@@ -327,6 +327,41 @@ def test_fork_during_calls():
 
 
 @POSIX
+def test_threads_of_a_forked_child():
+    """A child has threads of its own: forked from an idle parent or from one whose pool is at work."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    run_child(PREPARE + """
+    mha_c.set_num_threads(2)
+
+    def in_child():
+        signal.alarm(20)
+        before = len(os.listdir("/proc/self/task"))
+        ok = all(module(*given)[0].tobytes() == want for _ in range(5))
+        return ok and before == 1 and len(os.listdir("/proc/self/task")) == 2
+
+    stop = threading.Event()
+    def call():
+        while not stop.is_set():
+            module(*given)
+
+    callers = []
+    for attempt in range(20):
+        if attempt == 5:
+            callers += [threading.Thread(target=call) for _ in range(2)]
+            for caller in callers:
+                caller.start()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if in_child() else 1)
+        assert os.waitpid(child, 0)[1] == 0, f"attempt {attempt}"
+    stop.set()
+    for caller in callers:
+        caller.join()
+    """, env={"OPENBLAS_NUM_THREADS": "1"})
+
+
+@POSIX
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing(method):
     """A layer goes to the workers of a pool, by inheritance or by pickle, and comes back with the same bits."""
@@ -358,7 +393,7 @@ def test_exit_during_a_call():
 # ------------------------------------------------------------------------------------------- signals
 
 LONG = """
-    long = inputs(1, 40_000, 40_000, 16)
+    long = inputs(1, 60_000, 60_000, 16)
     small = layer(16, 2, batch_first=True)
 """
 
@@ -366,7 +401,7 @@ LONG = """
 @POSIX
 @pytest.mark.parametrize("threads", [1, 2])
 def test_ctrl_c(threads):
-    """SIGINT ends a call that would take minutes within a second; KeyboardInterrupt comes out of it, and everything
+    """SIGINT ends a call that would take many seconds within one; KeyboardInterrupt comes out of it, and everything
     works afterwards."""
     run_child(PREPARE + LONG + f"""
     mha_c.set_num_threads({threads})
