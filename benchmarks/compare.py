@@ -46,7 +46,9 @@ FULL = Effort(sample=0.015, case=8.0, least_rounds=9, most_rounds=51)
 QUICK = Effort(sample=0.005, case=1.0, least_rounds=5, most_rounds=11)
 
 
-def measure_case(case: Case, workers: list[Worker], threads: int, peak: Peak | None, effort: Effort) -> dict[str, Any]:
+def measure_case(
+    case: Case, workers: list[Worker], threads: int, level: str, peak: Peak | None, effort: Effort
+) -> dict[str, Any]:
     """Everything known about one case, for the JSON file."""
     problem = make(case)
     expected = reference(problem)
@@ -67,6 +69,7 @@ def measure_case(case: Case, workers: list[Worker], threads: int, peak: Peak | N
     times, peaks = _rounds(case, taking_part, left_out, threads, peak, effort)
     return {
         "threads": threads,
+        "level": level,
         "name": case.name,
         "case": dataclasses.asdict(case),
         "nominal_flops": case.nominal_flops,
@@ -126,7 +129,7 @@ def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: E
                         results["missing"][name] = str(error)
                         print(f"{name} is left out: {error}", file=sys.stderr)
                 for case in cases:
-                    done = measure_case(case, workers, threads, peak, effort)
+                    done = measure_case(case, workers, threads, results["machine"]["level"], peak, effort)
                     results["runs"].append(done)
                     file.write_text(json.dumps(results, indent=1))
                     print(report.line(done), flush=True)

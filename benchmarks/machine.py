@@ -40,7 +40,7 @@ def describe() -> dict[str, Any]:
         "all_cpus": os.cpu_count(),
         "level": config["cpu_level"],
         "compiler": config["compiler"],
-        "system": platform.platform(),
+        "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

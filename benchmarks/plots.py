@@ -73,10 +73,11 @@ def _ratios(summaries: list[Summary]) -> Any:
         if s.goal["ratio"]:
             axes.plot(s.goal["ratio"], y, "|", color=GOAL_COLOR, markersize=11, markeredgewidth=2)
     axes.set_xscale("log")
-    ticks = [0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50]
+    most = max(max(s.ratio[2], s.goal["ratio"] or 0) for s in summaries if s.ratio)
+    ticks = [tick for tick in (0.5, 0.75, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50) if tick < 1.1 * most]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     axes.set_xticks([], minor=True)
-    axes.set_xlim(min(0.9, *(0.95 * s.ratio[0] for s in summaries if s.ratio)))
+    axes.set_xlim(min(0.9, *(0.95 * s.ratio[0] for s in summaries if s.ratio)), 1.1 * most)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("fastest peer's time ÷ ours (line: quartiles; mark: goal)")
     return figure

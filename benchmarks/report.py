@@ -71,6 +71,9 @@ def summarize(run: dict[str, Any]) -> Summary | None:
         ratio = lower, middle, upper
     peak = statistics.median(run["peak"]) if run["peak"] else None
     rate = run["needed_flops"] / seconds[OURS]
+    goal = dict(run["case"]["goal"])
+    if run["level"] != "avx2":  # the goals for shares are those of AVX2; elsewhere shares are reported
+        goal["share"] = None
     return Summary(
         run["case"]["group"],
         run["name"],
@@ -81,7 +84,7 @@ def summarize(run: dict[str, Any]) -> Summary | None:
         rate,
         rate / peak if peak else None,
         run["nominal_flops"] / seconds[OURS] / peak if peak else None,
-        run["case"]["goal"],
+        goal,
     )
 
 
@@ -138,7 +141,7 @@ def _introduction(results: dict[str, Any]) -> str:
         "Instruction set that mha_c used": machine["level"],
         "System": f"{machine['system']}, Python {machine['python']}, NumPy {machine['numpy']}",
         "Compiler of mha_c": machine["compiler"],
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Versions": ", ".join(dict.fromkeys(versions.values())),
         "Date": machine["date"],
     }
     return "\n".join(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every implementation that is measured, ours among them.
 
-A peer is an object with a `version` and a method `prepare(problem)` that returns a `Prepared`, or raises Unsupported
+A peer is an object with a `version`, the name and number of its library, and a method `prepare(problem)` that returns a `Prepared`, or raises Unsupported
 where it does not have the layer. It is created in a process of its own, for one number of threads.
 """
 

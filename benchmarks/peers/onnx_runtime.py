@@ -15,7 +15,7 @@ from problem import Problem
 class OnnxRuntime:
     def __init__(self, threads: int, kind: str) -> None:
         self.kind = kind
-        self.version = onnxruntime.__version__
+        self.version = f"ONNX Runtime {onnxruntime.__version__}"
         self.options = onnxruntime.SessionOptions()
         self.options.intra_op_num_threads = threads
         self.options.inter_op_num_threads = 1

@@ -21,7 +21,7 @@ from problem import Array, Problem
 class OpenVino:
     def __init__(self, threads: int, kind: str) -> None:
         self.kind = kind
-        self.version = openvino.__version__.split("-")[0]
+        self.version = f"OpenVINO {openvino.__version__.split('-')[0]}"
         self.core = openvino.Core()
         self.settings = {
             "INFERENCE_NUM_THREADS": threads,

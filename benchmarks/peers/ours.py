@@ -38,7 +38,7 @@ def layer(problem: Problem) -> mha_c.MultiheadAttention:
 class Ours:
     def __init__(self, threads: int) -> None:
         mha_c.set_num_threads(threads)
-        self.version = mha_c.__version__
+        self.version = f"mha_c {mha_c.__version__}"
 
     def prepare(self, problem: Problem) -> Prepared:
         attend, case = layer(problem), problem.case

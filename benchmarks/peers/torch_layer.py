@@ -25,7 +25,7 @@ class TorchLayer:
         self.mode.__enter__()  # for good: entering it in each call would cost the peer microseconds
         torch.backends.mha.set_fastpath_enabled(fast_path)
         self.fast_path = fast_path
-        self.version = torch.__version__
+        self.version = f"torch {torch.__version__}"
 
     def prepare(self, problem: Problem) -> Prepared:
         call = self._grouped_call(problem) if problem.case.kv_heads else self._layer_call(problem)
