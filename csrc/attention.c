@@ -40,6 +40,17 @@ typedef struct {
     mha_panel lanes;
 } state;
 
+/* What a task of the second pass holds: some blocks of keys for one panel of queries. */
+typedef struct {
+    size_t n, first_head, heads;
+    mha_panel lanes;
+    char *queries, *factor;
+    char *weights; /* [keys of all its blocks][P] */
+    char *scores;  /* [block][P], of one head, */
+    char *bias;    /* and what the masks add to them */
+    char *rows;    /* [P][block], transposed */
+} weighing;
+
 typedef struct {
     const mha_attention *a;
     mha_split split;    /* of the L queries of a head */
@@ -58,15 +69,29 @@ static size_t smaller(size_t a, size_t b)
     return a < b ? a : b;
 }
 
+/* Lanes of the widest panel that L queries make. */
 static size_t widest_panel(const mha_attention *a)
 {
-    return a->kernels->vectors * a->kernels->lanes;
+    const size_t vectors = mha_split_width(a->kernels, a->L).vectors;
+    return a->kernels->lanes * smaller(vectors ? vectors : 1, a->kernels->vectors);
 }
 
 static size_t most_task_panels(const mha_attention *a)
 {
     const size_t fit = PANEL_BYTES / (widest_panel(a) * (a->D + a->Dv) * a->kernels->item);
-    return fit < 1 ? 1 : smaller(fit, TASK_PANELS);
+    const size_t wanted = smaller(TASK_PANELS, a->H / a->Hkv * mha_split_width(a->kernels, a->L).panels);
+    return fit < 1 ? 1 : smaller(fit, wanted);
+}
+
+/* Keys of the largest block, and blocks of the largest item; S stands for the live keys of any of them. */
+static size_t most_block_keys(const mha_attention *a)
+{
+    return smaller(MHA_BLOCK_KEYS, a->live->S > a->live->extra ? a->live->S : a->live->extra);
+}
+
+static size_t most_blocks(const mha_attention *a)
+{
+    return divide_up(a->live->S, MHA_BLOCK_KEYS) + (a->live->extra > 0);
 }
 
 static char *row_at(const mha_attention *a, const mha_rows *rows, size_t n, size_t h, size_t l)
@@ -97,20 +122,26 @@ static state take_state(const mha_attention *a, char *base, mha_layout *layout)
     };
 }
 
+/* Room for the weights of a chunk, and for what one block of one head needs. */
+static void take_weighing(const mha_attention *a, char *base, mha_layout *layout, weighing *w)
+{
+    const size_t P = widest_panel(a), keys = most_block_keys(a);
+    w->queries = take(a, base, layout, a->D, P);
+    w->factor = take(a, base, layout, 1, P);
+    w->weights = take(a, base, layout, smaller(CHUNK_BLOCKS, most_blocks(a)) * keys, P);
+    w->scores = take(a, base, layout, keys, P);
+    w->bias = take(a, base, layout, keys, P);
+    w->rows = take(a, base, layout, P, MHA_BLOCK_KEYS);
+}
+
 size_t mha_attention_scratch(const mha_attention *a)
 {
-    const size_t P = widest_panel(a);
     mha_layout attend = {0}, weigh = {0};
-    take(a, NULL, &attend, 2 * MHA_BLOCK_KEYS, P);
+    take(a, NULL, &attend, 2 * most_block_keys(a), widest_panel(a));
     for (size_t i = 0; i < most_task_panels(a); i++)
         take_state(a, NULL, &attend);
-    if (a->weights_wanted) {
-        take(a, NULL, &weigh, a->D, P);
-        take(a, NULL, &weigh, 1, P);
-        take(a, NULL, &weigh, CHUNK_BLOCKS * MHA_BLOCK_KEYS, P);
-        take(a, NULL, &weigh, 2 * MHA_BLOCK_KEYS, P);
-        take(a, NULL, &weigh, P, MHA_BLOCK_KEYS);
-    }
+    if (a->weights_wanted)
+        take_weighing(a, NULL, &weigh, &(weighing){0});
     return attend.bytes > weigh.bytes ? attend.bytes : weigh.bytes;
 }
 
@@ -245,8 +276,8 @@ static void attend_task(void *context, size_t task, size_t worker)
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes;
     mha_layout layout = {0};
-    char *scores = take(a, base, &layout, MHA_BLOCK_KEYS, widest_panel(a));
-    char *bias = take(a, base, &layout, MHA_BLOCK_KEYS, widest_panel(a));
+    char *scores = take(a, base, &layout, most_block_keys(a), widest_panel(a));
+    char *bias = take(a, base, &layout, most_block_keys(a), widest_panel(a));
     state states[TASK_PANELS];
     /* The last queries first: under a causal mask they see the most keys. */
     const size_t heads = a->N * a->Hkv, group = j->groups - 1 - task / heads;
@@ -274,17 +305,6 @@ static void attend_task(void *context, size_t task, size_t worker)
  *
  * With maximum and sum known, scores are computed again, to the same bits, and become weights; those of all heads are
  * added in order, so that averaged weights never exist as (N, H, L, S). */
-
-/* What a task of the second pass holds: some blocks of keys for one panel of queries. */
-typedef struct {
-    size_t n, first_head, heads;
-    mha_panel lanes;
-    char *queries, *factor;
-    char *weights; /* [keys of all its blocks][P] */
-    char *scores;  /* [block][P], of one head, */
-    char *bias;    /* and what the masks add to them */
-    char *rows;    /* [P][block], transposed */
-} weighing;
 
 static size_t weight_columns(const mha_attention *a)
 {
@@ -354,24 +374,19 @@ static void weigh_task(void *context, size_t task, size_t worker)
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes;
     mha_layout layout = {0};
-    const size_t P = widest_panel(a), heads = a->weights_wanted == MHA_WEIGHTS_PER_HEAD ? 1 : a->H;
+    const size_t heads = a->weights_wanted == MHA_WEIGHTS_PER_HEAD ? 1 : a->H;
     const size_t chunk = task % j->chunks, panel = task / j->chunks;
-    const weighing w = {
+    weighing w = {
         .n = panel / j->split.panels / (a->H / heads),
         .first_head = panel / j->split.panels % (a->H / heads),
         .heads = heads,
         .lanes = mha_panel_at(&j->split, panel % j->split.panels),
-        .queries = take(a, base, &layout, a->D, P),
-        .factor = take(a, base, &layout, 1, P),
-        .weights = take(a, base, &layout, CHUNK_BLOCKS * MHA_BLOCK_KEYS, P),
-        .scores = take(a, base, &layout, MHA_BLOCK_KEYS, P),
-        .bias = take(a, base, &layout, MHA_BLOCK_KEYS, P),
-        .rows = take(a, base, &layout, P, MHA_BLOCK_KEYS),
     };
+    take_weighing(a, base, &layout, &w);
     if (a->live->is_few[w.n])
         return;
     const size_t first = chunk * CHUNK_BLOCKS, end = smaller(first + CHUNK_BLOCKS, mha_key_blocks(a->live, w.n));
-    const size_t block_weights = MHA_BLOCK_KEYS * w.lanes.vectors * a->kernels->lanes * a->kernels->item;
+    const size_t P = w.lanes.vectors * a->kernels->lanes, block_weights = most_block_keys(a) * P * a->kernels->item;
     a->kernels->fill(w.factor, P, 1 / (double)heads);
     if (chunk == 0 && a->live->index)
         write_removed(a, &w);
@@ -402,8 +417,7 @@ mha_status mha_attend(const mha_attention *a)
     mha_status status = mha_parallel_for(a->threads, heads * j.groups, attend_task, &j, a->stop);
     if (status != MHA_OK || !a->weights_wanted)
         return status;
-    const size_t most_blocks = divide_up(a->live->S, MHA_BLOCK_KEYS) + (a->live->extra > 0);
-    j.chunks = divide_up(most_blocks, CHUNK_BLOCKS);
+    j.chunks = divide_up(most_blocks(a), CHUNK_BLOCKS);
     const size_t rows = a->N * (a->weights_wanted == MHA_WEIGHTS_PER_HEAD ? a->H : 1);
     return mha_parallel_for(a->threads, rows * j.split.panels * j.chunks, weigh_task, &j, a->stop);
 }

@@ -93,8 +93,7 @@ typedef struct mha_kernels {
                          void *rows, size_t row_stride);
 
     /* bias[key][lane] = what the masks add to a score (torch's order: they are added to each other first), -inf where
-     * they hide the key. Lanes from `count` on are like the last one. ALL: every number is 0; NONE: every one is -inf.
-     * bias has MHA_BLOCK_KEYS rows, whatever `keys`. */
+     * they hide the key. Lanes from `count` on are like the last one. ALL: every number is 0; NONE: every one is -inf. */
     mha_visibility (*read_masks)(void *bias, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks);
 
     /* One step of the online softmax over scores[keys][P], which becomes exp(score - maximum), with the running

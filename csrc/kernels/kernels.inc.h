@@ -336,9 +336,9 @@ INLINE VEC V(exp)(VEC x)
 static void V(softmax_begin)(void *maximum_, void *sum_, size_t vectors)
 {
     REAL *maximum = maximum_, *sum = sum_;
-    for (size_t lane = 0; lane < vectors * LANES; lane++) {
-        maximum[lane] = V(LOWEST); /* not -inf: a fully masked row must not meet -inf - -inf */
-        sum[lane] = 0;
+    for (size_t lane = 0; lane < vectors * LANES; lane += LANES) {
+        V(store)(maximum + lane, V(splat)(V(LOWEST))); /* not -inf: a fully masked row must not meet -inf - -inf */
+        V(store)(sum + lane, V(splat)(0));
     }
 }
 
@@ -398,11 +398,11 @@ static void V(softmax_end)(void *sum_, void *inverse_, size_t vectors, mha_empty
 {
     const REAL of_nothing = empty_row == MHA_EMPTY_ROW_NAN ? (REAL)NAN : 1;
     REAL *sum = sum_, *inverse = inverse_;
-    for (size_t lane = 0; lane < vectors * LANES; lane++) {
+    for (size_t lane = 0; lane < vectors * LANES; lane++)
         if (sum[lane] == 0)
             sum[lane] = of_nothing;
-        inverse[lane] = 1 / sum[lane];
-    }
+    for (size_t lane = 0; lane < vectors * LANES; lane += LANES)
+        V(store)(inverse + lane, V(splat)(1) / V(load)(sum + lane));
 }
 
 static void V(accumulate)(void *total_, const void *x_, size_t n)
@@ -416,7 +416,10 @@ static void V(accumulate)(void *total_, const void *x_, size_t n)
 static void V(fill)(void *x_, size_t n, double value)
 {
     REAL *x = x_;
-    for (size_t i = 0; i < n; i++)
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        V(store)(x + i, V(splat)((REAL)value));
+    for (; i < n; i++)
         x[i] = (REAL)value;
 }
 
