@@ -38,9 +38,9 @@ static size_t smaller(size_t a, size_t b)
 bool mha_few_queries_pays(const mha_weights *weights, const mha_call *call, size_t live_keys)
 {
     const mha_widths *w = &weights->widths;
-    if (w->Ek < LEAST_FEATURES || w->Ev < LEAST_FEATURES || mha_extra_keys(weights, call) || call->dropout_p > 0 ||
-        call->L == 0)
-        return false; /* extra keys have no input, and dropout is for training */
+    if (w->Ek < LEAST_FEATURES || w->Ev < LEAST_FEATURES || mha_extra_keys(weights, call) || call->static_k.data ||
+        call->static_v.data || call->dropout_p > 0 || call->L == 0)
+        return false; /* extra and static keys have no input, and dropout is for training */
     const double L = (double)call->L, S = (double)live_keys, H = (double)w->H, Hkv = (double)w->Hkv;
     const double D = (double)w->D, Dv = (double)w->Dv, Ek = (double)w->Ek, Ev = (double)w->Ev;
     const double this_way = L * H * (S * (Ek + Ev) + D * Ek + Dv * Ev);

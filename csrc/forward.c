@@ -102,8 +102,8 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
         mha_target target;
     } inputs[MHA_TARGETS] = {
         {&call->query, call->N * call->L, at->q_row, {&w->q, at_offset(f, at->q), at->q_stride}},
-        {&call->key, keys, at->k_row, {&w->k, at_offset(f, at->k), at->k_stride}},
-        {&call->value, keys, at->v_row, {&w->v, at_offset(f, at->v), at->v_stride}},
+        {&call->key, call->static_k.data ? 0 : keys, at->k_row, {&w->k, at_offset(f, at->k), at->k_stride}},
+        {&call->value, call->static_v.data ? 0 : keys, at->v_row, {&w->v, at_offset(f, at->v), at->v_stride}},
     };
     size_t count = 0;
     for (size_t i = 0; i < MHA_TARGETS; i++) {
@@ -137,8 +137,10 @@ static void list_all_rows(const forward *f)
     const size_t item = f->weights->kernels->item, stride = f->at.context_stride * item;
     char *block = f->block;
     list_rows(&call->query, call->N, call->L, NULL, (const char **)(void *)(block + f->at.q_row));
-    list_rows(&call->key, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.k_row));
-    list_rows(&call->value, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.v_row));
+    if (!call->static_k.data)
+        list_rows(&call->key, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.k_row));
+    if (!call->static_v.data)
+        list_rows(&call->value, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.v_row));
     const char **context_row = (const char **)(void *)(block + f->at.context_row);
     for (size_t r = 0; r < call->N * call->L; r++) {
         const size_t n_l = call->output_batch_first ? r : r % call->N * call->L + r / call->N;
@@ -146,7 +148,21 @@ static void list_all_rows(const forward *f)
     }
 }
 
-/* ---- Extra keys ---- */
+/* ---- Keys that are not projected ---- */
+
+/* Copies the live ones to where projection would have put them. */
+static void copy_projected(const forward *f, const mha_projected *x, size_t width, char *to, size_t stride)
+{
+    const mha_live_keys *live = &f->live;
+    const size_t item = f->weights->kernels->item;
+    for (size_t n = 0; n < live->N; n++)
+        for (size_t i = 0; i < mha_live_count(live, n); i++, to += stride * item) {
+            const size_t s = live->index ? live->index[live->start[n] + i] : i;
+            const char *from = (const char *)x->data + (ptrdiff_t)n * x->stride_n + (ptrdiff_t)s * x->stride_s;
+            for (size_t h = 0; h < f->weights->widths.Hkv; h++)
+                mha_copy_row(from + (ptrdiff_t)h * x->stride_h, x->stride_d, width, item, to + h * width * item);
+        }
+}
 
 /* bias_k and bias_v first, then zeros. */
 static void write_extra_keys(const forward *f)
@@ -256,6 +272,10 @@ static mha_status run(const forward *f)
     mha_projection projections[MHA_TARGETS] = {{0}};
     list_all_rows(f);
     write_extra_keys(f);
+    if (call->static_k.data)
+        copy_projected(f, &call->static_k, f->weights->widths.D, at_offset(f, f->at.k), f->at.k_stride);
+    if (call->static_v.data)
+        copy_projected(f, &call->static_v, f->weights->widths.Dv, at_offset(f, f->at.v), f->at.v_stride);
 
     const size_t inputs = plan_inputs(f, projections);
     mha_status status =
@@ -264,9 +284,7 @@ static mha_status run(const forward *f)
         return status;
 
     mha_attention attention = describe_attention(f);
-    const uint32_t seed[2] = {(uint32_t)call->dropout_seed, (uint32_t)(call->dropout_seed >> 32)};
-    const mha_philox_block key = mha_philox(seed, call->dropout_call, call->dropout_call >> 32, 0, 0);
-    memcpy(attention.dropout_key, key.word, sizeof attention.dropout_key);
+    mha_dropout_key(call->dropout_seed, call->dropout_call, attention.dropout_key);
     status = mha_attend(&attention);
     if (status != MHA_OK)
         return status;

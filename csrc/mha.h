@@ -3,7 +3,7 @@
  * mha.h - the core's whole interface: what attention is told, and what it answers.
  *
  * Owns: the types that cross from the Python binding to the core, and three verbs: pack the weights once,
- * estimate a call, run a call. The core knows nothing of Python, and never modifies what it is given.
+ * estimate a call, run a call. A call is that of a whole layer, or attention alone. The core knows nothing of Python, and never modifies what it is given.
  *
  * The letters, used in every file (torch's own; ARCHITECTURE.md explains them):
  *   N batch items   L queries of an item   S keys of an item   H heads   Hkv key/value heads
@@ -59,6 +59,12 @@ typedef struct {
     ptrdiff_t stride_n, stride_l, stride_e;
 } mha_array;
 
+/* Keys or values that need no projection, of shape (N, Hkv, S, features); data NULL: none. Strides as in mha_array. */
+typedef struct {
+    const void *data;
+    ptrdiff_t stride_n, stride_h, stride_s, stride_d;
+} mha_projected;
+
 typedef enum {
     MHA_MASK_NONE = 0,
     MHA_MASK_HIDE, /* one byte per element, non-zero = this key is hidden: torch.nn.MultiheadAttention's bool masks */
@@ -88,6 +94,7 @@ typedef struct {
 typedef struct {
     size_t N, L, S;
     mha_array query, key, value; /* equal data and strides mean "the same input", projected in one pass */
+    mha_projected static_k, static_v; /* taken in place of what key and value would become */
     mha_mask attn_mask;
     mha_mask key_padding_mask; /* only stride_n and stride_s count */
     bool is_causal;            /* query l sees keys 0..l, on top of the masks */
@@ -112,5 +119,38 @@ size_t mha_extra_keys(const mha_weights *weights, const mha_call *call);
 double mha_forward_operations(const mha_weights *weights, const mha_call *call);
 
 mha_status mha_forward(const mha_weights *weights, const mha_call *call);
+
+/* ---- Attention alone: softmax(scale q k^T + mask) v, torch's scaled_dot_product_attention ---- */
+
+/* Rows of some heads, of items that a number of axes lead to. The features of a row are adjacent and aligned; strides
+ * are in bytes, multiples of the size of a number, and 0 where one stands for all. */
+typedef struct {
+    const void *data;
+    size_t heads;                 /* query head h reads head h / (H / heads); divides the query's own, H */
+    const ptrdiff_t *stride_axes; /* [axes] */
+    ptrdiff_t stride_h, stride_l;
+} mha_heads;
+
+typedef struct {
+    mha_dtype dtype;
+    size_t axes;
+    const size_t *length; /* [axes] */
+    size_t L, S, D, Dv;
+    mha_heads query, key, value; /* rows of the query ascend: stride_l is not negative */
+    mha_mask mask;               /* its stride_n does not count, */
+    const ptrdiff_t *mask_axes;  /* [axes]: these strides do */
+    bool is_causal;              /* query l sees keys 0..l, on top of the mask */
+    double scale;
+    double dropout_p; /* in [0, 1]; 0 = none */
+    uint64_t dropout_seed;
+
+    void *output; /* C-contiguous (axes, H, L, Dv); a query that may see no key gets 0 */
+    size_t threads; /* at least 1 */
+    mha_stop stop;
+} mha_sdpa_call;
+
+double mha_sdpa_operations(const mha_sdpa_call *call);
+
+mha_status mha_sdpa(const mha_sdpa_call *call);
 
 #endif

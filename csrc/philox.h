@@ -32,4 +32,13 @@ static inline mha_philox_block mha_philox(const uint32_t key[2], uint64_t w0, ui
     return (mha_philox_block){{c0, c1, c2, c3}};
 }
 
+/* The key of one call's stream, by one more block. */
+static inline void mha_dropout_key(uint64_t seed, uint64_t call, uint32_t key[2])
+{
+    const uint32_t seed_words[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+    const mha_philox_block block = mha_philox(seed_words, call, call >> 32, 0, 0);
+    key[0] = block.word[0];
+    key[1] = block.word[1];
+}
+
 #endif

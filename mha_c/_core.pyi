@@ -51,14 +51,31 @@ def forward(
     dropout_p: float,
     dropout_seed: int,
     dropout_call: int,
+    static_k: Any = None,
+    static_v: Any = None,
     /,
 ) -> tuple[ndarray, ndarray | None]:
     """The forward pass: torch's checks, in torch's order and words, then the result.
 
     masked_rows is "torch" or "zero". dropout_p is that of this call: 0 outside training. Inputs and masks are whatever
     exposes an array; None is no mask. out is returned as the first result; as with NumPy's ufuncs a wrong type or
-    dtype of it is a TypeError, a wrong shape or a read-only array a ValueError.
+    dtype of it is a TypeError, a wrong shape or a read-only array a ValueError. static_k and static_v, given together,
+    take the place of the projected keys and values where they are not None.
     """
+
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    dropout_seed: int,
+    /,
+) -> ndarray:
+    """Attention without projections: torch's checks, in torch's order and words, then the result, C-contiguous."""
 
 num_threads: ContextVar[int | None]
 """The number of threads of the current context; None or unset: that of the process."""

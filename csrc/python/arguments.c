@@ -8,16 +8,16 @@
 
 #include "arrays.h"
 
-/* *array = the array that an object stands for; NULL for None where that is allowed. */
+/* *array = the array that an object stands for; it stays NULL for None where that is allowed. */
 static int collect_array(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
 {
     *array = array_from_object(state, object, name);
     return *array == NULL ? -1 : 0;
 }
 
-static int collect_mask(const module_state *state, PyObject *object, const char *name, PyArrayObject **mask)
+static int collect_optional(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
 {
-    return object == Py_None ? 0 : collect_array(state, object, name, mask);
+    return object == Py_None ? 0 : collect_array(state, object, name, array);
 }
 
 /* The same object passed twice is converted once, so that the core sees one input. */
@@ -66,7 +66,8 @@ static int collect_masked_rows(PyObject *object, bool need_weights, mha_empty_ro
     return 0;
 }
 
-int collect_arguments(const module_state *state, PyObject *const *objects, call_arguments *arguments)
+int collect_arguments(const module_state *state, PyObject *const *objects, Py_ssize_t count,
+                      call_arguments *arguments)
 {
     mha_call *call = &arguments->call;
     PyObject *weights = objects[ARGUMENT_WEIGHTS], *out = objects[ARGUMENT_OUT];
@@ -91,8 +92,13 @@ int collect_arguments(const module_state *state, PyObject *const *objects, call_
         return -1;
 
     if (collect_inputs(state, objects, arguments) < 0 ||
-        collect_mask(state, objects[ARGUMENT_KEY_PADDING_MASK], "key_padding_mask", &arguments->key_padding_mask) < 0 ||
-        collect_mask(state, objects[ARGUMENT_ATTN_MASK], "attn_mask", &arguments->attn_mask) < 0)
+        collect_optional(state, objects[ARGUMENT_KEY_PADDING_MASK], "key_padding_mask",
+                         &arguments->key_padding_mask) < 0 ||
+        collect_optional(state, objects[ARGUMENT_ATTN_MASK], "attn_mask", &arguments->attn_mask) < 0)
+        return -1;
+    if (count == ARGUMENT_COUNT &&
+        (collect_optional(state, objects[ARGUMENT_STATIC_K], "static_k", &arguments->static_k) < 0 ||
+         collect_optional(state, objects[ARGUMENT_STATIC_V], "static_v", &arguments->static_v) < 0))
         return -1;
     return 0;
 }
@@ -108,25 +114,17 @@ static mha_array describe_input(const call_arguments *arguments, PyArrayObject *
         .data = data, .stride_n = strides[n_axis], .stride_l = strides[1 - n_axis], .stride_e = strides[2]};
 }
 
-/* The kind of a mask, which is cast if the core does not read its type: half to float32, long double to float64. */
-static int cast_mask(PyArrayObject **mask, mha_mask_kind *kind)
+/* (N * Hkv, S, features), heads within batch items; unsigned, as an empty array may say any stride. */
+static mha_projected describe_projected(const call_arguments *arguments, PyArrayObject *array)
 {
-    if (PyArray_ISBOOL(*mask)) {
-        *kind = MHA_MASK_HIDE;
-        return 0;
-    }
-    const bool is_float64 = array_has_dtype(*mask, MHA_FLOAT64);
-    if (!is_float64 && !array_has_dtype(*mask, MHA_FLOAT32)) {
-        *kind = PyArray_TYPE(*mask) == NPY_LONGDOUBLE ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
-        PyArray_Descr *descr = PyArray_DescrFromType(*kind == MHA_MASK_FLOAT64 ? NPY_DOUBLE : NPY_FLOAT);
-        PyArrayObject *cast = (PyArrayObject *)PyArray_FromArray(*mask, descr, NPY_ARRAY_FORCECAST);
-        if (cast == NULL)
-            return -1;
-        Py_SETREF(*mask, cast);
-        return 0;
-    }
-    *kind = is_float64 ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
-    return 0;
+    if (array == NULL)
+        return (mha_projected){0};
+    const npy_intp *strides = PyArray_STRIDES(array);
+    return (mha_projected){.data = PyArray_DATA(array),
+                           .stride_n = (ptrdiff_t)((size_t)strides[0] * arguments->weights->widths.Hkv),
+                           .stride_h = strides[0],
+                           .stride_s = strides[1],
+                           .stride_d = strides[2]};
 }
 
 static int describe_masks(call_arguments *arguments)
@@ -134,7 +132,7 @@ static int describe_masks(call_arguments *arguments)
     mha_call *call = &arguments->call;
     if (arguments->attn_mask != NULL) {
         mha_mask *mask = &call->attn_mask;
-        if (cast_mask(&arguments->attn_mask, &mask->kind) < 0)
+        if (array_as_mask(&arguments->attn_mask, &mask->kind) < 0)
             return -1;
         const int ndim = PyArray_NDIM(arguments->attn_mask);
         const npy_intp *strides = PyArray_STRIDES(arguments->attn_mask);
@@ -148,7 +146,7 @@ static int describe_masks(call_arguments *arguments)
     }
     if (arguments->key_padding_mask != NULL) {
         mha_mask *mask = &call->key_padding_mask;
-        if (cast_mask(&arguments->key_padding_mask, &mask->kind) < 0)
+        if (array_as_mask(&arguments->key_padding_mask, &mask->kind) < 0)
             return -1;
         const npy_intp *strides = PyArray_STRIDES(arguments->key_padding_mask);
         mask->data = PyArray_DATA(arguments->key_padding_mask);
@@ -190,7 +188,7 @@ static bool is_writable_in_place(const call_arguments *arguments)
 {
     PyArrayObject *out = (PyArrayObject *)arguments->out_object;
     PyArrayObject *const read[] = {arguments->query, arguments->key, arguments->value, arguments->key_padding_mask,
-                                   arguments->attn_mask};
+                                   arguments->attn_mask, arguments->static_k, arguments->static_v};
     bool in_place = PyArray_ISCARRAY(out);
     for (size_t i = 0; in_place && i < sizeof read / sizeof *read; i++)
         in_place = read[i] == NULL || !arrays_may_overlap(out, read[i]);
@@ -245,12 +243,13 @@ int prepare_call(call_arguments *arguments)
     mha_call *call = &arguments->call;
     call->L = (size_t)arguments->query_shape[0];
     call->N = (size_t)arguments->query_shape[1];
-    call->S = (size_t)arguments->key_shape[0];
+    call->S = (size_t)arguments->S;
     call->query = describe_input(arguments, arguments->query);
     call->key = describe_input(arguments, arguments->key);
     call->value = describe_input(arguments, arguments->value);
+    call->static_k = describe_projected(arguments, arguments->static_k);
+    call->static_v = describe_projected(arguments, arguments->static_v);
     call->dropout_p = arguments->dropout_p > 0 ? arguments->dropout_p : 0; /* below 0 torch drops nothing */
-    call->threads = 1;
     if (describe_masks(arguments) < 0 || make_output(arguments) < 0 || make_attn_weights(arguments) < 0)
         return -1;
     return 0;
@@ -274,6 +273,8 @@ void release_arguments(call_arguments *arguments)
     Py_XDECREF(arguments->value);
     Py_XDECREF(arguments->key_padding_mask);
     Py_XDECREF(arguments->attn_mask);
+    Py_XDECREF(arguments->static_k);
+    Py_XDECREF(arguments->static_v);
     Py_XDECREF(arguments->output);
     Py_XDECREF(arguments->attn_weights);
 }

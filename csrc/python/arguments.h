@@ -18,6 +18,7 @@ typedef struct {
 
     PyArrayObject *query, *key, *value;           /* the same array where the same object was passed */
     PyArrayObject *key_padding_mask, *attn_mask;  /* NULL: none */
+    PyArrayObject *static_k, *static_v;           /* NULL: none */
     PyArrayObject *output;                        /* what the core writes; may be out_object itself */
     PyArrayObject *attn_weights;                  /* NULL: not wanted */
 
@@ -26,6 +27,7 @@ typedef struct {
 
     /* (length, batch, features) of the inputs, torch's order inside, whatever batch_first says. */
     npy_intp query_shape[3], key_shape[3], value_shape[3];
+    npy_intp S; /* keys that are attended to: those of static_k, where there is one */
 
     mha_call call;
 } call_arguments;
@@ -48,11 +50,14 @@ enum {
     ARGUMENT_DROPOUT_P,
     ARGUMENT_DROPOUT_SEED,
     ARGUMENT_DROPOUT_CALL,
+    ARGUMENT_STATIC_K, /* these two may be missing */
+    ARGUMENT_STATIC_V,
     ARGUMENT_COUNT
 };
 
 /* These return 0, or -1 with an exception. `arguments` starts as all zeros. */
-int collect_arguments(const module_state *state, PyObject *const *objects, call_arguments *arguments);
+int collect_arguments(const module_state *state, PyObject *const *objects, Py_ssize_t count,
+                      call_arguments *arguments);
 int check_arguments(call_arguments *arguments); /* torch's checks, in torch's order; finds the shapes as well */
 int prepare_call(call_arguments *arguments);    /* makes the arrays for the results, and completes `call` */
 

@@ -150,6 +150,26 @@ bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape)
     return PyArray_NDIM(array) == ndim && PyArray_CompareLists(PyArray_DIMS(array), shape, ndim);
 }
 
+int array_as_mask(PyArrayObject **mask, mha_mask_kind *kind)
+{
+    if (PyArray_ISBOOL(*mask)) {
+        *kind = MHA_MASK_HIDE;
+        return 0;
+    }
+    const bool is_float64 = array_has_dtype(*mask, MHA_FLOAT64);
+    if (!is_float64 && !array_has_dtype(*mask, MHA_FLOAT32)) {
+        *kind = PyArray_TYPE(*mask) == NPY_LONGDOUBLE ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
+        PyArray_Descr *descr = PyArray_DescrFromType(*kind == MHA_MASK_FLOAT64 ? NPY_DOUBLE : NPY_FLOAT);
+        PyArrayObject *cast = (PyArrayObject *)PyArray_FromArray(*mask, descr, NPY_ARRAY_FORCECAST);
+        if (cast == NULL)
+            return -1;
+        Py_SETREF(*mask, cast);
+        return 0;
+    }
+    *kind = is_float64 ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
+    return 0;
+}
+
 /* The addresses that the elements occupy: from *low up to, not including, *high. */
 static void address_range(PyArrayObject *array, uintptr_t *low, uintptr_t *high)
 {

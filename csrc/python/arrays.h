@@ -17,6 +17,10 @@ bool array_has_dtype(PyArrayObject *array, mha_dtype dtype);
 /* Whether it holds floating-point numbers of any width, those of registered types (bfloat16) included. */
 bool array_is_floating(PyArrayObject *array);
 
+/* The kind of a mask, bool (taken as HIDE) or floating. It is cast where the core does not read its type: half to float32,
+ * long double to float64. 0, or -1 with an exception. */
+int array_as_mask(PyArrayObject **mask, mha_mask_kind *kind);
+
 /* "Float", "Double", ... as torch's messages say it; NumPy's name where torch has no such type. */
 const char *torch_type_name(PyArrayObject *array);
 

@@ -13,6 +13,7 @@
 #include "../cpu.h"
 #include "../threads.h"
 #include "arguments.h"
+#include "sdpa.h"
 #include "thread_count.h"
 
 /* A call that takes about 20 us keeps the GIL: giving it away and waiting for it again may cost more. Above about
@@ -84,30 +85,42 @@ static int is_main_thread(const module_state *state)
     return PyErr_Occurred() ? -1 : main_ident == PyThread_get_thread_ident();
 }
 
-/* The core's part of forward(): 0, or -1 with an exception. */
-static int run(module_state *state, call_arguments *arguments)
+int run_core(module_state *state, double operations, size_t *threads, mha_stop *stop,
+             mha_status (*start)(const void *call), const void *call)
 {
-    const mha_weights *weights = arguments->weights->packed;
-    mha_call *call = &arguments->call;
-    const double operations = mha_forward_operations(weights, call);
+    *threads = 1;
     if (operations < OPERATIONS_WITHOUT_GIL)
-        return raise_status(mha_forward(weights, call));
+        return raise_status(start(call));
 
     if (operations >= OPERATIONS_WITH_THREADS) {
-        const size_t threads = thread_count(state);
-        call->threads = threads < MOST_THREADS ? threads : MOST_THREADS;
+        const size_t allowed = thread_count(state);
+        *threads = allowed < MOST_THREADS ? allowed : MOST_THREADS;
     }
     const int watches_signals = is_main_thread(state);
-    if (call->threads == 0 || watches_signals < 0)
+    if (*threads == 0 || watches_signals < 0)
         return -1;
 
     signal_watch watch = {.next_look = monotonic_seconds() + SIGNAL_SECONDS};
     if (watches_signals)
-        call->stop = (mha_stop){.should_stop = check_signals, .context = &watch};
+        *stop = (mha_stop){.should_stop = check_signals, .context = &watch};
     watch.thread = PyEval_SaveThread();
-    const mha_status status = mha_forward(weights, call);
+    const mha_status status = start(call);
     PyEval_RestoreThread(watch.thread);
     return raise_status(status);
+}
+
+static mha_status start_forward(const void *call)
+{
+    const call_arguments *arguments = call;
+    return mha_forward(arguments->weights->packed, &arguments->call);
+}
+
+/* The core's part of forward(): 0, or -1 with an exception. */
+static int run(module_state *state, call_arguments *arguments)
+{
+    mha_call *call = &arguments->call;
+    return run_core(state, mha_forward_operations(arguments->weights->packed, call), &call->threads, &call->stop,
+                    start_forward, arguments);
 }
 
 static PyObject *forward(PyObject *module, PyObject *const *objects, Py_ssize_t count)
@@ -116,11 +129,12 @@ static PyObject *forward(PyObject *module, PyObject *const *objects, Py_ssize_t 
     call_arguments arguments = {0};
     PyObject *result = NULL;
 
-    if (count != ARGUMENT_COUNT) {
-        PyErr_Format(PyExc_TypeError, "forward expected %d arguments, got %zd", (int)ARGUMENT_COUNT, count);
+    if (count != ARGUMENT_STATIC_K && count != ARGUMENT_COUNT) {
+        PyErr_Format(PyExc_TypeError, "forward expected %d or %d arguments, got %zd", (int)ARGUMENT_STATIC_K,
+                     (int)ARGUMENT_COUNT, count);
         goto done;
     }
-    if (collect_arguments(state, objects, &arguments) < 0 || check_arguments(&arguments) < 0 ||
+    if (collect_arguments(state, objects, count, &arguments) < 0 || check_arguments(&arguments) < 0 ||
         prepare_call(&arguments) < 0 || run(state, &arguments) < 0)
         goto done;
     result = hand_back(&arguments);
@@ -163,6 +177,8 @@ static PyObject *config(PyObject *module, PyObject *no_arguments)
 
 static PyMethodDef module_methods[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, "The forward pass of a layer."},
+    {"scaled_dot_product_attention", (PyCFunction)(void (*)(void))scaled_dot_product_attention, METH_FASTCALL,
+     "Attention without projections."},
     {"set_num_threads", set_num_threads, METH_O, "Sets the number of threads of this process."},
     {"get_num_threads", get_num_threads, METH_NOARGS, "The number of threads that a large call may use here."},
     {"config", config, METH_NOARGS, "What was built, and what this process uses of it."},

@@ -41,6 +41,11 @@ typedef struct {
 /* 0 for MHA_OK, else -1 with the exception that the status stands for. */
 int raise_status(mha_status status);
 
+/* Runs start(call), which takes about so many operations: without the GIL and with *threads and *stop, which are the
+ * call's own, set for it, where that is worth while. 0, or -1 with an exception. */
+int run_core(module_state *state, double operations, size_t *threads, mha_stop *stop,
+             mha_status (*start)(const void *call), const void *call);
+
 /* Seconds on a clock that never goes back. */
 double monotonic_seconds(void);
 

@@ -189,12 +189,12 @@ static int check_attn_mask(const call_arguments *arguments)
                         ndim, PyArray_DIMS(mask), ndim, expected + 3 - ndim);
 }
 
-/* key and value agree with each other by now. */
+/* key and value agree with each other by now. Nobody minds their batch where static ones stand in for both. */
 static int check_batch(const call_arguments *arguments)
 {
     const mha_widths *widths = &arguments->weights->widths;
     const npy_intp *key = arguments->key_shape, N = arguments->query_shape[BATCH];
-    if (key[BATCH] == N)
+    if (key[BATCH] == N || (arguments->static_k != NULL && arguments->static_v != NULL))
         return 0;
     if (arguments->weights->has_bias_kv) {
         PyErr_Format(PyExc_RuntimeError,
@@ -211,12 +211,91 @@ static int check_batch(const call_arguments *arguments)
     return -1;
 }
 
+static int check_static(const call_arguments *arguments, PyArrayObject *array, const char *letter, size_t heads,
+                        size_t features)
+{
+    const npy_intp N = arguments->query_shape[BATCH];
+    if (array == NULL)
+        return 0;
+    const int ndim = PyArray_NDIM(array);
+    const npy_intp *shape = PyArray_DIMS(array), first = product(N, (npy_intp)heads);
+    if (ndim > 0 && shape[0] != first)
+        PyErr_Format(PyExc_AssertionError, "expecting static_%s.size(0) of %zd, but got %zd", letter, first, shape[0]);
+    else if (ndim < 3)
+        PyErr_Format(PyExc_IndexError, "Dimension out of range (expected to be in range of [%d, %d], but got 2)",
+                     ndim ? -ndim : -1, ndim ? ndim - 1 : 0);
+    else if (shape[2] != (npy_intp)features)
+        PyErr_Format(PyExc_AssertionError, "expecting static_%s.size(2) of %zu, but got %zd", letter, features,
+                     shape[2]);
+    else if (ndim > 3)
+        PyErr_Format(PyExc_RuntimeError, "static_%s must be a 3D tensor", letter);
+    else if (!array_has_dtype(array, arguments->weights->dtype))
+        PyErr_Format(PyExc_RuntimeError, "expected scalar type %s but found %s",
+                     arguments->weights->dtype == MHA_FLOAT32 ? "Float" : "Double", torch_type_name(array));
+    else
+        return 0;
+    return -1;
+}
+
+/* static_k and static_v stand in for projected keys and values; arguments->S becomes theirs. */
+static int check_statics(call_arguments *arguments)
+{
+    const mha_widths *widths = &arguments->weights->widths;
+    PyArrayObject *k = arguments->static_k, *v = arguments->static_v;
+    if (arguments->weights->has_bias_kv && (k != NULL || v != NULL)) {
+        PyErr_Format(PyExc_AssertionError, "bias cannot be added to static %s.", k != NULL ? "key" : "value");
+        return -1;
+    }
+    if (check_batch(arguments) < 0 || check_static(arguments, k, "k", widths->Hkv, widths->D) < 0 ||
+        check_static(arguments, v, "v", widths->Hkv, widths->Dv) < 0)
+        return -1;
+    if (k != NULL)
+        arguments->S = PyArray_DIM(k, 1);
+    return 0;
+}
+
+/* What torch finds when it multiplies: keys, values and attn_mask of different lengths, which static keys can cause. */
+static int check_lengths(const call_arguments *arguments)
+{
+    const npy_intp S = arguments->S, given = arguments->key_shape[LENGTH], L = arguments->query_shape[LENGTH];
+    const npy_intp extra = (npy_intp)mha_extra_keys(arguments->weights->packed, &arguments->call);
+    const npy_intp values = arguments->static_v != NULL ? PyArray_DIM(arguments->static_v, 1) : given;
+    const npy_intp rows = product(arguments->query_shape[BATCH], (npy_intp)arguments->weights->widths.H);
+    const bool is_masked = arguments->attn_mask != NULL && given != S;
+    if (is_masked && arguments->key_padding_mask != NULL)
+        PyErr_Format(PyExc_RuntimeError,
+                     "The size of tensor a (%zd) must match the size of tensor b (%zd) at non-singleton dimension 2",
+                     given + extra, S + extra);
+    else if (is_masked && arguments->need_weights)
+        PyErr_Format(PyExc_RuntimeError,
+                     "The expanded size of the tensor (%zd) must match the existing size (%zd) at non-singleton "
+                     "dimension 2.  Target sizes: [%zd, %zd, %zd].  Tensor sizes: [%zd, %zd, %zd]",
+                     S + extra, given + extra, rows, L, S + extra,
+                     PyArray_NDIM(arguments->attn_mask) == 2 ? 1 : rows, L, given + extra);
+    else if (values != S && arguments->need_weights)
+        PyErr_Format(PyExc_RuntimeError,
+                     "Expected size for first two dimensions of batch2 tensor to be: [%zd, %zd] but got: [%zd, %zd].",
+                     rows, S + extra, rows, values + extra);
+    else if (values != S)
+        PyErr_Format(PyExc_RuntimeError, "shape '[%zd, %zu, %zd, %zu]' is invalid for input of size %zd",
+                     arguments->query_shape[BATCH], arguments->weights->widths.Hkv, S + extra,
+                     arguments->weights->widths.Dv,
+                     product(product(rows, values + extra), (npy_intp)arguments->weights->widths.Dv));
+    else if (is_masked)
+        PyErr_Format(PyExc_RuntimeError,
+                     "The size of tensor a (%zd) must match the size of tensor b (%zd) at non-singleton dimension 3",
+                     S + extra, given + extra);
+    else
+        return 0;
+    return -1;
+}
+
 static int check_key_padding_mask(const call_arguments *arguments)
 {
     PyArrayObject *mask = arguments->key_padding_mask;
     if (mask == NULL)
         return 0;
-    const npy_intp N = arguments->query_shape[BATCH], S = arguments->key_shape[LENGTH];
+    const npy_intp N = arguments->query_shape[BATCH], S = arguments->S;
     const npy_intp extra = (npy_intp)mha_extra_keys(arguments->weights->packed, &arguments->call);
     const npy_intp mask_N = arguments->is_batched ? PyArray_DIM(mask, 0) : 1;
     const npy_intp mask_S = PyArray_DIM(mask, PyArray_NDIM(mask) - 1);
@@ -257,10 +336,11 @@ int check_arguments(call_arguments *arguments)
     find_shape(arguments, arguments->query, arguments->query_shape);
     find_shape(arguments, arguments->key, arguments->key_shape);
     find_shape(arguments, arguments->value, arguments->value_shape);
+    arguments->S = arguments->key_shape[LENGTH];
 
     if (check_unbatched_attn_mask(arguments) < 0 || check_features(arguments) < 0 ||
-        check_projections(arguments) < 0 || check_attn_mask(arguments) < 0 || check_batch(arguments) < 0 ||
-        check_key_padding_mask(arguments) < 0 || check_dropout(arguments) < 0)
+        check_projections(arguments) < 0 || check_attn_mask(arguments) < 0 || check_statics(arguments) < 0 ||
+        check_key_padding_mask(arguments) < 0 || check_lengths(arguments) < 0 || check_dropout(arguments) < 0)
         return -1;
     return 0;
 }

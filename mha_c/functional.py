@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention as functions: torch.nn.functional's scaled_dot_product_attention and multi_head_attention_forward.
+
+Both follow torch's signatures, shapes, exceptions and words, on NumPy arrays. What differs is meant to be useful: masks
+compose with `is_causal`, and dropped weights can be repeated by `dropout_seed`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mha_c import _core
+from mha_c.parameters import as_array
+
+__all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
+
+_Array: TypeAlias = NDArray[Any]
+_Shape: TypeAlias = tuple[int, ...]
+
+_TORCH_NAMES = {"float16": "Half", "float32": "Float", "float64": "Double"}
+
+
+def _dropout_seed(dropout_p: Any, seed: int | None) -> int:
+    """The seed of this call: 64 bits, fresh where it matters and none is given."""
+    if seed is not None:
+        return operator.index(seed) % 2**64
+    return int.from_bytes(os.urandom(8), "little") if dropout_p else 0
+
+
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    dropout_seed: int | None = None,
+) -> NDArray[Any]:
+    """Attend with each query to all keys: ``softmax(scale * query @ keyᵀ + attn_mask) @ value``.
+
+    The definition is that of "Attention Is All You Need" (Vaswani et al., 2017, section 3.2.1). Nothing of size L × S
+    exists meanwhile: the softmax is computed along blocks of keys ("Online normalizer calculation for softmax", Milakov
+    and Gimelshein, 2018). Arrays of any strides are read where they lie; only one whose features are not adjacent, that
+    is not aligned or not in native byte order is copied, and a query whose rows descend.
+
+    The leading axes (...) of all arrays broadcast as NumPy's do. All arrays are float32, or all float64. Inputs are
+    whatever exposes the array interface, the buffer protocol or DLPack on the CPU; none is modified.
+
+    Parameters
+    ----------
+    query : array, (..., L, E)
+        (..., H, L, E) with heads.
+    key : array, (..., S, E)
+        (..., Hk, S, E) with heads.
+    value : array, (..., S, Ev)
+        (..., Hv, S, Ev) with heads.
+    attn_mask : array, optional
+        Whatever broadcasts to (..., L, S). Booleans, True = this query sees this key, the opposite of the masks of
+        `multi_head_attention_forward`; or floats of any width, added to the scores.
+    dropout_p : float, default 0.0
+        Probability of dropping an attention weight; those that stay are divided by ``1 - dropout_p``.
+    is_causal : bool, default False
+        Whether query l sees the keys 0..l only, on top of `attn_mask`.
+    scale : float, optional
+        What the scores are multiplied with: ``1 / sqrt(E)`` unless given.
+    enable_gqa : bool, default False
+        Whether Hk and Hv may be any divisors of H, query head h reading key head ``h // (H // Hk)`` and value head
+        ``h // (H // Hv)`` (grouped-query attention: "GQA", Ainslie et al., 2023). No key or value is copied for it.
+    dropout_seed : int, optional
+        The same seed drops the same weights. None: a random one in each call. torch has no such argument; it draws from
+        a generator of the whole process.
+
+    Returns
+    -------
+    numpy.ndarray, (..., L, Ev)
+        C-contiguous, of the dtype of the inputs. A query that may see no key gets zeros.
+
+    Raises
+    ------
+    RuntimeError, IndexError, TypeError, NotImplementedError
+        Where torch raises them, in its words: ranks, shapes, dtypes and types that do not fit. Two things that torch
+        refuses are computed: `attn_mask` together with `is_causal`, and a float mask of another width. Sizes that do
+        not fit are refused for empty arrays too, and for four axes where torch overlooks that S of key and value differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mha_c.functional import scaled_dot_product_attention
+    >>> query, key = np.zeros((2, 8, 3, 4)), np.zeros((2, 2, 5, 4))  # 8 query heads share 2 key heads
+    >>> value = np.arange(5.0)[:, None]  # one value for all items and heads
+    >>> scaled_dot_product_attention(query, key, np.broadcast_to(value, (2, 2, 5, 1)), enable_gqa=True).shape
+    (2, 8, 3, 1)
+    >>> scaled_dot_product_attention(query[0, 0], key[0, 0], value, is_causal=True).T
+    array([[0. , 0.5, 1. ]])
+    """
+    seed = _dropout_seed(dropout_p, dropout_seed)
+    return _core.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed
+    )
+
+
+def multi_head_attention_forward(
+    query: Any,
+    key: Any,
+    value: Any,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Any,
+    in_proj_bias: Any,
+    bias_k: Any,
+    bias_v: Any,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Any,
+    out_proj_bias: Any,
+    training: bool = True,
+    key_padding_mask: Any = None,
+    need_weights: bool = True,
+    attn_mask: Any = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Any = None,
+    k_proj_weight: Any = None,
+    v_proj_weight: Any = None,
+    static_k: Any = None,
+    static_v: Any = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+    *,
+    dropout_seed: int | None = None,
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The forward of `mha_c.MultiheadAttention`, with the parameters as arguments.
+
+    N is the batch size, L the number of queries, S the number of keys, E the features of the query, H the number of
+    heads, S' the number of keys attended to: S, or that of `static_k`, and one more each for `bias_k` and
+    `add_zero_attn`. The batch is always the second axis; without a batch it is missing. Parameters are packed anew in
+    each call, so a layer is faster where they stay the same.
+
+    Parameters
+    ----------
+    query : array, (L, N, E)
+        Or (L, E) without a batch.
+    key : array, (S, N, kdim)
+        Or (S, kdim); kdim is E unless `use_separate_proj_weight`.
+    value : array, (S, N, vdim)
+        Or (S, vdim); vdim is E unless `use_separate_proj_weight`.
+    embed_dim_to_check : int
+        What E has to be.
+    num_heads : int
+        Heads, a divisor of E.
+    in_proj_weight : array, (3 * E, E), or None
+        The projections of query, key and value, stacked; unused with `use_separate_proj_weight`.
+    in_proj_bias : array, (3 * E,), or None
+        Their biases, stacked.
+    bias_k, bias_v : array, (1, 1, E), or None
+        One more key and value, not projected.
+    add_zero_attn : bool
+        Whether to append one more key and value, all zero.
+    dropout_p : float
+        Probability of dropping an attention weight, unless `training` is False.
+    out_proj_weight : array, (out_dim, E)
+        The output projection; out_dim may be any width.
+    out_proj_bias : array, (out_dim,), or None
+        Its bias.
+    training : bool, default True
+        Whether weights are dropped.
+    key_padding_mask : array, (N, S) or (S,), optional
+        Booleans, True = this key is hidden; or floats, added to the scores of that key. S is that of `static_k`, where
+        there is one.
+    need_weights : bool, default True
+        Whether to return the attention weights too.
+    attn_mask : array, (L, S) or (N * H, L, S) or (H, L, S), optional
+        Booleans, True = this query does not see this key; or floats, added to the scores.
+    use_separate_proj_weight : bool, default False
+        Whether the next three are used in place of `in_proj_weight`.
+    q_proj_weight, k_proj_weight, v_proj_weight : array, (E, E), (E, kdim), (E, vdim), optional
+        The projections one by one.
+    static_k, static_v : array, (N * H, S', E // H), optional
+        Keys and values that take the place of the projected ones; `key` and `value` are then checked but not read.
+    average_attn_weights : bool, default True
+        Whether the weights returned are averaged over the heads.
+    is_causal : bool, default False
+        Whether query l sees the keys 0..l only, on top of the masks.
+    dropout_seed : int, optional
+        The same seed drops the same weights. None: a random one in each call. torch has no such argument.
+
+    Returns
+    -------
+    attn_output : numpy.ndarray, (L, N, out_dim)
+        Or (L, out_dim).
+    attn_output_weights : numpy.ndarray or None
+        None without `need_weights`; else (N, L, S'), or (N, H, L, S') unless averaged, N omitted without a batch.
+
+    Raises
+    ------
+    AssertionError, RuntimeError, IndexError, TypeError, ValueError
+        Where torch raises them; in its words, with a shape printed as a tuple, unless a parameter has a shape that makes
+        torch fail somewhere inside. Biases are not broadcast. Unlike torch, `is_causal` needs no `attn_mask`.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> from mha_c.functional import multi_head_attention_forward
+    >>> layer = mha_c.MultiheadAttention(8, 2, seed=0)
+    >>> x = np.random.default_rng(0).standard_normal((5, 3, 8), dtype=np.float32)  # (L, N, E)
+    >>> output, weights = multi_head_attention_forward(
+    ...     x, x, x, 8, 2, layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0,
+    ...     layer.out_proj.weight, layer.out_proj.bias)
+    >>> bool((output == layer(x, x, x)[0]).all())
+    True
+    """
+    q_shape, k_shape, v_shape = _shape(query), _shape(key), _shape(value)
+    if len(q_shape) in (2, 3) and len(k_shape) == len(v_shape) == len(q_shape):  # the core has words for other ranks
+        _check_widths(q_shape, k_shape, v_shape, embed_dim_to_check, num_heads, use_separate_proj_weight)
+    rows = math.prod(q_shape[:-1])
+    width = embed_dim_to_check
+    if use_separate_proj_weight:
+        features = (width, k_shape[-1], v_shape[-1])
+        projections = _separate_projections(features, q_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias)
+    else:
+        products = 1 if query is key is value else 3  # torch multiplies once where the inputs are the same
+        projections = _packed_projections(width, rows, products, in_proj_weight, in_proj_bias)
+    extra = [_extra_key(bias, width) for bias in (bias_k, bias_v)]
+    output = _output_projection(width, rows, out_proj_weight, out_proj_bias)
+    head_dim = width // num_heads
+    weights = _core.Weights(
+        num_heads, num_heads, head_dim, head_dim, *_of_one_dtype(*projections, *extra, *output)
+    )
+    return _core.forward(
+        weights,
+        query,
+        key,
+        value,
+        key_padding_mask,
+        need_weights,
+        attn_mask,
+        average_attn_weights,
+        is_causal,
+        None,
+        False,
+        add_zero_attn,
+        "torch",
+        dropout_p if training else 0.0,
+        _dropout_seed(dropout_p if training else 0.0, dropout_seed),
+        0,
+        static_k,
+        static_v,
+    )
+
+
+def _shape(value: Any) -> _Shape:
+    return tuple(value.shape) if hasattr(value, "shape") else as_array(value).shape
+
+
+def _check_widths(query: _Shape, key: _Shape, value: _Shape, embed_dim: int, num_heads: int, separate: bool) -> None:
+    """torch's checks of the inputs' shapes beside each other, in its order and words."""
+    if query[-1] != embed_dim:
+        raise AssertionError(f"was expecting embedding dimension of {embed_dim}, but got {query[-1]}")
+    if embed_dim // num_heads * num_heads != embed_dim:
+        raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {num_heads}")
+    if len(query) == 2:  # torch gives such inputs a batch axis, and names it
+        key, value = (key[0], 1, key[1]), (value[0], 1, value[1])
+    if separate and key[:2] != value[:2]:
+        raise AssertionError(f"key's sequence and batch dims {key[:2]} do not match value's {value[:2]}")
+    if not separate and key != value:
+        raise AssertionError(f"key shape {key} does not match value shape {value}")
+
+
+def _parameter(value: Any) -> _Array:
+    """The array of a parameter as the core reads it: C-contiguous, aligned, native byte order."""
+    array = as_array(value)
+    return np.require(array, array.dtype.newbyteorder("="), ["C", "A", "E"])
+
+
+def _separate_projections(
+    features: tuple[int, int, int], q_weight: Any, k_weight: Any, v_weight: Any, in_bias: Any
+) -> Iterator[_Array | None]:
+    """The three projections and their stacked bias, from separate weights."""
+    given = dict(zip("qkv", (q_weight, k_weight, v_weight), strict=True))
+    for letter, weight in given.items():
+        if weight is None:
+            raise AssertionError(f"use_separate_proj_weight is True but {letter}_proj_weight is None")
+    weights = [_parameter(weight) for weight in given.values()]
+    names = ("query", "key", "value")
+    for name, weight, depth in zip(names, weights, features, strict=True):
+        if weight.shape != (features[0], depth):
+            raise AssertionError(f"expecting {name} weights shape of {(features[0], depth)}, but got {weight.shape}")
+    yield from weights
+    bias = None if in_bias is None else _parameter(in_bias)
+    if bias is not None:
+        third = max(-(-len(bias) // 3), 1)  # as torch's chunk() cuts what three does not divide
+        b_q, b_k, b_v = (bias[start : start + third] for start in range(0, len(bias), third))
+        for name, part in zip(names, (b_q, b_k, b_v), strict=True):
+            if part.shape != (features[0],):
+                raise AssertionError(f"expecting {name} bias shape of {(features[0],)}, but got {part.shape}")
+    yield bias
+
+
+def _check_matrix(weight: _Array, rows: int, depth: int, products: int = 1) -> None:
+    """What torch says when (rows, depth) cannot be multiplied with a weight, transposed."""
+    if weight.ndim != 2:
+        raise RuntimeError(f"mat2 must be a matrix, got {weight.ndim}-D tensor")
+    features, width = weight.shape
+    if width != depth:
+        raise RuntimeError(
+            f"mat1 and mat2 shapes cannot be multiplied ({rows}x{depth} and {width}x{features // products})"
+        )
+
+
+def _packed_projections(
+    width: int, rows: int, products: int, in_weight: Any, in_bias: Any
+) -> Iterator[_Array | None]:
+    """The three projections and their stacked bias, from stacked weights."""
+    if in_weight is None:
+        raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
+    weight = _parameter(in_weight)
+    _check_matrix(weight, rows, width, products)
+    if len(weight) != 3 * width:
+        raise RuntimeError(f"in_proj_weight must have the shape {(3 * width, width)}, but got {weight.shape}")
+    bias = None if in_bias is None else _parameter(in_bias)
+    if bias is not None and bias.shape != (3 * width,):
+        raise RuntimeError(f"in_proj_bias must have the shape {(3 * width,)}, but got {bias.shape}")
+    yield from (weight[:width], weight[width : 2 * width], weight[2 * width :])
+    yield bias
+
+
+def _extra_key(bias: Any, width: int) -> _Array | None:
+    """bias_k or bias_v; Weights has torch's words for one without the other."""
+    if bias is None:
+        return None
+    array = _parameter(bias)
+    if array.size != width or array.shape[-1:] != (width,):
+        raise RuntimeError(
+            f"Sizes of tensors must match except in dimension 0. Expected size {width} but got size "
+            f"{array.shape[-1] if array.ndim else 1} for tensor number 1 in the list."
+        )
+    return array.reshape(1, 1, width)
+
+
+def _output_projection(width: int, rows: int, out_weight: Any, out_bias: Any) -> Iterator[_Array | None]:
+    if out_weight is None:
+        raise TypeError("linear(): argument 'weight' (position 2) must be Tensor, not NoneType")
+    weight = _parameter(out_weight)
+    _check_matrix(weight, rows, width)
+    bias = None if out_bias is None else _parameter(out_bias)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"out_proj_bias must have the shape {weight.shape[:1]}, but got {bias.shape}")
+    yield weight
+    yield bias
+
+
+def _of_one_dtype(*parameters: _Array | None) -> tuple[Any, ...]:
+    dtypes = [array.dtype for array in parameters if array is not None]
+    for dtype in dtypes:
+        if dtype != dtypes[0]:
+            a, b = (_TORCH_NAMES.get(d.name, d.name) for d in (dtypes[0], dtype))
+            raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {a} and {b}")
+    return parameters
