@@ -23,19 +23,19 @@ typedef struct {
 } counted_call;
 
 static const counted_call calls[] = {
-    {"tiny", 3, 5, 5, 8, 4, 4},
+    {"tiny", 3, 5, 5, 8, 4, 4, .dtype = MHA_FLOAT32},
     {"tiny with weights", 1, 16, 16, 64, 4, 4, .wanted = MHA_WEIGHTS_AVERAGED},
-    {"short, 32 to a head", 1, 32, 32, 384, 12, 12},
-    {"encoder, 64 to a head", 1, 128, 128, 384, 6, 6},
-    {"ragged, 24 to a head", 3, 77, 77, 120, 5, 5},
-    {"one wide head", 1, 64, 64, 256, 1, 1},
+    {"short, 32 to a head", 1, 32, 32, 384, 12, 12, .dtype = MHA_FLOAT32},
+    {"encoder, 64 to a head", 1, 128, 128, 384, 6, 6, .dtype = MHA_FLOAT32},
+    {"ragged, 24 to a head", 3, 77, 77, 120, 5, 5, .dtype = MHA_FLOAT32},
+    {"one wide head", 1, 64, 64, 256, 1, 1, .dtype = MHA_FLOAT32},
     {"causal", 1, 256, 256, 128, 2, 2, .is_causal = true},
     {"padded", 4, 128, 128, 128, 2, 2, .padding = MHA_MASK_HIDE},
     {"float mask", 1, 128, 128, 128, 2, 2, .attn = MHA_MASK_FLOAT32},
     {"boolean mask", 1, 128, 128, 128, 2, 2, .attn = MHA_MASK_HIDE},
-    {"few queries", 1, 1, 512, 256, 4, 4},
+    {"few queries", 1, 1, 512, 256, 4, 4, .dtype = MHA_FLOAT32},
     {"averaged weights", 2, 64, 64, 128, 2, 2, .wanted = MHA_WEIGHTS_AVERAGED},
-    {"grouped heads", 1, 128, 128, 256, 4, 1},
+    {"grouped heads", 1, 128, 128, 256, 4, 1, .dtype = MHA_FLOAT32},
     {"dropout", 1, 64, 64, 128, 2, 2, .dropout_p = 0.1},
     {"float64", 1, 96, 96, 128, 2, 2, .dtype = MHA_FLOAT64},
 };

@@ -58,7 +58,7 @@ DEFINE_RUN(run_double, double)
 static void *measure(void *argument)
 {
     job *j = argument;
-    const double lanes = VECTOR_BYTES / (j->is_double ? sizeof(double) : sizeof(float));
+    const double lanes = VECTOR_BYTES / (double)(j->is_double ? sizeof(double) : sizeof(float));
     double runs = 0, elapsed;
     while (!atomic_load(j->start))
         ;

@@ -148,8 +148,8 @@ def _introduction(results: dict[str, Any]) -> str:
         [
             "# Performance",
             "",
-            "How long one call of the whole layer takes, input and output projections included, beside the fastest other",
-            "implementation on the same CPU with the same number of threads.",
+            "How long one call of the whole layer takes, input and output projections included, beside the fastest",
+            "other implementation on the same CPU with the same number of threads.",
             "",
             *(f"- {name}: {value}" for name, value in lines.items()),
             "",

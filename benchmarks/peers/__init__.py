@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every implementation that is measured, ours among them.
 
-A peer is an object with a `version`, the name and number of its library, and a method `prepare(problem)` that returns a `Prepared`, or raises Unsupported
-where it does not have the layer. It is created in a process of its own, for one number of threads.
+A peer is an object with a `version`, the name and number of its library, and a method `prepare(problem)` that returns a
+`Prepared`, or raises Unsupported where the library does not have the layer. It is created in a process of its own, for
+one number of threads.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ def sdpa_model(problem: Problem, *, dynamic: bool) -> tuple[openvino.Model, dict
     each = zip(problem.input_names, weights, problem.biases(), strict=True)
     q, k, v = (split(project(inputs[name], weight, bias)) for name, weight, bias in each)
     masks = [inputs["mask"]] if mask is not None else []
-    context = ov.transpose(ov.scaled_dot_product_attention(q, k, v, *masks, causal=case.causal), ov.constant([0, 2, 1, 3]))
-    context = ov.reshape(context, ov.constant([0, 0, case.E]), True)
+    context = ov.scaled_dot_product_attention(q, k, v, *masks, causal=case.causal)
+    context = ov.reshape(ov.transpose(context, ov.constant([0, 2, 1, 3])), ov.constant([0, 0, case.E]), True)
     output = project(context, problem.out_weight, problem.out_bias)
     return openvino.Model([output], list(inputs.values()), "layer"), feeds
 
