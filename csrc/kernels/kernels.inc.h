@@ -185,9 +185,11 @@ static void V(pack_panel)(const void *rows_, size_t row_stride, size_t count, si
             for (size_t i = 0; i < LANES; i++)
                 V(store)(panel + (d + i) * P + lane, v[i]);
         }
-        for (; d < width; d++)
-            for (size_t i = 0; i < LANES; i++)
-                panel[d * P + lane + i] = i < used ? rows[(lane + i) * row_stride + d] * scale : 0;
+        for (size_t rest = d; rest < width; rest++)
+            V(store)(panel + rest * P + lane, V(splat)(0));
+        for (size_t i = 0; i < LANES && i < used; i++)
+            for (size_t rest = d; rest < width; rest++)
+                panel[rest * P + lane + i] = rows[(lane + i) * row_stride + rest] * scale;
     }
 }
 
