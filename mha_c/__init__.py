@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 from mha_c.attention import MultiheadAttention
 from mha_c.threads import get_num_threads, num_threads, set_num_threads, show_config
 
-_SUBMODULES = ("demo", "functional", "torch")  # imported when first used: `import mha_c` needs NumPy alone
+_SUBMODULES = ("check", "demo", "functional", "torch")  # imported when first used: `import mha_c` needs NumPy alone
 
 
 def __getattr__(name: str) -> object:

@@ -14,7 +14,7 @@ from mha_c.attention import MultiheadAttention
 from mha_c.parameters import ParameterSet, Widths
 from mha_c.threads import get_num_threads, num_threads
 
-__all__ = ["ReplacedAttention", "replace_attention", "restore_attention"]
+__all__ = ["ReplacedAttention", "check_model", "replace_attention", "restore_attention", "set_attention_class"]
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
@@ -83,18 +83,11 @@ def replace_attention(model: _Model) -> _Model:
     >>> type(restore_attention(model).layers[0].self_attn)
     <class 'torch.nn.modules.activation.MultiheadAttention'>
     """
-    _check_model(model, "replace_attention")
-    for layer in list(model.modules()):
-        if type(layer) is torch.nn.MultiheadAttention:
-            layer.__class__ = ReplacedAttention
-        elif isinstance(layer, ReplacedAttention):
+    check_model(model, "replace_attention")
+    for layer in model.modules():
+        if isinstance(layer, ReplacedAttention):
             layer.refresh()
-    if not any(isinstance(layer, ReplacedAttention) for layer in model.modules()):
-        raise ValueError(f"there is no torch.nn.MultiheadAttention to replace in this {type(model).__name__}")
-    for module, name, unfused in _fusing_modules(model):
-        if name in vars(module) and any(isinstance(layer, ReplacedAttention) for layer in module.modules()):
-            vars(module).setdefault(_saved(name), getattr(module, name))
-            setattr(module, name, unfused)
+    set_attention_class(model, ReplacedAttention)
     return model
 
 
@@ -122,7 +115,7 @@ def restore_attention(model: _Model) -> _Model:
     >>> type(restore_attention(replace_attention(torch.nn.MultiheadAttention(8, 2))))
     <class 'torch.nn.modules.activation.MultiheadAttention'>
     """
-    _check_model(model, "restore_attention")
+    check_model(model, "restore_attention")
     for layer in list(model.modules()):
         if type(layer) is ReplacedAttention:
             layer.refresh()
@@ -133,9 +126,23 @@ def restore_attention(model: _Model) -> _Model:
     return model
 
 
-def _check_model(model: object, function: str) -> None:
+def check_model(model: object, function: str) -> None:
+    """Raise TypeError unless `model` is a torch module."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{function} takes a torch.nn.Module, but got {type(model)}")
+
+
+def set_attention_class(model: torch.nn.Module, cls: type[torch.nn.MultiheadAttention]) -> None:
+    """Make torch's own attention layers instances of a subclass, and see to it that they are called."""
+    for layer in list(model.modules()):
+        if type(layer) is torch.nn.MultiheadAttention:
+            layer.__class__ = cls
+    if not any(isinstance(layer, cls) for layer in model.modules()):
+        raise ValueError(f"there is no torch.nn.MultiheadAttention to replace in this {type(model).__name__}")
+    for module, name, unfused in _fusing_modules(model):
+        if name in vars(module) and any(isinstance(layer, cls) for layer in module.modules()):
+            vars(module).setdefault(_saved(name), getattr(module, name))
+            setattr(module, name, unfused)
 
 
 def _fusing_modules(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, object]]:
@@ -236,12 +243,12 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
             if isinstance(query, torch.fx.Proxy):  # torch.fx does not look into torch's own layers either
                 path = query.tracer.path_of_module(self)
                 return query.tracer.create_proxy("call_module", path, (query, key, value, *masks), {})
-            result = self._forward_in_mha_c(query, key, value, *masks)
+            result = self.forward_in_mha_c(query, key, value, *masks)
             if result is not None:
                 return result
         return super().forward(query, key, value, *masks)
 
-    def _forward_in_mha_c(
+    def forward_in_mha_c(
         self,
         query: torch.Tensor,
         key: torch.Tensor,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import zipfile
 from collections import OrderedDict
@@ -20,6 +21,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("mha_c.torch needs torch, which is not installed: `pip install torch`") from error
 
+from mha_c.model_runs import run_both_ways
 from mha_c.replacement import ReplacedAttention, replace_attention, restore_attention
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "read_checkpoint",
     "replace_attention",
     "restore_attention",
+    "run_both_ways",
     "state_dict",
     "to_torch",
 ]
@@ -180,14 +183,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 
 def forward_in_torch(
-    layer: MultiheadAttention, query: Any, key: Any, value: Any, **call: Any
+    layer: MultiheadAttention | torch.nn.MultiheadAttention, query: Any, key: Any, value: Any, **call: Any
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """What torch's layer with the same parameters answers to the same call.
 
     Parameters
     ----------
-    layer : MultiheadAttention
-        The layer to imitate.
+    layer : MultiheadAttention or torch.nn.MultiheadAttention
+        The layer to imitate, or torch's layer itself, of which a copy is asked.
     query, key, value : array
         As for the layer itself.
     **call
@@ -210,7 +213,7 @@ def forward_in_torch(
     >>> forward_in_torch(mha_c.MultiheadAttention(8, 2), x, x, x)[0].shape
     (5, 3, 8)
     """
-    module = to_torch(layer)
+    module = to_torch(layer) if isinstance(layer, MultiheadAttention) else _copy_with_gradients(layer)
     tensors = [torch.from_numpy(np.array(array)) for array in (query, key, value)]
     for name in ("key_padding_mask", "attn_mask"):
         if call.get(name) is not None:
@@ -218,3 +221,8 @@ def forward_in_torch(
     # Gradients are left on: without them torch may take its inference fast path, which differs in corner cases.
     output, weights = module(*tensors, **call)
     return output.detach().numpy(), None if weights is None else weights.detach().numpy()
+
+
+def _copy_with_gradients(module: torch.nn.MultiheadAttention) -> torch.nn.MultiheadAttention:
+    copied: torch.nn.MultiheadAttention = restore_attention(copy.deepcopy(module)).cpu()
+    return copied.requires_grad_()

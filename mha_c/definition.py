@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention by its definition, in plain NumPy and a wider type: what results are measured against. Nothing is fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mha_c.attention import MultiheadAttention
+
+__all__ = ["attend", "hidden_by_causality", "to_float_mask", "wider"]
+
+
+def wider(array: NDArray[Any]) -> NDArray[Any]:
+    """The same numbers in float64, or in np.longdouble if they are float64: sums of them lose nothing that counts.
+
+    Examples
+    --------
+    >>> wider(np.zeros(2, np.float32)).dtype
+    dtype('float64')
+    """
+    return array.astype(np.longdouble if array.dtype == np.float64 else np.float64)
+
+
+def hidden_by_causality(length: int, source_length: int) -> NDArray[np.bool_]:
+    """(L, S): True where key s comes after query l.
+
+    Examples
+    --------
+    >>> hidden_by_causality(2, 3)
+    array([[False,  True,  True],
+           [False, False,  True]])
+    """
+    return np.arange(source_length) > np.arange(length)[:, None]
+
+
+def to_float_mask(mask: NDArray[Any], dtype: Any) -> NDArray[Any]:
+    """What to add to the scores: -inf where a boolean mask is True; a float mask as it is.
+
+    Examples
+    --------
+    >>> to_float_mask(np.array([True, False]), np.float32)
+    array([-inf,   0.], dtype=float32)
+    """
+    return np.where(mask, -np.inf, 0.0).astype(dtype) if mask.dtype == bool else mask.astype(dtype)
+
+
+def attend(
+    layer: MultiheadAttention,
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    key_padding_mask: NDArray[Any] | None = None,
+    need_weights: bool = True,
+    attn_mask: NDArray[Any] | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """What a layer should answer to a call, apart from dropout.
+
+    Parameters
+    ----------
+    layer : MultiheadAttention
+        The layer.
+    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        As for the layer itself, as arrays.
+
+    Returns
+    -------
+    tuple of numpy.ndarray
+        The output and, whether `need_weights` or not, the attention weights, in a wider type.
+
+    Notes
+    -----
+    "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.
+
+    Examples
+    --------
+    >>> import mha_c
+    >>> output, weights = attend(mha_c.MultiheadAttention(8, 4), *[np.ones((5, 3, 8), np.float32)] * 3)
+    >>> output.shape, weights.shape
+    ((5, 3, 8), (3, 5, 5))
+    """
+    batched = query.ndim == 3
+    swapped = batched and not layer.batch_first
+    q_nle, k_nse, v_nse = (wider(x if batched else x[None]) for x in (query, key, value))
+    if swapped:
+        q_nle, k_nse, v_nse = (x.swapaxes(0, 1) for x in (q_nle, k_nse, v_nse))
+
+    (w_q, w_k, w_v), (b_q, b_k, b_v) = _input_projections(layer)
+    groups = layer.num_heads // layer.num_kv_heads
+    q = _heads(q_nle @ w_q.T + b_q, layer.num_heads)
+    k = _heads(_with_extra_keys(layer, k_nse @ w_k.T + b_k, layer.bias_k), layer.num_kv_heads).repeat(groups, axis=1)
+    v = _heads(_with_extra_keys(layer, v_nse @ w_v.T + b_v, layer.bias_v), layer.num_kv_heads).repeat(groups, axis=1)
+
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.dtype.type(layer.head_dim))  # (N, H, L, S')
+    n, h, length, _ = scores.shape
+    s = k_nse.shape[1]
+    # Masks are added up in the layer's own dtype, in which -1e38 and -3e38 are together -inf. The extra keys have none.
+    mask = np.zeros((n, h, length, s), query.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if attn_mask is not None:
+            added = to_float_mask(attn_mask, query.dtype)
+            mask = mask + (added if added.ndim == 2 else added.reshape(n, h, length, s))
+        if key_padding_mask is not None:
+            mask = mask + to_float_mask(key_padding_mask, query.dtype).reshape(n, 1, 1, s)
+        if is_causal:
+            mask = mask + to_float_mask(hidden_by_causality(length, s), query.dtype)
+        scores[..., :s] += mask
+
+    weights = _softmax(scores, np.nan if need_weights and layer.masked_rows == "torch" else 0.0)
+    concatenation = (weights @ v).transpose(0, 2, 1, 3).reshape(n, length, -1)
+    bias = layer.out_proj.bias
+    output = concatenation @ wider(layer.out_proj.weight).T + (0.0 if bias is None else wider(bias))
+    if average_attn_weights:
+        weights = weights.mean(axis=1)
+    if not batched:
+        return output[0], weights[0]
+    return output.swapaxes(0, 1) if swapped else output, weights
+
+
+def _input_projections(layer: MultiheadAttention) -> tuple[list[NDArray[Any]], list[Any]]:
+    """The weights and the biases of query, key and value."""
+    q_rows, k_rows, _ = layer._parameters.widths.rows
+    ends = (q_rows, q_rows + k_rows)
+    packed = layer.in_proj_weight
+    weights = (
+        [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight] if packed is None else np.split(packed, ends)
+    )
+    bias = layer.in_proj_bias
+    return [wider(weight) for weight in weights], [0.0] * 3 if bias is None else np.split(wider(bias), ends)
+
+
+def _heads(x_nse: NDArray[Any], count: int) -> NDArray[Any]:
+    """(N, S, H * D) to (N, H, S, D)."""
+    n, s, features = x_nse.shape
+    return x_nse.reshape(n, s, count, features // count).transpose(0, 2, 1, 3)
+
+
+def _with_extra_keys(layer: MultiheadAttention, x_nse: NDArray[Any], learnt: NDArray[Any] | None) -> NDArray[Any]:
+    """The projected keys, or values, then what `add_bias_kv` and `add_zero_attn` append."""
+    n, _, features = x_nse.shape
+    extra = [] if learnt is None else [np.broadcast_to(wider(learnt), (n, 1, features))]
+    extra += [np.zeros((n, 1, features), x_nse.dtype)] if layer.add_zero_attn else []
+    return np.concatenate([x_nse, *extra], axis=1)
+
+
+def _softmax(scores: NDArray[Any], empty: float) -> NDArray[Any]:
+    """Over the last axis; a row without any visible key becomes `empty`."""
+    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        powers = np.exp(scores - top)
+        return np.where(np.isneginf(top), empty, powers / powers.sum(axis=-1, keepdims=True))
