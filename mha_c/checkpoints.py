@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
@@ -30,13 +28,13 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
 
     Attributes
     ----------
-    path : pathlib.Path
+    path : str
         The file.
     config : str or None
         A text that came with the arrays: what `write_checkpoint` was given.
     """
 
-    def __init__(self, path: Path, names: list[str], config: str | None) -> None:
+    def __init__(self, path: str, names: list[str], config: str | None) -> None:
         self.path = path
         self._names = dict.fromkeys(names)
         self.config = config
@@ -50,6 +48,9 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
                 raise ValueError(f"{name} holds {array.dtype}, which are no real numbers")
         return array
 
+    def __contains__(self, name: object) -> bool:  # without reading, which Mapping's would do
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -61,7 +62,7 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
 
 
 class _Safetensors(Checkpoint):
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: str, file: BinaryIO) -> None:
         self._file = file
         self._tensors = _import_safetensors().safe_open(path, "np")  # checks that each tensor lies within the file
         super().__init__(path, self._tensors.keys(), (self._tensors.metadata() or {}).get(_CONFIG))
@@ -84,7 +85,9 @@ class _Safetensors(Checkpoint):
 
 
 class _Npz(Checkpoint):
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: str, file: BinaryIO) -> None:
+        import zipfile
+
         # NumPy compresses in no other way; others can make any amount of memory out of a small file.
         methods = {entry.compress_type for entry in zipfile.ZipFile(file).infolist()}
         if not methods <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
@@ -135,7 +138,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     ...         dict(tensors)
     {'bias': array([0., 0.])}
     """
-    path = Path(path)
+    path = os.fspath(path)
     checkpoint_type = _FORMATS[_suffix(path, *_FORMATS)]
     if checkpoint_type is _Safetensors:
         _import_safetensors()
@@ -177,7 +180,7 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
         return
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"Expected state_dict to be dict-like, got {type(source)}.")
-    if _suffix(Path(source), *_FORMATS, *_TORCH) in _TORCH:
+    if _suffix(os.fspath(source), *_FORMATS, *_TORCH) in _TORCH:
         from mha_c.torch import read_checkpoint
 
         yield read_checkpoint(source)
@@ -216,7 +219,7 @@ def write_checkpoint(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[
     ...         tensors.config
     'a model'
     """
-    if _suffix(Path(path), *_FORMATS) == ".npz":
+    if _suffix(os.fspath(path), *_FORMATS) == ".npz":
         with _replacing(path) as file:
             np.savez(file, **{_CONFIG: np.array(config)}, **arrays)  # type: ignore[arg-type]
     else:
@@ -243,17 +246,18 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _damage_is_value_error(path: Path) -> Iterator[None]:
+def _damage_is_value_error(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each parser has exceptions of its own
         raise ValueError(f"cannot read {path}, which is damaged or of another kind: {error}") from error
 
 
-def _suffix(path: Path, *known: str) -> str:
-    if path.suffix not in known:
-        raise ValueError(f"the name of a file of parameters ends in {', '.join(known)}, but got {str(path)!r}")
-    return path.suffix
+def _suffix(path: str, *known: str) -> str:
+    suffix = os.path.splitext(path)[1]
+    if suffix not in known:
+        raise ValueError(f"the name of a file of parameters ends in {', '.join(known)}, but got {path!r}")
+    return suffix
 
 
 def _import_safetensors() -> ModuleType:

