@@ -247,6 +247,8 @@ static mha_status plan_call(forward *f)
     at->k_row = mha_reserve(&layout, keys, 1, sizeof(char *));
     at->v_row = mha_reserve(&layout, keys, 1, sizeof(char *));
     at->context_row = mha_reserve(&layout, queries, 1, sizeof(char *));
+    if (layout.too_large)
+        return MHA_TOO_LARGE;
     mha_projection projections[MHA_TARGETS] = {{0}};
     const mha_attention attention = describe_attention(f);
     const size_t inputs = plan_inputs(f, projections);
@@ -300,6 +302,9 @@ static mha_status run(const forward *f)
 mha_status mha_forward(const mha_weights *weights, const mha_call *call)
 {
     forward f = {.weights = weights, .call = call};
+    size_t positions;
+    if (__builtin_mul_overflow(call->N, call->L, &positions) || __builtin_mul_overflow(call->N, call->S, &positions))
+        return MHA_TOO_LARGE;
     mha_status status = mha_read_masks(call, mha_extra_keys(weights, call), &f.live, &f.masks);
     if (status != MHA_OK)
         goto done;

@@ -88,7 +88,7 @@ typedef struct mha_kernels {
     void (*pack_panel)(const void *rows, size_t row_stride, size_t count, size_t width, double scale, void *panel,
                        size_t vectors);
 
-    /* rows[lane * row_stride + d * stride] = panel[d][lane] * factor[lane], for lane < count and d < width. */
+    /* rows[lane * row_stride + d] = panel[d][lane] * factor[lane], for lane < count and d < width. */
     void (*unpack_panel)(const void *panel, size_t vectors, const void *factor, size_t count, size_t width,
                          void *rows, size_t row_stride);
 
