@@ -93,9 +93,8 @@ def test_ranking(example, encoder, query, best):
 
 def test_the_example_runs():
     """As a user runs it, with the query from the command line."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "stringed", "instruments"], capture_output=True, text=True, check=True, timeout=60
-    )
+    command = [sys.executable, str(EXAMPLE), "stringed", "instruments"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     lines = done.stdout.splitlines()
     assert lines[0] == "stringed instruments" and "A violin has four strings" in lines[1]
     assert len(lines) == 11
