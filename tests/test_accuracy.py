@@ -57,8 +57,8 @@ def test_rms_error(dtype, n, length, s, e, h, options):
         for call in ({"need_weights": False}, {}):
             ours += module(*given, **call)
             theirs += call_torch(torch_twin(module), *given, **call)
-        ratios.append([rms(a - want) / rms(b - want) for a, b, want in zip(ours, theirs, (output, None, output, weights))
-                       if want is not None])
+        ratios.append([rms(a - want) / rms(b - want)
+                       for a, b, want in zip(ours, theirs, (output, None, output, weights)) if want is not None])
     median = np.median(ratios, axis=0)
     print(f"\nrms error / torch's: output {median[0]:.3f}, with weights {median[1]:.3f}, weights {median[2]:.3f}")
     assert (median <= 1).all()

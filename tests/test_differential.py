@@ -272,7 +272,8 @@ widths = st.one_of(st.integers(-2, 12), st.sampled_from([4.0, "4"]))
 @given(st.fixed_dictionaries({"embed_dim": widths, "num_heads": widths}, optional={
     "dropout": st.floats(-1, 2), "bias": booleans, "add_bias_kv": booleans, "add_zero_attn": booleans,
     # Not 4.0: torch takes it where it equals embed_dim, by accident.
-    "kdim": st.sampled_from([None, -1, 0, 1, 4, 7, 2.5, "4"]), "vdim": st.sampled_from([None, -1, 0, 1, 4, 7, 2.5, "4"]),
+    "kdim": st.sampled_from([None, -1, 0, 1, 4, 7, 2.5, "4"]),
+    "vdim": st.sampled_from([None, -1, 0, 1, 4, 7, 2.5, "4"]),
     "batch_first": booleans,
     "device": st.sampled_from([None, "cpu"]),
     "dtype": st.sampled_from([None, "float32", "float64", "int32", "bool", "uint8"])}))
@@ -284,11 +285,12 @@ def test_constructors(arguments):
         isinstance(arguments.get(name), int | None) for name in ("kdim", "vdim")))
 
     def construct(lib):
-        dtype = arguments.get("dtype")
-        dtype = {"dtype": dtype if lib is mha_c or dtype is None else getattr(torch, dtype)} if "dtype" in arguments else {}
-        return (mha_c if lib is mha_c else torch.nn).MultiheadAttention(**{**arguments, **dtype})
+        own = dict(arguments)
+        if lib is torch.nn and own.get("dtype") is not None:
+            own["dtype"] = getattr(torch, own["dtype"])
+        return lib.MultiheadAttention(**own)
 
-    theirs, ours = outcome(lambda: construct(torch)), outcome(lambda: construct(mha_c))
+    theirs, ours = outcome(lambda: construct(torch.nn)), outcome(lambda: construct(mha_c))
     if theirs.error is not None:
         event(type(theirs.error).__name__)
         assert type(ours.error) is type(theirs.error), f"{ours.error!r} instead of {theirs.error!r}"

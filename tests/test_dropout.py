@@ -207,7 +207,8 @@ def test_evaluation_is_untouched():
     np.testing.assert_array_equal(module(*given)[0], other(*given)[0])
 
 
-@pytest.mark.parametrize("duplicate", [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy], ids=["pickle", "deepcopy"])
+@pytest.mark.parametrize("duplicate", [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy],
+                         ids=["pickle", "deepcopy"])
 def test_copies_continue_the_stream(duplicate):
     """The state of the stream is part of the layer."""
     module = training(0.5)

@@ -44,6 +44,8 @@ class ArrayMethod:
 
 def as_memoryview(x):
     """The bytes of x as a buffer that knows its shape, made by the standard library alone."""
+    if x.dtype == bool:
+        return memoryview(x.tobytes()).cast("?", x.shape)
     numbers = array.array("f" if x.dtype == np.float32 else "d", x.ravel().tolist())
     return memoryview(numbers).cast("B").cast(numbers.typecode, x.shape)
 
@@ -100,8 +102,6 @@ def test_every_protocol(provider, dtype):
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", ["bool", "float32"])
 def test_every_protocol_for_masks(provider, dtype):
-    if provider == "memoryview" and dtype == "bool":
-        pytest.skip("array.array has no booleans")
     module = layer(8, 2)
     given = inputs(2, 3, 5, 8, batch_first=False)
     masks = {"attn_mask": normal((3, 5)) > 1, "key_padding_mask": normal((2, 5)) > 1}
@@ -111,6 +111,7 @@ def test_every_protocol_for_masks(provider, dtype):
     np.testing.assert_array_equal(got[0], module(*given, **masks)[0])
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
 def test_matrix_and_memmap(tmp_path):
     """np.matrix is always 2-D, hence unbatched; a memmap is read where it lies."""
     module = layer(8, 2)
@@ -144,7 +145,8 @@ def test_torch_tensors():
 
 WRONG = {
     "a list": [[1.0] * 8] * 5, "a tuple": ((1.0,) * 8,) * 5, "a float": 1.0, "text": "abc", "bytes": b"abcd" * 8,
-    "an object": object(), "a dict": {}, "a generator": (x for x in ()), "a scalar": np.float32(1), "a class": np.ndarray,
+    "an object": object(), "a dict": {}, "a generator": (x for x in ()), "a scalar": np.float32(1),
+    "a class": np.ndarray,
 }
 
 

@@ -19,7 +19,8 @@ def zeroed(array, hidden):
 # ------------------------------------------------------------------------------------------- causal
 
 
-@pytest.mark.parametrize("length, s", [(1, 1), (1, 5), (5, 1), (6, 6), (4, 9), (9, 4), (70, 200), (200, 70), (130, 130)])
+@pytest.mark.parametrize("length, s", [(1, 1), (1, 5), (5, 1), (6, 6), (4, 9), (9, 4), (70, 200), (200, 70),
+                                       (130, 130)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_causal_is_a_real_mask(length, s, dtype):
     """is_causal=True hides the keys after the query, counted from the first, with or without weights, an attn_mask or
@@ -140,7 +141,7 @@ def test_removed_keys_do_not_leak(bad, s):
 
 
 def test_removed_keys_of_a_self_attention():
-    """The same array is query, key and value: the rows of removed tokens are NaN (they ask with NaN), the others not."""
+    """The same array is query, key and value: rows of removed tokens are NaN (they ask with NaN), the others not."""
     module = layer(16, 2, batch_first=True)
     x = inputs(2, 70, 70, 16, same=True)[0]
     x[1, 50:] = np.nan

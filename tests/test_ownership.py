@@ -16,6 +16,15 @@ CALLS = 200
 IMMORTAL = sys.version_info >= (3, 12)  # None, True and False are no longer counted
 
 
+@pytest.fixture(autouse=True, scope="module")
+def only_what_is_new():
+    """Spares the garbage collector everything that was there before: torch, hypothesis, other tests."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Provider:
     """An input that is no array, so that the core makes one and has to let it go."""
 

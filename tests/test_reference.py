@@ -88,7 +88,8 @@ def test_grouped_heads_are_repeated_heads():
     h, hkv, d, dv, e, eo = 4, 2, 3, 5, 6, 7
     rng = np.random.default_rng(1)
     grouped = {"q_proj_weight": rng.normal(size=(h * d, e)), "k_proj_weight": rng.normal(size=(hkv * d, e)),
-               "v_proj_weight": rng.normal(size=(hkv * dv, e)), "in_proj_bias": rng.normal(size=(h + hkv) * d + hkv * dv),
+               "v_proj_weight": rng.normal(size=(hkv * dv, e)),
+               "in_proj_bias": rng.normal(size=(h + hkv) * d + hkv * dv),
                "out_proj.weight": rng.normal(size=(eo, h * dv)), "out_proj.bias": rng.normal(size=eo)}
     x = rng.normal(size=(2, 5, e))
     output, weights = multi_head_attention(grouped, h, x, x, x, num_kv_heads=hkv, batch_first=True,

@@ -156,8 +156,8 @@ def test_edges_of_query_panels(length, dtype):
             assert_both_match(module, twin, given, attn_mask=attn_mask, **weights)
 
 
-@pytest.mark.parametrize("e, h", [(1, 1), (3, 1), (3, 3), (7, 7), (10, 2), (63, 3), (65, 5), (64, 1), (126, 2), (127, 1),
-                                  (128, 2), (129, 3), (130, 1), (192, 8), (257, 1), (264, 1)])
+@pytest.mark.parametrize("e, h", [(1, 1), (3, 1), (3, 3), (7, 7), (10, 2), (63, 3), (65, 5), (64, 1), (126, 2),
+                                  (127, 1), (128, 2), (129, 3), (130, 1), (192, 8), (257, 1), (264, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_edges_of_features(e, h, dtype):
     """Widths around the vectors, the panels and the chains of 128 features, and heads of 1 to 264 features."""
@@ -212,7 +212,8 @@ def test_nan_and_infinity_spread_as_in_torch():
 
 def test_free_widths_against_the_reference():
     """Widths that torch ties together: head_dim, v_head_dim, out_dim and fewer key/value heads than heads."""
-    for h, hkv, d, dv, eo, kdim in ((4, 2, 3, 5, 7, None), (4, 1, 8, 8, 8, 5), (6, 3, 16, 1, 130, None), (1, 1, 40, 64, 1, 9)):
+    for h, hkv, d, dv, eo, kdim in ((4, 2, 3, 5, 7, None), (4, 1, 8, 8, 8, 5), (6, 3, 16, 1, 130, None),
+                                    (1, 1, 40, 64, 1, 9)):
         module = layer(12, h, num_kv_heads=hkv, head_dim=d, v_head_dim=dv, out_dim=eo, kdim=kdim, vdim=kdim,
                        batch_first=True)
         given = inputs(2, 5, 66, 12, kdim=kdim, vdim=kdim)
