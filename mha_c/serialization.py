@@ -256,7 +256,7 @@ def _read_separate(
 
     Where one projection has a bias, those that have none get zeros, which change nothing.
     """
-    query, *_, output = names
+    query, _, _, output = names
     weight_names, bias_names = ([f"{name}.{kind}" for name in names] for kind in ("weight", "bias"))
     if missing := [name for name in weight_names if name not in part]:
         raise _loading_error(layer_name, [_missing(missing)])
@@ -266,7 +266,7 @@ def _read_separate(
     found, _ = match_state_dict(layer_name, lengths, part, strict=False)
     if found:
         *inputs, arrays["out_proj.bias"] = (
-            found[name] if name in found else np.zeros(len(weight), weight.dtype)
+            found[name] if name in found else np.zeros(weight.shape[:1], weight.dtype)
             for name, weight in zip(bias_names, weights)
         )
         arrays["in_proj_bias"] = np.concatenate(inputs)

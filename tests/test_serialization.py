@@ -810,6 +810,8 @@ def test_separate_projections_that_do_not_fit():
         v_proj__weight=(6, 8), v_proj__bias=6
     )
     assert "out_proj.weight must be a matrix, but has shape (8,)" in words(out_proj__weight=8)
+    with pytest.raises(ValueError, match="expected 4, got 3"):
+        mha_c.MultiheadAttention.from_state_dict(separate(module, "", names), num_heads=2, names=names[:3])
 
 
 # ---------------------------------------------------------------------------------------------- torch
