@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``python -m mha_c demo | info``, also installed as ``mha-c``."""
+"""The command line: ``python -m mha_c demo | check | info``, also installed as ``mha-c``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mha_c import show_config
+from mha_c import check_command, show_config
 
 __all__ = ["main"]
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status.
+        The exit status; of `check` 1 if mha_c and torch do not agree, 2 if nothing could be checked.
 
     Examples
     --------
@@ -34,10 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mha-c", description="Multi-head attention on NumPy arrays, without torch.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="attention step by step, on a small example and in a real model")
+    checker = commands.add_parser("check", help="compare with torch, over many configurations or in a given one")
     commands.add_parser("info", help="versions, instruction set and number of threads")
-    command = parser.parse_args(argv).command
+    check_command.add_options(checker)
+    options = vars(parser.parse_args(argv))
+    command = options.pop("command")
     if command == "info":
         show_config()
+    elif command == "check":
+        return check_command.run(options, checker)
     else:
         from mha_c import demo
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import html
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ class Table:
             "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
             for row in (self.header, *self.rows)
         ]
-        return "\n".join([self.title, "", *lines, "", *self.notes])
+        return "\n".join([self.title, "", *lines, "", *(textwrap.fill(note, 120) for note in self.notes)])
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""

@@ -7,7 +7,8 @@ import copy
 import os
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -25,9 +26,11 @@ from mha_c.model_runs import run_both_ways
 from mha_c.replacement import ReplacedAttention, replace_attention, restore_attention
 
 __all__ = [
+    "TORCH_VERSION",
     "ReplacedAttention",
     "forward_in_torch",
     "from_torch",
+    "one_thread",
     "read_checkpoint",
     "replace_attention",
     "restore_attention",
@@ -35,6 +38,8 @@ __all__ = [
     "state_dict",
     "to_torch",
 ]
+
+TORCH_VERSION = str(torch.__version__)
 
 _Layer = TypeVar("_Layer", bound=MultiheadAttention)
 
@@ -226,3 +231,21 @@ def forward_in_torch(
 def _copy_with_gradients(module: torch.nn.MultiheadAttention) -> torch.nn.MultiheadAttention:
     copied: torch.nn.MultiheadAttention = restore_attention(copy.deepcopy(module)).cpu()
     return copied.requires_grad_()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread within a block, which is faster for many small calls.
+
+    Examples
+    --------
+    >>> with one_thread():
+    ...     torch.get_num_threads()
+    1
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
