@@ -19,7 +19,6 @@
 #include "threads.h"
 
 enum {
-    FEATURES = 64,         /* of a chain and of a slice of inputs: scores here are longer sums than elsewhere */
     CHUNK_BLOCKS = 8,      /* so that one query of one item keeps several threads busy */
     LEAST_FEATURES = 16,   /* of keys and values: a vector of any instruction set, also for rows of Wk as they are */
     CLEARLY = 2,           /* times fewer operations, for the path to be chosen */
@@ -103,7 +102,7 @@ typedef struct {
 
 static size_t slice_stride(const mha_kernels *kernels)
 {
-    return mha_row_stride(FEATURES, kernels->lanes, kernels->item);
+    return mha_row_stride(MHA_CHAIN, kernels->lanes, kernels->item);
 }
 
 static places take_scratch(const mha_few_queries *f, char *base, mha_layout *layout)
@@ -180,8 +179,8 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
     char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
     mha_product product = {.rows = f->call->L, .vectors = vectors, .a_row = (ptrdiff_t)f->q_stride, .a_k = 1,
                            .b_k = w->Ek, .addend_row = w->H * f->t_stride, .c = t, .c_row = w->H * f->t_stride};
-    for (size_t d = 0; d < w->D; d += FEATURES) {
-        product.depth = smaller(w->D - d, FEATURES);
+    for (size_t d = 0; d < w->D; d += MHA_CHAIN) {
+        product.depth = smaller(w->D - d, MHA_CHAIN);
         product.a = q + d * number;
         product.b = Wk + d * w->Ek * number;
         product.addend = d ? t : NULL;
@@ -247,8 +246,8 @@ static bool score(const mha_few_queries *f, size_t n, size_t first, mha_panel pa
     mha_product product = {.rows = block->keys, .vectors = panel.vectors, .a = s->slice,
                            .a_row = (ptrdiff_t)slice_stride(kernels), .a_k = 1, .b_k = P, .addend_row = P,
                            .c = s->scores, .c_row = P};
-    for (size_t e = 0; e < Ek; e += FEATURES) {
-        product.depth = smaller(Ek - e, FEATURES);
+    for (size_t e = 0; e < Ek; e += MHA_CHAIN) {
+        product.depth = smaller(Ek - e, MHA_CHAIN);
         copy_slice(f, &f->call->key, n, block, e, product.depth, s->slice);
         product.b = queries + e * P * kernels->item;
         product.addend = e ? s->scores : NULL;
@@ -268,8 +267,8 @@ static void add_values(const mha_few_queries *f, size_t n, mha_panel panel, cons
     mha_product product = {.depth = block->keys, .vectors = panel.vectors, .a = s->slice, .a_row = 1,
                            .a_k = (ptrdiff_t)slice_stride(kernels), .b = s->scores, .b_k = P, .addend_row = P,
                            .factor = s->factor, .c_row = P};
-    for (size_t e = 0; e < Ev; e += FEATURES) {
-        product.rows = smaller(Ev - e, FEATURES);
+    for (size_t e = 0; e < Ev; e += MHA_CHAIN) {
+        product.rows = smaller(Ev - e, MHA_CHAIN);
         copy_slice(f, &f->call->value, n, block, e, product.rows, s->slice);
         product.addend = product.c = sums + e * P * kernels->item;
         kernels->product(&product);
@@ -344,8 +343,8 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
     const char *Wv = weights->v.data + panel.first * w->Ev * number;
     mha_product product = {.rows = f->call->L, .vectors = panel.vectors, .a_row = (ptrdiff_t)(w->H * f->y_stride),
                            .a_k = 1, .b_k = P, .addend_row = P, .c = strip, .c_row = P};
-    for (size_t e = 0; e < w->Ev; e += FEATURES) {
-        product.depth = smaller(w->Ev - e, FEATURES);
+    for (size_t e = 0; e < w->Ev; e += MHA_CHAIN) {
+        product.depth = smaller(w->Ev - e, MHA_CHAIN);
         product.a = y + e * number;
         product.b = Wv + e * P * number;
         product.addend = e ? strip : NULL;

@@ -27,7 +27,7 @@ def set_num_threads(n: int) -> None:
 
     Raises
     ------
-    TypeError, RuntimeError
+    RuntimeError
         In torch's words, if `n` is no integer or less than 1.
 
     Examples
@@ -69,7 +69,7 @@ def num_threads(n: int) -> Iterator[None]:
 
     Raises
     ------
-    TypeError, RuntimeError
+    RuntimeError
         In torch's words, if `n` is no integer or less than 1.
 
     Examples

@@ -14,7 +14,7 @@ from helpers import causal_mask, inputs, layer, normal, run_child
 
 mha_c = pytest.importorskip("mha_c")
 
-# N, L, S, E, H, options. Sizes below and beyond a panel, a block of keys, a chunk of 512 keys and a chain of 128
+# N, L, S, E, H, options. Sizes below and beyond a panel, a block of keys, a chunk of 512 keys and chains of 64
 # features; one and few queries; more items than threads; every kind of layer.
 SHAPES = {
     "one of each": (1, 1, 1, 1, 1, {}),

@@ -160,7 +160,7 @@ def test_edges_of_query_panels(length, dtype):
                                   (127, 1), (128, 2), (129, 3), (130, 1), (192, 8), (257, 1), (264, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_edges_of_features(e, h, dtype):
-    """Widths around the vectors, the panels and the chains of 128 features, and heads of 1 to 264 features."""
+    """Widths around the vectors, the panels and the chains of 64 features, and heads of 1 to 264 features."""
     module = layer(e, h, dtype=dtype)
     twin = torch_twin(module)
     given = inputs(2, 5, 9, e, batch_first=False, dtype=dtype)

@@ -19,7 +19,7 @@
 
 /* An FMA chain covers at most this many input features, an attention block this many keys. They are constants of the
  * project, the same on every instruction set: changing them changes the bits of results. */
-enum { MHA_CHAIN = 128, MHA_BLOCK_KEYS = 64 };
+enum { MHA_CHAIN = 64, MHA_BLOCK_KEYS = 64 };
 
 enum { MHA_MOST_LANES = 48 }; /* of a panel, on any instruction set */
 

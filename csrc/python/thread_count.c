@@ -45,7 +45,7 @@ int thread_count_init(module_state *state)
 static size_t count_from_object(PyObject *object)
 {
     if (PyBool_Check(object) || !PyIndex_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "set_num_threads expects an int, but got %s", Py_TYPE(object)->tp_name);
+        PyErr_Format(PyExc_RuntimeError, "set_num_threads expects an int, but got %s", Py_TYPE(object)->tp_name);
         return 0;
     }
     const Py_ssize_t count = PyNumber_AsSsize_t(object, NULL);
