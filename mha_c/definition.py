@@ -111,7 +111,7 @@ def attend(
         scores[..., :s] += mask
 
     weights = _softmax(scores, np.nan if need_weights and layer.masked_rows == "torch" else 0.0)
-    concatenation = (weights @ v).transpose(0, 2, 1, 3).reshape(n, length, -1)
+    concatenation = (weights @ v).transpose(0, 2, 1, 3).reshape(n, length, h * layer.v_head_dim)
     bias = layer.out_proj.bias
     output = concatenation @ wider(layer.out_proj.weight).T + (0.0 if bias is None else wider(bias))
     if average_attn_weights:

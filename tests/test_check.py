@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numerical check: what it measures, what it says, and that it notices when something is wrong."""
+
+import dataclasses
+import sys
+
+import mha_c
+import numpy as np
+import pytest
+import reference
+from helpers import layer, normal, run_child
+from mha_c import check, check_command, definition
+from mha_c.__main__ import main
+
+torch = pytest.importorskip("torch")
+
+
+class Wrong(mha_c.MultiheadAttention):
+    """Off by one part in ten thousand: far beyond rounding, and easy to overlook."""
+
+    def forward(self, *args, **kwargs):
+        output, weights = super().forward(*args, **kwargs)
+        return output * np.float32(1.0001), weights
+
+
+# ------------------------------------------------------------------------------------------- the reference
+
+
+@pytest.mark.parametrize("masked_rows", ["torch", "zero"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("number", range(0, 1260, 53))
+def test_the_definition_is_that_of_the_tests(number, dtype, masked_rows):
+    """mha_c.definition and reference.py were written independently of each other."""
+    _, one = list(check_command.grid())[number]
+    module = layer(one.embed_dim, one.num_heads, kdim=one.kdim, vdim=one.vdim, bias=one.bias, dtype=dtype,
+                   add_bias_kv=one.add_bias_kv, add_zero_attn=one.add_zero_attn, masked_rows=masked_rows)
+    n, length, s = 2, 4, 6
+    inputs = (normal((length, n, module.embed_dim), dtype), normal((s, n, module.kdim), dtype),
+              normal((s, n, module.vdim), dtype))
+    masks = {}
+    if one.key_padding_mask:
+        masks["key_padding_mask"] = np.arange(s) >= np.array([[s], [0]])  # of the second item nothing is visible
+    if one.attn_mask:
+        masks["attn_mask"] = normal((n * module.num_heads, length, s), dtype) if one.attn_mask.endswith(
+            "3d") else normal((length, s)) > 0
+    call = dict(masks, is_causal=one.is_causal, need_weights=one.need_weights)
+    output, weights = definition.attend(module, *inputs, **call)
+    expected = reference.multi_head_attention(
+        module.state_dict(), module.num_heads, *inputs, **call, add_zero_attn=module.add_zero_attn,
+        masked_rows=masked_rows)
+    # reference.py rounds masked scores to the layer's dtype; here nothing is rounded.
+    tolerance = 1e-5 if dtype == "float32" else 1e-13
+    np.testing.assert_allclose(output, expected[0], rtol=0, atol=tolerance)
+    if one.need_weights:
+        np.testing.assert_allclose(weights, expected[1], rtol=0, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("number", range(0, 1260, 7))
+def test_layers_agree(number):
+    _, configuration = list(check_command.grid())[number]
+    report = configuration.check()
+    report.assert_close()
+    names = [comparison.name for comparison in report.comparisons]
+    heads = [f"  head {head}" for head in range(configuration.num_heads)]
+    assert names == ["attn_output", *(["attn_output_weights", *heads] if configuration.need_weights else [])]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_of_torch_in_any_mode(dtype, batch_first):
+    """torch's layer may be training, frozen or replaced; inputs may be tensors or arrays, one, two or three."""
+    module = torch.nn.MultiheadAttention(12, 3, dropout=0.5, kdim=6, vdim=6, batch_first=batch_first, dtype=dtype)
+    query, key = torch.randn(2, 5, 12, dtype=dtype), torch.randn(2, 5, 6, dtype=dtype)
+    check.against_torch(module, query, key).assert_close()
+    check.against_torch(module.requires_grad_(False), query.numpy(), key, key.numpy()).assert_close()
+    assert module.training and not module.out_proj.weight.requires_grad
+    replaced = mha_c.torch.replace_attention(torch.nn.MultiheadAttention(12, 3))
+    check.against_torch(replaced, torch.randn(4, 2, 12), is_causal=True, average_attn_weights=False).assert_close()
+    assert type(replaced) is mha_c.torch.ReplacedAttention
+
+
+def test_what_is_measured():
+    """Differences and errors, recomputed here by hand."""
+    module, x = layer(8, 4), normal((5, 3, 8))
+    one = check.against_torch(module, x, need_weights=False).comparisons[0]
+    ours = module(x, x, x, need_weights=False)[0].astype(float)
+    theirs = mha_c.torch.forward_in_torch(module, x, x, x, need_weights=False)[0].astype(float)
+    exact = reference.multi_head_attention(module.state_dict(), 4, x, x, x, need_weights=False)[0]
+    assert one.difference.largest == np.abs(ours - theirs).max()
+    assert one.difference.rms == pytest.approx(np.sqrt(np.mean((ours - theirs)**2)))
+    assert one.error.largest == pytest.approx(np.abs(ours - exact).max(), rel=1e-6)
+    assert one.torch_error.rms == pytest.approx(np.sqrt(np.mean((theirs - exact)**2)), rel=1e-6)
+    assert one.ulp == np.spacing(np.float32(np.abs(theirs).max()))
+    assert (one.shape, one.torch_shape, one.dtype, one.torch_dtype) == ((5, 3, 8), (5, 3, 8), "float32", "float32")
+
+
+def test_a_mistake_is_noticed():
+    wrong = Wrong(8, 4, seed=0).eval()
+    report = check.against_torch(wrong, normal((5, 3, 8)))
+    assert [one.agrees for one in report.comparisons] == [False] + [True] * 5
+    with pytest.raises(AssertionError, match=r"attn_output +\(5, 3, 8\).*DIFFERS(.|\n)*an error of .*, where torch's"):
+        report.assert_close()
+
+
+@pytest.mark.parametrize("ours, words", [
+    (np.zeros((2, 3), np.float32), "shape (2, 3) instead of (2, 2)"),
+    (np.zeros((2, 2), np.float64), "dtype float64 instead of float32"),
+    (np.full((2, 2), np.nan, np.float32), "3 numbers are NaN or infinite in one of the two alone"),
+    (np.array([[-np.inf, np.nan], [0, 0]], np.float32), "2 numbers are NaN or infinite in one of the two alone"),
+], ids=["shape", "dtype", "nan", "infinity"])
+def test_shapes_dtypes_and_infinities(ours, words):
+    theirs = np.array([[0, 0], [np.nan, 0]], np.float32) if np.isnan(ours).all() else np.zeros((2, 2), np.float32)
+    one = check.Comparison.measure("output", ours, theirs, np.zeros((2, 2)))
+    assert words in one.disagreements and not one.agrees
+
+
+def test_rows_that_see_nothing():
+    """torch answers NaN; masked_rows="zero" does not, on purpose."""
+    x, hidden = normal((5, 3, 8)), np.array([[True] * 5, [False] * 5, [False] * 5])
+    for masked_rows in ("torch", "zero"):
+        check.against_torch(layer(8, 4, masked_rows=masked_rows), x, key_padding_mask=hidden).assert_close()
+
+
+def test_empty():
+    x = normal((0, 3, 8))
+    report = check.against_torch(layer(8, 4), x)
+    report.assert_close()
+    assert report.comparisons[0].difference == check.Error(0.0, 0.0)
+
+
+def test_what_cannot_be_checked():
+    x = normal((5, 3, 8))
+    for module, inputs, error, words in (
+            (layer(8, 4), (), TypeError, "there are 0 inputs"),
+            (layer(8, 4), (x,) * 4, TypeError, "there are 4 inputs"),
+            (torch.nn.Linear(8, 8), (x,), TypeError, "takes a torch.nn.MultiheadAttention"),
+            (torch.nn.MultiheadAttention(8, 4).half(), (x,), TypeError, "the layer is in float16"),
+            (layer(8, 4, head_dim=3), (x,), ValueError, "has no such widths")):
+        with pytest.raises(error, match=words):
+            check.against_torch(module, *inputs)
+    with pytest.raises(TypeError, match="is_casual"):
+        check.against_torch(layer(8, 4), x, is_casual=True)
+
+
+# ------------------------------------------------------------------------------------------- models
+
+
+def encoder(**options):
+    return torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, **options), 2)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_models():
+    """Layer by layer; then the output beside torch's ordinary path and its fused one, padding apart."""
+    model, x = encoder(), torch.randn(3, 7, 16)
+    padding = torch.arange(7) >= torch.tensor([[7], [4], [2]])
+    before = {name: type(module) for name, module in model.named_modules()}
+    torch.backends.mha.set_fastpath_enabled(True)
+    try:
+        report = check.model(model, x, src_key_padding_mask=padding)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(False)
+    report.assert_close()
+    assert [one.name for one in report.comparisons] == [
+        "layers.0.self_attn", "layers.1.self_attn", "output", "output, torch's fused path"]
+    assert {name: type(module) for name, module in model.named_modules()} == before and model.training
+    check.model(mha_c.torch.replace_attention(model).double(), x.double().numpy()).assert_close()
+    assert model.layers[0].activation_relu_or_gelu == 0  # still replaced
+
+
+def test_a_mistake_in_a_model_is_noticed(monkeypatch):
+    monkeypatch.setattr("mha_c.replacement.MultiheadAttention", Wrong)
+    report = check.model(encoder(), torch.randn(3, 7, 16))
+    assert [one.agrees for one in report.comparisons] == [False, False, False]
+
+
+def test_models_that_stay_with_torch_say_so():
+    report = check.model(encoder().half(), torch.randn(3, 7, 16).half())
+    assert "layers.0.self_attn is left to torch." in str(report)
+    with pytest.raises(ValueError, match="no torch.nn.MultiheadAttention to replace in this Linear"):
+        check.model(torch.nn.Linear(2, 2), torch.ones(2))
+    with pytest.raises(TypeError, match="check.model takes a torch.nn.Module"):
+        check.model(layer(8, 4), normal((5, 3, 8)))
+
+
+def test_outputs_of_any_structure():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(8, 2)
+
+        def forward(self, x):
+            output, weights = self.attention(x, x, x)
+            return {"output": output, "all": [weights, {"hidden": weights > 0.1}], "none": None}
+
+    report = check.model(Model(), torch.randn(5, 3, 8))
+    report.assert_close()
+    assert [one.name for one in report.comparisons] == [
+        "attention", "attention, weights", "output['output']", "output['all'][0]", "output['all'][1]['hidden']"]
+
+
+# ------------------------------------------------------------------------------------------- how it is shown
+
+
+def test_html_and_rich():
+    report = check.against_torch(layer(8, 4), normal((5, 3, 8)))
+    html = report._repr_html_()
+    assert html.count("<tr>") == 1 + 6 and html.count("agrees") == 6 + 1 and "mha_c&#x27;s error" in html
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(width=200, record=True, file=sys.stderr)
+    console.print(report)
+    assert "attn_output_weights" in console.export_text()
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+
+def test_command_of_one_configuration(capsys):
+    assert main("check --embed-dim 8 --num-heads 4 --batch-first --is-causal --attn-mask bool-3d".split()) == 0
+    described = "embed_dim=8, num_heads=4, batch_first, float32; query (3, 5, 8), attn_mask bool (12, 5, 5), is_causal"
+    assert described in capsys.readouterr().out
+    assert main("check --embed-dim 6 --num-heads 3 --kdim 4 --unbatched --length 2 --source-length 9 --no-bias "
+                "--dtype float64 --no-weights --key-padding-mask float".split()) == 0
+    said = capsys.readouterr().out
+    assert "num_heads=3, kdim=4, bias=False, float64; query (2, 6), key_padding_mask float64 (9,)" in said
+
+
+def test_command_of_a_state_dict(capsys, tmp_path):
+    model = torch.nn.TransformerDecoderLayer(16, 2, 32)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    layer(8, 4, batch_first=True).save(tmp_path / "layer.npz")
+    whole = f"check --state-dict {tmp_path / 'model.pt'} --prefix multihead_attn. --num-heads 2"
+    assert main(whole.split()) == 0
+    assert "embed_dim=16, num_heads=2, float32" in capsys.readouterr().out
+    assert main(["check", "--state-dict", str(tmp_path / "layer.npz")]) == 0
+    assert "embed_dim=8, num_heads=4, batch_first, float32" in capsys.readouterr().out
+    for wrong, words in (("none.npz", "none.npz"), ("model.pt", "needs --num-heads")):
+        assert main(["check", "--state-dict", str(tmp_path / wrong)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_command_over_the_grid(capsys, monkeypatch):
+    few = list(check_command.grid())[::105]
+    monkeypatch.setattr(check_command, "grid", lambda: iter(few))
+    threads = torch.get_num_threads()
+    assert main(["check"]) == 0
+    said = capsys.readouterr().out
+    assert f"{len(few)} of {len(few)} configurations, 0 of them differ." in said
+    assert "96/40/24 features, 3 heads, float64" in said
+    assert torch.get_num_threads() == threads
+
+    monkeypatch.setattr(check_command, "MultiheadAttention", Wrong)
+    assert main(["check"]) == 1
+    said = capsys.readouterr().out
+    assert "1 DIFFER" in said and "attn_output: an error of" in said
+
+
+def test_ctrl_c(capsys, monkeypatch):
+    few = list(check_command.grid())[:3]
+
+    @dataclasses.dataclass(frozen=True)
+    class Interrupted(check_command.Configuration):
+        def check(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(check_command, "grid", lambda: iter([*few, ("more", Interrupted())]))
+    assert main(["check"]) == 130
+    said = capsys.readouterr()
+    assert "3 of 4 configurations, 0 of them differ." in said.out and said.err.endswith("interrupted\n")
+
+
+def test_usage(capsys):
+    for wrong in ("--embed-dim 8", "--batch-first", "--num-heads 2", "--embed-dim x --num-heads 2", "--attn-mask int"):
+        with pytest.raises(SystemExit) as exit_:
+            main(["check", *wrong.split()])
+        assert exit_.value.code == 2
+    assert main("check --embed-dim 8 --num-heads 3".split()) == 2
+    assert "mha-c check: embed_dim must be divisible by num_heads" in capsys.readouterr().err
+
+
+def test_without_torch():
+    done = run_child("""
+        import sys
+        sys.modules["torch"] = None
+        import mha_c, numpy as np
+        from mha_c.__main__ import main
+        assert main(["check"]) == main(["check", "--embed-dim", "8", "--num-heads", "4"]) == 2
+        try:
+            mha_c.check.against_torch(mha_c.MultiheadAttention(8, 4), np.zeros((5, 3, 8), np.float32))
+        except ImportError as error:
+            print(error)
+    """)
+    sentence = "mha_c.torch needs torch, which is not installed: `pip install torch`"
+    assert done.stdout.strip() == sentence and done.stderr.count(f"mha-c check: {sentence}\n") == 2
