@@ -60,13 +60,14 @@ class Table:
 
     def __rich__(self) -> Group:
         """What rich shows."""
+        from rich.box import SIMPLE_HEAD
         from rich.console import Group
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=Text(self.title), title_justify="left")
+        table = RichTable(title=Text(self.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
         for number, cell in enumerate(self.header):
-            table.add_column(Text(cell), justify="left" if number == 0 else "right")
+            table.add_column(Text(cell), justify="left" if number == 0 else "right", no_wrap=number == 0)
         for row in self.rows:
             table.add_row(*map(Text, row))
         return Group(table, *map(Text, self.notes))
