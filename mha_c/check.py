@@ -38,8 +38,8 @@ class Error:
 
     Examples
     --------
-    >>> Error.between(np.array([1.0, 2.0, np.nan]), np.array([1.0, 2.5, np.nan]))
-    Error(largest=0.5, rms=0.35355339059327373)
+    >>> Error.between(np.array([1.0, 2.0, np.nan]), np.array([1.5, 2.5, np.nan]))
+    Error(largest=0.5, rms=0.5)
     """
 
     largest: float
@@ -163,12 +163,12 @@ class Report:
     Examples
     --------
     >>> x = np.ones((2, 2), np.float32)
-    >>> report = Report("ones", (Comparison.measure("output", x, x + 1, x.astype(np.float64)),))
+    >>> report = Report("ones and twos", (Comparison.measure("output", x + 1, x, x.astype(np.float64)),))
     >>> report.agrees
     False
     >>> report.assert_close()  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    AssertionError: ones
+    AssertionError: ones and twos
     ...
     """
 
