@@ -105,9 +105,10 @@ def _lengths(summaries: list[Summary]) -> Any:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks([_length(s) for s in summaries], [str(_length(s)) for s in summaries])
-    axes.set_xlabel(f"L, with N, L, E, H = {summaries[0].name.replace(f',{_length(summaries[0])},', ', L, ', 1)}")
+    N, _, E, H = summaries[0].name.split(",")
+    axes.set_xlabel(f"L, with N = {N}, E = {E}, H = {H}")
     axes.set_ylabel("µs per query")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

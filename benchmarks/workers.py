@@ -35,6 +35,7 @@ class PeerError(Exception):
 
 def serve(connection: Connection, name: str, threads: int) -> None:
     """The other process: answers ("prepare", case) and ("measure", calls, calls beforehand) until it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, which then kills this one
     try:
         peer = peers.create(name, threads)
         connection.send(("ok", peer.version))

@@ -73,8 +73,8 @@ class TorchLayer:
 
         def call() -> Any:
             q, k, v = (
-                y.unflatten(-1, (-1, case.head_dim)).transpose(1, 2)
-                for y in torch.split(F.linear(x, in_weight, in_bias), (case.E, kv, kv), dim=-1)
+                y.view(case.N, case.L, -1, case.head_dim).transpose(1, 2)
+                for y in torch.split(F.linear(x, in_weight, in_bias), [case.E, kv, kv], dim=-1)
             )
             context = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=True)
             return F.linear(context.transpose(1, 2).flatten(2), out_weight, out_bias), None
