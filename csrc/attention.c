@@ -137,7 +137,8 @@ static void take_weighing(const mha_attention *a, char *base, mha_layout *layout
 size_t mha_attention_scratch(const mha_attention *a)
 {
     mha_layout attend = {0}, weigh = {0};
-    take(a, NULL, &attend, 2 * most_block_keys(a), widest_panel(a));
+    take(a, NULL, &attend, most_block_keys(a), widest_panel(a)); /* one by one, as a task does: each is padded */
+    take(a, NULL, &attend, most_block_keys(a), widest_panel(a));
     for (size_t i = 0; i < most_task_panels(a); i++)
         take_state(a, NULL, &attend);
     if (a->weights_wanted)
