@@ -94,10 +94,11 @@ def run_both_ways(model: torch.nn.Module, inputs: Sequence[Any], call: Mapping[s
     ['output[0]', 'output[1]']
     """
     check_model(model, "check.model")
-    theirs = restore_attention(copy.deepcopy(model)).eval()
-    ours = replace_attention(copy.deepcopy(theirs))
-    args, kwargs = _map(_to_tensor, (tuple(inputs), dict(call)))
-    with torch.no_grad():
+    # Parameters made in inference mode would not be tracked, and so be left to torch.
+    with torch.inference_mode(False), torch.no_grad():
+        theirs = restore_attention(copy.deepcopy(model)).eval()
+        ours = replace_attention(copy.deepcopy(theirs))
+        args, kwargs = _map(_to_tensor, (tuple(inputs), dict(call)))
         as_is = theirs(*args, **kwargs)
         set_attention_class(theirs, _OrdinaryAttention)
         recorder = _Recorder(theirs, ours)
@@ -110,7 +111,7 @@ def run_both_ways(model: torch.nn.Module, inputs: Sequence[Any], call: Mapping[s
         in_other_dtype = theirs.to(other)(*args, **kwargs)
     flat = [_flatten("output", result) for result in (replaced, ordinary, as_is, in_other_dtype)]
     outputs = {name: ModelOutput(*(arrays[name] for arrays in flat)) for name in flat[0]}
-    return ModelRuns(recorder.runs, recorder.left_to_torch, outputs)
+    return ModelRuns(recorder.runs, list(dict.fromkeys(recorder.left_to_torch)), outputs)
 
 
 class _Recorder:

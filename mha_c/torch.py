@@ -218,14 +218,15 @@ def forward_in_torch(
     >>> forward_in_torch(mha_c.MultiheadAttention(8, 2), x, x, x)[0].shape
     (5, 3, 8)
     """
-    module = to_torch(layer) if isinstance(layer, MultiheadAttention) else _copy_with_gradients(layer)
-    tensors = [torch.from_numpy(np.array(array)) for array in (query, key, value)]
-    for name in ("key_padding_mask", "attn_mask"):
-        if call.get(name) is not None:
-            call[name] = torch.from_numpy(np.array(call[name]))
-    # Gradients are left on: without them torch may take its inference fast path, which differs in corner cases.
-    output, weights = module(*tensors, **call)
-    return output.detach().numpy(), None if weights is None else weights.detach().numpy()
+    # With gradients, torch takes its ordinary path; the one for inference answers differently in corner cases.
+    with torch.inference_mode(False), torch.enable_grad():
+        module = to_torch(layer) if isinstance(layer, MultiheadAttention) else _copy_with_gradients(layer)
+        tensors = [torch.from_numpy(np.array(array)) for array in (query, key, value)]
+        for name in ("key_padding_mask", "attn_mask"):
+            if call.get(name) is not None:
+                call[name] = torch.from_numpy(np.array(call[name]))
+        output, weights = module(*tensors, **call)
+        return output.detach().numpy(), None if weights is None else weights.detach().numpy()
 
 
 def _copy_with_gradients(module: torch.nn.MultiheadAttention) -> torch.nn.MultiheadAttention:

@@ -82,6 +82,14 @@ def test_layers_of_torch_in_any_mode(dtype, batch_first):
     assert type(replaced) is mha_c.torch.ReplacedAttention
 
 
+def test_in_inference_mode():
+    with torch.inference_mode():
+        check.against_torch(torch.nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)).assert_close()
+        report = check.model(encoder(), torch.randn(3, 7, 16))
+    report.assert_close()
+    assert [one.name for one in report.comparisons] == ["layers.0.self_attn", "layers.1.self_attn", "output"]
+
+
 def test_what_is_measured():
     """Differences and errors, recomputed here by hand."""
     module, x = layer(8, 4), normal((5, 3, 8))

@@ -420,7 +420,7 @@ def test_nothing_is_kept_alive():
 
 
 def test_two_threads():
-    """One changes the parameters, others ask: each answer is that of one of the two sets."""
+    """One changes the parameters, others ask all the while; what comes after the last change is by the last ones."""
     _, ours = pair(16, 2)
     x = torch.randn(5, 3, 16)
     sets = [{k: v * factor for k, v in ours.state_dict().items()} for factor in (1, 2)]
