@@ -3,7 +3,8 @@
  * mha.h - the core's whole interface: what attention is told, and what it answers.
  *
  * Owns: the types that cross from the Python binding to the core, and three verbs: pack the weights once,
- * estimate a call, run a call. A call is that of a whole layer, or attention alone. The core knows nothing of Python, and never modifies what it is given.
+ * estimate a call, run a call. A call is that of a whole layer, or attention alone. The core knows nothing of Python,
+ * and never modifies what it is given.
  *
  * The letters, used in every file (torch's own; ARCHITECTURE.md explains them):
  *   N batch items   L queries of an item   S keys of an item   H heads   Hkv key/value heads

@@ -3,8 +3,8 @@
  * sdpa.c - attention without projections, on rows that stay where the caller has them.
  *
  * attention.c knows items whose H heads share keys and values in equal groups. Here keys and values may have different
- * numbers of heads, and any axes may lead to the heads, each input with its own strides. So a query's heads are cut into
- * the smallest groups that share both, each group becomes an item of its own, and tables say where its rows begin:
+ * numbers of heads, and any axes may lead to the heads, each input with its own strides. So the heads of a query are
+ * cut into groups that share both, each group becomes an item of its own, and tables say where its rows begin:
  *
  *      H = 8, 2 key heads, 4 value heads        group   0   1   2   3
  *                                               query  0 1 2 3 4 5 6 7
@@ -168,7 +168,7 @@ mha_status mha_sdpa(const mha_sdpa_call *call)
 {
     sdpa s = {.call = call, .kernels = mha_cpu_kernels(call->dtype)};
     mha_status status = count_items(&s);
-    if (status != MHA_OK || s.items == 0 || call->L == 0 || call->Dv == 0)
+    if (status != MHA_OK || s.items == 0 || call->query.heads == 0 || call->L == 0 || call->Dv == 0)
         return status;
     const mha_call masks = {.N = s.items, .S = call->S, .attn_mask = call->mask, .is_causal = call->is_causal};
     status = mha_read_masks(&masks, 0, &s.live, &s.masks);

@@ -89,8 +89,8 @@ def scaled_dot_product_attention(
     ------
     RuntimeError, IndexError, TypeError, NotImplementedError
         Where torch raises them, in its words: ranks, shapes, dtypes and types that do not fit. Two things that torch
-        refuses are computed: `attn_mask` together with `is_causal`, and a float mask of another width. Sizes that do
-        not fit are refused for empty arrays too, and for four axes where torch overlooks that S of key and value differ.
+        refuses are computed: `attn_mask` together with `is_causal`, and a float mask of another width. Two that it
+        overlooks are refused: sizes of empty arrays that do not fit, and S of key and value that differ, with 4 axes.
 
     Examples
     --------
@@ -203,7 +203,7 @@ def multi_head_attention_forward(
     Raises
     ------
     AssertionError, RuntimeError, IndexError, TypeError, ValueError
-        Where torch raises them; in its words, with a shape printed as a tuple, unless a parameter has a shape that makes
+        Where torch raises them; in its words, with a shape printed as a tuple, unless the shape of a parameter makes
         torch fail somewhere inside. Biases are not broadcast. Unlike torch, `is_causal` needs no `attn_mask`.
 
     Examples

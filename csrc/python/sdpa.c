@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * sdpa.c - torch.nn.functional.scaled_dot_product_attention: its arguments, its checks in its order and words, and the
- * way to the core. Leading axes are broadcast by strides of 0; an array is copied only where the core could not read it.
+ * way to the core. Leading axes are broadcast by strides of 0; an array is copied where the core could not read it.
  *
  * Owns: every reference that a call needs, in one struct that one function releases. The functions that return an int
  * return 0, or -1 with an exception.
@@ -177,7 +177,8 @@ static int check_groups(const sdpa_arguments *arguments)
         return 0;
     for (size_t i = 0; i < 3; i++) {
         if (PyArray_NDIM(arrays[i]) < 3) {
-            PyErr_SetString(PyExc_IndexError, "Dimension out of range (expected to be in range of [-2, 1], but got -3)");
+            PyErr_SetString(PyExc_IndexError,
+                            "Dimension out of range (expected to be in range of [-2, 1], but got -3)");
             return -1;
         }
         const npy_intp H = from_end(arrays[0], 3), heads = from_end(arrays[i], 3);
@@ -362,16 +363,6 @@ static void list_strides(PyArrayObject *array, size_t axes, ptrdiff_t *strides)
         strides[i] = stride_of(array, 3 + (int)(axes - i));
 }
 
-static mha_heads describe_heads(PyArrayObject *array, size_t heads, size_t axes, ptrdiff_t *strides)
-{
-    list_strides(array, axes, strides);
-    return (mha_heads){.data = PyArray_DATA(array),
-                       .heads = heads,
-                       .stride_axes = strides,
-                       .stride_h = stride_of(array, 3),
-                       .stride_l = stride_of(array, 2)};
-}
-
 /* Grouped heads may be none at all; then there are no keys either. */
 static bool has_heads(const sdpa_arguments *arguments, PyArrayObject *array)
 {
@@ -381,6 +372,16 @@ static bool has_heads(const sdpa_arguments *arguments, PyArrayObject *array)
 static size_t count_heads(const sdpa_arguments *arguments, PyArrayObject *array)
 {
     return PyArray_NDIM(array) < 3 || !has_heads(arguments, array) ? 1 : (size_t)from_end(array, 3);
+}
+
+static mha_heads describe_heads(const sdpa_arguments *arguments, PyArrayObject *array, ptrdiff_t *strides)
+{
+    list_strides(array, arguments->call.axes, strides);
+    return (mha_heads){.data = PyArray_DATA(array),
+                       .heads = count_heads(arguments, array),
+                       .stride_axes = strides,
+                       .stride_h = stride_of(array, 3),
+                       .stride_l = stride_of(array, 2)};
 }
 
 static int describe_mask(sdpa_arguments *arguments)
@@ -425,9 +426,10 @@ static int prepare(sdpa_arguments *arguments)
     if (make_readable(&arguments->query, true) < 0 || make_readable(&arguments->key, false) < 0 ||
         make_readable(&arguments->value, false) < 0 || describe_mask(arguments) < 0)
         return -1;
-    call->query = describe_heads(arguments->query, H, call->axes, arguments->query_axes);
-    call->key = describe_heads(arguments->key, count_heads(arguments, arguments->key), call->axes, arguments->key_axes);
-    call->value = describe_heads(arguments->value, count_heads(arguments, arguments->value), call->axes, arguments->value_axes);
+    call->query = describe_heads(arguments, arguments->query, arguments->query_axes);
+    call->query.heads = H; /* broadcast, too */
+    call->key = describe_heads(arguments, arguments->key, arguments->key_axes);
+    call->value = describe_heads(arguments, arguments->value, arguments->value_axes);
     arguments->output = new_array(result->ndim, result->dims, call->dtype);
     if (arguments->output == NULL)
         return -1;
