@@ -261,7 +261,7 @@ static mha_status plan_call(forward *f)
                                larger(mha_projection_scratch(kernels, projections, inputs),
                                       mha_projection_scratch(kernels, &output, 1)));
     at->scratch = mha_reserve(&layout, call->threads, at->scratch_bytes, 1);
-    return mha_allocate(&layout, &f->block);
+    return mha_take_workspace(&layout, &f->block);
 }
 
 /* ---- The pass ---- */
@@ -317,7 +317,7 @@ mha_status mha_forward(const mha_weights *weights, const mha_call *call)
         goto done;
     status = run(&f);
 done:
-    mha_release(f.block);
+    mha_give_workspace(f.block);
     mha_live_keys_release(&f.live);
     return status;
 }

@@ -161,7 +161,7 @@ static mha_status plan_call(sdpa *s)
     attention.D += attention.D == 0;
     at->scratch_bytes = mha_attention_scratch(&attention);
     at->scratch = mha_reserve(&layout, s->call->threads, at->scratch_bytes, 1);
-    return mha_allocate(&layout, &s->block);
+    return mha_take_workspace(&layout, &s->block);
 }
 
 mha_status mha_sdpa(const mha_sdpa_call *call)
@@ -181,7 +181,7 @@ mha_status mha_sdpa(const mha_sdpa_call *call)
     const mha_attention attention = describe_attention(&s);
     status = mha_attend(&attention);
 done:
-    mha_release(s.block);
+    mha_give_workspace(s.block);
     mha_live_keys_release(&s.live);
     return status;
 }

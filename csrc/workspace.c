@@ -2,13 +2,22 @@
  *
  * workspace.c - checked sizes and aligned memory.
  *
+ * Owns: one spare block, which any thread may take and give back.
  * Assumes C11's aligned_alloc.
  */
 #include "workspace.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
 
-enum { CACHE_LINE = 64 };
+enum {
+    CACHE_LINE = 64,
+    HUGE_PAGE = 2 << 20,
+    LEAST_SPARE = 128 << 10, /* less is quickly had */
+    MOST_SPARE = 64 << 20,   /* more is not kept from the rest of the process */
+};
 
 static bool multiply(size_t a, size_t b, size_t *product)
 {
@@ -22,9 +31,22 @@ size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t item)
     if (!multiply(rows, columns, &bytes) || !multiply(bytes, item, &bytes) ||
         __builtin_add_overflow(bytes, CACHE_LINE - 1, &bytes) ||
         __builtin_add_overflow(offset, bytes / CACHE_LINE * CACHE_LINE, &layout->bytes) ||
-        layout->bytes > PTRDIFF_MAX)
+        layout->bytes > PTRDIFF_MAX - HUGE_PAGE)
         layout->too_large = true;
     return offset;
+}
+
+/* Aligned memory, in huge pages where it fills some: rows of many heads lie on many pages, more than the processor
+ * remembers the addresses of. */
+static char *allocate(size_t bytes)
+{
+    const size_t alignment = bytes < 2 * HUGE_PAGE ? CACHE_LINE : HUGE_PAGE;
+    char *memory = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+#ifdef MADV_HUGEPAGE
+    if (memory && alignment == HUGE_PAGE)
+        (void)madvise(memory, bytes, MADV_HUGEPAGE); /* only advice */
+#endif
+    return memory;
 }
 
 mha_status mha_allocate(const mha_layout *layout, char **block)
@@ -32,13 +54,60 @@ mha_status mha_allocate(const mha_layout *layout, char **block)
     *block = NULL;
     if (layout->too_large)
         return MHA_TOO_LARGE;
-    *block = aligned_alloc(CACHE_LINE, layout->bytes ? layout->bytes : CACHE_LINE);
+    *block = allocate(layout->bytes ? layout->bytes : CACHE_LINE);
     return *block ? MHA_OK : MHA_NO_MEMORY;
 }
 
 void mha_release(char *block)
 {
     free(block);
+}
+
+/* ---- The workspace of a call ---- */
+
+/* A block that the last call left. Fresh memory costs a page fault for every page, in every call. */
+static _Atomic(char *) spare;
+
+/* The first cache line of a workspace holds its size. */
+static size_t size_of(const char *memory)
+{
+    size_t bytes;
+    memcpy(&bytes, memory, sizeof bytes);
+    return bytes;
+}
+
+mha_status mha_take_workspace(const mha_layout *layout, char **block)
+{
+    *block = NULL;
+    if (layout->too_large)
+        return MHA_TOO_LARGE;
+    const size_t bytes = layout->bytes + CACHE_LINE;
+    char *memory = bytes >= LEAST_SPARE ? atomic_exchange(&spare, NULL) : NULL;
+    if (memory && size_of(memory) < bytes) {
+        free(memory);
+        memory = NULL;
+    }
+    if (!memory) {
+        memory = allocate(bytes);
+        if (!memory)
+            return MHA_NO_MEMORY;
+        memcpy(memory, &bytes, sizeof bytes);
+    }
+    *block = memory + CACHE_LINE;
+    return MHA_OK;
+}
+
+void mha_give_workspace(char *block)
+{
+    char *memory = block ? block - CACHE_LINE : NULL;
+    if (memory && size_of(memory) >= LEAST_SPARE && size_of(memory) <= MOST_SPARE)
+        memory = atomic_exchange(&spare, memory);
+    free(memory);
+}
+
+void mha_free_spare(void)
+{
+    free(atomic_exchange(&spare, NULL));
 }
 
 size_t mha_row_stride(size_t width, size_t lanes, size_t item)

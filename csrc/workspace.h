@@ -21,6 +21,11 @@ size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t item)
 mha_status mha_allocate(const mha_layout *layout, char **block);
 void mha_release(char *block); /* NULL is allowed */
 
+/* The same for the workspace of a call, which is kept for the next call unless it is very large. */
+mha_status mha_take_workspace(const mha_layout *layout, char **block);
+void mha_give_workspace(char *block); /* NULL is allowed */
+void mha_free_spare(void);            /* what was kept */
+
 /* The distance between rows of `width` numbers that the kernels write in whole vectors: never a large power of two,
  * which would map all rows to one set of the first-level cache. */
 size_t mha_row_stride(size_t width, size_t lanes, size_t item);

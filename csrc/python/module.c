@@ -12,6 +12,7 @@
 
 #include "../cpu.h"
 #include "../threads.h"
+#include "../workspace.h"
 #include "arguments.h"
 #include "sdpa.h"
 #include "thread_count.h"
@@ -254,6 +255,7 @@ static int module_clear(PyObject *module)
 static void module_free(void *module)
 {
     module_clear(module);
+    mha_free_spare();
 }
 
 static PyModuleDef_Slot module_slots[] = {
