@@ -59,39 +59,29 @@ typedef struct {
     size_t chunks;      /* tasks of a panel in the second pass */
 } job;
 
-static size_t divide_up(size_t a, size_t b)
-{
-    return (a + b - 1) / b;
-}
-
-static size_t smaller(size_t a, size_t b)
-{
-    return a < b ? a : b;
-}
-
 /* Lanes of the widest panel that L queries make. */
 static size_t widest_panel(const mha_attention *a)
 {
     const size_t vectors = mha_split_width(a->kernels, a->L).vectors;
-    return a->kernels->lanes * smaller(vectors ? vectors : 1, a->kernels->vectors);
+    return a->kernels->lanes * mha_smaller(vectors ? vectors : 1, a->kernels->vectors);
 }
 
 static size_t most_task_panels(const mha_attention *a)
 {
     const size_t fit = PANEL_BYTES / (widest_panel(a) * (a->D + a->Dv) * a->kernels->item);
-    const size_t wanted = smaller(TASK_PANELS, a->H / a->Hkv * mha_split_width(a->kernels, a->L).panels);
-    return fit < 1 ? 1 : smaller(fit, wanted);
+    const size_t wanted = mha_smaller(TASK_PANELS, a->H / a->Hkv * mha_split_width(a->kernels, a->L).panels);
+    return fit < 1 ? 1 : mha_smaller(fit, wanted);
 }
 
 /* Keys of the largest block, and blocks of the largest item; S stands for the live keys of any of them. */
 static size_t most_block_keys(const mha_attention *a)
 {
-    return smaller(MHA_BLOCK_KEYS, a->live->S > a->live->extra ? a->live->S : a->live->extra);
+    return mha_smaller(MHA_BLOCK_KEYS, a->live->S > a->live->extra ? a->live->S : a->live->extra);
 }
 
 static size_t most_blocks(const mha_attention *a)
 {
-    return divide_up(a->live->S, MHA_BLOCK_KEYS) + (a->live->extra > 0);
+    return mha_divide_up(a->live->S, MHA_BLOCK_KEYS) + (a->live->extra > 0);
 }
 
 static char *row_at(const mha_attention *a, const mha_rows *rows, size_t n, size_t h, size_t l)
@@ -128,7 +118,7 @@ static void take_weighing(const mha_attention *a, char *base, mha_layout *layout
     const size_t P = widest_panel(a), keys = most_block_keys(a);
     w->queries = take(a, base, layout, a->D, P);
     w->factor = take(a, base, layout, 1, P);
-    w->weights = take(a, base, layout, smaller(CHUNK_BLOCKS, most_blocks(a)) * keys, P);
+    w->weights = take(a, base, layout, mha_smaller(CHUNK_BLOCKS, most_blocks(a)) * keys, P);
     w->scores = take(a, base, layout, keys, P);
     w->bias = take(a, base, layout, keys, P);
     w->rows = take(a, base, layout, P, MHA_BLOCK_KEYS);
@@ -179,18 +169,10 @@ static char *values_of(const mha_attention *a, size_t n, const mha_key_block *bl
     return row_at(a, block->is_extra ? &a->extra_v : &a->v, n, h / (a->H / a->Hkv), block->row);
 }
 
-/* Reads the masks for a block into bias, if they matter. */
 static mha_visibility look(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
                            char *bias)
 {
-    const mha_visibility visibility =
-        mha_block_visibility(a->masks, lanes.first, lanes.first + lanes.count - 1, block);
-    if (visibility != MHA_VISIBLE_SOME)
-        return visibility;
-    mha_mask_block masks = mha_block_masks(a->masks, n, block);
-    for (size_t lane = 0; lane < lanes.count; lane++)
-        mha_block_masks_lane(a->masks, &masks, n, lane, h, lanes.first + lane);
-    return a->kernels->read_masks(bias, block->keys, lanes.vectors, lanes.count, &masks);
+    return mha_look(a->kernels, a->masks, n, (mha_lanes){h, 1, lanes.first, lanes.count, lanes.vectors}, block, bias);
 }
 
 /* scores[key][lane], plus bias unless it is NULL. Chains of at most MHA_CHAIN features, as in the projections. */
@@ -204,7 +186,7 @@ static void score(const mha_attention *a, size_t n, size_t h, mha_panel lanes, c
                            .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1, .b_k = P,
                            .addend_row = P, .c = scores, .c_row = P};
     for (size_t d = 0; d < a->D; d += MHA_CHAIN) {
-        product.depth = smaller(a->D - d, MHA_CHAIN);
+        product.depth = mha_smaller(a->D - d, MHA_CHAIN);
         product.a = keys + d * kernels->item;
         product.b = queries + d * P * kernels->item;
         product.addend = d ? scores : NULL;
@@ -286,7 +268,7 @@ static void attend_task(void *context, size_t task, size_t worker)
     if (a->live->is_few[n])
         return;
     const size_t first = group * j->task_panels;
-    const size_t panels = smaller(j->task_panels, shared * j->split.panels - first);
+    const size_t panels = mha_smaller(j->task_panels, shared * j->split.panels - first);
     for (size_t i = 0; i < panels; i++) {
         states[i] = take_state(a, base, &layout);
         states[i].h = hkv * shared + (first + i) / j->split.panels;
@@ -386,7 +368,7 @@ static void weigh_task(void *context, size_t task, size_t worker)
     take_weighing(a, base, &layout, &w);
     if (a->live->is_few[w.n])
         return;
-    const size_t first = chunk * CHUNK_BLOCKS, end = smaller(first + CHUNK_BLOCKS, mha_key_blocks(a->live, w.n));
+    const size_t first = chunk * CHUNK_BLOCKS, end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(a->live, w.n));
     const size_t P = w.lanes.vectors * a->kernels->lanes, block_weights = most_block_keys(a) * P * a->kernels->item;
     a->kernels->fill(w.factor, P, 1 / (double)heads);
     if (chunk == 0 && a->live->index)
@@ -412,13 +394,13 @@ mha_status mha_attend(const mha_attention *a)
     const size_t shared = a->H / a->Hkv, heads = a->N * a->Hkv;
     if (a->N == 0 || a->L == 0)
         return MHA_OK;
-    j.task_panels = smaller(most_task_panels(a),
-                            divide_up(heads * shared * j.split.panels, TASKS_A_THREAD * a->threads));
-    j.groups = divide_up(shared * j.split.panels, j.task_panels);
+    j.task_panels = mha_smaller(most_task_panels(a),
+                            mha_divide_up(heads * shared * j.split.panels, TASKS_A_THREAD * a->threads));
+    j.groups = mha_divide_up(shared * j.split.panels, j.task_panels);
     mha_status status = mha_parallel_for(a->threads, heads * j.groups, attend_task, &j, a->stop);
     if (status != MHA_OK || !a->weights_wanted)
         return status;
-    j.chunks = divide_up(most_blocks(a), CHUNK_BLOCKS);
+    j.chunks = mha_divide_up(most_blocks(a), CHUNK_BLOCKS);
     const size_t rows = a->N * (a->weights_wanted == MHA_WEIGHTS_PER_HEAD ? a->H : 1);
     return mha_parallel_for(a->threads, rows * j.split.panels * j.chunks, weigh_task, &j, a->stop);
 }

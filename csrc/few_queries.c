@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * few_queries.c - the re-associated pass: queries to the keys' side, attention over raw inputs, sums to the values' side.
+ * few_queries.c - queries to the keys' side, attention over raw inputs, sums to the values' side.
  *
  *      absorb        t = Wk_h^T q_h for every lane, then as panels                        task: item, head
  *      attend        softmax and sums over one chunk of keys                             task: item, panel, chunk
@@ -23,16 +23,6 @@ enum {
     LEAST_FEATURES = 16,   /* of keys and values: a vector of any instruction set, also for rows of Wk as they are */
     CLEARLY = 2,           /* times fewer operations, for the path to be chosen */
 };
-
-static size_t divide_up(size_t a, size_t b)
-{
-    return (a + b - 1) / b;
-}
-
-static size_t smaller(size_t a, size_t b)
-{
-    return a < b ? a : b;
-}
 
 bool mha_few_queries_pays(const mha_weights *weights, const mha_call *call, size_t live_keys)
 {
@@ -74,7 +64,7 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
         if (!f->live->is_few[n])
             continue;
         f->items++;
-        const size_t chunks = divide_up(mha_key_blocks(f->live, n), CHUNK_BLOCKS);
+        const size_t chunks = mha_divide_up(mha_key_blocks(f->live, n), CHUNK_BLOCKS);
         f->chunks = chunks > f->chunks ? chunks : f->chunks;
     }
     if (f->items == 0)
@@ -160,15 +150,15 @@ static void copy_slice(const mha_few_queries *f, const mha_array *x, size_t n, c
     const mha_kernels *kernels = f->weights->kernels;
     const size_t bytes = slice_stride(kernels) * kernels->item;
     const char *item = (const char *)x->data + (ptrdiff_t)n * x->stride_n + (ptrdiff_t)first * x->stride_e;
-    for (size_t i = 0; i < block->keys; i++) {
-        mha_copy_row(item + (ptrdiff_t)mha_key_number(block, i) * x->stride_l, x->stride_e, features, kernels->item, slice + i * bytes);
-    }
+    for (size_t i = 0; i < block->keys; i++)
+        mha_copy_row(item + (ptrdiff_t)mha_key_number(block, i) * x->stride_l, x->stride_e, features, kernels->item,
+                     slice + i * bytes);
 }
 
 /* ---- absorb ---- */
 
 /* Rows of t for one head: q_h against rows of Wk as they are, feature by feature in the lanes. The last vector ends
- * with the last feature, so that nothing is read beyond the matrix; what it overlaps is computed twice, to equal bits. */
+ * with the last feature, so that nothing is read beyond the matrix; what it overlaps is computed twice, to the same bits. */
 static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t first, size_t vectors)
 {
     const mha_weights *weights = f->weights;
@@ -180,7 +170,7 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
     mha_product product = {.rows = f->call->L, .vectors = vectors, .a_row = (ptrdiff_t)f->q_stride, .a_k = 1,
                            .b_k = w->Ek, .addend_row = w->H * f->t_stride, .c = t, .c_row = w->H * f->t_stride};
     for (size_t d = 0; d < w->D; d += MHA_CHAIN) {
-        product.depth = smaller(w->D - d, MHA_CHAIN);
+        product.depth = mha_smaller(w->D - d, MHA_CHAIN);
         product.a = q + d * number;
         product.b = Wk + d * w->Ek * number;
         product.addend = d ? t : NULL;
@@ -196,7 +186,7 @@ static void absorb_task(void *context, size_t task, size_t worker)
     size_t e = 0;
     (void)worker;
     while (Ek - e >= kernels->lanes) {
-        const size_t vectors = smaller((Ek - e) / kernels->lanes, kernels->vectors);
+        const size_t vectors = mha_smaller((Ek - e) / kernels->lanes, kernels->vectors);
         absorb_window(j->f, i, h, e, vectors);
         e += vectors * kernels->lanes;
     }
@@ -219,35 +209,21 @@ static void pack_task(void *context, size_t task, size_t worker)
 
 /* ---- attend ---- */
 
-/* Reads the masks for a block, if they matter. Lane 0 is number `first` of the item's. */
-static mha_visibility look(const mha_few_queries *f, size_t n, size_t first, mha_panel panel,
-                           const mha_key_block *block, char *bias)
-{
-    const size_t H = f->weights->widths.H;
-    const mha_visibility visibility =
-        mha_block_visibility(f->masks, first / H, (first + panel.count - 1) / H, block);
-    if (visibility != MHA_VISIBLE_SOME)
-        return visibility;
-    mha_mask_block masks = mha_block_masks(f->masks, n, block);
-    for (size_t lane = 0; lane < panel.count; lane++)
-        mha_block_masks_lane(f->masks, &masks, n, lane, (first + lane) % H, (first + lane) / H);
-    return f->weights->kernels->read_masks(bias, block->keys, panel.vectors, panel.count, &masks);
-}
-
-/* Masked scores of a panel against a block; false if no lane sees any key of it. */
+/* Masked scores of a panel against a block; false if no lane sees any key of it. Lane 0 is the item's `first`. */
 static bool score(const mha_few_queries *f, size_t n, size_t first, mha_panel panel, const mha_key_block *block,
                   const char *queries, const places *s)
 {
     const mha_kernels *kernels = f->weights->kernels;
     const size_t P = panel.vectors * kernels->lanes, Ek = f->weights->widths.Ek;
-    const mha_visibility visibility = look(f, n, first, panel, block, s->bias);
+    const mha_lanes lanes = {0, f->weights->widths.H, first, panel.count, panel.vectors};
+    const mha_visibility visibility = mha_look(kernels, f->masks, n, lanes, block, s->bias);
     if (visibility == MHA_VISIBLE_NONE)
         return false;
     mha_product product = {.rows = block->keys, .vectors = panel.vectors, .a = s->slice,
                            .a_row = (ptrdiff_t)slice_stride(kernels), .a_k = 1, .b_k = P, .addend_row = P,
                            .c = s->scores, .c_row = P};
     for (size_t e = 0; e < Ek; e += MHA_CHAIN) {
-        product.depth = smaller(Ek - e, MHA_CHAIN);
+        product.depth = mha_smaller(Ek - e, MHA_CHAIN);
         copy_slice(f, &f->call->key, n, block, e, product.depth, s->slice);
         product.b = queries + e * P * kernels->item;
         product.addend = e ? s->scores : NULL;
@@ -268,7 +244,7 @@ static void add_values(const mha_few_queries *f, size_t n, mha_panel panel, cons
                            .a_k = (ptrdiff_t)slice_stride(kernels), .b = s->scores, .b_k = P, .addend_row = P,
                            .factor = s->factor, .c_row = P};
     for (size_t e = 0; e < Ev; e += MHA_CHAIN) {
-        product.rows = smaller(Ev - e, MHA_CHAIN);
+        product.rows = mha_smaller(Ev - e, MHA_CHAIN);
         copy_slice(f, &f->call->value, n, block, e, product.rows, s->slice);
         product.addend = product.c = sums + e * P * kernels->item;
         kernels->product(&product);
@@ -291,7 +267,7 @@ static void attend_task(void *context, size_t task, size_t worker)
     char *sum = numbers_at(f, f->sum, part * padded + panel.first);
     kernels->softmax_begin(maximum, sum, panel.vectors);
     kernels->fill(sums, Ev * P, 0);
-    const size_t first = chunk * CHUNK_BLOCKS, end = smaller(first + CHUNK_BLOCKS, mha_key_blocks(f->live, n));
+    const size_t first = chunk * CHUNK_BLOCKS, end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(f->live, n));
     for (size_t b = first; b < end; b++) {
         const mha_key_block block = mha_key_block_at(f->live, n, b);
         if (!score(f, n, panel.first, panel, &block, queries, &s))
@@ -344,7 +320,7 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
     mha_product product = {.rows = f->call->L, .vectors = panel.vectors, .a_row = (ptrdiff_t)(w->H * f->y_stride),
                            .a_k = 1, .b_k = P, .addend_row = P, .c = strip, .c_row = P};
     for (size_t e = 0; e < w->Ev; e += MHA_CHAIN) {
-        product.depth = smaller(w->Ev - e, MHA_CHAIN);
+        product.depth = mha_smaller(w->Ev - e, MHA_CHAIN);
         product.a = y + e * number;
         product.b = Wv + e * P * number;
         product.addend = e ? strip : NULL;
@@ -360,7 +336,7 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
     }
     const size_t hkv = h / (w->H / w->Hkv), head = hkv * w->Dv;
     const size_t from = head > panel.first ? head : panel.first;
-    const size_t to = smaller(head + w->Dv, panel.first + panel.count);
+    const size_t to = mha_smaller(head + w->Dv, panel.first + panel.count);
     for (size_t l = 0; l < f->call->L; l++)
         memcpy(f->context + ((n * f->call->L + l) * f->context_stride + h * w->Dv + from - head) * number,
                strip + (l * P + from - panel.first) * number, (to - from) * number);
@@ -466,7 +442,7 @@ static void weigh_task(void *context, size_t task, size_t worker)
     const places s = scratch_of(j, worker);
     const weighing w = describe_weighing(j, task / j->f->chunks);
     const size_t chunk = task % j->f->chunks, first = chunk * CHUNK_BLOCKS;
-    const size_t end = smaller(first + CHUNK_BLOCKS, mha_key_blocks(live, w.n));
+    const size_t end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(live, w.n));
     for (size_t b = first; b < end; b++) {
         const mha_key_block block = mha_key_block_at(live, w.n, b);
         weigh_block(j, &w, &block, false, &s);

@@ -219,11 +219,6 @@ static mha_few_queries describe_few_queries(const forward *f)
     return few;
 }
 
-static size_t larger(size_t a, size_t b)
-{
-    return a > b ? a : b;
-}
-
 static mha_status plan_call(forward *f)
 {
     const mha_call *call = f->call;
@@ -257,8 +252,8 @@ static mha_status plan_call(forward *f)
     at->maximum = mha_reserve(&layout, statistics, 1, item);
     at->sum = mha_reserve(&layout, statistics, 1, item);
     mha_few_queries_plan(&f->few, &layout);
-    at->scratch_bytes = larger(larger(mha_attention_scratch(&attention), mha_few_queries_scratch(&f->few)),
-                               larger(mha_projection_scratch(kernels, projections, inputs),
+    at->scratch_bytes = mha_larger(mha_larger(mha_attention_scratch(&attention), mha_few_queries_scratch(&f->few)),
+                               mha_larger(mha_projection_scratch(kernels, projections, inputs),
                                       mha_projection_scratch(kernels, &output, 1)));
     at->scratch = mha_reserve(&layout, call->threads, at->scratch_bytes, 1);
     return mha_take_workspace(&layout, &f->block);

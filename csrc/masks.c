@@ -102,7 +102,7 @@ void mha_live_keys_release(mha_live_keys *live)
 
 static size_t blocks_of_live_keys(const mha_live_keys *live, size_t n)
 {
-    return (mha_live_count(live, n) + MHA_BLOCK_KEYS - 1) / MHA_BLOCK_KEYS;
+    return mha_divide_up(mha_live_count(live, n), MHA_BLOCK_KEYS);
 }
 
 size_t mha_key_blocks(const mha_live_keys *live, size_t n)
@@ -114,8 +114,8 @@ mha_key_block mha_key_block_at(const mha_live_keys *live, size_t n, size_t i)
 {
     if (i == blocks_of_live_keys(live, n))
         return (mha_key_block){.is_extra = true, .keys = live->extra, .first_key = live->S};
-    const size_t before = i * MHA_BLOCK_KEYS, left = mha_live_count(live, n) - before;
-    const size_t keys = left < MHA_BLOCK_KEYS ? left : MHA_BLOCK_KEYS;
+    const size_t before = i * MHA_BLOCK_KEYS;
+    const size_t keys = mha_smaller(mha_live_count(live, n) - before, MHA_BLOCK_KEYS);
     mha_key_block block = {.row = live->row[n] + before, .keys = keys, .first_key = before};
     if (live->index) {
         const size_t *index = live->index + live->start[n] + before;
@@ -145,8 +145,9 @@ size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s)
     return s;
 }
 
-mha_visibility mha_block_visibility(const mha_masks *masks, size_t first_query, size_t last_query,
-                                    const mha_key_block *block)
+/* As far as it shows without reading the masks; SOME where read_masks() has to tell. */
+static mha_visibility visibility_by_numbers(const mha_masks *masks, size_t first_query, size_t last_query,
+                                            const mha_key_block *block)
 {
     if (block->is_extra)
         return MHA_VISIBLE_ALL;
@@ -156,8 +157,14 @@ mha_visibility mha_block_visibility(const mha_masks *masks, size_t first_query, 
     return masks->attn.kind || masks->keys.kind || crosses ? MHA_VISIBLE_SOME : MHA_VISIBLE_ALL;
 }
 
-mha_mask_block mha_block_masks(const mha_masks *masks, size_t n, const mha_key_block *block)
+mha_visibility mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, mha_lanes lanes,
+                        const mha_key_block *block, void *bias)
 {
+    size_t query = lanes.first / lanes.heads, h = lanes.first % lanes.heads;
+    const mha_visibility visibility =
+        visibility_by_numbers(masks, query, (lanes.first + lanes.count - 1) / lanes.heads, block);
+    if (visibility != MHA_VISIBLE_SOME)
+        return visibility;
     mha_mask_block of;
     of.attn_kind = masks->attn.kind;
     of.attn_s = masks->attn.stride_s;
@@ -167,11 +174,13 @@ mha_mask_block mha_block_masks(const mha_masks *masks, size_t n, const mha_key_b
     of.index = block->index;
     of.first_key = block->first_key;
     of.is_causal = masks->is_causal;
-    return of;
-}
-
-void mha_block_masks_lane(const mha_masks *masks, mha_mask_block *of, size_t n, size_t lane, size_t h, size_t query)
-{
-    of->attn[lane] = masks->attn.kind ? attn_at(masks, n, h, query) : NULL;
-    of->query[lane] = query;
+    for (size_t lane = 0; lane < lanes.count; lane++) {
+        of.attn[lane] = masks->attn.kind ? attn_at(masks, n, lanes.first_head + h, query) : NULL;
+        of.query[lane] = query;
+        if (++h == lanes.heads) {
+            h = 0;
+            query++;
+        }
+    }
+    return kernels->read_masks(bias, block->keys, lanes.vectors, lanes.count, &of);
 }

@@ -10,6 +10,7 @@
 #define MHA_MASKS_H
 
 #include "kernels/kernels.h"
+#include "sizes.h"
 #include "workspace.h"
 
 typedef struct {
@@ -63,13 +64,16 @@ static inline size_t mha_key_number(const mha_key_block *block, size_t i)
 /* The first key of an item, from number s on, that is not live; S if there is none. live->index must be there. */
 size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s);
 
-/* What queries first_query .. last_query may see of a block, as far as that shows without reading the masks: where it is
- * SOME, read_masks() knows more. */
-mha_visibility mha_block_visibility(const mha_masks *masks, size_t first_query, size_t last_query,
-                                    const mha_key_block *block);
+/* The lanes of a panel among those of an item, where lane i is query i / heads, head first_head + i % heads. */
+typedef struct {
+    size_t first_head, heads;
+    size_t first, count; /* lanes */
+    size_t vectors;
+} mha_lanes;
 
-/* What read_masks() needs: of a block the keys, and of each lane its head and its query. */
-mha_mask_block mha_block_masks(const mha_masks *masks, size_t n, const mha_key_block *block);
-void mha_block_masks_lane(const mha_masks *masks, mha_mask_block *of, size_t n, size_t lane, size_t h, size_t query);
+/* What the lanes may see of a block. Where it is SOME, bias [keys][P] is what the masks add to the scores; else nothing
+ * need be added, and bias may have been written to. */
+mha_visibility mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, mha_lanes lanes,
+                        const mha_key_block *block, void *bias);
 
 #endif

@@ -9,6 +9,7 @@
 #define MHA_PANELS_H
 
 #include "kernels/kernels.h"
+#include "sizes.h"
 
 typedef struct {
     size_t width;   /* numbers that count */
@@ -25,8 +26,8 @@ typedef struct {
 
 static inline mha_split mha_split_width(const mha_kernels *kernels, size_t width)
 {
-    const size_t vectors = (width + kernels->lanes - 1) / kernels->lanes;
-    const size_t panels = (vectors + kernels->vectors - 1) / kernels->vectors;
+    const size_t vectors = mha_divide_up(width, kernels->lanes);
+    const size_t panels = mha_divide_up(vectors, kernels->vectors);
     return (mha_split){.width = width, .lanes = kernels->lanes, .vectors = vectors, .panels = panels};
 }
 

@@ -44,30 +44,25 @@ typedef struct {
     size_t scratch_bytes;
 } job;
 
-static size_t divide_up(size_t a, size_t b)
-{
-    return (a + b - 1) / b;
-}
-
 static plan make_plan(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
 {
     const size_t depth = projection->target[0].panels->depth;
     const size_t slice = SLICE_BYTES / kernels->item;
-    plan p = {.projection = projection, .depth = depth, .slice = depth < slice ? depth : slice};
-    p.slices = depth ? divide_up(depth, slice) : 1;
-    p.blocks = divide_up(projection->rows, BLOCK_ROWS);
+    plan p = {.projection = projection, .depth = depth, .slice = mha_smaller(depth, slice)};
+    p.slices = depth ? mha_divide_up(depth, slice) : 1;
+    p.blocks = mha_divide_up(projection->rows, BLOCK_ROWS);
     if (p.blocks) {
-        p.block_rows = divide_up(divide_up(projection->rows, p.blocks), WHOLE_ROWS) * WHOLE_ROWS;
-        p.blocks = divide_up(projection->rows, p.block_rows);
+        p.block_rows = mha_divide_up(mha_divide_up(projection->rows, p.blocks), WHOLE_ROWS) * WHOLE_ROWS;
+        p.blocks = mha_divide_up(projection->rows, p.block_rows);
     }
     for (size_t t = 0; t < projection->targets; t++)
         p.panels += projection->target[t].panels->split.panels;
     p.task_panels = p.panels;
     if (threads > 1 && p.blocks)
-        p.task_panels = divide_up(p.panels, divide_up(TASKS_A_THREAD * threads, p.blocks));
+        p.task_panels = mha_divide_up(p.panels, mha_divide_up(TASKS_A_THREAD * threads, p.blocks));
     if (p.slices > 1 && p.task_panels > SLICED_PANELS)
         p.task_panels = SLICED_PANELS;
-    p.runs = divide_up(p.panels, p.task_panels);
+    p.runs = mha_divide_up(p.panels, p.task_panels);
     p.tasks = p.blocks * p.runs;
     return p;
 }
@@ -121,7 +116,7 @@ static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_
     const bool fits = panel.first + P <= target->stride;
     const char *b = target->panels->data + (panel.first * p->depth + first_feature * P) * item;
     char *y = target->y + (first_row * target->stride + panel.first) * item;
-    const size_t left = p->depth - first_feature, features = left < p->slice ? left : p->slice;
+    const size_t features = mha_smaller(p->depth - first_feature, p->slice);
     mha_product product = {.rows = rows, .vectors = panel.vectors, .a_row = (ptrdiff_t)block_stride(kernels, p),
                            .a_k = 1, .b_k = P, .addend = strip, .addend_row = P};
     if (first_feature == 0) {
@@ -131,7 +126,7 @@ static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_
     size_t k = 0;
     do {
         const bool is_last = first_feature + k + MHA_CHAIN >= p->depth;
-        product.depth = features - k < MHA_CHAIN ? features - k : MHA_CHAIN;
+        product.depth = mha_smaller(features - k, MHA_CHAIN);
         product.a = block + k * item;
         product.b = b + k * P * item;
         product.c = is_last && fits ? y : strip;
@@ -163,11 +158,11 @@ static void run_task(void *context, size_t task, size_t worker)
         task -= (p++)->tasks;
     const size_t item = j->kernels->item, stride = block_stride(j->kernels, p);
     const size_t first_row = task / p->runs * p->block_rows, first_panel = task % p->runs * p->task_panels;
-    const size_t left = p->projection->rows - first_row, rows = left < p->block_rows ? left : p->block_rows;
-    const size_t end = first_panel + p->task_panels < p->panels ? first_panel + p->task_panels : p->panels;
+    const size_t rows = mha_smaller(p->projection->rows - first_row, p->block_rows);
+    const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
     char *block = j->scratch + worker * j->scratch_bytes, *strips = block + p->block_rows * stride * item;
     for (size_t s = 0; s < p->slices; s++) {
-        const size_t first = s * p->slice, features = p->depth - first < p->slice ? p->depth - first : p->slice;
+        const size_t first = s * p->slice, features = mha_smaller(p->depth - first, p->slice);
         for (size_t r = 0; r < rows; r++)
             mha_copy_row(p->projection->row[first_row + r] + (ptrdiff_t)first * p->projection->stride_e,
                          p->projection->stride_e, features, item, block + r * stride * item);

@@ -40,7 +40,7 @@
 enum {
     MAX_THREADS = 1024,
     CACHE_LINE = 128, /* what one writes and others watch has a line of its own (64 bytes, fetched in pairs, or 128) */
-    SPIN_NS = 200000, /* several times what waking a thread takes, which on virtual machines varies up to milliseconds */
+    SPIN_NS = 200000, /* a few times what waking a thread takes; virtual machines may take milliseconds */
 };
 
 /* pool.gate: free seats in the upper half; below them, who is inside and whether the caller sleeps until they left. */
