@@ -308,6 +308,8 @@ static void weigh(const mha_attention *a, const weighing *w, size_t h, const mha
         kernels->fill(scores, block->keys * P, -INFINITY);
     else
         score(a, w->n, h, w->lanes, block, w->queries, visibility == MHA_VISIBLE_SOME ? w->bias : NULL, scores);
+    if (a->weights_wanted == MHA_SCORES_PER_HEAD)
+        return;
     kernels->softmax_weights(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
     if (a->dropout_p > 0)
         drop_out(a, w->n, h, w->lanes, block, scores);
@@ -317,7 +319,7 @@ static void weigh(const mha_attention *a, const weighing *w, size_t h, const mha
 
 static char *weights_row(const mha_attention *a, const weighing *w, size_t lane)
 {
-    const size_t heads = a->weights_wanted == MHA_WEIGHTS_PER_HEAD ? a->H : 1;
+    const size_t heads = a->weights_wanted == MHA_WEIGHTS_AVERAGED ? 1 : a->H;
     const size_t row = (w->n * heads + (heads > 1 ? w->first_head : 0)) * a->L + w->lanes.first + lane;
     return a->attn_weights + row * weight_columns(a) * a->kernels->item;
 }
@@ -357,7 +359,7 @@ static void weigh_task(void *context, size_t task, size_t worker)
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes;
     mha_layout layout = {0};
-    const size_t heads = a->weights_wanted == MHA_WEIGHTS_PER_HEAD ? 1 : a->H;
+    const size_t heads = a->weights_wanted == MHA_WEIGHTS_AVERAGED ? a->H : 1;
     const size_t chunk = task % j->chunks, panel = task / j->chunks;
     weighing w = {
         .n = panel / j->split.panels / (a->H / heads),
@@ -397,10 +399,12 @@ mha_status mha_attend(const mha_attention *a)
     j.task_panels = mha_smaller(most_task_panels(a),
                             mha_divide_up(heads * shared * j.split.panels, TASKS_A_THREAD * a->threads));
     j.groups = mha_divide_up(shared * j.split.panels, j.task_panels);
-    mha_status status = mha_parallel_for(a->threads, heads * j.groups, attend_task, &j, a->stop);
+    mha_status status = MHA_OK;
+    if (a->weights_wanted != MHA_SCORES_PER_HEAD)
+        status = mha_parallel_for(a->threads, heads * j.groups, attend_task, &j, a->stop);
     if (status != MHA_OK || !a->weights_wanted)
         return status;
     j.chunks = mha_divide_up(most_blocks(a), CHUNK_BLOCKS);
-    const size_t rows = a->N * (a->weights_wanted == MHA_WEIGHTS_PER_HEAD ? a->H : 1);
+    const size_t rows = a->N * (a->weights_wanted == MHA_WEIGHTS_AVERAGED ? 1 : a->H);
     return mha_parallel_for(a->threads, rows * j.split.panels * j.chunks, weigh_task, &j, a->stop);
 }

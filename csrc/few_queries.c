@@ -24,12 +24,17 @@ enum {
     CLEARLY = 2,           /* times fewer operations, for the path to be chosen */
 };
 
+bool mha_few_queries_can(const mha_weights *weights, const mha_call *call)
+{
+    /* Extra and static keys have no input, dropout is for training, and scores are here known up to a constant. */
+    return weights->widths.Ek >= LEAST_FEATURES && weights->widths.Ev >= LEAST_FEATURES &&
+           mha_extra_keys(weights, call) == 0 && !call->static_k.data && !call->static_v.data && !(call->dropout_p > 0) &&
+           call->L > 0 && call->weights_wanted != MHA_SCORES_PER_HEAD;
+}
+
 bool mha_few_queries_pays(const mha_weights *weights, const mha_call *call, size_t live_keys)
 {
     const mha_widths *w = &weights->widths;
-    if (w->Ek < LEAST_FEATURES || w->Ev < LEAST_FEATURES || mha_extra_keys(weights, call) || call->static_k.data ||
-        call->static_v.data || call->dropout_p > 0 || call->L == 0)
-        return false; /* extra and static keys have no input, and dropout is for training */
     const double L = (double)call->L, S = (double)live_keys, H = (double)w->H, Hkv = (double)w->Hkv;
     const double D = (double)w->D, Dv = (double)w->Dv, Ek = (double)w->Ek, Ev = (double)w->Ev;
     const double this_way = L * H * (S * (Ek + Ev) + D * Ek + Dv * Ev);

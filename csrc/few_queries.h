@@ -37,8 +37,9 @@ typedef struct {
     size_t mass;              /* [items][lanes]: what bv is multiplied with */
 } mha_few_queries;
 
-/* Whether an item with so many live keys is better treated this way. It depends on nothing else, so that the bits of
- * an item do not depend on the others of its batch. */
+/* Whether the items of a call can be treated this way, and whether one with so many live keys is better treated so. It
+ * depends on nothing else, so that the bits of an item do not depend on the others of its batch. */
+bool mha_few_queries_can(const mha_weights *weights, const mha_call *call);
 bool mha_few_queries_pays(const mha_weights *weights, const mha_call *call, size_t live_keys);
 
 /* Plans the workspace for call, live keys and weights, which must be set; f->items is 0 where nothing is to be done. */

@@ -261,6 +261,15 @@ static mha_status plan_call(forward *f)
 
 /* ---- The pass ---- */
 
+/* Its rows, which are padded in the workspace. */
+static void copy_context(const forward *f)
+{
+    const size_t item = f->weights->kernels->item, bytes = f->weights->widths.H * f->weights->widths.Dv * item;
+    for (size_t row = 0; row < f->call->N * f->call->L; row++)
+        memcpy((char *)f->call->context + row * bytes,
+               at_offset(f, f->at.context + row * f->at.context_stride * item), bytes);
+}
+
 static mha_status run(const forward *f)
 {
     const mha_call *call = f->call;
@@ -290,21 +299,34 @@ static mha_status run(const forward *f)
     if (status != MHA_OK)
         return status;
 
+    if (call->context)
+        copy_context(f);
+    if (!call->output)
+        return MHA_OK;
     const mha_projection output = plan_output(f);
     return mha_project(kernels, &output, 1, call->threads, scratch, f->at.scratch_bytes, call->stop);
+}
+
+/* What the masks leave, and which items few_queries.c takes. */
+static mha_status read_masks(const mha_weights *weights, const mha_call *call, mha_live_keys *live, mha_masks *masks)
+{
+    size_t positions;
+    if (__builtin_mul_overflow(call->N, call->L, &positions) || __builtin_mul_overflow(call->N, call->S, &positions))
+        return MHA_TOO_LARGE;
+    const mha_status status = mha_read_masks(call, mha_extra_keys(weights, call), live, masks);
+    const bool can = mha_few_queries_can(weights, call);
+    for (size_t n = 0; status == MHA_OK && n < call->N; n++)
+        live->is_few[n] = can && (call->is_few ? call->is_few[n]
+                                               : mha_few_queries_pays(weights, call, mha_live_count(live, n)));
+    return status;
 }
 
 mha_status mha_forward(const mha_weights *weights, const mha_call *call)
 {
     forward f = {.weights = weights, .call = call};
-    size_t positions;
-    if (__builtin_mul_overflow(call->N, call->L, &positions) || __builtin_mul_overflow(call->N, call->S, &positions))
-        return MHA_TOO_LARGE;
-    mha_status status = mha_read_masks(call, mha_extra_keys(weights, call), &f.live, &f.masks);
+    mha_status status = read_masks(weights, call, &f.live, &f.masks);
     if (status != MHA_OK)
         goto done;
-    for (size_t n = 0; n < call->N; n++)
-        f.live.is_few[n] = mha_few_queries_pays(weights, call, mha_live_count(&f.live, n));
     mha_number_rows(&f.live);
     f.few = (mha_few_queries){.weights = weights, .call = call, .live = &f.live, .masks = &f.masks};
     status = plan_call(&f);
@@ -314,5 +336,41 @@ mha_status mha_forward(const mha_weights *weights, const mha_call *call)
 done:
     mha_give_workspace(f.block);
     mha_live_keys_release(&f.live);
+    return status;
+}
+
+/* ---- Parts of the pass, for whoever looks at it step by step ---- */
+
+mha_status mha_choose_paths(const mha_weights *weights, const mha_call *call, bool *is_few)
+{
+    mha_live_keys live = {0};
+    mha_masks masks;
+    const mha_status status = read_masks(weights, call, &live, &masks);
+    if (status == MHA_OK)
+        memcpy(is_few, live.is_few, call->N * sizeof *is_few);
+    mha_live_keys_release(&live);
+    return status;
+}
+
+mha_status mha_project_input(const mha_input_projection *input)
+{
+    const mha_weights *w = input->weights;
+    const mha_panels *panels = input->input == MHA_QUERY ? &w->q : input->input == MHA_KEY ? &w->k : &w->v;
+    mha_projection projection = {.stride_e = input->x.stride_e, .targets = 1,
+                                 .target = {{panels, input->y, panels->split.width}}};
+    mha_layout layout = {0};
+    char *block = NULL;
+    if (__builtin_mul_overflow(input->N, input->length, &projection.rows))
+        return MHA_TOO_LARGE;
+    const size_t row = mha_reserve(&layout, projection.rows, 1, sizeof(char *));
+    const size_t scratch_bytes = mha_projection_scratch(w->kernels, &projection, 1);
+    const size_t scratch = mha_reserve(&layout, input->threads, scratch_bytes, 1);
+    mha_status status = mha_take_workspace(&layout, &block);
+    if (status == MHA_OK) {
+        list_rows(&input->x, input->N, input->length, NULL, (const char **)(void *)(block + row));
+        projection.row = (const char *const *)(void *)(block + row);
+        status = mha_project(w->kernels, &projection, 1, input->threads, block + scratch, scratch_bytes, input->stop);
+    }
+    mha_give_workspace(block);
     return status;
 }

@@ -81,7 +81,12 @@ typedef struct {
     ptrdiff_t stride_n, stride_h, stride_l, stride_s;
 } mha_mask;
 
-typedef enum { MHA_WEIGHTS_NONE = 0, MHA_WEIGHTS_AVERAGED, MHA_WEIGHTS_PER_HEAD } mha_weights_wanted;
+typedef enum {
+    MHA_WEIGHTS_NONE = 0,
+    MHA_WEIGHTS_AVERAGED,
+    MHA_WEIGHTS_PER_HEAD,
+    MHA_SCORES_PER_HEAD, /* in their place the scores that they come from, after the masks; no context, no output */
+} mha_weights_wanted;
 
 /* What a query gets that may see no key at all: attention 0, or NaN (torch's own answer with need_weights=True). */
 typedef enum { MHA_EMPTY_ROW_ZERO = 0, MHA_EMPTY_ROW_NAN } mha_empty_row;
@@ -104,10 +109,14 @@ typedef struct {
     double dropout_p;          /* in [0, 1]; 0 = none */
     uint64_t dropout_seed, dropout_call;
 
-    void *output; /* (N, L, Eo): features adjacent, and either (N, L) or (L, N) order without gaps */
+    const bool *is_few; /* [N]: items to treat without projecting their keys, where that is possible at all; NULL: those
+                           for which it pays (mha_choose_paths) */
+
+    void *output; /* (N, L, Eo): features adjacent, and either (N, L) or (L, N) order without gaps; NULL: not wanted */
     bool output_batch_first;
     mha_weights_wanted weights_wanted;
     void *attn_weights; /* C-contiguous (N, L, S') or (N, H, L, S'); S' = S + mha_extra_keys() */
+    void *context; /* C-contiguous (N, L, H * Dv): what the output is projected from; NULL: not wanted */
 
     size_t threads; /* at least 1 */
     mha_stop stop;
@@ -120,6 +129,24 @@ size_t mha_extra_keys(const mha_weights *weights, const mha_call *call);
 double mha_forward_operations(const mha_weights *weights, const mha_call *call);
 
 mha_status mha_forward(const mha_weights *weights, const mha_call *call);
+
+/* Fills is_few [N]: whether forward treats an item without projecting its keys (few_queries.h). */
+mha_status mha_choose_paths(const mha_weights *weights, const mha_call *call, bool *is_few);
+
+typedef enum { MHA_QUERY = 0, MHA_KEY, MHA_VALUE } mha_input;
+
+/* One of forward's first steps alone: x (N, length, features) projected to y, C-contiguous (N, length, Hkv * D). */
+typedef struct {
+    const mha_weights *weights;
+    mha_input input;
+    size_t N, length;
+    mha_array x;
+    void *y;
+    size_t threads;
+    mha_stop stop;
+} mha_input_projection;
+
+mha_status mha_project_input(const mha_input_projection *input);
 
 /* ---- Attention alone: softmax(scale q k^T + mask) v, torch's scaled_dot_product_attention ---- */
 

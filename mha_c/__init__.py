@@ -13,7 +13,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-__all__ = ["MultiheadAttention", "get_num_threads", "num_threads", "set_num_threads", "show_config"]
+__all__ = ["MultiheadAttention", "explain", "get_num_threads", "num_threads", "set_num_threads", "show_config"]
 
 try:
     import mha_c._core
@@ -25,13 +25,22 @@ except ModuleNotFoundError as error:
         "with `pip install -e .`; to use an installed mha_c instead, start Python in another directory."
     ) from error
 
+from typing import TYPE_CHECKING
+
 from mha_c.attention import MultiheadAttention
 from mha_c.threads import get_num_threads, num_threads, set_num_threads, show_config
+
+if TYPE_CHECKING:
+    from mha_c.explanation import explain
 
 _SUBMODULES = ("check", "demo", "functional", "torch")  # imported when first used: `import mha_c` needs NumPy alone
 
 
 def __getattr__(name: str) -> object:
+    if name == "explain":
+        from mha_c.explanation import explain
+
+        return explain
     if name in _SUBMODULES:
         from importlib import import_module
 
@@ -40,4 +49,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

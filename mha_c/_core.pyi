@@ -57,11 +57,81 @@ def forward(
 ) -> tuple[ndarray, ndarray | None]:
     """The forward pass: torch's checks, in torch's order and words, then the result.
 
-    masked_rows is "torch" or "zero". dropout_p is that of this call: 0 outside training. Inputs and masks are whatever
+    masked_rows is "torch", "zero" or "nan". dropout_p is that of this call: 0 outside training. Inputs and masks are whatever
     exposes an array; None is no mask. out is returned as the first result; as with NumPy's ufuncs a wrong type or
     dtype of it is a TypeError, a wrong shape or a read-only array a ValueError. static_k and static_v, given together,
     take the place of the projected keys and values where they are not None.
     """
+
+def project(weights: Weights, input: str, x: Any, batch_first: bool, /) -> ndarray:
+    """The projection of one input, "query", "key" or "value": (N, length, features), or (length, features)."""
+
+def scores(
+    weights: Weights,
+    query: Any,
+    key: Any,
+    value: Any,
+    key_padding_mask: Any,
+    need_weights: bool,
+    attn_mask: Any,
+    average_attn_weights: bool,
+    is_causal: bool,
+    out: None,
+    batch_first: bool,
+    add_zero_attn: bool,
+    masked_rows: str,
+    dropout_p: float,
+    dropout_seed: int,
+    dropout_call: int,
+    /,
+) -> ndarray:
+    """The arguments of `forward` that ask for the weights of each head; the scores after the masks in their place."""
+
+def attend(
+    weights: Weights,
+    query: Any,
+    key: Any,
+    value: Any,
+    key_padding_mask: Any,
+    need_weights: bool,
+    attn_mask: Any,
+    average_attn_weights: bool,
+    is_causal: bool,
+    out: None,
+    batch_first: bool,
+    add_zero_attn: bool,
+    masked_rows: str,
+    dropout_p: float,
+    dropout_seed: int,
+    dropout_call: int,
+    paths: ndarray,
+    /,
+) -> tuple[ndarray, ndarray | None]:
+    """The heads' results side by side, (N, L, H * Dv) or (L, H * Dv), and the weights where `forward` returns them.
+
+    paths is what `takes_few_queries` says, if need be of another layer.
+    """
+
+def takes_few_queries(
+    weights: Weights,
+    query: Any,
+    key: Any,
+    value: Any,
+    key_padding_mask: Any,
+    need_weights: bool,
+    attn_mask: Any,
+    average_attn_weights: bool,
+    is_causal: bool,
+    out: None,
+    batch_first: bool,
+    add_zero_attn: bool,
+    masked_rows: str,
+    dropout_p: float,
+    dropout_seed: int,
+    dropout_call: int,
+    /,
+) -> ndarray:
+    """(N,) booleans: whether `forward` treats a batch item without projecting its keys. Makes the checks of `forward`."""
 
 def scaled_dot_product_attention(
     query: Any,

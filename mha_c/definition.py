@@ -123,14 +123,12 @@ def attend(
 
 def _input_projections(layer: MultiheadAttention) -> tuple[list[NDArray[Any]], list[Any]]:
     """The weights and the biases of query, key and value."""
-    q_rows, k_rows, _ = layer._parameters.widths.rows
-    ends = (q_rows, q_rows + k_rows)
-    packed = layer.in_proj_weight
-    weights = (
-        [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight] if packed is None else np.split(packed, ends)
+    parameters = layer._parameters
+    biases = parameters.input_biases
+    return (
+        [wider(weight) for weight in parameters.input_weights],
+        [0.0] * 3 if biases is None else [wider(bias) for bias in biases],
     )
-    bias = layer.in_proj_bias
-    return [wider(weight) for weight in weights], [0.0] * 3 if bias is None else np.split(wider(bias), ends)
 
 
 def _heads(x_nse: NDArray[Any], count: int) -> NDArray[Any]:

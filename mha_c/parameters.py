@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -169,11 +169,6 @@ class ParameterSet:
             views[name] = flat[start : start + array.size].reshape(array.shape)
             start += array.size
 
-        if widths.packed:
-            q_rows, k_rows, _ = widths.rows
-            q, k, v = np.split(views["in_proj_weight"], (q_rows, q_rows + k_rows))
-        else:
-            q, k, v = (views[f"{letter}_proj_weight"] for letter in "qkv")
         self.widths = widths
         self.dtype = dtype
         self.arrays = MappingProxyType(views)
@@ -182,14 +177,54 @@ class ParameterSet:
             widths.num_kv_heads,
             widths.head_dim,
             widths.v_head_dim,
-            q,
-            k,
-            v,
+            *self.input_weights,
             views.get("in_proj_bias"),
             views.get("bias_k"),
             views.get("bias_v"),
             views["out_proj.weight"],
             views.get("out_proj.bias"),
+        )
+
+    @property
+    def input_weights(self) -> list[NDArray[Any]]:
+        """The weights that project query, key and value, whether they are stored as one parameter or as three."""
+        if self.widths.packed:
+            return self._split(self.arrays["in_proj_weight"])
+        return [self.arrays[f"{letter}_proj_weight"] for letter in "qkv"]
+
+    @property
+    def input_biases(self) -> list[NDArray[Any]] | None:
+        """The three biases that belong to them, where there are any."""
+        return self._split(self.arrays["in_proj_bias"]) if "in_proj_bias" in self.arrays else None
+
+    def _split(self, stacked: NDArray[Any]) -> list[NDArray[Any]]:
+        q_rows, k_rows, _ = self.widths.rows
+        return np.split(stacked, (q_rows, q_rows + k_rows))
+
+    def weights_of_heads(self, heads: Sequence[int]) -> _core.Weights:
+        """Packed parameters of some query heads alone, each with a key and value head of its own; without an output."""
+        widths = self.widths
+        groups = widths.num_heads // widths.num_kv_heads
+        kv_heads = [head // groups for head in heads]
+
+        def rows_of(stacked: NDArray[Any], width: int, chosen: Sequence[int]) -> NDArray[Any]:
+            by_head = stacked.reshape(len(stacked) // width, width, *stacked.shape[1:])
+            return by_head[list(chosen)].reshape(len(chosen) * width, *stacked.shape[1:])
+
+        parts = ((widths.head_dim, heads), (widths.head_dim, kv_heads), (widths.v_head_dim, kv_heads))
+        learnt = [self.arrays.get(name) for name in ("bias_k", "bias_v")]
+        return _core.Weights(
+            len(heads),
+            len(heads),
+            widths.head_dim,
+            widths.v_head_dim,
+            *(rows_of(weight, *part) for weight, part in zip(self.input_weights, parts)),
+            None
+            if self.input_biases is None
+            else np.concatenate([rows_of(bias, *part) for bias, part in zip(self.input_biases, parts)]),
+            *(None if one is None else rows_of(one[0, 0], *part)[None, None] for one, part in zip(learnt, parts[1:])),
+            np.zeros((1, len(heads) * widths.v_head_dim), self.dtype),
+            None,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -59,6 +59,8 @@ static int collect_masked_rows(PyObject *object, bool need_weights, mha_empty_ro
         *empty_row = need_weights ? MHA_EMPTY_ROW_NAN : MHA_EMPTY_ROW_ZERO;
     else if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "zero") == 0)
         *empty_row = MHA_EMPTY_ROW_ZERO;
+    else if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "nan") == 0)
+        *empty_row = MHA_EMPTY_ROW_NAN; /* as with weights, when parts of such a call are computed without them */
     else {
         PyErr_Format(PyExc_ValueError, "masked_rows must be 'torch' or 'zero', not %R", object);
         return -1;
@@ -250,7 +252,8 @@ int prepare_call(call_arguments *arguments)
     call->static_k = describe_projected(arguments, arguments->static_k);
     call->static_v = describe_projected(arguments, arguments->static_v);
     call->dropout_p = arguments->dropout_p > 0 ? arguments->dropout_p : 0; /* below 0 torch drops nothing */
-    if (describe_masks(arguments) < 0 || make_output(arguments) < 0 || make_attn_weights(arguments) < 0)
+    if (describe_masks(arguments) < 0 || (!arguments->without_output && make_output(arguments) < 0) ||
+        make_attn_weights(arguments) < 0)
         return -1;
     return 0;
 }

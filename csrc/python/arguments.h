@@ -23,6 +23,7 @@ typedef struct {
     PyArrayObject *attn_weights;                  /* NULL: not wanted */
 
     bool is_batched, batch_first, need_weights, average_attn_weights;
+    bool without_output; /* parts of the pass are wanted alone: stages.c */
     double dropout_p; /* as given */
 
     /* (length, batch, features) of the inputs, torch's order inside, whatever batch_first says. */
@@ -60,6 +61,9 @@ int collect_arguments(const module_state *state, PyObject *const *objects, Py_ss
                       call_arguments *arguments);
 int check_arguments(call_arguments *arguments); /* torch's checks, in torch's order; finds the shapes as well */
 int prepare_call(call_arguments *arguments);    /* makes the arrays for the results, and completes `call` */
+
+/* The core's part: 0, or -1 with an exception. */
+int run_forward(module_state *state, call_arguments *arguments);
 
 /* The tuple that forward() returns. */
 PyObject *hand_back(const call_arguments *arguments);

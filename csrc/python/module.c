@@ -15,6 +15,7 @@
 #include "../workspace.h"
 #include "arguments.h"
 #include "sdpa.h"
+#include "stages.h"
 #include "thread_count.h"
 
 /* A call that takes about 20 us keeps the GIL: giving it away and waiting for it again may cost more. Above about
@@ -116,8 +117,7 @@ static mha_status start_forward(const void *call)
     return mha_forward(arguments->weights->packed, &arguments->call);
 }
 
-/* The core's part of forward(): 0, or -1 with an exception. */
-static int run(module_state *state, call_arguments *arguments)
+int run_forward(module_state *state, call_arguments *arguments)
 {
     mha_call *call = &arguments->call;
     return run_core(state, mha_forward_operations(arguments->weights->packed, call), &call->threads, &call->stop,
@@ -136,7 +136,7 @@ static PyObject *forward(PyObject *module, PyObject *const *objects, Py_ssize_t 
         goto done;
     }
     if (collect_arguments(state, objects, count, &arguments) < 0 || check_arguments(&arguments) < 0 ||
-        prepare_call(&arguments) < 0 || run(state, &arguments) < 0)
+        prepare_call(&arguments) < 0 || run_forward(state, &arguments) < 0)
         goto done;
     result = hand_back(&arguments);
 done:
@@ -180,6 +180,11 @@ static PyMethodDef module_methods[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, "The forward pass of a layer."},
     {"scaled_dot_product_attention", (PyCFunction)(void (*)(void))scaled_dot_product_attention, METH_FASTCALL,
      "Attention without projections."},
+    {"project", (PyCFunction)(void (*)(void))project, METH_FASTCALL, "The projection of one input."},
+    {"scores", (PyCFunction)(void (*)(void))scores, METH_FASTCALL, "The scores of each head, after the masks."},
+    {"attend", (PyCFunction)(void (*)(void))attend, METH_FASTCALL, "The results of the heads, and their weights."},
+    {"takes_few_queries", (PyCFunction)(void (*)(void))takes_few_queries, METH_FASTCALL,
+     "Which batch items are treated without projecting their keys."},
     {"set_num_threads", set_num_threads, METH_O, "Sets the number of threads of this process."},
     {"get_num_threads", get_num_threads, METH_NOARGS, "The number of threads that a large call may use here."},
     {"config", config, METH_NOARGS, "What was built, and what this process uses of it."},
