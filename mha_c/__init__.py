@@ -33,7 +33,8 @@ from mha_c.threads import get_num_threads, num_threads, set_num_threads, show_co
 if TYPE_CHECKING:
     from mha_c.explanation import explain
 
-_SUBMODULES = ("check", "demo", "functional", "torch")  # imported when first used: `import mha_c` needs NumPy alone
+# Imported when first used: `import mha_c` needs NumPy alone.
+_SUBMODULES = ("check", "demo", "functional", "heads", "plot", "torch")
 
 
 def __getattr__(name: str) -> object:

@@ -11,6 +11,8 @@ import pytest
 # the installed package; reference.py and helpers.py are then found only if this folder is named.
 sys.path.append(str(Path(__file__).parent))
 
+os.environ.setdefault("MPLBACKEND", "agg")  # pictures without windows
+
 try:
     from hypothesis import HealthCheck, settings
 except ImportError:  # only the differential tests need it, and they skip themselves

@@ -17,6 +17,8 @@ NEED_TORCH = {"mha_c.check", "mha_c.model_runs", "mha_c.replacement", "mha_c.tor
 def test_examples(name, tmp_path, monkeypatch):
     if name in NEED_TORCH:
         pytest.importorskip("torch")
+    if name == "mha_c.plot":
+        pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)  # some of them write files
     results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert results.failed == 0
