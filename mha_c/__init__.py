@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 
 __all__ = ["MultiheadAttention", "explain", "get_num_threads", "num_threads", "set_num_threads", "show_config"]
 
+from typing import TYPE_CHECKING
+
 try:
     import mha_c._core
 except ModuleNotFoundError as error:
@@ -30,23 +32,25 @@ from typing import TYPE_CHECKING
 from mha_c.attention import MultiheadAttention
 from mha_c.threads import get_num_threads, num_threads, set_num_threads, show_config
 
-if TYPE_CHECKING:
-    from mha_c.explanation import explain
-
 # Imported when first used: `import mha_c` needs NumPy alone.
 _SUBMODULES = ("check", "demo", "functional", "heads", "plot", "torch")
 
+if TYPE_CHECKING:
+    from mha_c import check as check, demo as demo, functional as functional
+    from mha_c import heads as heads, plot as plot, torch as torch
+    from mha_c.explanation import explain
+else:
 
-def __getattr__(name: str) -> object:
-    if name == "explain":
-        from mha_c.explanation import explain
+    def __getattr__(name: str) -> object:
+        if name == "explain":
+            from mha_c.explanation import explain
 
-        return explain
-    if name in _SUBMODULES:
-        from importlib import import_module
+            return explain
+        if name in _SUBMODULES:
+            from importlib import import_module
 
-        return import_module(f"mha_c.{name}")
-    raise AttributeError(f"module 'mha_c' has no attribute {name!r}")
+            return import_module(f"mha_c.{name}")
+        raise AttributeError(f"module 'mha_c' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,38 +1,30 @@
-"""The C extension: the forward pass, its packed parameters and the thread pool."""
+"""The C extension: the forward pass, its packed parameters and the thread pool; help() describes its parts."""
 
 from contextvars import ContextVar
 from typing import Any, final
 
-from numpy import ndarray
+from numpy.typing import NDArray
 
 @final
 class Weights:
-    """One immutable set of parameters, packed for the kernels of this CPU.
-
-    All arrays are C-contiguous, aligned, in native byte order and of one dtype, float32 or float64. Biases and
-    bias_k / bias_v are None where the layer has none; in_proj_bias holds the biases of q, k and v, stacked. Anything
-    else raises TypeError or ValueError.
-    """
-
     def __new__(
         cls,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         v_head_dim: int,
-        q_proj_weight: ndarray,
-        k_proj_weight: ndarray,
-        v_proj_weight: ndarray,
-        in_proj_bias: ndarray | None,
-        bias_k: ndarray | None,
-        bias_v: ndarray | None,
-        out_proj_weight: ndarray,
-        out_proj_bias: ndarray | None,
+        q_proj_weight: NDArray[Any],
+        k_proj_weight: NDArray[Any],
+        v_proj_weight: NDArray[Any],
+        in_proj_bias: NDArray[Any] | None,
+        bias_k: NDArray[Any] | None,
+        bias_v: NDArray[Any] | None,
+        out_proj_weight: NDArray[Any],
+        out_proj_bias: NDArray[Any] | None,
         /,
     ) -> Weights: ...
     @property
-    def nbytes(self) -> int:
-        """Bytes of the parameters that this was made from; packed, they take about as many again."""
+    def nbytes(self) -> int: ...
 
 def forward(
     weights: Weights,
@@ -44,7 +36,7 @@ def forward(
     attn_mask: Any,
     average_attn_weights: bool,
     is_causal: bool,
-    out: ndarray | None,
+    out: NDArray[Any] | None,
     batch_first: bool,
     add_zero_attn: bool,
     masked_rows: str,
@@ -54,17 +46,9 @@ def forward(
     static_k: Any = None,
     static_v: Any = None,
     /,
-) -> tuple[ndarray, ndarray | None]:
-    """The forward pass: torch's checks, in torch's order and words, then the result.
+) -> tuple[NDArray[Any], NDArray[Any] | None]: ...
 
-    masked_rows is "torch", "zero" or "nan". dropout_p is that of this call: 0 outside training. Inputs and masks are whatever
-    exposes an array; None is no mask. out is returned as the first result; as with NumPy's ufuncs a wrong type or
-    dtype of it is a TypeError, a wrong shape or a read-only array a ValueError. static_k and static_v, given together,
-    take the place of the projected keys and values where they are not None.
-    """
-
-def project(weights: Weights, input: str, x: Any, batch_first: bool, /) -> ndarray:
-    """The projection of one input, "query", "key" or "value": (N, length, features), or (length, features)."""
+def project(weights: Weights, input: str, x: Any, batch_first: bool, /) -> NDArray[Any]: ...
 
 def scores(
     weights: Weights,
@@ -84,8 +68,7 @@ def scores(
     dropout_seed: int,
     dropout_call: int,
     /,
-) -> ndarray:
-    """The arguments of `forward` that ask for the weights of each head; the scores after the masks in their place."""
+) -> NDArray[Any]: ...
 
 def attend(
     weights: Weights,
@@ -104,13 +87,9 @@ def attend(
     dropout_p: float,
     dropout_seed: int,
     dropout_call: int,
-    paths: ndarray,
+    paths: NDArray[Any],
     /,
-) -> tuple[ndarray, ndarray | None]:
-    """The heads' results side by side, (N, L, H * Dv) or (L, H * Dv), and the weights where `forward` returns them.
-
-    paths is what `takes_few_queries` says, if need be of another layer.
-    """
+) -> tuple[NDArray[Any], NDArray[Any] | None]: ...
 
 def takes_few_queries(
     weights: Weights,
@@ -130,8 +109,7 @@ def takes_few_queries(
     dropout_seed: int,
     dropout_call: int,
     /,
-) -> ndarray:
-    """(N,) booleans: whether `forward` treats a batch item without projecting its keys. Makes the checks of `forward`."""
+) -> NDArray[Any]: ...
 
 def scaled_dot_product_attention(
     query: Any,
@@ -144,14 +122,11 @@ def scaled_dot_product_attention(
     enable_gqa: bool,
     dropout_seed: int,
     /,
-) -> ndarray:
-    """Attention without projections: torch's checks, in torch's order and words, then the result, C-contiguous."""
+) -> NDArray[Any]: ...
 
 num_threads: ContextVar[int | None]
 """The number of threads of the current context; None or unset: that of the process."""
 
 def set_num_threads(n: int, /) -> None: ...
 def get_num_threads() -> int: ...
-def config() -> dict[str, Any]:
-    """cpu_level: str, cpu_levels: list[str] (best first), threads: int, usable_cpus: int, compiler: str,
-    numpy: str (the version that the extension was built against)."""
+def config() -> dict[str, Any]: ...

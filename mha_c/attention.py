@@ -9,7 +9,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["MultiheadAttention", "OutputProjection"]
+
+MaskedRows: TypeAlias = Literal["torch", "zero"]
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -51,21 +53,34 @@ def _explaining_foreign_names(init: Callable[_Arguments, None]) -> Callable[_Arg
     return checked
 
 
-def _width(name: str) -> property:
+class _Width(property):
     """A width of the layer as an attribute; all widths are fixed at construction."""
-    return property(operator.attrgetter(f"_parameters.widths.{name}"), doc=f"{name}, fixed at construction.")
+
+    def __init__(self, name: str) -> None:
+        super().__init__(operator.attrgetter(f"_parameters.widths.{name}"))
+        self.__doc__ = f"{name}, fixed at construction."
+
+    if TYPE_CHECKING:
+
+        def __get__(self, layer: Any, owner: type | None = None) -> int: ...  # type: ignore[override]
 
 
-def _parameter(name: str) -> property:
+class _Parameter(property):
     """A parameter as an attribute: reading gives the array, or None where the layer has none; assigning replaces it."""
 
-    def read(layer: MultiheadAttention) -> NDArray[Any] | None:
-        return layer._parameters.arrays.get(name)
+    def __init__(self, name: str) -> None:
+        def read(layer: MultiheadAttention) -> NDArray[Any] | None:
+            return layer._parameters.arrays.get(name)
 
-    def replace(layer: MultiheadAttention, value: Any) -> None:
-        layer._assign(name, value)
+        def replace(layer: MultiheadAttention, value: Any) -> None:
+            layer._assign(name, value)
 
-    return property(read, replace, doc=f"The parameter {name}, or None.")
+        super().__init__(read, replace)
+        self.__doc__ = f"The parameter {name}, or None."
+
+    if TYPE_CHECKING:
+
+        def __get__(self, layer: Any, owner: type | None = None) -> NDArray[Any] | None: ...  # type: ignore[override]
 
 
 class MultiheadAttention:
@@ -165,22 +180,22 @@ class MultiheadAttention:
     )
     """
 
-    embed_dim = _width("embed_dim")
-    kdim = _width("kdim")
-    vdim = _width("vdim")
-    num_heads = _width("num_heads")
-    num_kv_heads = _width("num_kv_heads")
-    head_dim = _width("head_dim")
-    v_head_dim = _width("v_head_dim")
-    out_dim = _width("out_dim")
+    embed_dim = _Width("embed_dim")
+    kdim = _Width("kdim")
+    vdim = _Width("vdim")
+    num_heads = _Width("num_heads")
+    num_kv_heads = _Width("num_kv_heads")
+    head_dim = _Width("head_dim")
+    v_head_dim = _Width("v_head_dim")
+    out_dim = _Width("out_dim")
 
-    in_proj_weight = _parameter("in_proj_weight")
-    q_proj_weight = _parameter("q_proj_weight")
-    k_proj_weight = _parameter("k_proj_weight")
-    v_proj_weight = _parameter("v_proj_weight")
-    in_proj_bias = _parameter("in_proj_bias")
-    bias_k = _parameter("bias_k")
-    bias_v = _parameter("bias_v")
+    in_proj_weight = _Parameter("in_proj_weight")
+    q_proj_weight = _Parameter("q_proj_weight")
+    k_proj_weight = _Parameter("k_proj_weight")
+    v_proj_weight = _Parameter("v_proj_weight")
+    in_proj_bias = _Parameter("in_proj_bias")
+    bias_k = _Parameter("bias_k")
+    bias_v = _Parameter("bias_v")
 
     @_explaining_foreign_names
     def __init__(
@@ -199,7 +214,7 @@ class MultiheadAttention:
         *,
         seed: int | None = None,
         dropout_seed: int | None = None,
-        masked_rows: str = "torch",
+        masked_rows: MaskedRows = "torch",
         head_dim: int | None = None,
         v_head_dim: int | None = None,
         out_dim: int | None = None,
@@ -219,7 +234,7 @@ class MultiheadAttention:
         add_zero_attn: bool,
         batch_first: bool,
         dropout_seed: int | None = None,
-        masked_rows: str = "torch",
+        masked_rows: MaskedRows = "torch",
     ) -> None:
         """Complete a new layer, whether its parameters are initial ones or come from elsewhere."""
         if masked_rows not in ("torch", "zero"):
@@ -227,7 +242,7 @@ class MultiheadAttention:
         self.dropout = dropout
         self.batch_first = batch_first
         self.add_zero_attn = add_zero_attn
-        self.masked_rows = masked_rows
+        self.masked_rows: MaskedRows = masked_rows
         self.training = True
         entropy = int.from_bytes(os.urandom(8), "little")
         self.dropout_seed = entropy if dropout_seed is None else operator.index(dropout_seed) % 2**64
@@ -535,7 +550,7 @@ class MultiheadAttention:
         batch_first: bool = False,
         dtype: Any = None,
         dropout_seed: int | None = None,
-        masked_rows: str = "torch",
+        masked_rows: MaskedRows = "torch",
         head_dim: int | None = None,
         num_kv_heads: int | None = None,
     ) -> Self:

@@ -62,6 +62,7 @@ def attention_steps(layer: MultiheadAttention, x: NDArray[Any]) -> list[Step]:
     length, batch, _ = x.shape
     heads, head_dim = layer.num_heads, layer.head_dim
     ends = [heads * head_dim, 2 * heads * head_dim]
+    assert layer.in_proj_weight is not None and layer.in_proj_bias is not None
     projected = [
         x @ weight.T + bias
         for weight, bias in zip(np.split(layer.in_proj_weight, ends), np.split(layer.in_proj_bias, ends))

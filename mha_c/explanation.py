@@ -462,7 +462,7 @@ class _Call:
     ) -> tuple[NDArray[Any], Any]:
         masks = self.masks if weights is self.parameters.weights else self.masks_of_heads
         arguments = self.arguments(weights, need_weights=need_weights, masks=masks, dropout_p=dropout_p)
-        return _core.attend(*arguments, self.paths)
+        return _core.attend(*(*arguments, self.paths))
 
     def _compute_heads(self, wanted: set[str], found: dict[str, NDArray[Any]]) -> None:
         if self.heads is None or wanted & {"weights", "head_outputs"}:

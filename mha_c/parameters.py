@@ -6,7 +6,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from mha_c import _core
 
 __all__ = ["ParameterSet", "Widths", "as_array"]
+
+_Three: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
 class Widths(NamedTuple):
@@ -186,20 +188,21 @@ class ParameterSet:
         )
 
     @property
-    def input_weights(self) -> list[NDArray[Any]]:
+    def input_weights(self) -> _Three:
         """The weights that project query, key and value, whether they are stored as one parameter or as three."""
         if self.widths.packed:
             return self._split(self.arrays["in_proj_weight"])
-        return [self.arrays[f"{letter}_proj_weight"] for letter in "qkv"]
+        return self.arrays["q_proj_weight"], self.arrays["k_proj_weight"], self.arrays["v_proj_weight"]
 
     @property
-    def input_biases(self) -> list[NDArray[Any]] | None:
+    def input_biases(self) -> _Three | None:
         """The three biases that belong to them, where there are any."""
         return self._split(self.arrays["in_proj_bias"]) if "in_proj_bias" in self.arrays else None
 
-    def _split(self, stacked: NDArray[Any]) -> list[NDArray[Any]]:
+    def _split(self, stacked: NDArray[Any]) -> _Three:
         q_rows, k_rows, _ = self.widths.rows
-        return np.split(stacked, (q_rows, q_rows + k_rows))
+        q, k, v = np.split(stacked, (q_rows, q_rows + k_rows))
+        return q, k, v
 
     def weights_of_heads(self, heads: Sequence[int]) -> _core.Weights:
         """Packed parameters of some query heads alone, each with a key and value head of its own; without an output."""
@@ -212,17 +215,23 @@ class ParameterSet:
             return by_head[list(chosen)].reshape(len(chosen) * width, *stacked.shape[1:])
 
         parts = ((widths.head_dim, heads), (widths.head_dim, kv_heads), (widths.v_head_dim, kv_heads))
+        q, k, v = (rows_of(weight, *part) for weight, part in zip(self.input_weights, parts))
+        biases = self.input_biases
         learnt = [self.arrays.get(name) for name in ("bias_k", "bias_v")]
+        bias_k, bias_v = (
+            None if one is None else rows_of(one[0, 0], *part)[None, None] for one, part in zip(learnt, parts[1:])
+        )
         return _core.Weights(
             len(heads),
             len(heads),
             widths.head_dim,
             widths.v_head_dim,
-            *(rows_of(weight, *part) for weight, part in zip(self.input_weights, parts)),
-            None
-            if self.input_biases is None
-            else np.concatenate([rows_of(bias, *part) for bias, part in zip(self.input_biases, parts)]),
-            *(None if one is None else rows_of(one[0, 0], *part)[None, None] for one, part in zip(learnt, parts[1:])),
+            q,
+            k,
+            v,
+            None if biases is None else np.concatenate([rows_of(bias, *part) for bias, part in zip(biases, parts)]),
+            bias_k,
+            bias_v,
             np.zeros((1, len(heads) * widths.v_head_dim), self.dtype),
             None,
         )

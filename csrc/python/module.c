@@ -14,6 +14,7 @@
 #include "../threads.h"
 #include "../workspace.h"
 #include "arguments.h"
+#include "docstrings.h"
 #include "sdpa.h"
 #include "stages.h"
 #include "thread_count.h"
@@ -177,17 +178,16 @@ static PyObject *config(PyObject *module, PyObject *no_arguments)
 }
 
 static PyMethodDef module_methods[] = {
-    {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, "The forward pass of a layer."},
+    {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, forward_doc},
     {"scaled_dot_product_attention", (PyCFunction)(void (*)(void))scaled_dot_product_attention, METH_FASTCALL,
-     "Attention without projections."},
-    {"project", (PyCFunction)(void (*)(void))project, METH_FASTCALL, "The projection of one input."},
-    {"scores", (PyCFunction)(void (*)(void))scores, METH_FASTCALL, "The scores of each head, after the masks."},
-    {"attend", (PyCFunction)(void (*)(void))attend, METH_FASTCALL, "The results of the heads, and their weights."},
-    {"takes_few_queries", (PyCFunction)(void (*)(void))takes_few_queries, METH_FASTCALL,
-     "Which batch items are treated without projecting their keys."},
-    {"set_num_threads", set_num_threads, METH_O, "Sets the number of threads of this process."},
-    {"get_num_threads", get_num_threads, METH_NOARGS, "The number of threads that a large call may use here."},
-    {"config", config, METH_NOARGS, "What was built, and what this process uses of it."},
+     scaled_dot_product_attention_doc},
+    {"project", (PyCFunction)(void (*)(void))project, METH_FASTCALL, project_doc},
+    {"scores", (PyCFunction)(void (*)(void))scores, METH_FASTCALL, scores_doc},
+    {"attend", (PyCFunction)(void (*)(void))attend, METH_FASTCALL, attend_doc},
+    {"takes_few_queries", (PyCFunction)(void (*)(void))takes_few_queries, METH_FASTCALL, takes_few_queries_doc},
+    {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
+    {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
+    {"config", config, METH_NOARGS, config_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -222,12 +222,21 @@ static PyObject *weights_nbytes(PyObject *self, void *closure)
 }
 
 static PyGetSetDef weights_getset[] = {
-    {"nbytes", weights_nbytes, NULL, "Bytes of the parameters that this was made from.", NULL},
+    {"nbytes", weights_nbytes, NULL,
+     "Bytes of the parameters that this was made from; packed, they take about as many again.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
+PyDoc_STRVAR(weights_doc, "Weights(num_heads, num_kv_heads, head_dim, v_head_dim, q_proj_weight, k_proj_weight,\n"
+                          "        v_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias, /)\n"
+                          "--\n\n"
+                          "One immutable set of parameters, packed for the kernels of this CPU.\n\n"
+                          "All arrays are C-contiguous, aligned, in native byte order and of one dtype, float32 or\n"
+                          "float64. Biases and bias_k / bias_v are None where the layer has none; in_proj_bias holds\n"
+                          "the biases of q, k and v, stacked. Anything else raises TypeError or ValueError.");
+
 static PyType_Slot weights_slots[] = {
-    {Py_tp_doc, "One immutable set of parameters, packed for the kernels of this CPU."},
+    {Py_tp_doc, (void *)weights_doc},
     {Py_tp_new, weights_new},
     {Py_tp_dealloc, weights_dealloc},
     {Py_tp_getset, weights_getset},

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * docstrings.h - what inspect.signature() and help() show of the module's functions; module.c alone includes it.
+ */
+#ifndef MHA_PYTHON_DOCSTRINGS_H
+#define MHA_PYTHON_DOCSTRINGS_H
+
+/* The arguments of one call of a layer, as arguments.h numbers them. */
+#define CALL_ARGUMENTS                                                                                                \
+    "weights, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, out, "   \
+    "batch_first, add_zero_attn, masked_rows, dropout_p, dropout_seed, dropout_call"
+
+static const char forward_doc[] =
+    "forward($module, " CALL_ARGUMENTS ", static_k=None, static_v=None, /)\n--\n\n"
+    "The forward pass: torch's checks, in torch's order and words, then the result.\n\n"
+    "masked_rows is \"torch\", \"zero\" or \"nan\". dropout_p is that of this call: 0 outside training. Inputs and\n"
+    "masks are whatever exposes an array; None is no mask. out is returned as the first result; as with NumPy's\n"
+    "ufuncs a wrong type or dtype of it is a TypeError, a wrong shape or a read-only array a ValueError. static_k and\n"
+    "static_v, given together, take the place of the projected keys and values where they are not None.";
+
+static const char scaled_dot_product_attention_doc[] =
+    "scaled_dot_product_attention($module, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, "
+    "dropout_seed, /)\n--\n\n"
+    "Attention without projections: torch's checks, in torch's order and words, then the result, C-contiguous.";
+
+static const char project_doc[] =
+    "project($module, weights, input, x, batch_first, /)\n--\n\n"
+    "The projection of one input, \"query\", \"key\" or \"value\": (N, length, features), or (length, features).";
+
+static const char scores_doc[] =
+    "scores($module, " CALL_ARGUMENTS ", /)\n--\n\n"
+    "The arguments of forward() that ask for the weights of each head; the scores after the masks in their place.";
+
+static const char attend_doc[] =
+    "attend($module, " CALL_ARGUMENTS ", paths, /)\n--\n\n"
+    "The heads' results side by side, (N, L, H * Dv) or (L, H * Dv), and the weights where forward() returns them.\n\n"
+    "paths is what takes_few_queries() says, if need be of another layer.";
+
+static const char takes_few_queries_doc[] =
+    "takes_few_queries($module, " CALL_ARGUMENTS ", /)\n--\n\n"
+    "(N,) booleans: whether forward() treats a batch item without projecting its keys. Makes the checks of forward().";
+
+static const char set_num_threads_doc[] =
+    "set_num_threads($module, n, /)\n--\n\n"
+    "Sets the number of threads of this process; RuntimeError unless n is at least 1.";
+
+static const char get_num_threads_doc[] =
+    "get_num_threads($module, /)\n--\n\n"
+    "The number of threads that a large call may use here.";
+
+static const char config_doc[] =
+    "config($module, /)\n--\n\n"
+    "What was built, and what this process uses of it.\n\n"
+    "cpu_level: str, cpu_levels: list of str (best first), threads: int, usable_cpus: int, compiler: str, numpy: str\n"
+    "(the version that the extension was built against).";
+
+#endif
