@@ -25,6 +25,7 @@ enum {
     SLICE_BYTES = 4096,  /* of a row; a whole number of chains */
     SLICED_PANELS = 8,   /* panels whose strips wait at once for the next slice */
     TASKS_A_THREAD = 4,  /* so that the last ones to finish differ by little */
+    FETCH_BYTES = 256,   /* of the next weights at a time */
 };
 
 typedef struct {
@@ -108,6 +109,17 @@ void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t ite
             memcpy(to + e * sizeof(double), x + (ptrdiff_t)e * stride_e, sizeof(double));
 }
 
+/* What of the panels comes next: the weights are many times larger than the caches near the core, and the hardware
+ * sees too late that the next chain is needed. */
+static mha_next following(const mha_kernels *kernels, const mha_target *target, const char *b)
+{
+    const mha_split *split = &target->panels->split;
+    const char *end = target->panels->data + split->vectors * split->lanes * target->panels->depth * kernels->item;
+    const size_t chain = MHA_CHAIN * kernels->vectors * kernels->lanes * kernels->item;
+    const size_t bytes = b < end ? mha_smaller((size_t)(end - b), chain) : 0;
+    return (mha_next){b, mha_divide_up(bytes, FETCH_BYTES), FETCH_BYTES, FETCH_BYTES};
+}
+
 /* Adds one slice of one panel to its strip; the last slice of all ends in y. */
 static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_target *target, mha_panel panel,
                            size_t first_row, size_t rows, size_t first_feature, const char *block, char *strip)
@@ -131,6 +143,7 @@ static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_
         product.b = b + k * P * item;
         product.c = is_last && fits ? y : strip;
         product.c_row = is_last && fits ? target->stride : P;
+        product.next = following(kernels, target, b + (k + MHA_CHAIN) * P * item);
         kernels->product(&product);
         product.addend = strip;
         product.addend_row = P;

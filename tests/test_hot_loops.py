@@ -23,7 +23,7 @@ MACHINE = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platfo
 
 FUNCTION = re.compile(r"^[0-9a-f]+ <_?(\w+)(?:\.\w+)*>:$")
 INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(\S.*)$")
-TILE = re.compile(r"tile_(\d+)x(\d+)_(f32|f64)")
+TILE = re.compile(r"tiles_(\d+)x(\d+)_(f32|f64)")
 JUMP = re.compile(r"^(?:j\w+|b|b\.\w+|cbn?z|tbn?z)\s.*?(?:0x)?([0-9a-f]+) <")
 FINAL = re.compile(r"^(?:jmp|b|ret\w*)\b(?!\.)")
 FMA = re.compile(r"^(?:vfmadd\d+p[sd]|fmla)\b")
@@ -111,14 +111,18 @@ def reachable(function, first, last):
 
 
 def loops(function):
-    """The instructions of every loop: from the target of a backward jump to the jump, if the one leads to the other.
-    (gcc moves rare blocks behind the end, and jumps back from there; that is no loop.)"""
+    """The instructions of every innermost loop: from the target of a backward jump to the jump, if the one leads to the
+    other. (gcc moves rare blocks behind the end, and jumps back from there; that is no loop.)"""
+    bodies = []
     for address, instruction in function:
         target = jump_target(instruction)
         if target is not None and target <= address:
             body = reachable(function, target, address)
             if address in body:
-                yield [i for a, i in function if a in body]
+                bodies.append(body)
+    for body in bodies:
+        if not any(other < body for other in bodies):
+            yield [i for a, i in function if a in body]
 
 
 def stack_references(function, loop, target):
@@ -149,9 +153,10 @@ def test_nothing_spills(functions, compiler, level, dtype):
     """Every tile of R rows and V vectors has a loop of R * V multiply-adds (or, unrolled, a multiple) and no stack."""
     code = functions(compiler, level)
     tiles = {(int(m[1]), int(m[2])): code[name] for name in code if (m := TILE.fullmatch(name)) and m[3] == dtype}
-    rows, vectors = max(r for r, _ in tiles), max(v for _, v in tiles)
-    assert set(tiles) == {(r + 1, v + 1) for r in range(rows) for v in range(vectors)}
-    assert rows * vectors >= 12, "fewer accumulators than the smallest register file has room for"
+    vectors = max(v for _, v in tiles)
+    most_rows = [max((r for r, v_ in tiles if v_ == v), default=0) for v in range(1, vectors + 1)]
+    assert set(tiles) == {(r + 1, v) for v, most in enumerate(most_rows, 1) for r in range(most)}
+    assert most_rows[-1] * vectors >= 12, "fewer accumulators than the smallest register file has room for"
     wrong = []
     for (r, v), function in sorted(tiles.items()):
         counted = [(sum(bool(FMA.match(i)) for i in loop), loop) for loop in loops(function)]
@@ -182,3 +187,5 @@ def test_a_loop_is_seen():
     assert list(loops(loop)) == [[loop[1][1], loop[2][1]]]
     moved = [(0, "je     8 <f+0x8>"), (4, "ret"), (8, "nop"), (12, "jmp    4 <f+0x4>")]
     assert not list(loops(moved))
+    nested = [(0, "fmla v6.4s, v1.4s, v2.4s"), (4, "b.ne    0 <f>"), (8, "str x0, [sp]"), (12, "b.ne    0 <f>")]
+    assert list(loops(nested)) == [[i for _, i in nested[:2]]]

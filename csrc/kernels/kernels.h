@@ -23,6 +23,21 @@ enum { MHA_CHAIN = 64, MHA_BLOCK_KEYS = 64 };
 
 enum { MHA_MOST_LANES = 48 }; /* of a panel, on any instruction set */
 
+/* Before a loop over the vectors of an array, as many as a constant says: unless it is unrolled, gcc keeps them in memory
+ * instead of registers. */
+#ifdef __clang__
+#define MHA_UNROLL _Pragma("unroll")
+#else
+#define MHA_UNROLL _Pragma("GCC unroll 64")
+#endif
+
+/* Memory that is about to be read: rows of so many bytes. 0 rows: none. */
+typedef struct {
+    const char *data;
+    size_t rows, bytes;
+    ptrdiff_t stride; /* bytes between rows */
+} mha_next;
+
 /* C[rows][P] = chain                       when addend is NULL,
  *            = addend + chain              when factor is NULL,
  *            = addend * factor + chain     (fused) otherwise, where
@@ -30,6 +45,7 @@ enum { MHA_MOST_LANES = 48 }; /* of a panel, on any instruction set */
  *
  * addend is [rows][P] with stride addend_row (0 repeats one row, as for a bias) and may be c itself; factor is [P].
  * Nothing else overlaps. P = vectors * lanes with 1 <= vectors <= mha_kernels.vectors; any rows, any depth.
+ * Meanwhile `next`, what the caller is going to read after this, is fetched into the cache, some of it with each tile.
  *
  *            k ->             b (panel)                    c
  *         +---------+       k +----------+        r +----------+
@@ -47,6 +63,7 @@ typedef struct {
     const void *factor;
     void *c;
     size_t c_row;
+    mha_next next;
 } mha_product;
 
 /* The part of the masks that one block of scores needs: keys of the block by lanes of the panel. */

@@ -19,6 +19,7 @@
 #define NOINLINE static __attribute__((noinline))
 
 enum { VECTORS = 3 };
+enum { EXP_VECTORS = 4, FETCHED_BYTES = 64 };
 enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
 
 /* See exp(): ROUND is 1.5 * 2^mantissa bits + exponent bias. */
@@ -52,19 +53,21 @@ static const double exp2_coefficients_f64[] = {
         .accumulate = PASTE(accumulate, suffix), .fill = PASTE(fill, suffix), .dropout = PASTE(dropout, suffix), \
     }
 
-#if ROWS == 4
-#define EACH_ROW(X) X(0) X(1) X(2) X(3)
-#define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y)
-#define EACH_TILE(X, v) X(1, v) X(2, v) X(3, v) X(4, v)
-#define TILES(v) {V(tile_1x##v), V(tile_2x##v), V(tile_3x##v), V(tile_4x##v)}
+/* Rows of a full tile of V vectors: enough accumulators to keep the multiply-add units busy, few enough for the registers. */
+#if REGISTERS == 16
+enum { ROWS_1 = 8, ROWS_2 = 6, ROWS_3 = 4 };
+#define EACH_TILE_1(X) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+#define EACH_TILE_2(X) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2)
+#define EACH_TILE_3(X) X(1, 3) X(2, 3) X(3, 3) X(4, 3)
 #else
+enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
+#define EACH_TILE_1(X) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+#define EACH_TILE_2(X) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2)
+#define EACH_TILE_3(X) X(1, 3) X(2, 3) X(3, 3) X(4, 3) X(5, 3) X(6, 3) X(7, 3) X(8, 3)
+#endif
+enum { MOST_ROWS = 8 };
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
-#define EACH_TILE(X, v) X(1, v) X(2, v) X(3, v) X(4, v) X(5, v) X(6, v) X(7, v) X(8, v)
-#define TILES(v) \
-    {V(tile_1x##v), V(tile_2x##v), V(tile_3x##v), V(tile_4x##v), \
-     V(tile_5x##v), V(tile_6x##v), V(tile_7x##v), V(tile_8x##v)}
-#endif
 #endif
 
 #define VEC V(vec)
@@ -82,14 +85,31 @@ INLINE void V(finish)(const int end, VEC chain, const REAL *addend, const REAL *
     V(store)(c + lane, chain);
 }
 
+/* Where a product has come to: the rows that are left. */
+typedef struct {
+    const REAL *a, *addend; /* addend NULL: none */
+    REAL *c;
+    mha_next next;
+    size_t next_rows; /* to be fetched with each tile */
+} V(place);
+
+INLINE void V(fetch)(V(place) *at)
+{
+    for (size_t i = at->next_rows; i > 0 && at->next.rows > 0; i--) {
+        for (size_t byte = 0; byte < at->next.bytes; byte += FETCHED_BYTES)
+            __builtin_prefetch(at->next.data + byte);
+        at->next.data += at->next.stride;
+        at->next.rows--;
+    }
+}
+
 /* `rows` and `vectors` are constants in every copy. Each accumulator is a variable of its own: gcc keeps an array of
  * them in memory. The broadcasts are not loaded ahead of their use: that would need more registers than there are. */
-INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *p, const REAL *a, const REAL *addend,
-                    REAL *c)
+INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *p, V(place) *at)
 {
     const ptrdiff_t a_row = p->a_row, a_k = p->a_k;
     const size_t b_k = p->b_k;
-    const REAL *b = p->b;
+    const REAL *a = at->a, *b = p->b;
     const VEC zero = V(splat)(0);
 #define DECLARE(r) VEC c##r##_0 = zero, c##r##_1 = zero, c##r##_2 = zero;
     EACH_ROW(DECLARE)
@@ -110,7 +130,8 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
         a += a_k;
         b += b_k;
     }
-    const REAL *factor = p->factor;
+    const REAL *addend = at->addend, *factor = p->factor;
+    REAL *c = at->c;
     const size_t addend_row = p->addend_row, c_row = p->c_row;
 #define FINISH(r, end) \
     if (r < rows) { \
@@ -133,37 +154,61 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
 #undef DECLARE
 #undef ACCUMULATE
 #undef FINISH
+    at->a += (ptrdiff_t)rows * a_row;
+    at->addend = addend;
+    at->c = c;
 }
 
 /* Out of line, so that one copy's registers never disturb another's. */
 #define COPY(r, v) \
-    NOINLINE void V(tile_##r##x##v)(const mha_product *p, const REAL *a, const REAL *addend, REAL *c) \
+    NOINLINE void V(tiles_##r##x##v)(const mha_product *p, V(place) *at, size_t tiles) \
     { \
-        V(tile)(r, v, p, a, addend, c); \
+        for (; tiles > 0; tiles--) { \
+            V(fetch)(at); \
+            V(tile)(r, v, p, at); \
+        } \
     }
-EACH_TILE(COPY, 1)
-EACH_TILE(COPY, 2)
-EACH_TILE(COPY, 3)
+EACH_TILE_1(COPY)
+EACH_TILE_2(COPY)
+EACH_TILE_3(COPY)
 #undef COPY
 
 static void V(product)(const mha_product *p)
 {
-    static void (*const tiles[VECTORS][ROWS])(const mha_product *, const REAL *, const REAL *, REAL *) = {
-        TILES(1), TILES(2), TILES(3)};
-    const REAL *a = p->a, *addend = p->addend;
-    REAL *c = p->c;
+#define NAME(r, v) V(tiles_##r##x##v),
+    static void (*const copies[VECTORS][MOST_ROWS])(const mha_product *, V(place) *, size_t) = {
+        {EACH_TILE_1(NAME)}, {EACH_TILE_2(NAME)}, {EACH_TILE_3(NAME)}};
+#undef NAME
+    static const size_t most_rows[VECTORS] = {ROWS_1, ROWS_2, ROWS_3};
+    if (p->rows == 0)
+        return;
     /* Rows are shared out evenly: 9 rows are 5 + 4, since a tile of one row waits for its few accumulators. */
-    for (size_t left = p->rows, tile = (p->rows + ROWS - 1) / ROWS; tile > 0; tile--) {
-        const size_t rows = (left + tile - 1) / tile;
-        tiles[p->vectors - 1][rows - 1](p, a, addend, c);
-        a += (ptrdiff_t)rows * p->a_row;
-        addend = addend ? addend + rows * p->addend_row : NULL;
-        c += rows * p->c_row;
-        left -= rows;
-    }
+    const size_t tiles = (p->rows + most_rows[p->vectors - 1] - 1) / most_rows[p->vectors - 1];
+    const size_t rows = p->rows / tiles, larger = p->rows % tiles;
+    V(place) at = {p->a, p->addend, p->c, p->next, (p->next.rows + tiles - 1) / tiles};
+    if (larger > 0)
+        copies[p->vectors - 1][rows](p, &at, larger);
+    copies[p->vectors - 1][rows - 1](p, &at, tiles - larger);
 }
 
 /* ---- Panels in and out ---- */
+
+/* v[i] = row i of a square, times scale; rows from `count` on are 0. */
+INLINE void V(load_square)(const REAL *rows, size_t row_stride, size_t count, VEC scale, VEC v[])
+{
+    if (count >= LANES) {
+        MHA_UNROLL
+        for (size_t i = 0; i < LANES; i++)
+            v[i] = V(load)(rows + i * row_stride) * scale;
+        return;
+    }
+    MHA_UNROLL
+    for (size_t i = 0; i < LANES; i++) {
+        v[i] = V(splat)(0);
+        if (i < count)
+            v[i] = V(load)(rows + i * row_stride) * scale;
+    }
+}
 
 static void V(pack_panel)(const void *rows_, size_t row_stride, size_t count, size_t width, double scale_, void *panel_,
                           size_t vectors)
@@ -176,12 +221,9 @@ static void V(pack_panel)(const void *rows_, size_t row_stride, size_t count, si
         size_t d = 0;
         for (; d + LANES <= width; d += LANES) {
             VEC v[LANES];
-            for (size_t i = 0; i < LANES; i++) {
-                v[i] = V(splat)(0);
-                if (i < used)
-                    v[i] = V(load)(rows + (lane + i) * row_stride + d) * V(splat)(scale);
-            }
+            V(load_square)(rows + lane * row_stride + d, row_stride, used, V(splat)(scale), v);
             V(transpose)(v);
+            MHA_UNROLL
             for (size_t i = 0; i < LANES; i++)
                 V(store)(panel + (d + i) * P + lane, v[i]);
         }
@@ -204,11 +246,12 @@ static void V(unpack_panel)(const void *panel_, size_t vectors, const void *fact
         size_t d = 0;
         for (; d + LANES <= width; d += LANES) {
             VEC v[LANES];
-            for (size_t i = 0; i < LANES; i++)
-                v[i] = V(load)(panel + (d + i) * P + lane) * V(load)(factor + lane);
+            V(load_square)(panel + d * P + lane, P, LANES, V(load)(factor + lane), v);
             V(transpose)(v);
-            for (size_t i = 0; i < used; i++)
-                V(store)(rows + (lane + i) * row_stride + d, v[i]);
+            MHA_UNROLL
+            for (size_t i = 0; i < LANES; i++)
+                if (i < used)
+                    V(store)(rows + (lane + i) * row_stride + d, v[i]);
         }
         for (; d < width; d++)
             for (size_t i = 0; i < used; i++)
@@ -299,6 +342,7 @@ static mha_visibility V(read_masks)(void *bias_, size_t keys, size_t vectors, si
         }
         for (size_t k = 0; k < keys; k += LANES) {
             VEC v[LANES];
+            MHA_UNROLL
             for (size_t i = 0; i < LANES; i++)
                 v[i] = V(load)(rows[i] + k);
             V(transpose)(v);
@@ -324,16 +368,34 @@ static mha_visibility V(read_masks)(void *bias_, size_t keys, size_t vectors, si
  * kernels). The logarithm follows the subtraction of the maximum, so that a score of finfo.min stays finite.
  * Adding ROUND leaves n, biased as exponents are, in the low bits of the sum. The polynomials are minimax in the
  * relative error with constant term 1 (Remez' algorithm), their coefficients then nudged for the least error as computed. */
+INLINE void V(exp_of_each)(VEC x[], const size_t count)
+{
+    VEC rounded[EXP_VECTORS], f[EXP_VECTORS], p[EXP_VECTORS];
+    const VEC log2_e = V(splat)(V(LOG2_E)), round = V(splat)(V(ROUND));
+    MHA_UNROLL
+    for (size_t i = 0; i < count; i++)
+        rounded[i] = x[i] * log2_e + round;
+    MHA_UNROLL
+    for (size_t i = 0; i < count; i++)
+        f[i] = V(fma)(x[i], V(splat)(V(LOG2_E_REST)), V(fma)(x[i], log2_e, round - rounded[i]));
+    MHA_UNROLL
+    for (size_t i = 0; i < count; i++)
+        p[i] = V(splat)(V(exp2_coefficients)[0]);
+    MHA_UNROLL
+    for (size_t c = 1; c < sizeof V(exp2_coefficients) / sizeof(REAL); c++) {
+        MHA_UNROLL
+        for (size_t i = 0; i < count; i++)
+            p[i] = V(fma)(p[i], f[i], V(splat)(V(exp2_coefficients)[c]));
+    }
+    MHA_UNROLL
+    for (size_t i = 0; i < count; i++)
+        x[i] = V(zero_below)(p[i] * V(exponent)(rounded[i]), x[i] * log2_e, V(splat)(V(EXP2_LOWEST)));
+}
+
 INLINE VEC V(exp)(VEC x)
 {
-    const VEC t = x * V(splat)(V(LOG2_E));
-    const VEC rounded = t + V(splat)(V(ROUND));
-    const VEC minus_n = V(splat)(V(ROUND)) - rounded;
-    const VEC f = V(fma)(x, V(splat)(V(LOG2_E_REST)), V(fma)(x, V(splat)(V(LOG2_E)), minus_n));
-    VEC p = V(splat)(V(exp2_coefficients)[0]);
-    for (size_t i = 1; i < sizeof V(exp2_coefficients) / sizeof(REAL); i++)
-        p = V(fma)(p, f, V(splat)(V(exp2_coefficients)[i]));
-    return V(zero_below)(p * V(exponent)(rounded), t, V(splat)(V(EXP2_LOWEST)));
+    V(exp_of_each)(&x, 1);
+    return x;
 }
 
 static void V(softmax_begin)(void *maximum_, void *sum_, size_t vectors)
@@ -345,6 +407,51 @@ static void V(softmax_begin)(void *maximum_, void *sum_, size_t vectors)
     }
 }
 
+/* p[i] = exp(score of key i - maximum), for `count` keys, at most EXP_VECTORS. */
+INLINE void V(exp_of_scores)(const REAL *scores, size_t P, VEC maximum, VEC p[], const size_t count)
+{
+    MHA_UNROLL
+    for (size_t i = 0; i < count; i++)
+        p[i] = V(load)(scores + i * P) - maximum;
+    V(exp_of_each)(p, count);
+}
+
+/* The same in place, each added to a sum of its own. */
+INLINE void V(sum_up)(REAL *scores, size_t P, VEC maximum, VEC sums[EXP_VECTORS], const size_t count)
+{
+    VEC p[EXP_VECTORS];
+    V(exp_of_scores)(scores, P, maximum, p, count);
+    MHA_UNROLL
+    for (size_t i = 0; i < count; i++) {
+        V(store)(scores + i * P, p[i]);
+        sums[i] = sums[i] + p[i];
+    }
+}
+
+/* The same in place, divided by the sum. */
+INLINE void V(weigh)(REAL *scores, size_t P, VEC maximum, VEC sum, const size_t count)
+{
+    VEC p[EXP_VECTORS];
+    V(exp_of_scores)(scores, P, maximum, p, count);
+    MHA_UNROLL
+    for (size_t i = 0; i < count; i++)
+        V(store)(scores + i * P, p[i] / sum);
+}
+
+/* The largest of the keys' scores and of `so_far`; in two chains, which wait for each other less. */
+INLINE VEC V(largest)(const REAL *scores, size_t keys, size_t P, VEC so_far)
+{
+    VEC even = so_far, odd = so_far;
+    size_t i = 0;
+    for (; i + 4 <= keys; i += 4) {
+        even = V(max)(even, V(max)(V(load)(scores + i * P), V(load)(scores + (i + 2) * P)));
+        odd = V(max)(odd, V(max)(V(load)(scores + (i + 1) * P), V(load)(scores + (i + 3) * P)));
+    }
+    for (; i < keys; i++)
+        even = V(max)(even, V(load)(scores + i * P));
+    return V(max)(even, odd);
+}
+
 static void V(softmax_step)(void *scores_, size_t keys, size_t vectors, void *maximum_, void *sum_, void *factor_)
 {
     const size_t P = vectors * LANES;
@@ -352,15 +459,15 @@ static void V(softmax_step)(void *scores_, size_t keys, size_t vectors, void *ma
         REAL *scores = (REAL *)scores_ + lane, *maximum = (REAL *)maximum_ + lane;
         REAL *sum = (REAL *)sum_ + lane, *factor = (REAL *)factor_ + lane;
         const VEC old = V(load)(maximum);
-        VEC new = old;
-        for (size_t i = 0; i < keys; i++)
-            new = V(max)(new, V(load)(scores + i * P));
-        VEC sums[4] = {V(splat)(0), V(splat)(0), V(splat)(0), V(splat)(0)}; /* shorter sums round less */
-        for (size_t i = 0; i < keys; i++) {
-            const VEC p = V(exp)(V(load)(scores + i * P) - new);
-            V(store)(scores + i * P, p);
-            sums[i % 4] = sums[i % 4] + p;
-        }
+        const VEC new = V(largest)(scores, keys, P, old);
+        VEC sums[EXP_VECTORS] = {V(splat)(0), V(splat)(0), V(splat)(0), V(splat)(0)}; /* shorter sums round less */
+        size_t i = 0;
+        for (; i + EXP_VECTORS <= keys; i += EXP_VECTORS)
+            V(sum_up)(scores + i * P, P, new, sums, EXP_VECTORS);
+        MHA_UNROLL
+        for (size_t rest = 1; rest < EXP_VECTORS; rest++)
+            if (rest == keys - i)
+                V(sum_up)(scores + i * P, P, new, sums, rest);
         const VEC block_sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
         const VEC rescale = V(exp)(old - new);
         V(store)(sum, V(fma)(V(load)(sum), rescale, block_sum));
@@ -392,8 +499,11 @@ static void V(softmax_weights)(void *scores_, size_t keys, size_t vectors, const
     for (size_t lane = 0; lane < P; lane += LANES) {
         REAL *scores = (REAL *)scores_ + lane;
         const VEC maximum = V(load)((const REAL *)maximum_ + lane), sum = V(load)((const REAL *)sum_ + lane);
-        for (size_t i = 0; i < keys; i++)
-            V(store)(scores + i * P, V(exp)(V(load)(scores + i * P) - maximum) / sum);
+        size_t i = 0;
+        for (; i + EXP_VECTORS <= keys; i += EXP_VECTORS)
+            V(weigh)(scores + i * P, P, maximum, sum, EXP_VECTORS);
+        for (; i < keys; i++)
+            V(weigh)(scores + i * P, P, maximum, sum, 1);
     }
 }
 

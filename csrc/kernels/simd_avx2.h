@@ -5,7 +5,7 @@
 #ifndef MHA_SIMD_AVX2_H
 #define MHA_SIMD_AVX2_H
 
-#define ROWS 4
+#define REGISTERS 16
 enum { lanes_f32 = 8, lanes_f64 = 4 };
 typedef __m256 vec_f32;
 typedef __m256d vec_f64;
@@ -75,15 +75,19 @@ static inline void transpose_f64(vec_f64 v[4])
 static inline void transpose_f32(vec_f32 v[8])
 {
     vec_f32 pair[8], quad[8];
+    MHA_UNROLL
     for (int i = 0; i < 8; i += 2) {
         pair[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
         pair[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
     }
+    MHA_UNROLL
     for (int i = 0; i < 8; i += 4)
+        MHA_UNROLL
         for (int j = 0; j < 2; j++) {
             quad[i + 2 * j] = _mm256_shuffle_ps(pair[i + j], pair[i + j + 2], 0x44);
             quad[i + 2 * j + 1] = _mm256_shuffle_ps(pair[i + j], pair[i + j + 2], 0xee);
         }
+    MHA_UNROLL
     for (int i = 0; i < 4; i++) {
         v[i] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
         v[i + 4] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);

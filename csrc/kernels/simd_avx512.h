@@ -6,7 +6,7 @@
 #ifndef MHA_SIMD_AVX512_H
 #define MHA_SIMD_AVX512_H
 
-#define ROWS 8
+#define REGISTERS 32
 enum { lanes_f32 = 16, lanes_f64 = 8 };
 typedef __m512 vec_f32;
 typedef __m512d vec_f64;
@@ -64,15 +64,19 @@ static inline vec_f64 hidden_f64(const char *p)
 static inline void transpose_f64(vec_f64 v[8])
 {
     vec_f64 pair[8], quad[8];
+    MHA_UNROLL
     for (int i = 0; i < 8; i += 2) {
         pair[i] = _mm512_unpacklo_pd(v[i], v[i + 1]);
         pair[i + 1] = _mm512_unpackhi_pd(v[i], v[i + 1]);
     }
+    MHA_UNROLL
     for (int i = 0; i < 8; i += 4)
+        MHA_UNROLL
         for (int j = 0; j < 2; j++) { /* 16-byte lanes 0 and 2 of both, then 1 and 3 */
             quad[i + j] = _mm512_shuffle_f64x2(pair[i + j], pair[i + j + 2], 0x88);
             quad[i + j + 2] = _mm512_shuffle_f64x2(pair[i + j], pair[i + j + 2], 0xdd);
         }
+    MHA_UNROLL
     for (int j = 0; j < 4; j++) {
         v[j] = _mm512_shuffle_f64x2(quad[j], quad[j + 4], 0x88);
         v[j + 4] = _mm512_shuffle_f64x2(quad[j], quad[j + 4], 0xdd);
@@ -82,20 +86,26 @@ static inline void transpose_f64(vec_f64 v[8])
 static inline void transpose_f32(vec_f32 v[16])
 {
     vec_f32 pair[16], quad[16], half[16];
+    MHA_UNROLL
     for (int i = 0; i < 16; i += 2) {
         pair[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
         pair[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
     }
+    MHA_UNROLL
     for (int i = 0; i < 16; i += 4)
+        MHA_UNROLL
         for (int j = 0; j < 2; j++) {
             quad[i + 2 * j] = _mm512_shuffle_ps(pair[i + j], pair[i + j + 2], 0x44);
             quad[i + 2 * j + 1] = _mm512_shuffle_ps(pair[i + j], pair[i + j + 2], 0xee);
         }
+    MHA_UNROLL
     for (int i = 0; i < 16; i += 8) /* quad[i + j], lane q: column 4 q + j of rows i .. i + 3 */
+        MHA_UNROLL
         for (int j = 0; j < 4; j++) {
             half[i + j] = _mm512_shuffle_f32x4(quad[i + j], quad[i + j + 4], 0x88);
             half[i + j + 4] = _mm512_shuffle_f32x4(quad[i + j], quad[i + j + 4], 0xdd);
         }
+    MHA_UNROLL
     for (int j = 0; j < 8; j++) {
         v[j] = _mm512_shuffle_f32x4(half[j], half[j + 8], 0x88);
         v[j + 8] = _mm512_shuffle_f32x4(half[j], half[j + 8], 0xdd);

@@ -5,7 +5,7 @@
 #ifndef MHA_SIMD_NEON_H
 #define MHA_SIMD_NEON_H
 
-#define ROWS 8
+#define REGISTERS 32
 enum { lanes_f32 = 4, lanes_f64 = 2 };
 typedef float32x4_t vec_f32;
 typedef float64x2_t vec_f64;

@@ -13,12 +13,12 @@
  *   either(a, b), unlike(a, b)  bitwise or, exclusive or
  *   hidden(p)               -inf where a byte is not 0, else 0, for as many bytes as lanes
  *   transpose(v)            v[i] lane j <-> v[j] lane i, for as many vectors as lanes
- * and ROWS, the rows of a full tile: ROWS * 3 accumulators, 3 vectors of the panel and 1 broadcast fill the registers.
+ * and REGISTERS, how many vectors they are: accumulators, up to 3 vectors of a panel and 1 broadcast have to fit.
  */
 #ifndef MHA_SIMD_PORTABLE_H
 #define MHA_SIMD_PORTABLE_H
 
-#define ROWS 4
+#define REGISTERS 16
 enum { lanes_f32 = 4, lanes_f64 = 2 };
 
 /* GCC's vector extension: 16 bytes are a register on every CPU this is likely to meet, and correct on the others. */
@@ -74,7 +74,9 @@ static inline vec_f64 hidden_f64(const char *p)
 
 static inline void transpose_f32(vec_f32 v[4])
 {
+    MHA_UNROLL
     for (int i = 0; i < 4; i++)
+        MHA_UNROLL
         for (int j = 0; j < i; j++) {
             const float x = v[i][j];
             v[i][j] = v[j][i];
