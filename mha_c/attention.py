@@ -571,10 +571,12 @@ class MultiheadAttention:
             ``q_proj``, ``k_proj``, ``v_proj`` with ``out_proj`` or ``o_proj``.
         strict : bool, default True
             Whether names that stand among the layer's and are not known are errors.
-        dropout, add_zero_attn, batch_first, dropout_seed, masked_rows
+        dropout, add_zero_attn, batch_first
             As for the constructor.
         dtype : optional
             float32 or float64, to which the parameters are cast. None: float64 for float64 weights, else float32.
+        dropout_seed, masked_rows
+            As for the constructor.
         head_dim, num_kv_heads : int, optional
             Only needed where the projections are stacked in one weight and value heads are not as wide as key heads:
             then one of them tells the other.
@@ -732,6 +734,11 @@ class MultiheadAttention:
 
 class OutputProjection:
     """The output projection of a layer: its ``weight`` and ``bias``, which may be assigned.
+
+    Parameters
+    ----------
+    layer : MultiheadAttention
+        The layer, of which this is a view.
 
     Examples
     --------

@@ -36,6 +36,13 @@ CRITERION = (
 class Error:
     """How far numbers are from what they should be.
 
+    Attributes
+    ----------
+    largest : float
+        The largest absolute difference.
+    rms : float
+        The root of the mean square of the differences.
+
     Examples
     --------
     >>> Error.between(np.array([1.0, 2.0, np.nan]), np.array([1.5, 2.5, np.nan]))
@@ -47,7 +54,23 @@ class Error:
 
     @classmethod
     def between(cls, a: NDArray[Any], b: NDArray[Any]) -> Error:
-        """The differences of two arrays of one shape, where both are finite."""
+        """The differences of two arrays, where both are finite.
+
+        Parameters
+        ----------
+        a, b : numpy.ndarray
+            The arrays, of one shape.
+
+        Returns
+        -------
+        Error
+            Zeros if no number is finite in both.
+
+        Examples
+        --------
+        >>> Error.between(np.array([1.0, np.inf]), np.array([1.5, 2.0]))
+        Error(largest=0.5, rms=0.5)
+        """
         both = np.isfinite(a) & np.isfinite(b)
         differences = np.abs(np.subtract(a[both], b[both], dtype=np.result_type(a, b, np.float64)))
         if differences.size == 0:
@@ -104,7 +127,29 @@ class Comparison:
         reference: NDArray[Any],
         torch_error: Error | None = None,
     ) -> Comparison:
-        """Compare two arrays; `torch_error` where `reference` is torch's own result and so cannot tell it."""
+        """Compare two arrays.
+
+        Parameters
+        ----------
+        name : str
+            The output.
+        ours, theirs : numpy.ndarray
+            What mha_c and torch computed.
+        reference : numpy.ndarray
+            What both should be.
+        torch_error : Error, optional
+            Needed where `reference` is torch's own result, and so cannot tell how far off it is.
+
+        Returns
+        -------
+        Comparison
+
+        Examples
+        --------
+        >>> x = np.ones((2, 2), np.float32)
+        >>> Comparison.measure("output", x, x + 1, x.astype(np.float64)).torch_error
+        Error(largest=1.0, rms=1.0)
+        """
         difference = error = Error(np.inf, np.inf)
         misplaced = 0
         if ours.shape == theirs.shape:
@@ -188,12 +233,28 @@ class Report:
         ------
         AssertionError
             With the report as its message.
+
+        Examples
+        --------
+        >>> x = np.ones((2, 2), np.float32)
+        >>> Report("ones", (Comparison.measure("output", x, x, x.astype(np.float64)),)).assert_close()
         """
         if not self.agrees:
             raise AssertionError(str(self))
 
     def table(self) -> Table:
-        """The report as a table: differences from torch, then errors in units in the last place."""
+        """The report as a table: differences from torch, then errors in units in the last place.
+
+        Returns
+        -------
+        Table
+            Text for a terminal when printed, HTML in a notebook.
+
+        Examples
+        --------
+        >>> Report("nothing", ()).table().title
+        'nothing'
+        """
         header = ("", "shape", "difference", "rms", "in ulp", "mha_c's error", "torch's error", "")
         rows = [
             (
@@ -415,6 +476,17 @@ def _spelt_out_for_torch(layer: MultiheadAttention, arguments: Mapping[str, Any]
 
 def describe(layer: MultiheadAttention, arguments: Mapping[str, Any]) -> str:
     """A layer and a call of it, in one line.
+
+    Parameters
+    ----------
+    layer : MultiheadAttention
+        The layer.
+    arguments : mapping of str to object
+        The call: `query` and masks as arrays, the rest as the layer takes it.
+
+    Returns
+    -------
+    str
 
     Examples
     --------

@@ -187,7 +187,20 @@ class Explanation:
         return sorted({*super().__dir__(), *self.stages})
 
     def table(self) -> Table:
-        """The stages as a table: shapes, operations, bytes; then what else there is to know."""
+        """The stages as a table: shapes, operations, bytes; then what else there is to know.
+
+        Returns
+        -------
+        Table
+            Text for a terminal when printed, HTML in a notebook.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> table = explain(mha_c.MultiheadAttention(8, 4), *[np.ones((5, 3, 8), np.float32)] * 3).table()
+        >>> table.header
+        ('', 'axes', 'shape', 'operations', 'bytes', '')
+        """
         header = ("", "axes", "shape", "operations", "bytes", "")
         rows = [
             (
@@ -234,7 +247,7 @@ def explain(
     layer : MultiheadAttention
         The layer.
     query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        The call, as for `MultiheadAttention.forward`. `need_weights` only says what a query gets that may see no key,
+        As for `MultiheadAttention.forward`, whose call it is. `need_weights` only says what a query gets that may see no key,
         and `average_attn_weights` nothing: all weights are here.
     heads : int or sequence of int, optional
         The heads to look at, by number; all unless given. Stages that belong to a head are computed for these alone,

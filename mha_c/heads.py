@@ -96,7 +96,7 @@ def distance(weights: Any, *, item: int = 0) -> NDArray[Any]:
 
     Notes
     -----
-    Σ w |query - key| over the keys ("Analyzing the Structure of Attention in a Transformer Language Model", Vig and
+    ``Σ w |query - key|`` over the keys ("Analyzing the Structure of Attention in a Transformer Language Model", Vig and
     Belinkov, 2019, section 4).
 
     Examples

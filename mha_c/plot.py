@@ -296,12 +296,14 @@ def token(
 
     Parameters
     ----------
-    weights, item, tokens, key_tokens, ax
-        As for `weights`. Where there is no room for every word, the strongest keys have theirs.
+    weights
+        As for `weights`.
     token : int
         The query.
     head : int, optional
         One head; the average of all unless given.
+    item, tokens, key_tokens, ax
+        As for `weights`. Where there is no room for every word, the strongest keys have theirs.
 
     Returns
     -------

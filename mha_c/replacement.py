@@ -236,6 +236,14 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
             Contiguous if it is computed by mha_c.
         attn_output_weights : torch.Tensor or None
             Without `need_weights` None.
+
+        Examples
+        --------
+        >>> import torch
+        >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2)).eval()
+        >>> with torch.no_grad():
+        ...     attention(*[torch.zeros(5, 3, 8)] * 3, need_weights=False)[1] is None
+        True
         """
         masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         # First of all, because a compiler must not meet what comes after it.
@@ -259,7 +267,24 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool,
         is_causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """What forward returns, or None where torch is to answer."""
+        """What forward returns, or None where torch is to answer.
+
+        Parameters
+        ----------
+        query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            As for `forward`.
+
+        Returns
+        -------
+        tuple of torch.Tensor and torch.Tensor or None, or None
+
+        Examples
+        --------
+        >>> import torch
+        >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2))  # in training: torch's
+        >>> attention.forward_in_mha_c(*[torch.zeros(5, 3, 8)] * 3, None, True, None, True, False) is None
+        True
+        """
         if self.training or is_causal and attn_mask is None:
             return None
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]

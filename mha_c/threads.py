@@ -67,6 +67,10 @@ def num_threads(n: int) -> Iterator[None]:
     n : int
         At least 1.
 
+    Yields
+    ------
+    None
+
     Raises
     ------
     RuntimeError

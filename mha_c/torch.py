@@ -238,6 +238,10 @@ def _copy_with_gradients(module: torch.nn.MultiheadAttention) -> torch.nn.Multih
 def one_thread() -> Iterator[None]:
     """Let torch compute on one thread within a block, which is faster for many small calls.
 
+    Yields
+    ------
+    None
+
     Examples
     --------
     >>> with one_thread():

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation site: `sphinx-build -W docs build/site`, with the extra `docs` installed.
+
+The API comes from the docstrings of the installed package. What already stands in the README, in ARCHITECTURE.md and in
+examples/ is included from there, so that it stands in one place.
+"""
+
+import shutil
+from pathlib import Path
+
+import mha_c
+
+HERE = Path(__file__).parent
+
+project = "mha_c"
+author = "the mha_c contributors"
+copyright = author
+version = release = mha_c.__version__
+
+extensions = ["sphinx.ext.autodoc", "numpydoc", "myst_nb"]
+exclude_patterns = ["README.md"]
+
+# Sphinx reads its own folder only: the notebooks are copied into it. Their outputs are those that were committed.
+notebooks = HERE / "notebooks"
+shutil.rmtree(notebooks, ignore_errors=True)
+notebooks.mkdir()
+for notebook in sorted((HERE.parent / "examples").glob("*.ipynb")):
+    shutil.copy(notebook, notebooks)
+nb_execution_mode = "off"
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # numpydoc's sections say more
+autodoc_default_options = {"members": True, "undoc-members": False}
+autosummary_generate = False
+numpydoc_show_class_members = False
+default_role = "py:obj"  # `name` in a docstring: a link where there is such an object
+add_module_names = False
+python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
+
+html_theme = "furo"
+html_title = f"mha_c {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False

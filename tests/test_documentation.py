@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation: examples in its pages run, and every public docstring says what numpydoc asks for."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+mha_c = pytest.importorskip("mha_c")
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.mark.parametrize("page", ["getting_started.md", "guide.md"])
+def test_pages(page, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)  # one of them writes a file
+    blocks = re.findall(r"^```pycon\n(.*?)^```", (DOCS / page).read_text(), flags=re.M | re.S)
+    examples = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page, page, 0)
+    assert len(examples.examples) > 10
+    assert doctest.DocTestRunner().run(examples).failed == 0
+
+
+# What numpydoc asks for and does not get: summaries may be noun phrases ("The parameters by name"), short ones need no
+# longer text below them, and a reference to each relative of a function tells nobody much.
+ACCEPTED = {"ES01", "GL01", "GL02", "GL03", "PR08", "PR09", "RT03", "RT04", "RT05", "SA01", "SA03", "SS05", "SS06"}
+
+MODULES = ("check", "functional", "heads", "plot", "threads", "torch")
+CLASSES = ("attention.OutputProjection", "explanation.Explanation", "explanation.Stage", "masks.MaskEffect")
+
+
+def names_of(item):
+    """The dotted names of a function; or of a class, its methods and its properties."""
+    path = f"{item.__module__}.{item.__qualname__}"
+    members = vars(item).items() if inspect.isclass(item) else ()
+    return [path, *(f"{path}.{name}" for name, member in members if name[0] != "_" and describes_itself(member))]
+
+
+def describes_itself(member):
+    return inspect.isfunction(member) or isinstance(member, (classmethod, property))
+
+
+def public_names():
+    """What the pages of the API show."""
+    found = names_of(mha_c.MultiheadAttention) + names_of(mha_c.explain)
+    for path in CLASSES:
+        module, name = path.split(".")
+        found += names_of(getattr(importlib.import_module(f"mha_c.{module}"), name))
+    for module in MODULES:
+        try:
+            public = importlib.import_module(f"mha_c.{module}")
+        except ImportError:  # torch or matplotlib is missing
+            continue
+        for item in (getattr(public, name) for name in public.__all__):
+            found += names_of(item) if inspect.isfunction(item) or inspect.isclass(item) else []
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_docstring(name):
+    validate = pytest.importorskip("numpydoc.validate").validate
+    docscrape = pytest.importorskip("numpydoc.docscrape")
+    item = pkgutil.resolve_name(name)
+    errors = {f"{code} {message}" for code, message in validate(name)["errors"] if code not in ACCEPTED}
+    sections = docscrape.NumpyDocString(inspect.cleandoc(item.__doc__))
+
+    if isinstance(item, property):  # one line about a value
+        errors = {error for error in errors if error[:4] not in ("EX01", "SS02")}
+    # A class that is made from its attributes need not describe them twice; torch describes its own.
+    attributes = {name for field in sections["Attributes"] for name in field.name.split(", ")}
+    made_from_attributes = inspect.isclass(item) and set(inspect.signature(item).parameters) <= attributes
+    if made_from_attributes or inspect.isclass(item) and "__init__" not in vars(item):
+        errors = {error for error in errors if error[:4] != "PR01"}
+    # "query, key, value: As for the layer itself."
+    told_elsewhere = [field.name for field in sections["Parameters"] if "".join(field.desc[:1]).startswith("As ")]
+    elsewhere = {name for names in told_elsewhere for name in names.split(", ")}
+    errors = {error for error in errors if not (error[:4] == "PR04" and re.findall('"(.*)"', error)[0] in elsewhere)}
+    assert not errors
+
+
+def test_every_public_name_is_validated():
+    assert len(public_names()) > 60
