@@ -731,6 +731,12 @@ class MultiheadAttention:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(\n  (out_proj): {self.out_proj}\n)"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: arguments, parameters, bytes, and what computes here."""
+        from mha_c.layer_html import render
+
+        return render(self)
+
 
 class OutputProjection:
     """The output projection of a layer: its ``weight`` and ``bias``, which may be assigned.

@@ -271,7 +271,8 @@ class Report:
         ]
         wrong = [f"{one.name}: {what}" for one in self.comparisons for what in one.disagreements]
         units = "1 ulp: a unit in the last place of the largest number of an output. " + CRITERION
-        return Table(self.title, header, rows, [*wrong, *self.notes, units])
+        verdicts = [one.agrees for one in self.comparisons]
+        return Table(self.title, header, rows, [*wrong, *self.notes, units], verdicts=verdicts)
 
     def __str__(self) -> str:
         return str(self.table())

@@ -238,7 +238,9 @@ def _check_grid(torch_version: str) -> int:
     header = ("", "configurations", "difference", "in ulp", "mha_c's error", "torch's error", "")
     notes = [f"{checked} of {len(configurations)} configurations, {len(wrong)} of them differ. {CRITERION}"]
     title = f"mha_c and torch {torch_version}: largest difference, and largest errors in units in the last place"
-    show(Table(title, header, [(name, *row.cells()) for name, row in rows.items()], notes), *wrong[:5])
+    verdicts = [row.differing == 0 for row in rows.values()]
+    cells = [(name, *row.cells()) for name, row in rows.items()]
+    show(Table(title, header, cells, notes, verdicts=verdicts), *wrong[:5])
     if interrupted:
         print("interrupted", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,139 +123,166 @@ def look_at_masks(
     alive = np.ones((batch, source_length), bool)
     if key_padding_mask is not None:
         values = as_array(key_padding_mask).reshape(batch, source_length)
-        alive = ~_hides(values, dtype)
-        effects.append(_padding_effect(values, alive, dtype))
+        alive = ~_hides(_as_numbers(values, dtype))
+        effects.append(_padding_effect(values, alive, _Content.of([values], dtype)))
     causal = np.tri(length, source_length, dtype=bool) if is_causal else None
-    pages = None
-    if attn_mask is not None:
-        values = as_array(attn_mask)
-        pages = values[None] if values.ndim == 2 else values.reshape(batch, heads, length, source_length)
-        effects.append(_attn_effect(values, dtype))
+    attn = None if attn_mask is None else as_array(attn_mask)
+    if attn is not None:
+        content = _Content.of(attn[None] if attn.ndim == 2 else attn, dtype)
+        effects.append(_attn_effect(attn, content))
     if causal is not None:
-        share = _percent(int(causal.sum()), causal.size)
-        says = (f"is_causal: query l sees the keys 0..l, {share} of all pairs.",)
-        effects.append(MaskEffect("is_causal", f"({length}, {source_length})", int((~causal).sum()), causal.size, says, ()))
-    return _together(tuple(effects), alive, pages, causal, (batch, heads, length, source_length), dtype)
+        seen = int(np.count_nonzero(causal))
+        says = (f"is_causal: query l sees the keys 0..l, {_percent(seen, causal.size)} of all pairs.",)
+        effects.append(MaskEffect("is_causal", str(causal.shape), causal.size - seen, causal.size, says, ()))
+    visible, blind, blind_count = _count_visible(alive, attn, causal, heads, length, dtype)
+    live_keys = tuple(int(count) for count in alive.sum(axis=1))
+    pairs = batch * heads * length * source_length
+    return Masks(tuple(effects), visible, pairs, live_keys, blind, blind_count)
 
 
-def _together(
-    effects: tuple[MaskEffect, ...],
+def _count_visible(
     alive: NDArray[np.bool_],
-    pages: NDArray[Any] | None,
+    attn_mask: NDArray[Any] | None,
     causal: NDArray[np.bool_] | None,
-    sizes: tuple[int, int, int, int],
+    heads: int,
+    length: int,
     dtype: np.dtype[Any],
-) -> Masks:
-    """Counts the keys that each query sees; `pages` is (1, L, S), the same for all, or (N, H, L, S)."""
-    batch, heads, length, source_length = sizes
-    per_head = pages is not None and pages.ndim == 4
+) -> tuple[int, tuple[tuple[int, int, int], ...], int]:
+    """The pairs that are visible, the first few queries that see nothing, and how many there are."""
+    per_head = attn_mask is not None and attn_mask.ndim == 3
     visible = blind_count = 0
     blind: list[tuple[int, int, int]] = []
-    page = np.ones((length, source_length), bool) if causal is None else causal
-    if pages is not None and not per_head:
-        page = page & ~_hides(pages[0], dtype)
-    for n in range(batch):
-        for h in range(heads if per_head else 1):
-            if per_head:
-                assert pages is not None
-                seen = ~_hides(pages[n, h], dtype)
-                page = seen if causal is None else seen & causal
-            counts = np.count_nonzero(page & alive[n], axis=-1)
-            repeats = 1 if per_head else heads
+    repeats = 1 if per_head else heads  # what holds for one head then holds for all
+    page: NDArray[np.bool_] | None = None
+    for n, live in enumerate(alive):
+        for h in range(heads // repeats):
+            if page is None or per_head:
+                page = np.ones((length, 1), bool) if causal is None else causal
+                if attn_mask is not None:
+                    page = page & ~_hides(_as_numbers(attn_mask[n * heads + h] if per_head else attn_mask, dtype))
+            counts = np.count_nonzero(page & live, axis=-1)
             visible += repeats * int(counts.sum())
             empty = np.flatnonzero(counts == 0)
             blind_count += repeats * empty.size
             blind += [(n, h, int(query)) for query in empty[: 3 - len(blind)]]
-    live_keys = tuple(int(count) for count in alive.sum(axis=1))
-    return Masks(effects, visible, batch * heads * length * source_length, live_keys, tuple(blind), blind_count)
+    return visible, tuple(blind), blind_count
 
 
 def _as_numbers(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A mask as the layer reads it: booleans as they are, numbers in its own dtype."""
     with np.errstate(over="ignore"):
-        return values.astype(dtype)
+        return values.astype(values.dtype if values.dtype == bool else dtype, copy=False)
 
 
-def _hides(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.bool_]:
+def _hides(numbers: NDArray[Any]) -> NDArray[np.bool_]:
     """Where a mask hides for certain."""
-    return values if values.dtype == bool else np.isneginf(_as_numbers(values, dtype))
+    return numbers if numbers.dtype == bool else np.isneginf(numbers)
+
+
+@dataclass
+class _Content:
+    """What is in a mask, found page by page."""
+
+    hidden: int = 0
+    hides_diagonal: bool = True  # all of it
+    lowest: float = np.inf
+    highest: float = -np.inf
+    is_not_finite: bool = False  # somewhere, but for -inf
+    is_zeros_and_ones: bool = True
+    has_low_row: bool = False  # of numbers that are meant to hide, and none that does
+
+    @classmethod
+    def of(cls, pages: Iterable[NDArray[Any]], dtype: np.dtype[Any]) -> _Content:
+        content = cls()
+        for page in pages:
+            numbers = _as_numbers(page, dtype)
+            hides = _hides(numbers)
+            content.hidden += int(np.count_nonzero(hides))
+            content.hides_diagonal &= bool(hides.diagonal().all())
+            if numbers.dtype != bool and numbers.size:
+                content._add(numbers)
+        return content
+
+    def _add(self, numbers: NDArray[Any]) -> None:
+        finite = np.isfinite(numbers)
+        self.lowest = min(self.lowest, float(numbers.min(where=finite, initial=np.inf)))
+        self.highest = max(self.highest, float(numbers.max(where=finite, initial=-np.inf)))
+        self.is_not_finite |= bool(np.isnan(numbers).any() or np.isposinf(numbers).any())
+        self.is_zeros_and_ones &= bool(((numbers == 0) | (numbers == 1)).all())
+        highest = numbers.max(axis=-1)
+        self.has_low_row |= bool((np.isfinite(highest) & (highest <= HIDING) & finite.all(axis=-1)).any())
+
+    def says(self, name: str) -> list[str]:
+        """What it adds to scores."""
+        if self.lowest > self.highest or self.lowest == self.highest == 0:
+            return []
+        return [f"{name} adds {self.lowest:.4g} to {self.highest:.4g} to the scores of the others."]
+
+    def warnings(self, name: str) -> list[str]:
+        """What goes wrong with masks of numbers alone."""
+        warnings = []
+        if self.is_not_finite:
+            warnings.append(f"{name} has NaN or infinity in it, which makes NaN of every row that it is added to.")
+        if self.is_zeros_and_ones and self.highest == 1:
+            warnings.append(
+                f"{name} is made of the numbers 0 and 1, which are added to the scores and hide nothing: "
+                "if it is to hide keys, pass mask.astype(bool), True where a key is hidden."
+            )
+        if self.has_low_row:
+            warnings.append(
+                f"{name} adds {HIDING:.0f} or less to every key of some row: finite as that is, it hides none of them, "
+                "and they compare with each other as without it. -inf hides."
+            )
+        return warnings
 
 
 def _percent(part: int, whole: int) -> str:
     share = 100 * part / whole if whole else 0.0
-    return f"{share:.3g}%" if part in (0, whole) or 0.1 <= share <= 99.9 else f"{share:.2g}%" if share < 1 else "almost 100%"
+    if 99.9 < share < 100:
+        return "almost 100%"
+    return f"{share:.3g}%" if share >= 1 else f"{share:.2g}%"
 
 
-def _describe(name: str, values: NDArray[Any]) -> str:
-    return f"{name}, {values.dtype.name} {values.shape}"
+def _effect(name: str, values: NDArray[Any], content: _Content, says: str, warnings: list[str]) -> MaskEffect:
+    description = f"{name}, {values.dtype.name} {values.shape}"
+    return MaskEffect(
+        name=name,
+        description=description,
+        hidden=content.hidden,
+        size=values.size,
+        says=(f"{description}: {says}", *content.says(name)),
+        warnings=(*warnings, *content.warnings(name)),
+    )
 
 
-def _padding_effect(values: NDArray[Any], alive: NDArray[np.bool_], dtype: np.dtype[Any]) -> MaskEffect:
+def _padding_effect(values: NDArray[Any], alive: NDArray[np.bool_], content: _Content) -> MaskEffect:
     name = "key_padding_mask"
-    hidden = int((~alive).sum())
     live = alive.sum(axis=1)
-    range_ = f"{live.min()} to {live.max()}" if live.size and live.min() < live.max() else f"{live[:1].sum()}"
-    says = [f"{_describe(name, values)}: hides {hidden} of {values.size} keys; the items keep {range_} of {values.shape[1]}."]
+    kept = f"{live.min()} to {live.max()}" if live.size and live.min() < live.max() else f"{live[:1].sum()}"
     warnings = []
     gone = np.flatnonzero(live == 0) if values.shape[1] else np.empty(0, int)
-    if gone.size and 2 * hidden > values.size:
+    if gone.size and 2 * content.hidden > values.size:
         warnings.append(
-            f"{name} looks inverted: it hides {_percent(hidden, values.size)} of the keys, and all of item {gone[0]}. "
-            "True hides a key; a mask in which True or 1 marks the tokens, as Hugging Face's attention_mask, is passed "
-            "as ~mask."
+            f"{name} looks inverted: it hides {_percent(content.hidden, values.size)} of the keys, and all of item "
+            f"{gone[0]}. True hides a key; a mask in which True or 1 marks the tokens, as Hugging Face's "
+            "attention_mask, is passed as ~mask."
         )
     elif gone.size:
-        warnings.append(f"{name} hides every key of {gone.size} items, the first of which is item {gone[0]}.")
-    return MaskEffect(name, _describe(name, values), hidden, values.size, (*says, *_float_says(name, values, dtype)),
-                      (*warnings, *_float_warnings(name, values, dtype)))
+        items = f"{gone.size} items, the first of which is item {gone[0]}" if gone.size > 1 else f"item {gone[0]}"
+        warnings.append(f"{name} hides every key of {items}.")
+    says = f"hides {content.hidden} of {values.size} keys; the items keep {kept} of {values.shape[1]}."
+    return _effect(name, values, content, says, warnings)
 
 
-def _attn_effect(values: NDArray[Any], dtype: np.dtype[Any]) -> MaskEffect:
+def _attn_effect(values: NDArray[Any], content: _Content) -> MaskEffect:
     name = "attn_mask"
-    pages = values[None] if values.ndim == 2 else values
-    hidden = hidden_diagonal = 0
-    for page in pages:
-        hides = _hides(page, dtype)
-        hidden += int(np.count_nonzero(hides))
-        hidden_diagonal += int(np.count_nonzero(hides.diagonal()))
-    says = [f"{_describe(name, values)}: hides {_percent(hidden, values.size)} of its pairs of query and key."]
-    warnings = []
     length, source_length = values.shape[-2:]
-    if length == source_length > 1 and hidden_diagonal == len(pages) * length and 2 * hidden > values.size:
-        warnings.append(
-            f"{name} looks inverted: it hides {_percent(hidden, values.size)} of the pairs, with every query's own "
-            "position. True hides a key here; in scaled_dot_product_attention it shows one: such a mask is passed as ~mask."
-        )
-    return MaskEffect(name, _describe(name, values), hidden, values.size, (*says, *_float_says(name, values, dtype)),
-                      (*warnings, *_float_warnings(name, values, dtype)))
-
-
-def _float_says(name: str, values: NDArray[Any], dtype: np.dtype[Any]) -> list[str]:
-    if values.dtype == bool or not values.size:
-        return []
-    numbers = _as_numbers(values, dtype)
-    finite = numbers[np.isfinite(numbers)]
-    if not finite.size or not finite.any():
-        return []
-    return [f"{name} adds {finite.min():.4g} to {finite.max():.4g} to the scores of the others."]
-
-
-def _float_warnings(name: str, values: NDArray[Any], dtype: np.dtype[Any]) -> list[str]:
-    """What goes wrong with float masks alone."""
-    if values.dtype == bool or not values.size:
-        return []
-    numbers = _as_numbers(values, dtype)
+    share = _percent(content.hidden, values.size)
     warnings = []
-    if np.isnan(numbers).any() or np.isposinf(numbers).any():
-        warnings.append(f"{name} has NaN or infinity in it, which makes NaN of every row that it is added to.")
-    if (numbers == 1).any() and ((numbers == 0) | (numbers == 1)).all():
+    if length == source_length > 1 and content.hides_diagonal and 2 * content.hidden > values.size:
         warnings.append(
-            f"{name} is made of the numbers 0 and 1, which are added to the scores and hide nothing: "
-            "if it is to hide keys, pass mask.astype(bool), True where a key is hidden."
+            f"{name} looks inverted: it hides {share} of the pairs, with every query's own position. True hides a key "
+            "here; in scaled_dot_product_attention it shows one: such a mask is passed as ~mask."
         )
-    low = np.isfinite(numbers) & (numbers <= HIDING)
-    if numbers.shape[-1] and low.all(axis=-1).any():
-        warnings.append(
-            f"{name} adds numbers of {HIDING:.0f} or less to every key of some row: finite as they are, they hide none, "
-            "and the keys compare with each other as if they were not there. -inf hides."
-        )
-    return warnings
+    says = f"hides {share if content.hidden else 'none'} of its pairs of query and key."
+    return _effect(name, values, content, says, warnings)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import html
 import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from mha_c import markup
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -18,7 +19,22 @@ __all__ = ["Table", "show"]
 
 @dataclass(frozen=True)
 class Table:
-    """A title, a header, rows of text, and lines to read below it. The first column is text, the others are numbers.
+    """A title, a header, rows of text, and lines to read below it.
+
+    Attributes
+    ----------
+    title : str
+        What stands above.
+    header : tuple of str
+        The names of the columns.
+    rows : sequence of tuples of str
+        The cells.
+    notes : sequence of str
+        What stands below.
+    text : sequence of int
+        The columns that are text, and begin at the left; the others are numbers.
+    verdicts : sequence of bool
+        For each row, whether its last cell is good news; none: no cell is either.
 
     Examples
     --------
@@ -36,27 +52,26 @@ class Table:
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     notes: Sequence[str]
+    text: Sequence[int] = (0,)
+    verdicts: Sequence[bool] = ()
 
     def __str__(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows)]
         lines = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+            "  ".join(
+                cell.ljust(width) if number in self.text else cell.rjust(width)
+                for number, (cell, width) in enumerate(zip(row, widths))
+            ).rstrip()
             for row in (self.header, *self.rows)
         ]
         return "\n".join([self.title, "", *lines, "", *(textwrap.fill(note, 120) for note in self.notes)])
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header)
-        body = "".join(
-            "<tr>{}</tr>".format("".join(f"<td>{html.escape(cell).replace(' ', '&nbsp;')}</td>" for cell in row))
-            for row in self.rows
-        )
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return (
-            f"<table><caption>{html.escape(self.title)}</caption><thead><tr>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table>{notes}"
-        )
+        title = f"<p{markup.verdict(self.verdicts)}><b>{markup.escape(self.title)}</b></p>"
+        table = markup.table(self.header, self.rows, text=self.text, verdicts=self.verdicts)
+        notes = "".join(f'<p class="faint">{markup.escape(note)}</p>' for note in self.notes)
+        return markup.block(title + table + notes)
 
     def __rich__(self) -> Group:
         """What rich shows."""
@@ -67,7 +82,7 @@ class Table:
 
         table = RichTable(title=Text(self.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
         for number, cell in enumerate(self.header):
-            table.add_column(Text(cell), justify="left" if number == 0 else "right", no_wrap=number == 0)
+            table.add_column(Text(cell), justify="left" if number in self.text else "right", no_wrap=number == 0)
         for row in self.rows:
             table.add_row(*map(Text, row))
         return Group(table, *map(Text, self.notes))
