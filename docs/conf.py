@@ -18,7 +18,6 @@ copyright = author
 version = release = mha_c.__version__
 
 extensions = ["sphinx.ext.autodoc", "numpydoc", "myst_nb"]
-exclude_patterns = ["README.md"]
 
 # Sphinx reads its own folder only: the notebooks are copied into it. Their outputs are those that were committed.
 notebooks = HERE / "notebooks"
@@ -41,6 +40,7 @@ add_module_names = False
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
 
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_title = f"mha_c {release}"
 html_static_path = ["_static"]
