@@ -63,7 +63,7 @@ static plan make_plan(const mha_kernels *kernels, const mha_projection *projecti
         p.task_panels = mha_divide_up(p.panels, mha_divide_up(TASKS_A_THREAD * threads, p.blocks));
     if (p.slices > 1 && p.task_panels > SLICED_PANELS)
         p.task_panels = SLICED_PANELS;
-    p.runs = mha_divide_up(p.panels, p.task_panels);
+    p.runs = p.panels ? mha_divide_up(p.panels, p.task_panels) : 0; /* the output may have no features */
     p.tasks = p.blocks * p.runs;
     return p;
 }

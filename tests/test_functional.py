@@ -554,6 +554,15 @@ def test_mha_masks(masks, need_weights, add_zero_attn):
                             add_zero_attn=add_zero_attn))
 
 
+def test_mha_without_output_features():
+    """An out_proj_weight of no rows: torch returns no features, and so do we."""
+    pytest.importorskip("torch")
+    arguments = mha_arguments(out_proj_weight=np.zeros((0, E), "float32"), out_proj_bias=np.zeros(0, "float32"))
+    got, want = multi_head_attention_forward(**arguments), torch_mha(arguments)
+    assert got[0].shape == want[0].shape == (L, N, 0)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5)
+
+
 def test_mha_equals_the_layer():
     """To the last bit, dropout included; the same inputs are found out here too."""
     for options in ({}, {"kdim": 6, "vdim": 11}, {"add_bias_kv": True, "add_zero_attn": True}, {"bias": False}):

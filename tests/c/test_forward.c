@@ -54,6 +54,10 @@ static const problem problems[] = {
     {.name = "no queries", .N = 2, .L = 0, .S = 4, .w = SQUARE(2, 4, 8), .padding = MHA_MASK_HIDE},
     {.name = "no keys", .N = 2, .L = 3, .S = 0, .w = SQUARE(2, 4, 8), .has_bias = true, .padding = MHA_MASK_HIDE,
      .attn = MHA_MASK_FLOAT32, .empty_row = MHA_EMPTY_ROW_NAN},
+    {.name = "no features come out", .N = 2, .L = 3, .S = 5, .w = {.H = 2, .Hkv = 2, .D = 4, .Dv = 4, .E = 8, .Ek = 8,
+     .Ev = 8}, .has_bias = true},
+    {.name = "no features go in", .N = 2, .L = 3, .S = 5, .w = {.H = 2, .Hkv = 2, .D = 4, .Dv = 4, .Eo = 8},
+     .has_bias = true, .is_self = true},
     {.name = "no keys but zero", .N = 2, .L = 3, .S = 0, .w = SQUARE(2, 4, 8), .has_bias = true,
      .add_zero_attn = true},
 };
