@@ -109,6 +109,7 @@ int run_core(module_state *state, double operations, size_t *threads, mha_stop *
     watch.thread = PyEval_SaveThread();
     const mha_status status = start(call);
     PyEval_RestoreThread(watch.thread);
+    *stop = (mha_stop){.should_stop = NULL};
     return raise_status(status);
 }
 
