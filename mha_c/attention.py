@@ -695,7 +695,10 @@ class MultiheadAttention:
         parameters, arguments = read_layer(cls.__name__, path)
         training = arguments.pop("training")
         layer = cls.__new__(cls)
-        layer._set_up(parameters, **arguments)
+        try:
+            layer._set_up(parameters, **arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)} holds no layer: {error}") from error
         return layer.train(training)
 
     @classmethod

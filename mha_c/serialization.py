@@ -121,7 +121,7 @@ def match_state_dict(
     Raises
     ------
     TypeError
-        If `state_dict` is not a mapping.
+        If `state_dict` is not a mapping, or a name is not a string.
     RuntimeError
         In torch's words, if `strict` and the names differ, or if a shape differs, or a value is no array.
 
@@ -130,8 +130,7 @@ def match_state_dict(
     >>> match_state_dict("Layer", {"weight": (2,)}, {"weight": np.ones(2), "bias": np.ones(2)}, strict=False)
     ({'weight': array([1., 1.])}, _IncompatibleKeys(missing_keys=[], unexpected_keys=['bias']))
     """
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.")
+    _check_state_dict(state_dict)
     missing = [name for name in shapes if name not in state_dict]
     unexpected = [name for name in state_dict if name not in shapes]
     unexpected.sort(key=lambda name: name.startswith("out_proj."))  # torch asks the layer first, then its out_proj
@@ -192,6 +191,8 @@ def infer_layer(
 
     Raises
     ------
+    TypeError
+        If a name in `state_dict` is not a string.
     RuntimeError
         In torch's words, if names or shapes do not fit.
     ValueError
@@ -204,6 +205,7 @@ def infer_layer(
     >>> widths.head_dim, {name: array.shape for name, array in arrays.items()}
     (2, {'in_proj_weight': (12, 4), 'out_proj.weight': (4, 4)})
     """
+    _check_state_dict(state_dict)
     part = Part(state_dict, prefix)
     if names is None and ("in_proj_weight" in part or "q_proj_weight" in part):
         arrays = {name: as_array(part[name]) if name in _TORCH else None for name in part}
@@ -396,6 +398,14 @@ def read_layer(layer_name: str, path: str | os.PathLike[str]) -> tuple[Parameter
             raise ValueError(f"{checkpoint.path} holds no layer: {error}") from error
     told = {*Widths._fields, "bias", "add_bias_kv", "dtype"}
     return ParameterSet(widths, arrays, dtype), {name: config[name] for name in _CONFIG if name not in told}
+
+
+def _check_state_dict(state_dict: Any) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.")
+    for name in state_dict:
+        if not isinstance(name, str):
+            raise TypeError(f"the names in a state dict are strings, but one is {name!r}")
 
 
 def _missing(names: Iterable[str]) -> str:
