@@ -324,6 +324,8 @@ static mha_status read_masks(const mha_weights *weights, const mha_call *call, m
 mha_status mha_forward(const mha_weights *weights, const mha_call *call)
 {
     forward f = {.weights = weights, .call = call};
+    if (call->N == 0 || call->L == 0)
+        return MHA_OK; /* no result, however many of the other */
     mha_status status = read_masks(weights, call, &f.live, &f.masks);
     if (status != MHA_OK)
         goto done;

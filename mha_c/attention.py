@@ -30,8 +30,8 @@ MaskedRows: TypeAlias = Literal["torch", "zero"]
 _Arguments = ParamSpec("_Arguments")
 
 # Held for an instant, to count a call or to swap a set of parameters, so one lock serves all layers. Forking waits for
-# it, or a child could inherit it locked.
-_lock = threading.Lock()
+# it, or a child could inherit it locked. Reentrant, since a signal handler or a finalizer may call a layer in that instant.
+_lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 

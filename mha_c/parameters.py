@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -153,27 +152,23 @@ class ParameterSet:
 
     Attributes
     ----------
-    arrays : mapping of str to numpy.ndarray
-        Views of one `bytes` object, which is why NumPy refuses to make them writable.
+    arrays : dict of str to numpy.ndarray
+        Views of one `bytes` object, which is why NumPy refuses to make them writable; new ones each time, since whoever
+        has an array may assign to its shape.
     weights : mha_c._core.Weights
         What the forward pass reads.
     """
 
-    __slots__ = ("arrays", "dtype", "weights", "widths")
+    __slots__ = ("_buffer", "_shapes", "dtype", "weights", "widths")
 
     def __init__(self, widths: Widths, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any]) -> None:
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as in torch
-            buffer = b"".join(np.ascontiguousarray(array, dtype).data for array in arrays.values())
-        flat = np.frombuffer(buffer, dtype)
-        views: dict[str, NDArray[Any]] = {}
-        start = 0
-        for name, array in arrays.items():
-            views[name] = flat[start : start + array.size].reshape(array.shape)
-            start += array.size
-
+            cast = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
         self.widths = widths
         self.dtype = dtype
-        self.arrays = MappingProxyType(views)
+        self._buffer = b"".join(array.data for array in cast.values())
+        self._shapes = {name: array.shape for name, array in cast.items()}
+        views = self.arrays
         self.weights = _core.Weights(
             widths.num_heads,
             widths.num_kv_heads,
@@ -186,6 +181,16 @@ class ParameterSet:
             views["out_proj.weight"],
             views.get("out_proj.bias"),
         )
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The parameters by name, in the order of the state dict."""
+        views: dict[str, NDArray[Any]] = {}
+        start = 0
+        for name, shape in self._shapes.items():
+            views[name] = np.ndarray(shape, self.dtype, self._buffer, start)
+            start += views[name].nbytes
+        return views
 
     @property
     def input_weights(self) -> _Three:
@@ -237,7 +242,7 @@ class ParameterSet:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ParameterSet, (self.widths, dict(self.arrays), self.dtype)
+        return ParameterSet, (self.widths, self.arrays, self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParameterSet:
         return self  # nothing in it can change

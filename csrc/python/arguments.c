@@ -20,6 +20,27 @@ static int collect_optional(const module_state *state, PyObject *object, const c
     return object == Py_None ? 0 : collect_array(state, object, name, array);
 }
 
+static int collect_mask(const module_state *state, PyObject *object, const char *name, PyArrayObject **mask)
+{
+    if (object == Py_None)
+        return 0;
+    *mask = mask_from_object(state, object, name);
+    return *mask == NULL ? -1 : 0;
+}
+
+/* As NumPy's ufuncs: TypeError for a thing that cannot be, ValueError for a read-only array. */
+static int collect_out(PyObject *object, call_arguments *arguments)
+{
+    if (object == Py_None)
+        return 0;
+    if (!PyArray_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "out must be a NumPy array, not %s", Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    arguments->out_object = object;
+    return PyArray_FailUnlessWriteable((PyArrayObject *)object, "out"); /* which may warn */
+}
+
 /* The same object passed twice is converted once, so that the core sees one input. */
 static int collect_inputs(const module_state *state, PyObject *const *objects, call_arguments *arguments)
 {
@@ -72,13 +93,12 @@ int collect_arguments(const module_state *state, PyObject *const *objects, Py_ss
                       call_arguments *arguments)
 {
     mha_call *call = &arguments->call;
-    PyObject *weights = objects[ARGUMENT_WEIGHTS], *out = objects[ARGUMENT_OUT];
+    PyObject *weights = objects[ARGUMENT_WEIGHTS];
     if (!Py_IS_TYPE(weights, state->weights_type)) {
         PyErr_Format(PyExc_TypeError, "weights must be Weights, not %s", Py_TYPE(weights)->tp_name);
         return -1;
     }
     arguments->weights = (const weights_object *)weights;
-    arguments->out_object = out == Py_None ? NULL : out;
 
     arguments->dropout_p = PyFloat_AsDouble(objects[ARGUMENT_DROPOUT_P]);
     if (arguments->dropout_p == -1 && PyErr_Occurred())
@@ -94,15 +114,14 @@ int collect_arguments(const module_state *state, PyObject *const *objects, Py_ss
         return -1;
 
     if (collect_inputs(state, objects, arguments) < 0 ||
-        collect_optional(state, objects[ARGUMENT_KEY_PADDING_MASK], "key_padding_mask",
-                         &arguments->key_padding_mask) < 0 ||
-        collect_optional(state, objects[ARGUMENT_ATTN_MASK], "attn_mask", &arguments->attn_mask) < 0)
+        collect_mask(state, objects[ARGUMENT_KEY_PADDING_MASK], "key_padding_mask", &arguments->key_padding_mask) < 0 ||
+        collect_mask(state, objects[ARGUMENT_ATTN_MASK], "attn_mask", &arguments->attn_mask) < 0)
         return -1;
     if (count == ARGUMENT_COUNT &&
         (collect_optional(state, objects[ARGUMENT_STATIC_K], "static_k", &arguments->static_k) < 0 ||
          collect_optional(state, objects[ARGUMENT_STATIC_V], "static_v", &arguments->static_v) < 0))
         return -1;
-    return 0;
+    return collect_out(objects[ARGUMENT_OUT], arguments);
 }
 
 static mha_array describe_input(const call_arguments *arguments, PyArrayObject *array)
@@ -129,13 +148,12 @@ static mha_projected describe_projected(const call_arguments *arguments, PyArray
                            .stride_d = strides[2]};
 }
 
-static int describe_masks(call_arguments *arguments)
+static void describe_masks(call_arguments *arguments)
 {
     mha_call *call = &arguments->call;
     if (arguments->attn_mask != NULL) {
         mha_mask *mask = &call->attn_mask;
-        if (array_as_mask(&arguments->attn_mask, &mask->kind) < 0)
-            return -1;
+        mask->kind = mask_kind(arguments->attn_mask);
         const int ndim = PyArray_NDIM(arguments->attn_mask);
         const npy_intp *strides = PyArray_STRIDES(arguments->attn_mask);
         mask->data = PyArray_DATA(arguments->attn_mask);
@@ -148,25 +166,18 @@ static int describe_masks(call_arguments *arguments)
     }
     if (arguments->key_padding_mask != NULL) {
         mha_mask *mask = &call->key_padding_mask;
-        if (array_as_mask(&arguments->key_padding_mask, &mask->kind) < 0)
-            return -1;
+        mask->kind = mask_kind(arguments->key_padding_mask);
         const npy_intp *strides = PyArray_STRIDES(arguments->key_padding_mask);
         mask->data = PyArray_DATA(arguments->key_padding_mask);
         mask->stride_n = arguments->is_batched ? strides[0] : 0;
         mask->stride_s = strides[arguments->is_batched ? 1 : 0];
     }
-    return 0;
 }
 
-/* As NumPy's ufuncs: TypeError for a thing or a dtype that cannot be, ValueError for a shape or a read-only array. */
+/* As NumPy's ufuncs: TypeError for a dtype that cannot be, ValueError for a shape. */
 static int check_out(const call_arguments *arguments, int ndim, const npy_intp *shape)
 {
-    PyObject *object = arguments->out_object;
-    if (!PyArray_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "out must be a NumPy array, not %s", Py_TYPE(object)->tp_name);
-        return -1;
-    }
-    PyArrayObject *out = (PyArrayObject *)object;
+    PyArrayObject *out = (PyArrayObject *)arguments->out_object;
     if (!array_has_dtype(out, arguments->weights->dtype)) {
         PyErr_Format(PyExc_TypeError, "out must be of dtype %s, not %s",
                      arguments->weights->dtype == MHA_FLOAT32 ? "float32" : "float64",
@@ -182,7 +193,7 @@ static int check_out(const call_arguments *arguments, int ndim, const npy_intp *
         Py_XDECREF(actual);
         return -1;
     }
-    return PyArray_FailUnlessWriteable(out, "out");
+    return 0;
 }
 
 /* Whether the core may write its result where out= lies, while it still reads the inputs. */
@@ -252,8 +263,8 @@ int prepare_call(call_arguments *arguments)
     call->static_k = describe_projected(arguments, arguments->static_k);
     call->static_v = describe_projected(arguments, arguments->static_v);
     call->dropout_p = arguments->dropout_p > 0 ? arguments->dropout_p : 0; /* below 0 torch drops nothing */
-    if (describe_masks(arguments) < 0 || (!arguments->without_output && make_output(arguments) < 0) ||
-        make_attn_weights(arguments) < 0)
+    describe_masks(arguments);
+    if ((!arguments->without_output && make_output(arguments) < 0) || make_attn_weights(arguments) < 0)
         return -1;
     return 0;
 }

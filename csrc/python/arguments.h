@@ -56,7 +56,9 @@ enum {
     ARGUMENT_COUNT
 };
 
-/* These return 0, or -1 with an exception. `arguments` starts as all zeros. */
+/* These return 0, or -1 with an exception. `arguments` starts as all zeros. Collecting runs the code of others - protocol
+ * methods, warnings, other threads - which may change arrays already collected; from the checks on nobody else runs
+ * before the core does, so what was checked is what it reads. */
 int collect_arguments(const module_state *state, PyObject *const *objects, Py_ssize_t count,
                       call_arguments *arguments);
 int check_arguments(call_arguments *arguments); /* torch's checks, in torch's order; finds the shapes as well */

@@ -150,24 +150,48 @@ bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape)
     return PyArray_NDIM(array) == ndim && PyArray_CompareLists(PyArray_DIMS(array), shape, ndim);
 }
 
-int array_as_mask(PyArrayObject **mask, mha_mask_kind *kind)
+PyArrayObject *mask_from_object(const module_state *state, PyObject *object, const char *name)
 {
-    if (PyArray_ISBOOL(*mask)) {
-        *kind = MHA_MASK_HIDE;
-        return 0;
+    PyArrayObject *mask = array_from_object(state, object, name);
+    if (mask == NULL || !array_is_floating(mask) || array_has_dtype(mask, MHA_FLOAT32) ||
+        array_has_dtype(mask, MHA_FLOAT64))
+        return mask;
+    PyArray_Descr *descr = PyArray_DescrFromType(PyArray_TYPE(mask) == NPY_LONGDOUBLE ? NPY_DOUBLE : NPY_FLOAT);
+    PyObject *cast = PyArray_FromArray(mask, descr, NPY_ARRAY_FORCECAST);
+    Py_DECREF(mask);
+    return (PyArrayObject *)cast;
+}
+
+mha_mask_kind mask_kind(PyArrayObject *mask)
+{
+    if (PyArray_ISBOOL(mask))
+        return MHA_MASK_HIDE;
+    return array_has_dtype(mask, MHA_FLOAT64) ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
+}
+
+/* The array whose memory another one shows; itself, if it is no view. */
+static PyObject *memory_owner(PyArrayObject *array)
+{
+    PyObject *base;
+    while ((base = PyArray_BASE(array)) != NULL && PyArray_Check(base))
+        array = (PyArrayObject *)base;
+    return (PyObject *)array;
+}
+
+PyObject *pin_memory(PyArrayObject *const *arrays, size_t count)
+{
+    const int collects_garbage = PyGC_Disable(); /* a finalizer might resize what is not pinned yet */
+    PyObject *pins = PyTuple_New((Py_ssize_t)count);
+    for (size_t i = 0; pins != NULL && i < count; i++) {
+        PyObject *pin = arrays[i] == NULL ? Py_NewRef(Py_None) : PyWeakref_NewRef(memory_owner(arrays[i]), NULL);
+        if (pin == NULL)
+            Py_CLEAR(pins);
+        else
+            PyTuple_SET_ITEM(pins, (Py_ssize_t)i, pin);
     }
-    const bool is_float64 = array_has_dtype(*mask, MHA_FLOAT64);
-    if (!is_float64 && !array_has_dtype(*mask, MHA_FLOAT32)) {
-        *kind = PyArray_TYPE(*mask) == NPY_LONGDOUBLE ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
-        PyArray_Descr *descr = PyArray_DescrFromType(*kind == MHA_MASK_FLOAT64 ? NPY_DOUBLE : NPY_FLOAT);
-        PyArrayObject *cast = (PyArrayObject *)PyArray_FromArray(*mask, descr, NPY_ARRAY_FORCECAST);
-        if (cast == NULL)
-            return -1;
-        Py_SETREF(*mask, cast);
-        return 0;
-    }
-    *kind = is_float64 ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
-    return 0;
+    if (collects_garbage)
+        PyGC_Enable();
+    return pins;
 }
 
 /* The addresses that the elements occupy: from *low up to, not including, *high. */

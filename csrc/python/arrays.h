@@ -17,14 +17,21 @@ bool array_has_dtype(PyArrayObject *array, mha_dtype dtype);
 /* Whether it holds floating-point numbers of any width, those of registered types (bfloat16) included. */
 bool array_is_floating(PyArrayObject *array);
 
-/* The kind of a mask, bool (taken as HIDE) or floating. It is cast where the core does not read its type: half to float32,
- * long double to float64. 0, or -1 with an exception. */
-int array_as_mask(PyArrayObject **mask, mha_mask_kind *kind);
+/* As array_from_object(); floating-point numbers that the core does not read are cast: half to float32, long double to
+ * float64. */
+PyArrayObject *mask_from_object(const module_state *state, PyObject *object, const char *name);
+
+/* The kind of a mask from mask_from_object(), bool (taken as HIDE) or floating. */
+mha_mask_kind mask_kind(PyArrayObject *mask);
 
 /* "Float", "Double", ... as torch's messages say it; NumPy's name where torch has no such type. */
 const char *torch_type_name(PyArrayObject *array);
 
 bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape);
+
+/* A new reference that keeps the memory of some arrays (NULL: none) where it is, or NULL with an exception. A reference
+ * to an array is not enough: resize(refcheck=False) asks for none, but leaves an array alone that has a weak one. */
+PyObject *pin_memory(PyArrayObject *const *arrays, size_t count);
 
 /* Whether some byte may belong to both: compares the ranges of addresses, so it may say true in vain. */
 bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);

@@ -14,6 +14,7 @@
 #include "../threads.h"
 #include "../workspace.h"
 #include "arguments.h"
+#include "arrays.h"
 #include "docstrings.h"
 #include "sdpa.h"
 #include "stages.h"
@@ -42,7 +43,10 @@ int raise_status(mha_status status)
     switch (status) {
     case MHA_OK:
         return 0;
-    case MHA_STOPPED: /* by check_signals(), which has set the exception */
+    case MHA_STOPPED: /* by check_signals(), which has set the exception, or in a child that a signal handler forked */
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_RuntimeError, "this process was forked in the middle of the call, and the threads "
+                                                "that were helping stayed behind: call again");
         break;
     case MHA_NO_MEMORY:
         PyErr_NoMemory();
@@ -88,19 +92,18 @@ static int is_main_thread(const module_state *state)
     return PyErr_Occurred() ? -1 : main_ident == PyThread_get_thread_ident();
 }
 
-int run_core(module_state *state, double operations, size_t *threads, mha_stop *stop,
-             mha_status (*start)(const void *call), const void *call)
+/* Between the checks and here nobody else's code ran; __index__, signal handlers and other threads do from now on. */
+static int run_pinned(module_state *state, double operations, size_t *threads, mha_stop *stop,
+                      mha_status (*start)(const void *call), const void *call)
 {
-    *threads = 1;
-    if (operations < OPERATIONS_WITHOUT_GIL)
-        return raise_status(start(call));
-
     if (operations >= OPERATIONS_WITH_THREADS) {
         const size_t allowed = thread_count(state);
+        if (allowed == 0)
+            return -1;
         *threads = allowed < MOST_THREADS ? allowed : MOST_THREADS;
     }
     const int watches_signals = is_main_thread(state);
-    if (*threads == 0 || watches_signals < 0)
+    if (watches_signals < 0)
         return -1;
 
     signal_watch watch = {.next_look = monotonic_seconds() + SIGNAL_SECONDS};
@@ -113,6 +116,20 @@ int run_core(module_state *state, double operations, size_t *threads, mha_stop *
     return raise_status(status);
 }
 
+int run_core(module_state *state, double operations, size_t *threads, mha_stop *stop, PyArrayObject *const *arrays,
+             size_t count, mha_status (*start)(const void *call), const void *call)
+{
+    *threads = 1;
+    if (operations < OPERATIONS_WITHOUT_GIL)
+        return raise_status(start(call));
+    PyObject *pins = pin_memory(arrays, count);
+    if (pins == NULL)
+        return -1;
+    const int result = run_pinned(state, operations, threads, stop, start, call);
+    Py_DECREF(pins);
+    return result;
+}
+
 static mha_status start_forward(const void *call)
 {
     const call_arguments *arguments = call;
@@ -122,8 +139,10 @@ static mha_status start_forward(const void *call)
 int run_forward(module_state *state, call_arguments *arguments)
 {
     mha_call *call = &arguments->call;
+    PyArrayObject *const arrays[] = {arguments->query, arguments->key, arguments->value, arguments->key_padding_mask,
+                                     arguments->attn_mask, arguments->static_k, arguments->static_v, arguments->output};
     return run_core(state, mha_forward_operations(arguments->weights->packed, call), &call->threads, &call->stop,
-                    start_forward, arguments);
+                    arrays, sizeof arrays / sizeof *arrays, start_forward, arguments);
 }
 
 static PyObject *forward(PyObject *module, PyObject *const *objects, Py_ssize_t count)

@@ -42,9 +42,10 @@ typedef struct {
 int raise_status(mha_status status);
 
 /* Runs start(call), which takes about so many operations: without the GIL and with *threads and *stop, which are the
- * call's own, set for it, where that is worth while. 0, or -1 with an exception. */
-int run_core(module_state *state, double operations, size_t *threads, mha_stop *stop,
-             mha_status (*start)(const void *call), const void *call);
+ * call's own, set for it, where that is worth while. `arrays` (NULL: none) are all those whose memory the call uses; the
+ * caller holds references to them. 0, or -1 with an exception. */
+int run_core(module_state *state, double operations, size_t *threads, mha_stop *stop, PyArrayObject *const *arrays,
+             size_t count, mha_status (*start)(const void *call), const void *call);
 
 /* Seconds on a clock that never goes back. */
 double monotonic_seconds(void);

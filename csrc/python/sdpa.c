@@ -84,10 +84,45 @@ static int collect_array(const module_state *state, PyObject *object, const char
     return *array == NULL ? -1 : 0;
 }
 
+static bool has_our_dtype(PyArrayObject *array)
+{
+    return array_has_dtype(array, MHA_FLOAT32) || array_has_dtype(array, MHA_FLOAT64);
+}
+
+/* Whether the core can read the rows of an array where they are; true of what it has not to read, too. */
+static bool is_readable(PyArrayObject *array, bool ascends)
+{
+    const int ndim = PyArray_NDIM(array);
+    const npy_intp *strides = PyArray_STRIDES(array);
+    if (ndim < 2 || PyArray_SIZE(array) == 0 || !has_our_dtype(array))
+        return true;
+    return PyArray_ISALIGNED(array) && (from_end(array, 1) <= 1 || strides[ndim - 1] == PyArray_ITEMSIZE(array)) &&
+           (!ascends || from_end(array, 2) <= 1 || strides[ndim - 2] >= 0);
+}
+
+static int make_readable(sdpa_arguments *arguments)
+{
+    PyArrayObject **const arrays[] = {&arguments->query, &arguments->key, &arguments->value};
+    size_t i = 0;
+    while (i < 3) {
+        if (is_readable(*arrays[i], i == 0)) {
+            i++;
+            continue;
+        }
+        PyArrayObject *copy = (PyArrayObject *)PyArray_NewCopy(*arrays[i], NPY_CORDER);
+        if (copy == NULL)
+            return -1;
+        Py_SETREF(*arrays[i], copy);
+        i = 0; /* nobody else knows the copy, but meanwhile others may have changed what needed none */
+    }
+    return 0;
+}
+
+/* As collect_arguments() of a layer: this runs the code of others, and nothing does from here until the core starts. */
 static int collect(const module_state *state, PyObject *const *objects, sdpa_arguments *arguments)
 {
     mha_sdpa_call *call = &arguments->call;
-    PyObject *mask = objects[ARGUMENT_ATTN_MASK], *scale = objects[ARGUMENT_SCALE];
+    PyObject *attn_mask = objects[ARGUMENT_ATTN_MASK], *scale = objects[ARGUMENT_SCALE];
     arguments->has_scale = scale != Py_None;
     if (collect_double(objects[ARGUMENT_DROPOUT_P], "dropout_p", &arguments->dropout_p) < 0 ||
         collect_bool(objects[ARGUMENT_IS_CAUSAL], "is_causal", &call->is_causal) < 0 ||
@@ -99,10 +134,14 @@ static int collect(const module_state *state, PyObject *const *objects, sdpa_arg
         return -1;
     if (collect_array(state, objects[ARGUMENT_QUERY], "query", &arguments->query) < 0 ||
         collect_array(state, objects[ARGUMENT_KEY], "key", &arguments->key) < 0 ||
-        collect_array(state, objects[ARGUMENT_VALUE], "value", &arguments->value) < 0 ||
-        (mask != Py_None && collect_array(state, mask, "attn_mask", &arguments->attn_mask) < 0))
+        collect_array(state, objects[ARGUMENT_VALUE], "value", &arguments->value) < 0)
         return -1;
-    return 0;
+    if (attn_mask != Py_None) {
+        arguments->attn_mask = mask_from_object(state, attn_mask, "attn_mask");
+        if (arguments->attn_mask == NULL)
+            return -1;
+    }
+    return make_readable(arguments);
 }
 
 /* ---- torch's checks ---- */
@@ -129,7 +168,7 @@ static const char *cpp_type_name(PyArrayObject *array)
 static int check_supported(const sdpa_arguments *arguments)
 {
     PyArrayObject *query = arguments->query;
-    if (array_has_dtype(query, MHA_FLOAT32) || array_has_dtype(query, MHA_FLOAT64))
+    if (has_our_dtype(query))
         return 0;
     if (array_is_floating(query) || PyArray_ISCOMPLEX(query))
         PyErr_Format(PyExc_NotImplementedError, "\"%s\" not implemented for '%s'",
@@ -329,26 +368,6 @@ static int find_shapes(sdpa_arguments *arguments)
 
 /* ---- The call ---- */
 
-/* Whether the core can read the rows of an array where they are. */
-static bool is_readable(PyArrayObject *array, bool ascends)
-{
-    const int ndim = PyArray_NDIM(array);
-    const npy_intp *strides = PyArray_STRIDES(array);
-    return PyArray_ISALIGNED(array) && (from_end(array, 1) <= 1 || strides[ndim - 1] == PyArray_ITEMSIZE(array)) &&
-           (!ascends || from_end(array, 2) <= 1 || strides[ndim - 2] >= 0);
-}
-
-static int make_readable(PyArrayObject **array, bool ascends)
-{
-    if (is_readable(*array, ascends))
-        return 0;
-    PyArrayObject *copy = (PyArrayObject *)PyArray_NewCopy(*array, NPY_CORDER);
-    if (copy == NULL)
-        return -1;
-    Py_SETREF(*array, copy);
-    return 0;
-}
-
 /* The stride of an axis, counted from the last one, which is 1; 0 where the array is broadcast along it. */
 static ptrdiff_t stride_of(PyArrayObject *array, int axis)
 {
@@ -384,13 +403,12 @@ static mha_heads describe_heads(const sdpa_arguments *arguments, PyArrayObject *
                        .stride_l = stride_of(array, 2)};
 }
 
-static int describe_mask(sdpa_arguments *arguments)
+static void describe_mask(sdpa_arguments *arguments)
 {
     mha_sdpa_call *call = &arguments->call;
     if (arguments->attn_mask == NULL)
-        return 0;
-    if (array_as_mask(&arguments->attn_mask, &call->mask.kind) < 0)
-        return -1;
+        return;
+    call->mask.kind = mask_kind(arguments->attn_mask);
     if (call->mask.kind == MHA_MASK_HIDE)
         call->mask.kind = MHA_MASK_SHOW; /* the other convention */
     PyArrayObject *mask = arguments->attn_mask;
@@ -400,7 +418,6 @@ static int describe_mask(sdpa_arguments *arguments)
     call->mask.stride_h = stride_of(mask, 3);
     call->mask.stride_l = stride_of(mask, 2);
     call->mask.stride_s = stride_of(mask, 1);
-    return 0;
 }
 
 static int prepare(sdpa_arguments *arguments)
@@ -423,9 +440,7 @@ static int prepare(sdpa_arguments *arguments)
     if (!arguments->has_scale)
         call->scale = 1 / sqrt((double)call->D);
     call->dropout_p = arguments->dropout_p > 0 ? arguments->dropout_p : 0; /* below 0, and NaN, drop nothing */
-    if (make_readable(&arguments->query, true) < 0 || make_readable(&arguments->key, false) < 0 ||
-        make_readable(&arguments->value, false) < 0 || describe_mask(arguments) < 0)
-        return -1;
+    describe_mask(arguments);
     call->query = describe_heads(arguments, arguments->query, arguments->query_axes);
     call->query.heads = H; /* broadcast, too */
     call->key = describe_heads(arguments, arguments->key, arguments->key_axes);
@@ -465,8 +480,10 @@ PyObject *scaled_dot_product_attention(PyObject *module, PyObject *const *object
     }
     if (collect(state, objects, &arguments) < 0 || check_dtypes_and_ranks(&arguments) < 0 ||
         check_groups(&arguments) < 0 || check_mask_rank(&arguments) < 0 || find_shapes(&arguments) < 0 ||
-        prepare(&arguments) < 0 ||
-        run_core(state, mha_sdpa_operations(call), &call->threads, &call->stop, start, call) < 0)
+        prepare(&arguments) < 0)
+        goto done;
+    PyArrayObject *const arrays[] = {arguments.query, arguments.key, arguments.value, arguments.attn_mask};
+    if (run_core(state, mha_sdpa_operations(call), &call->threads, &call->stop, arrays, 4, start, call) < 0)
         goto done;
     result = Py_NewRef((PyObject *)arguments.output);
 done:

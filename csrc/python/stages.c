@@ -166,7 +166,8 @@ PyObject *project(PyObject *module, PyObject *const *objects, Py_ssize_t count)
         const double rows = (double)job.N * (double)job.length;
         const double depth = (double)PyArray_DIM(x, PyArray_NDIM(x) - 1);
         const double operations = 2 * rows * depth * (double)PyArray_DIM(y, PyArray_NDIM(y) - 1);
-        if (run_core(state, operations, &job.threads, &job.stop, start_projection, &job) < 0)
+        PyArrayObject *const arrays[] = {x, y};
+        if (run_core(state, operations, &job.threads, &job.stop, arrays, 2, start_projection, &job) < 0)
             Py_CLEAR(y);
     }
     Py_XDECREF(x);

@@ -134,6 +134,17 @@ static int check_parameters(const weights_arguments *given, mha_dtype dtype, siz
     return 0;
 }
 
+/* The arrays are read without the GIL, and the key weights as long as `packed` lives. */
+static PyObject *pin_parameters(const weights_arguments *given)
+{
+    PyObject *const objects[] = {given->q_weight, given->k_weight, given->v_weight,   given->in_bias,
+                                 given->bias_k,   given->bias_v,   given->out_weight, given->out_bias};
+    PyArrayObject *arrays[sizeof objects / sizeof *objects];
+    for (size_t i = 0; i < sizeof objects / sizeof *objects; i++)
+        arrays[i] = objects[i] == Py_None ? NULL : (PyArrayObject *)objects[i];
+    return pin_memory(arrays, sizeof objects / sizeof *objects);
+}
+
 static const char *numbers(PyObject *array)
 {
     return array == Py_None ? NULL : PyArray_BYTES((PyArrayObject *)array);
@@ -200,7 +211,8 @@ static PyObject *weights_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         .Eo = (size_t)length(given.out_weight, 0),
     };
     self->k_weight = Py_NewRef(given.k_weight);
-    if (raise_status(pack(self, &given)) < 0)
+    self->pins = pin_parameters(&given);
+    if (self->pins == NULL || raise_status(pack(self, &given)) < 0)
         Py_CLEAR(self);
     return (PyObject *)self;
 }
@@ -211,6 +223,7 @@ static void weights_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
     mha_weights_destroy(self->packed);
     Py_XDECREF(self->k_weight);
+    Py_XDECREF(self->pins);
     type->tp_free(object);
     Py_DECREF(type);
 }

@@ -11,7 +11,8 @@
 typedef struct {
     PyObject_HEAD
     mha_weights *packed;
-    PyObject *k_weight; /* what packed refers to */
+    PyObject *k_weight; /* what packed refers to, */
+    PyObject *pins;     /* and what keeps its memory where it is */
     mha_widths widths;
     mha_dtype dtype;
     bool has_bias_kv;
