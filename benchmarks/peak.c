@@ -19,9 +19,9 @@
 enum { CHAIN_COUNT = 0 CHAINS(COUNT), STEPS = 20000, MOST_THREADS = 256 };
 
 typedef struct {
-    int is_double;
+    int is_double, threads;
     double seconds, rate;
-    atomic_int *start;
+    atomic_int *arrived; /* threads that run */
 } job;
 
 static double now(void)
@@ -55,20 +55,29 @@ static double now(void)
 DEFINE_RUN(run_float, float)
 DEFINE_RUN(run_double, double)
 
-static void *measure(void *argument)
+/* Runs for so many seconds; operations a second. */
+static double rate(const job *j, double seconds)
 {
-    job *j = argument;
     const double lanes = VECTOR_BYTES / (double)(j->is_double ? sizeof(double) : sizeof(float));
-    double runs = 0, elapsed;
-    while (!atomic_load(j->start))
-        ;
     const double begin = now();
+    double runs = 0, elapsed;
     do {
         (j->is_double ? run_double : run_float)();
         runs++;
         elapsed = now() - begin;
-    } while (elapsed < j->seconds);
-    j->rate = runs * STEPS * CHAIN_COUNT * lanes * 2 / elapsed;
+    } while (elapsed < seconds);
+    return runs * STEPS * CHAIN_COUNT * lanes * 2 / elapsed;
+}
+
+/* A thread that has just been woken is slow for some milliseconds: only what comes after them counts. */
+static void *measure(void *argument)
+{
+    job *j = argument;
+    atomic_fetch_add(j->arrived, 1);
+    while (atomic_load(j->arrived) < j->threads)
+        ;
+    rate(j, j->seconds / 2);
+    j->rate = rate(j, j->seconds);
     return NULL;
 }
 
@@ -77,21 +86,20 @@ double peak_rate(int threads, double seconds, int is_double)
 {
     pthread_t id[MOST_THREADS];
     job jobs[MOST_THREADS];
-    atomic_int start = 0;
-    int started = 0;
+    atomic_int arrived = 0;
+    int started = 1;
     if (threads > MOST_THREADS)
         threads = MOST_THREADS;
-    for (; started < threads; started++) {
-        jobs[started] = (job){is_double, seconds, 0, &start};
-        if (started > 0 && pthread_create(&id[started], NULL, measure, &jobs[started]) != 0)
-            break;
-    }
-    atomic_store(&start, 1);
+    for (int i = 0; i < threads; i++)
+        jobs[i] = (job){is_double, threads, seconds, 0, &arrived};
+    while (started < threads && pthread_create(&id[started], NULL, measure, &jobs[started]) == 0)
+        started++;
+    atomic_fetch_add(&arrived, threads - started); /* for those that never come */
     measure(&jobs[0]);
-    double rate = jobs[0].rate;
+    double sum = jobs[0].rate;
     for (int i = 1; i < started; i++) {
         pthread_join(id[i], NULL);
-        rate += jobs[i].rate;
+        sum += jobs[i].rate;
     }
-    return started == threads ? rate : 0;
+    return started == threads ? sum : 0;
 }

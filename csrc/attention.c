@@ -177,20 +177,21 @@ static mha_visibility look(const mha_attention *a, size_t n, size_t h, mha_panel
 
 /* scores[key][lane], plus bias unless it is NULL. Chains of at most MHA_CHAIN features, as in the projections. */
 static void score(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                  const char *queries, const char *bias, char *scores)
+                  const char *queries, const char *bias, char *scores, mha_next next)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
     const char *keys = keys_of(a, n, block, h);
     mha_product product = {.rows = block->keys, .vectors = lanes.vectors,
                            .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1, .b_k = P,
-                           .addend_row = P, .c = scores, .c_row = P};
+                           .addend_row = P, .c = scores, .c_row = P, .next = next};
     for (size_t d = 0; d < a->D; d += MHA_CHAIN) {
         product.depth = mha_smaller(a->D - d, MHA_CHAIN);
         product.a = keys + d * kernels->item;
         product.b = queries + d * P * kernels->item;
         product.addend = d ? scores : NULL;
         kernels->product(&product);
+        product.next.rows = 0;
     }
     if (bias)
         kernels->accumulate(scores, bias, block->keys * P);
@@ -218,13 +219,24 @@ static void begin(const mha_attention *a, size_t n, state *s)
     a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
 }
 
-static void step(const mha_attention *a, size_t n, const state *s, const mha_key_block *block, char *scores, char *bias)
+/* The part of `rows` rows of one head that the i-th of `parts` products fetches ahead of their use. They lie a page
+ * apart, where no hardware expects the next. */
+static mha_next share_of(const mha_attention *a, const mha_rows *x, const char *first, size_t rows, size_t width,
+                         size_t i, size_t parts)
+{
+    const ptrdiff_t stride = x->stride_l * (ptrdiff_t)a->kernels->item;
+    const size_t begin = rows * i / parts, end = rows * (i + 1) / parts;
+    return (mha_next){first + (ptrdiff_t)begin * stride, end - begin, width * a->kernels->item, stride};
+}
+
+static void step(const mha_attention *a, size_t n, const state *s, const mha_key_block *block, char *scores, char *bias,
+                 mha_next next_keys, mha_next next_values)
 {
     const mha_kernels *kernels = a->kernels;
     const mha_visibility visibility = look(a, n, s->h, s->lanes, block, bias);
     if (visibility == MHA_VISIBLE_NONE)
         return; /* such keys would change nothing: their weight is 0 and the maximum stays */
-    score(a, n, s->h, s->lanes, block, s->queries, visibility == MHA_VISIBLE_SOME ? bias : NULL, scores);
+    score(a, n, s->h, s->lanes, block, s->queries, visibility == MHA_VISIBLE_SOME ? bias : NULL, scores, next_keys);
     kernels->softmax_step(scores, block->keys, s->lanes.vectors, s->maximum, s->sum, s->factor);
     if (a->dropout_p > 0)
         drop_out(a, n, s->h, s->lanes, block, scores);
@@ -232,7 +244,8 @@ static void step(const mha_attention *a, size_t n, const state *s, const mha_key
     const mha_product product = {.rows = a->Dv, .depth = block->keys, .vectors = s->lanes.vectors,
                                  .a = values_of(a, n, block, s->h), .a_row = 1,
                                  .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = scores, .b_k = P,
-                                 .addend = s->out, .addend_row = P, .factor = s->factor, .c = s->out, .c_row = P};
+                                 .addend = s->out, .addend_row = P, .factor = s->factor, .c = s->out, .c_row = P,
+                                 .next = next_values};
     kernels->product(&product);
 }
 
@@ -275,10 +288,15 @@ static void attend_task(void *context, size_t task, size_t worker)
         states[i].lanes = mha_panel_at(&j->split, (first + i) % j->split.panels);
         begin(a, n, &states[i]);
     }
-    for (size_t b = 0, blocks = mha_key_blocks(a->live, n); b < blocks; b++) {
-        const mha_key_block block = mha_key_block_at(a->live, n, b);
+    const size_t blocks = mha_key_blocks(a->live, n);
+    mha_key_block next = blocks ? mha_key_block_at(a->live, n, 0) : (mha_key_block){0};
+    for (size_t b = 0; b < blocks; b++) {
+        const mha_key_block block = next;
+        next = b + 1 < blocks ? mha_key_block_at(a->live, n, b + 1) : (mha_key_block){0};
+        const char *k = keys_of(a, n, &next, states[0].h), *v = values_of(a, n, &next, states[0].h);
         for (size_t i = 0; i < panels; i++)
-            step(a, n, &states[i], &block, scores, bias);
+            step(a, n, &states[i], &block, scores, bias, share_of(a, &a->k, k, next.keys, a->D, i, panels),
+                 share_of(a, &a->v, v, next.keys, a->Dv, i, panels));
     }
     for (size_t i = 0; i < panels; i++)
         finish(a, n, &states[i]);
@@ -307,7 +325,8 @@ static void weigh(const mha_attention *a, const weighing *w, size_t h, const mha
     if (visibility == MHA_VISIBLE_NONE)
         kernels->fill(scores, block->keys * P, -INFINITY);
     else
-        score(a, w->n, h, w->lanes, block, w->queries, visibility == MHA_VISIBLE_SOME ? w->bias : NULL, scores);
+        score(a, w->n, h, w->lanes, block, w->queries, visibility == MHA_VISIBLE_SOME ? w->bias : NULL, scores,
+              (mha_next){0});
     if (a->weights_wanted == MHA_SCORES_PER_HEAD)
         return;
     kernels->softmax_weights(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
@@ -399,6 +418,7 @@ mha_status mha_attend(const mha_attention *a)
     j.task_panels = mha_smaller(most_task_panels(a),
                             mha_divide_up(heads * shared * j.split.panels, TASKS_A_THREAD * a->threads));
     j.groups = mha_divide_up(shared * j.split.panels, j.task_panels);
+    j.task_panels = mha_divide_up(shared * j.split.panels, j.groups); /* 6 panels are 3 + 3, not 4 + 2 */
     mha_status status = MHA_OK;
     if (a->weights_wanted != MHA_SCORES_PER_HEAD)
         status = mha_parallel_for(a->threads, heads * j.groups, attend_task, &j, a->stop);

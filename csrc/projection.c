@@ -22,6 +22,7 @@
 enum {
     BLOCK_ROWS = 96,     /* a slice of a panel is read once for so many rows */
     WHOLE_ROWS = 8,      /* a multiple of every kernel's rows */
+    COPY_COST = 1,       /* of the rows of a task, in the time that one panel takes */
     SLICE_BYTES = 4096,  /* of a row; a whole number of chains */
     SLICED_PANELS = 8,   /* panels whose strips wait at once for the next slice */
     TASKS_A_THREAD = 4,  /* so that the last ones to finish differ by little */
@@ -45,6 +46,23 @@ typedef struct {
     size_t scratch_bytes;
 } job;
 
+/* In how many runs of panels a block is cut: tasks enough for all threads, and a number of them that leaves none waiting
+ * long for the others, though every task copies its rows anew. */
+static size_t choose_runs(const plan *p, size_t threads)
+{
+    const size_t least = mha_smaller(mha_divide_up(TASKS_A_THREAD * threads, p->blocks), p->panels);
+    size_t best = least, best_time = SIZE_MAX;
+    for (size_t runs = least; runs <= mha_smaller(2 * least + 1, p->panels); runs++) {
+        const size_t turns = mha_divide_up(p->blocks * runs, threads);
+        const size_t time = turns * (mha_divide_up(p->panels, runs) + COPY_COST);
+        if (time < best_time) {
+            best = runs;
+            best_time = time;
+        }
+    }
+    return best;
+}
+
 static plan make_plan(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
 {
     const size_t depth = projection->target[0].panels->depth;
@@ -59,8 +77,8 @@ static plan make_plan(const mha_kernels *kernels, const mha_projection *projecti
     for (size_t t = 0; t < projection->targets; t++)
         p.panels += projection->target[t].panels->split.panels;
     p.task_panels = p.panels;
-    if (threads > 1 && p.blocks)
-        p.task_panels = mha_divide_up(p.panels, mha_divide_up(TASKS_A_THREAD * threads, p.blocks));
+    if (threads > 1 && p.blocks && p.panels)
+        p.task_panels = mha_divide_up(p.panels, choose_runs(&p, threads));
     if (p.slices > 1 && p.task_panels > SLICED_PANELS)
         p.task_panels = SLICED_PANELS;
     p.runs = p.panels ? mha_divide_up(p.panels, p.task_panels) : 0; /* the output may have no features */

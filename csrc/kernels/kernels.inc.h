@@ -97,7 +97,7 @@ INLINE void V(fetch)(V(place) *at)
 {
     for (size_t i = at->next_rows; i > 0 && at->next.rows > 0; i--) {
         for (size_t byte = 0; byte < at->next.bytes; byte += FETCHED_BYTES)
-            __builtin_prefetch(at->next.data + byte);
+            __builtin_prefetch(at->next.data + byte, 0, 2);
         at->next.data += at->next.stride;
         at->next.rows--;
     }
