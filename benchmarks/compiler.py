@@ -12,7 +12,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CORE = HERE.parent / "csrc"
 
-CORE_FLAGS = ("-std=c11", "-O2", "-ffp-contract=off", "-D_GNU_SOURCE", "-pthread", f"-I{CORE}")  # as setup.py has them
+CODE_FLAGS = ("-std=c11", "-O2", "-ffp-contract=off", "-fno-tree-slp-vectorize", "-pthread")  # as setup.py has them
+CORE_FLAGS = (*CODE_FLAGS, "-D_GNU_SOURCE", f"-I{CORE}")
 
 
 class NoCompiler(Exception):

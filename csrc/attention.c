@@ -34,11 +34,19 @@ enum {
 /* What a task holds for one panel. */
 typedef struct {
     char *queries;               /* [D][P], scaled */
-    char *out;                   /* [Dv][P] */
+    char *out;                   /* [Dv][P], once a block of keys was visible */
     char *maximum, *sum, *factor; /* [P] */
     size_t h;
     mha_panel lanes;
+    bool is_empty; /* no key was visible so far */
 } state;
+
+/* Where all that lies in a thread's scratch, in bytes; a state for each panel. */
+typedef struct {
+    size_t scores, bias; /* [block][P] */
+    size_t states, queries, out, maximum, sum, factor, state_bytes;
+    size_t end;
+} places;
 
 /* What a task of the second pass holds: some blocks of keys for one panel of queries. */
 typedef struct {
@@ -53,6 +61,7 @@ typedef struct {
 
 typedef struct {
     const mha_attention *a;
+    places at;
     mha_split split;    /* of the L queries of a head */
     size_t task_panels; /* panels of a task of the first pass */
     size_t groups;      /* tasks of an item's key/value head */
@@ -100,16 +109,28 @@ static char *take(const mha_attention *a, char *base, mha_layout *layout, size_t
     return base ? base + offset : NULL;
 }
 
-static state take_state(const mha_attention *a, char *base, mha_layout *layout)
+static places place_states(const mha_attention *a)
 {
-    const size_t P = widest_panel(a);
-    return (state){
-        .queries = take(a, base, layout, a->D, P),
-        .out = take(a, base, layout, a->Dv, P),
-        .maximum = take(a, base, layout, 1, P),
-        .sum = take(a, base, layout, 1, P),
-        .factor = take(a, base, layout, 1, P),
-    };
+    const size_t P = widest_panel(a), keys = most_block_keys(a), item = a->kernels->item;
+    mha_layout layout = {0}, state = {0};
+    places at = {.scores = mha_reserve(&layout, keys, P, item), .bias = mha_reserve(&layout, keys, P, item)};
+    at.states = layout.bytes;
+    at.queries = mha_reserve(&state, a->D, P, item);
+    at.out = mha_reserve(&state, a->Dv, P, item);
+    at.maximum = mha_reserve(&state, 1, P, item);
+    at.sum = mha_reserve(&state, 1, P, item);
+    at.factor = mha_reserve(&state, 1, P, item);
+    at.state_bytes = state.bytes;
+    mha_reserve(&layout, most_task_panels(a), state.bytes, 1);
+    at.end = layout.bytes;
+    return at;
+}
+
+static state state_at(const places *at, char *scratch, size_t i)
+{
+    char *base = scratch + at->states + i * at->state_bytes;
+    return (state){.queries = base + at->queries, .out = base + at->out, .maximum = base + at->maximum,
+                   .sum = base + at->sum, .factor = base + at->factor, .is_empty = true};
 }
 
 /* Room for the weights of a chunk, and for what one block of one head needs. */
@@ -126,14 +147,10 @@ static void take_weighing(const mha_attention *a, char *base, mha_layout *layout
 
 size_t mha_attention_scratch(const mha_attention *a)
 {
-    mha_layout attend = {0}, weigh = {0};
-    take(a, NULL, &attend, most_block_keys(a), widest_panel(a)); /* one by one, as a task does: each is padded */
-    take(a, NULL, &attend, most_block_keys(a), widest_panel(a));
-    for (size_t i = 0; i < most_task_panels(a); i++)
-        take_state(a, NULL, &attend);
+    mha_layout weigh = {0};
     if (a->weights_wanted)
         take_weighing(a, NULL, &weigh, &(weighing){0});
-    return attend.bytes > weigh.bytes ? attend.bytes : weigh.bytes;
+    return mha_larger(place_states(a).end, weigh.bytes);
 }
 
 static size_t statistics_of_a_head(const mha_attention *a)
@@ -215,7 +232,6 @@ static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes
 static void begin(const mha_attention *a, size_t n, state *s)
 {
     pack_queries(a, n, s->h, s->lanes, s->queries);
-    a->kernels->fill(s->out, a->Dv * s->lanes.vectors * a->kernels->lanes, 0);
     a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
 }
 
@@ -229,7 +245,7 @@ static mha_next share_of(const mha_attention *a, const mha_rows *x, const char *
     return (mha_next){first + (ptrdiff_t)begin * stride, end - begin, width * a->kernels->item, stride};
 }
 
-static void step(const mha_attention *a, size_t n, const state *s, const mha_key_block *block, char *scores, char *bias,
+static void step(const mha_attention *a, size_t n, state *s, const mha_key_block *block, char *scores, char *bias,
                  mha_next next_keys, mha_next next_values)
 {
     const mha_kernels *kernels = a->kernels;
@@ -244,9 +260,10 @@ static void step(const mha_attention *a, size_t n, const state *s, const mha_key
     const mha_product product = {.rows = a->Dv, .depth = block->keys, .vectors = s->lanes.vectors,
                                  .a = values_of(a, n, block, s->h), .a_row = 1,
                                  .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = scores, .b_k = P,
-                                 .addend = s->out, .addend_row = P, .factor = s->factor, .c = s->out, .c_row = P,
-                                 .next = next_values};
+                                 .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
+                                 .c = s->out, .c_row = P, .next = next_values};
     kernels->product(&product);
+    s->is_empty = false;
 }
 
 static void finish(const mha_attention *a, size_t n, const state *s)
@@ -255,6 +272,8 @@ static void finish(const mha_attention *a, size_t n, const state *s)
     char *inverse = s->factor;
     /* A sum over no key at all is 0, as torch has it; NaN is for keys that are there and hidden. */
     const mha_empty_row empty_row = a->live->S + a->live->extra > 0 ? a->empty_row : MHA_EMPTY_ROW_ZERO;
+    if (s->is_empty)
+        kernels->fill(s->out, a->Dv * s->lanes.vectors * kernels->lanes, 0);
     kernels->softmax_end(s->sum, inverse, s->lanes.vectors, empty_row);
     kernels->unpack_panel(s->out, s->lanes.vectors, inverse, s->lanes.count, a->Dv,
                           row_at(a, &a->context, n, s->h, s->lanes.first), (size_t)a->context.stride_l);
@@ -271,9 +290,7 @@ static void attend_task(void *context, size_t task, size_t worker)
     const job *j = context;
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes;
-    mha_layout layout = {0};
-    char *scores = take(a, base, &layout, most_block_keys(a), widest_panel(a));
-    char *bias = take(a, base, &layout, most_block_keys(a), widest_panel(a));
+    char *scores = base + j->at.scores, *bias = base + j->at.bias;
     state states[TASK_PANELS];
     /* The last queries first: under a causal mask they see the most keys. */
     const size_t heads = a->N * a->Hkv, group = j->groups - 1 - task / heads;
@@ -283,7 +300,7 @@ static void attend_task(void *context, size_t task, size_t worker)
     const size_t first = group * j->task_panels;
     const size_t panels = mha_smaller(j->task_panels, shared * j->split.panels - first);
     for (size_t i = 0; i < panels; i++) {
-        states[i] = take_state(a, base, &layout);
+        states[i] = state_at(&j->at, base, i);
         states[i].h = hkv * shared + (first + i) / j->split.panels;
         states[i].lanes = mha_panel_at(&j->split, (first + i) % j->split.panels);
         begin(a, n, &states[i]);
@@ -411,7 +428,7 @@ static void weigh_task(void *context, size_t task, size_t worker)
 
 mha_status mha_attend(const mha_attention *a)
 {
-    job j = {.a = a, .split = mha_split_width(a->kernels, a->L)};
+    job j = {.a = a, .at = place_states(a), .split = mha_split_width(a->kernels, a->L)};
     const size_t shared = a->H / a->Hkv, heads = a->N * a->Hkv;
     if (a->N == 0 || a->L == 0)
         return MHA_OK;
