@@ -128,6 +128,25 @@ class SentenceEncoder:
         first_segment = tensors["token_type_embeddings.weight"][0]
         return _layer_norm(words + positions + first_segment, Part(tensors, "LayerNorm."), self._epsilon)
 
+    def hidden_states(self, ids: NDArray[Any], padding: NDArray[np.bool_]) -> list[NDArray[Any]]:
+        """What enters each layer, as its query, key and value, and what leaves the last one.
+
+        Parameters
+        ----------
+        ids, padding : numpy.ndarray, (N, L)
+            From `tokenize`.
+
+        Returns
+        -------
+        list of numpy.ndarray, each (N, L, E)
+            One more than there are layers.
+        """
+        states = [self.embed_tokens(ids)]
+        for layer in self.layers:
+            x = states[-1]
+            states.append(layer.after_attention(x, layer.attention(x, x, x, padding, need_weights=False)[0]))
+        return states
+
     def encode(self, sentences: Sequence[str]) -> NDArray[Any]:
         """Sentences to vectors: all steps in one.
 
@@ -142,10 +161,7 @@ class SentenceEncoder:
             Of length 1 each.
         """
         _, ids, padding = self.tokenize(sentences)
-        x = self.embed_tokens(ids)
-        for layer in self.layers:
-            x = layer.after_attention(x, layer.attention(x, x, x, padding, need_weights=False)[0])
-        return self.pool(x, padding)
+        return self.pool(self.hidden_states(ids, padding)[-1], padding)
 
     @staticmethod
     def pool(x: NDArray[Any], padding: NDArray[np.bool_]) -> NDArray[Any]:

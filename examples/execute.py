@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Execute notebooks from top to bottom, each in a kernel of its own, and fail on any error or warning.
+
+    python examples/execute.py [--write] [NOTEBOOK ...]
+
+Without names, all of this folder. --write keeps the new outputs in the files.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def execute(path: Path) -> nbformat.NotebookNode:
+    """The notebook with fresh outputs, and nothing in it that depends on when or where it ran."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=300,
+        record_timing=False,
+        extra_arguments=["--log-level=ERROR"],  # the kernel warns that it listens without encryption, which it does locally
+        resources={"metadata": {"path": str(FOLDER)}},
+    )
+    client.execute()
+    notebook.metadata = nbformat.from_dict(METADATA)
+    return notebook
+
+
+def complaints(notebook: nbformat.NotebookNode) -> list[str]:
+    """What cells wrote to standard error: warnings, mostly."""
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    return [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
+
+
+def main() -> int:
+    """Execute the notebooks that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(FOLDER.glob("*.ipynb")))
+    parser.add_argument("--write", action="store_true", help="keep the new outputs in the files")
+    options = parser.parse_args()
+    failed = False
+    for path in options.notebooks:
+        start = time.perf_counter()
+        notebook = execute(path)
+        print(f"{path.name}: {time.perf_counter() - start:.1f} s")
+        for said in complaints(notebook):
+            failed = True
+            print(said, file=sys.stderr)
+        if options.write:
+            nbformat.write(notebook, path)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
