@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory or threads that cannot be had: MemoryError or the right numbers, never a crash, and everything works afterwards.
+
+tests/c/test_allocations.c does the same for the core alone.
+"""
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import run_child
+
+pytest.importorskip("mha_c")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="this platform cannot preload a library")
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    """The library whose allocations fail."""
+    compiler = next((name for name in ("gcc", "clang", "cc") if shutil.which(name)), None)
+    if compiler is None or "glibc" not in platform.libc_ver():
+        pytest.skip("needs a C compiler and glibc")
+    library = tmp_path_factory.mktemp("shim") / "failing_malloc.so"
+    source = Path(__file__).parent / "c" / "failing_malloc.c"
+    subprocess.run([compiler, "-std=gnu11", "-O2", "-shared", "-fPIC", "-fno-builtin", source, "-o", library, "-ldl"],
+                   check=True)
+    return library
+
+
+PREPARE = """
+    import copy, ctypes, gc, pickle, sys
+    import numpy as np
+    import mha_c
+    from mha_c.functional import multi_head_attention_forward, scaled_dot_product_attention
+    from helpers import inputs, layer, normal
+    shim = ctypes.CDLL(LIBRARY)
+    mha_c.set_num_threads(2)
+    small = layer(8, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True)
+    middle = layer(64, 4, batch_first=True)
+    tiny, large = inputs(2, 5, 5, 8), inputs(2, 90, 90, 64)
+    few = inputs(2, 1, 400, 64)
+    state = {name: array.copy() for name, array in middle.state_dict().items()}
+    pickled = pickle.dumps(middle)
+
+    class Provider:
+        def __init__(self, array):
+            self.array = array
+        def __array__(self, dtype=None, copy=None):
+            return self.array
+
+    def converted():
+        out = tiny[1].copy()
+        return small(Provider(tiny[0]), out, tiny[2].astype(">f4"), attn_mask=np.zeros((5, 5), "f2"),
+                     key_padding_mask=np.zeros((2, 5), bool), out=out, average_attn_weights=False)
+
+    def function():
+        return multi_head_attention_forward(
+            large[0], large[1], large[2], 64, 4, state["in_proj_weight"], state["in_proj_bias"], None, None, False, 0.0,
+            state["out_proj.weight"], state["out_proj.bias"])
+
+    def refused():
+        try:
+            small(tiny[0][..., :3], *tiny[1:])
+        except AssertionError:
+            return [tiny[0]]
+
+    def loaded():
+        fresh = copy.copy(middle)
+        fresh.load_state_dict(state)
+        return fresh(*few)
+
+    CALLS = {
+        "small": lambda: small(*tiny),
+        "converted": converted,
+        "large": lambda: middle(*large),
+        "few queries": lambda: middle(*few),
+        "function": function,
+        "attention alone": lambda: [scaled_dot_product_attention(large[0][..., ::2], large[1][..., ::2], large[2])],
+        "refused": refused,
+        "constructor": lambda: list(mha_c.MultiheadAttention(8, 2, seed=1, dropout_seed=1).parameters()),
+        "load": loaded,
+        "unpickle": lambda: pickle.loads(pickled)(*few),
+        "to float64": lambda: list(copy.copy(small).to("float64").parameters()),
+    }
+
+    def disarm():
+        while True:
+            try:
+                return shim.fail_at(0)
+            except MemoryError:
+                pass
+"""
+
+
+def test_every_allocation_fails_once(shim):
+    """Python's, NumPy's and the core's, one after the other, until a call needs no more of them."""
+    child = run_child(PREPARE.replace("LIBRARY", repr(str(shim))) + """
+    total = 0
+    for name, call in CALLS.items():
+        want = [None if x is None else x.tobytes() for x in call()]
+        for n in range(1, 20_000):
+            gc.collect(0) if n % 500 == 0 else None
+            mha_c._core.get_num_threads()
+            before = disarm()
+            got = error = None
+            try:
+                shim.fail_at(n)
+                got = call()
+            except MemoryError:
+                error = "MemoryError"
+            except (SystemError, RuntimeError) as other:  # CPython's own, without memory for a traceback or for a lock
+                own = str(other) in ("can't allocate lock", "error return without exception set")
+                own = own or str(other).startswith("<function ")
+                error = "MemoryError" if own else repr(other)
+            except BaseException as other:
+                error = repr(other)
+            failed = disarm() - before
+            assert error in (None, "MemoryError"), f"{name}, allocation {n}: {error}"
+            assert got is None or [None if x is None else x.tobytes() for x in got] == want, f"{name}, allocation {n}"
+            total += failed
+            if not failed:
+                break
+        else:
+            raise AssertionError(f"{name} never had enough memory")
+        print(f"{name}: {n - 1}", flush=True)
+    print(f"{total} allocations failed")
+    """, env={"LD_PRELOAD": str(shim), "PYTHONMALLOC": "malloc"}, timeout=300)
+    print(child.stdout)
+    assert int(child.stdout.split()[-3]) > 300
+
+
+def test_threads_that_cannot_be_had(shim):
+    """A process that may start no thread computes alone, and with threads as soon as it may."""
+    run_child(PREPARE.replace("LIBRARY", repr(str(shim))) + """
+    import os
+    def threads():
+        return len(os.listdir("/proc/self/task"))
+    shim.fail_threads(1)
+    mha_c.set_num_threads(1)
+    want = middle(*large)[0].tobytes()
+    mha_c.set_num_threads(4)
+    before = threads()
+    assert all(middle(*large)[0].tobytes() == want for _ in range(5)) and threads() == before
+    shim.fail_threads(0)
+    assert all(middle(*large)[0].tobytes() == want for _ in range(5)) and threads() == before + 3
+    """, env={"LD_PRELOAD": str(shim), "OPENBLAS_NUM_THREADS": "1"})
+
+
+def test_limited_address_space():
+    """Where the system grants no more memory, a call that is too large raises MemoryError, and a smaller one works."""
+    run_child("""
+    import resource
+    import numpy as np
+    import mha_c
+    from mha_c.functional import scaled_dot_product_attention
+    from helpers import inputs, layer
+    module = layer(64, 4, batch_first=True)
+    given = inputs(2, 90, 90, 64)
+    want = module(*given)[0].tobytes()
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = pages * resource.getpagesize() + (300 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    one = np.ones((1, 1, 64), "f4")
+    for n in (2_000, 20_000, 200_000, 2_000_000, 200_000_000):
+        long = np.broadcast_to(one, (1, n, 64))
+        for call in (lambda: module(long, long[:, :1], long[:, :1], need_weights=False),
+                     lambda: module(long[:, :5], long, long),
+                     lambda: module(long, long, long, average_attn_weights=False),
+                     lambda: scaled_dot_product_attention(long, given[1][:1], given[2][:1]),
+                     lambda: mha_c.MultiheadAttention(n, 1)):
+            if n == 2_000:
+                call()
+                continue
+            try:
+                call()
+                assert n < 200_000_000
+            except MemoryError:
+                pass
+        assert module(*given)[0].tobytes() == want
+    """, env={"OPENBLAS_NUM_THREADS": "1", "MHA_C_NUM_THREADS": "2"}, timeout=200)

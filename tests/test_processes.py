@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers that fork their workers, forks out of signal handlers, and interpreters within the interpreter."""
+
+import os
+
+import pytest
+from helpers import run_child
+
+pytest.importorskip("mha_c")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+
+PREPARE = """
+    import os, signal, socket, time
+    import numpy as np
+    import mha_c
+    from helpers import inputs, layer
+    mha_c.set_num_threads(2)
+    module = layer(64, 4, batch_first=True)
+    given = inputs(4, 120, 120, 64)
+    want = module(*given)[0].tobytes()
+"""
+
+
+def test_workers_of_a_server():
+    """The master computes, forks workers that share its socket, and replaces one that is killed."""
+    run_child(PREPARE + """
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(16)
+
+    def serve():
+        signal.alarm(50)
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1)
+                connection.sendall(b"1" if module(*given)[0].tobytes() == want else b"0")
+
+    def start():
+        child = os.fork()
+        if child == 0:
+            try:
+                serve()
+            finally:
+                os._exit(1)
+        return child
+
+    def request():
+        with socket.create_connection(listener.getsockname(), timeout=40) as connection:
+            connection.sendall(b"?")
+            return connection.recv(1)
+
+    workers = [start() for _ in range(3)]
+    for turn in range(4):
+        assert {request() for _ in range(10)} == {b"1"}
+        assert module(*given)[0].tobytes() == want
+        os.kill(workers[0], signal.SIGKILL)
+        os.waitpid(workers.pop(0), 0)
+        workers.append(start())
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+    """)
+
+
+def test_fork_in_a_signal_handler():
+    """The parent's call goes on; the child, whose helping threads stayed behind, is told to call again, and can."""
+    run_child(PREPARE + """
+    children = []
+    signal.signal(signal.SIGALRM, lambda *_: children.append(os.fork()))
+    long = inputs(1, 3000, 3000, 64)
+    expected = module(*long)[0].tobytes()
+    while not children:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        try:
+            assert module(*long)[0].tobytes() == expected
+        except RuntimeError as error:
+            assert children == [0] and "fork" in str(error)
+        if children == [0]:
+            os._exit(0 if module(*given)[0].tobytes() == want else 1)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+    """)
+
+
+def test_interpreters_within_the_interpreter():
+    """Importing the package in one is an ImportError, NumPy's or ours; the main interpreter goes on."""
+    done = run_child(PREPARE + """
+    try:
+        import _interpreters as interpreters
+        def run(code):
+            failure = interpreters.exec(interpreters.create(), code)
+            return "" if failure is None else str(failure.type.__name__) + str(failure.msg)
+    except ImportError:
+        try:
+            import _xxsubinterpreters as interpreters
+        except ImportError:
+            raise SystemExit(77)
+        def run(code):
+            try:
+                interpreters.run_string(interpreters.create(), code)
+                return ""
+            except interpreters.RunFailedError as error:
+                return str(error)
+    import sys
+    said = run(f"import sys; sys.path[:] = {sys.path!r}; import mha_c")
+    assert "ImportError" in said, said
+    assert module(*given)[0].tobytes() == want
+    """, check=False)
+    if done.returncode == 77:
+        pytest.skip("this Python has no module for subinterpreters")
+    assert done.returncode == 0, done.stderr
