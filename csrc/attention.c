@@ -192,7 +192,8 @@ static mha_visibility look(const mha_attention *a, size_t n, size_t h, mha_panel
     return mha_look(a->kernels, a->masks, n, (mha_lanes){h, 1, lanes.first, lanes.count, lanes.vectors}, block, bias);
 }
 
-/* scores[key][lane], plus bias unless it is NULL. Chains of at most MHA_CHAIN features, as in the projections. */
+/* scores[key][lane], plus bias unless it is NULL; it comes last. Chains of at most MHA_CHAIN features, as in the
+ * projections. */
 static void score(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
                   const char *queries, const char *bias, char *scores, mha_next next)
 {
@@ -201,16 +202,17 @@ static void score(const mha_attention *a, size_t n, size_t h, mha_panel lanes, c
     const char *keys = keys_of(a, n, block, h);
     mha_product product = {.rows = block->keys, .vectors = lanes.vectors,
                            .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1, .b_k = P,
-                           .addend_row = P, .c = scores, .c_row = P, .next = next};
+                           .addend = a->D <= MHA_CHAIN ? bias : NULL, .addend_row = P, .c = scores, .c_row = P,
+                           .next = next};
     for (size_t d = 0; d < a->D; d += MHA_CHAIN) {
         product.depth = mha_smaller(a->D - d, MHA_CHAIN);
         product.a = keys + d * kernels->item;
         product.b = queries + d * P * kernels->item;
-        product.addend = d ? scores : NULL;
         kernels->product(&product);
+        product.addend = scores;
         product.next.rows = 0;
     }
-    if (bias)
+    if (bias && a->D > MHA_CHAIN)
         kernels->accumulate(scores, bias, block->keys * P);
 }
 

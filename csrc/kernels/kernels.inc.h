@@ -31,6 +31,8 @@ enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
 #define LOWEST_f64 (-DBL_MAX)
 #define EXP2_LOWEST_f32 (-126.0f)
 #define EXP2_LOWEST_f64 (-1022.0)
+#define own_kind_f32 MHA_MASK_FLOAT32 /* of a mask in the kernels' own dtype */
+#define own_kind_f64 MHA_MASK_FLOAT64
 #define ROUND_f32 (12582912.0f + 127)
 #define ROUND_f64 (6755399441055744.0 + 1023)
 static const float exp2_coefficients_f32[] = {
@@ -283,7 +285,6 @@ INLINE REAL V(mask_value)(mha_mask_kind kind, const char *at)
 INLINE void V(read_row_of)(const mha_mask_kind kind, const char *row, ptrdiff_t stride, const mha_mask_block *block,
                            size_t keys, REAL *values)
 {
-    const mha_mask_kind own = sizeof(REAL) == sizeof(float) ? MHA_MASK_FLOAT32 : MHA_MASK_FLOAT64;
     size_t i = 0;
     if (block->index) {
         for (; i < keys; i++)
@@ -291,7 +292,7 @@ INLINE void V(read_row_of)(const mha_mask_kind kind, const char *row, ptrdiff_t 
         return;
     }
     row += (ptrdiff_t)block->first_key * stride;
-    if (kind == own && stride == (ptrdiff_t)sizeof(REAL))
+    if (kind == V(own_kind) && stride == (ptrdiff_t)sizeof(REAL))
         memcpy(values, row, (i = keys) * sizeof(REAL));
     if (kind == MHA_MASK_HIDE && stride == 1)
         for (; i + LANES <= keys; i += LANES)
@@ -329,13 +330,19 @@ static mha_visibility V(read_masks)(void *bias_, size_t keys, size_t vectors, si
                                     const mha_mask_block *block)
 {
     REAL *bias = bias_, of_keys[MHA_BLOCK_KEYS], rows[LANES][MHA_BLOCK_KEYS] = {{0}};
+    const REAL *row[LANES];
     const size_t P = vectors * LANES;
     const VEC hidden = V(splat)(-(REAL)INFINITY);
+    const bool is_ready = block->attn_kind == V(own_kind) && block->attn_s == (ptrdiff_t)sizeof(REAL) && !block->index &&
+                          !block->is_causal && keys % LANES == 0; /* whole vectors can be read where they are */
     VEC not_zero = V(splat)(0), not_hidden = V(splat)(0);
     V(read_row)(block->keys_kind, block->keys, block->keys_s, block, keys, of_keys);
     for (size_t first = 0; first < P; first += LANES) {
         for (size_t i = 0; i < LANES; i++) {
             const size_t lane = first + i < count ? first + i : count - 1;
+            row[i] = is_ready ? (const REAL *)(const void *)block->attn[lane] + block->first_key : rows[i];
+            if (is_ready)
+                continue;
             V(read_row)(block->attn_kind, block->attn[lane], block->attn_s, block, keys, rows[i]);
             if (block->is_causal)
                 V(hide_later)(block, block->query[lane], keys, rows[i]);
@@ -344,7 +351,7 @@ static mha_visibility V(read_masks)(void *bias_, size_t keys, size_t vectors, si
             VEC v[LANES];
             MHA_UNROLL
             for (size_t i = 0; i < LANES; i++)
-                v[i] = V(load)(rows[i] + k);
+                v[i] = V(load)(row[i] + k);
             V(transpose)(v);
             for (size_t i = 0; i < LANES && k + i < keys; i++) {
                 const VEC x = v[i] + V(splat)(of_keys[k + i]);
