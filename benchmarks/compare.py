@@ -28,6 +28,8 @@ from peak import Peak
 from problem import make, reference, relative_error
 from workers import PeerError, Worker
 
+from mha_c.progress import progress, say
+
 # Relative rms error of a right answer: a few hundred times the unit in the last place. bfloat16 would be at 1e-2.
 TOLERANCE = {"float32": 3e-5, "float64": 1e-13}
 
@@ -110,30 +112,40 @@ def _rounds(
 
 
 def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: Effort, file: Path) -> dict[str, Any]:
-    """All measurements, also written to a JSON file, anew after each case."""
+    """All measurements, also written to a JSON file, anew after each case; those before Ctrl-C, if it comes."""
     results: dict[str, Any] = {"machine": machine.describe(), "versions": {}, "missing": {}, "runs": []}
+    results["interrupted"] = False
     with tempfile.TemporaryDirectory() as folder:
         try:
             peak = Peak(results["machine"]["level"], Path(folder))
         except NoCompiler as error:
             peak = None
             print(f"The peak is not measured: {error}", file=sys.stderr)
-        for threads in thread_counts:
-            with ExitStack() as stack:
-                workers = []
-                for name in names:
-                    try:
-                        workers.append(stack.enter_context(Worker(name, threads)))
-                        results["versions"][name] = workers[-1].version
-                    except PeerError as error:
-                        results["missing"][name] = str(error)
-                        print(f"{name} is left out: {error}", file=sys.stderr)
-                for case in cases:
-                    done = measure_case(case, workers, threads, results["machine"]["level"], peak, effort)
-                    results["runs"].append(done)
-                    file.write_text(json.dumps(results, indent=1))
-                    print(report.line(done), flush=True)
+        try:
+            for threads in thread_counts:
+                with ExitStack() as stack:
+                    workers = _start(names, threads, stack, results)
+                    for case in progress(cases, "case", f"{threads} thread{'s' * (threads > 1)}"):
+                        done = measure_case(case, workers, threads, results["machine"]["level"], peak, effort)
+                        results["runs"].append(done)
+                        file.write_text(json.dumps(results, indent=1))
+                        say(report.line(done))
+        except KeyboardInterrupt:
+            results["interrupted"] = True
     return results
+
+
+def _start(names: list[str], threads: int, stack: ExitStack, results: dict[str, Any]) -> list[Worker]:
+    """The processes of the peers; `stack` ends them."""
+    workers = []
+    for name in names:
+        try:
+            workers.append(stack.enter_context(Worker(name, threads)))
+            results["versions"][name] = workers[-1].version
+        except PeerError as error:
+            results["missing"][name] = str(error)
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    return workers
 
 
 def arguments() -> argparse.Namespace:
@@ -148,7 +160,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     options = arguments()
     effort = QUICK if options.quick else FULL
     if options.seconds:
@@ -161,8 +173,13 @@ def main() -> None:
     folder = options.output / "performance"
     folder.mkdir(parents=True, exist_ok=True)
     results = run(cases, names, options.threads, effort, folder / "results.json")
-    print(f"\n{report.write(results, options.output)} has it all.")
+    if results["runs"]:
+        print(f"\n{report.write(results, options.output)} has it all.")
+    if results["interrupted"]:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mha_c.attention import MultiheadAttention
 from mha_c.definition import attend, hidden_by_causality, to_float_mask
 from mha_c.parameters import as_array
+from mha_c.progress import progress
 from mha_c.table import Table
 
 if TYPE_CHECKING:
@@ -391,7 +392,7 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
 
     runs = run_both_ways(model, inputs, call)
     comparisons = []
-    for run in runs.attention:
+    for run in progress(runs.attention, "call", "comparing"):
         exact = attend(run.layer, **run.arguments)
         names = (run.name, f"{run.name}, weights")
         comparisons += [

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from mha_c.attention import MultiheadAttention
 from mha_c.check import CRITERION, Report, against_torch
+from mha_c.progress import progress
 from mha_c.table import Table, show
 
 __all__ = ["Configuration", "add_options", "grid", "run"]
@@ -227,7 +228,7 @@ def _check_grid(torch_version: str) -> int:
     wrong: list[Report] = []
     interrupted = False
     try:
-        for name, configuration in _with_progress(configurations):
+        for name, configuration in progress(configurations, "configuration"):
             report = configuration.check()
             rows[name] = rows.get(name, _Row()).plus(report)
             if not report.agrees:
@@ -281,13 +282,3 @@ class _Row:
             f"{self.torch_error:.1f}",
             f"{self.differing} DIFFER" if self.differing else "agree",
         )
-
-
-def _with_progress(configurations: list[tuple[str, Configuration]]) -> Iterable[tuple[str, Configuration]]:
-    """With a bar where tqdm is installed and somebody is looking."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        return configurations
-    bar: Iterable[tuple[str, Configuration]] = tqdm(configurations, disable=None, unit="configuration", leave=False)
-    return bar

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Long work: a bar shows how far it is, and Ctrl-C ends it cleanly, in processes that get a real SIGINT."""
+
+import os
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import REPOSITORY, run_child
+
+mha_c = pytest.importorskip("mha_c")
+pytest.importorskip("tqdm")
+fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+
+
+class Terminal:
+    """A process whose standard error is a terminal, which is where bars show."""
+
+    def __init__(self, *command, cwd):
+        self.read_end, write_end = pty.openpty()
+        fcntl.ioctl(write_end, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))  # one without width shows no bar
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=write_end, text=True, cwd=cwd,
+                                        env=environment, start_new_session=True)
+        os.close(write_end)
+        self.seen = ""
+
+    def read(self, seconds):
+        """What it shows within some time; "" at its end."""
+        if not select.select([self.read_end], [], [], seconds)[0]:
+            return None
+        try:
+            shown = os.read(self.read_end, 65536).decode(errors="replace")
+        except OSError:  # Linux says so when the other end is closed
+            return ""
+        self.seen += shown
+        return shown
+
+    def wait_for(self, pattern, timeout=150):
+        deadline = time.monotonic() + timeout
+        while not re.search(pattern, self.seen):
+            assert time.monotonic() < deadline and self.read(1) != "", f"no {pattern!r} in {self.seen!r}"
+
+    def interrupt(self, timeout=60):
+        """Ctrl-C goes to every process of the terminal; then what was printed, until all of them are gone."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        said, _ = self.process.communicate(timeout=timeout)
+        while self.read(0):
+            pass
+        os.close(self.read_end)
+        return said
+
+
+def group_is_empty(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_check(tmp_path):
+    pytest.importorskip("torch")
+    terminal = Terminal(sys.executable, "-m", "mha_c", "check", cwd=tmp_path)
+    terminal.wait_for(r"\d+/\d+ \[.*configuration")
+    said = terminal.interrupt()
+    assert terminal.process.returncode == 130
+    assert terminal.seen.rstrip().endswith("interrupted") and "Traceback" not in terminal.seen
+    assert re.search(r"\d+ of \d+ configurations, 0 of them differ", said)
+
+
+def test_benchmark(tmp_path):
+    """What was measured is kept, and no process of a peer stays behind, stopped as all but one of them are."""
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    terminal = Terminal(sys.executable, str(REPOSITORY / "benchmarks" / "compare.py"), "--quick", "--seconds", "0.1",
+                        "--peers", "torch", "--threads", "1", "--output", str(tmp_path), cwd=tmp_path)
+    terminal.wait_for(r"1 thread: .* [1-9]\d*/\d+ \[.*case")
+    said = terminal.interrupt()
+    assert terminal.process.returncode == 130
+    assert terminal.seen.rstrip().endswith("interrupted") and "Traceback" not in terminal.seen
+    assert "performance.md has it all." in said and (tmp_path / "performance" / "results.json").exists()
+    deadline = time.monotonic() + 10
+    while not group_is_empty(terminal.process.pid):
+        assert time.monotonic() < deadline, "some process was left behind"
+        time.sleep(0.1)
+
+
+def test_explain():
+    """It asks the core for one stage after the other; each of them listens."""
+    run_child("""
+        import os, signal, threading, time
+        import mha_c
+        from helpers import inputs, layer
+        module, long = layer(16, 2, batch_first=True), inputs(1, 30_000, 30_000, 16)
+        sent = []
+
+        def send():
+            time.sleep(0.5)
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        for wanted in ("output", "concatenated"):
+            threading.Thread(target=send).start()
+            try:
+                mha_c.explain(module, *long, stages=wanted)
+            except KeyboardInterrupt:
+                assert time.monotonic() - sent[-1] < 1
+            else:
+                raise AssertionError("it was over before the signal came")
+        x = inputs(1, 5, 5, 16)
+        assert (mha_c.explain(module, *x).output == module(*x)[0]).all()
+    """)
+
+
+def test_no_bar_in_a_file():
+    done = run_child("""
+        from mha_c.progress import progress, say
+        for number in progress([1, 2], "number", "counting"):
+            say(f"number {number}")
+    """)
+    assert done.stdout == "number 1\nnumber 2\n" and done.stderr == ""
+
+
+def test_without_tqdm():
+    done = run_child("""
+        import importlib.util
+        found = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: None if name == "tqdm" else found(name, *rest)
+        import sys
+        from mha_c.progress import progress, say
+        items = [1, 2]
+        assert progress(items, "number") is items and "tqdm" not in sys.modules
+        say("done")
+    """)
+    assert done.stdout == "done\n"
