@@ -112,16 +112,16 @@ static char *take(const mha_attention *a, char *base, mha_layout *layout, size_t
 static places place_states(const mha_attention *a)
 {
     const size_t P = widest_panel(a), keys = most_block_keys(a), item = a->kernels->item;
-    mha_layout layout = {0}, state = {0};
+    mha_layout layout = {0}, one = {0};
     places at = {.scores = mha_reserve(&layout, keys, P, item), .bias = mha_reserve(&layout, keys, P, item)};
     at.states = layout.bytes;
-    at.queries = mha_reserve(&state, a->D, P, item);
-    at.out = mha_reserve(&state, a->Dv, P, item);
-    at.maximum = mha_reserve(&state, 1, P, item);
-    at.sum = mha_reserve(&state, 1, P, item);
-    at.factor = mha_reserve(&state, 1, P, item);
-    at.state_bytes = state.bytes;
-    mha_reserve(&layout, most_task_panels(a), state.bytes, 1);
+    at.queries = mha_reserve(&one, a->D, P, item);
+    at.out = mha_reserve(&one, a->Dv, P, item);
+    at.maximum = mha_reserve(&one, 1, P, item);
+    at.sum = mha_reserve(&one, 1, P, item);
+    at.factor = mha_reserve(&one, 1, P, item);
+    at.state_bytes = one.bytes;
+    mha_reserve(&layout, most_task_panels(a), one.bytes, 1);
     at.end = layout.bytes;
     return at;
 }
