@@ -29,6 +29,7 @@ enum {
     PANEL_BYTES = 131072, /* of all panels of a task, unless one alone is larger */
     CHUNK_BLOCKS = 8,     /* blocks of keys whose weights are collected before they are written */
     TASKS_A_THREAD = 4,
+    BLOCKS_A_LOOK = 8, /* blocks of keys between two looks whether the call is to be stopped */
 };
 
 /* What a task holds for one panel. */
@@ -316,6 +317,8 @@ static void attend_task(void *context, size_t task, size_t worker)
         for (size_t i = 0; i < panels; i++)
             step(a, n, &states[i], &block, scores, bias, share_of(a, &a->k, k, next.keys, a->D, i, panels),
                  share_of(a, &a->v, v, next.keys, a->Dv, i, panels));
+        if (b % BLOCKS_A_LOOK == BLOCKS_A_LOOK - 1 && mha_is_stopped())
+            return;
     }
     for (size_t i = 0; i < panels; i++)
         finish(a, n, &states[i]);

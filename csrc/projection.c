@@ -26,6 +26,7 @@ enum {
     SLICE_BYTES = 4096,  /* of a row; a whole number of chains */
     SLICED_PANELS = 8,   /* panels whose strips wait at once for the next slice */
     TASKS_A_THREAD = 4,  /* so that the last ones to finish differ by little */
+    PANELS_A_LOOK = 16,  /* panels between two looks whether the call is to be stopped */
     FETCH_BYTES = 256,   /* of the next weights at a time */
 };
 
@@ -203,6 +204,8 @@ static void run_task(void *context, size_t task, size_t worker)
             char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * item;
             multiply_slice(j->kernels, p, target, mha_panel_at(&target->panels->split, in_target), first_row, rows,
                            first, block, strip);
+            if ((i - first_panel) % PANELS_A_LOOK == PANELS_A_LOOK - 1 && mha_is_stopped())
+                return;
         }
     }
 }

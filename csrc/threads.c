@@ -51,6 +51,7 @@ struct job {
     void *context;
     size_t tasks;
     fenv_t environment; /* the caller's rounding mode and the like */
+    atomic_bool stopped;      /* by should_stop() */
     alignas(CACHE_LINE) atomic_size_t next; /* the next ticket: the number of a task */
 };
 
@@ -147,19 +148,41 @@ static bool changes_soon(atomic_uint *word, unsigned value)
 
 /* ---- Both sides of a job ---- */
 
+/* What this thread takes part in; stop is NULL for workers. */
+struct part {
+    struct job *job;
+    const mha_stop *stop;
+};
+
+static _Thread_local struct part part;
+
+bool mha_is_stopped(void)
+{
+    struct job *job = part.job;
+    if (job == NULL)
+        return false;
+    if (part.stop != NULL && part.stop->should_stop != NULL && !atomic_load_explicit(&job->stopped, memory_order_relaxed) &&
+        part.stop->should_stop(part.stop->context)) {
+        atomic_store_explicit(&job->stopped, true, memory_order_relaxed);
+        atomic_store_explicit(&job->next, job->tasks, memory_order_relaxed);
+    }
+    return atomic_load_explicit(&job->stopped, memory_order_relaxed);
+}
+
 /* Runs tasks until none is left or, for the caller, until should_stop() says so; returns whether it did. The tickets
  * need no order among themselves: the gate orders the job before its tasks, and those before the caller's return. */
 static bool take_part(struct job *job, size_t worker, const mha_stop *stop)
 {
+    const struct part before = part; /* a task of the caller's may lead, by a signal handler, to another loop */
     size_t task;
+    part = (struct part){job, stop};
     while ((task = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)) < job->tasks) {
         job->run(job->context, task, worker);
-        if (stop != NULL && stop->should_stop != NULL && stop->should_stop(stop->context)) {
-            atomic_store_explicit(&job->next, job->tasks, memory_order_relaxed);
-            return true;
-        }
+        if (mha_is_stopped())
+            break;
     }
-    return false;
+    part = before;
+    return atomic_load_explicit(&job->stopped, memory_order_relaxed);
 }
 
 /* ---- The workers' side ---- */

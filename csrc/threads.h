@@ -26,6 +26,10 @@ typedef void (*mha_task)(void *context, size_t task, size_t worker);
  */
 mha_status mha_parallel_for(size_t threads, size_t tasks, mha_task run, void *context, mha_stop stop);
 
+/* For a task that takes long, now and then: whether to return at once, since the loop is to be stopped. The caller's own
+ * tasks ask should_stop() by it. */
+bool mha_is_stopped(void);
+
 /* The CPUs this process may use: min(affinity mask, cgroup quota rounded up), at least 1. Asks the system each time. */
 size_t mha_usable_cpus(void);
 

@@ -111,3 +111,33 @@ def test_interpreters_within_the_interpreter():
     if done.returncode == 77:
         pytest.skip("this Python has no module for subinterpreters")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("what", ["keys", "features"])
+def test_ctrl_c_within_one_task(what):
+    """The queries of a head are one task however many keys there are, and 96 rows however wide the output."""
+    run_child(PREPARE + f"""
+    import threading
+    from mha_c.functional import scaled_dot_product_attention
+    mha_c.set_num_threads(1)
+    if {what!r} == "keys":
+        key = np.broadcast_to(np.ones((1, 64), "f4"), (20_000_000, 64))
+        call = lambda: scaled_dot_product_attention(np.ones((90, 64), "f4"), key, key)
+    else:
+        wide, x = layer(1024, 8, batch_first=True, out_dim=16_000), np.ones((1, 90, 1024), "f4")
+        call = lambda: [wide(x, x, x) for _ in range(1000)]
+    sent = []
+    def send():
+        time.sleep(0.5)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=send).start()
+    try:
+        call()
+    except KeyboardInterrupt:
+        waited = time.monotonic() - sent[-1]
+        assert waited < 1, f"KeyboardInterrupt came {{waited:.2f}} s after the signal"
+    else:
+        raise AssertionError("the call was over: nothing was tested")
+    assert module(*given)[0].tobytes() == want
+    """)
