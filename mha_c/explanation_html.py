@@ -75,11 +75,12 @@ def render(explanation: Explanation) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in explanation.notes)
     stages = "".join(_stage(stage, explanation) for stage in explanation.stages.values())
     return block(
-        f"<style>{_STYLE}</style><p><b>Attention, stage by stage</b></p><p>{escape(explanation.title)}</p>"
+        f"<p><b>Attention, stage by stage</b></p><p>{escape(explanation.title)}</p>"
         f'<p class="faint">{escape(letters)}</p>{warnings}<div class="parts"><div class="flow">'
         f'{_diagram(explanation)}</div><div class="stages">{stages}'
         f'<details open=""><summary>Path, masks and more</summary>'
-        f"<ul>{notes}</ul></details></div></div>"
+        f"<ul>{notes}</ul></details></div></div>",
+        _STYLE,
     )
 
 

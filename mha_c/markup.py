@@ -61,15 +61,17 @@ _STYLE = """
 """
 
 
-def block(body: str) -> str:
-    """What a notebook shows: `body`, and the style for it.
+def block(body: str, style: str = "") -> str:
+    """What a notebook shows: `body`, and the style for it, `style` included.
 
     Examples
     --------
     >>> block("<p>text</p>").startswith('<div class="mha-c"><style>')
     True
     """
-    return f'<div class="mha-c"><style>{_STYLE}</style>{body}</div>'
+    # The class thrice: Jupyter's own rules, for tables and code, are more specific than one class and a name.
+    rules = (_STYLE + style).replace(".mha-c", ".mha-c.mha-c.mha-c")
+    return f'<div class="mha-c"><style>{rules}</style>{body}</div>'
 
 
 def table(
