@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-PROGRAMS = ["kernels", "softmax", "exp", "forward", "allocations"]
+PROGRAMS = ["kernels", "softmax", "exp", "forward", "allocations"]  # and "threads"
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wconversion", "-Wshadow",
          "-pthread", f"-I{REPOSITORY / 'csrc'}"]
 WRAP = ["-Wl," + ",".join(f"--wrap={name}" for name in ("malloc", "calloc", "aligned_alloc", "free"))]
@@ -40,9 +40,9 @@ def first_compiler():
     return pytest.skip("no C compiler is installed")
 
 
-def execute(command, *, level=None, timeout=120):
-    """Runs a command to its end and returns what it printed."""
-    environment = {k: v for k, v in os.environ.items() if k != "MHA_C_CPU"}
+def execute(command, *, level=None, timeout=600, variables=None):
+    """Runs a command to its end, with more environment variables, and returns what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k != "MHA_C_CPU"} | (variables or {})
     if level:
         environment["MHA_C_CPU"] = level
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout,
@@ -52,10 +52,11 @@ def execute(command, *, level=None, timeout=120):
 
 
 class Workshop:
-    """Compiles each thing once, and remembers what each program printed."""
+    """Compiles each thing once, with more flags if wanted, and remembers what each program printed."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, flags=()):
         self.folder = folder
+        self.flags = [*FLAGS, *flags]
         self.cores = {}
         self.outputs = {}
 
@@ -67,7 +68,7 @@ class Workshop:
             sources = sorted([*(REPOSITORY / "csrc").glob("*.c"), *(REPOSITORY / "csrc" / "kernels").glob("*.c")])
             objects = [folder / f"core_{source.stem}.o" for source in sources]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(lambda pair: execute([compiler, *FLAGS, "-c", pair[0], "-o", pair[1]]),
+                list(pool.map(lambda pair: execute([compiler, *self.flags, "-c", pair[0], "-o", pair[1]]),
                               zip(sources, objects)))
             self.cores[compiler] = objects
         return self.cores[compiler]
@@ -75,10 +76,10 @@ class Workshop:
     def program(self, compiler, name):
         """A program of tests/c, as the command that runs it."""
         path = self.folder / compiler / f"test_{name}"
-        objects = self.core(compiler)
+        objects = [made for made in self.core(compiler) if name != "threads" or made.stem == "core_threads"]
         if not path.exists():
             options = [*(WRAP if name == "allocations" else []), *(["-static"] if compiler == CROSS else [])]
-            execute([compiler, *FLAGS, REPOSITORY / "tests" / "c" / f"test_{name}.c", *objects, "-o", path, *options,
+            execute([compiler, *self.flags, REPOSITORY / "tests" / "c" / f"test_{name}.c", *objects, "-o", path, *options,
                      "-lm"])
         return [EMULATOR, path] if compiler == CROSS else [path]
 
@@ -162,9 +163,7 @@ def test_equal_bits_everywhere(workshop, name):
 
 
 @pytest.mark.parametrize("compiler", NATIVE)
-def test_threads(tmp_path, compiler):
+def test_threads(workshop, compiler):
     """The pool stands alone: its test needs nothing else of the core."""
     need(compiler)
-    sources = [REPOSITORY / "tests" / "c" / "test_threads.c", REPOSITORY / "csrc" / "threads.c"]
-    execute([compiler, *FLAGS, *sources, "-o", tmp_path / "test_threads", "-lm"])
-    execute([tmp_path / "test_threads"], timeout=300)
+    execute(workshop.program(compiler, "threads"), timeout=300)

@@ -94,10 +94,11 @@ static inline size_t mask_item(mha_mask_kind kind)
     return kind == MHA_MASK_FLOAT64 ? sizeof(double) : kind == MHA_MASK_FLOAT32 ? sizeof(float) : 1;
 }
 
-/* A third of the keys hidden, the others left alone or, by a float mask, moved. -1e30 leaves nothing of a score. */
+/* A third of the keys hidden, the others left alone or, by a float mask, moved. -2^100, the same in every type, leaves nothing of a
+ * score. */
 static inline void put_mask_number(mha_mask_kind kind, char *at, uint64_t word)
 {
-    static const double moves[] = {0, 0, 0.5, -2.25, -1e30, 1};
+    static const double moves[] = {0, 0, 0.5, -2.25, -0x1p100, 1};
     const double x = word % 3 == 0 ? -INFINITY : moves[word / 3 % 6];
     if (kind == MHA_MASK_HIDE || kind == MHA_MASK_SHOW)
         *at = (x == -INFINITY) == (kind == MHA_MASK_HIDE) ? (char)(1 + word % 2) : 0;

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plants small faults in the C sources, one at a time, and reports which of them the tests notice.
+
+    python tests/tools/plant_faults.py [WORD ...]        only faults whose file or description contains a WORD
+
+A fault is an exact piece of text and what replaces it; a text that is no longer there, or is there twice, is an error.
+The changed file alone is compiled again, in build/faults/. The C programs named with the fault run first, then its
+pytest files. Each has to pass without any fault before it counts: a test that fails anyway catches nothing.
+x86-64 only: changed kernels are those of AVX2, or the portable ones where the CPU lacks it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+TESTS = Path(__file__).parent.parent
+REPOSITORY = TESTS.parent
+sys.path.append(str(TESTS))
+
+from test_c_core import WRAP  # noqa: E402
+
+FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-ffp-contract=off", "-fPIC", "-pthread", "-w",
+         f'-DMHA_C_NUMPY_VERSION="{np.__version__}"', f"-I{np.get_include()}", f"-I{sysconfig.get_path('include')}"]
+
+
+class Fault(NamedTuple):
+    """What is wrong, where, and what should notice: C programs by name, pytest files with their suffix."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = [
+    # The kernels
+    Fault("a product's rows shared out wrongly", "kernels/kernels.inc.h", "(p, &at, tiles - larger);", "(p, &at, tiles - (larger > 1));",
+          "kernels"),
+    Fault("one chain too few takes the larger tiles", "kernels/kernels.inc.h", "p->rows % tiles;",
+          "p->rows % tiles / 2;", "kernels"),
+    Fault("rescaling forgotten in a product", "kernels/kernels.inc.h",
+          "chain = V(fma)(V(load)(addend + lane), V(load)(factor + lane), chain);",
+          "chain = V(load)(addend + lane) + chain;", "kernels"),
+    Fault("queries of the last lanes are not scaled", "kernels/kernels.inc.h",
+          "rows[(lane + i) * row_stride + rest] * scale;", "rows[(lane + i) * row_stride + rest];", "kernels"),
+    Fault("unused lanes of a packed panel are not cleared", "kernels/kernels.inc.h",
+          "V(store)(panel + rest * P + lane, V(splat)(0));", "(void)rest;", "kernels"),
+    Fault("a panel is unpacked one vector too far", "kernels/kernels.inc.h",
+          "const size_t used = count - lane < LANES ? count - lane : LANES;", "const size_t used = LANES;", "kernels"),
+    Fault("wrong polarity of boolean masks", "kernels/kernels.inc.h", "return of_bool[*at == 0];",
+          "return of_bool[*at != 0];", "kernels forward test_functional.py"),
+    Fault("a float64 mask read as float32's neighbour", "kernels/kernels.inc.h",
+          "row + (ptrdiff_t)i * stride);", "row + (ptrdiff_t)(i & ~(size_t)1) * stride);", "kernels"),
+    Fault("causal masks hide the query's own key", "kernels/kernels.inc.h", ": block->first_key + i) > query;)",
+          ": block->first_key + i) >= query;)", "kernels forward"),
+    Fault("padding is not added to the attention mask", "kernels/kernels.inc.h",
+          "v[i] + V(splat)(of_keys[k + i]);", "v[i];", "kernels forward"),
+    Fault("a block with a hidden lane counts as wholly hidden", "kernels/kernels.inc.h",
+          "not_hidden = V(either)(not_hidden, V(unlike)(x, hidden));", "not_hidden = V(unlike)(x, hidden);", "kernels"),
+    Fault("the running maximum is not carried on", "kernels/kernels.inc.h",
+          "V(store)(maximum, new);\n        V(store)(factor, rescale);", "V(store)(factor, rescale);", "softmax"),
+    Fault("the sum is not rescaled", "kernels/kernels.inc.h",
+          "V(fma)(V(load)(sum), rescale, block_sum)", "V(load)(sum) + block_sum", "softmax forward"),
+    Fault("merging forgets the second maximum", "kernels/kernels.inc.h", "V(max)(old, old_2)", "old", "softmax"),
+    Fault("an empty row is divided by 0", "kernels/kernels.inc.h", "sum[lane] = of_nothing;", "(void)of_nothing;",
+          "softmax forward"),
+    Fault("exp loses its last coefficient", "kernels/kernels.inc.h", "0x1.62e432p-1f, 1,", "0x1.62e430p-1f, 1,", "exp"),
+    Fault("exp is not cut off where it underflows", "kernels/kernels.inc.h", "#define EXP2_LOWEST_f32 (-126.0f)",
+          "#define EXP2_LOWEST_f32 (-140.0f)", "exp softmax"),
+    Fault("dropout's group of four keys is off by one", "kernels/kernels.inc.h", "held = s / 4;", "held = s / 4 + 1;",
+          "kernels"),
+    Fault("dropout scales what it drops", "kernels/kernels.inc.h", "< block->threshold ? kept : 0;",
+          "< block->threshold ? 0 : kept;", "kernels test_dropout.py"),
+    # Blocks, masks, padding
+    Fault("the last key of a ragged block is lost", "masks.c",
+          "mha_smaller(mha_live_count(live, n) - before, MHA_BLOCK_KEYS);",
+          "mha_smaller(mha_live_count(live, n) - before, MHA_BLOCK_KEYS - 1);", "forward"),
+    Fault("a block with a gap counts as a run", "masks.c", "index[keys - 1] - index[0] != keys - 1",
+          "index[keys - 1] - index[0] > keys", "forward"),
+    Fault("removed keys are searched one too far", "masks.c", "if (index[middle] < s)", "if (index[middle] <= s)",
+          "forward"),
+    Fault("a hidden block is taken for a visible one", "masks.c", "block->first_key > last_query",
+          "block->first_key >= last_query", "forward"),
+    Fault("a block that crosses the diagonal counts as visible", "masks.c",
+          "mha_key_number(block, block->keys - 1) > first_query", "block->first_key > first_query", "forward"),
+    Fault("a float padding mask is thrown away", "masks.c", "*adds |= value != 0;", "(void)adds;", "forward"),
+    Fault("key_padding_mask of the first item for all", "masks.c", "mask_at(&masks->keys, n, 0, 0)",
+          "mask_at(&masks->keys, 0, 0, 0)", "forward"),
+    Fault("the live keys' list is lost on release", "masks.c", "mha_release(live->block);", "(void)live;",
+          "allocations"),
+    # Projections
+    Fault("the bias is added once for every slice", "projection.c", "if (first_feature == 0) {",
+          "if (first_feature == 0 || target->panels->bias) {", "forward"),
+    Fault("a slice of features is counted from the wrong one", "projection.c",
+          "(ptrdiff_t)first * p->projection->stride_e", "(ptrdiff_t)(first & ~(size_t)1023) * p->projection->stride_e",
+          "forward"),
+    Fault("the strip of another panel is used between slices", "projection.c",
+          "p->slices > 1 ? i - first_panel : 0", "p->slices > 1 ? (i - first_panel) % 4 : 0", "forward"),
+    Fault("rows of a block at its edge are left out", "projection.c", "first_row, p->block_rows);",
+          "first_row, p->block_rows - 1);", "forward"),
+    Fault("a narrow output is written beyond its last feature", "projection.c", "panel.first + P <= target->stride",
+          "panel.first <= target->stride", "forward"),
+    # Attention
+    Fault("scores are not scaled", "attention.c", "lanes.count, a->D, a->scale,", "lanes.count, a->D, 1,", "forward"),
+    Fault("grouped heads read the wrong keys", "attention.c", "&a->extra_k : &a->k, n, h / (a->H / a->Hkv)",
+          "&a->extra_k : &a->k, n, h % a->Hkv", "forward"),
+    Fault("values of the wrong head", "attention.c", "&a->extra_v : &a->v, n, h / (a->H / a->Hkv)",
+          "&a->extra_v : &a->v, n, 0", "forward"),
+    Fault("no dropout in the second pass", "attention.c", "drop_out(a, w->n, h, w->lanes, block, scores);", ";",
+          "forward test_dropout.py"),
+    Fault("averaged weights are a sum", "attention.c", "1 / (double)heads", "1", "forward"),
+    Fault("weights of gathered keys land in the wrong column", "attention.c", "block->index[i] * item,", "i * item,",
+          "forward"),
+    Fault("removed columns are not written", "attention.c", "if (chunk == 0 && a->live->index)", "if (chunk == 1)",
+          "forward"),
+    # Few queries
+    Fault("merging leaves out the last chunk", "few_queries.c", "chunk < f->chunks; chunk++", "chunk + 1 < f->chunks; chunk++",
+          "forward"),
+    Fault("the value bias of an empty row", "few_queries.c", "is_empty ? 0 : 1", "1", "forward"),
+    Fault("the last features of Wk are left out", "few_queries.c", "if (e < Ek)\n", "if (e > Ek)\n", "forward"),
+    Fault("queries see another query's heads", "few_queries.c", "w->l * H + panel.first", "panel.first", "forward"),
+    # The pass
+    Fault("inputs that only look alike are joined", "forward.c", "a->stride_n == b->stride_n &&", "", "forward test_inputs.py"),
+    Fault("key's rows for the query", "forward.c", "(i > 1 || (every_key && call->L == call->S))", "true", "forward"),
+    Fault("the extra keys are not cleared", "forward.c", "memset(k, 0, f->live.extra * k_bytes);", "(void)k_bytes;",
+          "forward allocations"),
+    Fault("the order of the output", "forward.c", "r % call->N * call->L + r / call->N", "r", "forward"),
+    Fault("the workspace is not given back", "forward.c", "mha_give_workspace(f.block);", ";", "allocations"),
+    Fault("N * S is not checked for overflow", "forward.c",
+          "|| __builtin_mul_overflow(call->N, call->S, &positions)", "", "allocations"),
+    # Weights and workspace
+    Fault("the bias of the wrong projection", "weights.c", "given->v_weight, given->v_bias", "given->v_weight, given->k_bias",
+          "forward"),
+    Fault("weights that are not released", "weights.c", "mha_release(weights->block);", ";", "allocations"),
+    Fault("a stale workspace that is too small", "workspace.c", "size_of(memory) < bytes", "size_of(memory) * 2 < bytes",
+          "allocations forward"),
+    Fault("an overflow on the way is forgotten", "workspace.c", "layout->too_large = true;", "layout->bytes = 0;",
+          "allocations"),
+    Fault("a spare block is replaced and lost", "workspace.c", "memory = atomic_exchange(&spare, memory);",
+          "(void)(atomic_exchange(&spare, memory), memory = NULL);", "allocations"),
+    # sdpa
+    Fault("broadcast heads counted wrongly", "sdpa.c", "(i % s->groups * heads / s->groups)", "(i % s->groups)",
+          "test_functional.py"),
+    Fault("batch axes in the wrong order", "sdpa.c", "axis-- > 0; rest /=", "axis-- > 0; rest /= 1 +", "test_functional.py"),
+    Fault("scale of no features", "sdpa.c", "attention.scale = 1;", "attention.scale = call->scale;", "test_functional.py"),
+    # Threads
+    Fault("a ticket is handed out twice", "threads.c",
+          "atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)",
+          "atomic_load_explicit(&job->next, memory_order_relaxed), atomic_fetch_add(&job->next, 1), task", "threads"),
+    Fault("a forked child keeps the old pool", "threads.c", "memset(&pool, 0, sizeof pool);", "", "threads"),
+    Fault("the rounding mode stays the worker's", "threads.c", "fesetenv(&pool.current->environment);", "", "threads"),
+    Fault("workers take the process's signals", "threads.c", "sigfillset(&blocked);", "sigemptyset(&blocked);", "threads"),
+    Fault("stopping does not stop the tickets", "threads.c",
+          "atomic_store_explicit(&job->next, job->tasks, memory_order_relaxed);", "", "threads"),
+    # The binding
+    Fault("a lost release of an argument", "python/arguments.c", "Py_XDECREF(arguments->key_padding_mask);", "",
+          "test_ownership.py"),
+    Fault("a lost release of the output on errors", "python/arguments.c", "Py_XDECREF(arguments->output);", "",
+          "test_ownership.py"),
+    Fault("the result is written over an input", "python/arguments.c", "|| !arrays_may_overlap(out, read[i])", "|| true",
+          "test_inputs.py"),
+    Fault("the mask of torch's wrong function", "python/sdpa.c", "call->mask.kind = MHA_MASK_SHOW;", ";",
+          "test_functional.py"),
+    Fault("arrays that run backwards occupy nothing", "python/arrays.c", "*(reach < 0 ? low : high) +=", "*high +=",
+          "test_inputs.py"),
+    Fault("byte order is ignored", "python/arrays.c", "if (!PyArray_ISBYTESWAPPED(array))", "if (true)",
+          "test_inputs.py"),
+    Fault("an unchecked shape of a bias", "python/weights_type.c", '"in_proj_bias", true, 1, {q + k + v}',
+          '"in_proj_bias", true, 1, {-1}', "test_functional.py"),
+    Fault("the key weights may be freed under the core", "python/weights_type.c",
+          "self->k_weight = Py_NewRef(given.k_weight);", "self->k_weight = NULL;", "test_ownership.py"),
+    Fault("Ctrl-C is not looked for", "python/module.c", "if (watches_signals)\n", "if (!watches_signals)\n",
+          "test_threads.py"),
+    Fault("torch's check of the mask's batch is missing", "python/torch_checks.c", "if (mask_N == N && mask_S == S)",
+          "if (mask_S == S)", "test_masks.py test_errors.py"),
+]
+
+
+class Workbench:
+    """The sources in a folder of their own, compiled once, and one file of them wrong at a time."""
+
+    def __init__(self, folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        self.source = folder / "csrc"
+        self.objects = folder / "objects"
+        self.package = folder / "package"
+        self.sound = set()
+        shutil.copytree(REPOSITORY / "csrc", self.source)
+        self.objects.mkdir()
+        (self.package / "mha_c").mkdir(parents=True)
+        for file in (REPOSITORY / "mha_c").iterdir():
+            if file.suffix in (".py", ".pyi"):
+                shutil.copy(file, self.package / "mha_c")
+        for source in self.source.rglob("*.c"):
+            self.compile(source)
+
+    def object_of(self, source):
+        """Where a source file's object lies."""
+        return self.objects / ("_".join(source.relative_to(self.source).parts)[:-2] + ".o")
+
+    def compile(self, source):
+        """Compiles one file."""
+        subprocess.run(["gcc", *FLAGS, f"-I{self.source}", "-c", source, "-o", self.object_of(source)], check=True)
+
+    def core(self):
+        """The objects that do not need Python."""
+        return [made for made in self.objects.glob("*.o") if not made.name.startswith("python_")]
+
+    def plant(self, fault):
+        """Changes one file and returns what was compiled anew."""
+        path = self.source / fault.file
+        text = path.read_text()
+        if text.count(fault.old) != 1:
+            sys.exit(f"{fault.file} has {text.count(fault.old)} times: {fault.old}")
+        path.write_text(text.replace(fault.old, fault.new))
+        kernels = "avx2" if "avx2" in Path("/proc/cpuinfo").read_text() else "portable"
+        changed = path if path.suffix == ".c" else self.source / "kernels" / f"{kernels}.c"
+        made = self.object_of(changed)
+        sound = made.read_bytes()
+        self.compile(changed)
+        return path, text, made, sound
+
+    def restore(self, planted):
+        """Undoes it."""
+        path, text, made, sound = planted
+        path.write_text(text)
+        made.write_bytes(sound)
+
+    def check_soundness(self, name):
+        """A test has to pass while nothing is wrong."""
+        if name not in self.sound and not self.run(name):
+            sys.exit(f"{name} fails without any fault")
+        self.sound.add(name)
+
+    def run(self, name):
+        """Whether a C program or a file of pytest passes."""
+        if name.endswith(".py"):
+            extension = self.package / "mha_c" / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+            subprocess.run(["gcc", "-shared", "-pthread", *self.objects.glob("*.o"), "-o", extension, "-lm"], check=True)
+            command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", TESTS / name]
+        else:
+            program = self.objects / f"test_{name}"
+            core = [self.objects / "threads.o"] if name == "threads" else self.core()
+            subprocess.run(["gcc", *FLAGS, f"-I{self.source}", TESTS / "c" / f"test_{name}.c", *core, "-o", program,
+                            *(WRAP if name == "allocations" else []), "-lm"], check=True)
+            command = [program]
+        try:
+            return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=900, cwd=TESTS,
+                                  env={**os.environ, "PYTHONPATH": str(self.package)}, check=False).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+
+def main():
+    """Plants them all; exit status 1 if any goes unnoticed."""
+    words = sys.argv[1:]
+    faults = [f for f in FAULTS if not words or any(word in f"{f.file} {f.what}" for word in words)]
+    bench = Workbench(REPOSITORY / "build" / "faults")
+    missed = []
+    for fault in faults:
+        began = time.monotonic()
+        catcher = None
+        for name in fault.tests.split():
+            bench.check_soundness(name)
+            planted = bench.plant(fault)
+            noticed = not bench.run(name)
+            bench.restore(planted)
+            if noticed:
+                catcher = name
+                break
+        if catcher is None:
+            missed.append(fault)
+        print(f"{'MISSED' if catcher is None else 'caught by ' + catcher:28} {time.monotonic() - began:5.1f} s  "
+              f"{fault.file}: {fault.what}", flush=True)
+    print(f"{len(faults)} faults planted, {len(faults) - len(missed)} caught, {len(missed)} missed")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C tests and the pytest suite under sanitizers; the C tests under valgrind; the sources under two analysers.
+
+    python tests/tools/sanitize.py asan|ubsan|tsan|memcheck|analyze [--quick] [pytest's arguments]
+
+Each check builds what it needs in a folder of its own, below build/sanitize/, with the Python that runs this, whose
+NumPy and pytest it uses; nothing is installed. torch is hidden, so that tests that need it skip themselves: ten million
+instructions of somebody else's would take most of the time. --quick takes a part of the suite, for CI.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent
+REPOSITORY = TESTS.parent
+sys.path.append(str(TESTS))
+
+import numpy  # noqa: E402
+from test_c_core import FLAGS, PROGRAMS, Workshop, execute  # noqa: E402
+
+QUICK = ["test_inputs.py", "test_masks.py", "test_ownership.py"]
+# They test compilers, other processes' output, or how long an import takes: nothing that a sanitizer could add to.
+LEFT_OUT = ["test_c_core.py", "test_hot_loops.py", "test_instructions.py", "test_check.py"]
+
+# Unsigned numbers wrap around on purpose where hashes, random numbers and strides of empty arrays are made.
+UBSAN = ["-fsanitize=undefined,implicit-conversion,unsigned-shift-base,local-bounds,nullability",
+         "-fno-sanitize-recover=all"]
+FLAVOURS = {
+    # With Python's own pools, reads beyond its objects would go unseen.
+    "asan": ("gcc", ["-fsanitize=address", "-O1", "-g", "-fno-omit-frame-pointer"], "libasan.so",
+             {"ASAN_OPTIONS": "strict_string_checks=1:detect_stack_use_after_return=1", "PYTHONMALLOC": "malloc"}),
+    "ubsan": ("clang", [*UBSAN, "-O1", "-g"], "libclang_rt.ubsan_standalone-x86_64.so",
+              {"UBSAN_OPTIONS": "print_stacktrace=1"}),
+    "tsan": ("gcc", ["-fsanitize=thread", "-O1", "-g"], "libtsan.so",
+             {"TSAN_OPTIONS": "die_after_fork=0:halt_on_error=1:abort_on_error=1:second_deadlock_stack=1"}),
+}
+
+# Sanitizers keep freed memory from being used again, so processes grow; TSan holds signals back until a thread that
+# waits for a lock or sleeps comes to itself, which no long call does.
+UNFIT = {"asan": "not test_memory", "ubsan": "not test_memory", "tsan": "not test_memory and not test_ctrl_c"}
+
+# What the analysers say that is not so, with the reason.
+ANSWERED = [
+    ("gcc", r"simd_portable\.h.*shift by count", "it takes the number of lanes for the width of a lane"),
+    ("gcc", r"attention\.c.*use of NULL where non-null", "scratch is NULL only while a call is planned, not in a task"),
+    ("clang", r"forward\.c.*Dereference of null pointer", "the workspace is there: list_all_rows() runs after plan_call()"),
+    ("clang", r"sizes\.h.*Division by zero", "heads, panels and threads are 1 or more wherever there are tasks"),
+    ("clang", r"few_queries\.c.*Null pointer passed", "scratch is NULL only while a call is planned, not in a task"),
+]
+
+
+def need(*tools):
+    """Ends with the name of the first program that is not installed."""
+    for tool in tools:
+        if shutil.which(tool) is None:
+            sys.exit(f"not checked: {tool} is not installed")
+
+
+def fresh_folder(name):
+    """build/sanitize/NAME, empty."""
+    folder = REPOSITORY / "build" / "sanitize" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def run_c_tests(workshop, compiler, programs, prefix=(), variables=None):
+    """Every program of tests/c, each preceded by the command `prefix`."""
+    for name in programs:
+        said = execute([*prefix, *workshop.program(compiler, name)], timeout=3600, variables=variables)
+        print(f"C test {name}: {said.splitlines()[-1] if said else 'done'}", flush=True)
+
+
+def build_package(folder, compiler, flags):
+    """The package, with an extension that was compiled with these flags, as a folder to import it from."""
+    variables = {"CC": compiler, "LDSHARED": f"{compiler} -shared", "CFLAGS": " ".join(flags),
+                 "LDFLAGS": " ".join(flags)}
+    execute([sys.executable, "setup.py", "-q", "build", "--build-base", folder / "package"], timeout=600,
+            variables=variables)
+    return next((folder / "package").glob("lib*"))
+
+
+def hide_torch(folder):
+    """A folder whose torch says that it is not there."""
+    (folder / "without" / "torch").mkdir(parents=True)
+    (folder / "without" / "torch" / "__init__.py").write_text('raise ModuleNotFoundError("hidden", name="torch")\n')
+    return folder / "without"
+
+
+def find_errors(reports):
+    """What sanitizers reported, leaks only where they lead to us: Python itself leaves much behind when it ends."""
+    text = "\n".join(report.read_text(errors="replace") for report in reports)
+    errors = re.findall(r"^.*(?:ERROR: AddressSanitizer|WARNING: ThreadSanitizer|runtime error:).*(?:\n.+)*", text, re.M)
+    leaks = [block for block in text.split("\n\n") if "leak of" in block and re.search(r"/csrc/|_core\.", block)]
+    return errors + leaks
+
+
+def sanitize(name, quick, arguments):
+    """The C tests and the pytest suite with everything compiled for a sanitizer."""
+    compiler, flags, library, variables = FLAVOURS[name]
+    need(compiler)
+    folder = fresh_folder(name)
+    run_c_tests(Workshop(folder, flags), compiler, [*PROGRAMS, "threads"], variables=variables)
+
+    package = build_package(folder, compiler, [*flags, *(["-shared-libsan"] if compiler == "clang" else [])])
+    preload = subprocess.run([compiler, f"-print-file-name={library}"], capture_output=True, text=True, check=True)
+    environment = os.environ | variables | {
+        "LD_PRELOAD": preload.stdout.strip(), "PYTHONPATH": os.pathsep.join(map(str, (package, hide_torch(folder)))),
+        "LSAN_OPTIONS": f"exitcode=0:log_path={folder}/report"}
+    for options in ("ASAN_OPTIONS", "UBSAN_OPTIONS", "TSAN_OPTIONS"): # children's reports must not get lost
+        environment[options] = f"{environment.get(options, '')}:log_path={folder}/report"
+    probe = [sys.executable, "-c", "import mha_c._core; print(mha_c._core.__file__)"]
+    where = subprocess.run(probe, capture_output=True, text=True, check=True, env=environment, cwd=folder).stdout
+    assert where.startswith(str(package)), f"tests would import {where}, not what was built here"
+    files = QUICK if quick else sorted(file.name for file in TESTS.glob("test_*.py") if file.name not in LEFT_OUT)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", UNFIT[name], *(arguments or files)]
+    status = subprocess.run(command, env=environment, cwd=TESTS, check=False).returncode
+    errors = find_errors(folder.glob("report.*"))
+    print("\n\n".join(errors))
+    print(f"{name}: pytest's exit status {status}, {len(errors)} errors reported")
+    return status != 0 or len(errors) > 0
+
+
+def memcheck(quick, arguments):
+    """The C tests under valgrind: reads of numbers that nobody wrote, which no sanitizer here sees."""
+    need("valgrind", "gcc")
+    valgrind = ["valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full", "--show-leak-kinds=definite,possible",
+                "--errors-for-leak-kinds=definite"]
+    run_c_tests(Workshop(fresh_folder("memcheck"), ["-g", "-O1"]), "gcc",
+                arguments or [name for name in [*PROGRAMS, "threads"] if not quick or name != "kernels"], valgrind)
+    return False
+
+
+def analyze(quick, arguments):
+    """clang's and gcc's analysers over all of csrc; findings that ANSWERED explains are counted, others are errors."""
+    need("clang", "gcc")
+    sources = [Path(name) for name in arguments] or sorted(
+        source for source in (REPOSITORY / "csrc").rglob("*.c")
+        if source.parent.name != "kernels" or source.stem == "portable") # the same kernels in other vectors
+    flags = [*FLAGS, "-w", f"-I{numpy.get_include()}", f"-I{sysconfig.get_path('include')}", '-DMHA_C_NUMPY_VERSION="2"']
+    checkers = "core,unix,deadcode,nullability,optin.portability,valist,security.FloatLoopCounter"
+    commands = {"clang": ["clang", "--analyze", "-Xclang", "-analyzer-output=text", "-Xclang",
+                          f"-analyzer-checker={checkers}", *[flag for flag in flags if flag != "-w"], "-Wno-everything"],
+                "gcc": ["gcc", "-fanalyzer", "-O1", *[flag for flag in flags if flag not in ("-w", "-O2")]]}
+    folder, unanswered, answered = fresh_folder("analyze"), [], 0
+    for tool, command in commands.items():
+        for source in sources:
+            done = subprocess.run([*command, "-c", source, "-o", folder / "out"], capture_output=True, text=True,
+                                  check=False, cwd=REPOSITORY)
+            if done.returncode != 0:
+                sys.exit(done.stderr)
+            found = {line for line in done.stderr.splitlines() if ": warning: " in line}
+            reasons = {line: [why for name, text, why in ANSWERED if name == tool and re.search(text, line)] for line in found}
+            unanswered += [f"{tool}: {line}" for line in sorted(found) if not reasons[line]]
+            answered += sum(map(bool, reasons.values()))
+    print("\n".join(unanswered))
+    print(f"{len(sources)} files: {len(unanswered)} findings, and {answered} that have an answer")
+    return len(unanswered) > 0
+
+
+CHECKS = {**{name: None for name in FLAVOURS}, "memcheck": memcheck, "analyze": analyze}
+
+
+def main():
+    """Runs one check; the exit status says what it found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", choices=list(CHECKS))
+    parser.add_argument("--quick", action="store_true", help="only a part of the suite")
+    options, arguments = parser.parse_known_args()
+    if options.check in FLAVOURS:
+        return sanitize(options.check, options.quick, arguments)
+    return CHECKS[options.check](options.quick, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
