@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -114,6 +115,7 @@ def _rounds(
 def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: Effort, file: Path) -> dict[str, Any]:
     """All measurements, also written to a JSON file, anew after each case; those before Ctrl-C, if it comes."""
     results: dict[str, Any] = {"machine": machine.describe(), "versions": {}, "missing": {}, "runs": []}
+    results["command"] = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
     results["interrupted"] = False
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -33,6 +33,7 @@ class Summary:
     rate: float  # operations that are needed, a second
     share: float | None  # of the peak
     nominal_share: float | None
+    bound: float | None  # the ratio that the whole peak would give
     goal: dict[str, float | None]
 
     @property
@@ -84,6 +85,7 @@ def summarize(run: dict[str, Any]) -> Summary | None:
         rate,
         rate / peak if peak else None,
         run["nominal_flops"] / seconds[OURS] / peak if peak else None,
+        seconds[fastest] * peak / run["needed_flops"] if peak and fastest is not None else None,
         goal,
     )
 
@@ -157,7 +159,7 @@ def _introduction(results: dict[str, Any]) -> str:
             "",
             "```",
             'pip install ".[benchmark]"',
-            "python benchmarks/compare.py --threads 1 2 --output docs",
+            results["command"],
             "```",
         ]
     )
@@ -189,8 +191,9 @@ def _table(summaries: list[Summary]) -> str:
             share += f" (nominal {percent(s.nominal_share)})"
         verdict = {True: "✓", False: "✗", None: ""}[s.meets_goal()]
         goal = f"{s.goal_text()} {verdict}".strip()
-        rows.append([s.group, s.name, time_text(s.ours), ratio, s.fastest or "", goal, f"{s.rate / 1e9:.0f}", share])
-    header = ["class", "N,L,E,H", "mha_c", "ratio (quartiles)", "fastest peer", "goal", "GFLOP/s", "of peak"]
+        bound = "" if s.bound is None else f"{s.bound:.2f}"
+        rows.append([s.group, s.name, time_text(s.ours), ratio, s.fastest or "", goal, f"{s.rate / 1e9:.0f}", share, bound])
+    header = ["class", "N,L,E,H", "mha_c", "ratio (quartiles)", "fastest peer", "goal", "GFLOP/s", "of peak", "at the peak"]
     return _rows(header, rows)
 
 
@@ -239,7 +242,11 @@ def _method() -> str:
   and live keys, scores and values of live keys on or below a causal diagonal, the output projection. *Nominal* counts
   what is written down: all keys, all scores. For boolean masks and few queries the two are the same; a share above
   100 % says that a call did less than is written down. Scores that are computed twice because the weights are wanted
-  count once, softmax and masks not at all."""
+  count once, softmax and masks not at all.
+- *At the peak* is the ratio that a call would reach which did nothing but the operations that are needed, at the whole
+  peak: a goal above it is out of reach on this CPU, since the peer already runs so near the peak.
+
+[benchmarks/README.md](benchmarks/README.md) says how to measure another machine."""
 
 
 def main() -> None:
