@@ -20,11 +20,10 @@ version = release = mha_c.__version__
 extensions = ["sphinx.ext.autodoc", "numpydoc", "myst_nb"]
 
 # Sphinx reads its own folder only: the notebooks are copied into it. Their outputs are those that were committed.
-notebooks = HERE / "notebooks"
-shutil.rmtree(notebooks, ignore_errors=True)
-notebooks.mkdir()
+for copy in (HERE / "notebooks").glob("*.ipynb"):
+    copy.unlink()
 for notebook in sorted((HERE.parent / "examples").glob("*.ipynb")):
-    shutil.copy(notebook, notebooks)
+    shutil.copy(notebook, HERE / "notebooks")
 nb_execution_mode = "off"
 
 myst_enable_extensions = ["dollarmath"]
