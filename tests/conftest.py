@@ -2,6 +2,7 @@
 """What all tests share: where helper modules are found, hypothesis' profiles, torch told to keep to itself."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 # pytest's "importlib" mode leaves sys.path alone, so that the `mha_c/` folder of the repository cannot stand in for
 # the installed package; reference.py and helpers.py are then found only if this folder is named.
 sys.path.append(str(Path(__file__).parent))
+
+# A shell that starts its jobs in the background lets them ignore Ctrl-C, and so would every process that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("MPLBACKEND", "agg")  # pictures without windows
 
