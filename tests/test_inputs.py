@@ -426,3 +426,18 @@ def test_wrong_out():
         with pytest.raises(exception, match="out"):
             module(*given, out=out)
     np.testing.assert_array_equal(read_only, 0)
+
+
+@pytest.mark.parametrize("moved", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
+def test_inputs_that_differ_in_one_stride(moved):
+    """Views that begin at one address, and whose shapes are alike, are one input only if all strides are."""
+    module = layer(32, 4, batch_first=True)
+    x = normal((32, 32, 32))
+    plain = x[:3, :20]
+    for other in (np.broadcast_to(x[:1, :20], plain.shape), np.broadcast_to(x[:3, :1], plain.shape),
+                  x.swapaxes(1, 2)[:3, :20]):
+        assert other.ctypes.data == plain.ctypes.data and other.shape == plain.shape
+        given = [other if i in moved else plain for i in range(3)]
+        want = module(*[one.copy() for one in given])
+        for got, expected in zip(module(*given), want):
+            np.testing.assert_array_equal(got, expected)
