@@ -39,7 +39,7 @@ bool mha_few_queries_pays(const mha_weights *weights, const mha_call *call, size
     const double D = (double)w->D, Dv = (double)w->Dv, Ek = (double)w->Ek, Ev = (double)w->Ev;
     const double this_way = L * H * (S * (Ek + Ev) + D * Ek + Dv * Ev);
     const double other_way = S * Hkv * (D * Ek + Dv * Ev) + L * S * H * (D + Dv);
-    return CLEARLY * this_way < other_way;
+    return (double)CLEARLY * this_way < other_way;
 }
 
 /* ---- The plan ---- */

@@ -357,7 +357,7 @@ static void report_cost(void)
     double start = seconds(CLOCK_MONOTONIC);
     for (size_t i = 0; i < LOOPS; i++)
         mha_parallel_for(2, 2, empty_task, NULL, NEVER);
-    printf("    %.2f us for an empty loop over 2 tasks\n", 1e6 * (seconds(CLOCK_MONOTONIC) - start) / LOOPS);
+    printf("    %.2f us for an empty loop over 2 tasks\n", 1e6 * (seconds(CLOCK_MONOTONIC) - start) / (double)LOOPS);
 }
 
 static void idle_workers_rest(void)
