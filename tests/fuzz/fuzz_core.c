@@ -58,7 +58,8 @@ static block place_anywhere(choices *c, const size_t size[4], size_t item, size_
     bool is_empty = false;
     for (size_t i = 0; i < 4; i++) {
         const size_t axis = (first + 4 - i) % 4, length = size[axis] > 0 ? size[axis] : 1;
-        const ptrdiff_t wider = widen[choose(c, 8)], stride = (step + (choose(c, 8) == 7 ? (ptrdiff_t)unit : 0)) * wider;
+        const ptrdiff_t wider = widen[choose(c, 8)], gap = choose(c, 8) == 7 ? (ptrdiff_t)unit : 0;
+        const ptrdiff_t stride = (step + gap) * wider;
         const ptrdiff_t reach = (ptrdiff_t)(length - 1) * stride;
         is_empty |= size[axis] == 0;
         b.view.stride[axis] = stride;
@@ -94,7 +95,8 @@ static block place_mask(choices *c, const size_t size[4], mha_mask_kind kind, ui
             for (size_t l = 0; l < size[2]; l++)
                 for (size_t s = 0; s < size[3]; s++) {
                     const uint64_t word = random_word(seed, i++);
-                    put_mask_number(kind, element(&b.view, n, h, l, s), density == 3 ? 0 : word | (word >> 40 & 3) * density);
+                    put_mask_number(kind, element(&b.view, n, h, l, s),
+                                    density == 3 ? 0 : word | (word >> 40 & 3) * density);
                 }
     return b;
 }
@@ -193,13 +195,15 @@ static void fuzz_forward(choices *c)
         masks[1] = place_mask(c, size, p.padding, seed + 4);
         call.key_padding_mask = as_mask(&masks[1].view, p.padding);
     }
-    const size_t heads = call.weights_wanted == MHA_WEIGHTS_PER_HEAD ? p.w.H : call.weights_wanted == MHA_WEIGHTS_AVERAGED;
+    const size_t heads =
+        call.weights_wanted == MHA_WEIGHTS_PER_HEAD ? p.w.H : call.weights_wanted == MHA_WEIGHTS_AVERAGED;
     call.output = malloc(p.N * p.L * p.w.Eo * item + 1);
     call.attn_weights = malloc(p.N * heads * p.L * columns_of(&p) * item + 1);
     DESCRIBE("%s, N %zu, L %zu, S %zu, H %zu, Hkv %zu, D %zu, Dv %zu, E %zu, Ek %zu, Ev %zu, Eo %zu, attn %d (%d), "
-             "padding %d, extra %d%d, causal %d, self %d, threads %zu, weights %d", dtype_name(dtype), p.N, p.L, p.S, p.w.H,
-             p.w.Hkv, p.w.D, p.w.Dv, p.w.E, p.w.Ek, p.w.Ev, p.w.Eo, (int)p.attn, p.attn_per_head, (int)p.padding,
-             p.has_bias_kv, p.add_zero_attn, p.is_causal, p.is_self, call.threads, (int)call.weights_wanted);
+             "padding %d, extra %d%d, causal %d, self %d, threads %zu, weights %d",
+             dtype_name(dtype), p.N, p.L, p.S, p.w.H, p.w.Hkv, p.w.D, p.w.Dv, p.w.E, p.w.Ek, p.w.Ev, p.w.Eo,
+             (int)p.attn, p.attn_per_head, (int)p.padding, p.has_bias_kv, p.add_zero_attn, p.is_causal, p.is_self,
+             call.threads, (int)call.weights_wanted);
     const mha_status status = mha_forward(weights, &call);
     if (status != MHA_OK && !(status == MHA_STOPPED && asked))
         abort();
@@ -270,7 +274,8 @@ static mha_heads as_heads(const array4 *a, ptrdiff_t *stride_axes)
 
 static void fuzz_sdpa(choices *c)
 {
-    static const size_t heads[][4] = {{1, 1, 1, 1}, {4, 4, 4, 4}, {4, 2, 2, 1}, {6, 2, 3, 6}, {6, 1, 6, 1}, {2, 2, 1, 2}};
+    static const size_t heads[][4] = {
+        {1, 1, 1, 1}, {4, 4, 4, 4}, {4, 2, 2, 1}, {6, 2, 3, 6}, {6, 1, 6, 1}, {2, 2, 1, 2}};
     const mha_dtype dtype = (mha_dtype)choose(c, 2);
     const size_t *H = heads[choose(c, 6)];
     sdpa_problem p = {.items = choose(c, 4), .H = H[0], .L = choose(c, 2) ? choose(c, 8) : choose(c, 150),
@@ -306,8 +311,8 @@ static void fuzz_sdpa(choices *c)
     }
     p.q = q.view, p.k = k.view, p.v = v.view, p.mask = mask.view;
     call.output = malloc(p.items * p.H * p.L * p.Dv * item_of(dtype) + 1);
-    DESCRIBE("%s, %zu items, H %zu, %zu, %zu, L %zu, S %zu, D %zu, Dv %zu, mask %d", dtype_name(dtype), p.items, p.H, H[1],
-             H[2], p.L, p.S, p.D, p.Dv, (int)kind);
+    DESCRIBE("%s, %zu items, H %zu, %zu, %zu, L %zu, S %zu, D %zu, Dv %zu, mask %d",
+             dtype_name(dtype), p.items, p.H, H[1], H[2], p.L, p.S, p.D, p.Dv, (int)kind);
     if (mha_sdpa(&call) != MHA_OK)
         abort();
     if (!wild && call.dropout_p == 0 && p.items * p.H * p.L * p.S * (p.D + p.Dv) < MOST_OPERATIONS) {

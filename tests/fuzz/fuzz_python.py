@@ -100,7 +100,8 @@ def fuzz_layer(c, e, h, n, length, s):
         ("dropout", c.number() if c.rarely() else 0.0), ("num_kv_heads", c.one_of(None, 1, h, 3)),
         ("head_dim", c.one_of(None, 4, 7, 0, -1)), ("out_dim", c.one_of(None, 6)),
         ("dtype", c.one_of("float32", "float64", "float16", None, "x")),
-        ("masked_rows", c.one_of("torch", "zero", "", None)), ("dropout_seed", c.number())) if c.ConsumeIntInRange(0, 3) == 0}
+        ("masked_rows", c.one_of("torch", "zero", "", None)), ("dropout_seed", c.number()),
+    ) if c.ConsumeIntInRange(0, 3) == 0}
     layer = mha_c.MultiheadAttention(e, h, **options)
     dtype = layer.out_proj.weight.dtype
     batch = (n,) if c.ConsumeBool() else ()
@@ -158,7 +159,8 @@ def fuzz_arguments(data):
     """A call of one of the functions, or of a layer."""
     c = Choices(data)
     h = c.one_of(1, 2, 3)
-    sizes = (h * c.one_of(1, 2, 4, 8), h, c.ConsumeIntInRange(0, 3), c.one_of(1, 0, 2, 5, 33, 70), c.one_of(1, 0, 3, 7, 65, 130))
+    sizes = (h * c.one_of(1, 2, 4, 8), h, c.ConsumeIntInRange(0, 3), c.one_of(1, 0, 2, 5, 33, 70),
+             c.one_of(1, 0, 3, 7, 65, 130))
     try:
         c.one_of(fuzz_layer, fuzz_sdpa, fuzz_function)(c, *sizes)
     except REFUSALS as error:
