@@ -108,7 +108,7 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
     size_t count = 0;
     for (size_t i = 0; i < MHA_TARGETS; i++) {
         const bool as_before = i > 0 && same_input(inputs[i].x, inputs[i - 1].x) &&
-                               inputs[i].rows == inputs[i - 1].rows && (i > 1 || (every_key && call->L == call->S)) &&
+                               inputs[i].rows == inputs[i - 1].rows && (i > 1 || every_key) &&
                                inputs[i].target.panels->depth == inputs[i - 1].target.panels->depth;
         if (!as_before)
             projections[count++] = (mha_projection){.rows = inputs[i].rows,

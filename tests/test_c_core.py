@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-PROGRAMS = ["kernels", "softmax", "exp", "forward", "allocations"]  # and "threads"
+PROGRAMS = ["kernels", "softmax", "exp", "forward", "sdpa", "allocations"]  # and "threads"
+ONE_LEVEL = ["forward", "sdpa"]  # the others try all levels by themselves
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wconversion", "-Wshadow",
          "-pthread", f"-I{REPOSITORY / 'csrc'}"]
 WRAP = ["-Wl," + ",".join(f"--wrap={name}" for name in ("malloc", "calloc", "aligned_alloc", "free"))]
@@ -110,7 +111,7 @@ def workshop(tmp_path_factory):
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("compiler", NATIVE)
 def test_on_this_cpu(workshop, compiler, name):
-    """Every program, by the best level; those about kernels try all levels by themselves."""
+    """Every program, by the best level or, those about kernels, by all."""
     need(compiler)
     if name == "allocations" and sys.platform != "linux":
         pytest.skip("this platform's linker cannot wrap functions")
@@ -118,12 +119,13 @@ def test_on_this_cpu(workshop, compiler, name):
 
 
 @pytest.mark.parametrize("level", ["avx512", "avx2", "neon", "portable"])
-def test_forward_on_every_level(workshop, level):
-    """The whole forward pass on a level that is perhaps not the best."""
+@pytest.mark.parametrize("name", ONE_LEVEL)
+def test_on_every_level(workshop, name, level):
+    """Whole passes on a level that is perhaps not the best."""
     compiler = first_compiler()
     if level not in workshop.levels(compiler):
         pytest.skip(f"this CPU ({platform.machine()}) lacks {level}")
-    assert " 0 failures" in workshop.output(compiler, "forward", level=level)
+    assert " 0 failures" in workshop.output(compiler, name, level=level)
 
 
 def test_unknown_level(workshop):
@@ -147,12 +149,12 @@ def test_on_aarch64(workshop, name):
     assert " 0 failures" in workshop.output(CROSS, name)
 
 
-@pytest.mark.parametrize("name", ["forward", "softmax", "exp"])
+@pytest.mark.parametrize("name", [*ONE_LEVEL, "softmax", "exp"])
 def test_equal_bits_everywhere(workshop, name):
     """AVX2, AVX-512 and NEON, gcc and clang: one set of results. (softmax and exp compare the levels of a CPU.)"""
     found = {}
     for compiler in [c for c in NATIVE if shutil.which(c)]:
-        levels = [level for level in workshop.levels(compiler) if level != "portable"] if name == "forward" else [None]
+        levels = [level for level in workshop.levels(compiler) if level != "portable"] if name in ONE_LEVEL else [None]
         for level in levels:
             found[compiler, level] = workshop.hashes(compiler, name, level=level)
     if shutil.which(CROSS) and shutil.which(EMULATOR):

@@ -441,3 +441,13 @@ def test_inputs_that_differ_in_one_stride(moved):
         want = module(*[one.copy() for one in given])
         for got, expected in zip(module(*given), want):
             np.testing.assert_array_equal(got, expected)
+
+
+def test_a_query_that_is_the_beginning_of_its_keys():
+    """One address and the same strides, and by its padding as many live keys as queries, but other rows."""
+    module = layer(32, 4, batch_first=True)
+    x = normal((1, 10, 32))
+    query, padding = x[:, :5], np.arange(10)[None] < 5
+    got = module(query, x, x, key_padding_mask=padding)
+    for a, b in zip(got, module(query.copy(), x.copy(), x.copy(), key_padding_mask=padding)):
+        np.testing.assert_array_equal(a, b)

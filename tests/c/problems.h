@@ -119,6 +119,31 @@ static inline void put_mask(const array4 *a, mha_mask_kind kind, bool of_queries
                 }
 }
 
+/* ---- Numbers, compared ---- */
+
+static inline double *read_numbers(mha_dtype dtype, const void *x, size_t count)
+{
+    double *numbers = malloc(count * sizeof *numbers + 1);
+    for (size_t i = 0; i < count; i++)
+        numbers[i] = get(dtype, x, (ptrdiff_t)i);
+    return numbers;
+}
+
+static inline void check_close(const char *what, mha_dtype dtype, const double *got, const double *wanted, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        const double bound = 64 * eps_of(dtype) * (1 + fabs(wanted[i]));
+        CHECK(isnan(wanted[i]) ? isnan(got[i]) : fabs(got[i] - wanted[i]) <= bound, "%s[%zu]: %.17g instead of %.17g",
+              what, i, got[i], wanted[i]);
+    }
+}
+
+static inline void check_identical(const char *what, const double *got, const double *wanted, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        CHECK(identical(got[i], wanted[i]), "%s[%zu]: %a instead of %a", what, i, got[i], wanted[i]);
+}
+
 /* ---- Parameters ---- */
 
 enum { Q_WEIGHT, K_WEIGHT, V_WEIGHT, OUT_WEIGHT, Q_BIAS, K_BIAS, V_BIAS, OUT_BIAS, BIAS_K, BIAS_V, PARAMETERS };

@@ -133,6 +133,29 @@ static void test_problem(const problem *p, mha_dtype dtype, mha_weights_wanted w
     free_parameters(&given);
 }
 
+/* ---- Workspaces of callers that are at work at once ---- */
+
+/* Each finds its own; one of those that are given back is kept, the others are freed. */
+static void test_workspaces(void)
+{
+    enum { CALLERS = 3, BYTES = 1 << 20 };
+    const mha_layout layout = {.bytes = BYTES};
+    const long before = in_use();
+    char *blocks[CALLERS];
+    DESCRIBE("%d callers at once", CALLERS);
+    for (size_t round = 0; round < 3; round++) {
+        for (size_t i = 0; i < CALLERS; i++) {
+            CHECK(mha_take_workspace(&layout, &blocks[i]) == MHA_OK, "no workspace");
+            for (size_t j = 0; j < i; j++)
+                CHECK(blocks[j] != blocks[i], "two callers have one workspace");
+        }
+        for (size_t i = 0; i < CALLERS; i++)
+            mha_give_workspace(blocks[i]);
+        CHECK(live == before + 1, "%ld workspaces left of %d", live - before, CALLERS);
+    }
+    CHECK(in_use() == before, "%ld allocations leaked", live - before);
+}
+
 /* ---- Too large, and stopped ---- */
 
 static void expect_too_large(const char *what, const mha_weights *weights, mha_call c, size_t N, size_t L, size_t S)
@@ -203,6 +226,7 @@ int main(void)
         for (int dtype = 0; dtype < 2; dtype++)
             for (int wanted = 0; wanted < 3; wanted++)
                 test_problem(&problems[i], (mha_dtype)dtype, (mha_weights_wanted)wanted);
+    test_workspaces();
     test_stop();
     test_sizes();
     return check_report("test_allocations");

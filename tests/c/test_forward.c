@@ -71,14 +71,6 @@ enum { PROBLEMS = sizeof problems / sizeof *problems };
 
 static const manner plainly = {.threads = 1, .wanted = MHA_WEIGHTS_PER_HEAD};
 
-static double *read_numbers(mha_dtype dtype, const void *x, size_t count)
-{
-    double *numbers = malloc(count * sizeof *numbers + 1);
-    for (size_t i = 0; i < count; i++)
-        numbers[i] = get(dtype, x, (ptrdiff_t)i);
-    return numbers;
-}
-
 /* The output in the order (N, L, Eo) whatever the call's, and the weights as they are. */
 static answer read_results(const problem *p, mha_dtype dtype, const mha_call *c)
 {
@@ -109,21 +101,6 @@ static answer run(const problem *p, const mha_weights *weights, mha_dtype dtype,
 }
 
 /* ---- Against the definition ---- */
-
-static void check_close(const char *what, mha_dtype dtype, const double *got, const double *wanted, size_t count)
-{
-    for (size_t i = 0; i < count; i++) {
-        const double bound = 64 * eps_of(dtype) * (1 + fabs(wanted[i]));
-        CHECK(isnan(wanted[i]) ? isnan(got[i]) : fabs(got[i] - wanted[i]) <= bound, "%s[%zu]: %.17g instead of %.17g",
-              what, i, got[i], wanted[i]);
-    }
-}
-
-static void check_identical(const char *what, const double *got, const double *wanted, size_t count)
-{
-    for (size_t i = 0; i < count; i++)
-        CHECK(identical(got[i], wanted[i]), "%s[%zu]: %a instead of %a", what, i, got[i], wanted[i]);
-}
 
 static void check_definition(const problem *p, const parameters *given, const answer *got)
 {

@@ -4,34 +4,23 @@
     python tests/tools/plant_faults.py [WORD ...]        only faults whose file or description contains a WORD
 
 A fault is an exact piece of text and what replaces it; a text that is no longer there, or is there twice, is an error.
-The changed file alone is compiled again, in build/faults/. The C programs named with the fault run first, then its
-pytest files. Each has to pass without any fault before it counts: a test that fails anyway catches nothing.
+The changed file alone is compiled again, in build/faults/. With a fault stand the tests that should notice it, quick
+ones first; the first that fails ends its turn. Each has to pass without any fault before it counts.
 x86-64 only: changed kernels are those of AVX2, or the portable ones where the CPU lacks it.
 """
 
-import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-TESTS = Path(__file__).parent.parent
-REPOSITORY = TESTS.parent
-sys.path.append(str(TESTS))
-
-from test_c_core import WRAP  # noqa: E402
-
-FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-ffp-contract=off", "-fPIC", "-pthread", "-w",
-         f'-DMHA_C_NUMPY_VERSION="{np.__version__}"', f"-I{np.get_include()}", f"-I{sysconfig.get_path('include')}"]
+from workbench import REPOSITORY, TESTS, Workbench, empty_folder
 
 
 class Fault(NamedTuple):
-    """What is wrong, where, and what should notice: C programs by name, pytest files with their suffix."""
+    """What is wrong, where, and what should notice: C programs by name, files of pytest or tests in them."""
 
     what: str
     file: str
@@ -42,8 +31,8 @@ class Fault(NamedTuple):
 
 FAULTS = [
     # The kernels
-    Fault("a product's rows shared out wrongly", "kernels/kernels.inc.h", "(p, &at, tiles - larger);", "(p, &at, tiles - (larger > 1));",
-          "kernels"),
+    Fault("a product's rows shared out wrongly", "kernels/kernels.inc.h", "(p, &at, tiles - larger);",
+          "(p, &at, tiles - (larger > 1));", "kernels"),
     Fault("one chain too few takes the larger tiles", "kernels/kernels.inc.h", "p->rows % tiles;",
           "p->rows % tiles / 2;", "kernels"),
     Fault("rescaling forgotten in a product", "kernels/kernels.inc.h",
@@ -56,7 +45,7 @@ FAULTS = [
     Fault("a panel is unpacked one vector too far", "kernels/kernels.inc.h",
           "const size_t used = count - lane < LANES ? count - lane : LANES;", "const size_t used = LANES;", "kernels"),
     Fault("wrong polarity of boolean masks", "kernels/kernels.inc.h", "return of_bool[*at == 0];",
-          "return of_bool[*at != 0];", "kernels forward test_functional.py"),
+          "return of_bool[*at != 0];", "kernels forward"),
     Fault("a float64 mask read as float32's neighbour", "kernels/kernels.inc.h",
           "row + (ptrdiff_t)i * stride);", "row + (ptrdiff_t)(i & ~(size_t)1) * stride);", "kernels"),
     Fault("causal masks hide the query's own key", "kernels/kernels.inc.h", ": block->first_key + i) > query;)",
@@ -122,14 +111,16 @@ FAULTS = [
     Fault("removed columns are not written", "attention.c", "if (chunk == 0 && a->live->index)", "if (chunk == 1)",
           "forward"),
     # Few queries
-    Fault("merging leaves out the last chunk", "few_queries.c", "chunk < f->chunks; chunk++", "chunk + 1 < f->chunks; chunk++",
-          "forward"),
+    Fault("merging leaves out the last chunk", "few_queries.c", "chunk < f->chunks; chunk++",
+          "chunk + 1 < f->chunks; chunk++", "forward"),
     Fault("the value bias of an empty row", "few_queries.c", "is_empty ? 0 : 1", "1", "forward"),
     Fault("the last features of Wk are left out", "few_queries.c", "if (e < Ek)\n", "if (e > Ek)\n", "forward"),
     Fault("queries see another query's heads", "few_queries.c", "w->l * H + panel.first", "panel.first", "forward"),
     # The pass
-    Fault("inputs that only look alike are joined", "forward.c", "a->stride_n == b->stride_n &&", "", "forward test_inputs.py"),
-    Fault("key's rows for the query", "forward.c", "(i > 1 || (every_key && call->L == call->S))", "true", "forward"),
+    Fault("inputs that only look alike are joined", "forward.c", "a->stride_n == b->stride_n &&", "",
+          "test_inputs.py::test_inputs_that_differ_in_one_stride"),
+    Fault("the query's rows for the keys", "forward.c", "(i > 1 || every_key)", "true",
+          "test_inputs.py::test_a_query_that_is_the_beginning_of_its_keys"),
     Fault("the extra keys are not cleared", "forward.c", "memset(k, 0, f->live.extra * k_bytes);", "(void)k_bytes;",
           "forward allocations"),
     Fault("the order of the output", "forward.c", "r % call->N * call->L + r / call->N", "r", "forward"),
@@ -137,89 +128,71 @@ FAULTS = [
     Fault("N * S is not checked for overflow", "forward.c",
           "|| __builtin_mul_overflow(call->N, call->S, &positions)", "", "allocations"),
     # Weights and workspace
-    Fault("the bias of the wrong projection", "weights.c", "given->v_weight, given->v_bias", "given->v_weight, given->k_bias",
-          "forward"),
+    Fault("the bias of the wrong projection", "weights.c", "given->v_weight, given->v_bias",
+          "given->v_weight, given->k_bias", "forward"),
     Fault("weights that are not released", "weights.c", "mha_release(weights->block);", ";", "allocations"),
-    Fault("a stale workspace that is too small", "workspace.c", "size_of(memory) < bytes", "size_of(memory) * 2 < bytes",
-          "allocations forward"),
+    Fault("a stale workspace that is too small", "workspace.c", "size_of(memory) < bytes",
+          "size_of(memory) * 2 < bytes", "allocations forward"),
     Fault("an overflow on the way is forgotten", "workspace.c", "layout->too_large = true;", "layout->bytes = 0;",
           "allocations"),
     Fault("a spare block is replaced and lost", "workspace.c", "memory = atomic_exchange(&spare, memory);",
           "(void)(atomic_exchange(&spare, memory), memory = NULL);", "allocations"),
     # sdpa
     Fault("broadcast heads counted wrongly", "sdpa.c", "(i % s->groups * heads / s->groups)", "(i % s->groups)",
-          "test_functional.py"),
-    Fault("batch axes in the wrong order", "sdpa.c", "axis-- > 0; rest /=", "axis-- > 0; rest /= 1 +", "test_functional.py"),
-    Fault("scale of no features", "sdpa.c", "attention.scale = 1;", "attention.scale = call->scale;", "test_functional.py"),
+          "sdpa"),
+    Fault("batch axes in the wrong order", "sdpa.c", "axis-- > 0; rest /=", "axis-- > 0; rest /= 1 +", "sdpa"),
+    Fault("scale of no features", "sdpa.c", "attention.scale = 1;", "attention.scale = call->scale;", "sdpa"),
     # Threads
     Fault("a ticket is handed out twice", "threads.c",
           "atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)",
           "atomic_load_explicit(&job->next, memory_order_relaxed), atomic_fetch_add(&job->next, 1), task", "threads"),
     Fault("a forked child keeps the old pool", "threads.c", "memset(&pool, 0, sizeof pool);", "", "threads"),
     Fault("the rounding mode stays the worker's", "threads.c", "fesetenv(&pool.current->environment);", "", "threads"),
-    Fault("workers take the process's signals", "threads.c", "sigfillset(&blocked);", "sigemptyset(&blocked);", "threads"),
+    Fault("workers take the process's signals", "threads.c", "sigfillset(&blocked);",
+          "sigemptyset(&blocked);", "threads"),
     Fault("stopping does not stop the tickets", "threads.c",
           "atomic_store_explicit(&job->next, job->tasks, memory_order_relaxed);", "", "threads"),
     # The binding
     Fault("a lost release of an argument", "python/arguments.c", "Py_XDECREF(arguments->key_padding_mask);", "",
-          "test_ownership.py"),
-    Fault("a lost release of the output on errors", "python/arguments.c", "Py_XDECREF(arguments->output);", "",
-          "test_ownership.py"),
-    Fault("the result is written over an input", "python/arguments.c", "|| !arrays_may_overlap(out, read[i])", "|| true",
-          "test_inputs.py"),
+          "test_ownership.py::test_references[masks]"),
+    Fault("a lost release of the output", "python/arguments.c", "Py_XDECREF(arguments->output);", "",
+          "test_ownership.py::test_results_die"),
+    Fault("the result is written over an input", "python/arguments.c", "|| !arrays_may_overlap(out, read[i])",
+          "|| true", "test_inputs.py::test_out_overlapping_an_input"),
     Fault("the mask of torch's wrong function", "python/sdpa.c", "call->mask.kind = MHA_MASK_SHOW;", ";",
-          "test_functional.py"),
+          "test_functional.py::test_masks"),
     Fault("arrays that run backwards occupy nothing", "python/arrays.c", "*(reach < 0 ? low : high) +=", "*high +=",
-          "test_inputs.py"),
+          "test_inputs.py::test_out_overlapping_an_input test_inputs.py"),
     Fault("byte order is ignored", "python/arrays.c", "if (!PyArray_ISBYTESWAPPED(array))", "if (true)",
-          "test_inputs.py"),
+          "test_inputs.py::test_every_layout"),
     Fault("an unchecked shape of a bias", "python/weights_type.c", '"in_proj_bias", true, 1, {q + k + v}',
-          '"in_proj_bias", true, 1, {-1}', "test_functional.py"),
+          '"in_proj_bias", true, 1, {-1}', "test_functional.py::test_mha_exceptions"),
     Fault("the key weights may be freed under the core", "python/weights_type.c",
-          "self->k_weight = Py_NewRef(given.k_weight);", "self->k_weight = NULL;", "test_ownership.py"),
+          "self->k_weight = Py_NewRef(given.k_weight);", "self->k_weight = NULL;",
+          "test_ownership.py::test_parameters_outlive_the_layer test_hostile_arguments.py"),
     Fault("Ctrl-C is not looked for", "python/module.c", "if (watches_signals)\n", "if (!watches_signals)\n",
-          "test_threads.py"),
+          "test_threads.py::test_ctrl_c"),
     Fault("torch's check of the mask's batch is missing", "python/torch_checks.c", "if (mask_N == N && mask_S == S)",
-          "if (mask_S == S)", "test_masks.py test_errors.py"),
+          "if (mask_S == S)", "test_errors.py::test_torch_raises_the_same"),
+    Fault("paths of another number of items", "python/stages.c", "||\n        !array_has_shape(array, 1, &N)", "",
+          "test_explain.py"),
+    Fault("a number of threads with something behind it", "python/thread_count.c",
+          "(*end == '\\0' || *end == separator)", "true", "test_threads.py::test_wrong_environment"),
 ]
 
 
-class Workbench:
-    """The sources in a folder of their own, compiled once, and one file of them wrong at a time."""
+class FaultyBench(Workbench):
+    """A copy of the sources, compiled once, and one file of them wrong at a time."""
 
     def __init__(self, folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        self.source = folder / "csrc"
-        self.objects = folder / "objects"
-        self.package = folder / "package"
+        shutil.copytree(REPOSITORY / "csrc", folder / "csrc")
+        super().__init__(folder, folder / "csrc")
         self.sound = set()
-        shutil.copytree(REPOSITORY / "csrc", self.source)
-        self.objects.mkdir()
-        (self.package / "mha_c").mkdir(parents=True)
-        for file in (REPOSITORY / "mha_c").iterdir():
-            if file.suffix in (".py", ".pyi"):
-                shutil.copy(file, self.package / "mha_c")
-        for source in self.source.rglob("*.c"):
-            self.compile(source)
-
-    def object_of(self, source):
-        """Where a source file's object lies."""
-        return self.objects / ("_".join(source.relative_to(self.source).parts)[:-2] + ".o")
-
-    def compile(self, source):
-        """Compiles one file."""
-        subprocess.run(["gcc", *FLAGS, f"-I{self.source}", "-c", source, "-o", self.object_of(source)], check=True)
-
-    def core(self):
-        """The objects that do not need Python."""
-        return [made for made in self.objects.glob("*.o") if not made.name.startswith("python_")]
 
     def plant(self, fault):
-        """Changes one file and returns what was compiled anew."""
+        """Changes one file, and returns what restore() needs."""
         path = self.source / fault.file
         text = path.read_text()
-        if text.count(fault.old) != 1:
-            sys.exit(f"{fault.file} has {text.count(fault.old)} times: {fault.old}")
         path.write_text(text.replace(fault.old, fault.new))
         kernels = "avx2" if "avx2" in Path("/proc/cpuinfo").read_text() else "portable"
         changed = path if path.suffix == ".c" else self.source / "kernels" / f"{kernels}.c"
@@ -236,52 +209,59 @@ class Workbench:
 
     def check_soundness(self, name):
         """A test has to pass while nothing is wrong."""
-        if name not in self.sound and not self.run(name):
+        if name not in self.sound and not self.passes(name):
             sys.exit(f"{name} fails without any fault")
         self.sound.add(name)
 
-    def run(self, name):
-        """Whether a C program or a file of pytest passes."""
-        if name.endswith(".py"):
-            extension = self.package / "mha_c" / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
-            subprocess.run(["gcc", "-shared", "-pthread", *self.objects.glob("*.o"), "-o", extension, "-lm"], check=True)
-            command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", TESTS / name]
+    def passes(self, name):
+        """Whether a C program, a file of pytest, or a test in one passes."""
+        if ".py" in name:
+            self.link_extension()
+            command, environment = self.pytest("-qx", name)
         else:
-            program = self.objects / f"test_{name}"
-            core = [self.objects / "threads.o"] if name == "threads" else self.core()
-            subprocess.run(["gcc", *FLAGS, f"-I{self.source}", TESTS / "c" / f"test_{name}.c", *core, "-o", program,
-                            *(WRAP if name == "allocations" else []), "-lm"], check=True)
-            command = [program]
+            command, environment = [self.link_program(name)], None
         try:
             return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=900, cwd=TESTS,
-                                  env={**os.environ, "PYTHONPATH": str(self.package)}, check=False).returncode == 0
+                                  env=environment, check=False).returncode == 0
         except subprocess.TimeoutExpired:
             return False
+
+    def catch(self, fault):
+        """The first test that notices the fault, or None."""
+        for name in fault.tests.split():
+            self.check_soundness(name)
+            planted = self.plant(fault)
+            noticed = not self.passes(name)
+            self.restore(planted)
+            if noticed:
+                return name
+        return None
+
+
+def check_texts(bench):
+    """Every text that a fault replaces has to be there, once."""
+    lost = [fault for fault in FAULTS if (bench.source / fault.file).read_text().count(fault.old) != 1]
+    if lost:
+        sys.exit("\n".join(f"{fault.file} does not have exactly once: {fault.old}" for fault in lost))
 
 
 def main():
     """Plants them all; exit status 1 if any goes unnoticed."""
     words = sys.argv[1:]
     faults = [f for f in FAULTS if not words or any(word in f"{f.file} {f.what}" for word in words)]
-    bench = Workbench(REPOSITORY / "build" / "faults")
-    missed = []
+    began = time.monotonic()
+    bench = FaultyBench(empty_folder("faults"))
+    check_texts(bench)
+    missed = 0
     for fault in faults:
-        began = time.monotonic()
-        catcher = None
-        for name in fault.tests.split():
-            bench.check_soundness(name)
-            planted = bench.plant(fault)
-            noticed = not bench.run(name)
-            bench.restore(planted)
-            if noticed:
-                catcher = name
-                break
-        if catcher is None:
-            missed.append(fault)
-        print(f"{'MISSED' if catcher is None else 'caught by ' + catcher:28} {time.monotonic() - began:5.1f} s  "
+        before = time.monotonic()
+        catcher = bench.catch(fault)
+        missed += catcher is None
+        print(f"{f'caught by {catcher}' if catcher else 'MISSED'} in {time.monotonic() - before:.0f} s  "
               f"{fault.file}: {fault.what}", flush=True)
-    print(f"{len(faults)} faults planted, {len(faults) - len(missed)} caught, {len(missed)} missed")
-    return bool(missed)
+    print(f"{len(faults)} faults planted, {len(faults) - missed} caught, {missed} missed, in "
+          f"{(time.monotonic() - began) / 60:.0f} minutes")
+    return missed > 0
 
 
 if __name__ == "__main__":
