@@ -68,7 +68,6 @@ static struct {
 } pool;
 
 static unsigned forks; /* between the first process and this one */
-static _Thread_local bool in_task;
 
 /* ---- Waiting: sleep_while() may return for no reason; wake() is called after *word has changed. ---- */
 
@@ -148,40 +147,61 @@ static bool changes_soon(atomic_uint *word, unsigned value)
 
 /* ---- Both sides of a job ---- */
 
-/* What this thread takes part in; stop is NULL for workers. */
+/* What a thread takes part in; stop is NULL for workers. */
 struct part {
     struct job *job;
     const mha_stop *stop;
 };
 
-static _Thread_local struct part part;
+/* The part of this thread; NULL: it is in no loop, or has no room to remember one, and then looks less often whether to
+ * stop. Not a _Thread_local variable: the system allocates those of an extension module when a thread first uses one,
+ * and ends the process if it has no memory for them. */
+static pthread_key_t part_key;
+static bool has_part_key;
 
-bool mha_is_stopped(void)
+static const struct part *part_of_thread(void)
 {
-    struct job *job = part.job;
-    if (job == NULL)
-        return false;
-    if (part.stop != NULL && part.stop->should_stop != NULL && !atomic_load_explicit(&job->stopped, memory_order_relaxed) &&
-        part.stop->should_stop(part.stop->context)) {
+    return has_part_key ? pthread_getspecific(part_key) : NULL;
+}
+
+static void set_part_of_thread(const struct part *part)
+{
+    if (has_part_key)
+        (void)pthread_setspecific(part_key, part);
+}
+
+static bool is_stopped(const struct part *part)
+{
+    struct job *job = part->job;
+    const mha_stop *stop = part->stop;
+    if (stop != NULL && stop->should_stop != NULL && !atomic_load_explicit(&job->stopped, memory_order_relaxed) &&
+        stop->should_stop(stop->context)) {
         atomic_store_explicit(&job->stopped, true, memory_order_relaxed);
         atomic_store_explicit(&job->next, job->tasks, memory_order_relaxed);
     }
     return atomic_load_explicit(&job->stopped, memory_order_relaxed);
 }
 
+bool mha_is_stopped(void)
+{
+    const struct part *part = part_of_thread();
+    return part != NULL && is_stopped(part);
+}
+
 /* Runs tasks until none is left or, for the caller, until should_stop() says so; returns whether it did. The tickets
  * need no order among themselves: the gate orders the job before its tasks, and those before the caller's return. */
 static bool take_part(struct job *job, size_t worker, const mha_stop *stop)
 {
-    const struct part before = part; /* a task of the caller's may lead, by a signal handler, to another loop */
+    const struct part *before = part_of_thread(); /* should_stop() may lead, by a signal handler, to another loop */
+    const struct part part = {job, stop};
     size_t task;
-    part = (struct part){job, stop};
+    set_part_of_thread(&part);
     while ((task = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)) < job->tasks) {
         job->run(job->context, task, worker);
-        if (mha_is_stopped())
+        if (is_stopped(&part))
             break;
     }
-    part = before;
+    set_part_of_thread(before);
     return atomic_load_explicit(&job->stopped, memory_order_relaxed);
 }
 
@@ -218,7 +238,6 @@ static void await_epoch_after(unsigned seen)
 static void *work(void *unused)
 {
     (void)unused;
-    in_task = true;
     for (;;) {
         /* In this order: a job that opens the gate too late for enter_gate() changes the epoch later still. */
         unsigned seen = atomic_load_explicit(&pool.epoch, memory_order_acquire);
@@ -244,11 +263,12 @@ static void start_over_in_child(void)
     forks++;
 }
 
-static bool forks_are_watched;
+static bool may_publish; /* a fork would be noticed */
 
-static void watch_forks(void)
+static void prepare(void)
 {
-    forks_are_watched = pthread_atfork(NULL, NULL, start_over_in_child) == 0;
+    has_part_key = pthread_key_create(&part_key, NULL) == 0;
+    may_publish = has_part_key && pthread_atfork(NULL, NULL, start_over_in_child) == 0;
 }
 
 /* Brings the pool to `wanted` workers, or as near as the system lets it. */
@@ -283,11 +303,8 @@ static void hire(unsigned wanted)
 /* Opens the gate to the job for up to threads - 1 workers. False: it has to do without. */
 static bool publish(struct job *job, size_t threads)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    if (threads < 2 || in_task)
-        return false;
-    pthread_once(&once, watch_forks);
-    if (!forks_are_watched || atomic_exchange_explicit(&pool.busy, true, memory_order_acquire))
+    if (threads < 2 || !may_publish || part_of_thread() != NULL ||
+        atomic_exchange_explicit(&pool.busy, true, memory_order_acquire))
         return false;
 
     unsigned seats = (unsigned)(threads < MAX_THREADS ? threads : MAX_THREADS) - 1;
@@ -329,14 +346,12 @@ static void withdraw(void)
 
 mha_status mha_parallel_for(size_t threads, size_t tasks, mha_task run, void *context, mha_stop stop)
 {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
     struct job job = {.run = run, .context = context, .tasks = tasks};
+    pthread_once(&once, prepare);
     unsigned forks_before = forks;
-    bool was_in_task = in_task;
     bool published = publish(&job, threads < tasks ? threads : tasks);
-
-    in_task = true;
     bool stopped = take_part(&job, 0, &stop);
-    in_task = was_in_task;
 
     if (published && forks != forks_before)
         return MHA_STOPPED; /* should_stop() forked: in this child the workers' tasks are lost, and the pool is new */

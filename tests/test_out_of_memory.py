@@ -149,6 +149,30 @@ def test_threads_that_cannot_be_had(shim):
     """, env={"LD_PRELOAD": str(shim), "OPENBLAS_NUM_THREADS": "1"})
 
 
+def test_new_threads_without_memory(shim):
+    """What a thread needs when it first takes part in a call is there, or done without; the pool starts anew each time."""
+    run_child(PREPARE.replace("LIBRARY", repr(str(shim))) + """
+    import os, time
+    mha_c.set_num_threads(1)
+    want = middle(*large)[0].tobytes()
+    mha_c.set_num_threads(4)
+    for n in range(1, 40):
+        child = os.fork()
+        if child == 0:
+            got = None
+            try:
+                shim.fail_at(n)
+                got = middle(*large)[0].tobytes()
+            except MemoryError:
+                pass
+            time.sleep(0.02)  # threads that the call did not wait for
+            disarm()
+            os._exit(0 if got in (None, want) and middle(*large)[0].tobytes() == want else 1)
+        status = os.waitpid(child, 0)[1]
+        assert status == 0, f"allocation {n}: the process ended with status {status}"
+    """, env={"LD_PRELOAD": str(shim), "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"}, timeout=200)
+
+
 def test_limited_address_space():
     """Where the system grants no more memory, a call that is too large raises MemoryError, and a smaller one works."""
     run_child("""
