@@ -27,7 +27,6 @@ enum {
     SLICED_PANELS = 8,   /* panels whose strips wait at once for the next slice */
     TASKS_A_THREAD = 4,  /* so that the last ones to finish differ by little */
     PANELS_A_LOOK = 16,  /* panels between two looks whether the call is to be stopped */
-    FETCH_BYTES = 256,   /* of the next weights at a time */
 };
 
 typedef struct {
@@ -136,7 +135,7 @@ static mha_next following(const mha_kernels *kernels, const mha_target *target, 
     const char *end = target->panels->data + split->vectors * split->lanes * target->panels->depth * kernels->item;
     const size_t chain = MHA_CHAIN * kernels->vectors * kernels->lanes * kernels->item;
     const size_t bytes = b < end ? mha_smaller((size_t)(end - b), chain) : 0;
-    return (mha_next){b, mha_divide_up(bytes, FETCH_BYTES), FETCH_BYTES, FETCH_BYTES};
+    return (mha_next){.data = b, .rows = bytes > 0, .bytes = bytes};
 }
 
 /* Adds one slice of one panel to its strip; the last slice of all ends in y. */

@@ -31,7 +31,9 @@ enum { MHA_MOST_LANES = 48 }; /* of a panel, on any instruction set */
 #define MHA_UNROLL _Pragma("GCC unroll 64")
 #endif
 
-/* Memory that is about to be read: rows of so many bytes. 0 rows: none. */
+/* Memory that is about to be read: rows of so many bytes. 0 rows: none. One row is fetched little by little all through
+ * the product, so that even a product of few rows, which waits for memory only, never asks for much at once; of several
+ * rows some are fetched before each tile. */
 typedef struct {
     const char *data;
     size_t rows, bytes;
@@ -45,7 +47,7 @@ typedef struct {
  *
  * addend is [rows][P] with stride addend_row (0 repeats one row, as for a bias) and may be c itself; factor is [P].
  * Nothing else overlaps. P = vectors * lanes with 1 <= vectors <= mha_kernels.vectors; any rows, any depth.
- * Meanwhile `next`, what the caller is going to read after this, is fetched into the cache, some of it with each tile.
+ * Meanwhile `next`, what the caller is going to read after this, is fetched into the cache.
  *
  *            k ->             b (panel)                    c
  *         +---------+       k +----------+        r +----------+

@@ -92,7 +92,9 @@ typedef struct {
     const REAL *a, *addend; /* addend NULL: none */
     REAL *c;
     mha_next next;
-    size_t next_rows; /* to be fetched with each tile */
+    size_t next_rows;  /* to be fetched with each tile; */
+    const char *ahead; /* or where in the one row, */
+    size_t step;       /* and bytes to go on with each k */
 } V(place);
 
 INLINE void V(fetch)(V(place) *at)
@@ -112,6 +114,8 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
     const ptrdiff_t a_row = p->a_row, a_k = p->a_k;
     const size_t b_k = p->b_k;
     const REAL *a = at->a, *b = p->b;
+    const char *ahead = at->ahead;
+    const size_t step = at->step;
     const VEC zero = V(splat)(0);
 #define DECLARE(r) VEC c##r##_0 = zero, c##r##_1 = zero, c##r##_2 = zero;
     EACH_ROW(DECLARE)
@@ -129,6 +133,8 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
             c##r##_2 = V(fma)(a_r, b_2, c##r##_2); \
     }
         EACH_ROW(ACCUMULATE)
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += step;
         a += a_k;
         b += b_k;
     }
@@ -156,6 +162,7 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
 #undef DECLARE
 #undef ACCUMULATE
 #undef FINISH
+    at->ahead = ahead;
     at->a += (ptrdiff_t)rows * a_row;
     at->addend = addend;
     at->c = c;
@@ -187,7 +194,12 @@ static void V(product)(const mha_product *p)
     /* Rows are shared out evenly: 9 rows are 5 + 4, since a tile of one row waits for its few accumulators. */
     const size_t tiles = (p->rows + most_rows[p->vectors - 1] - 1) / most_rows[p->vectors - 1];
     const size_t rows = p->rows / tiles, larger = p->rows % tiles;
-    V(place) at = {p->a, p->addend, p->c, p->next, (p->next.rows + tiles - 1) / tiles};
+    V(place) at = {p->a, p->addend, p->c, p->next, (p->next.rows + tiles - 1) / tiles, p->a, 0};
+    if (p->next.rows == 1 && p->depth > 0) {
+        at.ahead = p->next.data;
+        at.step = p->next.bytes / (tiles * p->depth);
+        at.next.rows = 0;
+    }
     if (larger > 0)
         copies[p->vectors - 1][rows](p, &at, larger);
     copies[p->vectors - 1][rows - 1](p, &at, tiles - larger);
