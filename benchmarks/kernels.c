@@ -60,7 +60,7 @@ static void run_product(const bench *b)
 /* The scores stay what the step before made of them, numbers in [0, 1]: no step is slower than another. */
 static void run_softmax_step(const bench *b)
 {
-    b->k->softmax_step(b->result, b->rows, b->vectors, b->maximum, b->sum, b->factor);
+    b->k->softmax_step(b->result, b->rows, b->vectors, b->result, b->maximum, b->sum, b->factor);
 }
 
 static void run_pack_panel(const bench *b)

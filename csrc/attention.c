@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * attention.c - the fused pass over the keys, and a second pass for the weights.
+ * attention.c - the fused pass over the keys, and the weights, from its scores or in a second pass.
  *
  * Queries are the lanes: a panel holds up to P queries of one head, transposed, and every step of softmax runs down the
  * keys without looking from lane to lane. A task takes some panels of the query heads that share one key/value head,
@@ -27,7 +27,8 @@
 enum {
     TASK_PANELS = 4,      /* share one reading of keys and values */
     PANEL_BYTES = 131072, /* of all panels of a task, unless one alone is larger */
-    CHUNK_BLOCKS = 8,     /* blocks of keys whose weights are collected before they are written */
+    KEPT_BYTES = 262144,  /* of scores that a task keeps to make weights of them, and of their averages */
+    CHUNK_BLOCKS = 8,     /* blocks of keys whose weights the second pass collects before it writes them */
     TASKS_A_THREAD = 4,
     BLOCKS_A_LOOK = 8, /* blocks of keys between two looks whether the call is to be stopped */
 };
@@ -40,16 +41,18 @@ typedef struct {
     size_t h;
     mha_panel lanes;
     bool is_empty; /* no key was visible so far */
+    char *kept;    /* [keys of all blocks][P], the scores, where weights are to be made of them; else NULL */
 } state;
 
 /* Where all that lies in a thread's scratch, in bytes; a state for each panel. */
 typedef struct {
     size_t scores, bias; /* [block][P] */
-    size_t states, queries, out, maximum, sum, factor, state_bytes;
+    size_t rows;         /* [P][block] */
+    size_t states, queries, out, maximum, sum, factor, kept, weights, state_bytes;
     size_t end;
 } places;
 
-/* What a task of the second pass holds: some blocks of keys for one panel of queries. */
+/* What the weights of some blocks of keys are made with, for one panel of queries. */
 typedef struct {
     size_t n, first_head, heads;
     mha_panel lanes;
@@ -65,7 +68,7 @@ typedef struct {
     places at;
     mha_split split;    /* of the L queries of a head */
     size_t task_panels; /* panels of a task of the first pass */
-    size_t groups;      /* tasks of an item's key/value head */
+    size_t groups;      /* tasks of an item's key/value head; where weights are made at once, of all heads of a weight */
     size_t chunks;      /* tasks of a panel in the second pass */
 } job;
 
@@ -94,6 +97,31 @@ static size_t most_blocks(const mha_attention *a)
     return mha_divide_up(a->live->S, MHA_BLOCK_KEYS) + (a->live->extra > 0);
 }
 
+/* Heads whose weights become one. */
+static size_t averaged_heads(const mha_attention *a)
+{
+    return a->weights_wanted == MHA_WEIGHTS_AVERAGED ? a->H : 1;
+}
+
+/* Bytes of a block's scores or weights. */
+static size_t block_bytes(const mha_attention *a, size_t vectors)
+{
+    return most_block_keys(a) * vectors * a->kernels->lanes * a->kernels->item;
+}
+
+/* Panels of a task that keeps its scores until the weights are made, so that none is computed twice. 0: too many keys
+ * for that, or too few tasks for the threads, since one takes all heads. */
+static size_t most_weighing_panels(const mha_attention *a)
+{
+    if (!a->weights_wanted || a->weights_wanted == MHA_SCORES_PER_HEAD)
+        return 0;
+    const size_t panels = mha_split_width(a->kernels, a->L).panels;
+    const size_t fit = KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->item) / mha_larger(most_blocks(a), 1);
+    if (a->threads > 1 && a->N * (a->H / averaged_heads(a)) * panels < 2 * a->threads)
+        return 0;
+    return mha_smaller(mha_smaller(TASK_PANELS, fit), panels);
+}
+
 static char *row_at(const mha_attention *a, const mha_rows *rows, size_t n, size_t h, size_t l)
 {
     const ptrdiff_t item = rows->item ? rows->item[n] : (ptrdiff_t)n * rows->stride_n;
@@ -114,15 +142,19 @@ static places place_states(const mha_attention *a)
 {
     const size_t P = widest_panel(a), keys = most_block_keys(a), item = a->kernels->item;
     mha_layout layout = {0}, one = {0};
+    const size_t weighing_panels = most_weighing_panels(a), kept_keys = weighing_panels > 0 ? most_blocks(a) * keys : 0;
     places at = {.scores = mha_reserve(&layout, keys, P, item), .bias = mha_reserve(&layout, keys, P, item)};
+    at.rows = mha_reserve(&layout, weighing_panels > 0 ? P : 0, MHA_BLOCK_KEYS, item);
     at.states = layout.bytes;
     at.queries = mha_reserve(&one, a->D, P, item);
     at.out = mha_reserve(&one, a->Dv, P, item);
     at.maximum = mha_reserve(&one, 1, P, item);
     at.sum = mha_reserve(&one, 1, P, item);
     at.factor = mha_reserve(&one, 1, P, item);
+    at.kept = mha_reserve(&one, kept_keys, P, item);
+    at.weights = mha_reserve(&one, kept_keys, P, item);
     at.state_bytes = one.bytes;
-    mha_reserve(&layout, most_task_panels(a), one.bytes, 1);
+    mha_reserve(&layout, weighing_panels > 0 ? weighing_panels : most_task_panels(a), one.bytes, 1);
     at.end = layout.bytes;
     return at;
 }
@@ -131,7 +163,13 @@ static state state_at(const places *at, char *scratch, size_t i)
 {
     char *base = scratch + at->states + i * at->state_bytes;
     return (state){.queries = base + at->queries, .out = base + at->out, .maximum = base + at->maximum,
-                   .sum = base + at->sum, .factor = base + at->factor, .is_empty = true};
+                   .sum = base + at->sum, .factor = base + at->factor, .is_empty = true,
+                   .kept = at->kept < at->weights ? base + at->kept : NULL};
+}
+
+static char *weights_at(const places *at, char *scratch, size_t i)
+{
+    return scratch + at->states + i * at->state_bytes + at->weights;
 }
 
 /* Room for the weights of a chunk, and for what one block of one head needs. */
@@ -149,7 +187,7 @@ static void take_weighing(const mha_attention *a, char *base, mha_layout *layout
 size_t mha_attention_scratch(const mha_attention *a)
 {
     mha_layout weigh = {0};
-    if (a->weights_wanted)
+    if (a->weights_wanted && most_weighing_panels(a) == 0)
         take_weighing(a, NULL, &weigh, &(weighing){0});
     return mha_larger(place_states(a).end, weigh.bytes);
 }
@@ -248,21 +286,25 @@ static mha_next share_of(const mha_attention *a, const mha_rows *x, const char *
     return (mha_next){first + (ptrdiff_t)begin * stride, end - begin, width * a->kernels->item, stride};
 }
 
-static void step(const mha_attention *a, size_t n, state *s, const mha_key_block *block, char *scores, char *bias,
-                 mha_next next_keys, mha_next next_values)
+static void step(const mha_attention *a, size_t n, state *s, const mha_key_block *block, char *scores, char *exps,
+                 char *bias, mha_next next_keys, mha_next next_values)
 {
     const mha_kernels *kernels = a->kernels;
-    const mha_visibility visibility = look(a, n, s->h, s->lanes, block, bias);
-    if (visibility == MHA_VISIBLE_NONE)
-        return; /* such keys would change nothing: their weight is 0 and the maximum stays */
-    score(a, n, s->h, s->lanes, block, s->queries, visibility == MHA_VISIBLE_SOME ? bias : NULL, scores, next_keys);
-    kernels->softmax_step(scores, block->keys, s->lanes.vectors, s->maximum, s->sum, s->factor);
-    if (a->dropout_p > 0)
-        drop_out(a, n, s->h, s->lanes, block, scores);
     const size_t P = s->lanes.vectors * kernels->lanes;
+    const mha_visibility visibility = look(a, n, s->h, s->lanes, block, bias);
+    if (visibility == MHA_VISIBLE_NONE) {
+        /* Such keys would change nothing: their weight is 0 and the maximum stays. */
+        if (s->kept)
+            kernels->fill(scores, block->keys * P, -INFINITY);
+        return;
+    }
+    score(a, n, s->h, s->lanes, block, s->queries, visibility == MHA_VISIBLE_SOME ? bias : NULL, scores, next_keys);
+    kernels->softmax_step(scores, block->keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
+    if (a->dropout_p > 0)
+        drop_out(a, n, s->h, s->lanes, block, exps);
     const mha_product product = {.rows = a->Dv, .depth = block->keys, .vectors = s->lanes.vectors,
                                  .a = values_of(a, n, block, s->h), .a_row = 1,
-                                 .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = scores, .b_k = P,
+                                 .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
                                  .c = s->out, .c_row = P, .next = next_values};
     kernels->product(&product);
@@ -288,12 +330,36 @@ static void finish(const mha_attention *a, size_t n, const state *s)
     }
 }
 
+/* Leads some panels together over the keys of their heads, which share one key/value head; `exps` and `bias` hold one
+ * block. False: the call is to be stopped. */
+static bool attend(const mha_attention *a, size_t n, state *states, size_t panels, char *exps, char *bias)
+{
+    for (size_t i = 0; i < panels; i++)
+        begin(a, n, &states[i]);
+    const size_t blocks = mha_key_blocks(a->live, n);
+    mha_key_block next = blocks ? mha_key_block_at(a->live, n, 0) : (mha_key_block){0};
+    for (size_t b = 0; b < blocks; b++) {
+        const mha_key_block block = next;
+        next = b + 1 < blocks ? mha_key_block_at(a->live, n, b + 1) : (mha_key_block){0};
+        const char *k = keys_of(a, n, &next, states[0].h), *v = values_of(a, n, &next, states[0].h);
+        for (size_t i = 0; i < panels; i++) {
+            char *scores = states[i].kept ? states[i].kept + b * block_bytes(a, states[i].lanes.vectors) : exps;
+            step(a, n, &states[i], &block, scores, exps, bias, share_of(a, &a->k, k, next.keys, a->D, i, panels),
+                 share_of(a, &a->v, v, next.keys, a->Dv, i, panels));
+        }
+        if (b % BLOCKS_A_LOOK == BLOCKS_A_LOOK - 1 && mha_is_stopped())
+            return false;
+    }
+    for (size_t i = 0; i < panels; i++)
+        finish(a, n, &states[i]);
+    return true;
+}
+
 static void attend_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes;
-    char *scores = base + j->at.scores, *bias = base + j->at.bias;
     state states[TASK_PANELS];
     /* The last queries first: under a causal mask they see the most keys. */
     const size_t heads = a->N * a->Hkv, group = j->groups - 1 - task / heads;
@@ -306,62 +372,50 @@ static void attend_task(void *context, size_t task, size_t worker)
         states[i] = state_at(&j->at, base, i);
         states[i].h = hkv * shared + (first + i) / j->split.panels;
         states[i].lanes = mha_panel_at(&j->split, (first + i) % j->split.panels);
-        begin(a, n, &states[i]);
     }
-    const size_t blocks = mha_key_blocks(a->live, n);
-    mha_key_block next = blocks ? mha_key_block_at(a->live, n, 0) : (mha_key_block){0};
-    for (size_t b = 0; b < blocks; b++) {
-        const mha_key_block block = next;
-        next = b + 1 < blocks ? mha_key_block_at(a->live, n, b + 1) : (mha_key_block){0};
-        const char *k = keys_of(a, n, &next, states[0].h), *v = values_of(a, n, &next, states[0].h);
-        for (size_t i = 0; i < panels; i++)
-            step(a, n, &states[i], &block, scores, bias, share_of(a, &a->k, k, next.keys, a->D, i, panels),
-                 share_of(a, &a->v, v, next.keys, a->Dv, i, panels));
-        if (b % BLOCKS_A_LOOK == BLOCKS_A_LOOK - 1 && mha_is_stopped())
-            return;
-    }
-    for (size_t i = 0; i < panels; i++)
-        finish(a, n, &states[i]);
+    attend(a, n, states, panels, base + j->at.scores, base + j->at.bias);
 }
 
-/* ---- Second pass: weights ----
+/* ---- Weights ----
  *
- * With maximum and sum known, scores are computed again, to the same bits, and become weights; those of all heads are
- * added in order, so that averaged weights never exist as (N, H, L, S). */
+ * Once maximum and sum are known, scores become weights; those of all heads are added in order, so that averaged
+ * weights never exist as (N, H, L, S). The scores are those that the first pass kept, where few keys and many queries
+ * let it, or are computed again, to the same bits, in a second pass. */
 
 static size_t weight_columns(const mha_attention *a)
 {
     return a->live->S + a->live->extra;
 }
 
-/* Adds the weights of one head for one block; keys that no query sees get exp(-inf), which is 0, or NaN in a row that
- * sees nothing at all. */
-static void weigh(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block, bool is_hidden,
-                  char *weights)
+/* Turns scores of one head for one block into weights, and adds them to those of the heads before, unless they stand
+ * there already. */
+static void add_weights(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block, char *scores,
+                        char *weights)
 {
     const mha_kernels *kernels = a->kernels;
-    const size_t P = w->lanes.vectors * kernels->lanes, at = statistics_offset(a, w->n, h, w->lanes);
-    char *scores = h == w->first_head ? weights : w->scores;
-    const mha_visibility visibility =
-        is_hidden ? MHA_VISIBLE_NONE : look(a, w->n, h, w->lanes, block, w->bias);
-    if (visibility == MHA_VISIBLE_NONE)
-        kernels->fill(scores, block->keys * P, -INFINITY);
-    else
-        score(a, w->n, h, w->lanes, block, w->queries, visibility == MHA_VISIBLE_SOME ? w->bias : NULL, scores,
-              (mha_next){0});
-    if (a->weights_wanted == MHA_SCORES_PER_HEAD)
-        return;
+    const size_t at = statistics_offset(a, w->n, h, w->lanes);
     kernels->softmax_weights(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
     if (a->dropout_p > 0)
         drop_out(a, w->n, h, w->lanes, block, scores);
     if (scores != weights)
-        kernels->accumulate(weights, scores, block->keys * P);
+        kernels->accumulate(weights, scores, block->keys * w->lanes.vectors * kernels->lanes);
+}
+
+/* Computes the scores of one head for one block again; keys that no query sees get -inf. */
+static void score_again(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block, char *scores)
+{
+    const mha_visibility visibility = look(a, w->n, h, w->lanes, block, w->bias);
+    if (visibility == MHA_VISIBLE_NONE)
+        a->kernels->fill(scores, block->keys * w->lanes.vectors * a->kernels->lanes, -INFINITY);
+    else
+        score(a, w->n, h, w->lanes, block, w->queries, visibility == MHA_VISIBLE_SOME ? w->bias : NULL, scores,
+              (mha_next){0});
 }
 
 static char *weights_row(const mha_attention *a, const weighing *w, size_t lane)
 {
-    const size_t heads = a->weights_wanted == MHA_WEIGHTS_AVERAGED ? 1 : a->H;
-    const size_t row = (w->n * heads + (heads > 1 ? w->first_head : 0)) * a->L + w->lanes.first + lane;
+    const size_t averages = a->H / averaged_heads(a); /* of an item */
+    const size_t row = (w->n * averages + w->first_head / averaged_heads(a)) * a->L + w->lanes.first + lane;
     return a->attn_weights + row * weight_columns(a) * a->kernels->item;
 }
 
@@ -381,17 +435,73 @@ static void write_weights(const mha_attention *a, const weighing *w, const mha_k
                    item);
 }
 
-/* The columns of keys that are not live: all alike, so one stands for all. */
+/* The columns of keys that are not live: all alike, so one stands for all, and takes the place of the weights. Its score
+ * is -inf, whose weight is 0, or NaN in a row that sees nothing at all. */
 static void write_removed(const mha_attention *a, const weighing *w)
 {
     const mha_kernels *kernels = a->kernels;
     const mha_key_block one = {.keys = 1};
-    for (size_t h = w->first_head; h < w->first_head + w->heads; h++)
-        weigh(a, w, h, &one, true, w->weights);
+    for (size_t h = w->first_head; h < w->first_head + w->heads; h++) {
+        char *scores = h == w->first_head ? w->weights : w->scores;
+        kernels->fill(scores, w->lanes.vectors * kernels->lanes, -INFINITY);
+        if (a->weights_wanted != MHA_SCORES_PER_HEAD)
+            add_weights(a, w, h, &one, scores, w->weights);
+    }
     kernels->unpack_panel(w->weights, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
     for (size_t s = mha_next_removed(a->live, w->n, 0); s < a->live->S; s = mha_next_removed(a->live, w->n, s + 1))
         for (size_t lane = 0; lane < w->lanes.count; lane++)
             memcpy(weights_row(a, w, lane) + s * kernels->item, w->rows + lane * kernels->item, kernels->item);
+}
+
+/* What stands in w->weights: blocks `first` to `end`, and with the first of all the keys that are not live. */
+static void write_blocks(const mha_attention *a, const weighing *w, size_t first, size_t end)
+{
+    a->kernels->fill(w->factor, w->lanes.vectors * a->kernels->lanes, 1 / (double)w->heads);
+    for (size_t b = first; b < end; b++) {
+        const mha_key_block block = mha_key_block_at(a->live, w->n, b);
+        write_weights(a, w, &block, w->weights + (b - first) * block_bytes(a, w->lanes.vectors));
+    }
+    if (first == 0 && a->live->index)
+        write_removed(a, w);
+}
+
+/* Some panels of an item over the keys of every head whose weights become one: context, then weights. */
+static void attend_and_weigh_task(void *context, size_t task, size_t worker)
+{
+    const job *j = context;
+    const mha_attention *a = j->a;
+    char *base = a->scratch + worker * a->scratch_bytes, *scores = base + j->at.scores;
+    const size_t heads = averaged_heads(a), averages = a->N * (a->H / heads);
+    const size_t n = task % averages / (a->H / heads), first_head = task % averages % (a->H / heads) * heads;
+    const size_t group = j->groups - 1 - task / averages, first = group * j->split.panels / j->groups;
+    const size_t panels = (group + 1) * j->split.panels / j->groups - first, blocks = mha_key_blocks(a->live, n);
+    state states[TASK_PANELS];
+    weighing w[TASK_PANELS];
+    if (a->live->is_few[n])
+        return;
+    for (size_t h = first_head; h < first_head + heads; h++) {
+        for (size_t i = 0; i < panels; i++) {
+            states[i] = state_at(&j->at, base, i);
+            states[i].h = h;
+            states[i].lanes = mha_panel_at(&j->split, first + i);
+            w[i] = (weighing){.n = n, .first_head = first_head, .heads = heads, .lanes = states[i].lanes,
+                              .factor = states[i].factor, .weights = weights_at(&j->at, base, i), .scores = scores,
+                              .rows = base + j->at.rows};
+            if (h == first_head)
+                states[i].kept = w[i].weights;
+        }
+        if (!attend(a, n, states, panels, scores, base + j->at.bias))
+            return;
+        for (size_t b = 0; b < blocks; b++) {
+            const mha_key_block block = mha_key_block_at(a->live, n, b);
+            for (size_t i = 0; i < panels; i++) {
+                const size_t at = b * block_bytes(a, states[i].lanes.vectors);
+                add_weights(a, &w[i], h, &block, states[i].kept + at, w[i].weights + at);
+            }
+        }
+    }
+    for (size_t i = 0; i < panels; i++)
+        write_blocks(a, &w[i], 0, blocks);
 }
 
 static void weigh_task(void *context, size_t task, size_t worker)
@@ -400,11 +510,11 @@ static void weigh_task(void *context, size_t task, size_t worker)
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes;
     mha_layout layout = {0};
-    const size_t heads = a->weights_wanted == MHA_WEIGHTS_AVERAGED ? a->H : 1;
+    const size_t heads = averaged_heads(a);
     const size_t chunk = task % j->chunks, panel = task / j->chunks;
     weighing w = {
         .n = panel / j->split.panels / (a->H / heads),
-        .first_head = panel / j->split.panels % (a->H / heads),
+        .first_head = panel / j->split.panels % (a->H / heads) * heads,
         .heads = heads,
         .lanes = mha_panel_at(&j->split, panel % j->split.panels),
     };
@@ -412,24 +522,32 @@ static void weigh_task(void *context, size_t task, size_t worker)
     if (a->live->is_few[w.n])
         return;
     const size_t first = chunk * CHUNK_BLOCKS, end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(a->live, w.n));
-    const size_t P = w.lanes.vectors * a->kernels->lanes, block_weights = most_block_keys(a) * P * a->kernels->item;
-    a->kernels->fill(w.factor, P, 1 / (double)heads);
-    if (chunk == 0 && a->live->index)
-        write_removed(a, &w);
     for (size_t h = w.first_head; h < w.first_head + heads; h++) {
         pack_queries(a, w.n, h, w.lanes, w.queries);
         for (size_t b = first; b < end; b++) {
             const mha_key_block block = mha_key_block_at(a->live, w.n, b);
-            weigh(a, &w, h, &block, false, w.weights + (b - first) * block_weights);
+            char *weights = w.weights + (b - first) * block_bytes(a, w.lanes.vectors);
+            char *scores = h == w.first_head ? weights : w.scores;
+            score_again(a, &w, h, &block, scores);
+            if (a->weights_wanted != MHA_SCORES_PER_HEAD)
+                add_weights(a, &w, h, &block, scores, weights);
         }
     }
-    for (size_t b = first; b < end; b++) {
-        const mha_key_block block = mha_key_block_at(a->live, w.n, b);
-        write_weights(a, &w, &block, w.weights + (b - first) * block_weights);
-    }
+    write_blocks(a, &w, first, end);
 }
 
 /* ---- Both passes ---- */
+
+/* Context and weights at once. */
+static mha_status attend_and_weigh(const mha_attention *a, job *j)
+{
+    const size_t averages = a->N * (a->H / averaged_heads(a)), panels = j->split.panels;
+    const size_t fit = most_weighing_panels(a);
+    j->groups = mha_divide_up(panels, mha_smaller(fit, mha_divide_up(averages * panels, TASKS_A_THREAD * a->threads)));
+    while (j->groups < panels && averages * j->groups % a->threads > 0)
+        j->groups++; /* 11 tasks would leave one of two threads waiting */
+    return mha_parallel_for(a->threads, averages * j->groups, attend_and_weigh_task, j, a->stop);
+}
 
 mha_status mha_attend(const mha_attention *a)
 {
@@ -437,6 +555,8 @@ mha_status mha_attend(const mha_attention *a)
     const size_t shared = a->H / a->Hkv, heads = a->N * a->Hkv;
     if (a->N == 0 || a->L == 0)
         return MHA_OK;
+    if (most_weighing_panels(a) > 0)
+        return attend_and_weigh(a, &j);
     j.task_panels = mha_smaller(most_task_panels(a),
                             mha_divide_up(heads * shared * j.split.panels, TASKS_A_THREAD * a->threads));
     j.groups = mha_divide_up(shared * j.split.panels, j.task_panels);
@@ -447,6 +567,6 @@ mha_status mha_attend(const mha_attention *a)
     if (status != MHA_OK || !a->weights_wanted)
         return status;
     j.chunks = mha_divide_up(most_blocks(a), CHUNK_BLOCKS);
-    const size_t rows = a->N * (a->weights_wanted == MHA_WEIGHTS_AVERAGED ? 1 : a->H);
-    return mha_parallel_for(a->threads, rows * j.split.panels * j.chunks, weigh_task, &j, a->stop);
+    const size_t averages = a->N * (a->H / averaged_heads(a));
+    return mha_parallel_for(a->threads, averages * j.split.panels * j.chunks, weigh_task, &j, a->stop);
 }

@@ -277,7 +277,7 @@ static void attend_task(void *context, size_t task, size_t worker)
         const mha_key_block block = mha_key_block_at(f->live, n, b);
         if (!score(f, n, panel.first, panel, &block, queries, &s))
             continue;
-        kernels->softmax_step(s.scores, block.keys, panel.vectors, maximum, sum, s.factor);
+        kernels->softmax_step(s.scores, block.keys, panel.vectors, s.scores, maximum, sum, s.factor);
         add_values(f, n, panel, &block, &s, sums);
     }
 }

@@ -5,6 +5,7 @@ The number of threads, the size of the batch, the place of an item in it, how fa
 weights are asked for, and which instruction set with FMA computed it. Promised for finite inputs.
 """
 
+import copy
 import hashlib
 import itertools
 
@@ -111,6 +112,25 @@ def test_threads_on_a_large_call(dtype):
         with mha_c.num_threads(threads):
             for _ in range(3):
                 assert_same(module(*given, **call), want)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_weights_at_once_and_in_a_second_pass(dtype, dropout):
+    """Few threads keep the scores until they are weights; many, to whom one task for all heads would be too few, compute
+    them again."""
+    module = layer(96, 3, batch_first=True, dtype=dtype, dropout=dropout, dropout_seed=5)
+    for length, s in [(100, 500), (7, 900)]:
+        given = inputs(2, length, s, 96, dtype=dtype)
+        for call in calls(2, length, s, 3, dtype):
+            for average in (True, False):
+                state = copy.deepcopy(module)
+                with mha_c.num_threads(1):
+                    want = state(*given, **call, average_attn_weights=average)
+                for threads in (2, 16):
+                    state = copy.deepcopy(module)
+                    with mha_c.num_threads(threads):
+                        assert_same(state(*given, **call, average_attn_weights=average), want, f"{threads} threads")
 
 
 @every_case

@@ -115,11 +115,12 @@ typedef struct mha_kernels {
      * they hide the key. Lanes from `count` on are like the last one. ALL: every number is 0; NONE: every one is -inf. */
     mha_visibility (*read_masks)(void *bias, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks);
 
-    /* One step of the online softmax over scores[keys][P], which becomes exp(score - maximum), with the running
-     * maximum [P] and sum [P] brought up to date and factor [P] = exp(old maximum - new maximum).
+    /* One step of the online softmax: exps[keys][P] = exp(score - maximum), in the place of the scores or elsewhere,
+     * with the running maximum [P] and sum [P] brought up to date and factor [P] = exp(old maximum - new maximum).
      * softmax_begin() sets maximum and sum for no keys at all. */
     void (*softmax_begin)(void *maximum, void *sum, size_t vectors);
-    void (*softmax_step)(void *scores, size_t keys, size_t vectors, void *maximum, void *sum, void *factor);
+    void (*softmax_step)(const void *scores, size_t keys, size_t vectors, void *exps, void *maximum, void *sum,
+                         void *factor);
 
     /* Joins what two runs over different keys left: sums [width][P] of values, maximum and sum [P]. The first three
      * take in the other three. */

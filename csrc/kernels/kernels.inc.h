@@ -435,19 +435,19 @@ INLINE void V(exp_of_scores)(const REAL *scores, size_t P, VEC maximum, VEC p[],
     V(exp_of_each)(p, count);
 }
 
-/* The same in place, each added to a sum of its own. */
-INLINE void V(sum_up)(REAL *scores, size_t P, VEC maximum, VEC sums[EXP_VECTORS], const size_t count)
+/* The same, stored and each added to a sum of its own. */
+INLINE void V(sum_up)(const REAL *scores, size_t P, VEC maximum, REAL *exps, VEC sums[EXP_VECTORS], const size_t count)
 {
     VEC p[EXP_VECTORS];
     V(exp_of_scores)(scores, P, maximum, p, count);
     MHA_UNROLL
     for (size_t i = 0; i < count; i++) {
-        V(store)(scores + i * P, p[i]);
+        V(store)(exps + i * P, p[i]);
         sums[i] = sums[i] + p[i];
     }
 }
 
-/* The same in place, divided by the sum. */
+/* The same, in place, divided by the sum. */
 INLINE void V(weigh)(REAL *scores, size_t P, VEC maximum, VEC sum, const size_t count)
 {
     VEC p[EXP_VECTORS];
@@ -471,22 +471,24 @@ INLINE VEC V(largest)(const REAL *scores, size_t keys, size_t P, VEC so_far)
     return V(max)(even, odd);
 }
 
-static void V(softmax_step)(void *scores_, size_t keys, size_t vectors, void *maximum_, void *sum_, void *factor_)
+static void V(softmax_step)(const void *scores_, size_t keys, size_t vectors, void *exps_, void *maximum_, void *sum_,
+                            void *factor_)
 {
     const size_t P = vectors * LANES;
     for (size_t lane = 0; lane < P; lane += LANES) {
-        REAL *scores = (REAL *)scores_ + lane, *maximum = (REAL *)maximum_ + lane;
+        const REAL *scores = (const REAL *)scores_ + lane;
+        REAL *exps = (REAL *)exps_ + lane, *maximum = (REAL *)maximum_ + lane;
         REAL *sum = (REAL *)sum_ + lane, *factor = (REAL *)factor_ + lane;
         const VEC old = V(load)(maximum);
         const VEC new = V(largest)(scores, keys, P, old);
         VEC sums[EXP_VECTORS] = {V(splat)(0), V(splat)(0), V(splat)(0), V(splat)(0)}; /* shorter sums round less */
         size_t i = 0;
         for (; i + EXP_VECTORS <= keys; i += EXP_VECTORS)
-            V(sum_up)(scores + i * P, P, new, sums, EXP_VECTORS);
+            V(sum_up)(scores + i * P, P, new, exps + i * P, sums, EXP_VECTORS);
         MHA_UNROLL
         for (size_t rest = 1; rest < EXP_VECTORS; rest++)
             if (rest == keys - i)
-                V(sum_up)(scores + i * P, P, new, sums, rest);
+                V(sum_up)(scores + i * P, P, new, exps + i * P, sums, rest);
         const VEC block_sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
         const VEC rescale = V(exp)(old - new);
         V(store)(sum, V(fma)(V(load)(sum), rescale, block_sum));

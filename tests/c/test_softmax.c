@@ -71,7 +71,7 @@ static void run_panel(const bench *b, const softmax_case *c, softmax_run *run, s
     b->k->softmax_begin(maximum, sum, b->vectors);
     for (size_t block = 0; block < c->blocks; block++) {
         void *scores = panel_of(b, 0, c->keys[block], run->score[block], first);
-        b->k->softmax_step(scores, c->keys[block], b->vectors, maximum, sum, factor);
+        b->k->softmax_step(scores, c->keys[block], b->vectors, scores, maximum, sum, factor);
         read_panel(b, scores, c->keys[block], run->p[block], first);
         read_panel(b, maximum, 1, &run->maximum[block], first);
         read_panel(b, sum, 1, &run->sum[block], first);
@@ -287,7 +287,7 @@ static double sum_with(const bench *b, size_t lane, size_t at, double score, dou
         void *scores = random_buffer(b, 0, 20 * b->P, block);
         if (at / 20 == block)
             put(b->dtype, scores, (ptrdiff_t)(at % 20 * b->P + lane), score);
-        b->k->softmax_step(scores, 20, b->vectors, maximum, sum, factor);
+        b->k->softmax_step(scores, 20, b->vectors, scores, maximum, sum, factor);
         if (at / 20 == block)
             *p = get(b->dtype, scores, (ptrdiff_t)(at % 20 * b->P + lane));
     }
