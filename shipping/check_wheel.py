@@ -3,8 +3,9 @@
 
     python shipping/check_wheel.py FILE...
 
-Each extension must export PyInit__core and nothing else, need nothing but the C library, search no folder for it, and
-ask for no executable stack. Needs pyelftools.
+Each extension must export PyInit__core and nothing else, need nothing but the C library, search no folder for it, ask
+for no executable stack, and call nothing that writes files, loads code, opens sockets or starts processes. Needs
+pyelftools.
 """
 
 import io
@@ -17,6 +18,12 @@ from elftools.elf.elffile import ELFFile
 EXPORTED = {"PyInit__core"}
 # The parts of glibc; in musl all are one file, and the loader belongs to either.
 C_LIBRARY = ("libc.so.6", "libm.so.6", "libpthread.so.0", "librt.so.1", "libc.musl-", "libc.so", "ld-linux")
+# What SECURITY.md says that the extension does not do; fopen() it may call, to read how many CPUs there are.
+NEVER_CALLED = {
+    "open", "open64", "openat", "creat", "fwrite", "fputs", "fprintf", "mkstemp", "rename", "unlink", "remove",
+    "dlopen", "dlsym", "mprotect", "socket", "connect", "bind", "accept", "sendto", "recvfrom", "getaddrinfo",
+    "fork", "vfork", "clone", "posix_spawn", "posix_spawnp", "execve", "execvp", "execl", "system", "popen",
+}  # fmt: skip
 
 
 def extensions(path):
@@ -31,7 +38,7 @@ def extensions(path):
 def faults(content):
     """What is wrong with one shared object, in words."""
     elf = ELFFile(io.BytesIO(content))
-    symbols = elf.get_section_by_name(".dynsym").iter_symbols()
+    symbols = list(elf.get_section_by_name(".dynsym").iter_symbols())
     exported = {
         symbol.name
         for symbol in symbols
@@ -39,6 +46,9 @@ def faults(content):
     }
     if exported != EXPORTED:
         yield f"exports {sorted(exported)}"
+    called = {symbol.name for symbol in symbols if symbol["st_shndx"] == "SHN_UNDEF"}
+    if called & NEVER_CALLED:
+        yield f"calls {sorted(called & NEVER_CALLED)}"
     for tag in elf.get_section_by_name(".dynamic").iter_tags():
         if tag.entry.d_tag == "DT_NEEDED" and not tag.needed.startswith(C_LIBRARY):
             yield f"needs {tag.needed}"

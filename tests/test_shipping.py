@@ -50,6 +50,7 @@ def test_the_installed_extension(elftools, tmp_path):
         ("int PyInit__core(void) { return 0; }", ["-Wl,--no-as-needed", "-lgcc_s"], "needs libgcc_s.so.1"),
         ("int PyInit__core(void) { return 0; }", ["-Wl,-rpath,/opt/lib"], "searches /opt/lib"),
         ("int PyInit__core(void) { return 0; }", ["-Wl,-z,execstack"], "asks for an executable stack"),
+        ("int system(char *); int PyInit__core(void) { return system(0); }", ["-w"], "calls ['system']"),
     ],
 )
 def test_what_is_wrong_is_said(elftools, tmp_path, source, options, complaint):

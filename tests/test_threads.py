@@ -232,6 +232,37 @@ def test_loading_parameters_during_calls():
     assert len(set(results)) > 1, "no call ever saw new parameters: nothing was tested"
 
 
+@pytest.mark.parametrize(("queries", "width"), [(70, 48), (1, 256)], ids=["ordinary", "few queries"])
+def test_numbers_written_during_calls(queries, width):
+    """Whoever writes to inputs and masks meanwhile gets some numbers, but no call goes astray by them."""
+    module = layer(width, 4, batch_first=True)
+    given = [np.array(x) for x in inputs(3, queries, 400, width)]
+    padding, attn = np.zeros((3, 400), bool), np.zeros((queries, 400), "f4")
+    masks = {"key_padding_mask": padding, "attn_mask": attn}
+    want = module(*given, **masks)[0].tobytes()
+    kept, stop, writes = [np.array(x) for x in given], threading.Event(), []
+
+    def write():
+        rng = np.random.default_rng(0)
+        while not stop.is_set():
+            padding[...] = rng.random(padding.shape) < rng.choice([0, 0.5, 0.99, 1])
+            attn[...] = np.where(rng.random(attn.shape) < 0.5, -np.inf, rng.choice([0, 1, np.nan]))
+            given[1][0] = rng.choice([1, np.inf, np.nan])
+            writes.append(None)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        while len(writes) < 100:
+            output, weights = module(*given, **masks)
+            assert output.shape == (3, queries, width) and weights.shape == (3, queries, 400)
+    finally:
+        stop.set()
+        writer.join()
+    padding[...], attn[...], given[1][...] = False, 0, kept[1]
+    assert module(*given, **masks)[0].tobytes() == want
+
+
 def test_layer_dies_during_a_call():
     """The last name of a layer may go while it computes."""
     given = inputs(2, 300, 300, 64)
