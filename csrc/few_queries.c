@@ -13,6 +13,7 @@
 #include "few_queries.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "projection.h"
@@ -88,6 +89,7 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
     f->sum = mha_reserve(layout, f->items * f->chunks * padded + widest, 1, number);
     f->y = mha_reserve(layout, rows, f->y_stride, number);
     f->mass = mha_reserve(layout, f->items * padded, 1, number);
+    f->is_given_up = mha_reserve(layout, f->call->N, 1, sizeof(atomic_bool));
 }
 
 /* A thread's scratch: scores of a panel, a slice of a block's inputs, a strip or weights of all heads of a query. */
@@ -146,6 +148,17 @@ static char *numbers_at(const mha_few_queries *f, size_t offset, size_t index)
     return f->block + offset + index * f->weights->kernels->item;
 }
 
+static atomic_bool *is_given_up(const mha_few_queries *f, size_t n)
+{
+    return (atomic_bool *)(void *)(f->block + f->is_given_up) + n;
+}
+
+static void give_up_unless_finite(const mha_few_queries *f, size_t n, const char *numbers, size_t count)
+{
+    if (!f->weights->kernels->is_finite(numbers, count))
+        atomic_store_explicit(is_given_up(f, n), true, memory_order_relaxed);
+}
+
 /* ---- Keys' inputs ---- */
 
 /* Copies features first .. first + features - 1 of the block's inputs to rows of slice_stride() numbers. */
@@ -183,13 +196,37 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
     }
 }
 
+/* The constants q_h bk_h / sqrt(D) of a head's rows, which are in no score here, and so in none that is looked at. bk_h is
+ * one lane of a panel. */
+static void look_at_constants(const mha_few_queries *f, size_t i, size_t h, const places *s)
+{
+    const mha_weights *weights = f->weights;
+    const mha_widths *w = &weights->widths;
+    const mha_kernels *kernels = weights->kernels;
+    const size_t number = kernels->item, P = kernels->lanes, n = number_of_item(f, i);
+    const char *q = f->q + (n * f->call->L * f->q_stride + h * w->D) * number;
+    const char *bk = weights->k.bias + h / (w->H / w->Hkv) * w->D * number;
+    mha_product product = {.rows = f->call->L, .vectors = 1, .a_row = (ptrdiff_t)f->q_stride, .a_k = 1, .b = s->slice,
+                           .b_k = P, .addend_row = P, .c = s->rows, .c_row = P};
+    for (size_t d = 0; d < w->D; d += MHA_CHAIN) {
+        product.depth = mha_smaller(w->D - d, MHA_CHAIN);
+        kernels->pack_panel(bk + d * number, 0, 1, product.depth, 1 / sqrt((double)w->D), s->slice, 1);
+        product.a = q + d * number;
+        product.addend = d ? s->rows : NULL;
+        kernels->product(&product);
+    }
+    give_up_unless_finite(f, n, s->rows, f->call->L * P);
+}
+
 static void absorb_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
     const mha_kernels *kernels = j->f->weights->kernels;
     const size_t H = j->f->weights->widths.H, i = task / H, h = task % H, Ek = j->f->weights->widths.Ek;
+    const places s = scratch_of(j, worker);
     size_t e = 0;
-    (void)worker;
+    if (j->f->weights->k.bias)
+        look_at_constants(j->f, i, h, &s);
     while (Ek - e >= kernels->lanes) {
         const size_t vectors = mha_smaller((Ek - e) / kernels->lanes, kernels->vectors);
         absorb_window(j->f, i, h, e, vectors);
@@ -234,6 +271,7 @@ static bool score(const mha_few_queries *f, size_t n, size_t first, mha_panel pa
         product.addend = e ? s->scores : NULL;
         kernels->product(&product);
     }
+    give_up_unless_finite(f, n, s->scores, block->keys * P); /* before the masks, which may be infinite */
     if (visibility == MHA_VISIBLE_SOME)
         kernels->accumulate(s->scores, s->bias, block->keys * P);
     return true;
@@ -284,6 +322,12 @@ static void attend_task(void *context, size_t task, size_t worker)
 
 /* ---- merge ---- */
 
+static bool is_zero(const mha_kernels *kernels, const char *number)
+{
+    const char zero[sizeof(double)] = {0};
+    return memcmp(number, zero, kernels->item) == 0;
+}
+
 static void merge_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
@@ -300,11 +344,8 @@ static void merge_task(void *context, size_t task, size_t worker)
                                numbers_at(f, f->maximum, part), numbers_at(f, f->sum, part), Ev, panel.vectors);
     }
     char *mass = numbers_at(f, f->mass, i * padded + panel.first);
-    for (size_t lane = 0; lane < panel.count; lane++) {
-        const char zero[sizeof(double)] = {0};
-        const bool is_empty = memcmp(sum + lane * kernels->item, zero, kernels->item) == 0;
-        kernels->fill(mass + lane * kernels->item, 1, is_empty ? 0 : 1);
-    }
+    for (size_t lane = 0; lane < panel.count; lane++)
+        kernels->fill(mass + lane * kernels->item, 1, is_zero(kernels, sum + lane * kernels->item) ? 0 : 1);
     char *inverse = scratch_of(j, worker).factor;
     kernels->softmax_end(sum, inverse, panel.vectors, f->call->empty_row);
     kernels->unpack_panel(sums, panel.vectors, inverse, panel.count, Ev,
@@ -347,6 +388,20 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
                strip + (l * P + from - panel.first) * number, (to - from) * number);
 }
 
+/* Numbers that are not finite in values, Wv or bv are so in the context. A row of no keys may be NaN by itself. */
+static void look_at_context(const mha_few_queries *f, size_t i, size_t h)
+{
+    const mha_widths *w = &f->weights->widths;
+    const mha_kernels *kernels = f->weights->kernels;
+    const size_t n = number_of_item(f, i);
+    for (size_t l = 0; l < f->call->L; l++) {
+        const bool is_empty = is_zero(kernels, numbers_at(f, f->mass, i * padded_lanes(f) + l * w->H + h));
+        if (!is_empty || f->call->empty_row != MHA_EMPTY_ROW_NAN)
+            give_up_unless_finite(f, n, f->context + ((n * f->call->L + l) * f->context_stride + h * w->Dv) *
+                                                         kernels->item, w->Dv);
+    }
+}
+
 static void emit_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
@@ -359,6 +414,7 @@ static void emit_task(void *context, size_t task, size_t worker)
         if (panel.first < head + w->Dv && head < panel.first + panel.count)
             emit_panel(f, i, h, panel, scratch_of(j, worker).rows);
     }
+    look_at_context(f, i, h);
 }
 
 /* ---- weigh ---- */
@@ -477,8 +533,20 @@ static void number_items(const mha_few_queries *f)
             *number++ = n;
 }
 
-mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_t scratch_bytes)
+static size_t take_out_given_up(const mha_few_queries *f)
 {
+    size_t count = 0;
+    for (size_t n = 0; n < f->call->N; n++)
+        if (atomic_load_explicit(is_given_up(f, n), memory_order_relaxed)) {
+            f->live->is_few[n] = false;
+            count++;
+        }
+    return count;
+}
+
+mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_t scratch_bytes, size_t *given_up)
+{
+    *given_up = 0;
     if (f->items == 0)
         return MHA_OK;
     const size_t H = f->weights->widths.H;
@@ -488,17 +556,21 @@ mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_
     const struct {
         size_t tasks;
         mha_task task;
-        bool only_for_weights;
     } stages[] = {
-        {f->items * H, absorb_task, false},  {panels, pack_task, false},
-        {panels * f->chunks, attend_task, false}, {panels, merge_task, false},
-        {f->items * H, emit_task, false},    {queries, pack_query_task, true},
-        {queries * f->chunks, weigh_task, true},
+        {f->items * H, absorb_task},  {panels, pack_task}, {panels * f->chunks, attend_task}, {panels, merge_task},
+        {f->items * H, emit_task}, /* and for the weights: */ {queries, pack_query_task},
+        {queries * f->chunks, weigh_task},
     };
+    enum { STAGES = sizeof stages / sizeof *stages, TO_CONTEXT = STAGES - 2 };
     mha_status status = MHA_OK;
     number_items(f);
-    for (size_t i = 0; i < sizeof stages / sizeof *stages && status == MHA_OK; i++)
-        if (!stages[i].only_for_weights || f->call->weights_wanted)
-            status = run(&j, stages[i].tasks, stages[i].task);
+    for (size_t n = 0; n < f->call->N; n++)
+        atomic_init(is_given_up(f, n), false);
+    for (size_t i = 0; i < TO_CONTEXT && status == MHA_OK; i++)
+        status = run(&j, stages[i].tasks, stages[i].task);
+    if (status == MHA_OK)
+        *given_up = take_out_given_up(f);
+    for (size_t i = TO_CONTEXT; i < STAGES && status == MHA_OK && *given_up == 0 && f->call->weights_wanted; i++)
+        status = run(&j, stages[i].tasks, stages[i].task);
     return status;
 }

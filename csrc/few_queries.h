@@ -7,6 +7,9 @@
  *
  * The constant leaves softmax as it is. So the keys' inputs are their own keys and values, the same for every head,
  * and all heads of all queries of an item are lanes beside each other: lane i is query i / H, head i % H.
+ *
+ * These equations hold for finite numbers: an infinite x_s makes the score infinite where projecting the key gives
+ * infinities of both signs, whose sum is NaN. So an item that meets a number that is not finite is given up.
  */
 #ifndef MHA_FEW_QUERIES_H
 #define MHA_FEW_QUERIES_H
@@ -35,6 +38,7 @@ typedef struct {
     size_t maximum, sum;      /* [items][chunks][lanes]: what softmax knows of a chunk; the first takes in the others */
     size_t y, y_stride;       /* [items][L * H]: rows sum_s p_s x_s, normalised */
     size_t mass;              /* [items][lanes]: what bv is multiplied with */
+    size_t is_given_up;       /* [N] */
 } mha_few_queries;
 
 /* Whether the items of a call can be treated this way, and whether one with so many live keys is better treated so. It
@@ -46,7 +50,8 @@ bool mha_few_queries_pays(const mha_weights *weights, const mha_call *call, size
 void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout);
 size_t mha_few_queries_scratch(const mha_few_queries *f); /* bytes a thread */
 
-/* Fills the context, and the attention weights where they are wanted, of those items. */
-mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_t scratch_bytes);
+/* Fills the context, and the attention weights where they are wanted, of those items. Where some have to be given up,
+ * they are not few any more: the call has to be planned anew, and nothing is written but the context. */
+mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_t scratch_bytes, size_t *given_up);
 
 #endif

@@ -270,7 +270,8 @@ static void copy_context(const forward *f)
                at_offset(f, f->at.context + row * f->at.context_stride * item), bytes);
 }
 
-static mha_status run(const forward *f)
+/* Where some items turn out to need their keys projected, these are counted, and nothing is left in the output. */
+static mha_status run(const forward *f, size_t *given_up)
 {
     const mha_call *call = f->call;
     const mha_kernels *kernels = f->weights->kernels;
@@ -295,8 +296,8 @@ static mha_status run(const forward *f)
     if (status != MHA_OK)
         return status;
     const mha_few_queries few = describe_few_queries(f);
-    status = mha_few_queries_attend(&few, scratch, f->at.scratch_bytes);
-    if (status != MHA_OK)
+    status = mha_few_queries_attend(&few, scratch, f->at.scratch_bytes, given_up);
+    if (status != MHA_OK || *given_up > 0)
         return status;
 
     if (call->context)
@@ -329,12 +330,17 @@ mha_status mha_forward(const mha_weights *weights, const mha_call *call)
     mha_status status = read_masks(weights, call, &f.live, &f.masks);
     if (status != MHA_OK)
         goto done;
-    mha_number_rows(&f.live);
-    f.few = (mha_few_queries){.weights = weights, .call = call, .live = &f.live, .masks = &f.masks};
-    status = plan_call(&f);
-    if (status != MHA_OK)
-        goto done;
-    status = run(&f);
+    size_t given_up;
+    do {
+        given_up = 0;
+        mha_number_rows(&f.live);
+        f.few = (mha_few_queries){.weights = weights, .call = call, .live = &f.live, .masks = &f.masks};
+        mha_give_workspace(f.block);
+        f.block = NULL;
+        status = plan_call(&f);
+        if (status == MHA_OK)
+            status = run(&f, &given_up);
+    } while (status == MHA_OK && given_up > 0);
 done:
     mha_give_workspace(f.block);
     mha_live_keys_release(&f.live);

@@ -137,6 +137,7 @@ typedef struct mha_kernels {
 
     void (*accumulate)(void *total, const void *x, size_t n); /* total[i] += x[i]; n is a multiple of lanes */
     void (*fill)(void *x, size_t n, double value);
+    bool (*is_finite)(const void *x, size_t n); /* no number is NaN or infinite */
 
     /* weights[key][lane] is multiplied by 0 or by dropout->scale, for lane < count. */
     void (*dropout)(void *weights, size_t keys, size_t vectors, size_t count, const mha_dropout_block *dropout);

@@ -52,7 +52,8 @@ static const double exp2_coefficients_f64[] = {
         .softmax_begin = PASTE(softmax_begin, suffix), .softmax_step = PASTE(softmax_step, suffix), \
         .softmax_merge = PASTE(softmax_merge, suffix), \
         .softmax_weights = PASTE(softmax_weights, suffix), .softmax_end = PASTE(softmax_end, suffix), \
-        .accumulate = PASTE(accumulate, suffix), .fill = PASTE(fill, suffix), .dropout = PASTE(dropout, suffix), \
+        .accumulate = PASTE(accumulate, suffix), .fill = PASTE(fill, suffix), .is_finite = PASTE(is_finite, suffix), \
+        .dropout = PASTE(dropout, suffix), \
     }
 
 /* Rows of a full tile of V vectors: enough accumulators to keep the multiply-add units busy, few enough for the registers. */
@@ -555,6 +556,27 @@ static void V(fill)(void *x_, size_t n, double value)
         V(store)(x + i, V(splat)((REAL)value));
     for (; i < n; i++)
         x[i] = (REAL)value;
+}
+
+/* A number times 0 is 0 or NaN, which stays in a sum. Four sums wait for each other less. */
+static bool V(is_finite)(const void *x_, size_t n)
+{
+    const REAL *x = x_;
+    const VEC zero = V(splat)(0);
+    VEC sums[] = {zero, zero, zero, zero};
+    size_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        MHA_UNROLL
+        for (size_t sum = 0; sum < 4; sum++)
+            sums[sum] = V(fma)(V(load)(x + i + sum * LANES), zero, sums[sum]);
+    }
+    REAL total[V(lanes)], rest = 0;
+    V(store)(total, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < n; i++)
+        rest += x[i] * 0;
+    for (size_t lane = 0; lane < LANES; lane++)
+        rest += total[lane];
+    return rest == 0;
 }
 
 /* ---- Dropout ---- */

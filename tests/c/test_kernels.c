@@ -403,6 +403,26 @@ static void test_accumulate_and_fill(const bench *b)
     }
 }
 
+/* One bad number in each place, or the largest there are, in each place. */
+static void test_is_finite(const bench *b)
+{
+    static const double bad[] = {NAN, INFINITY, -INFINITY};
+    describe(b, "is_finite");
+    for (size_t n = 0; n < 5 * b->k->lanes + 3; n++) {
+        void *x = buffer(b, 0, n);
+        for (size_t i = 0; i < n; i++)
+            put(b->dtype, x, (ptrdiff_t)i, (i % 2 ? -1 : 1) * (b->dtype == MHA_FLOAT32 ? (double)FLT_MAX : DBL_MAX));
+        CHECK(b->k->is_finite(x, n), "%zu finite numbers", n);
+        for (size_t i = 0; i < n; i++) {
+            const double kept = get(b->dtype, x, (ptrdiff_t)i);
+            put(b->dtype, x, (ptrdiff_t)i, bad[(i + n) % 3]);
+            CHECK(!b->k->is_finite(x, n), "number %zu of %zu", i, n);
+            put(b->dtype, x, (ptrdiff_t)i, kept);
+        }
+        CHECK(guarded_intact(0), "wrote to the buffer's side");
+    }
+}
+
 /* ---- Dropout ---- */
 
 static const uint32_t dropout_key[2] = {0x243f6a88, 0x85a308d3};
@@ -485,6 +505,7 @@ int main(void)
     on_every_bench(test_masks);
     on_every_bench(test_softmax_end);
     on_every_bench(test_accumulate_and_fill);
+    on_every_bench(test_is_finite);
     on_every_bench(test_dropout);
     return check_report("test_kernels");
 }
