@@ -13,16 +13,12 @@ their functions are copied for constant numbers of rows and vectors, and only -O
 import subprocess
 import sys
 
-from workbench import REPOSITORY, TESTS, Workbench, empty_folder  # finds test_c_core, too
+from workbench import NOT_ABOUT_C, REPOSITORY, TESTS, Workbench, empty_folder  # finds test_c_core, too
 
 from test_c_core import ONE_LEVEL, PROGRAMS, execute  # noqa: E402,I001
 
 LEAST = 95  # per cent
 FLAGS = ["--coverage", "-fprofile-update=atomic", "-O0"]  # without "atomic", counts of several threads get lost
-
-# They ask compilers, documents, pictures or other builds: nothing that would run the C code in a new way.
-LEFT_OUT = ["test_c_core.py", "test_hot_loops.py", "test_instructions.py", "test_shipping.py", "test_typing.py",
-            "test_documentation.py", "test_notebooks.py", "test_plot.py", "test_demo.py"]
 
 # CPython's macros bring branches of their own: "is it NULL?", "did the visitor fail?".
 MACROS = r"\s*(Py_VISIT|Py_CLEAR)\("
@@ -62,7 +58,7 @@ def main():
         bench.compile(file, ["-O1"])
     run_c_tests(bench)
     bench.link_extension()
-    files = sys.argv[1:] or sorted(file.name for file in TESTS.glob("test_*.py") if file.name not in LEFT_OUT)
+    files = sys.argv[1:] or sorted(file.name for file in TESTS.glob("test_*.py") if file.name not in NOT_ABOUT_C)
     command, environment = bench.pytest("-q", *files)
     passed = subprocess.run(command, cwd=TESTS, env=environment, check=False).returncode == 0
     enough = report(folder, {"avx512", "avx2", "neon"} - set(levels(bench)))

@@ -20,6 +20,10 @@ from test_c_core import WRAP  # noqa: E402
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-DNDEBUG", "-O1", "-ffp-contract=off", "-fPIC", "-pthread", "-w",
          f'-DMHA_C_NUMPY_VERSION="{np.__version__}"', f"-I{np.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
+# They ask compilers, documents, pictures or other builds: nothing that would run the C code in a new way.
+NOT_ABOUT_C = ["test_c_core.py", "test_hot_loops.py", "test_instructions.py", "test_shipping.py", "test_typing.py",
+               "test_documentation.py", "test_notebooks.py", "test_plot.py", "test_demo.py"]
+
 
 def empty_folder(name):
     """build/NAME, with nothing in it."""
