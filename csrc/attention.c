@@ -75,8 +75,7 @@ typedef struct {
 /* Lanes of the widest panel that L queries make. */
 static size_t widest_panel(const mha_attention *a)
 {
-    const size_t vectors = mha_split_width(a->kernels, a->L).vectors;
-    return a->kernels->lanes * mha_smaller(vectors ? vectors : 1, a->kernels->vectors);
+    return a->kernels->lanes * mha_smaller(mha_split_width(a->kernels, a->L).vectors, a->kernels->vectors);
 }
 
 static size_t most_task_panels(const mha_attention *a)
@@ -553,8 +552,6 @@ mha_status mha_attend(const mha_attention *a)
 {
     job j = {.a = a, .at = place_states(a), .split = mha_split_width(a->kernels, a->L)};
     const size_t shared = a->H / a->Hkv, heads = a->N * a->Hkv;
-    if (a->N == 0 || a->L == 0)
-        return MHA_OK;
     if (most_weighing_panels(a) > 0)
         return attend_and_weigh(a, &j);
     j.task_panels = mha_smaller(most_task_panels(a),

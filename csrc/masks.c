@@ -10,26 +10,21 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* What a mask does to one key, as a number that is added to its score. */
+/* What a mask of any kind but NONE does to one key, as a number that is added to its score. */
 static double mask_value(mha_mask_kind kind, const char *at)
 {
     float f;
     double d;
-    switch (kind) {
-    case MHA_MASK_HIDE:
+    if (kind == MHA_MASK_HIDE)
         return *at ? -INFINITY : 0;
-    case MHA_MASK_SHOW:
+    if (kind == MHA_MASK_SHOW)
         return *at ? 0 : -INFINITY;
-    case MHA_MASK_FLOAT32:
+    if (kind == MHA_MASK_FLOAT32) {
         memcpy(&f, at, sizeof f);
         return f;
-    case MHA_MASK_FLOAT64:
-        memcpy(&d, at, sizeof d);
-        return d;
-    case MHA_MASK_NONE:
-        break;
     }
-    return 0;
+    memcpy(&d, at, sizeof d);
+    return d;
 }
 
 static const char *mask_at(const mha_mask *mask, size_t n, size_t h, size_t l)
@@ -138,7 +133,7 @@ size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s)
         else
             high = middle;
     }
-    while (low < live_keys && s < live->S && index[low] == s) {
+    while (low < live_keys && index[low] == s) {
         low++;
         s++;
     }

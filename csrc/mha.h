@@ -112,7 +112,8 @@ typedef struct {
     const bool *is_few; /* [N]: items to treat without projecting their keys, where that is possible at all; NULL: those
                            for which it pays (mha_choose_paths) */
 
-    void *output; /* (N, L, Eo): features adjacent, and either (N, L) or (L, N) order without gaps; NULL: not wanted */
+    void *output; /* (N, L, Eo): features adjacent, and either (N, L) or (L, N) order without gaps; NULL: not wanted.
+                     Written last, when nothing else is read any more: it may lie over the inputs and masks */
     bool output_batch_first;
     mha_weights_wanted weights_wanted;
     void *attn_weights; /* C-contiguous (N, L, S') or (N, H, L, S'); S' = S + mha_extra_keys() */

@@ -112,6 +112,7 @@ CASES = {
     "key and value of other batch sizes": call(v=(5, 3, 8)),
     "key and value of other widths": call(v=(5, 2, 6)),
     "key and value too narrow": call(k=(5, 2, 6)),
+    "key and value too narrow, two arrays": call(k=(5, 2, 6), v=(5, 2, 6)),
     "key and value too narrow, no bias": call(k=(5, 2, 6), options={"bias": False}),
     "key and value too narrow, unbatched": call(q=(3, 8), k=(5, 6)),
     "key of another batch size than query": call(k=(5, 3, 8)),

@@ -745,6 +745,7 @@ MHA_WRONG = {
     "attn_mask": dict(attn_mask=np.zeros((S, L), "f4")),
     "attn_mask of int": dict(attn_mask=np.zeros((L, S), int)),
     "dropout": dict(dropout_p=1.5),
+    "dropout, nan": dict(dropout_p=np.nan),
 }
 
 
@@ -764,8 +765,9 @@ def test_mha_exceptions(name, need_weights):
     {"in_proj_weight": normal((3 * E, E), "float64")}, {"in_proj_bias": normal((3 * E,), "float64")},
     {"out_proj_weight": normal((E, E), "float64")}, {"out_proj_bias": normal((E,), "float64")},
     {"query": normal((L, N, E), "float64")}, {"bias_k": KV.astype("f8"), "bias_v": KV},
-    {"static_k": STATIC.astype("f8"), "static_v": STATIC}, {"static_k": STATIC, "static_v": STATIC[..., None]},
-], ids=lambda changes: f"{list(changes)} {[v.shape for v in changes.values()]}")
+    {"static_k": STATIC.astype("f8"), "static_v": STATIC},
+    {**mha_arguments(dtype="float64"), "static_k": STATIC, "static_v": STATIC}, {"static_k": STATIC, "static_v": STATIC[..., None]},
+], ids=lambda changes: f"{[(k, v.dtype.name, v.shape) for k, v in changes.items() if isinstance(v, np.ndarray)][-3:]}")
 def test_mha_exceptions_in_words_of_our_own(changes):
     """What torch finds out somewhere inside has its type."""
     pytest.importorskip("torch")

@@ -663,6 +663,8 @@ def test_garbage_for_the_core():
     weights = module._parameters.weights
     make, (widths, arrays, _) = module._parameters.__reduce__()
     q, k, v = np.split(arrays["in_proj_weight"], 3)
+    of_stages = [weights, X[:, None], X[:, None], X[:, None], None, False, None, True, False, None, False, False, "zero",
+                 0.0, 0, 0]
     calls = {
         _core.forward: [weights, X, X, X, None, True, None, True, False, None, False, False, "torch", 0.0, 0, 0, None,
                         None],
@@ -670,6 +672,9 @@ def test_garbage_for_the_core():
         _core.Weights: [2, 2, 4, 4, q, k, v, arrays["in_proj_bias"], None, None, arrays["out_proj.weight"],
                         arrays["out_proj.bias"]],
         _core.set_num_threads: [2],
+        _core.takes_few_queries: of_stages, _core.attend: [*of_stages, np.array([False])],
+        _core.scores: [*of_stages[:5], True, None, False, *of_stages[8:]],
+        _core.project: [weights, "key", X[:, None], False],
     }
     garbage = [None, True, 0, -1, 2**31, 2**63, 2**64, -(2**63), 0.5, float("nan"), float("inf"), "torch", b"ab", [],
                (), {}, object(), Untrue(), X, X.T, X[:0], X[0], X[None, None], X.astype("f8"), X.astype("f2"),
@@ -690,6 +695,27 @@ def test_garbage_for_the_core():
     assert outcome(lambda: copy.copy(weights)).error is not None
     assert outcome(lambda: pickle.dumps(weights)).error is not None
     assert outcome(lambda: type("Sub", (_core.Weights,), {})).error is not None
+
+
+def test_parameters_that_cannot_be():
+    """Numbers that overflow, another dtype than the first weight's, names; and what is there counts its bytes."""
+    _, (_, arrays, _) = layer(8, 2)._parameters.__reduce__()
+    given = [*np.split(arrays["in_proj_weight"], 3), arrays["in_proj_bias"], None, None, arrays["out_proj.weight"],
+             arrays["out_proj.bias"]]
+    for widths in ((2**62, 1, 2, 1), (2**62, 1, 1, 2)):
+        with pytest.raises(ValueError, match="too large"):
+            _core.Weights(*widths, *given)
+    for i in range(len(given)):
+        if given[i] is not None:
+            with pytest.raises(ValueError, match="must have the shape|elements for the"):
+                _core.Weights(2, 2, 4, 4, *given[:i], given[i][:-1].copy(), *given[i + 1:])
+    with pytest.raises(TypeError, match="no keyword"):
+        _core.Weights(2, 2, 4, 4, *given, num_heads=2)
+    assert _core.Weights(2, 2, 4, 4, *given).nbytes == sum(array.nbytes for array in given if array is not None)
+    wider = [array if array is None else array.astype("f8") for array in given]
+    for mixed, name in (([given[0], wider[1]], "float32"), ([wider[0], given[1]], "float64")):
+        with pytest.raises(TypeError, match=f"k_proj_weight must be of dtype {name}"):
+            _core.Weights(2, 2, 4, 4, *mixed, *given[2:])
 
 
 # ------------------------------------------------------------------------------------------- out=, wherever it lies

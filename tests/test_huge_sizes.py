@@ -25,6 +25,17 @@ def keys():
     return array
 
 
+def test_a_result_beyond_the_address_space():
+    """Inputs that repeat one number are small however long they are; what would come out of them is not."""
+    module = layer(2, 1, out_dim=64)
+    x = np.broadcast_to(np.float32(1), (2**28, 2**28, 2))
+    with pytest.raises(MemoryError, match="address space"):
+        module(x, x[:5], x[:5])
+    query, value = np.broadcast_to(np.ones((3, 2), "f4"), (2**28, 2**28, 3, 2)), np.ones((5, 64), "f4")
+    with pytest.raises(MemoryError, match="address space"):
+        functional.scaled_dot_product_attention(query, value[:, :2], value)
+
+
 def test_the_last_of_many_keys_large(keys):
     """It outweighs all others together: score 16 * 3 against their 0."""
     query = np.full((1, 16), 3, "f4")

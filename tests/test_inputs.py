@@ -426,6 +426,8 @@ def test_wrong_out():
         with pytest.raises(exception, match="out"):
             module(*given, out=out)
     np.testing.assert_array_equal(read_only, 0)
+    with pytest.raises(TypeError, match="out must be of dtype float64, not numpy.float32"):
+        layer(8, 2, batch_first=True, dtype="float64")(*inputs(2, 3, 5, 8, dtype="float64"), out=given[0].copy())
 
 
 @pytest.mark.parametrize("moved", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
@@ -435,7 +437,7 @@ def test_inputs_that_differ_in_one_stride(moved):
     x = normal((32, 32, 32))
     plain = x[:3, :20]
     for other in (np.broadcast_to(x[:1, :20], plain.shape), np.broadcast_to(x[:3, :1], plain.shape),
-                  x.swapaxes(1, 2)[:3, :20]):
+                  x.swapaxes(1, 2)[:3, :20], np.broadcast_to(x[:3, :20, :1], plain.shape)):
         assert other.ctypes.data == plain.ctypes.data and other.shape == plain.shape
         given = [other if i in moved else plain for i in range(3)]
         want = module(*[one.copy() for one in given])

@@ -61,11 +61,14 @@ PREPARE = """
             large[0], large[1], large[2], 64, 4, state["in_proj_weight"], state["in_proj_bias"], None, None, False, 0.0,
             state["out_proj.weight"], state["out_proj.bias"])
 
-    def refused():
+    def refused(*arguments, **options):
         try:
-            small(tiny[0][..., :3], *tiny[1:])
-        except AssertionError:
-            return [tiny[0]]
+            small(*arguments, **options)
+        except (AssertionError, RuntimeError, ValueError):
+            return [arguments[0]]
+
+    core, weights, narrow = mha_c._core, middle._parameters.weights, small._parameters.weights
+    rest = [None, True, None, False, False, None, True, False, "zero", 0.0, 0, 0]  # weights of heads, batch_first
 
     def loaded():
         fresh = copy.copy(middle)
@@ -79,7 +82,16 @@ PREPARE = """
         "few queries": lambda: middle(*few),
         "function": function,
         "attention alone": lambda: [scaled_dot_product_attention(large[0][..., ::2], large[1][..., ::2], large[2])],
-        "refused": refused,
+        "refused width": lambda: refused(tiny[0][..., :3], *tiny[1:]),
+        "refused length": lambda: refused(tiny[0], tiny[1][:, 1:], tiny[2]),
+        "refused mask": lambda: refused(*tiny, attn_mask=np.zeros((4, 5), bool)),
+        "refused out": lambda: refused(*tiny, out=np.zeros((2, 5, 7), "f4")),
+        "out": lambda: small(*tiny, out=np.zeros((2, 8, 5), "f4").swapaxes(1, 2)),
+        "config": lambda: [np.array(core.config()["threads"])],
+        "paths": lambda: [core.takes_few_queries(narrow, *tiny, *rest)],
+        "scores": lambda: [core.scores(weights, *large, *rest)],
+        "context": lambda: core.attend(weights, *large, *rest, np.zeros(2, bool)),
+        "projection": lambda: [core.project(weights, "key", large[0], True)],
         "constructor": lambda: list(mha_c.MultiheadAttention(8, 2, seed=1, dropout_seed=1).parameters()),
         "load": loaded,
         "unpickle": lambda: pickle.loads(pickled)(*few),
@@ -147,6 +159,46 @@ def test_threads_that_cannot_be_had(shim):
     shim.fail_threads(0)
     assert all(middle(*large)[0].tobytes() == want for _ in range(5)) and threads() == before + 3
     """, env={"LD_PRELOAD": str(shim), "OPENBLAS_NUM_THREADS": "1"})
+
+
+def test_import_without_memory(shim):
+    """The extension says ImportError or MemoryError, and can be had as soon as there is memory."""
+    child = run_child(f"""
+    import ctypes, glob, importlib.util, os, threading
+    import numpy
+    shim = ctypes.CDLL({str(shim)!r})
+    library, = glob.glob(os.path.join(importlib.util.find_spec("mha_c").submodule_search_locations[0], "_core.*.so"))
+    def load():
+        spec = importlib.util.spec_from_file_location("_core", library)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    def disarm():
+        while True:
+            try:
+                return shim.fail_at(0)
+            except MemoryError:
+                pass
+    for n in range(1, 2000):
+        child = os.fork()
+        if child == 0:
+            loaded = None
+            try:
+                shim.fail_at(n)
+                loaded = load()
+            except (ImportError, MemoryError):
+                pass
+            except SystemError as other:  # CPython's own: a function of its failed and had no memory to say why
+                assert "without setting an exception" in str(other)
+            failed = disarm()
+            os._exit(2 if not failed else 0 if load().get_num_threads() > 0 else 1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 2:
+            break
+        assert status == 0, f"allocation {{n}}: the process ended with status {{status}}"
+    print(n - 1)
+    """, env={"LD_PRELOAD": str(shim), "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"}, timeout=300)
+    assert int(child.stdout) > 20
 
 
 def test_new_threads_without_memory(shim):

@@ -168,6 +168,21 @@ def test_parameters_outlive_the_layer():
         weight.setflags(write=True)
 
 
+def test_key_weights_live_as_long_as_they_are_read():
+    """The core reads them where they are, and nobody else may hold them."""
+    _, (_, arrays, _) = layer(8, 2)._parameters.__reduce__()
+    q, k, v = np.split(arrays["in_proj_weight"], 3)
+    given = k.copy()
+    alive = weakref.ref(given)
+    weights = mha_c._core.Weights(2, 2, 4, 4, q, given, v, None, None, None, arrays["out_proj.weight"], None)
+    del given
+    gc.collect()
+    assert alive() is not None
+    del weights
+    gc.collect()
+    assert alive() is None
+
+
 def resident():
     """Bytes of physical memory in use."""
     with open("/proc/self/statm") as file:

@@ -196,19 +196,7 @@ static int check_out(const call_arguments *arguments, int ndim, const npy_intp *
     return 0;
 }
 
-/* Whether the core may write its result where out= lies, while it still reads the inputs. */
-static bool is_writable_in_place(const call_arguments *arguments)
-{
-    PyArrayObject *out = (PyArrayObject *)arguments->out_object;
-    PyArrayObject *const read[] = {arguments->query, arguments->key, arguments->value, arguments->key_padding_mask,
-                                   arguments->attn_mask, arguments->static_k, arguments->static_v};
-    bool in_place = PyArray_ISCARRAY(out);
-    for (size_t i = 0; in_place && i < sizeof read / sizeof *read; i++)
-        in_place = read[i] == NULL || !arrays_may_overlap(out, read[i]);
-    return in_place;
-}
-
-/* Without a batch axis for an input that has none. */
+/* Without a batch axis for an input that has none. In out= itself, where the core could write it. */
 static int make_output(call_arguments *arguments)
 {
     const mha_widths *widths = &arguments->weights->widths;
@@ -219,7 +207,7 @@ static int make_output(call_arguments *arguments)
 
     if (arguments->out_object != NULL && check_out(arguments, ndim, shape + skip) < 0)
         return -1;
-    if (arguments->out_object != NULL && is_writable_in_place(arguments))
+    if (arguments->out_object != NULL && PyArray_ISCARRAY((PyArrayObject *)arguments->out_object))
         arguments->output = (PyArrayObject *)Py_NewRef(arguments->out_object);
     else
         arguments->output = new_array(ndim, shape + skip, arguments->weights->dtype);

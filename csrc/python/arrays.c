@@ -194,27 +194,6 @@ PyObject *pin_memory(PyArrayObject *const *arrays, size_t count)
     return pins;
 }
 
-/* The addresses that the elements occupy: from *low up to, not including, *high. */
-static void address_range(PyArrayObject *array, uintptr_t *low, uintptr_t *high)
-{
-    *low = *high = (uintptr_t)PyArray_DATA(array);
-    if (PyArray_SIZE(array) == 0)
-        return;
-    *high += (uintptr_t)PyArray_ITEMSIZE(array);
-    for (int i = 0; i < PyArray_NDIM(array); i++) {
-        const npy_intp reach = (PyArray_DIM(array, i) - 1) * PyArray_STRIDE(array, i);
-        *(reach < 0 ? low : high) += (uintptr_t)reach;
-    }
-}
-
-bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b)
-{
-    uintptr_t a_low, a_high, b_low, b_high;
-    address_range(a, &a_low, &a_high);
-    address_range(b, &b_low, &b_high);
-    return a_low < b_high && b_low < a_high && a_low < a_high && b_low < b_high;
-}
-
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype)
 {
     npy_intp bytes = dtype == MHA_FLOAT32 ? (npy_intp)sizeof(float) : (npy_intp)sizeof(double);

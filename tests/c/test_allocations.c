@@ -5,7 +5,7 @@
  * To be linked with -Wl,--wrap=malloc,--wrap=calloc,--wrap=aligned_alloc,--wrap=free, so that the allocations of
  * the core, and of this file, come here first.
  *
- * Also: sizes that no memory could hold, and a call that is asked to stop.
+ * Also: sizes that no memory could hold, and a call that is asked to stop, at any moment.
  */
 #include "cpu.h"
 #include "problems.h"
@@ -133,6 +133,73 @@ static void test_problem(const problem *p, mha_dtype dtype, mha_weights_wanted w
     free_parameters(&given);
 }
 
+/* The same for parts of the pass, and for attention without projections. */
+static void test_parts(void)
+{
+    enum { WIDTH = 6, N = 2, LENGTH = 300, OUTPUT_BYTES = 8 * N * LENGTH * WIDTH };
+    const problem p = {.name = "parts", .N = N, .L = 1, .S = LENGTH, .w = {.H = 2, .Hkv = 2, .D = 3, .Dv = 3,
+                       .E = WIDTH, .Ek = WIDTH, .Ev = WIDTH, .Eo = WIDTH}, .padding = MHA_MASK_HIDE};
+    const ptrdiff_t row = WIDTH * (ptrdiff_t)sizeof(float), none[] = {0};
+    parameters given = make_parameters(&p, MHA_FLOAT32);
+    mha_weights *weights = make_weights(&p, &given);
+    const mha_call c = make_call(&p, MHA_FLOAT32, &(manner){.threads = 2});
+    const mha_heads heads = {c.key.data, 1, none, 0, row};
+    char *y = guarded_buffer(OUTPUT + 2, OUTPUT_BYTES, AT_END);
+    bool is_few[N];
+    mha_input_projection input = {weights, MHA_KEY, N, LENGTH, c.key, y, 2, {NULL, NULL}};
+    mha_sdpa_call sdpa = {.dtype = MHA_FLOAT32, .axes = 1, .length = &(size_t){1}, .L = LENGTH, .S = LENGTH, .D = WIDTH,
+                          .Dv = WIDTH, .query = heads, .key = heads, .value = heads, .output = y, .threads = 2};
+    const long before = in_use();
+    for (size_t part = 0; part < 3; part++) {
+        mha_status status = MHA_NO_MEMORY;
+        for (size_t n = 0; n < MOST_ALLOCATIONS && status != MHA_OK; n++) {
+            DESCRIBE("part %zu, %zu allocations", part, n);
+            allocations_left = n;
+            status = part == 0 ? mha_project_input(&input) : part == 1 ? mha_choose_paths(weights, &c, is_few)
+                                                                       : mha_sdpa(&sdpa);
+            allocations_left = SIZE_MAX;
+            CHECK(status == (n ? MHA_OK : MHA_NO_MEMORY) || (part == 2 && n == 1), "status %d", (int)status);
+            CHECK(in_use() == before, "%ld allocations leaked", live - before);
+        }
+    }
+    DESCRIBE("parts that are too large");
+    input.N = sdpa.axes = 2;
+    input.length = SIZE_MAX / 2 + 1;
+    sdpa.length = (const size_t[]){SIZE_MAX / 2 + 1, 2};
+    CHECK(mha_project_input(&input) == MHA_TOO_LARGE, "N * length overflows");
+    CHECK(mha_sdpa(&sdpa) == MHA_TOO_LARGE, "the product of the axes overflows");
+    input.N = 1;
+    CHECK(mha_project_input(&input) == MHA_TOO_LARGE, "no address space has so many rows");
+    CHECK(in_use() == before, "%ld allocations leaked", live - before);
+    mha_weights_destroy(weights);
+    free_parameters(&given);
+}
+
+/* A plan remembers every kind of overflow, wherever it comes; the empty one is memory, too. */
+static void test_layouts(void)
+{
+    static const size_t sizes[][3] = {{SIZE_MAX, 2, 1}, {SIZE_MAX / 2, 2, 4}, {SIZE_MAX, 1, 1}, {SIZE_MAX / 2, 1, 1}};
+    const long before = in_use();
+    char *block;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        mha_layout layout = {0};
+        DESCRIBE("%zu * %zu * %zu bytes", sizes[i][0], sizes[i][1], sizes[i][2]);
+        mha_reserve(&layout, sizes[i][0], sizes[i][1], sizes[i][2]);
+        mha_reserve(&layout, 1, 1, 1);
+        CHECK(mha_allocate(&layout, &block) == MHA_TOO_LARGE && !block, "allocated");
+        CHECK(mha_take_workspace(&layout, &block) == MHA_TOO_LARGE && !block, "a workspace");
+    }
+    DESCRIBE("twice what fits once");
+    mha_layout layout = {0};
+    for (size_t i = 0; i < 3; i++)
+        mha_reserve(&layout, PTRDIFF_MAX / 4 * 3, 1, 1);
+    CHECK(mha_allocate(&layout, &block) == MHA_TOO_LARGE && !block, "allocated");
+    DESCRIBE("nothing");
+    CHECK(mha_allocate(&(mha_layout){0}, &block) == MHA_OK && block, "no block");
+    mha_release(block);
+    CHECK(in_use() == before, "%ld allocations leaked", live - before);
+}
+
 /* ---- Workspaces of callers that are at work at once ---- */
 
 /* Each finds its own; one of those that are given back is kept, the others are freed. */
@@ -189,30 +256,48 @@ static void test_sizes(void)
     free_parameters(&given);
 }
 
-static bool always(void *context)
+typedef struct {
+    size_t asked, patience; /* questions that are answered with no */
+} questions;
+
+static bool is_impatient(void *context)
 {
-    ++*(size_t *)context;
-    return true;
+    questions *q = context;
+    return ++q->asked > q->patience;
+}
+
+/* Stopped at the first question, the second, ... until the call gets through. */
+static void stop_everywhere(const problem *p, size_t threads)
+{
+    parameters given = make_parameters(p, MHA_FLOAT32);
+    mha_weights *weights = make_weights(p, &given);
+    const long before = in_use();
+    const manner m = {.threads = threads, .wanted = MHA_WEIGHTS_AVERAGED};
+    mha_call c = make_call(p, MHA_FLOAT32, &m);
+    mha_status status = MHA_STOPPED;
+    for (size_t patience = 0; patience < 10000 && status != MHA_OK; patience += 1 + patience / 8) {
+        questions q = {.patience = patience};
+        c.stop = (mha_stop){is_impatient, &q};
+        DESCRIBE("'%s', %zu threads, stopped after %zu questions", p->name, threads, patience);
+        status = mha_forward(weights, &c);
+        CHECK(status == (q.asked > patience ? MHA_STOPPED : MHA_OK), "asked %zu times, status %d", q.asked,
+              (int)status);
+        CHECK(in_use() == before, "%ld allocations leaked", live - before);
+    }
+    CHECK(status == MHA_OK, "never got through");
+    mha_weights_destroy(weights);
+    free_parameters(&given);
 }
 
 static void test_stop(void)
 {
-    const problem p = {.name = "stopped", .N = 4, .L = 200, .S = 200, .w = RAGGED};
-    parameters given = make_parameters(&p, MHA_FLOAT32);
-    mha_weights *weights = make_weights(&p, &given);
-    const long before = in_use();
+    const problem ordinary = {.name = "ordinary", .N = 4, .L = 200, .S = 200, .w = RAGGED};
+    const problem few_queries = {.name = "few queries", .N = 4, .L = 1, .S = 700, .w = {.H = 4, .Hkv = 4, .D = 16,
+                                 .Dv = 16, .E = 64, .Ek = 64, .Ev = 64, .Eo = 8}};
     for (size_t threads = 1; threads < 4; threads++) {
-        const manner m = {.threads = threads, .wanted = MHA_WEIGHTS_AVERAGED};
-        mha_call c = make_call(&p, MHA_FLOAT32, &m);
-        size_t asked = 0;
-        c.stop = (mha_stop){always, &asked};
-        DESCRIBE("stopped, %zu threads", threads);
-        const mha_status status = mha_forward(weights, &c);
-        CHECK(status == (asked ? MHA_STOPPED : MHA_OK), "asked %zu times, status %d", asked, (int)status);
-        CHECK(in_use() == before, "%ld allocations leaked", live - before);
+        stop_everywhere(&ordinary, threads);
+        stop_everywhere(&few_queries, threads);
     }
-    mha_weights_destroy(weights);
-    free_parameters(&given);
 }
 
 int main(void)
@@ -226,6 +311,8 @@ int main(void)
         for (int dtype = 0; dtype < 2; dtype++)
             for (int wanted = 0; wanted < 3; wanted++)
                 test_problem(&problems[i], (mha_dtype)dtype, (mha_weights_wanted)wanted);
+    test_parts();
+    test_layouts();
     test_workspaces();
     test_stop();
     test_sizes();

@@ -22,6 +22,10 @@ static const problem problems[] = {
      .is_self = true},
     {.name = "two chains in a head", .N = 1, .L = 20, .S = 66, .w = SQUARE(1, 140, 20)},
     {.name = "slices of features", .N = 1, .L = 2, .S = 2, .w = SQUARE(2, 200, 1100), .has_bias = true},
+    {.name = "wide heads, a narrow output", .N = 1, .L = 26, .S = 5, .w = {.H = 1, .Hkv = 1, .D = 700, .Dv = 1100,
+     .E = 3, .Ek = 3, .Ev = 3, .Eo = 5}},
+    {.name = "one array, of which the keys have fewer features", .N = 2, .L = 9, .S = 9, .w = {.H = 2, .Hkv = 2, .D = 4,
+     .Dv = 4, .E = 12, .Ek = 7, .Ev = 9, .Eo = 8}, .has_bias = true, .is_self = true},
     {.name = "widths", .N = 2, .L = 5, .S = 130, .w = RAGGED, .has_bias = true},
     {.name = "one of everything", .N = 1, .L = 1, .S = 1, .w = SQUARE(1, 1, 1), .has_bias = true},
     {.name = "causal", .N = 2, .L = 150, .S = 150, .w = SQUARE(2, 4, 8), .is_causal = true, .is_self = true},
@@ -155,6 +159,23 @@ static void check_manners(const problem *p, const mha_weights *weights, mha_dtyp
     free(averaged);
 }
 
+/* The output over an input. */
+static void check_in_place(const problem *p, const mha_weights *weights, mha_dtype dtype, const answer *plain)
+{
+    const size_t bytes = p->N * p->L * p->w.Eo * item_of(dtype);
+    for (size_t i = 0; i < (p->is_self ? 1 : 3); i++) {
+        mha_call c = make_call(p, dtype, &plainly);
+        if (guarded_slots[INPUTS + i].bytes < bytes)
+            continue;
+        c.output = guarded_slots[INPUTS + i].data;
+        DESCRIBE("%s %s '%s', output over input %zu", mha_cpu_name(), dtype_name(dtype), p->name, i);
+        answer a = call_forward(p, weights, dtype, &c);
+        check_identical("output", a.output, plain->output, p->N * p->L * p->w.Eo);
+        check_identical("weights", a.weights, plain->weights, p->N * p->w.H * p->L * columns_of(p));
+        free_answer(&a);
+    }
+}
+
 /* Item n of a call, by itself. */
 static void check_items_alone(const problem *p, const mha_weights *weights, mha_dtype dtype, const answer *plain)
 {
@@ -192,6 +213,7 @@ static void test_problem(const problem *p, mha_dtype dtype, uint64_t *hash)
     for (size_t i = 0; i < p->N * p->w.H * p->L * columns_of(p); i++)
         hash_number(hash, plain.weights[i]);
     check_manners(p, weights, dtype, &plain);
+    check_in_place(p, weights, dtype, &plain);
     check_items_alone(p, weights, dtype, &plain);
     free_answer(&plain);
     mha_weights_destroy(weights);

@@ -27,13 +27,14 @@ static const sdpa_problem problems[] = {
     {.name = "two chains in a head", {1, 1}, 2, 2, 2, 10, 70, 140, 9},
     {.name = "grouped", {2, 2}, 6, 2, 2, 5, 70, 12, 7},
     {.name = "groups of different sizes", {1, 3}, 12, 2, 3, 4, 10, 5, 3},
-    {.name = "keys of fewer heads than values", {2, 1}, 8, 2, 8, 7, 66, 4, 4, .mask = MHA_MASK_SHOW, .mask_per_head = true},
+    {.name = "keys of fewer heads than values", {2, 1}, 8, 2, 8, 7, 66, 4, 4, .mask = MHA_MASK_SHOW,
+     .mask_per_head = true},
     {.name = "keys that all share", {3, 2}, 4, 4, 2, 20, 33, 8, 8, .shares_keys = true, .mask = MHA_MASK_FLOAT32},
     {.name = "causal", {2, 2}, 2, 2, 1, 90, 90, 4, 8, .is_causal = true},
     {.name = "causal, fewer keys", {1, 1}, 2, 2, 2, 70, 5, 4, 8, .is_causal = true, .mask = MHA_MASK_HIDE},
     {.name = "hidden pairs", {2, 1}, 2, 1, 2, 66, 130, 4, 8, .mask = MHA_MASK_HIDE, .mask_per_head = true},
     {.name = "mask in float64", {2, 3}, 2, 2, 2, 9, 70, 4, 8, .mask = MHA_MASK_FLOAT64, .mask_per_head = true},
-    {.name = "no features", {2, 2}, 2, 2, 2, 3, 70, 0, 8, .scale = 3},
+    {.name = "no features", {2, 2}, 2, 2, 2, 3, 70, 0, 8},
     {.name = "no keys", {2, 2}, 2, 2, 2, 3, 0, 4, 8},
     {.name = "no values", {1, 2}, 2, 2, 2, 3, 4, 4, 0},
     {.name = "no queries", {1, 2}, 2, 2, 2, 0, 4, 4, 4},
@@ -161,7 +162,8 @@ static double *define_sdpa(const mha_sdpa_call *c, size_t count)
 
 static void test_problem(const sdpa_problem *p, mha_dtype dtype, uint64_t *hash)
 {
-    static const sdpa_manner manners[] = {{2, 0, 4, AT_START}, {3, 4, 1, AT_END}, {1, 5, 2, AT_START}, {2, 4, 3, AT_START}};
+    static const sdpa_manner manners[] = {
+        {2, 0, 4, AT_START}, {3, 4, 1, AT_END}, {1, 5, 2, AT_START}, {2, 4, 3, AT_START}};
     made_call made;
     make_sdpa_call(p, dtype, &plainly, &made);
     DESCRIBE("%s %s '%s'", mha_cpu_name(), dtype_name(dtype), p->name);

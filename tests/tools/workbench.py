@@ -67,8 +67,7 @@ class Workbench:
         """A program of tests/c, from the objects as they are now; where it lies."""
         program = self.objects / f"test_{name}"
         core = [made for made in sorted(self.objects.glob("*.o")) if not made.name.startswith("python_")]
-        subprocess.run(["gcc", *self.flags, TESTS / "c" / f"test_{name}.c",
-                        *([self.objects / "threads.o"] if name == "threads" else core), "-o", program,
+        subprocess.run(["gcc", *self.flags, TESTS / "c" / f"test_{name}.c", *core, "-o", program,
                         *(WRAP if name == "allocations" else []), "-lm"], check=True)
         return program
 
