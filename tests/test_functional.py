@@ -745,7 +745,6 @@ MHA_WRONG = {
     "attn_mask": dict(attn_mask=np.zeros((S, L), "f4")),
     "attn_mask of int": dict(attn_mask=np.zeros((L, S), int)),
     "dropout": dict(dropout_p=1.5),
-    "dropout, nan": dict(dropout_p=np.nan),
 }
 
 
@@ -775,6 +774,13 @@ def test_mha_exceptions_in_words_of_our_own(changes):
     ours, theirs = (outcome(lambda: run(arguments)).error for run in (
         lambda a: multi_head_attention_forward(**a), torch_mha))
     assert type(ours) is type(theirs) is RuntimeError and str(ours)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_mha_dropout_that_is_no_number(need_weights):
+    """torch drops nothing, or says that it cannot drop, depending on the way it goes; here it is always an error."""
+    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1, but got nan"):
+        multi_head_attention_forward(**mha_arguments(dropout_p=np.nan, need_weights=need_weights))
 
 
 def test_mha_takes_tensors_and_gives_back_references():

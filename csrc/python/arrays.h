@@ -33,9 +33,6 @@ bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape);
  * to an array is not enough: resize(refcheck=False) asks for none, but leaves an array alone that has a weak one. */
 PyObject *pin_memory(PyArrayObject *const *arrays, size_t count);
 
-/* Whether some byte may belong to both: compares the ranges of addresses, so it may say true in vain. */
-bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);
-
 /* A new C-contiguous array; MemoryError where NumPy says ValueError, for a shape beyond all memory. */
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype);
 

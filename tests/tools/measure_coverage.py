@@ -3,13 +3,18 @@
 
     python tests/tools/measure_coverage.py [pytest's arguments]
 
-The C tests run on every level of this CPU, then the pytest files that reach the extension. gcovr's table of files is
+The C tests run on every level of this CPU, then the pytest files about the extension. gcovr's table of files is
 followed by each line that nothing ran and each branch that was never taken. The exit status is 1 below 95 % of lines
 or of branches, or if a test fails.
 
 Everything is compiled without optimisation, so that every branch of the source is there to be taken, but the kernels:
 their functions are copied for constant numbers of rows and vectors, and only -O1 removes what a constant decides.
 Left out are instruction sets that this CPU lacks.
+
+What stays untested, and why: answers of CPUs and systems that are not at hand (cpu.c: no AVX2, registers not saved;
+threads.c: quotas of cgroups, no key or handler for the pool); a second allocation that fails right after the first one
+that did (both tuples of an error's text); conditions that only C can bring about where Python asks (an index that the
+interpreter has checked, numbers of threads beyond 1023).
 """
 
 import json
@@ -17,15 +22,17 @@ import subprocess
 import sys
 from itertools import groupby
 
-from workbench import NOT_ABOUT_C, REPOSITORY, TESTS, Workbench, empty_folder  # finds test_c_core, too
+from workbench import REPOSITORY, TESTS, Workbench, empty_folder  # finds test_c_core, too
 
 from test_c_core import ONE_LEVEL, PROGRAMS, execute  # noqa: E402,I001
 
 LEAST = 95  # per cent
 FLAGS = ["--coverage", "-fprofile-update=atomic", "-O0", "-Wl,--wrap=_exit"]  # without "atomic", threads lose counts
 
-# They ask torch at length, and run nothing that others do not.
-LEFT_OUT = [*NOT_ABOUT_C, "test_check.py", "test_accuracy.py", "test_replace_attention.py"]
+# The files that ask the extension directly; the others ask it through these functions, too, but torch at more length.
+FILES = [f"test_{name}.py" for name in (
+    "dropout", "errors", "explain", "extreme_numbers", "functional", "hostile_arguments", "huge_sizes", "inputs",
+    "interrupt", "masks", "module", "out_of_memory", "processes", "reproducibility", "threads")]
 UNFIT = "not test_source_tree_without_the_extension"  # the extension stands beside the sources here
 
 # CPython's macros bring branches of their own: "is it NULL?", "did the visitor fail?".
@@ -84,7 +91,8 @@ def show_missing(report):
         print(f"\n{file['file']}")
         for number, lines in groupby(file["lines"], key=lambda line: line["line_number"]):
             copies = list(lines)  # of a function that is compiled several times
-            branches = [branch["count"] for line in copies for branch in line.get("branches", [])]
+            branches = [branch["count"] for line in copies for branch in line.get("branches", [])
+                        if not branch.get("gcovr/excluded")]
             if not any(line["count"] for line in copies):
                 print(f"{number:5}  not run          {source[number - 1].strip()}")
             elif 0 in branches:
@@ -97,8 +105,9 @@ def report(folder, absent):
         for file in (folder / "objects").glob(f"kernels_{name}.gc*"):
             file.unlink()
     command = [sys.executable, "-m", "gcovr", "--root", REPOSITORY, "--filter", "csrc/", "--merge-lines",
-               "--merge-mode-functions=separate", "--exclude-branches-by-pattern", MACROS, "--txt-metric", "line",
-               "--txt-metric", "branch", "--txt", "-", "--fail-under-line", LEAST, "--fail-under-branch", LEAST,
+               "--merge-mode-functions=separate", "--gcov-suspicious-hits-threshold=0",
+               "--exclude-branches-by-pattern", MACROS, "--txt-metric", "line", "--txt-metric", "branch", "--txt", "-",
+               "--fail-under-line", LEAST, "--fail-under-branch", LEAST,
                "--json", folder / "coverage.json", "--object-directory", folder, folder]
     enough = subprocess.run([str(part) for part in command], check=False, cwd=REPOSITORY).returncode == 0
     show_missing(folder / "coverage.json")
@@ -111,8 +120,7 @@ def main():
     bench = build(folder)
     run_c_tests(bench)
     bench.link_extension()
-    files = sys.argv[1:] or sorted(file.name for file in TESTS.glob("test_*.py") if file.name not in LEFT_OUT)
-    command, environment = bench.pytest("-q", "-k", UNFIT, *files)
+    command, environment = bench.pytest("-q", "-k", UNFIT, *(sys.argv[1:] or FILES))
     passed = subprocess.run(command, cwd=TESTS, env=environment, check=False).returncode == 0
     return not (report(folder, {"avx512", "avx2", "neon"} - set(levels(bench))) and passed)
 
