@@ -20,13 +20,14 @@
 #include "workspace.h"
 
 enum {
-    BLOCK_ROWS = 96,     /* a slice of a panel is read once for so many rows */
-    WHOLE_ROWS = 8,      /* a multiple of every kernel's rows */
-    COPY_COST = 1,       /* of the rows of a task, in the time that one panel takes */
-    SLICE_BYTES = 4096,  /* of a row; a whole number of chains */
-    SLICED_PANELS = 8,   /* panels whose strips wait at once for the next slice */
-    TASKS_A_THREAD = 4,  /* so that the last ones to finish differ by little */
-    PANELS_A_LOOK = 16,  /* panels between two looks whether the call is to be stopped */
+    BLOCK_ROWS = 96,      /* a slice of a panel is read once for so many rows */
+    BLOCK_BYTES = 491520, /* of a slice of them, which stays in the second-level cache; fewer rows where they are wide */
+    WHOLE_ROWS = 8,       /* a multiple of every kernel's rows */
+    COPY_COST = 1,        /* of the rows of a task, in the time that one panel takes */
+    SLICE_BYTES = 8192,   /* of a row; a whole number of chains */
+    SLICED_PANELS = 8,    /* panels whose strips wait at once for the next slice */
+    TASKS_A_THREAD = 4,   /* so that the last ones to finish differ by little */
+    PANELS_A_LOOK = 16,   /* panels between two looks whether the call is to be stopped */
 };
 
 typedef struct {
@@ -69,7 +70,8 @@ static plan make_plan(const mha_kernels *kernels, const mha_projection *projecti
     const size_t slice = SLICE_BYTES / kernels->item;
     plan p = {.projection = projection, .depth = depth, .slice = mha_smaller(depth, slice)};
     p.slices = depth ? mha_divide_up(depth, slice) : 1;
-    p.blocks = mha_divide_up(projection->rows, BLOCK_ROWS);
+    const size_t fit = BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->item) / WHOLE_ROWS * WHOLE_ROWS;
+    p.blocks = mha_divide_up(projection->rows, mha_smaller(BLOCK_ROWS, fit));
     if (p.blocks) {
         p.block_rows = mha_divide_up(mha_divide_up(projection->rows, p.blocks), WHOLE_ROWS) * WHOLE_ROWS;
         p.blocks = mha_divide_up(projection->rows, p.block_rows);
