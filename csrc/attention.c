@@ -38,7 +38,7 @@ typedef struct {
     char *queries;               /* [D][P], scaled */
     char *out;                   /* [Dv][P], once a block of keys was visible */
     char *maximum, *sum, *factor; /* [P] */
-    size_t h;
+    size_t h, hkv; /* its head, and that of keys and values */
     mha_panel lanes;
     bool is_empty; /* no key was visible so far */
     char *kept;    /* [keys of all blocks][P], the scores, where weights are to be made of them; else NULL */
@@ -68,7 +68,7 @@ typedef struct {
     places at;
     mha_split split;    /* of the L queries of a head */
     size_t task_panels; /* panels of a task of the first pass */
-    size_t groups;      /* tasks of an item's key/value head; where weights are made at once, of all heads of a weight */
+    size_t groups;      /* tasks of an item's key/value head, or of the heads whose weights are averaged */
     size_t chunks;      /* tasks of a panel in the second pass */
 } job;
 
@@ -115,7 +115,8 @@ static size_t most_weighing_panels(const mha_attention *a)
     if (!a->weights_wanted || a->weights_wanted == MHA_SCORES_PER_HEAD)
         return 0;
     const size_t panels = mha_split_width(a->kernels, a->L).panels;
-    const size_t fit = KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->item) / mha_larger(most_blocks(a), 1);
+    const size_t fitting_blocks = KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->item);
+    const size_t fit = fitting_blocks / mha_larger(most_blocks(a), 1);
     if (a->threads > 1 && a->N * (a->H / averaged_heads(a)) * panels < 2 * a->threads)
         return 0;
     return mha_smaller(mha_smaller(TASK_PANELS, fit), panels);
@@ -214,14 +215,14 @@ static void pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel l
                            queries, lanes.vectors);
 }
 
-static char *keys_of(const mha_attention *a, size_t n, const mha_key_block *block, size_t h)
+static char *keys_of(const mha_attention *a, size_t n, const mha_key_block *block, size_t hkv)
 {
-    return row_at(a, block->is_extra ? &a->extra_k : &a->k, n, h / (a->H / a->Hkv), block->row);
+    return row_at(a, block->is_extra ? &a->extra_k : &a->k, n, hkv, block->row);
 }
 
-static char *values_of(const mha_attention *a, size_t n, const mha_key_block *block, size_t h)
+static char *values_of(const mha_attention *a, size_t n, const mha_key_block *block, size_t hkv)
 {
-    return row_at(a, block->is_extra ? &a->extra_v : &a->v, n, h / (a->H / a->Hkv), block->row);
+    return row_at(a, block->is_extra ? &a->extra_v : &a->v, n, hkv, block->row);
 }
 
 static mha_visibility look(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
@@ -232,12 +233,12 @@ static mha_visibility look(const mha_attention *a, size_t n, size_t h, mha_panel
 
 /* scores[key][lane], plus bias unless it is NULL; it comes last. Chains of at most MHA_CHAIN features, as in the
  * projections. */
-static void score(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
+static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes, const mha_key_block *block,
                   const char *queries, const char *bias, char *scores, mha_next next)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
-    const char *keys = keys_of(a, n, block, h);
+    const char *keys = keys_of(a, n, block, hkv);
     mha_product product = {.rows = block->keys, .vectors = lanes.vectors,
                            .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1, .b_k = P,
                            .addend = a->D <= MHA_CHAIN ? bias : NULL, .addend_row = P, .c = scores, .c_row = P,
@@ -275,12 +276,14 @@ static void begin(const mha_attention *a, size_t n, state *s)
     a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
 }
 
-/* The part of `rows` rows of one head that the i-th of `parts` products fetches ahead of their use. They lie a page
- * apart, where no hardware expects the next. */
+/* The part of the next block's `rows` rows of one head that the i-th of `parts` products fetches ahead of their use. They
+ * lie a page apart, where no hardware expects the next. */
 static mha_next share_of(const mha_attention *a, const mha_rows *x, const char *first, size_t rows, size_t width,
                          size_t i, size_t parts)
 {
     const ptrdiff_t stride = x->stride_l * (ptrdiff_t)a->kernels->item;
+    if (rows == 0)
+        return (mha_next){0};
     const size_t begin = rows * i / parts, end = rows * (i + 1) / parts;
     return (mha_next){first + (ptrdiff_t)begin * stride, end - begin, width * a->kernels->item, stride};
 }
@@ -297,12 +300,12 @@ static void step(const mha_attention *a, size_t n, state *s, const mha_key_block
             kernels->fill(scores, block->keys * P, -INFINITY);
         return;
     }
-    score(a, n, s->h, s->lanes, block, s->queries, visibility == MHA_VISIBLE_SOME ? bias : NULL, scores, next_keys);
+    score(a, n, s->hkv, s->lanes, block, s->queries, visibility == MHA_VISIBLE_SOME ? bias : NULL, scores, next_keys);
     kernels->softmax_step(scores, block->keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
     if (a->dropout_p > 0)
         drop_out(a, n, s->h, s->lanes, block, exps);
     const mha_product product = {.rows = a->Dv, .depth = block->keys, .vectors = s->lanes.vectors,
-                                 .a = values_of(a, n, block, s->h), .a_row = 1,
+                                 .a = values_of(a, n, block, s->hkv), .a_row = 1,
                                  .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
                                  .c = s->out, .c_row = P, .next = next_values};
@@ -340,7 +343,7 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
     for (size_t b = 0; b < blocks; b++) {
         const mha_key_block block = next;
         next = b + 1 < blocks ? mha_key_block_at(a->live, n, b + 1) : (mha_key_block){0};
-        const char *k = keys_of(a, n, &next, states[0].h), *v = values_of(a, n, &next, states[0].h);
+        const char *k = keys_of(a, n, &next, states[0].hkv), *v = values_of(a, n, &next, states[0].hkv);
         for (size_t i = 0; i < panels; i++) {
             char *scores = states[i].kept ? states[i].kept + b * block_bytes(a, states[i].lanes.vectors) : exps;
             step(a, n, &states[i], &block, scores, exps, bias, share_of(a, &a->k, k, next.keys, a->D, i, panels),
@@ -370,6 +373,7 @@ static void attend_task(void *context, size_t task, size_t worker)
     for (size_t i = 0; i < panels; i++) {
         states[i] = state_at(&j->at, base, i);
         states[i].h = hkv * shared + (first + i) / j->split.panels;
+        states[i].hkv = hkv;
         states[i].lanes = mha_panel_at(&j->split, (first + i) % j->split.panels);
     }
     attend(a, n, states, panels, base + j->at.scores, base + j->at.bias);
@@ -407,8 +411,8 @@ static void score_again(const mha_attention *a, const weighing *w, size_t h, con
     if (visibility == MHA_VISIBLE_NONE)
         a->kernels->fill(scores, block->keys * w->lanes.vectors * a->kernels->lanes, -INFINITY);
     else
-        score(a, w->n, h, w->lanes, block, w->queries, visibility == MHA_VISIBLE_SOME ? w->bias : NULL, scores,
-              (mha_next){0});
+        score(a, w->n, h / (a->H / a->Hkv), w->lanes, block, w->queries,
+              visibility == MHA_VISIBLE_SOME ? w->bias : NULL, scores, (mha_next){0});
 }
 
 static char *weights_row(const mha_attention *a, const weighing *w, size_t lane)
@@ -482,6 +486,7 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
         for (size_t i = 0; i < panels; i++) {
             states[i] = state_at(&j->at, base, i);
             states[i].h = h;
+            states[i].hkv = h / (a->H / a->Hkv);
             states[i].lanes = mha_panel_at(&j->split, first + i);
             w[i] = (weighing){.n = n, .first_head = first_head, .heads = heads, .lanes = states[i].lanes,
                               .factor = states[i].factor, .weights = weights_at(&j->at, base, i), .scores = scores,

@@ -2,7 +2,7 @@
  *
  * workspace.c - checked sizes and aligned memory.
  *
- * Owns: one spare block, which any thread may take and give back.
+ * Owns: two spare blocks, which any thread may take and give back.
  * Assumes C11's aligned_alloc.
  */
 #include "workspace.h"
@@ -15,8 +15,9 @@
 enum {
     CACHE_LINE = 64,
     HUGE_PAGE = 2 << 20,
-    LEAST_SPARE = 128 << 10, /* less is quickly had */
-    MOST_SPARE = 64 << 20,   /* more is not kept from the rest of the process */
+    SMALL = 1024,          /* bytes up to which malloc is several times as quick as aligned_alloc */
+    LARGE = 128 << 10,     /* from which on a spare block is not wasted on small calls */
+    MOST_SPARE = 64 << 20, /* more is not kept from the rest of the process */
 };
 
 static bool multiply(size_t a, size_t b, size_t *product)
@@ -40,6 +41,8 @@ size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t item)
  * remembers the addresses of. */
 static char *allocate(size_t bytes)
 {
+    if (bytes <= SMALL)
+        return malloc(bytes);
     const size_t alignment = bytes < 2 * HUGE_PAGE ? CACHE_LINE : HUGE_PAGE;
     char *memory = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
 #ifdef MADV_HUGEPAGE
@@ -65,8 +68,9 @@ void mha_release(char *block)
 
 /* ---- The workspace of a call ---- */
 
-/* A block that the last call left. Fresh memory costs a page fault for every page, in every call. */
-static _Atomic(char *) spare;
+/* Blocks that the last calls left: a small one and a large one. Fresh memory costs a page fault for every page, in every
+ * call. */
+static _Atomic(char *) spares[2];
 
 /* The first cache line of a workspace holds its size. */
 static size_t size_of(const char *memory)
@@ -76,13 +80,18 @@ static size_t size_of(const char *memory)
     return bytes;
 }
 
+static _Atomic(char *) *spare_of(size_t bytes)
+{
+    return &spares[bytes >= LARGE];
+}
+
 mha_status mha_take_workspace(const mha_layout *layout, char **block)
 {
     *block = NULL;
     if (layout->too_large)
         return MHA_TOO_LARGE;
     const size_t bytes = layout->bytes + CACHE_LINE;
-    char *memory = bytes >= LEAST_SPARE ? atomic_exchange(&spare, NULL) : NULL;
+    char *memory = atomic_exchange(spare_of(bytes), NULL);
     if (memory && size_of(memory) < bytes) {
         free(memory);
         memory = NULL;
@@ -100,14 +109,15 @@ mha_status mha_take_workspace(const mha_layout *layout, char **block)
 void mha_give_workspace(char *block)
 {
     char *memory = block ? block - CACHE_LINE : NULL;
-    if (memory && size_of(memory) >= LEAST_SPARE && size_of(memory) <= MOST_SPARE)
-        memory = atomic_exchange(&spare, memory);
+    if (memory && size_of(memory) <= MOST_SPARE)
+        memory = atomic_exchange(spare_of(size_of(memory)), memory);
     free(memory);
 }
 
 void mha_free_spare(void)
 {
-    free(atomic_exchange(&spare, NULL));
+    for (size_t i = 0; i < sizeof spares / sizeof *spares; i++)
+        free(atomic_exchange(&spares[i], NULL));
 }
 
 size_t mha_row_stride(size_t width, size_t lanes, size_t item)
