@@ -276,8 +276,8 @@ static void begin(const mha_attention *a, size_t n, state *s)
     a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
 }
 
-/* The part of the next block's `rows` rows of one head that the i-th of `parts` products fetches ahead of their use. They
- * lie a page apart, where no hardware expects the next. */
+/* The part of the next block's `rows` rows of one head that the i-th of `parts` products fetches ahead of their use.
+ * They lie a page apart, where no hardware expects the next. */
 static mha_next share_of(const mha_attention *a, const mha_rows *x, const char *first, size_t rows, size_t width,
                          size_t i, size_t parts)
 {
@@ -438,8 +438,8 @@ static void write_weights(const mha_attention *a, const weighing *w, const mha_k
                    item);
 }
 
-/* The columns of keys that are not live: all alike, so one stands for all, and takes the place of the weights. Its score
- * is -inf, whose weight is 0, or NaN in a row that sees nothing at all. */
+/* The columns of keys that are not live: all alike, so one stands for all, and takes the place of the weights. Its
+ * score is -inf, whose weight is 0, or NaN in a row that sees nothing at all. */
 static void write_removed(const mha_attention *a, const weighing *w)
 {
     const mha_kernels *kernels = a->kernels;

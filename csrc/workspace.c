@@ -68,8 +68,8 @@ void mha_release(char *block)
 
 /* ---- The workspace of a call ---- */
 
-/* Blocks that the last calls left: a small one and a large one. Fresh memory costs a page fault for every page, in every
- * call. */
+/* Blocks that the last calls left: a small one and a large one. Fresh memory costs a page fault for every page, in
+ * every call. */
 static _Atomic(char *) spares[2];
 
 /* The first cache line of a workspace holds its size. */

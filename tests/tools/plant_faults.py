@@ -140,7 +140,8 @@ FAULTS = [
           "size_of(memory) * 2 < bytes", "allocations forward"),
     Fault("an overflow on the way is forgotten", "workspace.c", "layout->too_large = true;", "layout->bytes = 0;",
           "allocations"),
-    Fault("a spare block is replaced and lost", "workspace.c", "memory = atomic_exchange(spare_of(size_of(memory)), memory);",
+    Fault("a spare block is replaced and lost", "workspace.c",
+          "memory = atomic_exchange(spare_of(size_of(memory)), memory);",
           "(void)(atomic_exchange(spare_of(size_of(memory)), memory), memory = NULL);", "allocations"),
     # sdpa
     Fault("broadcast heads counted wrongly", "sdpa.c", "(i % s->groups * heads / s->groups)", "(i % s->groups)",
