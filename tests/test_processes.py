@@ -141,3 +141,73 @@ def test_ctrl_c_within_one_task(what):
         raise AssertionError("the call was over: nothing was tested")
     assert module(*given)[0].tobytes() == want
     """)
+
+
+def test_joblib():
+    """Loky's workers get the layer by pickle; large inputs as read-only maps of files."""
+    pytest.importorskip("joblib")
+    run_child(PREPARE + """
+    from joblib import Parallel, delayed
+    for max_nbytes in (None, 1000):
+        with Parallel(n_jobs=2, max_nbytes=max_nbytes) as parallel:
+            for _ in range(2):
+                results = parallel(delayed(module)(*given) for _ in range(6))
+                assert [output.tobytes() for output, _ in results] == [want] * 6
+                assert module(*given)[0].tobytes() == want
+    """, timeout=120)
+
+
+SHUTDOWNS = int(os.environ.get("MHA_C_SHUTDOWNS", 10))  # of each kind
+
+ENDINGS = {
+    "end of the program": ("pass", 0),
+    "sys.exit": ("sys.exit(3)", 3),
+    "an exception": ("sys.stderr = open(os.devnull, 'w'); raise OSError", 1),
+    "a call at exit": ("atexit.register(lambda: module(*given))", 0),
+    "a call of a finalizer": ("last = Last()", 0),
+    "a thread that is waited for": ("threading.Thread(target=lambda: [module(*given) for _ in range(3)]).start()", 0),
+    "the layer dropped": ("del module, given", 0),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_shutdown_with_calls_in_flight(ending):
+    """The interpreter ends while daemon threads compute: in time, with the program's own exit status."""
+    action, status = ENDINGS[ending]
+    done = run_child(PREPARE + f"""
+    import atexit, random, sys, threading
+
+    class Last:
+        call, given = module, given
+        def __del__(self):
+            try:
+                self.call(*self.given)
+            except Exception:  # what it needs may be gone
+                pass
+
+    def call(module, given):
+        while True:
+            module(*given)
+
+    def begin():
+        for _ in range(2):
+            threading.Thread(target=call, args=(module, given), daemon=True).start()
+        time.sleep(random.random() * 0.02)
+
+    ended = 0
+    for number in range({SHUTDOWNS}):
+        child = os.fork()
+        if child == 0:  # it ends as any program does, at the end of this one
+            break
+        waited = os.waitpid(child, 0)[1]
+        assert waited == {status} << 8, f"after {{ended}} that were right, one ended with {{waited}}"
+        ended += 1
+    if child == 0:
+        signal.alarm(30)
+        random.seed(number)
+        begin()
+        {action}
+    else:
+        print(ended)
+    """, timeout=60 + SHUTDOWNS)
+    assert done.stdout.split() == [str(SHUTDOWNS)]

@@ -263,6 +263,66 @@ def test_numbers_written_during_calls(queries, width):
     assert module(*given, **masks)[0].tobytes() == want
 
 
+def test_loading_from_many_threads(tmp_path):
+    """Loads by state dict, by file and from torch at once, calls and states read meanwhile: each sees one set."""
+    torch = pytest.importorskip("torch")
+    module = layer(48, 4, batch_first=True)
+    given = inputs(2, 30, 30, 48)
+    states, wanted, theirs, files = [], [], [], []
+    for seed in range(3):
+        randomize(module, seed)
+        states.append({name: np.array(array) for name, array in module.state_dict().items()})
+        wanted.append(module(*given)[0].tobytes())
+        theirs.append(torch.nn.MultiheadAttention(48, 4, batch_first=True))
+        theirs[-1].load_state_dict({name: torch.from_numpy(array) for name, array in states[-1].items()})
+        files.append(tmp_path / f"{seed}.npz")
+        module.save(files[-1])
+    sets = {b"".join(array.tobytes() for array in state.values()) for state in states}
+    shared = tmp_path / "shared.npz"
+    module.save(shared)
+    stop, done = threading.Event(), dict.fromkeys(("load", "replace", "save", "read", "from_torch"), 0)
+    wrong = []
+
+    def whole(one):
+        return b"".join(array.tobytes() for array in one.state_dict().values()) in sets
+
+    def replace(i):
+        randomized = mha_c.MultiheadAttention.load(files[i])
+        module.load_state_dict(randomized.state_dict())
+
+    actions = {
+        "load": lambda i: module.load_state_dict(states[i]),
+        "replace": replace,
+        "save": lambda i: module.save(shared),
+        "read": lambda i: whole(module) and whole(mha_c.MultiheadAttention.load(shared)) or wrong.append("read"),
+        "from_torch": lambda i: mha_c.MultiheadAttention.from_torch(theirs[i]).eval()(*given)[0].tobytes() == wanted[i]
+        or wrong.append("from_torch"),
+    }
+
+    def repeat(name):
+        while not stop.is_set():
+            actions[name](done[name] % 3)
+            done[name] += 1
+
+    def call(_):
+        seen = set()
+        while not stop.is_set() and (min(done.values()) < 20 or len(seen) < 2):
+            seen.add(module(*given)[0].tobytes())
+            if not seen <= set(wanted):
+                break
+        return seen
+
+    with ThreadPoolExecutor(len(actions) + 3) as pool:
+        others = [pool.submit(repeat, name) for name in actions]
+        try:
+            results = set().union(*pool.map(call, range(3), timeout=50))
+        finally:
+            stop.set()
+        for other in others:
+            other.result()
+    assert not wrong and results <= set(wanted) and whole(module)
+
+
 def test_layer_dies_during_a_call():
     """The last name of a layer may go while it computes."""
     given = inputs(2, 300, 300, 64)
