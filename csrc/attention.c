@@ -30,7 +30,7 @@ enum {
     KEPT_BYTES = 262144,  /* of scores that a task keeps to make weights of them, and of their averages */
     CHUNK_BLOCKS = 8,     /* blocks of keys whose weights the second pass collects before it writes them */
     TASKS_A_THREAD = 4,
-    BLOCKS_A_LOOK = 8, /* blocks of keys between two looks whether the call is to be stopped */
+    FEATURES_A_LOOK = 1024, /* of keys and values, of one block after the other, between two looks whether to stop */
 };
 
 /* What a task holds for one panel. */
@@ -339,6 +339,7 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
     for (size_t i = 0; i < panels; i++)
         begin(a, n, &states[i]);
     const size_t blocks = mha_key_blocks(a->live, n);
+    size_t features = 0; /* since the last look */
     mha_key_block next = blocks ? mha_key_block_at(a->live, n, 0) : (mha_key_block){0};
     for (size_t b = 0; b < blocks; b++) {
         const mha_key_block block = next;
@@ -349,8 +350,10 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
             step(a, n, &states[i], &block, scores, exps, bias, share_of(a, &a->k, k, next.keys, a->D, i, panels),
                  share_of(a, &a->v, v, next.keys, a->Dv, i, panels));
         }
-        if (b % BLOCKS_A_LOOK == BLOCKS_A_LOOK - 1 && mha_is_stopped())
+        features += a->D + a->Dv;
+        if (features >= FEATURES_A_LOOK && mha_is_stopped())
             return false;
+        features = features < FEATURES_A_LOOK ? features : 0;
     }
     for (size_t i = 0; i < panels; i++)
         finish(a, n, &states[i]);

@@ -131,20 +131,25 @@ static mha_projection plan_output(const forward *f)
                             .target = {{&w->out, f->call->output, w->widths.Eo}}};
 }
 
-static void list_all_rows(const forward *f)
+static void list_input_rows(const forward *f)
 {
     const mha_call *call = f->call;
-    const size_t item = f->weights->kernels->item, stride = f->at.context_stride * item;
     char *block = f->block;
     list_rows(&call->query, call->N, call->L, NULL, (const char **)(void *)(block + f->at.q_row));
     if (!call->static_k.data)
         list_rows(&call->key, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.k_row));
     if (!call->static_v.data)
         list_rows(&call->value, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.v_row));
-    const char **context_row = (const char **)(void *)(block + f->at.context_row);
+}
+
+static void list_context_rows(const forward *f)
+{
+    const mha_call *call = f->call;
+    const size_t stride = f->at.context_stride * f->weights->kernels->item;
+    const char **context_row = (const char **)(void *)(f->block + f->at.context_row);
     for (size_t r = 0; r < call->N * call->L; r++) {
         const size_t n_l = call->output_batch_first ? r : r % call->N * call->L + r / call->N;
-        context_row[r] = block + f->at.context + n_l * stride;
+        context_row[r] = f->block + f->at.context + n_l * stride;
     }
 }
 
@@ -238,10 +243,9 @@ static mha_status plan_call(forward *f)
     at->context = mha_reserve(&layout, queries, at->context_stride, item);
     at->extra_k = mha_reserve(&layout, f->live.extra, at->k_stride, item);
     at->extra_v = mha_reserve(&layout, f->live.extra, at->v_stride, item);
-    at->q_row = mha_reserve(&layout, queries, 1, sizeof(char *));
+    at->q_row = at->context_row = mha_reserve(&layout, queries, 1, sizeof(char *)); /* one after the other */
     at->k_row = mha_reserve(&layout, keys, 1, sizeof(char *));
-    at->v_row = mha_reserve(&layout, keys, 1, sizeof(char *));
-    at->context_row = mha_reserve(&layout, queries, 1, sizeof(char *));
+    at->v_row = same_input(&call->key, &call->value) ? at->k_row : mha_reserve(&layout, keys, 1, sizeof(char *));
     if (layout.too_large)
         return MHA_TOO_LARGE;
     mha_projection projections[MHA_TARGETS] = {{0}};
@@ -277,7 +281,7 @@ static mha_status run(const forward *f, size_t *given_up)
     const mha_kernels *kernels = f->weights->kernels;
     char *scratch = at_offset(f, f->at.scratch);
     mha_projection projections[MHA_TARGETS] = {{0}};
-    list_all_rows(f);
+    list_input_rows(f);
     write_extra_keys(f);
     if (call->static_k.data)
         copy_projected(f, &call->static_k, f->weights->widths.D, at_offset(f, f->at.k), f->at.k_stride);
@@ -304,6 +308,7 @@ static mha_status run(const forward *f, size_t *given_up)
         copy_context(f);
     if (!call->output)
         return MHA_OK;
+    list_context_rows(f);
     const mha_projection output = plan_output(f);
     return mha_project(kernels, &output, 1, call->threads, scratch, f->at.scratch_bytes, call->stop);
 }

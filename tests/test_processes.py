@@ -113,9 +113,10 @@ def test_interpreters_within_the_interpreter():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("what", ["keys", "features"])
+@pytest.mark.parametrize("what", ["keys", "features", "wide heads"])
 def test_ctrl_c_within_one_task(what):
-    """The queries of a head are one task however many keys there are, and 96 rows however wide the output."""
+    """The queries of a head are one task however many keys there are and however wide they are, and 96 rows however wide
+    the output."""
     run_child(PREPARE + f"""
     import threading
     from mha_c.functional import scaled_dot_product_attention
@@ -123,6 +124,9 @@ def test_ctrl_c_within_one_task(what):
     if {what!r} == "keys":
         key = np.broadcast_to(np.ones((1, 64), "f4"), (20_000_000, 64))
         call = lambda: scaled_dot_product_attention(np.ones((90, 64), "f4"), key, key)
+    elif {what!r} == "wide heads":
+        query, key = (np.broadcast_to(np.ones((1, 1_000_000), "f4"), (rows, 1_000_000)) for rows in (24, 100_000))
+        call = lambda: scaled_dot_product_attention(query, key, key)
     else:
         wide, x = layer(1024, 8, batch_first=True, out_dim=16_000), np.ones((1, 90, 1024), "f4")
         call = lambda: [wide(x, x, x) for _ in range(1000)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from typing_extensions import assert_type
 
@@ -77,6 +78,21 @@ with mha_c.num_threads(1) as nothing:
 assert_type(mha_c.show_config(), None)
 assert_type(mha_c.__version__, str)
 
+explanation = mha_c.explain(layer, x, x, x, heads=[0, 2], stages=("weights", "output"))
+assert_type(explanation.weights, Array)
+assert_type(explanation.heads, tuple[int, ...])
+assert_type([stage.array.nbytes for stage in explanation.stages.values()], list[int])
+assert_type(mha_c.heads.heads_of(explanation), Array)
+assert_type(mha_c.heads.entropy(explanation.weights, item=1), Array)
+assert_type(mha_c.heads.distance(x), Array)
+assert_type(mha_c.heads.to_bertviz(explanation, item=1), tuple[Any, ...])
+assert_type(mha_c.plot.weights(explanation, 1, tokens=["a", "b"], vmax=0.5), Axes)
+assert_type(mha_c.plot.average(x, colorbar=False), Axes)
+assert_type(mha_c.plot.heads(x), Array)
+assert_type(mha_c.plot.entropy([x, x]), Axes)
+assert_type(mha_c.plot.distance(x, ax=mha_c.plot.token(x, 2)), Axes)
+assert_type(mha_c.plot.masking(x, x), Array)
+
 report = mha_c.check.against_torch(layer, x, x, x, need_weights=False)
 assert_type(report, mha_c.check.Report)
 assert_type(report.agrees, bool)
@@ -97,6 +113,10 @@ layer(x, x, x, causal=True)  # type: ignore[call-arg]
 layer.in_proj_weight.shape  # type: ignore[union-attr]
 layer.embed_dim.shape  # type: ignore[attr-defined]
 layer.save(1)  # type: ignore[arg-type]
+mha_c.explain(layer, x)  # type: ignore[call-arg]
+mha_c.explain(layer, x, x, x, heads="0,1")  # type: ignore[arg-type]
+mha_c.plot.weights(x, "0")  # type: ignore[arg-type]
+mha_c.heads.entropy(x, 1)  # type: ignore[call-arg]
 scaled_dot_product_attention(x, x)  # type: ignore[call-arg]
 scaled_dot_product_attention(x, x, x, scale="1")  # type: ignore[arg-type]
 mha_c.set_num_threads("2")  # type: ignore[arg-type]
