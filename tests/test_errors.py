@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import REPOSITORY, layer, normal, outcome, to_torch, torch_words
+from helpers import REPOSITORY, call_torch, layer, normal, outcome, to_torch, torch_twin, torch_words
 
 torch = pytest.importorskip("torch")
 mha_c = pytest.importorskip("mha_c")
@@ -118,6 +118,7 @@ CASES = {
     "key of another batch size than query": call(k=(5, 3, 8)),
     "key of another batch size than query, batch_first": call(q=(2, 3, 8), k=(3, 5, 8),
                                                                options={"batch_first": True}),
+    "key of another batch size than query, bias_k": call(k=(5, 3, 8), options={"add_bias_kv": True}),
     "separate: key and value of other lengths": call(k=(5, 2, 6), v=(4, 2, 7), options=SEPARATE),
     "separate: key and value of other batch sizes": call(k=(5, 2, 6), v=(5, 3, 7), options=SEPARATE),
     "separate: key too narrow": call(k=(5, 2, 5), v=(5, 2, 7), options=SEPARATE),
@@ -187,6 +188,15 @@ def test_errors_come_before_any_work():
     with pytest.raises(RuntimeError):
         module(x, x, x, attn_mask=np.zeros((3, 4), bool), out=out)
     assert (out == 7).all()
+
+
+def test_another_batch_of_no_keys():
+    """There is nothing to disagree about, says torch."""
+    module = OURS.MultiheadAttention(8, 2)
+    query, key = normal((3, 2, 8)), normal((0, 3, 8))
+    for need_weights in (False, True):
+        want = call_torch(torch_twin(module.eval()), query, key, key, need_weights=need_weights)
+        np.testing.assert_allclose(module(query, key, key, need_weights=need_weights)[0], want[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -152,7 +152,18 @@ def test_masks_of_fewer_axes():
     """torch broadcasts them too, unless all inputs have four axes."""
     pytest.importorskip("torch")
     for mask in (np.array(True), np.arange(5) > 1, np.array(0.5, "f4"), normal((5,))):
-        check_sdpa(*qkv((2, 3, 4), (2, 5, 4)), attn_mask=mask)
+        for shapes in (((2, 3, 4), (2, 5, 4)), ((2, 2, 3, 4), (2, 5, 4)), ((2, 2, 3, 4), (2, 2, 5, 4), (2, 5, 4)),
+                       ((2, 2, 3, 4), (1, 2, 5, 4)), ((2, 2, 3, 4), (2, 2, 5, 4), (1, 2, 5, 4)),
+                       ((2, 2, 0, 4), (2, 2, 5, 4)), ((2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 0))):
+            check_sdpa(*qkv(*shapes), attn_mask=mask)
+
+
+def test_flags_of_numpy():
+    """A comparison of NumPy numbers is a flag like any other."""
+    arrays = qkv((2, 3, 7, 8), (2, 3, 7, 8))
+    for flag in (False, True):
+        want = scaled_dot_product_attention(*arrays, is_causal=flag)
+        assert np.array_equal(scaled_dot_product_attention(*arrays, is_causal=np.bool_(flag)), want)
 
 
 @pytest.mark.parametrize("mask", [np.zeros((3, 5), bool), np.full((3, 5), -np.inf, "f4")], ids=["bool", "float"])
@@ -764,9 +775,8 @@ def test_mha_exceptions(name, need_weights):
     {"in_proj_weight": normal((3 * E, E), "float64")}, {"in_proj_bias": normal((3 * E,), "float64")},
     {"out_proj_weight": normal((E, E), "float64")}, {"out_proj_bias": normal((E,), "float64")},
     {"query": normal((L, N, E), "float64")}, {"bias_k": KV.astype("f8"), "bias_v": KV},
-    {"static_k": STATIC.astype("f8"), "static_v": STATIC},
-    {**mha_arguments(dtype="float64"), "static_k": STATIC, "static_v": STATIC}, {"static_k": STATIC, "static_v": STATIC[..., None]},
-], ids=lambda changes: f"{[(k, v.dtype.name, v.shape) for k, v in changes.items() if isinstance(v, np.ndarray)][-3:]}")
+    {"static_k": STATIC.astype("f8"), "static_v": STATIC}, {"static_k": STATIC, "static_v": STATIC[..., None]},
+], ids=lambda changes: f"{list(changes)} {[v.shape for v in changes.values()]}")
 def test_mha_exceptions_in_words_of_our_own(changes):
     """What torch finds out somewhere inside has its type."""
     pytest.importorskip("torch")
@@ -774,6 +784,13 @@ def test_mha_exceptions_in_words_of_our_own(changes):
     ours, theirs = (outcome(lambda: run(arguments)).error for run in (
         lambda a: multi_head_attention_forward(**a), torch_mha))
     assert type(ours) is type(theirs) is RuntimeError and str(ours)
+
+
+def test_mha_static_keys_of_another_dtype():
+    """float32 ones in a call in float64."""
+    arguments = mha_arguments(dtype="float64", static_k=STATIC, static_v=STATIC)
+    with pytest.raises(RuntimeError, match="expected scalar type Double but found Float"):
+        multi_head_attention_forward(**arguments)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

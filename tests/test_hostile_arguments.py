@@ -663,8 +663,8 @@ def test_garbage_for_the_core():
     weights = module._parameters.weights
     make, (widths, arrays, _) = module._parameters.__reduce__()
     q, k, v = np.split(arrays["in_proj_weight"], 3)
-    of_stages = [weights, X[:, None], X[:, None], X[:, None], None, False, None, True, False, None, False, False, "zero",
-                 0.0, 0, 0]
+    x = X[:, None]
+    of_stages = [weights, x, x, x, None, False, None, True, False, None, False, False, "zero", 0.0, 0, 0]
     calls = {
         _core.forward: [weights, X, X, X, None, True, None, True, False, None, False, False, "torch", 0.0, 0, 0, None,
                         None],
@@ -674,7 +674,7 @@ def test_garbage_for_the_core():
         _core.set_num_threads: [2],
         _core.takes_few_queries: of_stages, _core.attend: [*of_stages, np.array([False])],
         _core.scores: [*of_stages[:5], True, None, False, *of_stages[8:]],
-        _core.project: [weights, "key", X[:, None], False],
+        _core.project: [weights, "key", x, False],
     }
     garbage = [None, True, 0, -1, 2**31, 2**63, 2**64, -(2**63), 0.5, float("nan"), float("inf"), "torch", b"ab", [],
                (), {}, object(), Untrue(), X, X.T, X[:0], X[0], X[None, None], X.astype("f8"), X.astype("f2"),

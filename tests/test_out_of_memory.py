@@ -202,7 +202,7 @@ def test_import_without_memory(shim):
 
 
 def test_new_threads_without_memory(shim):
-    """What a thread needs when it first takes part in a call is there, or done without; the pool starts anew each time."""
+    """What a thread needs when it first takes part in a call is there or done without; the pool starts anew each time."""
     run_child(PREPARE.replace("LIBRARY", repr(str(shim))) + """
     import os, time
     mha_c.set_num_threads(1)

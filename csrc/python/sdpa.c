@@ -62,9 +62,8 @@ static int collect_bool(PyObject *object, const char *name, bool *flag)
 {
     if (!PyBool_Check(object) && !PyArray_IsScalar(object, Bool))
         return raise_type(name, "bool", object);
-    const int truth = PyObject_IsTrue(object);
-    *flag = truth == 1;
-    return truth < 0 ? -1 : 0;
+    *flag = PyObject_IsTrue(object) == 1;
+    return 0;
 }
 
 static int collect_double(PyObject *object, const char *name, double *number)

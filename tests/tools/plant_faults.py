@@ -115,8 +115,8 @@ FAULTS = [
     # Few queries
     Fault("merging leaves out the last chunk", "few_queries.c", "chunk < f->chunks; chunk++",
           "chunk + 1 < f->chunks; chunk++", "forward"),
-    Fault("the value bias of an empty row", "few_queries.c", "is_zero(kernels, sum + lane * kernels->item) ? 0 : 1", "1",
-          "forward"),
+    Fault("the value bias of an empty row", "few_queries.c",
+          "is_zero(kernels, sum + lane * kernels->item) ? 0 : 1", "1", "forward"),
     Fault("an item of numbers that are not finite is not begun anew", "forward.c",
           "} while (status == MHA_OK && given_up > 0);", "} while (false);", "test_extreme_numbers.py"),
     Fault("the last features of Wk are left out", "few_queries.c", "if (e < Ek)\n", "if (e > Ek)\n", "forward"),
@@ -129,7 +129,8 @@ FAULTS = [
     Fault("the extra keys are not cleared", "forward.c", "memset(k, 0, f->live.extra * k_bytes);", "(void)k_bytes;",
           "forward allocations"),
     Fault("the order of the output", "forward.c", "r % call->N * call->L + r / call->N", "r", "forward"),
-    Fault("the workspace is not given back", "forward.c", "done:\n    mha_give_workspace(f.block);", "done:", "allocations"),
+    Fault("the workspace is not given back", "forward.c", "done:\n    mha_give_workspace(f.block);",
+          "done:", "allocations"),
     Fault("N * S is not checked for overflow", "forward.c",
           "|| __builtin_mul_overflow(call->N, call->S, &positions)", "", "allocations"),
     # Weights and workspace
@@ -151,7 +152,7 @@ FAULTS = [
     # Threads
     Fault("a ticket is handed out twice", "threads.c",
           "atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)",
-          "atomic_load_explicit(&job->next, memory_order_relaxed), atomic_fetch_add(&job->next, 1), task", "threads"),
+          "atomic_fetch_add_explicit(&job->next, worker != 1, memory_order_relaxed)", "threads"),
     Fault("a forked child keeps the old pool", "threads.c", "memset(&pool, 0, sizeof pool);", "", "threads"),
     Fault("the rounding mode stays the worker's", "threads.c", "fesetenv(&pool.current->environment);", "", "threads"),
     Fault("workers take the process's signals", "threads.c", "sigfillset(&blocked);",
