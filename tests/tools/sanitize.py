@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy
 from workbench import NOT_ABOUT_C, REPOSITORY, TESTS, empty_folder  # finds test_c_core, too
@@ -30,7 +31,8 @@ UBSAN = ["-fsanitize=undefined,implicit-conversion,unsigned-shift-base,local-bou
 FLAVOURS = {
     # With Python's own pools, reads beyond its objects would go unseen.
     "asan": ("gcc", ["-fsanitize=address", "-O1", "-g", "-fno-omit-frame-pointer"], "libasan.so",
-             {"ASAN_OPTIONS": "strict_string_checks=1:detect_stack_use_after_return=1", "PYTHONMALLOC": "malloc"}),
+             {"ASAN_OPTIONS": "allocator_may_return_null=1:strict_string_checks=1:detect_stack_use_after_return=1",
+              "PYTHONMALLOC": "malloc"}),
     "ubsan": ("clang", [*UBSAN, "-O1", "-g"], "libclang_rt.ubsan_standalone-x86_64.so",
               {"UBSAN_OPTIONS": "print_stacktrace=1"}),
     "tsan": ("gcc", ["-fsanitize=thread", "-O1", "-g"], "libtsan.so",
@@ -101,10 +103,19 @@ def hide_torch(folder):
 def find_errors(reports):
     """What sanitizers reported, leaks only where they lead to us: Python itself leaves much behind when it ends."""
     text = "\n".join(report.read_text(errors="replace") for report in reports)
-    errors = re.findall(r"^.*(?:ERROR: AddressSanitizer|WARNING: ThreadSanitizer|runtime error:).*(?:\n.+)*", text,
-                        re.M)
+    first = "ERROR: AddressSanitizer|AddressSanitizer: CHECK failed|WARNING: ThreadSanitizer|runtime error:"
+    errors = re.findall(rf"^.*(?:{first}).*(?:\n.+)*", text, re.M)
     leaks = [block for block in text.split("\n\n") if "leak of" in block and re.search(r"/csrc/|_core\.", block)]
     return errors + leaks
+
+
+def count_tests(results):
+    """How many tests passed and how many were skipped; none if pytest did not come to its end."""
+    if not results.exists(): # a process that a sanitizer ends has the exit status 0, for the sake of Python's leaks
+        return 0, 0
+    suite = ElementTree.parse(results).getroot().find("testsuite")
+    total, *others = (int(suite.get(name)) for name in ("tests", "skipped", "failures", "errors"))
+    return total - sum(others), others[0]
 
 
 def sanitize(name, quick, arguments):
@@ -115,9 +126,10 @@ def sanitize(name, quick, arguments):
     run_c_tests(Workshop(folder, flags), compiler, [*PROGRAMS, "threads"], variables=variables)
 
     package = build_package(folder, compiler, [*flags, *(["-shared-libsan"] if compiler == "clang" else [])])
-    preload = subprocess.run([compiler, f"-print-file-name={library}"], capture_output=True, text=True, check=True)
+    # The sanitizer's library must find the C++ library, or exceptions of other packages end the process.
+    preload = [execute([compiler, f"-print-file-name={name}"]).strip() for name in (library, "libstdc++.so.6")]
     environment = os.environ | variables | {
-        "LD_PRELOAD": preload.stdout.strip(), "PYTHONPATH": os.pathsep.join(map(str, (package, hide_torch(folder)))),
+        "LD_PRELOAD": " ".join(preload), "PYTHONPATH": os.pathsep.join(map(str, (package, hide_torch(folder)))),
         "LSAN_OPTIONS": f"exitcode=0:log_path={folder}/report"}
     for options in ("ASAN_OPTIONS", "UBSAN_OPTIONS", "TSAN_OPTIONS"): # children's reports must not get lost
         environment[options] = f"{environment.get(options, '')}:log_path={folder}/report"
@@ -125,12 +137,14 @@ def sanitize(name, quick, arguments):
     where = subprocess.run(probe, capture_output=True, text=True, check=True, env=environment, cwd=folder).stdout
     assert where.startswith(str(package)), f"tests would import {where}, not what was built here"
     files = QUICK if quick else sorted(file.name for file in TESTS.glob("test_*.py") if file.name not in NOT_ABOUT_C)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", UNFIT[name], *(arguments or files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={folder}/results.xml",
+               "-k", UNFIT[name], *(arguments or files)]
     status = subprocess.run(command, env=environment, cwd=TESTS, check=False).returncode
     errors = find_errors(folder.glob("report.*"))
     print("\n\n".join(errors))
-    print(f"{name}: pytest's exit status {status}, {len(errors)} errors reported")
-    return status != 0 or len(errors) > 0
+    passed, not_run = count_tests(folder / "results.xml")
+    print(f"{name}: {passed} tests passed, {not_run} skipped, exit status {status}, {len(errors)} errors reported")
+    return status != 0 or passed == 0 or len(errors) > 0
 
 
 def memcheck(quick, arguments):
