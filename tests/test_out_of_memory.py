@@ -4,6 +4,7 @@
 tests/c/test_allocations.c does the same for the core alone.
 """
 
+import os
 import platform
 import shutil
 import subprocess
@@ -28,6 +29,11 @@ def shim(tmp_path_factory):
     subprocess.run([compiler, "-std=gnu11", "-O2", "-shared", "-fPIC", "-fno-builtin", source, "-o", library, "-ldl"],
                    check=True)
     return library
+
+
+def preload(shim):
+    """LD_PRELOAD with the library before what stands there already, as that of a sanitizer."""
+    return " ".join([str(shim), *os.environ.get("LD_PRELOAD", "").split()])
 
 
 PREPARE = """
@@ -139,7 +145,7 @@ def test_every_allocation_fails_once(shim):
             raise AssertionError(f"{name} never had enough memory")
         print(f"{name}: {n - 1}", flush=True)
     print(f"{total} allocations failed")
-    """, env={"LD_PRELOAD": str(shim), "PYTHONMALLOC": "malloc"}, timeout=300)
+    """, env={"LD_PRELOAD": preload(shim), "PYTHONMALLOC": "malloc"}, timeout=300)
     print(child.stdout)
     assert int(child.stdout.split()[-3]) > 300
 
@@ -158,7 +164,7 @@ def test_threads_that_cannot_be_had(shim):
     assert all(middle(*large)[0].tobytes() == want for _ in range(5)) and threads() == before
     shim.fail_threads(0)
     assert all(middle(*large)[0].tobytes() == want for _ in range(5)) and threads() == before + 3
-    """, env={"LD_PRELOAD": str(shim), "OPENBLAS_NUM_THREADS": "1"})
+    """, env={"LD_PRELOAD": preload(shim), "OPENBLAS_NUM_THREADS": "1"})
 
 
 def test_import_without_memory(shim):
@@ -197,7 +203,7 @@ def test_import_without_memory(shim):
             break
         assert status == 0, f"allocation {{n}}: the process ended with status {{status}}"
     print(n - 1)
-    """, env={"LD_PRELOAD": str(shim), "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"}, timeout=300)
+    """, env={"LD_PRELOAD": preload(shim), "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"}, timeout=300)
     assert int(child.stdout) > 20
 
 
@@ -222,7 +228,7 @@ def test_new_threads_without_memory(shim):
             os._exit(0 if got in (None, want) and middle(*large)[0].tobytes() == want else 1)
         status = os.waitpid(child, 0)[1]
         assert status == 0, f"allocation {n}: the process ended with status {status}"
-    """, env={"LD_PRELOAD": str(shim), "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"}, timeout=200)
+    """, env={"LD_PRELOAD": preload(shim), "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"}, timeout=200)
 
 
 def test_limited_address_space():
