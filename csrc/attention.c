@@ -102,6 +102,11 @@ static size_t averaged_heads(const mha_attention *a)
     return a->weights_wanted == MHA_WEIGHTS_AVERAGED ? a->H : 1;
 }
 
+static size_t averages_of_item(const mha_attention *a)
+{
+    return a->H / averaged_heads(a);
+}
+
 /* Bytes of a block's scores or weights. */
 static size_t block_bytes(const mha_attention *a, size_t vectors)
 {
@@ -117,7 +122,7 @@ static size_t most_weighing_panels(const mha_attention *a)
     const size_t panels = mha_split_width(a->kernels, a->L).panels;
     const size_t fitting_blocks = KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->item);
     const size_t fit = fitting_blocks / mha_larger(most_blocks(a), 1);
-    if (a->threads > 1 && a->N * (a->H / averaged_heads(a)) * panels < 2 * a->threads)
+    if (a->threads > 1 && a->N * averages_of_item(a) * panels < 2 * a->threads)
         return 0;
     return mha_smaller(mha_smaller(TASK_PANELS, fit), panels);
 }
@@ -159,17 +164,16 @@ static places place_states(const mha_attention *a)
     return at;
 }
 
-static state state_at(const places *at, char *scratch, size_t i)
+static char *memory_of_state(const places *at, char *scratch, size_t i)
 {
-    char *base = scratch + at->states + i * at->state_bytes;
-    return (state){.queries = base + at->queries, .out = base + at->out, .maximum = base + at->maximum,
-                   .sum = base + at->sum, .factor = base + at->factor, .is_empty = true,
-                   .kept = at->kept < at->weights ? base + at->kept : NULL};
+    return scratch + at->states + i * at->state_bytes;
 }
 
-static char *weights_at(const places *at, char *scratch, size_t i)
+static state state_at(const places *at, char *scratch, size_t i)
 {
-    return scratch + at->states + i * at->state_bytes + at->weights;
+    char *base = memory_of_state(at, scratch, i);
+    return (state){.queries = base + at->queries, .out = base + at->out, .maximum = base + at->maximum,
+                   .sum = base + at->sum, .factor = base + at->factor, .is_empty = true};
 }
 
 /* Room for the weights of a chunk, and for what one block of one head needs. */
@@ -394,11 +398,13 @@ static size_t weight_columns(const mha_attention *a)
 }
 
 /* Turns scores of one head for one block into weights, and adds them to those of the heads before, unless they stand
- * there already. */
+ * there already. Scores that are wanted themselves stay as they are. */
 static void add_weights(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block, char *scores,
                         char *weights)
 {
     const mha_kernels *kernels = a->kernels;
+    if (a->weights_wanted == MHA_SCORES_PER_HEAD)
+        return;
     const size_t at = statistics_offset(a, w->n, h, w->lanes);
     kernels->softmax_weights(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
     if (a->dropout_p > 0)
@@ -420,8 +426,7 @@ static void score_again(const mha_attention *a, const weighing *w, size_t h, con
 
 static char *weights_row(const mha_attention *a, const weighing *w, size_t lane)
 {
-    const size_t averages = a->H / averaged_heads(a); /* of an item */
-    const size_t row = (w->n * averages + w->first_head / averaged_heads(a)) * a->L + w->lanes.first + lane;
+    const size_t row = (w->n * averages_of_item(a) + w->first_head / w->heads) * a->L + w->lanes.first + lane;
     return a->attn_weights + row * weight_columns(a) * a->kernels->item;
 }
 
@@ -450,8 +455,7 @@ static void write_removed(const mha_attention *a, const weighing *w)
     for (size_t h = w->first_head; h < w->first_head + w->heads; h++) {
         char *scores = h == w->first_head ? w->weights : w->scores;
         kernels->fill(scores, w->lanes.vectors * kernels->lanes, -INFINITY);
-        if (a->weights_wanted != MHA_SCORES_PER_HEAD)
-            add_weights(a, w, h, &one, scores, w->weights);
+        add_weights(a, w, h, &one, scores, w->weights);
     }
     kernels->unpack_panel(w->weights, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
     for (size_t s = mha_next_removed(a->live, w->n, 0); s < a->live->S; s = mha_next_removed(a->live, w->n, s + 1))
@@ -477,25 +481,28 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
     const job *j = context;
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes, *scores = base + j->at.scores;
-    const size_t heads = averaged_heads(a), averages = a->N * (a->H / heads);
-    const size_t n = task % averages / (a->H / heads), first_head = task % averages % (a->H / heads) * heads;
+    const size_t heads = averaged_heads(a), averages = a->N * averages_of_item(a);
+    const size_t n = task % averages / averages_of_item(a);
+    const size_t first_head = task % averages % averages_of_item(a) * heads;
     const size_t group = j->groups - 1 - task / averages, first = group * j->split.panels / j->groups;
     const size_t panels = (group + 1) * j->split.panels / j->groups - first, blocks = mha_key_blocks(a->live, n);
     state states[TASK_PANELS];
     weighing w[TASK_PANELS];
     if (a->live->is_few[n])
         return;
+    for (size_t i = 0; i < panels; i++) {
+        char *memory = memory_of_state(&j->at, base, i);
+        w[i] = (weighing){.n = n, .first_head = first_head, .heads = heads,
+                          .lanes = mha_panel_at(&j->split, first + i), .factor = memory + j->at.factor,
+                          .weights = memory + j->at.weights, .scores = scores, .rows = base + j->at.rows};
+    }
     for (size_t h = first_head; h < first_head + heads; h++) {
         for (size_t i = 0; i < panels; i++) {
             states[i] = state_at(&j->at, base, i);
             states[i].h = h;
             states[i].hkv = h / (a->H / a->Hkv);
-            states[i].lanes = mha_panel_at(&j->split, first + i);
-            w[i] = (weighing){.n = n, .first_head = first_head, .heads = heads, .lanes = states[i].lanes,
-                              .factor = states[i].factor, .weights = weights_at(&j->at, base, i), .scores = scores,
-                              .rows = base + j->at.rows};
-            if (h == first_head)
-                states[i].kept = w[i].weights;
+            states[i].lanes = w[i].lanes;
+            states[i].kept = h == first_head ? w[i].weights : memory_of_state(&j->at, base, i) + j->at.kept;
         }
         if (!attend(a, n, states, panels, scores, base + j->at.bias))
             return;
@@ -520,8 +527,8 @@ static void weigh_task(void *context, size_t task, size_t worker)
     const size_t heads = averaged_heads(a);
     const size_t chunk = task % j->chunks, panel = task / j->chunks;
     weighing w = {
-        .n = panel / j->split.panels / (a->H / heads),
-        .first_head = panel / j->split.panels % (a->H / heads) * heads,
+        .n = panel / j->split.panels / averages_of_item(a),
+        .first_head = panel / j->split.panels % averages_of_item(a) * heads,
         .heads = heads,
         .lanes = mha_panel_at(&j->split, panel % j->split.panels),
     };
@@ -536,8 +543,7 @@ static void weigh_task(void *context, size_t task, size_t worker)
             char *weights = w.weights + (b - first) * block_bytes(a, w.lanes.vectors);
             char *scores = h == w.first_head ? weights : w.scores;
             score_again(a, &w, h, &block, scores);
-            if (a->weights_wanted != MHA_SCORES_PER_HEAD)
-                add_weights(a, &w, h, &block, scores, weights);
+            add_weights(a, &w, h, &block, scores, weights);
         }
     }
     write_blocks(a, &w, first, end);
@@ -548,7 +554,7 @@ static void weigh_task(void *context, size_t task, size_t worker)
 /* Context and weights at once. */
 static mha_status attend_and_weigh(const mha_attention *a, job *j)
 {
-    const size_t averages = a->N * (a->H / averaged_heads(a)), panels = j->split.panels;
+    const size_t averages = a->N * averages_of_item(a), panels = j->split.panels;
     const size_t fit = most_weighing_panels(a);
     j->groups = mha_divide_up(panels, mha_smaller(fit, mha_divide_up(averages * panels, TASKS_A_THREAD * a->threads)));
     while (j->groups < panels && averages * j->groups % a->threads > 0)
@@ -572,6 +578,6 @@ mha_status mha_attend(const mha_attention *a)
     if (status != MHA_OK || !a->weights_wanted)
         return status;
     j.chunks = mha_divide_up(most_blocks(a), CHUNK_BLOCKS);
-    const size_t averages = a->N * (a->H / averaged_heads(a));
-    return mha_parallel_for(a->threads, averages * j.split.panels * j.chunks, weigh_task, &j, a->stop);
+    const size_t tasks = a->N * averages_of_item(a) * j.split.panels * j.chunks;
+    return mha_parallel_for(a->threads, tasks, weigh_task, &j, a->stop);
 }

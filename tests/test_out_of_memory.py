@@ -31,18 +31,31 @@ def shim(tmp_path_factory):
     return library
 
 
-def preload(shim):
-    """LD_PRELOAD with the library before what stands there already, as that of a sanitizer."""
-    return " ".join([str(shim), *os.environ.get("LD_PRELOAD", "").split()])
+def run_armed(shim, code, timeout, **variables):
+    """A child whose allocations `shim` lets fail; it comes before what is preloaded already, as by a sanitizer."""
+    preload = " ".join([str(shim), *os.environ.get("LD_PRELOAD", "").split()])
+    return run_child(ARM.replace("LIBRARY", repr(str(shim))) + code, env={"LD_PRELOAD": preload, **variables},
+                     timeout=timeout)
 
+
+ARM = """
+    import ctypes
+    shim = ctypes.CDLL(LIBRARY)
+
+    def disarm():
+        while True:
+            try:
+                return shim.fail_at(0)
+            except MemoryError:
+                pass
+"""
 
 PREPARE = """
-    import copy, ctypes, gc, pickle, sys
+    import copy, gc, pickle, sys
     import numpy as np
     import mha_c
     from mha_c.functional import multi_head_attention_forward, scaled_dot_product_attention
     from helpers import inputs, layer, normal
-    shim = ctypes.CDLL(LIBRARY)
     mha_c.set_num_threads(2)
     small = layer(8, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True)
     middle = layer(64, 4, batch_first=True)
@@ -103,19 +116,12 @@ PREPARE = """
         "unpickle": lambda: pickle.loads(pickled)(*few),
         "to float64": lambda: list(copy.copy(small).to("float64").parameters()),
     }
-
-    def disarm():
-        while True:
-            try:
-                return shim.fail_at(0)
-            except MemoryError:
-                pass
 """
 
 
 def test_every_allocation_fails_once(shim):
     """Python's, NumPy's and the core's, one after the other, until a call needs no more of them."""
-    child = run_child(PREPARE.replace("LIBRARY", repr(str(shim))) + """
+    child = run_armed(shim, PREPARE + """
     total = 0
     for name, call in CALLS.items():
         want = [None if x is None else x.tobytes() for x in call()]
@@ -145,14 +151,14 @@ def test_every_allocation_fails_once(shim):
             raise AssertionError(f"{name} never had enough memory")
         print(f"{name}: {n - 1}", flush=True)
     print(f"{total} allocations failed")
-    """, env={"LD_PRELOAD": preload(shim), "PYTHONMALLOC": "malloc"}, timeout=300)
+    """, timeout=300, PYTHONMALLOC="malloc")
     print(child.stdout)
     assert int(child.stdout.split()[-3]) > 300
 
 
 def test_threads_that_cannot_be_had(shim):
     """A process that may start no thread computes alone, and with threads as soon as it may."""
-    run_child(PREPARE.replace("LIBRARY", repr(str(shim))) + """
+    run_armed(shim, PREPARE + """
     import os
     def threads():
         return len(os.listdir("/proc/self/task"))
@@ -164,27 +170,20 @@ def test_threads_that_cannot_be_had(shim):
     assert all(middle(*large)[0].tobytes() == want for _ in range(5)) and threads() == before
     shim.fail_threads(0)
     assert all(middle(*large)[0].tobytes() == want for _ in range(5)) and threads() == before + 3
-    """, env={"LD_PRELOAD": preload(shim), "OPENBLAS_NUM_THREADS": "1"})
+    """, timeout=60, OPENBLAS_NUM_THREADS="1")
 
 
 def test_import_without_memory(shim):
     """The extension says ImportError or MemoryError, and can be had as soon as there is memory."""
-    child = run_child(f"""
-    import ctypes, glob, importlib.util, os, threading
+    child = run_armed(shim, """
+    import glob, importlib.util, os, threading
     import numpy
-    shim = ctypes.CDLL({str(shim)!r})
     library, = glob.glob(os.path.join(importlib.util.find_spec("mha_c").submodule_search_locations[0], "_core.*.so"))
     def load():
         spec = importlib.util.spec_from_file_location("_core", library)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    def disarm():
-        while True:
-            try:
-                return shim.fail_at(0)
-            except MemoryError:
-                pass
     for n in range(1, 2000):
         child = os.fork()
         if child == 0:
@@ -201,15 +200,15 @@ def test_import_without_memory(shim):
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 2:
             break
-        assert status == 0, f"allocation {{n}}: the process ended with status {{status}}"
+        assert status == 0, f"allocation {n}: the process ended with status {status}"
     print(n - 1)
-    """, env={"LD_PRELOAD": preload(shim), "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"}, timeout=300)
+    """, timeout=300, PYTHONMALLOC="malloc", OPENBLAS_NUM_THREADS="1")
     assert int(child.stdout) > 20
 
 
 def test_new_threads_without_memory(shim):
     """What a thread needs when it first takes part in a call is there or done without; the pool starts anew each time."""
-    run_child(PREPARE.replace("LIBRARY", repr(str(shim))) + """
+    run_armed(shim, PREPARE + """
     import os, time
     mha_c.set_num_threads(1)
     want = middle(*large)[0].tobytes()
@@ -228,7 +227,7 @@ def test_new_threads_without_memory(shim):
             os._exit(0 if got in (None, want) and middle(*large)[0].tobytes() == want else 1)
         status = os.waitpid(child, 0)[1]
         assert status == 0, f"allocation {n}: the process ended with status {status}"
-    """, env={"LD_PRELOAD": preload(shim), "PYTHONMALLOC": "malloc", "OPENBLAS_NUM_THREADS": "1"}, timeout=200)
+    """, timeout=200, PYTHONMALLOC="malloc", OPENBLAS_NUM_THREADS="1")
 
 
 def test_limited_address_space():

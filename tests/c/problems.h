@@ -8,6 +8,7 @@
 #define MHA_TESTS_PROBLEMS_H
 
 #include "check.h"
+#include "cpu.h"
 #include "guarded.h"
 #include "mha.h"
 #include "numbers.h"
@@ -34,6 +35,16 @@ typedef struct {
 } manner;
 
 enum { INPUTS, MASKS = 3, OUTPUT = 5, WEIGHTS, LAYOUTS = 6, SEED = 20 };
+
+/* Before anything is computed. False, after saying why: MHA_C_CPU asks for what this CPU has not. */
+static inline bool choose_kernels(void)
+{
+    const char *reason;
+    const bool chosen = mha_cpu_init(&reason);
+    if (!chosen)
+        fprintf(stderr, "%s\n", reason);
+    return chosen;
+}
 
 /* ---- Arrays of up to four axes, in any layout ---- */
 

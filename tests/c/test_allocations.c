@@ -7,7 +7,6 @@
  *
  * Also: sizes that no memory could hold, and a call that is asked to stop, at any moment.
  */
-#include "cpu.h"
 #include "problems.h"
 #include "workspace.h"
 
@@ -302,11 +301,8 @@ static void test_stop(void)
 
 int main(void)
 {
-    const char *reason;
-    if (!mha_cpu_init(&reason)) {
-        fprintf(stderr, "%s\n", reason);
+    if (!choose_kernels())
         return 2;
-    }
     for (size_t i = 0; i < PROBLEMS; i++)
         for (int dtype = 0; dtype < 2; dtype++)
             for (int wanted = 0; wanted < 3; wanted++)

@@ -286,16 +286,13 @@ static void test_dropout(mha_dtype dtype)
 
 int main(int argc, char **argv)
 {
-    const char *reason;
     if (argc > 1 && strcmp(argv[1], "levels") == 0) {
         for (size_t i = 0; mha_cpu_supported(i); i++)
             puts(mha_cpu_supported(i));
         return 0;
     }
-    if (!mha_cpu_init(&reason)) {
-        fprintf(stderr, "%s\n", reason);
+    if (!choose_kernels())
         return 2;
-    }
     for (int dtype = 0; dtype < 2; dtype++) {
         uint64_t hash = HASH_OF_NOTHING;
         for (size_t i = 0; i < PROBLEMS; i++)

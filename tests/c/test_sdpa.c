@@ -232,11 +232,8 @@ static void test_operations(void)
 
 int main(void)
 {
-    const char *reason;
-    if (!mha_cpu_init(&reason)) {
-        fprintf(stderr, "%s\n", reason);
+    if (!choose_kernels())
         return 2;
-    }
     for (int dtype = 0; dtype < 2; dtype++) {
         uint64_t hash = HASH_OF_NOTHING;
         for (size_t i = 0; i < PROBLEMS; i++)
