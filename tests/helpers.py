@@ -3,9 +3,12 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,8 +197,12 @@ def assert_matches(module, result, query, key, value, *, roundings=ROUNDINGS, wh
 
 # ---------------------------------------------------------------------------------------------- processes
 
+#: Seconds after which a child is taken to hang. The limit only ends what would never end: a slow machine, a sanitizer
+#: or a pause of the whole system is no defect.
+PATIENCE = 600
 
-def run_child(code, *, timeout=60, env=None, check=True):
+
+def run_child(code, *, timeout=PATIENCE, env=None, check=True):
     """Runs Python code in a fresh interpreter that sees the same packages and these helpers; returns what it says.
 
     `env` adds variables; None removes one. Nothing of the parent's thread or CPU settings is inherited.
@@ -211,3 +218,64 @@ def run_child(code, *, timeout=60, env=None, check=True):
     if check:
         assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def most_memory():
+    """The most physical memory that this process ever used, in bytes."""
+    import resource
+    if sys.platform.startswith("linux"):  # where ru_maxrss begins with what the parent had
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+# A call looks for signals after 50 ms and every 50 ms. Processor time tells how long it is, since the system may stop a
+# process at any moment, and is compared with that of the same call, since machines differ.
+
+
+def lasting_inputs(module, seconds=0.5):
+    """One item of a batch for which a call without weights takes at least so much processor time on this machine."""
+    length = 2000
+    while True:
+        given = inputs(1, length, length, module.embed_dim)
+        begun = time.process_time()
+        module(*given, need_weights=False)
+        if time.process_time() - begun >= seconds:
+            return given
+        length *= 2
+
+
+def interrupt(call, after):
+    """Ctrl-C when a call has taken so much processor time; how much more it takes until the KeyboardInterrupt, or None
+    if the call came to its end before the signal."""
+    sent, over = [], False
+    begun = time.process_time()
+
+    def send():
+        while time.process_time() - begun < after:
+            time.sleep(0.005)
+        sent.append(time.process_time())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=send).start()
+    try:
+        call()
+        over = True
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        return None if over else time.process_time() - sent[0]
+
+
+def assert_interruptible(call):
+    """Ctrl-C ends a call early, whenever it comes: if not, it would take nine tenths of the call to notice it."""
+    begun = time.process_time()
+    call()
+    whole = time.process_time() - begun
+    assert whole > 0.3, "too short a call to see anything"
+    waited = None
+    while waited is None:
+        waited = interrupt(call, whole / 10)
+    assert waited < whole / 2, f"KeyboardInterrupt came {waited:.2f} s after the signal, in a call of {whole:.2f} s"

@@ -315,30 +315,25 @@ def test_memory_of_a_part():
     assert output < 3 * one_head
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
 def test_resident_memory_of_a_part():
     """The same for all memory of the process, the core's included."""
-    def kibibytes(arguments):
+    def grown(arguments):
         code = f"""
             import numpy as np
             import mha_c
-
-            def most():
-                with open("/proc/self/status") as status:
-                    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-
+            from helpers import most_memory
             module = mha_c.MultiheadAttention(64, 16, seed=0, batch_first=True)
             x = np.ones((1, 2048, 64), np.float32)
             module(x[:, :8], x[:, :8], x[:, :8])
-            before = most()
+            before = most_memory()
             mha_c.explain(module, x, x, x, {arguments})
-            print(most() - before)
+            print(most_memory() - before)
         """
         return int(run_child(code, env={"MHA_C_NUM_THREADS": "1"}).stdout)
 
-    one_head = 2048 * 2048 * 4 / 1024
-    assert kibibytes('stages="weights"') > 16 * one_head
-    assert kibibytes('stages="weights", heads=[5]') < 3 * one_head
+    one_head = 2048 * 2048 * 4
+    assert grown('stages="weights"') > 16 * one_head
+    assert grown('stages="weights", heads=[5]') < 3 * one_head
 
 
 # ------------------------------------------------------------------------------------------------ paths

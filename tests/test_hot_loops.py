@@ -75,8 +75,8 @@ def disassemble(compiler, level, folder):
     target = LEVELS[level]
     made = folder / f"{level}.o"
     subprocess.run([*compiler_for(compiler, target), *compile_flags(), "-c", str(KERNELS / f"{level}.c"), "-o",
-                    str(made)], check=True, timeout=300)
-    text = subprocess.run([disassembler_for(target), "-d", "--no-show-raw-insn", str(made)], check=True, timeout=60,
+                    str(made)], check=True)
+    text = subprocess.run([disassembler_for(target), "-d", "--no-show-raw-insn", str(made)], check=True,
                           capture_output=True, text=True).stdout
     functions, current = {}, []
     for line in text.splitlines():

