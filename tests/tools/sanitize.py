@@ -42,13 +42,12 @@ FLAVOURS = {
 }
 
 # Examples in docstrings import torch. Sanitizers keep freed memory from being used again, so processes grow; ASan and
-# TSan want terabytes of addresses, and to come before the allocator of the tests. One test is about a race, one about
-# a second, in which TSan does little. TSan gives up ("dup thread with used id") in children of a process with threads
-# that start threads at the same addresses, and does not see how the threads of tokenizers signal each other.
+# TSan want terabytes of addresses, and to come before the allocator of the tests. One test is about a race. TSan gives
+# up ("dup thread with used id") in children of a process with threads that start threads at the same addresses, and
+# does not see how the threads of tokenizers signal each other.
 UNFIT = {"ubsan": ["test_ownership.py::test_memory", "test_doctests.py::test_examples"]}
 UNFIT["asan"] = [*UNFIT["ubsan"], "test_out_of_memory.py"]
 UNFIT["tsan"] = [*UNFIT["asan"], "test_threads.py::test_numbers_written_during_calls",
-                 "test_processes.py::test_ctrl_c_within_one_task[wide heads]",
                  "test_processes.py::test_shutdown_with_calls_in_flight", "test_sentence_similarity.py"]
 
 # What the analysers say that is not so: analyser, file that was compiled, finding with its path, reason.
