@@ -100,7 +100,8 @@ class Explanation:
     heads : tuple of int
         The heads that were asked for.
     paths : tuple of str
-        For each batch item, how the layer computes it: "ordinary", or "few queries", which projects no keys.
+        For each batch item, how the layer computes it: "ordinary", or "few queries", which projects no keys (an
+        item whose scores or results turn out not to be finite is then computed once more, on the ordinary path).
     masks : tuple of MaskEffect
         What each mask hides.
     warnings : tuple of str
