@@ -32,13 +32,16 @@
 #include <unistd.h>
 
 #if defined(__linux__)
-#include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #endif
 
 enum {
     MAX_THREADS = 1024,
+#if defined(__linux__) /* from <linux/futex.h>, which musl does not bring along */
+    FUTEX_WAIT_PRIVATE = 128,
+    FUTEX_WAKE_PRIVATE = 129,
+#endif
     CACHE_LINE = 128, /* what one writes and others watch has a line of its own (64 bytes, fetched in pairs, or 128) */
     SPIN_NS = 200000, /* a few times what waking a thread takes; virtual machines may take milliseconds */
 };

@@ -96,7 +96,7 @@ def weights(
     name = "Attention weights"
     if isinstance(weights, Explanation) or np.ndim(weights) > 2:
         name += f", head {head}"
-    matrix = by_head[_numbers(weights, by_head).index(head)]
+    matrix = _one_head(weights, by_head, head)
     return _draw_weights(matrix, name, tokens, key_tokens, vmax, colorbar, ax)
 
 
@@ -321,7 +321,7 @@ def token(
     'Where "kitten" (1) looks, average of 2 heads'
     """
     by_head = _heads.heads_of(weights, item)
-    matrix = by_head.mean(axis=0) if head is None else by_head[_numbers(weights, by_head).index(head)]
+    matrix = by_head.mean(axis=0) if head is None else _one_head(weights, by_head, head)
     whose = f"average of {len(by_head)} heads" if head is None else f"head {head}"
     length, source_length = matrix.shape
     query_words, key_words = _words_of(matrix.shape, tokens, key_tokens)
@@ -394,7 +394,7 @@ def masking(
     if any(stage is None for stage in stages):
         raise TypeError("masking() needs the scores before and after the masks, or an Explanation")
     by_head = [_heads.heads_of(stage, item) for stage in stages]
-    before, after = (each[_numbers(scores, each).index(head)] for each in by_head)
+    before, after = (_one_head(scores, each, head) for each in by_head)
     if axes is None:
         width, height = _figure_size(before.shape, largest=4.6)
         _, axes = pyplot.subplots(1, 2, figsize=(2 * width - 1.8, height + 0.6), layout="compressed", sharey=True)
@@ -562,6 +562,14 @@ def _summary(by_query: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArra
 def _numbers(weights: Any, by_head: NDArray[Any]) -> list[int]:
     """The numbers that the heads have in their layer; an explanation need not have all of them."""
     return list(weights.heads) if isinstance(weights, Explanation) else list(range(len(by_head)))
+
+
+def _one_head(weights: Any, by_head: NDArray[Any], head: int) -> NDArray[Any]:
+    numbers = _numbers(weights, by_head)
+    if head not in numbers:
+        raise ValueError(f"there is no head {head}; the heads are {numbers}")
+    matrix: NDArray[Any] = by_head[numbers.index(head)]
+    return matrix
 
 
 def _layers(weights: Any) -> list[Any]:

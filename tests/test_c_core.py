@@ -21,7 +21,7 @@ ONE_LEVEL = ["forward", "sdpa"]  # the others try all levels by themselves
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wconversion", "-Wshadow",
          "-pthread", f"-I{REPOSITORY / 'csrc'}"]
 WRAP = ["-Wl," + ",".join(f"--wrap={name}" for name in ("malloc", "calloc", "aligned_alloc", "free"))]
-NATIVE = ["gcc", "clang"]
+NATIVE = ["gcc", "clang", "musl-gcc"]
 CROSS = "aarch64-linux-gnu-gcc"
 EMULATOR = "qemu-aarch64"
 

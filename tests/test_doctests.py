@@ -10,7 +10,8 @@ import pytest
 mha_c = pytest.importorskip("mha_c")
 
 MODULES = ["mha_c", *(f"mha_c.{m.name}" for m in pkgutil.iter_modules(mha_c.__path__) if not m.name.startswith("_"))]
-NEED_TORCH = {"mha_c.check", "mha_c.model_runs", "mha_c.replacement", "mha_c.torch"}
+NEED_TORCH = {f"mha_c.{name}" for name in
+              ("attention", "check", "check_command", "heads", "model_runs", "replacement", "torch")}
 
 
 @pytest.mark.parametrize("name", MODULES)

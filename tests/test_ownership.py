@@ -136,7 +136,8 @@ def test_results_die():
     module = layer(8, 2)
     given = [x.copy() for x in inputs(2, 3, 5, 8, batch_first=False)]
     output, weights = module(*given)
-    assert sys.getrefcount(output) == 2 and sys.getrefcount(weights) == 2
+    lone = object()  # counted 2 times by a Python that gives the call a reference of its own, once from 3.14 on
+    assert sys.getrefcount(output) == sys.getrefcount(weights) == sys.getrefcount(lone)
     assert output.base is None or sys.getrefcount(output.base) <= 2
 
     class Array(np.ndarray):

@@ -307,7 +307,7 @@ def test_words_are_shown_as_they_are():
         (lambda w: plot.weights(w, tokens=words(5), key_tokens=["a"]), "there are 5 keys, but 1 tokens"),
         (lambda w: plot.heads(w, tokens=["a"]), "there are 5 queries"),
         (lambda w: plot.token(w, 0, tokens=["a"]), "there are 5 queries"),
-        (lambda w: plot.weights(w, 4), "4 is not in"),
+        (lambda w: plot.weights(w, 4), "there is no head 4"),
         (lambda w: plot.weights(w, item=1), "out of bounds"),
         (lambda w: plot.token(w, 5), "out of range"),
         (lambda w: plot.weights(np.zeros(3)), "these have shape"),

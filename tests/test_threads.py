@@ -4,6 +4,7 @@
 import asyncio
 import os
 import sys
+import sysconfig
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -204,6 +205,22 @@ def test_the_interpreter_runs_during_a_call():
         stop.set()
         ticker.join()
     assert during >= 3
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python always has a GIL")
+def test_free_threaded_builds_get_their_gil_back():
+    """The extension relies on it, so importing it switches it on, and Python says so."""
+    said = run_child("""
+    import sys, warnings
+    import numpy
+    assert not sys._is_gil_enabled()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        import mha_c
+    assert sys._is_gil_enabled()
+    print(*(warning.message for warning in caught))
+    """, env={"PYTHON_GIL": None}).stdout
+    assert "mha_c._core" in said
 
 
 def test_loading_parameters_during_calls():
