@@ -95,8 +95,9 @@ def test_explain():
     """It asks the core for one stage after the other; each of them listens."""
     run_child("""
         import mha_c
-        from helpers import assert_interruptible, inputs, layer
-        module, long = layer(16, 2, batch_first=True), inputs(1, 16_000, 16_000, 16)
+        from helpers import assert_interruptible, inputs, lasting_inputs, layer
+        module = layer(16, 2, batch_first=True)
+        long = lasting_inputs(module)
         for wanted in ("output", "concatenated"):
             assert_interruptible(lambda: mha_c.explain(module, *long, stages=wanted))
         x = inputs(1, 5, 5, 16)

@@ -517,9 +517,9 @@ def test_exit_during_a_call():
 def test_ctrl_c(threads):
     """SIGINT ends a long call early; KeyboardInterrupt comes out of it, and everything works afterwards."""
     run_child(PREPARE + f"""
-    long = inputs(1, 30_000, 30_000, 16)
-    small = layer(16, 2, batch_first=True)
     mha_c.set_num_threads({threads})
+    small = layer(16, 2, batch_first=True)
+    long = lasting_inputs(small, 1.2)
     for _ in range(2):
         assert_interruptible(lambda: small(*long, average_attn_weights=True, need_weights=False))
         assert module(*given)[0].tobytes() == want
