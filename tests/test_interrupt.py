@@ -110,7 +110,7 @@ def test_no_bar_in_a_file():
         from mha_c.progress import progress, say
         for number in progress([1, 2], "number", "counting"):
             say(f"number {number}")
-    """)
+    """, env={"PYTHONWARNINGS": "ignore::RuntimeWarning"})  # a free-threaded Python's, about its GIL
     assert done.stdout == "number 1\nnumber 2\n" and done.stderr == ""
 
 
