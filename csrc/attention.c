@@ -243,17 +243,16 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
     const char *keys = keys_of(a, n, block, hkv);
-    mha_product product = {.rows = block->keys, .vectors = lanes.vectors,
-                           .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1, .b_k = P,
-                           .addend = a->D <= MHA_CHAIN ? bias : NULL, .addend_row = P, .c = scores, .c_row = P,
-                           .next = next};
+    const char *addend = a->D <= MHA_CHAIN ? bias : NULL;
     for (size_t d = 0; d < a->D; d += MHA_CHAIN) {
-        product.depth = mha_smaller(a->D - d, MHA_CHAIN);
-        product.a = keys + d * kernels->item;
-        product.b = queries + d * P * kernels->item;
+        const mha_product product = {.rows = block->keys, .depth = mha_smaller(a->D - d, MHA_CHAIN),
+                                     .vectors = lanes.vectors, .a = keys + d * kernels->item,
+                                     .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1,
+                                     .b = queries + d * P * kernels->item, .b_k = P,
+                                     .addend = addend, .addend_row = P, .c = scores, .c_row = P, .next = next};
         kernels->product(&product);
-        product.addend = scores;
-        product.next.rows = 0;
+        addend = scores;
+        next.rows = 0;
     }
     if (bias && a->D > MHA_CHAIN)
         kernels->accumulate(scores, bias, block->keys * P);
@@ -281,7 +280,7 @@ static void begin(const mha_attention *a, size_t n, state *s)
 }
 
 /* The part of the next block's `rows` rows of one head that the i-th of `parts` products fetches ahead of their use.
- * They lie a page apart, where no hardware expects the next. */
+ * Hardware would begin with them too late, or not at all where they lie a page apart. */
 static mha_next share_of(const mha_attention *a, const mha_rows *x, const char *first, size_t rows, size_t width,
                          size_t i, size_t parts)
 {

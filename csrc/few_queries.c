@@ -182,7 +182,7 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
     const mha_weights *weights = f->weights;
     const mha_widths *w = &weights->widths;
     const size_t number = weights->kernels->item, hkv = h / (w->H / w->Hkv), n = number_of_item(f, i);
-    const char *q = f->q + (n * f->call->L * f->q_stride + h * w->D) * number;
+    const char *q = f->q + (n * f->call->L * f->q_stride + h * f->q_head) * number;
     const char *Wk = (const char *)weights->k_weight + (hkv * w->D * w->Ek + first) * number;
     char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
     mha_product product = {.rows = f->call->L, .vectors = vectors, .a_row = (ptrdiff_t)f->q_stride, .a_k = 1,
@@ -204,7 +204,7 @@ static void look_at_constants(const mha_few_queries *f, size_t i, size_t h, cons
     const mha_widths *w = &weights->widths;
     const mha_kernels *kernels = weights->kernels;
     const size_t number = kernels->item, P = kernels->lanes, n = number_of_item(f, i);
-    const char *q = f->q + (n * f->call->L * f->q_stride + h * w->D) * number;
+    const char *q = f->q + (n * f->call->L * f->q_stride + h * f->q_head) * number;
     const char *bk = weights->k.bias + h / (w->H / w->Hkv) * w->D * number;
     mha_product product = {.rows = f->call->L, .vectors = 1, .a_row = (ptrdiff_t)f->q_stride, .a_k = 1, .b = s->slice,
                            .b_k = P, .addend_row = P, .c = s->rows, .c_row = P};

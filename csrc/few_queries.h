@@ -23,7 +23,7 @@ typedef struct {
     const mha_live_keys *live;
     const mha_masks *masks;
     const char *q; /* projected queries, row n * L + l, */
-    size_t q_stride;
+    size_t q_stride, q_head;
     char *context; /* and what becomes of them; strides in numbers */
     size_t context_stride;
     char *block; /* the workspace in which everything below lies; NULL while it is planned */

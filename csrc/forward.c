@@ -20,15 +20,22 @@
 #include "weights.h"
 #include "workspace.h"
 
-/* Projected rows stand one after another, all heads of a row side by side. Keys and values have a row for every live
- * key of every item, then, apart, rows for the extra keys. */
+enum { LEAST_APART = 4 }; /* vectors of a head that lies apart from the others: at its ends panels are cut into pieces */
+
+/* Heads in the workspace: the offset in bytes, and numbers between rows and between heads. */
 typedef struct {
-    size_t q, k, v, context;            /* offsets of the matrices in the workspace, */
-    size_t extra_k, extra_v;
-    size_t q_row, k_row, v_row, context_row; /* of the tables of row addresses, */
+    size_t offset, row, head;
+    size_t part; /* width of a head that lies apart from the others; 0: all heads of a row lie side by side */
+} matrix;
+
+/* Projected rows stand one after another, as a rule those of each head apart, since they are read together: else every
+ * row would be on a page of its own. Keys and values have a row for every live key of every item, then, apart, rows for
+ * the extra keys. */
+typedef struct {
+    matrix q, k, v, context, extra_k, extra_v;
+    size_t q_row, k_row, v_row, context_row; /* offsets of the tables of row addresses, */
     size_t maximum, sum;
     size_t scratch;
-    size_t q_stride, k_stride, v_stride, context_stride; /* and numbers between rows */
     size_t scratch_bytes;
 } plan;
 
@@ -88,6 +95,11 @@ static bool same_input(const mha_array *a, const mha_array *b)
            a->stride_e == b->stride_e;
 }
 
+static mha_target target(const forward *f, const mha_panels *panels, const matrix *to)
+{
+    return (mha_target){panels, at_offset(f, to->offset), to->row, to->part, to->head};
+}
+
 /* Describes the input projections, inputs that are the same joined into one. Returns their number. */
 static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGETS])
 {
@@ -101,9 +113,9 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
         size_t rows, row;
         mha_target target;
     } inputs[MHA_TARGETS] = {
-        {&call->query, call->N * call->L, at->q_row, {&w->q, at_offset(f, at->q), at->q_stride}},
-        {&call->key, call->static_k.data ? 0 : keys, at->k_row, {&w->k, at_offset(f, at->k), at->k_stride}},
-        {&call->value, call->static_v.data ? 0 : keys, at->v_row, {&w->v, at_offset(f, at->v), at->v_stride}},
+        {&call->query, call->N * call->L, at->q_row, target(f, &w->q, &at->q)},
+        {&call->key, call->static_k.data ? 0 : keys, at->k_row, target(f, &w->k, &at->k)},
+        {&call->value, call->static_v.data ? 0 : keys, at->v_row, target(f, &w->v, &at->v)},
     };
     size_t count = 0;
     for (size_t i = 0; i < MHA_TARGETS; i++) {
@@ -128,7 +140,7 @@ static mha_projection plan_output(const forward *f)
                             .row = (const char *const *)(void *)at_offset(f, f->at.context_row),
                             .stride_e = (ptrdiff_t)w->kernels->item,
                             .targets = 1,
-                            .target = {{&w->out, f->call->output, w->widths.Eo}}};
+                            .target = {{.panels = &w->out, .y = f->call->output, .stride = w->widths.Eo}}};
 }
 
 static void list_input_rows(const forward *f)
@@ -145,27 +157,28 @@ static void list_input_rows(const forward *f)
 static void list_context_rows(const forward *f)
 {
     const mha_call *call = f->call;
-    const size_t stride = f->at.context_stride * f->weights->kernels->item;
+    const size_t stride = f->at.context.row * f->weights->kernels->item;
     const char **context_row = (const char **)(void *)(f->block + f->at.context_row);
     for (size_t r = 0; r < call->N * call->L; r++) {
         const size_t n_l = call->output_batch_first ? r : r % call->N * call->L + r / call->N;
-        context_row[r] = f->block + f->at.context + n_l * stride;
+        context_row[r] = f->block + f->at.context.offset + n_l * stride;
     }
 }
 
 /* ---- Keys that are not projected ---- */
 
 /* Copies the live ones to where projection would have put them. */
-static void copy_projected(const forward *f, const mha_projected *x, size_t width, char *to, size_t stride)
+static void copy_projected(const forward *f, const mha_projected *x, size_t width, const matrix *m)
 {
     const mha_live_keys *live = &f->live;
     const size_t item = f->weights->kernels->item;
+    char *to = f->block + m->offset;
     for (size_t n = 0; n < live->N; n++)
-        for (size_t i = 0; i < mha_live_count(live, n); i++, to += stride * item) {
+        for (size_t i = 0; i < mha_live_count(live, n); i++, to += m->row * item) {
             const size_t s = live->index ? live->index[live->start[n] + i] : i;
             const char *from = (const char *)x->data + (ptrdiff_t)n * x->stride_n + (ptrdiff_t)s * x->stride_s;
             for (size_t h = 0; h < f->weights->widths.Hkv; h++)
-                mha_copy_row(from + (ptrdiff_t)h * x->stride_h, x->stride_d, width, item, to + h * width * item);
+                mha_copy_row(from + (ptrdiff_t)h * x->stride_h, x->stride_d, width, item, to + h * m->head * item);
         }
 }
 
@@ -173,10 +186,10 @@ static void copy_projected(const forward *f, const mha_projected *x, size_t widt
 static void write_extra_keys(const forward *f)
 {
     const mha_weights *w = f->weights;
-    const size_t item = w->kernels->item, k_bytes = f->at.k_stride * item, v_bytes = f->at.v_stride * item;
-    char *k = at_offset(f, f->at.extra_k), *v = at_offset(f, f->at.extra_v);
-    memset(k, 0, f->live.extra * k_bytes);
-    memset(v, 0, f->live.extra * v_bytes);
+    const size_t item = w->kernels->item, extra = f->live.extra;
+    char *k = f->block + f->at.extra_k.offset, *v = f->block + f->at.extra_v.offset;
+    memset(k, 0, extra * f->at.extra_k.row * item);
+    memset(v, 0, extra * f->at.extra_v.row * item);
     if (w->bias_k) {
         memcpy(k, w->bias_k, w->widths.Hkv * w->widths.D * item);
         memcpy(v, w->bias_v, w->widths.Hkv * w->widths.Dv * item);
@@ -185,24 +198,40 @@ static void write_extra_keys(const forward *f)
 
 /* ---- The plan ---- */
 
+static matrix reserve_side_by_side(mha_layout *layout, const mha_kernels *kernels, size_t rows, size_t heads,
+                                   size_t width)
+{
+    const size_t row = mha_row_stride(heads * width, kernels->lanes, kernels->item);
+    return (matrix){.offset = mha_reserve(layout, rows, row, kernels->item), .row = row, .head = width};
+}
+
+static matrix reserve_heads(mha_layout *layout, const mha_kernels *kernels, size_t rows, size_t heads, size_t width)
+{
+    if (heads == 1 || width % kernels->lanes > 0 || width < LEAST_APART * kernels->lanes)
+        return reserve_side_by_side(layout, kernels, rows, heads, width);
+    return (matrix){.offset = mha_reserve(layout, rows, heads * width, kernels->item), .row = width,
+                    .head = rows * width, .part = width};
+}
+
+/* `length` rows of an item after those of the one before; 0: rows are counted through all items. */
+static mha_rows rows_of(const forward *f, const matrix *m, size_t length)
+{
+    return (mha_rows){.data = at_offset(f, m->offset), .stride_n = (ptrdiff_t)(length * m->row),
+                      .stride_h = (ptrdiff_t)m->head, .stride_l = (ptrdiff_t)m->row};
+}
+
 static mha_attention describe_attention(const forward *f)
 {
     const mha_call *call = f->call;
     const mha_widths *w = &f->weights->widths;
     const plan *at = &f->at;
-    const ptrdiff_t D = (ptrdiff_t)w->D, Dv = (ptrdiff_t)w->Dv, L = (ptrdiff_t)call->L;
-    const ptrdiff_t q = (ptrdiff_t)at->q_stride, k = (ptrdiff_t)at->k_stride, v = (ptrdiff_t)at->v_stride;
-    const ptrdiff_t context = (ptrdiff_t)at->context_stride;
     return (mha_attention){
         .kernels = f->weights->kernels,
         .N = call->N, .L = call->L, .H = w->H, .Hkv = w->Hkv, .D = w->D, .Dv = w->Dv,
         .scale = 1 / sqrt((double)w->D),
-        .q = {at_offset(f, at->q), L * q, D, q, NULL},
-        .context = {at_offset(f, at->context), L * context, Dv, context, NULL},
-        .k = {at_offset(f, at->k), 0, D, k, NULL},
-        .v = {at_offset(f, at->v), 0, Dv, v, NULL},
-        .extra_k = {at_offset(f, at->extra_k), 0, D, k, NULL},
-        .extra_v = {at_offset(f, at->extra_v), 0, Dv, v, NULL},
+        .q = rows_of(f, &at->q, call->L), .context = rows_of(f, &at->context, call->L),
+        .k = rows_of(f, &at->k, 0), .v = rows_of(f, &at->v, 0),
+        .extra_k = rows_of(f, &at->extra_k, 0), .extra_v = rows_of(f, &at->extra_v, 0),
         .live = &f->live, .masks = &f->masks, .empty_row = call->empty_row,
         .dropout_p = call->dropout_p,
         .weights_wanted = call->weights_wanted, .attn_weights = call->attn_weights,
@@ -217,10 +246,11 @@ static mha_few_queries describe_few_queries(const forward *f)
 {
     mha_few_queries few = f->few;
     few.block = f->block;
-    few.q = at_offset(f, f->at.q);
-    few.q_stride = f->at.q_stride;
-    few.context = at_offset(f, f->at.context);
-    few.context_stride = f->at.context_stride;
+    few.q = at_offset(f, f->at.q.offset);
+    few.q_stride = f->at.q.row;
+    few.q_head = f->at.q.head;
+    few.context = at_offset(f, f->at.context.offset);
+    few.context_stride = f->at.context.row;
     return few;
 }
 
@@ -229,20 +259,15 @@ static mha_status plan_call(forward *f)
     const mha_call *call = f->call;
     const mha_widths *w = &f->weights->widths;
     const mha_kernels *kernels = f->weights->kernels;
-    const size_t item = kernels->item, lanes = kernels->lanes, queries = call->N * call->L;
-    const size_t keys = f->live.row[call->N];
+    const size_t item = kernels->item, queries = call->N * call->L, keys = f->live.row[call->N];
     plan *at = &f->at;
     mha_layout layout = {0};
-    at->q_stride = mha_row_stride(w->H * w->D, lanes, item);
-    at->k_stride = mha_row_stride(w->Hkv * w->D, lanes, item);
-    at->v_stride = mha_row_stride(w->Hkv * w->Dv, lanes, item);
-    at->context_stride = mha_row_stride(w->H * w->Dv, lanes, item);
-    at->q = mha_reserve(&layout, queries, at->q_stride, item);
-    at->k = mha_reserve(&layout, keys, at->k_stride, item);
-    at->v = mha_reserve(&layout, keys, at->v_stride, item);
-    at->context = mha_reserve(&layout, queries, at->context_stride, item);
-    at->extra_k = mha_reserve(&layout, f->live.extra, at->k_stride, item);
-    at->extra_v = mha_reserve(&layout, f->live.extra, at->v_stride, item);
+    at->q = reserve_heads(&layout, kernels, queries, w->H, w->D);
+    at->k = reserve_heads(&layout, kernels, keys, w->Hkv, w->D);
+    at->v = reserve_heads(&layout, kernels, keys, w->Hkv, w->Dv);
+    at->context = reserve_side_by_side(&layout, kernels, queries, w->H, w->Dv);
+    at->extra_k = reserve_side_by_side(&layout, kernels, f->live.extra, w->Hkv, w->D);
+    at->extra_v = reserve_side_by_side(&layout, kernels, f->live.extra, w->Hkv, w->Dv);
     at->q_row = at->context_row = mha_reserve(&layout, queries, 1, sizeof(char *)); /* one after the other */
     at->k_row = mha_reserve(&layout, keys, 1, sizeof(char *));
     at->v_row = same_input(&call->key, &call->value) ? at->k_row : mha_reserve(&layout, keys, 1, sizeof(char *));
@@ -271,7 +296,7 @@ static void copy_context(const forward *f)
     const size_t item = f->weights->kernels->item, bytes = f->weights->widths.H * f->weights->widths.Dv * item;
     for (size_t row = 0; row < f->call->N * f->call->L; row++)
         memcpy((char *)f->call->context + row * bytes,
-               at_offset(f, f->at.context + row * f->at.context_stride * item), bytes);
+               f->block + f->at.context.offset + row * f->at.context.row * item, bytes);
 }
 
 /* Where some items turn out to need their keys projected, these are counted, and nothing is left in the output. */
@@ -284,9 +309,9 @@ static mha_status run(const forward *f, size_t *given_up)
     list_input_rows(f);
     write_extra_keys(f);
     if (call->static_k.data)
-        copy_projected(f, &call->static_k, f->weights->widths.D, at_offset(f, f->at.k), f->at.k_stride);
+        copy_projected(f, &call->static_k, f->weights->widths.D, &f->at.k);
     if (call->static_v.data)
-        copy_projected(f, &call->static_v, f->weights->widths.Dv, at_offset(f, f->at.v), f->at.v_stride);
+        copy_projected(f, &call->static_v, f->weights->widths.Dv, &f->at.v);
 
     const size_t inputs = plan_inputs(f, projections);
     mha_status status =
@@ -370,7 +395,7 @@ mha_status mha_project_input(const mha_input_projection *input)
     const mha_weights *w = input->weights;
     const mha_panels *panels = input->input == MHA_QUERY ? &w->q : input->input == MHA_KEY ? &w->k : &w->v;
     mha_projection projection = {.stride_e = input->x.stride_e, .targets = 1,
-                                 .target = {{panels, input->y, panels->split.width}}};
+                                 .target = {{.panels = panels, .y = input->y, .stride = panels->split.width}}};
     mha_layout layout = {0};
     char *block = NULL;
     if (__builtin_mul_overflow(input->N, input->length, &projection.rows))

@@ -2,8 +2,9 @@
  *
  * projection.c - blocking, packing of rows, bias, tasks.
  *
- * A task is a block of rows by a run of panels. It copies its rows side by side, a slice of features at a time, and
- * multiplies that slice with the same slice of each panel; sums go through a strip that stays in the cache:
+ * A task is a block of rows by a run of panels. It copies its rows, a slice of features at a time, so that what belongs
+ * to one chain lies together, and multiplies that slice with the same slice of each panel; sums go through a strip that
+ * stays in the cache:
  *
  *          slice                    panel          strip
  *        +-------+---             +-------+      +-------+
@@ -33,6 +34,7 @@ enum {
 typedef struct {
     const mha_projection *projection;
     size_t depth, slice, slices;
+    size_t chain; /* numbers of a row in the block, which holds one chain of all rows after the other */
     size_t block_rows, blocks;
     size_t panels;      /* of all targets */
     size_t task_panels; /* of a task */
@@ -69,6 +71,7 @@ static plan make_plan(const mha_kernels *kernels, const mha_projection *projecti
     const size_t depth = projection->target[0].panels->depth;
     const size_t slice = SLICE_BYTES / kernels->item;
     plan p = {.projection = projection, .depth = depth, .slice = mha_smaller(depth, slice)};
+    p.chain = mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
     p.slices = depth ? mha_divide_up(depth, slice) : 1;
     const size_t fit = BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->item) / WHOLE_ROWS * WHOLE_ROWS;
     p.blocks = mha_divide_up(projection->rows, mha_smaller(BLOCK_ROWS, fit));
@@ -88,9 +91,9 @@ static plan make_plan(const mha_kernels *kernels, const mha_projection *projecti
     return p;
 }
 
-static size_t block_stride(const mha_kernels *kernels, const plan *p)
+static size_t block_size(const plan *p)
 {
-    return mha_row_stride(p->slice, kernels->lanes, kernels->item);
+    return p->block_rows * mha_divide_up(p->slice, MHA_CHAIN) * p->chain;
 }
 
 static size_t strip_size(const mha_kernels *kernels, const plan *p)
@@ -109,7 +112,7 @@ size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *
     for (size_t i = 0; i < count; i++) {
         const plan p = make_plan(kernels, &projections[i], 1);
         mha_layout layout = {0};
-        mha_reserve(&layout, p.block_rows, block_stride(kernels, &p), kernels->item);
+        mha_reserve(&layout, block_size(&p), 1, kernels->item);
         mha_reserve(&layout, waiting_strips(&p), strip_size(kernels, &p), kernels->item);
         if (layout.bytes > most)
             most = layout.bytes;
@@ -129,6 +132,19 @@ void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t ite
             memcpy(to + e * sizeof(double), x + (ptrdiff_t)e * stride_e, sizeof(double));
 }
 
+/* Copies a slice of some rows to a block. */
+static void copy_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item, char *block)
+{
+    const ptrdiff_t stride_e = p->projection->stride_e;
+    const size_t features = mha_smaller(p->depth - first_feature, p->slice), chain_bytes = p->block_rows * p->chain * item;
+    for (size_t r = 0; r < rows; r++) {
+        const char *x = p->projection->row[first_row + r] + (ptrdiff_t)first_feature * stride_e;
+        char *to = block + r * p->chain * item;
+        for (size_t k = 0; k < features; k += MHA_CHAIN, to += chain_bytes)
+            mha_copy_row(x + (ptrdiff_t)k * stride_e, stride_e, mha_smaller(features - k, MHA_CHAIN), item, to);
+    }
+}
+
 /* What of the panels comes next: the weights are many times larger than the caches near the core, and the hardware
  * sees too late that the next chain is needed. */
 static mha_next following(const mha_kernels *kernels, const mha_target *target, const char *b)
@@ -140,38 +156,62 @@ static mha_next following(const mha_kernels *kernels, const mha_target *target, 
     return (mha_next){.data = b, .rows = bytes > 0, .bytes = bytes};
 }
 
+/* The last chain of a panel, straight to y. What belongs to different parts is multiplied one after the other. */
+static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, mha_panel panel, char *y,
+                          mha_product *product)
+{
+    const size_t lanes = kernels->lanes, item = kernels->item;
+    size_t part = target->part ? panel.first / target->part : 0, feature = panel.first - part * target->part;
+    size_t vectors = panel.vectors;
+    product->c_row = target->stride;
+    while (vectors > 0) {
+        const size_t here = target->part ? mha_smaller((target->part - feature) / lanes, vectors) : vectors;
+        product->vectors = here;
+        product->c = y + (part * target->part_stride + feature) * item;
+        kernels->product(product);
+        product->b = (const char *)product->b + here * lanes * item;
+        if (product->addend)
+            product->addend = (const char *)product->addend + here * lanes * item;
+        product->next.rows = 0;
+        vectors -= here;
+        feature = 0;
+        part++;
+    }
+}
+
 /* Adds one slice of one panel to its strip; the last slice of all ends in y. */
 static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_target *target, mha_panel panel,
                            size_t first_row, size_t rows, size_t first_feature, const char *block, char *strip)
 {
     const size_t item = kernels->item, P = panel.vectors * kernels->lanes;
-    const bool fits = panel.first + P <= target->stride;
+    const bool fits = panel.count == P || panel.first + P <= target->stride;
     const char *b = target->panels->data + (panel.first * p->depth + first_feature * P) * item;
-    char *y = target->y + (first_row * target->stride + panel.first) * item;
+    char *y = target->y + first_row * target->stride * item;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
-    mha_product product = {.rows = rows, .vectors = panel.vectors, .a_row = (ptrdiff_t)block_stride(kernels, p),
-                           .a_k = 1, .b_k = P, .addend = strip, .addend_row = P};
+    const char *addend = strip;
+    size_t addend_row = P, k = 0;
     if (first_feature == 0) {
-        product.addend = target->panels->bias ? target->panels->bias + panel.first * item : NULL;
-        product.addend_row = 0;
+        addend = target->panels->bias ? target->panels->bias + panel.first * item : NULL;
+        addend_row = 0;
     }
-    size_t k = 0;
     do {
-        const bool is_last = first_feature + k + MHA_CHAIN >= p->depth;
-        product.depth = mha_smaller(features - k, MHA_CHAIN);
-        product.a = block + k * item;
-        product.b = b + k * P * item;
-        product.c = is_last && fits ? y : strip;
-        product.c_row = is_last && fits ? target->stride : P;
-        product.next = following(kernels, target, b + (k + MHA_CHAIN) * P * item);
-        kernels->product(&product);
-        product.addend = strip;
-        product.addend_row = P;
+        mha_product product = {.rows = rows, .depth = mha_smaller(features - k, MHA_CHAIN), .vectors = panel.vectors,
+                               .a = block + k * p->block_rows * item, .a_row = (ptrdiff_t)p->chain, .a_k = 1,
+                               .b = b + k * P * item, .b_k = P, .addend = addend, .addend_row = addend_row,
+                               .c = strip, .c_row = P,
+                               .next = following(kernels, target, b + (k + MHA_CHAIN) * P * item)};
         k += MHA_CHAIN;
+        if (fits && first_feature + k >= p->depth) {
+            multiply_to_y(kernels, target, panel, y, &product);
+            return;
+        }
+        kernels->product(&product);
+        addend = strip;
+        addend_row = P;
     } while (k < features);
-    if (!fits && first_feature + k >= p->depth)
+    if (first_feature + k >= p->depth)
         for (size_t r = 0; r < rows; r++)
-            memcpy(y + r * target->stride * item, strip + r * P * item, panel.count * item);
+            memcpy(y + (r * target->stride + panel.first) * item, strip + r * P * item, panel.count * item);
 }
 
 /* Panels are numbered through all targets. */
@@ -189,16 +229,14 @@ static void run_task(void *context, size_t task, size_t worker)
     const plan *p = j->plans;
     while (task >= p->tasks)
         task -= (p++)->tasks;
-    const size_t item = j->kernels->item, stride = block_stride(j->kernels, p);
+    const size_t item = j->kernels->item;
     const size_t first_row = task / p->runs * p->block_rows, first_panel = task % p->runs * p->task_panels;
     const size_t rows = mha_smaller(p->projection->rows - first_row, p->block_rows);
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
-    char *block = j->scratch + worker * j->scratch_bytes, *strips = block + p->block_rows * stride * item;
+    char *block = j->scratch + worker * j->scratch_bytes, *strips = block + block_size(p) * item;
     for (size_t s = 0; s < p->slices; s++) {
-        const size_t first = s * p->slice, features = mha_smaller(p->depth - first, p->slice);
-        for (size_t r = 0; r < rows; r++)
-            mha_copy_row(p->projection->row[first_row + r] + (ptrdiff_t)first * p->projection->stride_e,
-                         p->projection->stride_e, features, item, block + r * stride * item);
+        const size_t first = s * p->slice;
+        copy_slice(p, first_row, rows, first, item, block);
         for (size_t i = first_panel; i < end; i++) {
             size_t in_target = i;
             const mha_target *target = find_target(p->projection, &in_target);

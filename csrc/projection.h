@@ -9,12 +9,14 @@
 
 enum { MHA_TARGETS = 3 };
 
-/* One matrix to be made from the rows. Rows of y are `stride` numbers apart. Where `stride` leaves room for whole
- * vectors, numbers after the features are overwritten too; a y without such room is written to the last feature only. */
+/* What is to be made from the rows: one matrix, or one for every `part` features, whole vectors, `part_stride` numbers
+ * apart. Rows of y are `stride` numbers apart. Where that leaves room for whole vectors, numbers after the features are
+ * overwritten too; a y without such room is written to the last feature only. */
 typedef struct {
     const mha_panels *panels;
     char *y;
     size_t stride;
+    size_t part, part_stride; /* 0: one matrix */
 } mha_target;
 
 /* The rows of x, wherever they are, read once for all targets (q, k and v of the same input). */

@@ -37,8 +37,8 @@ size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t item)
     return offset;
 }
 
-/* Aligned memory, in huge pages where it fills some: rows of many heads lie on many pages, more than the processor
- * remembers the addresses of. */
+/* Aligned memory, in huge pages where it fills some: a call reads more small ones than the processor remembers the
+ * addresses of. */
 static char *allocate(size_t bytes)
 {
     if (bytes <= SMALL)
