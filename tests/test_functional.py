@@ -631,7 +631,7 @@ def static_definition(a, masks=0.0):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("add_zero_attn", [False, True])
 @pytest.mark.parametrize("e, h, n, length, s", [
-    (8, 2, 2, 3, 7), (48, 3, 2, 70, 130), (32, 4, 1, 1, 600), (8, 2, 2, 3, 0)])
+    (8, 2, 2, 3, 7), (48, 3, 2, 70, 130), (32, 4, 1, 1, 600), (192, 3, 2, 5, 66), (8, 2, 2, 3, 0)])
 def test_static_keys_and_values(e, h, n, length, s, add_zero_attn, dtype):
     pytest.importorskip("torch")
     a = mha_arguments(e=e, h=h, n=n, length=length, dtype=dtype, add_zero_attn=add_zero_attn,
