@@ -236,13 +236,14 @@ def most_memory():
 
 
 def lasting_inputs(module, seconds=0.5):
-    """One item of a batch for which a call without weights takes at least so much processor time on this machine."""
+    """One item of a batch for which a call without weights keeps each thread busy for at least so long on this machine."""
+    import mha_c
     length = 2000
     while True:
         given = inputs(1, length, length, module.embed_dim)
         begun = time.process_time()
         module(*given, need_weights=False)
-        taken = time.process_time() - begun
+        taken = (time.process_time() - begun) / mha_c.get_num_threads()
         if taken >= seconds:
             return given
         length = int(length * min(8, max(1.2, (1.3 * seconds / max(taken, 1e-3)) ** 0.5)))  # time grows by its square

@@ -519,7 +519,7 @@ def test_ctrl_c(threads):
     run_child(PREPARE + f"""
     mha_c.set_num_threads({threads})
     small = layer(16, 2, batch_first=True)
-    long = lasting_inputs(small, 1.2)
+    long = lasting_inputs(small, 0.6)
     for _ in range(2):
         assert_interruptible(lambda: small(*long, average_attn_weights=True, need_weights=False))
         assert module(*given)[0].tobytes() == want
