@@ -20,7 +20,7 @@
 #include "weights.h"
 #include "workspace.h"
 
-enum { LEAST_APART = 4 }; /* vectors of a head that lies apart from the others: at its ends panels are cut into pieces */
+enum { LEAST_APART = 4 }; /* vectors of a head that lies apart: at its ends panels are cut into pieces */
 
 /* Heads in the workspace: the offset in bytes, and numbers between rows and between heads. */
 typedef struct {

@@ -136,7 +136,8 @@ void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t ite
 static void copy_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item, char *block)
 {
     const ptrdiff_t stride_e = p->projection->stride_e;
-    const size_t features = mha_smaller(p->depth - first_feature, p->slice), chain_bytes = p->block_rows * p->chain * item;
+    const size_t features = mha_smaller(p->depth - first_feature, p->slice);
+    const size_t chain_bytes = p->block_rows * p->chain * item;
     for (size_t r = 0; r < rows; r++) {
         const char *x = p->projection->row[first_row + r] + (ptrdiff_t)first_feature * stride_e;
         char *to = block + r * p->chain * item;

@@ -16,7 +16,7 @@ typedef struct {
     const mha_panels *panels;
     char *y;
     size_t stride;
-    size_t part, part_stride; /* 0: one matrix */
+    size_t part, part_stride; /* part 0: one matrix */
 } mha_target;
 
 /* The rows of x, wherever they are, read once for all targets (q, k and v of the same input). */

@@ -236,7 +236,7 @@ def most_memory():
 
 
 def lasting_inputs(module, seconds=0.5):
-    """One item of a batch for which a call without weights keeps each thread busy for at least so long on this machine."""
+    """One item of a batch for which a call without weights keeps each thread busy at least so long on this machine."""
     import mha_c
     length = 2000
     while True:

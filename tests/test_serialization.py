@@ -350,6 +350,7 @@ def npy(array, **options):
 TERABYTE = npy(np.zeros((4, 4), "f4")).replace(b"(4, 4), }" + b" " * 12, b"(68719476736, 4), }" + b" " * 2)
 assert b"68719476736" in TERABYTE
 
+
 def test_npz_entries_that_lie(tmp_path):
     """Pickles, text, what is no array of numbers, sizes that are not there, foreign compression."""
     path = tmp_path / "layer.npz"

@@ -38,7 +38,7 @@ FLAVOURS = {
     "tsan": ("gcc", ["-fsanitize=thread", "-O1", "-g"], "libtsan.so",
              {"TSAN_OPTIONS": "allocator_may_return_null=1:die_after_fork=0:halt_on_error=1:abort_on_error=1:"
                               "second_deadlock_stack=1",
-              "OPENBLAS_NUM_THREADS": "1"}), # whose threads' signals to each other it does not see
+              "OPENBLAS_NUM_THREADS": "1"}),  # whose threads' signals to each other it does not see
 }
 
 # Examples in docstrings import torch. Sanitizers keep freed memory from being used again, so processes grow; ASan and
