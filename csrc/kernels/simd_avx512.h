@@ -61,7 +61,8 @@ static inline vec_f64 hidden_f64(const char *p)
     return _mm512_maskz_mov_pd((__mmask8)_mm_test_epi8_mask(bytes, bytes), _mm512_set1_pd(-INFINITY));
 }
 
-static inline void transpose_f64(vec_f64 v[8])
+/* Both are too large for gcc to inline by itself, and v would go through memory. */
+static inline __attribute__((always_inline)) void transpose_f64(vec_f64 v[8])
 {
     vec_f64 pair[8], quad[8];
     MHA_UNROLL
@@ -83,7 +84,7 @@ static inline void transpose_f64(vec_f64 v[8])
     }
 }
 
-static inline void transpose_f32(vec_f32 v[16])
+static inline __attribute__((always_inline)) void transpose_f32(vec_f32 v[16])
 {
     vec_f32 pair[16], quad[16], half[16];
     MHA_UNROLL
