@@ -265,7 +265,7 @@ static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes
         .key = a->dropout_key,
         .threshold = (uint64_t)((1 - a->dropout_p) * 4294967296.0),
         .scale = 1 / (1 - a->dropout_p),
-        .n = n, .h = h, .first_query = lanes.first,
+        .n = a->first_item + n, .h = h, .first_query = lanes.first,
         .index = block->index, .first_key = block->first_key,
     };
     a->kernels->dropout(weights, block->keys, lanes.vectors, lanes.count, &dropout);

@@ -19,6 +19,7 @@ typedef struct {
 typedef struct {
     const mha_kernels *kernels;
     size_t N, L, H, Hkv, D, Dv;
+    size_t first_item; /* number of item 0 in the whole call, for dropout */
     double scale; /* of the scores */
     mha_rows q, context;
     mha_rows k, v;             /* l is a live key's row (mha_key_block.row) */

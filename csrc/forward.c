@@ -8,7 +8,8 @@
  *
  * (Vaswani et al., "Attention Is All You Need", 2017; torch.nn.MultiheadAttention.)
  *
- * Owns: the plan of a call, that is where everything lies in its workspace.
+ * Owns: the plan of a call, that is where everything lies in its workspace; and whether a batch goes through all that
+ * at once or some items after others, each such chunk in one thread.
  */
 #include <math.h>
 #include <string.h>
@@ -17,10 +18,15 @@
 #include "few_queries.h"
 #include "philox.h"
 #include "projection.h"
+#include "threads.h"
 #include "weights.h"
 #include "workspace.h"
 
-enum { LEAST_APART = 4 }; /* vectors of a head that lies apart: at its ends panels are cut into pieces */
+enum {
+    LEAST_APART = 4,     /* vectors of a head that lies apart: at its ends panels are cut into pieces */
+    CHUNK_ROWS = 96,     /* of queries or keys, at least: for fewer, a projection reads its weights too often */
+    CHUNKS_A_THREAD = 8, /* at least, so that the threads end at about the same time; twice that where items differ */
+};
 
 /* Heads in the workspace: the offset in bytes, and numbers between rows and between heads. */
 typedef struct {
@@ -39,9 +45,11 @@ typedef struct {
     size_t scratch_bytes;
 } plan;
 
+/* All items of a call, or some of them: then call describes these alone. */
 typedef struct {
     const mha_weights *weights;
     const mha_call *call;
+    size_t first_item, items_in_all;
     mha_live_keys live;
     mha_masks masks;
     mha_few_queries few;
@@ -97,7 +105,8 @@ static bool same_input(const mha_array *a, const mha_array *b)
 
 static mha_target target(const forward *f, const mha_panels *panels, const matrix *to)
 {
-    return (mha_target){panels, at_offset(f, to->offset), to->row, to->part, to->head};
+    return (mha_target){.panels = panels, .y = at_offset(f, to->offset), .stride = to->row, .part = to->part,
+                        .part_stride = to->head};
 }
 
 /* Describes the input projections, inputs that are the same joined into one. Returns their number. */
@@ -106,7 +115,7 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
     const mha_call *call = f->call;
     const mha_weights *w = f->weights;
     const plan *at = &f->at;
-    const size_t keys = f->live.row[call->N];
+    const size_t keys = mha_live_rows(&f->live);
     const bool every_key = keys == call->N * call->S;
     const struct {
         const mha_array *x;
@@ -132,15 +141,28 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
     return count;
 }
 
-/* Rows of the output in the order in which they lie there. */
+/* Whether the rows of these items are not together in the output, but with those of others. */
+static bool is_interleaved(const forward *f)
+{
+    return !f->call->output_batch_first && f->items_in_all > f->call->N;
+}
+
+/* Rows of the output in the order in which they lie there; item after item where they are interleaved. */
 static mha_projection plan_output(const forward *f)
 {
     const mha_weights *w = f->weights;
+    const size_t Eo = w->widths.Eo;
+    mha_target output = {.panels = &w->out, .y = f->call->output, .stride = Eo};
+    if (is_interleaved(f)) {
+        output.stride = f->items_in_all * Eo;
+        output.run = f->call->L;
+        output.run_stride = Eo;
+    }
     return (mha_projection){.rows = f->call->N * f->call->L,
                             .row = (const char *const *)(void *)at_offset(f, f->at.context_row),
                             .stride_e = (ptrdiff_t)w->kernels->item,
                             .targets = 1,
-                            .target = {{.panels = &w->out, .y = f->call->output, .stride = w->widths.Eo}}};
+                            .target = {output}};
 }
 
 static void list_input_rows(const forward *f)
@@ -159,8 +181,9 @@ static void list_context_rows(const forward *f)
     const mha_call *call = f->call;
     const size_t stride = f->at.context.row * f->weights->kernels->item;
     const char **context_row = (const char **)(void *)(f->block + f->at.context_row);
+    const bool item_after_item = call->output_batch_first || is_interleaved(f);
     for (size_t r = 0; r < call->N * call->L; r++) {
-        const size_t n_l = call->output_batch_first ? r : r % call->N * call->L + r / call->N;
+        const size_t n_l = item_after_item ? r : r % call->N * call->L + r / call->N;
         context_row[r] = f->block + f->at.context.offset + n_l * stride;
     }
 }
@@ -228,6 +251,7 @@ static mha_attention describe_attention(const forward *f)
     return (mha_attention){
         .kernels = f->weights->kernels,
         .N = call->N, .L = call->L, .H = w->H, .Hkv = w->Hkv, .D = w->D, .Dv = w->Dv,
+        .first_item = f->first_item,
         .scale = 1 / sqrt((double)w->D),
         .q = rows_of(f, &at->q, call->L), .context = rows_of(f, &at->context, call->L),
         .k = rows_of(f, &at->k, 0), .v = rows_of(f, &at->v, 0),
@@ -254,38 +278,38 @@ static mha_few_queries describe_few_queries(const forward *f)
     return few;
 }
 
-static mha_status plan_call(forward *f)
+/* Lays everything out, from the start of `layout` on, which must be empty. */
+static void lay_out(forward *f, mha_layout *layout)
 {
     const mha_call *call = f->call;
     const mha_widths *w = &f->weights->widths;
     const mha_kernels *kernels = f->weights->kernels;
-    const size_t item = kernels->item, queries = call->N * call->L, keys = f->live.row[call->N];
+    const size_t item = kernels->item, queries = call->N * call->L, keys = mha_live_rows(&f->live);
     plan *at = &f->at;
-    mha_layout layout = {0};
-    at->q = reserve_heads(&layout, kernels, queries, w->H, w->D);
-    at->k = reserve_heads(&layout, kernels, keys, w->Hkv, w->D);
-    at->v = reserve_heads(&layout, kernels, keys, w->Hkv, w->Dv);
-    at->context = reserve_side_by_side(&layout, kernels, queries, w->H, w->Dv);
-    at->extra_k = reserve_side_by_side(&layout, kernels, f->live.extra, w->Hkv, w->D);
-    at->extra_v = reserve_side_by_side(&layout, kernels, f->live.extra, w->Hkv, w->Dv);
-    at->q_row = at->context_row = mha_reserve(&layout, queries, 1, sizeof(char *)); /* one after the other */
-    at->k_row = mha_reserve(&layout, keys, 1, sizeof(char *));
-    at->v_row = same_input(&call->key, &call->value) ? at->k_row : mha_reserve(&layout, keys, 1, sizeof(char *));
-    if (layout.too_large)
-        return MHA_TOO_LARGE;
+    f->few = (mha_few_queries){.weights = f->weights, .call = call, .live = &f->live, .masks = &f->masks};
+    at->q = reserve_heads(layout, kernels, queries, w->H, w->D);
+    at->k = reserve_heads(layout, kernels, keys, w->Hkv, w->D);
+    at->v = reserve_heads(layout, kernels, keys, w->Hkv, w->Dv);
+    at->context = reserve_side_by_side(layout, kernels, queries, w->H, w->Dv);
+    at->extra_k = reserve_side_by_side(layout, kernels, f->live.extra, w->Hkv, w->D);
+    at->extra_v = reserve_side_by_side(layout, kernels, f->live.extra, w->Hkv, w->Dv);
+    at->q_row = at->context_row = mha_reserve(layout, queries, 1, sizeof(char *)); /* one after the other */
+    at->k_row = mha_reserve(layout, keys, 1, sizeof(char *));
+    at->v_row = same_input(&call->key, &call->value) ? at->k_row : mha_reserve(layout, keys, 1, sizeof(char *));
+    if (layout->too_large)
+        return;
     mha_projection projections[MHA_TARGETS] = {{0}};
     const mha_attention attention = describe_attention(f);
     const size_t inputs = plan_inputs(f, projections);
     const mha_projection output = plan_output(f);
     const size_t statistics = call->weights_wanted ? mha_attention_statistics(&attention) : 0;
-    at->maximum = mha_reserve(&layout, statistics, 1, item);
-    at->sum = mha_reserve(&layout, statistics, 1, item);
-    mha_few_queries_plan(&f->few, &layout);
+    at->maximum = mha_reserve(layout, statistics, 1, item);
+    at->sum = mha_reserve(layout, statistics, 1, item);
+    mha_few_queries_plan(&f->few, layout);
     at->scratch_bytes = mha_larger(mha_larger(mha_attention_scratch(&attention), mha_few_queries_scratch(&f->few)),
                                mha_larger(mha_projection_scratch(kernels, projections, inputs),
                                       mha_projection_scratch(kernels, &output, 1)));
-    at->scratch = mha_reserve(&layout, call->threads, at->scratch_bytes, 1);
-    return mha_take_workspace(&layout, &f->block);
+    at->scratch = mha_reserve(layout, call->threads, at->scratch_bytes, 1);
 }
 
 /* ---- The pass ---- */
@@ -352,27 +376,126 @@ static mha_status read_masks(const mha_weights *weights, const mha_call *call, m
     return status;
 }
 
+/* All items side by side, step by step. */
+static mha_status run_at_once(forward *f)
+{
+    mha_status status;
+    size_t given_up;
+    do {
+        mha_layout layout = {0};
+        given_up = 0;
+        mha_number_rows(&f->live);
+        f->block = NULL;
+        lay_out(f, &layout);
+        status = mha_take_workspace(&layout, &f->block);
+        if (status == MHA_OK)
+            status = run(f, &given_up);
+        mha_give_workspace(f->block);
+    } while (status == MHA_OK && given_up > 0);
+    return status;
+}
+
+/* ---- Chunk after chunk ----
+ *
+ * What one step of a chunk hands on to the next is still in the cache near the core, and the workspace is no larger
+ * than a chunk for every thread needs. */
+
+typedef struct {
+    const forward *all;
+    size_t chunks;
+    char *block; /* a workspace for every thread */
+    size_t bytes;
+} chunk_job;
+
+/* In how many chunks to run a call; 1: at once. A chunk runs in one thread, so that there must be enough of them. The
+ * output of one may be written while others read their inputs. */
+static size_t choose_chunks(const forward *f)
+{
+    const mha_call *call = f->call;
+    const size_t items = mha_divide_up(CHUNK_ROWS, mha_larger(call->L, call->S)), threads = call->threads;
+    const size_t chunks = call->N / items / threads * threads;
+    const size_t least = threads > 1 ? (f->live.index ? 2U : 1U) * CHUNKS_A_THREAD * threads : 2;
+    if (chunks < least || (call->output && !call->output_is_apart))
+        return 1;
+    for (size_t n = 0; n < call->N; n++)
+        if (f->live.is_few[n])
+            return 1;
+    return chunks;
+}
+
+/* The i-th chunk; `call` is written, too, and must last as long. */
+static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
+{
+    const forward *all = j->all;
+    const mha_widths *w = &all->weights->widths;
+    const size_t first = all->call->N * i / j->chunks, count = all->call->N * (i + 1) / j->chunks - first;
+    const size_t item = all->weights->kernels->item, L = all->call->L, keys = all->call->S + all->live.extra;
+    const size_t heads = all->call->weights_wanted == MHA_WEIGHTS_AVERAGED ? 1 : w->H;
+    const ptrdiff_t n = (ptrdiff_t)first;
+    *call = *all->call;
+    call->N = count;
+    call->threads = 1;
+    call->stop = (mha_stop){.with_task = true};
+    call->query.data = (const char *)call->query.data + n * call->query.stride_n;
+    call->key.data = (const char *)call->key.data + n * call->key.stride_n;
+    call->value.data = (const char *)call->value.data + n * call->value.stride_n;
+    if (call->static_k.data)
+        call->static_k.data = (const char *)call->static_k.data + n * call->static_k.stride_n;
+    if (call->static_v.data)
+        call->static_v.data = (const char *)call->static_v.data + n * call->static_v.stride_n;
+    if (call->output)
+        call->output = (char *)call->output + first * (call->output_batch_first ? L : 1) * w->Eo * item;
+    if (call->attn_weights)
+        call->attn_weights = (char *)call->attn_weights + first * heads * L * keys * item;
+    if (call->context)
+        call->context = (char *)call->context + first * L * w->H * w->Dv * item;
+    return (forward){.weights = all->weights, .call = call, .first_item = first, .items_in_all = all->call->N,
+                     .live = mha_live_keys_of(&all->live, first, count), .masks = mha_masks_of(&all->masks, first)};
+}
+
+static void run_chunk(void *context, size_t task, size_t worker)
+{
+    const chunk_job *j = context;
+    mha_call call;
+    mha_layout layout = {0};
+    size_t given_up;
+    forward f = describe_chunk(j, task, &call);
+    lay_out(&f, &layout);
+    f.block = j->block + worker * j->bytes;
+    (void)run(&f, &given_up); /* it may have been stopped, and then the whole loop is */
+}
+
+static mha_status run_in_chunks(forward *f, size_t chunks)
+{
+    chunk_job j = {.all = f, .chunks = chunks};
+    mha_layout workspaces = {0};
+    mha_number_rows(&f->live);
+    for (size_t i = 0; i < chunks; i++) {
+        mha_call call;
+        mha_layout layout = {0};
+        forward chunk = describe_chunk(&j, i, &call);
+        lay_out(&chunk, &layout);
+        j.bytes = mha_larger(j.bytes, layout.bytes);
+        workspaces.too_large |= layout.too_large;
+    }
+    mha_reserve(&workspaces, f->call->threads, j.bytes, 1);
+    mha_status status = mha_take_workspace(&workspaces, &j.block);
+    if (status == MHA_OK)
+        status = mha_parallel_for(f->call->threads, chunks, run_chunk, &j, f->call->stop);
+    mha_give_workspace(j.block);
+    return status;
+}
+
 mha_status mha_forward(const mha_weights *weights, const mha_call *call)
 {
-    forward f = {.weights = weights, .call = call};
+    forward f = {.weights = weights, .call = call, .items_in_all = call->N};
     if (call->N == 0 || call->L == 0)
         return MHA_OK; /* no result, however many of the other */
     mha_status status = read_masks(weights, call, &f.live, &f.masks);
-    if (status != MHA_OK)
-        goto done;
-    size_t given_up;
-    do {
-        given_up = 0;
-        mha_number_rows(&f.live);
-        f.few = (mha_few_queries){.weights = weights, .call = call, .live = &f.live, .masks = &f.masks};
-        mha_give_workspace(f.block);
-        f.block = NULL;
-        status = plan_call(&f);
-        if (status == MHA_OK)
-            status = run(&f, &given_up);
-    } while (status == MHA_OK && given_up > 0);
-done:
-    mha_give_workspace(f.block);
+    if (status == MHA_OK) {
+        const size_t chunks = choose_chunks(&f);
+        status = chunks > 1 ? run_in_chunks(&f, chunks) : run_at_once(&f);
+    }
     mha_live_keys_release(&f.live);
     return status;
 }

@@ -90,6 +90,20 @@ void mha_number_rows(mha_live_keys *live)
         live->row[n + 1] = live->row[n] + (live->is_few[n] ? 0 : mha_live_count(live, n));
 }
 
+mha_live_keys mha_live_keys_of(const mha_live_keys *live, size_t first, size_t count)
+{
+    return (mha_live_keys){.N = count, .S = live->S, .extra = live->extra, .start = live->start + first,
+                           .index = live->index, .is_few = live->is_few + first, .row = live->row + first};
+}
+
+mha_masks mha_masks_of(const mha_masks *masks, size_t first)
+{
+    mha_masks of = *masks;
+    of.attn.data = masks->attn.kind ? mask_at(&masks->attn, first, 0, 0) : NULL;
+    of.keys.data = masks->keys.kind ? mask_at(&masks->keys, first, 0, 0) : NULL;
+    return of;
+}
+
 void mha_live_keys_release(mha_live_keys *live)
 {
     mha_release(live->block);
@@ -111,7 +125,7 @@ mha_key_block mha_key_block_at(const mha_live_keys *live, size_t n, size_t i)
         return (mha_key_block){.is_extra = true, .keys = live->extra, .first_key = live->S};
     const size_t before = i * MHA_BLOCK_KEYS;
     const size_t keys = mha_smaller(mha_live_count(live, n) - before, MHA_BLOCK_KEYS);
-    mha_key_block block = {.row = live->row[n] + before, .keys = keys, .first_key = before};
+    mha_key_block block = {.row = live->row[n] - live->row[0] + before, .keys = keys, .first_key = before};
     if (live->index) {
         const size_t *index = live->index + live->start[n] + before;
         block.first_key = index[0];

@@ -19,9 +19,9 @@ typedef struct {
     size_t *start; /* [N + 1]: live keys of the items before n */
     size_t *index; /* [start[N]]: the live keys' numbers; NULL when every key is live */
     bool *is_few;  /* [N]: the item is left to few_queries.c, which projects no keys; false until someone says so */
-    size_t *row;   /* [N + 1]: projected keys of the items before n, that is its first row among them; filled by
+    size_t *row;   /* [N + 1]: number of the item's first projected key, counted from any number on; filled by
                       mha_number_rows() once is_few is settled */
-    char *block;   /* owns all of the above */
+    char *block;   /* owns all of the above; NULL: these are some items of others */
 } mha_live_keys;
 
 /* Up to MHA_BLOCK_KEYS keys that are treated together. */
@@ -46,9 +46,19 @@ void mha_live_keys_release(mha_live_keys *live);
 
 void mha_number_rows(mha_live_keys *live);
 
+/* The same for `count` items from `first` on, without a copy; masks must be without attn_item. */
+mha_live_keys mha_live_keys_of(const mha_live_keys *live, size_t first, size_t count);
+mha_masks mha_masks_of(const mha_masks *masks, size_t first);
+
 static inline size_t mha_live_count(const mha_live_keys *live, size_t n)
 {
     return live->start[n + 1] - live->start[n];
+}
+
+/* The number of projected keys. */
+static inline size_t mha_live_rows(const mha_live_keys *live)
+{
+    return live->row[live->N] - live->row[0];
 }
 
 /* Blocks of an item, and the i-th of them. */

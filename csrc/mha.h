@@ -95,6 +95,7 @@ typedef enum { MHA_EMPTY_ROW_ZERO = 0, MHA_EMPTY_ROW_NAN } mha_empty_row;
 typedef struct {
     bool (*should_stop)(void *context);
     void *context;
+    bool with_task; /* the call is made by a task of another: it runs in that one's thread, and stops with it */
 } mha_stop;
 
 typedef struct {
@@ -112,9 +113,9 @@ typedef struct {
     const bool *is_few; /* [N]: items to treat without projecting their keys, where that is possible at all; NULL: those
                            for which it pays (mha_choose_paths) */
 
-    void *output; /* (N, L, Eo): features adjacent, and either (N, L) or (L, N) order without gaps; NULL: not wanted.
-                     Written last, when nothing else is read any more: it may lie over the inputs and masks */
+    void *output; /* (N, L, Eo): features adjacent, and either (N, L) or (L, N) order without gaps; NULL: not wanted */
     bool output_batch_first;
+    bool output_is_apart; /* from the inputs and masks; else it is written last, when nothing else is read any more */
     mha_weights_wanted weights_wanted;
     void *attn_weights; /* C-contiguous (N, L, S') or (N, H, L, S'); S' = S + mha_extra_keys() */
     void *context; /* C-contiguous (N, L, H * Dv): what the output is projected from; NULL: not wanted */

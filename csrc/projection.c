@@ -157,9 +157,18 @@ static mha_next following(const mha_kernels *kernels, const mha_target *target, 
     return (mha_next){.data = b, .rows = bytes > 0, .bytes = bytes};
 }
 
-/* The last chain of a panel, straight to y. What belongs to different parts is multiplied one after the other. */
-static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, mha_panel panel, char *y,
-                          mha_product *product)
+/* Where row r of a target begins. */
+static char *row_of_y(const mha_target *target, size_t r, size_t item)
+{
+    const size_t at = target->run ? r / target->run * target->run_stride + r % target->run * target->stride
+                                  : r * target->stride;
+    return target->y + at * item;
+}
+
+/* The last chain of a panel for rows that are `stride` apart, straight to y. What belongs to different parts is
+ * multiplied one after the other. */
+static void multiply_to_parts(const mha_kernels *kernels, const mha_target *target, mha_panel panel, char *y,
+                              mha_product *product)
 {
     const size_t lanes = kernels->lanes, item = kernels->item;
     size_t part = target->part ? panel.first / target->part : 0, feature = panel.first - part * target->part;
@@ -180,14 +189,31 @@ static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, 
     }
 }
 
+/* The same for any rows. */
+static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, mha_panel panel, size_t first_row,
+                          const mha_product *product)
+{
+    const size_t item = kernels->item, run = target->run;
+    mha_product some = *product;
+    for (size_t r = 0; r < product->rows; r += some.rows) {
+        some = *product;
+        some.rows = product->rows - r;
+        if (run)
+            some.rows = mha_smaller(run - (first_row + r) % run, some.rows);
+        some.a = (const char *)product->a + (ptrdiff_t)r * product->a_row * (ptrdiff_t)item;
+        if (product->addend)
+            some.addend = (const char *)product->addend + r * product->addend_row * item;
+        multiply_to_parts(kernels, target, panel, row_of_y(target, first_row + r, item), &some);
+    }
+}
+
 /* Adds one slice of one panel to its strip; the last slice of all ends in y. */
 static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_target *target, mha_panel panel,
                            size_t first_row, size_t rows, size_t first_feature, const char *block, char *strip)
 {
     const size_t item = kernels->item, P = panel.vectors * kernels->lanes;
-    const bool fits = panel.count == P || panel.first + P <= target->stride;
+    const bool fits = panel.count == P || (!target->run && panel.first + P <= target->stride);
     const char *b = target->panels->data + (panel.first * p->depth + first_feature * P) * item;
-    char *y = target->y + first_row * target->stride * item;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
     const char *addend = strip;
     size_t addend_row = P, k = 0;
@@ -203,7 +229,7 @@ static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_
                                .next = following(kernels, target, b + (k + MHA_CHAIN) * P * item)};
         k += MHA_CHAIN;
         if (fits && first_feature + k >= p->depth) {
-            multiply_to_y(kernels, target, panel, y, &product);
+            multiply_to_y(kernels, target, panel, first_row, &product);
             return;
         }
         kernels->product(&product);
@@ -212,7 +238,8 @@ static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_
     } while (k < features);
     if (first_feature + k >= p->depth)
         for (size_t r = 0; r < rows; r++)
-            memcpy(y + (r * target->stride + panel.first) * item, strip + r * P * item, panel.count * item);
+            memcpy(row_of_y(target, first_row + r, item) + panel.first * item, strip + r * P * item,
+                   panel.count * item);
 }
 
 /* Panels are numbered through all targets. */

@@ -11,12 +11,14 @@ enum { MHA_TARGETS = 3 };
 
 /* What is to be made from the rows: one matrix, or one for every `part` features, whole vectors, `part_stride` numbers
  * apart. Rows of y are `stride` numbers apart. Where that leaves room for whole vectors, numbers after the features are
- * overwritten too; a y without such room is written to the last feature only. */
+ * overwritten too; a y without such room is written to the last feature only. There is none, either, where only `run`
+ * rows after one another are `stride` apart, and the next such rows begin run_stride numbers after those. */
 typedef struct {
     const mha_panels *panels;
     char *y;
     size_t stride;
     size_t part, part_stride; /* part 0: one matrix */
+    size_t run, run_stride;   /* run 0: all rows; else part is 0 */
 } mha_target;
 
 /* The rows of x, wherever they are, read once for all targets (q, k and v of the same input). */

@@ -347,8 +347,20 @@ static void withdraw(void)
     atomic_store_explicit(&pool.busy, false, memory_order_release);
 }
 
+static mha_status run_with_task(size_t tasks, mha_task run, void *context)
+{
+    for (size_t task = 0; task < tasks; task++) {
+        run(context, task, 0);
+        if (mha_is_stopped())
+            return MHA_STOPPED;
+    }
+    return MHA_OK;
+}
+
 mha_status mha_parallel_for(size_t threads, size_t tasks, mha_task run, void *context, mha_stop stop)
 {
+    if (stop.with_task)
+        return run_with_task(tasks, run, context);
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     struct job job = {.run = run, .context = context, .tasks = tasks};
     pthread_once(&once, prepare);

@@ -21,8 +21,9 @@ typedef void (*mha_task)(void *context, size_t task, size_t worker);
  * serially in the caller when threads or tasks is 1, when the pool is busy with another caller's loop, when it is
  * called from inside a task, or when no worker can be started: so it never waits for anything but its own tasks.
  * Returns MHA_STOPPED when stop.should_stop() answered true (tasks not yet handed out are then not run), else MHA_OK;
- * in both cases no task is running any more. Tasks must not fork; should_stop() may, and in that child a loop that had
- * workers returns MHA_STOPPED, because they and their tasks are gone.
+ * in both cases no task is running any more. A loop whose stop is `with_task` belongs to the task that calls it, and is
+ * stopped with that. Tasks must not fork; should_stop() may, and in that child a loop that had workers returns
+ * MHA_STOPPED, because they and their tasks are gone.
  */
 mha_status mha_parallel_for(size_t threads, size_t tasks, mha_task run, void *context, mha_stop stop);
 

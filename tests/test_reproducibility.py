@@ -25,6 +25,7 @@ SHAPES = {
     "panels": (2, 200, 200, 32, 2, {}),
     "wide": (2, 40, 70, 300, 2, {}),
     "odd": (3, 33, 67, 39, 3, {"kdim": 21, "vdim": 131}),
+    "a batch in chunks": (50, 30, 33, 40, 2, {"add_zero_attn": True}),
     "few queries": (3, 2, 1100, 32, 2, {"kdim": 64, "vdim": 64}),
     "one query": (4, 1, 600, 64, 2, {}),
     "one query, one head": (5, 1, 70, 16, 1, {}),
@@ -147,6 +148,36 @@ def test_batch(n, length, s, e, h, options, dtype):
         once = module(*given)
         for got, want in zip(many, once):
             np.testing.assert_array_equal(got, np.concatenate([want[::-1]] * repeat))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1, "out_dim": 53}, {"dropout": 0.3, "add_bias_kv": True}],
+                         ids=["plain", "grouped", "dropout"])
+def test_chunks(options, batch_first, dtype):
+    """The items of a large batch go through all steps some after others, unless out= lies over an input."""
+    n, length, e, h = 130, 24, 32, 4
+    module = layer(e, h, batch_first=batch_first, dtype=dtype, training="dropout" in options, dropout_seed=3, **options)
+    x = normal((n, length, e) if batch_first else (length, n, e), dtype)
+    shape = (*x.shape[:2], module.out_dim)
+
+    def over_its_input(call):
+        """The input is written backwards and begins after the output, which it meets all the same."""
+        memory = np.empty(2 * e + max(x.size, np.prod(shape)), dtype)
+        copied = memory[2 * e:2 * e + x.size].reshape(x.shape)[::-1, ::-1]
+        copied[...] = x
+        return copy.deepcopy(module)(copied, copied, copied, **call, out=memory[:np.prod(shape)].reshape(shape))
+
+    for call in calls(n, length, length, h, dtype):
+        for average in (True, False):
+            call["average_attn_weights"] = average
+            with mha_c.num_threads(1):
+                want = over_its_input(call)
+            for threads in (1, 2, 3):
+                with mha_c.num_threads(threads):
+                    assert_same(copy.deepcopy(module)(x, x, x, **call), want, f"{threads} threads")
+                    apart = np.empty(shape, dtype)[:, ::-1][:, ::-1]
+                    assert_same(copy.deepcopy(module)(x, x, x, **call, out=apart), want, f"{threads} threads, out=")
 
 
 @every_case

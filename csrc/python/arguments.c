@@ -196,6 +196,18 @@ static int check_out(const call_arguments *arguments, int ndim, const npy_intp *
     return 0;
 }
 
+static bool is_apart_from_inputs(const call_arguments *arguments)
+{
+    PyArrayObject *const inputs[] = {arguments->query, arguments->key, arguments->value, arguments->attn_mask,
+                                     arguments->key_padding_mask, arguments->static_k, arguments->static_v};
+    if ((PyObject *)arguments->output != arguments->out_object)
+        return true;
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
+        if (arrays_may_overlap(arguments->output, inputs[i]))
+            return false;
+    return true;
+}
+
 /* Without a batch axis for an input that has none. In out= itself, where the core could write it. */
 static int make_output(call_arguments *arguments)
 {
@@ -215,6 +227,7 @@ static int make_output(call_arguments *arguments)
         return -1;
     arguments->call.output = PyArray_DATA(arguments->output);
     arguments->call.output_batch_first = batch_first;
+    arguments->call.output_is_apart = is_apart_from_inputs(arguments);
     return 0;
 }
 

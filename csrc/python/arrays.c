@@ -150,6 +150,31 @@ bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape)
     return PyArray_NDIM(array) == ndim && PyArray_CompareLists(PyArray_DIMS(array), shape, ndim);
 }
 
+/* Addresses as numbers, since those of different objects cannot be compared. */
+static void find_bounds(PyArrayObject *array, uintptr_t *begin, uintptr_t *end)
+{
+    *begin = (uintptr_t)PyArray_DATA(array);
+    *end = *begin + (size_t)PyArray_ITEMSIZE(array);
+    for (int axis = 0; axis < PyArray_NDIM(array); axis++) {
+        const npy_intp last = PyArray_DIM(array, axis) - 1, stride = PyArray_STRIDE(array, axis);
+        if (last < 0) {
+            *end = *begin;
+            return;
+        }
+        *(stride < 0 ? begin : end) += (uintptr_t)last * (uintptr_t)stride;
+    }
+}
+
+bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b)
+{
+    uintptr_t begin_a, end_a, begin_b, end_b;
+    if (a == NULL || b == NULL)
+        return false;
+    find_bounds(a, &begin_a, &end_a);
+    find_bounds(b, &begin_b, &end_b);
+    return begin_a < end_b && begin_b < end_a;
+}
+
 PyArrayObject *mask_from_object(const module_state *state, PyObject *object, const char *name)
 {
     PyArrayObject *mask = array_from_object(state, object, name);

@@ -29,6 +29,9 @@ const char *torch_type_name(PyArrayObject *array);
 
 bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape);
 
+/* Whether the memory from the first to the last byte of one meets that of the other; NULL meets nothing. */
+bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);
+
 /* A new reference that keeps the memory of some arrays (NULL: none) where it is, or NULL with an exception. A reference
  * to an array is not enough: resize(refcheck=False) asks for none, but leaves an array alone that has a weak one. */
 PyObject *pin_memory(PyArrayObject *const *arrays, size_t count);

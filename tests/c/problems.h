@@ -239,7 +239,8 @@ static inline mha_call make_call(const problem *p, mha_dtype dtype, const manner
     mha_call call = {.N = p->N, .L = p->L, .S = p->S, .query = inputs[0], .key = inputs[1], .value = inputs[2],
                      .is_causal = p->is_causal, .add_zero_attn = p->add_zero_attn, .empty_row = p->empty_row,
                      .dropout_p = p->dropout_p, .dropout_seed = 5, .dropout_call = 7, .weights_wanted = m->wanted,
-                     .output_batch_first = !m->output_l_first, .threads = m->threads};
+                     .output_batch_first = !m->output_l_first, .output_is_apart = true,
+                     .threads = m->threads};
     if (p->attn) {
         const size_t size[4] = {p->attn_per_head ? p->N : 1, p->attn_per_head ? p->w.H : 1, p->L, p->S};
         const array4 a = place_array(MASKS, size, mask_item(p->attn), m->layout, m->side);

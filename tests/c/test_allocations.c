@@ -145,7 +145,7 @@ static void test_parts(void)
     const mha_heads heads = {c.key.data, 1, none, 0, row};
     char *y = guarded_buffer(OUTPUT + 2, OUTPUT_BYTES, AT_END);
     bool is_few[N];
-    mha_input_projection input = {weights, MHA_KEY, N, LENGTH, c.key, y, 2, {NULL, NULL}};
+    mha_input_projection input = {weights, MHA_KEY, N, LENGTH, c.key, y, 2, {0}};
     mha_sdpa_call sdpa = {.dtype = MHA_FLOAT32, .axes = 1, .length = &(size_t){1}, .L = LENGTH, .S = LENGTH, .D = WIDTH,
                           .Dv = WIDTH, .query = heads, .key = heads, .value = heads, .output = y, .threads = 2};
     const long before = in_use();
@@ -276,7 +276,7 @@ static void stop_everywhere(const problem *p, size_t threads)
     mha_status status = MHA_STOPPED;
     for (size_t patience = 0; patience < 10000 && status != MHA_OK; patience += 1 + patience / 8) {
         questions q = {.patience = patience};
-        c.stop = (mha_stop){is_impatient, &q};
+        c.stop = (mha_stop){.should_stop = is_impatient, .context = &q};
         DESCRIBE("'%s', %zu threads, stopped after %zu questions", p->name, threads, patience);
         status = mha_forward(weights, &c);
         CHECK(status == (q.asked > patience ? MHA_STOPPED : MHA_OK), "asked %zu times, status %d", q.asked,
@@ -293,8 +293,10 @@ static void test_stop(void)
     const problem ordinary = {.name = "ordinary", .N = 4, .L = 200, .S = 200, .w = RAGGED};
     const problem few_queries = {.name = "few queries", .N = 4, .L = 1, .S = 700, .w = {.H = 4, .Hkv = 4, .D = 16,
                                  .Dv = 16, .E = 64, .Ek = 64, .Ev = 64, .Eo = 8}};
+    const problem chunks = {.name = "chunks of items", .N = 48, .L = 100, .S = 20, .w = RAGGED};
     for (size_t threads = 1; threads < 4; threads++) {
         stop_everywhere(&ordinary, threads);
+        stop_everywhere(&chunks, threads);
         stop_everywhere(&few_queries, threads);
     }
 }

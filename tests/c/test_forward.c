@@ -54,6 +54,10 @@ static const problem problems[] = {
      .has_bias = true, .padding = MHA_MASK_FLOAT32, .attn = MHA_MASK_FLOAT64, .attn_per_head = true},
     {.name = "heads apart", .N = 3, .L = 20, .S = 75, .w = {.H = 4, .Hkv = 2, .D = 64, .Dv = 80, .E = 70, .Ek = 66,
      .Ev = 9, .Eo = 30}, .has_bias = true, .has_bias_kv = true, .add_zero_attn = true, .padding = MHA_MASK_HIDE},
+    {.name = "chunks of items", .N = 49, .L = 9, .S = 40, .w = RAGGED, .has_bias = true, .has_bias_kv = true,
+     .add_zero_attn = true, .attn = MHA_MASK_FLOAT32, .attn_per_head = true, .empty_row = MHA_EMPTY_ROW_NAN},
+    {.name = "chunks of items with padding", .N = 13, .L = 50, .S = 33, .w = {.H = 2, .Hkv = 2, .D = 64, .Dv = 64,
+     .E = 18, .Ek = 18, .Ev = 18, .Eo = 128}, .padding = MHA_MASK_FLOAT32},
     {.name = "few queries, heads apart", .N = 2, .L = 2, .S = 1100, .w = SQUARE(3, 64, 64), .has_bias = true},
     {.name = "few queries", .N = 2, .L = 1, .S = 1100, .w = SQUARE(2, 16, 32), .has_bias = true},
     {.name = "few queries, masks", .N = 3, .L = 2, .S = 700, .w = {.H = 4, .Hkv = 2, .D = 16, .Dv = 24, .E = 20,
@@ -138,7 +142,7 @@ static void check_manners(const problem *p, const mha_weights *weights, mha_dtyp
         {1, MHA_WEIGHTS_NONE, false, 0, AT_END},       {2, MHA_WEIGHTS_NONE, false, 4, AT_START},
         {3, MHA_WEIGHTS_NONE, true, 1, AT_END},        {1, MHA_WEIGHTS_AVERAGED, false, 2, AT_END},
         {3, MHA_WEIGHTS_AVERAGED, true, 3, AT_START},  {2, MHA_WEIGHTS_PER_HEAD, false, 5, AT_START},
-        {3, MHA_WEIGHTS_PER_HEAD, false, 2, AT_START},
+        {3, MHA_WEIGHTS_PER_HEAD, false, 2, AT_START}, {1, MHA_WEIGHTS_PER_HEAD, true, 0, AT_END},
     };
     double *averaged = NULL;
     for (size_t i = 0; i < sizeof manners / sizeof *manners; i++) {
@@ -162,16 +166,19 @@ static void check_manners(const problem *p, const mha_weights *weights, mha_dtyp
     free(averaged);
 }
 
-/* The output over an input. */
+/* The output over the beginning of an input, and over its end. */
 static void check_in_place(const problem *p, const mha_weights *weights, mha_dtype dtype, const answer *plain)
 {
     const size_t bytes = p->N * p->L * p->w.Eo * item_of(dtype);
-    for (size_t i = 0; i < (p->is_self ? 1 : 3); i++) {
+    for (size_t i = 0; i < (p->is_self ? 2 : 6); i++) {
         mha_call c = make_call(p, dtype, &plainly);
-        if (guarded_slots[INPUTS + i].bytes < bytes)
+        const guarded *slot = &guarded_slots[INPUTS + i / 2];
+        if (slot->bytes < bytes)
             continue;
-        c.output = guarded_slots[INPUTS + i].data;
-        DESCRIBE("%s %s '%s', output over input %zu", mha_cpu_name(), dtype_name(dtype), p->name, i);
+        c.output = (char *)slot->data + (i % 2) * (slot->bytes - bytes);
+        c.output_is_apart = false;
+        DESCRIBE("%s %s '%s', output over input %zu, %s", mha_cpu_name(), dtype_name(dtype), p->name, i / 2,
+                 i % 2 ? "its end" : "its beginning");
         answer a = call_forward(p, weights, dtype, &c);
         check_identical("output", a.output, plain->output, p->N * p->L * p->w.Eo);
         check_identical("weights", a.weights, plain->weights, p->N * p->w.H * p->L * columns_of(p));

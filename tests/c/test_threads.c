@@ -24,7 +24,7 @@
 
 enum { PATIENCE_S = 300, MOST_TASKS = 1000, MOST_THREADS = 9 };
 
-static const mha_stop NEVER = {NULL, NULL};
+static const mha_stop NEVER = {0};
 static atomic_int failures;
 
 #define CHECK(condition)                                                                                               \
@@ -269,7 +269,7 @@ static void stopping(void)
     for (size_t threads = 1; threads <= 4; threads++) {
         struct watch watch = {.threads = threads};
         struct brake brake = {.caller = pthread_self(), .answer_at = 3};
-        mha_stop stop = {stop_at, &brake};
+        mha_stop stop = {.should_stop = stop_at, .context = &brake};
         size_t runs = 0;
         CHECK(mha_parallel_for(threads, MOST_TASKS, leave_some_to_the_caller, &watch, stop) == MHA_STOPPED);
         CHECK(atomic_load(&watch.running) == 0);
@@ -287,6 +287,29 @@ static void stopping(void)
 }
 
 static atomic_bool forked;
+
+/* A loop that belongs to task 2 of another, and how far it came. */
+static void loop_with_task(void *context, size_t task, size_t worker)
+{
+    struct order *order = context;
+    CHECK(worker == 0);
+    if (task == 2) {
+        const mha_status status = mha_parallel_for(4, 20, ordered_task, order, (mha_stop){.with_task = true});
+        CHECK(status == MHA_STOPPED || order->next == 20);
+    }
+}
+
+static void stopping_a_task_with_its_loop(void)
+{
+    for (size_t answer_at = 1; answer_at < 40; answer_at++) { /* asked after each of 5 tasks and 20 within one */
+        struct brake brake = {.caller = pthread_self(), .answer_at = answer_at};
+        struct order order = {.thread = pthread_self()};
+        const mha_stop stop = {.should_stop = stop_at, .context = &brake};
+        const mha_status status = mha_parallel_for(1, 5, loop_with_task, &order, stop);
+        CHECK(status == (answer_at <= 25 ? MHA_STOPPED : MHA_OK));
+        CHECK(order.next == (answer_at < 3 ? 0 : answer_at < 22 ? answer_at - 2 : 20));
+    }
+}
 
 static bool fork_once(void *context)
 {
@@ -450,6 +473,7 @@ int main(void)
         {"several callers share the pool", callers_share_the_pool, false},
         {"after a fork in the midst of a loop, parent and child both go on", both_sides_of_a_fork_go_on, false},
         {"should_stop() ends a loop, asked by the caller alone", stopping, false},
+        {"a loop within a task is stopped with it", stopping_a_task_with_its_loop, false},
         {"should_stop() may fork", should_stop_may_fork, false},
         {"workers round as the caller does", workers_round_as_the_caller, false},
         {"workers take no signals", workers_leave_signals_alone, false},
