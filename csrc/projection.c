@@ -21,7 +21,7 @@
 #include "workspace.h"
 
 enum {
-    BLOCK_ROWS = 96,      /* a slice of a panel is read once for so many rows */
+    BLOCK_ROWS = 128,     /* a slice of a panel is read once for so many rows */
     BLOCK_BYTES = 491520, /* of a slice of them, for the second-level cache; fewer rows where they are wide */
     WHOLE_ROWS = 8,       /* a multiple of every kernel's rows */
     COPY_COST = 1,        /* of the rows of a task, in the time that one panel takes */
