@@ -3,8 +3,8 @@
  * attention.c - the fused pass over the keys, and the weights, from its scores or in a second pass.
  *
  * Queries are the lanes: a panel holds up to P queries of one head, transposed, and every step of softmax runs down the
- * keys without looking from lane to lane. A task takes some panels of the query heads that share one key/value head,
- * and leads them together over the blocks of keys:
+ * keys without looking from lane to lane. A task takes some panels of the query heads that share one key/value head, or
+ * a mask, and leads them together over the blocks of keys:
  *
  *      panel [D][P]        scores [64][P]        out [Dv][P]
  *      +---------+         +---------+           +---------+
@@ -25,7 +25,7 @@
 #include "workspace.h"
 
 enum {
-    TASK_PANELS = 4,      /* share one reading of keys and values */
+    TASK_PANELS = 4,      /* share one reading of keys and values, or of the mask */
     PANEL_BYTES = 131072, /* of all panels of a task, unless one alone is larger */
     KEPT_BYTES = 262144,  /* of scores that a task keeps to make weights of them, and of their averages */
     CHUNK_BLOCKS = 8,     /* blocks of keys whose weights the second pass collects before it writes them */
@@ -38,7 +38,8 @@ typedef struct {
     char *queries;               /* [D][P], scaled */
     char *out;                   /* [Dv][P], once a block of keys was visible */
     char *maximum, *sum, *factor; /* [P] */
-    size_t h, hkv; /* its head, and that of keys and values */
+    size_t h, hkv; /* its head, and that of keys and values, */
+    size_t share, sharers; /* which that many panels of the task read, this one as number `share` */
     mha_panel lanes;
     bool is_empty; /* no key was visible so far */
     char *kept;    /* [keys of all blocks][P], the scores, where weights are to be made of them; else NULL */
@@ -67,8 +68,11 @@ typedef struct {
     const mha_attention *a;
     places at;
     mha_split split;    /* of the L queries of a head */
+    size_t shared;      /* query heads of a key/value head */
+    size_t heads;       /* of a bundle, whose panels tasks share out among them */
+    size_t bundles;     /* of all items */
     size_t task_panels; /* panels of a task of the first pass */
-    size_t groups;      /* tasks of an item's key/value head, or of the heads whose weights are averaged */
+    size_t groups;      /* tasks of a bundle, or of the heads of an item whose weights are averaged */
     size_t chunks;      /* tasks of a panel in the second pass */
 } job;
 
@@ -78,10 +82,22 @@ static size_t widest_panel(const mha_attention *a)
     return a->kernels->lanes * mha_smaller(mha_split_width(a->kernels, a->L).vectors, a->kernels->vectors);
 }
 
+/* Whether queries of one number see the same keys in all heads. */
+static bool is_mask_shared(const mha_attention *a)
+{
+    return a->masks->attn.kind && a->masks->attn.stride_h == 0;
+}
+
+/* Heads whose panels are shared out together: reading a mask costs more than reading keys and values. */
+static size_t bundled_heads(const mha_attention *a)
+{
+    return is_mask_shared(a) ? a->H : a->H / a->Hkv;
+}
+
 static size_t most_task_panels(const mha_attention *a)
 {
     const size_t fit = PANEL_BYTES / (widest_panel(a) * (a->D + a->Dv) * a->kernels->item);
-    const size_t wanted = mha_smaller(TASK_PANELS, a->H / a->Hkv * mha_split_width(a->kernels, a->L).panels);
+    const size_t wanted = mha_smaller(TASK_PANELS, bundled_heads(a) * mha_split_width(a->kernels, a->L).panels);
     return fit < 1 ? 1 : mha_smaller(fit, wanted);
 }
 
@@ -279,29 +295,31 @@ static void begin(const mha_attention *a, size_t n, state *s)
     a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
 }
 
-/* The part of the next block's `rows` rows of one head that the i-th of `parts` products fetches ahead of their use.
- * Hardware would begin with them too late, or not at all where they lie a page apart. */
-static mha_next share_of(const mha_attention *a, const mha_rows *x, const char *first, size_t rows, size_t width,
-                         size_t i, size_t parts)
+/* The part of the next block's rows, from `first` on, that this panel's product fetches ahead of their use. Hardware
+ * would begin with them too late, or not at all where they lie a page apart. */
+static mha_next share_of(const mha_attention *a, const state *s, const mha_rows *x, const char *first, size_t rows,
+                         size_t width)
 {
     const ptrdiff_t stride = x->stride_l * (ptrdiff_t)a->kernels->item;
-    if (rows == 0)
-        return (mha_next){0};
-    const size_t begin = rows * i / parts, end = rows * (i + 1) / parts;
+    const size_t begin = rows * s->share / s->sharers, end = rows * (s->share + 1) / s->sharers;
     return (mha_next){first + (ptrdiff_t)begin * stride, end - begin, width * a->kernels->item, stride};
 }
 
-static void step(const mha_attention *a, size_t n, state *s, const mha_key_block *block, char *scores, char *exps,
-                 char *bias, mha_next next_keys, mha_next next_values)
+static void step(const mha_attention *a, size_t n, state *s, const mha_key_block *block, const mha_key_block *next,
+                 mha_visibility visibility, char *scores, char *exps, const char *bias)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = s->lanes.vectors * kernels->lanes;
-    const mha_visibility visibility = look(a, n, s->h, s->lanes, block, bias);
+    mha_next next_keys = {0}, next_values = {0};
     if (visibility == MHA_VISIBLE_NONE) {
         /* Such keys would change nothing: their weight is 0 and the maximum stays. */
         if (s->kept)
             kernels->fill(scores, block->keys * P, -INFINITY);
         return;
+    }
+    if (next->keys > 0) {
+        next_keys = share_of(a, s, &a->k, keys_of(a, n, next, s->hkv), next->keys, a->D);
+        next_values = share_of(a, s, &a->v, values_of(a, n, next, s->hkv), next->keys, a->Dv);
     }
     score(a, n, s->hkv, s->lanes, block, s->queries, visibility == MHA_VISIBLE_SOME ? bias : NULL, scores, next_keys);
     kernels->softmax_step(scores, block->keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
@@ -335,23 +353,37 @@ static void finish(const mha_attention *a, size_t n, const state *s)
     }
 }
 
-/* Leads some panels together over the keys of their heads, which share one key/value head; `exps` and `bias` hold one
- * block. False: the call is to be stopped. */
-static bool attend(const mha_attention *a, size_t n, state *states, size_t panels, char *exps, char *bias)
+static void count_sharers(state *states, size_t panels)
 {
     for (size_t i = 0; i < panels; i++)
+        for (size_t other = 0; other < panels; other++)
+            if (states[other].hkv == states[i].hkv) {
+                states[i].share += other < i;
+                states[i].sharers++;
+            }
+}
+
+/* Leads some panels together over the keys of their heads; `exps` and `bias` hold one block. False: the call is to be
+ * stopped. */
+static bool attend(const mha_attention *a, size_t n, state *states, size_t panels, char *exps, char *bias)
+{
+    count_sharers(states, panels);
+    for (size_t i = 0; i < panels; i++)
         begin(a, n, &states[i]);
+    const bool is_shared = is_mask_shared(a);
     const size_t blocks = mha_key_blocks(a->live, n);
     size_t features = 0; /* since the last look */
     mha_key_block next = blocks ? mha_key_block_at(a->live, n, 0) : (mha_key_block){0};
     for (size_t b = 0; b < blocks; b++) {
         const mha_key_block block = next;
         next = b + 1 < blocks ? mha_key_block_at(a->live, n, b + 1) : (mha_key_block){0};
-        const char *k = keys_of(a, n, &next, states[0].hkv), *v = values_of(a, n, &next, states[0].hkv);
+        mha_visibility visibility = MHA_VISIBLE_ALL;
         for (size_t i = 0; i < panels; i++) {
-            char *scores = states[i].kept ? states[i].kept + b * block_bytes(a, states[i].lanes.vectors) : exps;
-            step(a, n, &states[i], &block, scores, exps, bias, share_of(a, &a->k, k, next.keys, a->D, i, panels),
-                 share_of(a, &a->v, v, next.keys, a->Dv, i, panels));
+            state *s = &states[i];
+            if (i == 0 || !is_shared || s->lanes.first != states[i - 1].lanes.first)
+                visibility = look(a, n, s->h, s->lanes, &block, bias);
+            char *scores = s->kept ? s->kept + b * block_bytes(a, s->lanes.vectors) : exps;
+            step(a, n, s, &block, &next, visibility, scores, exps, bias);
         }
         features += a->D + a->Dv;
         if (features >= FEATURES_A_LOOK && mha_is_stopped())
@@ -370,17 +402,22 @@ static void attend_task(void *context, size_t task, size_t worker)
     char *base = a->scratch + worker * a->scratch_bytes;
     state states[TASK_PANELS];
     /* The last queries first: under a causal mask they see the most keys. */
-    const size_t heads = a->N * a->Hkv, group = j->groups - 1 - task / heads;
-    const size_t n = task % heads / a->Hkv, hkv = task % heads % a->Hkv, shared = a->H / a->Hkv;
+    const size_t group = j->groups - 1 - task / j->bundles, bundle = task % j->bundles;
+    const size_t first_head = bundle * j->heads % a->H, n = bundle * j->heads / a->H;
     if (a->live->is_few[n])
         return;
     const size_t first = group * j->task_panels;
-    const size_t panels = mha_smaller(j->task_panels, shared * j->split.panels - first);
+    const size_t panels = mha_smaller(j->task_panels, j->heads * j->split.panels - first);
+    size_t head = first % j->heads, panel = first / j->heads;
     for (size_t i = 0; i < panels; i++) {
         states[i] = state_at(&j->at, base, i);
-        states[i].h = hkv * shared + (first + i) / j->split.panels;
-        states[i].hkv = hkv;
-        states[i].lanes = mha_panel_at(&j->split, (first + i) % j->split.panels);
+        states[i].h = first_head + head;
+        states[i].hkv = states[i].h / j->shared;
+        states[i].lanes = mha_panel_at(&j->split, panel);
+        if (++head == j->heads) {
+            head = 0;
+            panel++;
+        }
     }
     attend(a, n, states, panels, base + j->at.scores, base + j->at.bias);
 }
@@ -564,16 +601,19 @@ static mha_status attend_and_weigh(const mha_attention *a, job *j)
 mha_status mha_attend(const mha_attention *a)
 {
     job j = {.a = a, .at = place_states(a), .split = mha_split_width(a->kernels, a->L)};
-    const size_t shared = a->H / a->Hkv, heads = a->N * a->Hkv;
     if (most_weighing_panels(a) > 0)
         return attend_and_weigh(a, &j);
+    j.shared = a->H / a->Hkv;
+    j.heads = bundled_heads(a);
+    j.bundles = a->N * a->H / j.heads;
+    const size_t panels = j.heads * j.split.panels;
     j.task_panels = mha_smaller(most_task_panels(a),
-                            mha_divide_up(heads * shared * j.split.panels, TASKS_A_THREAD * a->threads));
-    j.groups = mha_divide_up(shared * j.split.panels, j.task_panels);
-    j.task_panels = mha_divide_up(shared * j.split.panels, j.groups); /* 6 panels are 3 + 3, not 4 + 2 */
+                                mha_divide_up(j.bundles * panels, TASKS_A_THREAD * a->threads));
+    j.groups = mha_divide_up(panels, j.task_panels);
+    j.task_panels = mha_divide_up(panels, j.groups); /* 6 panels are 3 + 3, not 4 + 2 */
     mha_status status = MHA_OK;
     if (a->weights_wanted != MHA_SCORES_PER_HEAD)
-        status = mha_parallel_for(a->threads, heads * j.groups, attend_task, &j, a->stop);
+        status = mha_parallel_for(a->threads, j.bundles * j.groups, attend_task, &j, a->stop);
     if (status != MHA_OK || !a->weights_wanted)
         return status;
     j.chunks = mha_divide_up(most_blocks(a), CHUNK_BLOCKS);

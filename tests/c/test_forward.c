@@ -54,6 +54,8 @@ static const problem problems[] = {
      .has_bias = true, .padding = MHA_MASK_FLOAT32, .attn = MHA_MASK_FLOAT64, .attn_per_head = true},
     {.name = "heads apart", .N = 3, .L = 20, .S = 75, .w = {.H = 4, .Hkv = 2, .D = 64, .Dv = 80, .E = 70, .Ek = 66,
      .Ev = 9, .Eo = 30}, .has_bias = true, .has_bias_kv = true, .add_zero_attn = true, .padding = MHA_MASK_HIDE},
+    {.name = "a mask for all heads", .N = 2, .L = 70, .S = 131, .w = RAGGED, .has_bias = true,
+     .attn = MHA_MASK_FLOAT32, .padding = MHA_MASK_HIDE},
     {.name = "chunks of items", .N = 49, .L = 9, .S = 40, .w = RAGGED, .has_bias = true, .has_bias_kv = true,
      .add_zero_attn = true, .attn = MHA_MASK_FLOAT32, .attn_per_head = true, .empty_row = MHA_EMPTY_ROW_NAN},
     {.name = "chunks of items with padding", .N = 13, .L = 50, .S = 33, .w = {.H = 2, .Hkv = 2, .D = 64, .Dv = 64,

@@ -141,6 +141,8 @@ FAULTS = [
     Fault("the workspace is not given back", "forward.c", "        mha_give_workspace(f->block);\n", "", "allocations"),
     Fault("N * S is not checked for overflow", "forward.c",
           "|| __builtin_mul_overflow(call->N, call->S, &positions)", "", "allocations"),
+    Fault("one head's mask for all", "attention.c", "!is_shared || s->lanes.first", "s->lanes.first", "forward"),
+    Fault("the mask of other queries", "attention.c", " || s->lanes.first != states[i - 1].lanes.first)", ")", "forward"),
     # Chunks of items
     Fault("the workspace of chunks is not given back", "forward.c", "    mha_give_workspace(j.block);\n", "",
           "allocations"),
