@@ -3,8 +3,8 @@
  * projection.c - blocking, packing of rows, bias, tasks.
  *
  * A task is a block of rows by a run of panels. It copies its rows, a slice of features at a time, so that what belongs
- * to one chain lies together, and multiplies that slice with the same slice of each panel; sums go through a strip that
- * stays in the cache:
+ * to one chain lies together (unless they are short and lie well), and multiplies that slice with the same slice of each
+ * panel; sums go through a strip that stays in the cache:
  *
  *          slice                    panel          strip
  *        +-------+---             +-------+      +-------+
@@ -15,6 +15,7 @@
  */
 #include "projection.h"
 
+#include <stdint.h>
 #include <string.h>
 
 #include "threads.h"
@@ -29,6 +30,7 @@ enum {
     SLICED_PANELS = 8,    /* panels whose strips wait at once for the next slice */
     TASKS_A_THREAD = 4,   /* so that the last ones to finish differ by little */
     PANELS_A_LOOK = 16,   /* panels between two looks whether the call is to be stopped */
+    SHORT_BYTES = 1600,   /* between rows that are read where they lie: some of them share a page */
 };
 
 typedef struct {
@@ -41,6 +43,13 @@ typedef struct {
     size_t runs;        /* tasks of a block */
     size_t tasks;
 } plan;
+
+/* A slice of some rows: strides in numbers between rows, and from a chain to the next. */
+typedef struct {
+    const char *data;
+    size_t rows;
+    ptrdiff_t row, chain;
+} sliced_rows;
 
 typedef struct {
     const mha_kernels *kernels;
@@ -132,8 +141,24 @@ void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t ite
             memcpy(to + e * sizeof(double), x + (ptrdiff_t)e * stride_e, sizeof(double));
 }
 
+/* The distance in bytes between rows that are as good as copied ones: short, aligned, one like the other; 0: they are
+ * not. */
+static size_t distance_of_rows(const plan *p, size_t first_row, size_t rows, size_t item)
+{
+    const char *const *row = p->projection->row + first_row;
+    const uintptr_t distance = rows > 1 ? (uintptr_t)row[1] - (uintptr_t)row[0] : p->depth * item;
+    if (p->projection->stride_e != (ptrdiff_t)item || distance > SHORT_BYTES || distance % item > 0 ||
+        (uintptr_t)row[0] % item > 0)
+        return 0;
+    for (size_t r = 1; r < rows; r++)
+        if ((uintptr_t)row[r] - (uintptr_t)row[r - 1] != distance)
+            return 0;
+    return distance;
+}
+
 /* Copies a slice of some rows to a block. */
-static void copy_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item, char *block)
+static sliced_rows copy_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item,
+                              char *block)
 {
     const ptrdiff_t stride_e = p->projection->stride_e;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
@@ -144,6 +169,16 @@ static void copy_slice(const plan *p, size_t first_row, size_t rows, size_t firs
         for (size_t k = 0; k < features; k += MHA_CHAIN, to += chain_bytes)
             mha_copy_row(x + (ptrdiff_t)k * stride_e, stride_e, mha_smaller(features - k, MHA_CHAIN), item, to);
     }
+    return (sliced_rows){block, rows, (ptrdiff_t)p->chain, (ptrdiff_t)(p->block_rows * p->chain)};
+}
+
+static sliced_rows take_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item,
+                              char *block)
+{
+    const size_t distance = p->slices > 1 ? 0 : distance_of_rows(p, first_row, rows, item);
+    if (distance == 0)
+        return copy_slice(p, first_row, rows, first_feature, item, block);
+    return (sliced_rows){p->projection->row[first_row], rows, (ptrdiff_t)(distance / item), MHA_CHAIN};
 }
 
 /* What of the panels comes next: the weights are many times larger than the caches near the core, and the hardware
@@ -209,7 +244,7 @@ static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, 
 
 /* Adds one slice of one panel to its strip; the last slice of all ends in y. */
 static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_target *target, mha_panel panel,
-                           size_t first_row, size_t rows, size_t first_feature, const char *block, char *strip)
+                           size_t first_row, size_t first_feature, const sliced_rows *x, char *strip)
 {
     const size_t item = kernels->item, P = panel.vectors * kernels->lanes;
     const bool fits = panel.count == P || (!target->run && panel.first + P <= target->stride);
@@ -222,8 +257,8 @@ static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_
         addend_row = 0;
     }
     do {
-        mha_product product = {.rows = rows, .depth = mha_smaller(features - k, MHA_CHAIN), .vectors = panel.vectors,
-                               .a = block + k * p->block_rows * item, .a_row = (ptrdiff_t)p->chain, .a_k = 1,
+        mha_product product = {.rows = x->rows, .depth = mha_smaller(features - k, MHA_CHAIN), .vectors = panel.vectors,
+                               .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * item) * x->chain, .a_row = x->row, .a_k = 1,
                                .b = b + k * P * item, .b_k = P, .addend = addend, .addend_row = addend_row,
                                .c = strip, .c_row = P,
                                .next = following(kernels, target, b + (k + MHA_CHAIN) * P * item)};
@@ -237,7 +272,7 @@ static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_
         addend_row = P;
     } while (k < features);
     if (first_feature + k >= p->depth)
-        for (size_t r = 0; r < rows; r++)
+        for (size_t r = 0; r < x->rows; r++)
             memcpy(row_of_y(target, first_row + r, item) + panel.first * item, strip + r * P * item,
                    panel.count * item);
 }
@@ -264,13 +299,13 @@ static void run_task(void *context, size_t task, size_t worker)
     char *block = j->scratch + worker * j->scratch_bytes, *strips = block + block_size(p) * item;
     for (size_t s = 0; s < p->slices; s++) {
         const size_t first = s * p->slice;
-        copy_slice(p, first_row, rows, first, item, block);
+        const sliced_rows x = take_slice(p, first_row, rows, first, item, block);
         for (size_t i = first_panel; i < end; i++) {
             size_t in_target = i;
             const mha_target *target = find_target(p->projection, &in_target);
             char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * item;
-            multiply_slice(j->kernels, p, target, mha_panel_at(&target->panels->split, in_target), first_row, rows,
-                           first, block, strip);
+            multiply_slice(j->kernels, p, target, mha_panel_at(&target->panels->split, in_target), first_row, first,
+                           &x, strip);
             if ((i - first_panel) % PANELS_A_LOOK == PANELS_A_LOOK - 1 && mha_is_stopped())
                 return;
         }

@@ -92,6 +92,8 @@ FAULTS = [
           "(ptrdiff_t)first_feature * stride_e", "(ptrdiff_t)(first_feature / 2) * stride_e", "forward"),
     Fault("a chain of rows overlaps the one before", "projection.c", "chain_bytes = p->block_rows * p->chain * item",
           "chain_bytes = (p->block_rows - 1) * p->chain * item", "forward"),
+    Fault("rows that lie irregularly are taken for regular ones", "projection.c",
+          "            return 0;\n    return distance;", "            break;\n    return distance;", "forward"),
     Fault("a panel does not end at the end of a head", "projection.c", "(target->part - feature) / lanes, vectors)",
           "target->part / lanes, vectors)", "forward"),
     Fault("the second head of a panel begins with the first one's weights", "projection.c",
