@@ -428,7 +428,8 @@ static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
 {
     const forward *all = j->all;
     const mha_widths *w = &all->weights->widths;
-    const size_t first = all->call->N * i / j->chunks, count = all->call->N * (i + 1) / j->chunks - first;
+    const size_t each = all->call->N / j->chunks, larger = all->call->N % j->chunks;
+    const size_t first = i * each + mha_smaller(i, larger), count = each + (i < larger);
     const size_t item = all->weights->kernels->item, L = all->call->L, keys = all->call->S + all->live.extra;
     const size_t heads = all->call->weights_wanted == MHA_WEIGHTS_AVERAGED ? 1 : w->H;
     const ptrdiff_t n = (ptrdiff_t)first;
