@@ -25,7 +25,7 @@
 enum {
     LEAST_APART = 4,     /* vectors of a head that lies apart: at its ends panels are cut into pieces */
     CHUNK_ROWS = 96,     /* of queries or keys, at least: for fewer, a projection reads its weights too often */
-    CHUNKS_A_THREAD = 8, /* at least, so that the threads end at about the same time; twice that where items differ */
+    CHUNKS_A_THREAD = 8, /* at least, so that several threads end at about the same time; twice that with padding */
 };
 
 /* Heads in the workspace: the offset in bytes, and numbers between rows and between heads. */
@@ -45,7 +45,7 @@ typedef struct {
     size_t scratch_bytes;
 } plan;
 
-/* All items of a call, or some of them: then call describes these alone. */
+/* All items of a call, or some of them: then call describes these alone, but for the masks, which `masks` has. */
 typedef struct {
     const mha_weights *weights;
     const mha_call *call;

@@ -229,7 +229,7 @@ static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, 
                           const mha_product *product)
 {
     const size_t item = kernels->item, run = target->run;
-    mha_product some = *product;
+    mha_product some;
     for (size_t r = 0; r < product->rows; r += some.rows) {
         some = *product;
         some.rows = product->rows - r;
