@@ -88,10 +88,11 @@ static bool is_mask_shared(const mha_attention *a)
     return a->masks->attn.kind && a->masks->attn.stride_h == 0;
 }
 
-/* Heads whose panels are shared out together: reading a mask costs more than reading keys and values. */
+/* Heads whose panels are shared out together: reading a mask costs more than reading keys and values, and a task of one
+ * panel, all that few queries make of a head, more than it does. */
 static size_t bundled_heads(const mha_attention *a)
 {
-    return is_mask_shared(a) ? a->H : a->H / a->Hkv;
+    return is_mask_shared(a) || mha_split_width(a->kernels, a->L).panels == 1 ? a->H : a->H / a->Hkv;
 }
 
 static size_t most_task_panels(const mha_attention *a)
@@ -185,11 +186,16 @@ static char *memory_of_state(const places *at, char *scratch, size_t i)
     return scratch + at->states + i * at->state_bytes;
 }
 
-static state state_at(const places *at, char *scratch, size_t i)
+static void set_up_state(const places *at, char *scratch, size_t i, state *s)
 {
     char *base = memory_of_state(at, scratch, i);
-    return (state){.queries = base + at->queries, .out = base + at->out, .maximum = base + at->maximum,
-                   .sum = base + at->sum, .factor = base + at->factor, .is_empty = true};
+    s->queries = base + at->queries;
+    s->out = base + at->out;
+    s->maximum = base + at->maximum;
+    s->sum = base + at->sum;
+    s->factor = base + at->factor;
+    s->is_empty = true;
+    s->kept = NULL;
 }
 
 /* Room for the weights of a chunk, and for what one block of one head needs. */
@@ -248,13 +254,14 @@ static char *values_of(const mha_attention *a, size_t n, const mha_key_block *bl
 static mha_visibility look(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
                            char *bias)
 {
-    return mha_look(a->kernels, a->masks, n, (mha_lanes){h, 1, lanes.first, lanes.count, lanes.vectors}, block, bias);
+    const mha_lanes of_head = {h, 1, lanes.first, lanes.count, lanes.vectors};
+    return mha_look(a->kernels, a->masks, n, &of_head, block, bias);
 }
 
 /* scores[key][lane], plus bias unless it is NULL; it comes last. Chains of at most MHA_CHAIN features, as in the
  * projections. */
 static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes, const mha_key_block *block,
-                  const char *queries, const char *bias, char *scores, mha_next next)
+                  const char *queries, const char *bias, char *scores, const mha_next *next)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
@@ -268,7 +275,7 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
                                      .addend = addend, .addend_row = P, .c = scores, .c_row = P, .next = next};
         kernels->product(&product);
         addend = scores;
-        next.rows = 0;
+        next = NULL;
     }
     if (bias && a->D > MHA_CHAIN)
         kernels->accumulate(scores, bias, block->keys * P);
@@ -310,18 +317,19 @@ static void step(const mha_attention *a, size_t n, state *s, const mha_key_block
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = s->lanes.vectors * kernels->lanes;
-    mha_next next_keys = {0}, next_values = {0};
+    mha_next next_keys, next_values;
     if (visibility == MHA_VISIBLE_NONE) {
         /* Such keys would change nothing: their weight is 0 and the maximum stays. */
         if (s->kept)
             kernels->fill(scores, block->keys * P, -INFINITY);
         return;
     }
-    if (next->keys > 0) {
+    if (next) {
         next_keys = share_of(a, s, &a->k, keys_of(a, n, next, s->hkv), next->keys, a->D);
         next_values = share_of(a, s, &a->v, values_of(a, n, next, s->hkv), next->keys, a->Dv);
     }
-    score(a, n, s->hkv, s->lanes, block, s->queries, visibility == MHA_VISIBLE_SOME ? bias : NULL, scores, next_keys);
+    score(a, n, s->hkv, s->lanes, block, s->queries, visibility == MHA_VISIBLE_SOME ? bias : NULL, scores,
+          next ? &next_keys : NULL);
     kernels->softmax_step(scores, block->keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
     if (a->dropout_p > 0)
         drop_out(a, n, s->h, s->lanes, block, exps);
@@ -329,7 +337,7 @@ static void step(const mha_attention *a, size_t n, state *s, const mha_key_block
                                  .a = values_of(a, n, block, s->hkv), .a_row = 1,
                                  .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
-                                 .c = s->out, .c_row = P, .next = next_values};
+                                 .c = s->out, .c_row = P, .next = next ? &next_values : NULL};
     kernels->product(&product);
     s->is_empty = false;
 }
@@ -355,12 +363,14 @@ static void finish(const mha_attention *a, size_t n, const state *s)
 
 static void count_sharers(state *states, size_t panels)
 {
-    for (size_t i = 0; i < panels; i++)
+    for (size_t i = 0; i < panels; i++) {
+        states[i].share = states[i].sharers = 0;
         for (size_t other = 0; other < panels; other++)
             if (states[other].hkv == states[i].hkv) {
                 states[i].share += other < i;
                 states[i].sharers++;
             }
+    }
 }
 
 /* Leads some panels together over the keys of their heads; `exps` and `bias` hold one block. False: the call is to be
@@ -373,17 +383,22 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
     const bool is_shared = is_mask_shared(a);
     const size_t blocks = mha_key_blocks(a->live, n);
     size_t features = 0; /* since the last look */
-    mha_key_block next = blocks ? mha_key_block_at(a->live, n, 0) : (mha_key_block){0};
+    mha_key_block two[2];
+    if (blocks > 0)
+        mha_key_block_at(a->live, n, 0, &two[0]);
     for (size_t b = 0; b < blocks; b++) {
-        const mha_key_block block = next;
-        next = b + 1 < blocks ? mha_key_block_at(a->live, n, b + 1) : (mha_key_block){0};
+        const mha_key_block *block = &two[b % 2], *next = NULL;
+        if (b + 1 < blocks) {
+            mha_key_block_at(a->live, n, b + 1, &two[(b + 1) % 2]);
+            next = &two[(b + 1) % 2];
+        }
         mha_visibility visibility = MHA_VISIBLE_ALL;
         for (size_t i = 0; i < panels; i++) {
             state *s = &states[i];
             if (i == 0 || !is_shared || s->lanes.first != states[i - 1].lanes.first)
-                visibility = look(a, n, s->h, s->lanes, &block, bias);
+                visibility = look(a, n, s->h, s->lanes, block, bias);
             char *scores = s->kept ? s->kept + b * block_bytes(a, s->lanes.vectors) : exps;
-            step(a, n, s, &block, &next, visibility, scores, exps, bias);
+            step(a, n, s, block, next, visibility, scores, exps, bias);
         }
         features += a->D + a->Dv;
         if (features >= FEATURES_A_LOOK && mha_is_stopped())
@@ -410,7 +425,7 @@ static void attend_task(void *context, size_t task, size_t worker)
     const size_t panels = mha_smaller(j->task_panels, j->heads * j->split.panels - first);
     size_t head = first % j->heads, panel = first / j->heads;
     for (size_t i = 0; i < panels; i++) {
-        states[i] = state_at(&j->at, base, i);
+        set_up_state(&j->at, base, i, &states[i]);
         states[i].h = first_head + head;
         states[i].hkv = states[i].h / j->shared;
         states[i].lanes = mha_panel_at(&j->split, panel);
@@ -457,7 +472,7 @@ static void score_again(const mha_attention *a, const weighing *w, size_t h, con
         a->kernels->fill(scores, block->keys * w->lanes.vectors * a->kernels->lanes, -INFINITY);
     else
         score(a, w->n, h / (a->H / a->Hkv), w->lanes, block, w->queries,
-              visibility == MHA_VISIBLE_SOME ? w->bias : NULL, scores, (mha_next){0});
+              visibility == MHA_VISIBLE_SOME ? w->bias : NULL, scores, NULL);
 }
 
 static char *weights_row(const mha_attention *a, const weighing *w, size_t lane)
@@ -504,7 +519,8 @@ static void write_blocks(const mha_attention *a, const weighing *w, size_t first
 {
     a->kernels->fill(w->factor, w->lanes.vectors * a->kernels->lanes, 1 / (double)w->heads);
     for (size_t b = first; b < end; b++) {
-        const mha_key_block block = mha_key_block_at(a->live, w->n, b);
+        mha_key_block block;
+        mha_key_block_at(a->live, w->n, b, &block);
         write_weights(a, w, &block, w->weights + (b - first) * block_bytes(a, w->lanes.vectors));
     }
     if (first == 0 && a->live->index)
@@ -534,7 +550,7 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
     }
     for (size_t h = first_head; h < first_head + heads; h++) {
         for (size_t i = 0; i < panels; i++) {
-            states[i] = state_at(&j->at, base, i);
+            set_up_state(&j->at, base, i, &states[i]);
             states[i].h = h;
             states[i].hkv = h / (a->H / a->Hkv);
             states[i].lanes = w[i].lanes;
@@ -543,7 +559,8 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
         if (!attend(a, n, states, panels, scores, base + j->at.bias))
             return;
         for (size_t b = 0; b < blocks; b++) {
-            const mha_key_block block = mha_key_block_at(a->live, n, b);
+            mha_key_block block;
+            mha_key_block_at(a->live, n, b, &block);
             for (size_t i = 0; i < panels; i++) {
                 const size_t at = b * block_bytes(a, states[i].lanes.vectors);
                 add_weights(a, &w[i], h, &block, states[i].kept + at, w[i].weights + at);
@@ -575,7 +592,8 @@ static void weigh_task(void *context, size_t task, size_t worker)
     for (size_t h = w.first_head; h < w.first_head + heads; h++) {
         pack_queries(a, w.n, h, w.lanes, w.queries);
         for (size_t b = first; b < end; b++) {
-            const mha_key_block block = mha_key_block_at(a->live, w.n, b);
+            mha_key_block block;
+            mha_key_block_at(a->live, w.n, b, &block);
             char *weights = w.weights + (b - first) * block_bytes(a, w.lanes.vectors);
             char *scores = h == w.first_head ? weights : w.scores;
             score_again(a, &w, h, &block, scores);

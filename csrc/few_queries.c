@@ -258,7 +258,7 @@ static bool score(const mha_few_queries *f, size_t n, size_t first, mha_panel pa
     const mha_kernels *kernels = f->weights->kernels;
     const size_t P = panel.vectors * kernels->lanes, Ek = f->weights->widths.Ek;
     const mha_lanes lanes = {0, f->weights->widths.H, first, panel.count, panel.vectors};
-    const mha_visibility visibility = mha_look(kernels, f->masks, n, lanes, block, s->bias);
+    const mha_visibility visibility = mha_look(kernels, f->masks, n, &lanes, block, s->bias);
     if (visibility == MHA_VISIBLE_NONE)
         return false;
     mha_product product = {.rows = block->keys, .vectors = panel.vectors, .a = s->slice,
@@ -312,7 +312,8 @@ static void attend_task(void *context, size_t task, size_t worker)
     kernels->fill(sums, Ev * P, 0);
     const size_t first = chunk * CHUNK_BLOCKS, end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(f->live, n));
     for (size_t b = first; b < end; b++) {
-        const mha_key_block block = mha_key_block_at(f->live, n, b);
+        mha_key_block block;
+        mha_key_block_at(f->live, n, b, &block);
         if (!score(f, n, panel.first, panel, &block, queries, &s))
             continue;
         kernels->softmax_step(s.scores, block.keys, panel.vectors, s.scores, maximum, sum, s.factor);
@@ -505,7 +506,8 @@ static void weigh_task(void *context, size_t task, size_t worker)
     const size_t chunk = task % j->f->chunks, first = chunk * CHUNK_BLOCKS;
     const size_t end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(live, w.n));
     for (size_t b = first; b < end; b++) {
-        const mha_key_block block = mha_key_block_at(live, w.n, b);
+        mha_key_block block;
+        mha_key_block_at(live, w.n, b, &block);
         weigh_block(j, &w, &block, false, &s);
         for (size_t i = 0; i < block.keys; i++)
             write_weight(j, &w, i, mha_key_number(&block, i), &s);

@@ -103,10 +103,14 @@ static bool same_input(const mha_array *a, const mha_array *b)
            a->stride_e == b->stride_e;
 }
 
-static mha_target target(const forward *f, const mha_panels *panels, const matrix *to)
+static void set_target(const forward *f, const mha_panels *panels, const matrix *to, mha_target *target)
 {
-    return (mha_target){.panels = panels, .y = at_offset(f, to->offset), .stride = to->row, .part = to->part,
-                        .part_stride = to->head};
+    target->panels = panels;
+    target->y = at_offset(f, to->offset);
+    target->stride = to->row;
+    target->part = to->part;
+    target->part_stride = to->head;
+    target->run = 0;
 }
 
 /* Describes the input projections, inputs that are the same joined into one. Returns their number. */
@@ -120,23 +124,26 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
     const struct {
         const mha_array *x;
         size_t rows, row;
-        mha_target target;
+        const mha_panels *panels;
+        const matrix *to;
     } inputs[MHA_TARGETS] = {
-        {&call->query, call->N * call->L, at->q_row, target(f, &w->q, &at->q)},
-        {&call->key, call->static_k.data ? 0 : keys, at->k_row, target(f, &w->k, &at->k)},
-        {&call->value, call->static_v.data ? 0 : keys, at->v_row, target(f, &w->v, &at->v)},
+        {&call->query, call->N * call->L, at->q_row, &w->q, &at->q},
+        {&call->key, call->static_k.data ? 0 : keys, at->k_row, &w->k, &at->k},
+        {&call->value, call->static_v.data ? 0 : keys, at->v_row, &w->v, &at->v},
     };
     size_t count = 0;
     for (size_t i = 0; i < MHA_TARGETS; i++) {
         const bool as_before = i > 0 && same_input(inputs[i].x, inputs[i - 1].x) &&
                                inputs[i].rows == inputs[i - 1].rows && (i > 1 || every_key) &&
-                               inputs[i].target.panels->depth == inputs[i - 1].target.panels->depth;
-        if (!as_before)
-            projections[count++] = (mha_projection){.rows = inputs[i].rows,
-                                                    .row = (const char *const *)(void *)at_offset(f, inputs[i].row),
-                                                    .stride_e = inputs[i].x->stride_e};
-        mha_projection *p = &projections[count - 1];
-        p->target[p->targets++] = inputs[i].target;
+                               inputs[i].panels->depth == inputs[i - 1].panels->depth;
+        mha_projection *p = &projections[as_before ? count - 1 : count++];
+        if (!as_before) {
+            p->rows = inputs[i].rows;
+            p->row = (const char *const *)(void *)at_offset(f, inputs[i].row);
+            p->stride_e = inputs[i].x->stride_e;
+            p->targets = 0;
+        }
+        set_target(f, inputs[i].panels, inputs[i].to, &p->target[p->targets++]);
     }
     return count;
 }
@@ -148,21 +155,23 @@ static bool is_interleaved(const forward *f)
 }
 
 /* Rows of the output in the order in which they lie there; item after item where they are interleaved. */
-static mha_projection plan_output(const forward *f)
+static void plan_output(const forward *f, mha_projection *p)
 {
-    const mha_weights *w = f->weights;
-    const size_t Eo = w->widths.Eo;
-    mha_target output = {.panels = &w->out, .y = f->call->output, .stride = Eo};
+    const size_t Eo = f->weights->widths.Eo;
+    mha_target *output = p->target;
+    p->rows = f->call->N * f->call->L;
+    p->row = (const char *const *)(void *)at_offset(f, f->at.context_row);
+    p->stride_e = (ptrdiff_t)f->weights->kernels->item;
+    p->targets = 1;
+    output->panels = &f->weights->out;
+    output->y = f->call->output;
+    output->stride = Eo;
+    output->part = output->run = 0;
     if (is_interleaved(f)) {
-        output.stride = f->items_in_all * Eo;
-        output.run = f->call->L;
-        output.run_stride = Eo;
+        output->stride = f->items_in_all * Eo;
+        output->run = f->call->L;
+        output->run_stride = Eo;
     }
-    return (mha_projection){.rows = f->call->N * f->call->L,
-                            .row = (const char *const *)(void *)at_offset(f, f->at.context_row),
-                            .stride_e = (ptrdiff_t)w->kernels->item,
-                            .targets = 1,
-                            .target = {output}};
 }
 
 static void list_input_rows(const forward *f)
@@ -237,32 +246,49 @@ static matrix reserve_heads(mha_layout *layout, const mha_kernels *kernels, size
 }
 
 /* `length` rows of an item after those of the one before; 0: rows are counted through all items. */
-static mha_rows rows_of(const forward *f, const matrix *m, size_t length)
+static void set_rows(const forward *f, const matrix *m, size_t length, mha_rows *rows)
 {
-    return (mha_rows){.data = at_offset(f, m->offset), .stride_n = (ptrdiff_t)(length * m->row),
-                      .stride_h = (ptrdiff_t)m->head, .stride_l = (ptrdiff_t)m->row};
+    rows->data = at_offset(f, m->offset);
+    rows->stride_n = (ptrdiff_t)(length * m->row);
+    rows->stride_h = (ptrdiff_t)m->head;
+    rows->stride_l = (ptrdiff_t)m->row;
+    rows->item = NULL;
 }
 
-static mha_attention describe_attention(const forward *f)
+static void describe_attention(const forward *f, mha_attention *a)
 {
     const mha_call *call = f->call;
     const mha_widths *w = &f->weights->widths;
     const plan *at = &f->at;
-    return (mha_attention){
-        .kernels = f->weights->kernels,
-        .N = call->N, .L = call->L, .H = w->H, .Hkv = w->Hkv, .D = w->D, .Dv = w->Dv,
-        .first_item = f->first_item,
-        .scale = 1 / sqrt((double)w->D),
-        .q = rows_of(f, &at->q, call->L), .context = rows_of(f, &at->context, call->L),
-        .k = rows_of(f, &at->k, 0), .v = rows_of(f, &at->v, 0),
-        .extra_k = rows_of(f, &at->extra_k, 0), .extra_v = rows_of(f, &at->extra_v, 0),
-        .live = &f->live, .masks = &f->masks, .empty_row = call->empty_row,
-        .dropout_p = call->dropout_p,
-        .weights_wanted = call->weights_wanted, .attn_weights = call->attn_weights,
-        .maximum = at_offset(f, at->maximum), .sum = at_offset(f, at->sum),
-        .threads = call->threads, .scratch = at_offset(f, at->scratch), .scratch_bytes = at->scratch_bytes,
-        .stop = call->stop,
-    };
+    a->kernels = f->weights->kernels;
+    a->N = call->N;
+    a->L = call->L;
+    a->H = w->H;
+    a->Hkv = w->Hkv;
+    a->D = w->D;
+    a->Dv = w->Dv;
+    a->first_item = f->first_item;
+    a->scale = 1 / sqrt((double)w->D);
+    set_rows(f, &at->q, call->L, &a->q);
+    set_rows(f, &at->context, call->L, &a->context);
+    set_rows(f, &at->k, 0, &a->k);
+    set_rows(f, &at->v, 0, &a->v);
+    set_rows(f, &at->extra_k, 0, &a->extra_k);
+    set_rows(f, &at->extra_v, 0, &a->extra_v);
+    a->live = &f->live;
+    a->masks = &f->masks;
+    a->empty_row = call->empty_row;
+    a->dropout_p = call->dropout_p;
+    if (call->dropout_p > 0)
+        mha_dropout_key(call->dropout_seed, call->dropout_call, a->dropout_key);
+    a->weights_wanted = call->weights_wanted;
+    a->attn_weights = call->attn_weights;
+    a->maximum = at_offset(f, at->maximum);
+    a->sum = at_offset(f, at->sum);
+    a->threads = call->threads;
+    a->scratch = at_offset(f, at->scratch);
+    a->scratch_bytes = at->scratch_bytes;
+    a->stop = call->stop;
 }
 
 /* Completes the plan of few_queries.c with the addresses that it shares with the rest. */
@@ -298,10 +324,11 @@ static void lay_out(forward *f, mha_layout *layout)
     at->v_row = same_input(&call->key, &call->value) ? at->k_row : mha_reserve(layout, keys, 1, sizeof(char *));
     if (layout->too_large)
         return;
-    mha_projection projections[MHA_TARGETS] = {{0}};
-    const mha_attention attention = describe_attention(f);
+    mha_projection projections[MHA_TARGETS], output;
+    mha_attention attention;
+    describe_attention(f, &attention);
     const size_t inputs = plan_inputs(f, projections);
-    const mha_projection output = plan_output(f);
+    plan_output(f, &output);
     const size_t statistics = call->weights_wanted ? mha_attention_statistics(&attention) : 0;
     at->maximum = mha_reserve(layout, statistics, 1, item);
     at->sum = mha_reserve(layout, statistics, 1, item);
@@ -329,7 +356,7 @@ static mha_status run(const forward *f, size_t *given_up)
     const mha_call *call = f->call;
     const mha_kernels *kernels = f->weights->kernels;
     char *scratch = at_offset(f, f->at.scratch);
-    mha_projection projections[MHA_TARGETS] = {{0}};
+    mha_projection projections[MHA_TARGETS];
     list_input_rows(f);
     write_extra_keys(f);
     if (call->static_k.data)
@@ -343,8 +370,8 @@ static mha_status run(const forward *f, size_t *given_up)
     if (status != MHA_OK)
         return status;
 
-    mha_attention attention = describe_attention(f);
-    mha_dropout_key(call->dropout_seed, call->dropout_call, attention.dropout_key);
+    mha_attention attention;
+    describe_attention(f, &attention);
     status = mha_attend(&attention);
     if (status != MHA_OK)
         return status;
@@ -358,8 +385,8 @@ static mha_status run(const forward *f, size_t *given_up)
     if (!call->output)
         return MHA_OK;
     list_context_rows(f);
-    const mha_projection output = plan_output(f);
-    return mha_project(kernels, &output, 1, call->threads, scratch, f->at.scratch_bytes, call->stop);
+    plan_output(f, projections);
+    return mha_project(kernels, projections, 1, call->threads, scratch, f->at.scratch_bytes, call->stop);
 }
 
 /* What the masks leave, and which items few_queries.c takes. */

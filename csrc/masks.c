@@ -119,20 +119,26 @@ size_t mha_key_blocks(const mha_live_keys *live, size_t n)
     return blocks_of_live_keys(live, n) + (live->extra > 0);
 }
 
-mha_key_block mha_key_block_at(const mha_live_keys *live, size_t n, size_t i)
+void mha_key_block_at(const mha_live_keys *live, size_t n, size_t i, mha_key_block *block)
 {
-    if (i == blocks_of_live_keys(live, n))
-        return (mha_key_block){.is_extra = true, .keys = live->extra, .first_key = live->S};
-    const size_t before = i * MHA_BLOCK_KEYS;
-    const size_t keys = mha_smaller(mha_live_count(live, n) - before, MHA_BLOCK_KEYS);
-    mha_key_block block = {.row = live->row[n] - live->row[0] + before, .keys = keys, .first_key = before};
+    block->is_extra = i == blocks_of_live_keys(live, n);
+    block->index = NULL;
+    if (block->is_extra) {
+        block->row = 0;
+        block->keys = live->extra;
+        block->first_key = live->S;
+        return;
+    }
+    const size_t before = i * MHA_BLOCK_KEYS, keys = mha_smaller(mha_live_count(live, n) - before, MHA_BLOCK_KEYS);
+    block->row = live->row[n] - live->row[0] + before;
+    block->keys = keys;
+    block->first_key = before;
     if (live->index) {
         const size_t *index = live->index + live->start[n] + before;
-        block.first_key = index[0];
+        block->first_key = index[0];
         if (index[keys - 1] - index[0] != keys - 1) /* not a run: padding is, usually */
-            block.index = index;
+            block->index = index;
     }
-    return block;
 }
 
 size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s)
@@ -166,12 +172,12 @@ static mha_visibility visibility_by_numbers(const mha_masks *masks, size_t first
     return masks->attn.kind || masks->keys.kind || crosses ? MHA_VISIBLE_SOME : MHA_VISIBLE_ALL;
 }
 
-mha_visibility mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, mha_lanes lanes,
+mha_visibility mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, const mha_lanes *lanes,
                         const mha_key_block *block, void *bias)
 {
-    size_t query = lanes.first / lanes.heads, h = lanes.first % lanes.heads;
+    size_t query = lanes->first / lanes->heads, h = lanes->first % lanes->heads;
     const mha_visibility visibility =
-        visibility_by_numbers(masks, query, (lanes.first + lanes.count - 1) / lanes.heads, block);
+        visibility_by_numbers(masks, query, (lanes->first + lanes->count - 1) / lanes->heads, block);
     if (visibility != MHA_VISIBLE_SOME)
         return visibility;
     mha_mask_block of;
@@ -183,13 +189,13 @@ mha_visibility mha_look(const mha_kernels *kernels, const mha_masks *masks, size
     of.index = block->index;
     of.first_key = block->first_key;
     of.is_causal = masks->is_causal;
-    for (size_t lane = 0; lane < lanes.count; lane++) {
-        of.attn[lane] = masks->attn.kind ? attn_at(masks, n, lanes.first_head + h, query) : NULL;
+    for (size_t lane = 0; lane < lanes->count; lane++) {
+        of.attn[lane] = masks->attn.kind ? attn_at(masks, n, lanes->first_head + h, query) : NULL;
         of.query[lane] = query;
-        if (++h == lanes.heads) {
+        if (++h == lanes->heads) {
             h = 0;
             query++;
         }
     }
-    return kernels->read_masks(bias, block->keys, lanes.vectors, lanes.count, &of);
+    return kernels->read_masks(bias, block->keys, lanes->vectors, lanes->count, &of);
 }

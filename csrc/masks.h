@@ -63,7 +63,7 @@ static inline size_t mha_live_rows(const mha_live_keys *live)
 
 /* Blocks of an item, and the i-th of them. */
 size_t mha_key_blocks(const mha_live_keys *live, size_t n);
-mha_key_block mha_key_block_at(const mha_live_keys *live, size_t n, size_t i);
+void mha_key_block_at(const mha_live_keys *live, size_t n, size_t i, mha_key_block *block);
 
 /* The number of the i-th key of a block. */
 static inline size_t mha_key_number(const mha_key_block *block, size_t i)
@@ -83,7 +83,7 @@ typedef struct {
 
 /* What the lanes may see of a block. Where it is SOME, bias [keys][P] is what the masks add to the scores; else nothing
  * need be added, and bias may have been written to. */
-mha_visibility mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, mha_lanes lanes,
+mha_visibility mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, const mha_lanes *lanes,
                         const mha_key_block *block, void *bias);
 
 #endif

@@ -217,24 +217,26 @@ static void multiply_to_parts(const mha_kernels *kernels, const mha_target *targ
         product->b = (const char *)product->b + here * lanes * item;
         if (product->addend)
             product->addend = (const char *)product->addend + here * lanes * item;
-        product->next.rows = 0;
+        product->next = NULL;
         vectors -= here;
         feature = 0;
         part++;
     }
 }
 
-/* The same for any rows. */
+/* The same for any rows; `product` is written. */
 static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, mha_panel panel, size_t first_row,
-                          const mha_product *product)
+                          mha_product *product)
 {
     const size_t item = kernels->item, run = target->run;
     mha_product some;
+    if (run == 0) {
+        multiply_to_parts(kernels, target, panel, row_of_y(target, first_row, item), product);
+        return;
+    }
     for (size_t r = 0; r < product->rows; r += some.rows) {
         some = *product;
-        some.rows = product->rows - r;
-        if (run)
-            some.rows = mha_smaller(run - (first_row + r) % run, some.rows);
+        some.rows = mha_smaller(run - (first_row + r) % run, product->rows - r);
         some.a = (const char *)product->a + (ptrdiff_t)r * product->a_row * (ptrdiff_t)item;
         if (product->addend)
             some.addend = (const char *)product->addend + r * product->addend_row * item;
@@ -257,11 +259,11 @@ static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_
         addend_row = 0;
     }
     do {
+        const mha_next next = following(kernels, target, b + (k + MHA_CHAIN) * P * item);
         mha_product product = {.rows = x->rows, .depth = mha_smaller(features - k, MHA_CHAIN), .vectors = panel.vectors,
                                .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * item) * x->chain, .a_row = x->row, .a_k = 1,
                                .b = b + k * P * item, .b_k = P, .addend = addend, .addend_row = addend_row,
-                               .c = strip, .c_row = P,
-                               .next = following(kernels, target, b + (k + MHA_CHAIN) * P * item)};
+                               .c = strip, .c_row = P, .next = &next};
         k += MHA_CHAIN;
         if (fits && first_feature + k >= p->depth) {
             multiply_to_y(kernels, target, panel, first_row, &product);

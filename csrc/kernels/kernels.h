@@ -31,7 +31,7 @@ enum { MHA_MOST_LANES = 48 }; /* of a panel, on any instruction set */
 #define MHA_UNROLL _Pragma("GCC unroll 64")
 #endif
 
-/* Memory that is about to be read: rows of so many bytes. 0 rows: none. One row is fetched little by little all through
+/* Memory that is about to be read: rows of so many bytes. One row is fetched little by little all through
  * the product, so that even a product of few rows, which waits for memory only, never asks for much at once; of several
  * rows some are fetched before each tile. */
 typedef struct {
@@ -47,7 +47,7 @@ typedef struct {
  *
  * addend is [rows][P] with stride addend_row (0 repeats one row, as for a bias) and may be c itself; factor is [P].
  * Nothing else overlaps. P = vectors * lanes with 1 <= vectors <= mha_kernels.vectors; any rows, any depth.
- * Meanwhile `next`, what the caller is going to read after this, is fetched into the cache.
+ * Meanwhile `next`, what the caller is going to read after this, is fetched into the cache; NULL: nothing.
  *
  *            k ->             b (panel)                    c
  *         +---------+       k +----------+        r +----------+
@@ -65,7 +65,7 @@ typedef struct {
     const void *factor;
     void *c;
     size_t c_row;
-    mha_next next;
+    const mha_next *next;
 } mha_product;
 
 /* The part of the masks that one block of scores needs: keys of the block by lanes of the panel. */

@@ -97,19 +97,19 @@ INLINE void V(finish)(const int end, VEC chain, const REAL *addend, const REAL *
 typedef struct {
     const REAL *a, *addend; /* addend NULL: none */
     REAL *c;
-    mha_next next;
-    size_t next_rows;  /* to be fetched with each tile; */
-    const char *ahead; /* or where in the one row, */
-    size_t step;       /* and bytes to go on with each k */
+    const char *next;      /* the rows to be fetched, */
+    size_t left, each;     /* so many in all, and with each tile; */
+    const char *ahead;     /* or where in the one row, */
+    size_t step;           /* and bytes to go on with each k */
 } V(place);
 
-INLINE void V(fetch)(V(place) *at)
+INLINE void V(fetch)(const mha_next *next, V(place) *at)
 {
-    for (size_t i = at->next_rows; i > 0 && at->next.rows > 0; i--) {
-        for (size_t byte = 0; byte < at->next.bytes; byte += FETCHED_BYTES)
-            __builtin_prefetch(at->next.data + byte, 0, 2);
-        at->next.data += at->next.stride;
-        at->next.rows--;
+    for (size_t i = at->each; i > 0 && at->left > 0; i--) {
+        for (size_t byte = 0; byte < next->bytes; byte += FETCHED_BYTES)
+            __builtin_prefetch(at->next + byte, 0, 2);
+        at->next += next->stride;
+        at->left--;
     }
 }
 
@@ -185,7 +185,7 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
     NOINLINE void V(tiles_##r##x##v)(const mha_product *p, V(place) *at, size_t tiles) \
     { \
         for (; tiles > 0; tiles--) { \
-            V(fetch)(at); \
+            V(fetch)(p->next, at); \
             V(tile)(r, v, p, at); \
         } \
     }
@@ -204,13 +204,21 @@ static void V(product)(const mha_product *p)
     if (p->rows == 0)
         return;
     /* Rows are shared out evenly: 9 rows are 5 + 4, since a tile of one row waits for its few accumulators. */
-    const size_t tiles = (p->rows + most_rows[p->vectors - 1] - 1) / most_rows[p->vectors - 1];
-    const size_t rows = p->rows / tiles, larger = p->rows % tiles;
-    V(place) at = {p->a, p->addend, p->c, p->next, (p->next.rows + tiles - 1) / tiles, p->a, 0};
-    if (p->next.rows == 1 && p->depth > 0) {
-        at.ahead = p->next.data;
-        at.step = p->next.bytes / (tiles * p->depth);
-        at.next.rows = 0;
+    size_t tiles = 1, rows = p->rows, larger = 0;
+    if (rows > most_rows[p->vectors - 1]) {
+        tiles = (p->rows - 1) / most_rows[p->vectors - 1] + 1;
+        rows = p->rows / tiles;
+        larger = p->rows % tiles;
+    }
+    const mha_next *next = p->next;
+    V(place) at = {.a = p->a, .addend = p->addend, .c = p->c, .ahead = p->a};
+    if (next && next->rows == 1 && p->depth > 0) {
+        at.ahead = next->data;
+        at.step = next->bytes / (tiles * p->depth);
+    } else if (next) {
+        at.next = next->data;
+        at.left = next->rows;
+        at.each = (next->rows + tiles - 1) / tiles;
     }
     if (larger > 0)
         copies[p->vectors - 1][rows](p, &at, larger);
@@ -253,11 +261,13 @@ static void V(pack_panel)(const void *rows_, size_t row_stride, size_t count, si
             for (size_t i = 0; i < LANES; i++)
                 V(store)(panel + (d + i) * P + lane, v[i]);
         }
-        for (size_t rest = d; rest < width; rest++)
-            V(store)(panel + rest * P + lane, V(splat)(0));
-        for (size_t i = 0; i < LANES && i < used; i++)
-            for (size_t rest = d; rest < width; rest++)
-                panel[rest * P + lane + i] = rows[(lane + i) * row_stride + rest] * scale;
+        for (; d < width; d++) {
+            const REAL *from = rows + lane * row_stride + d;
+            REAL *to = panel + d * P + lane;
+            V(store)(to, V(splat)(0));
+            for (size_t i = 0; i < LANES && i < used; i++, from += row_stride)
+                to[i] = *from * scale;
+        }
     }
 }
 
@@ -279,9 +289,12 @@ static void V(unpack_panel)(const void *panel_, size_t vectors, const void *fact
                 if (i < used)
                     V(store)(rows + (lane + i) * row_stride + d, v[i]);
         }
-        for (; d < width; d++)
-            for (size_t i = 0; i < used; i++)
-                rows[(lane + i) * row_stride + d] = panel[d * P + lane + i] * factor[lane + i];
+        for (; d < width; d++) {
+            const REAL *from = panel + d * P + lane;
+            REAL *to = rows + lane * row_stride + d;
+            for (size_t i = 0; i < used; i++, to += row_stride)
+                *to = from[i] * factor[lane + i];
+        }
     }
 }
 
