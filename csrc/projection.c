@@ -3,8 +3,8 @@
  * projection.c - blocking, packing of rows, bias, tasks.
  *
  * A task is a block of rows by a run of panels. It copies its rows, a slice of features at a time, so that what belongs
- * to one chain lies together (unless they are short and lie well), and multiplies that slice with the same slice of each
- * panel; sums go through a strip that stays in the cache:
+ * to one chain lies together (unless they are short and lie well, or its thread has just copied them for another task),
+ * and multiplies that slice with the same slice of each panel; sums go through a strip that stays in the cache:
  *
  *          slice                    panel          strip
  *        +-------+---             +-------+      +-------+
@@ -25,11 +25,12 @@ enum {
     BLOCK_ROWS = 128,     /* a slice of a panel is read once for so many rows */
     BLOCK_BYTES = 491520, /* of a slice of them, for the second-level cache; fewer rows where they are wide */
     WHOLE_ROWS = 8,       /* a multiple of every kernel's rows */
-    COPY_COST = 1,        /* of the rows of a task, in the time that one panel takes */
+    COPY_COST = 1,        /* of the rows of a block, in the time that one panel takes */
     SLICE_BYTES = 8192,   /* of a row; a whole number of chains */
     SLICED_PANELS = 8,    /* panels whose strips wait at once for the next slice */
     TASKS_A_THREAD = 4,   /* so that the last ones to finish differ by little */
     PANELS_A_LOOK = 16,   /* panels between two looks whether the call is to be stopped */
+    COPIED_BYTES = 64,    /* of a thread's scratch hold its copied_rows; a cache line */
     SHORT_BYTES = 1600,   /* between rows that are read where they lie: some of them share a page */
 };
 
@@ -51,6 +52,12 @@ typedef struct {
     ptrdiff_t row, chain;
 } sliced_rows;
 
+/* The rows that a thread has copied, all features of them; the next task may be about the same. */
+typedef struct {
+    const plan *plan; /* NULL: none */
+    size_t first_row;
+} copied_rows;
+
 typedef struct {
     const mha_kernels *kernels;
     plan plans[MHA_TARGETS];
@@ -59,14 +66,15 @@ typedef struct {
 } job;
 
 /* In how many runs of panels a block is cut: tasks enough for all threads, and a number of them that leaves none waiting
- * long for the others, though every task copies its rows anew. */
+ * long for the others, though every thread that takes part in a block copies its rows. */
 static size_t choose_runs(const plan *p, size_t threads)
 {
     const size_t least = mha_smaller(mha_divide_up(TASKS_A_THREAD * threads, p->blocks), p->panels);
     size_t best = least, best_time = SIZE_MAX;
     for (size_t runs = least; runs <= mha_smaller(2 * least + 1, p->panels); runs++) {
         const size_t turns = mha_divide_up(p->blocks * runs, threads);
-        const size_t time = turns * (mha_divide_up(p->panels, runs) + COPY_COST);
+        const size_t copies = mha_divide_up(p->blocks * mha_smaller(runs, threads), threads);
+        const size_t time = turns * mha_divide_up(p->panels, runs) + copies * COPY_COST;
         if (time < best_time) {
             best = runs;
             best_time = time;
@@ -121,10 +129,10 @@ size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *
     for (size_t i = 0; i < count; i++) {
         const plan p = make_plan(kernels, &projections[i], 1);
         mha_layout layout = {0};
+        mha_reserve(&layout, COPIED_BYTES, 1, 1);
         mha_reserve(&layout, block_size(&p), 1, kernels->item);
         mha_reserve(&layout, waiting_strips(&p), strip_size(kernels, &p), kernels->item);
-        if (layout.bytes > most)
-            most = layout.bytes;
+        most = mha_larger(most, layout.bytes);
     }
     return most;
 }
@@ -157,8 +165,7 @@ static size_t distance_of_rows(const plan *p, size_t first_row, size_t rows, siz
 }
 
 /* Copies a slice of some rows to a block. */
-static sliced_rows copy_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item,
-                              char *block)
+static void copy_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item, char *block)
 {
     const ptrdiff_t stride_e = p->projection->stride_e;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
@@ -169,16 +176,18 @@ static sliced_rows copy_slice(const plan *p, size_t first_row, size_t rows, size
         for (size_t k = 0; k < features; k += MHA_CHAIN, to += chain_bytes)
             mha_copy_row(x + (ptrdiff_t)k * stride_e, stride_e, mha_smaller(features - k, MHA_CHAIN), item, to);
     }
-    return (sliced_rows){block, rows, (ptrdiff_t)p->chain, (ptrdiff_t)(p->block_rows * p->chain)};
 }
 
 static sliced_rows take_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item,
-                              char *block)
+                              copied_rows *copied, char *block)
 {
     const size_t distance = p->slices > 1 ? 0 : distance_of_rows(p, first_row, rows, item);
-    if (distance == 0)
-        return copy_slice(p, first_row, rows, first_feature, item, block);
-    return (sliced_rows){p->projection->row[first_row], rows, (ptrdiff_t)(distance / item), MHA_CHAIN};
+    if (distance > 0)
+        return (sliced_rows){p->projection->row[first_row], rows, (ptrdiff_t)(distance / item), MHA_CHAIN};
+    if (p->slices > 1 || copied->plan != p || copied->first_row != first_row)
+        copy_slice(p, first_row, rows, first_feature, item, block);
+    *copied = (copied_rows){p, first_row};
+    return (sliced_rows){block, rows, (ptrdiff_t)p->chain, (ptrdiff_t)(p->block_rows * p->chain)};
 }
 
 /* What of the panels comes next: the weights are many times larger than the caches near the core, and the hardware
@@ -298,10 +307,12 @@ static void run_task(void *context, size_t task, size_t worker)
     const size_t first_row = task / p->runs * p->block_rows, first_panel = task % p->runs * p->task_panels;
     const size_t rows = mha_smaller(p->projection->rows - first_row, p->block_rows);
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
-    char *block = j->scratch + worker * j->scratch_bytes, *strips = block + block_size(p) * item;
+    char *base = j->scratch + worker * j->scratch_bytes, *block = base + COPIED_BYTES;
+    char *strips = block + block_size(p) * item;
+    copied_rows *copied = (copied_rows *)(void *)base;
     for (size_t s = 0; s < p->slices; s++) {
         const size_t first = s * p->slice;
-        const sliced_rows x = take_slice(p, first_row, rows, first, item, block);
+        const sliced_rows x = take_slice(p, first_row, rows, first, item, copied, block);
         for (size_t i = first_panel; i < end; i++) {
             size_t in_target = i;
             const mha_target *target = find_target(p->projection, &in_target);
@@ -323,5 +334,7 @@ mha_status mha_project(const mha_kernels *kernels, const mha_projection *project
         j.plans[i] = make_plan(kernels, &projections[i], threads);
         tasks += j.plans[i].tasks;
     }
+    for (size_t worker = 0; worker < threads; worker++)
+        ((copied_rows *)(void *)(scratch + worker * scratch_bytes))->plan = NULL;
     return mha_parallel_for(threads, tasks, run_task, &j, stop);
 }
