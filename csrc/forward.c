@@ -25,7 +25,9 @@
 enum {
     LEAST_APART = 4,     /* vectors of a head that lies apart: at its ends panels are cut into pieces */
     CHUNK_ROWS = 96,     /* of queries or keys, at least: for fewer, a projection reads its weights too often */
-    CHUNKS_A_THREAD = 8, /* at least, so that several threads end at about the same time; twice that with padding */
+    SMALL_ROWS = 384,    /* of a chunk that takes so little time that one a thread may do, */
+    CHUNKS_A_THREAD = 8, /* else so many, so that threads end at about the same time; twice that with padding */
+    MOST_MORE = 32,      /* a thread may have one part in so many more to do than its share */
 };
 
 /* Heads in the workspace: the offset in bytes, and numbers between rows and between heads. */
@@ -434,6 +436,17 @@ typedef struct {
     size_t bytes;
 } chunk_job;
 
+/* The least number of chunks that several threads share out among themselves without waiting long for each other. */
+static size_t least_chunks(const forward *f, size_t chunks)
+{
+    const size_t N = f->call->N, threads = f->call->threads;
+    const size_t busiest = chunks / threads * (N / chunks) + mha_divide_up(N % chunks, threads);
+    const size_t rows = mha_divide_up(N, chunks) * mha_larger(f->call->L, f->call->S);
+    if (f->live.index)
+        return 2 * CHUNKS_A_THREAD * threads;
+    return rows <= SMALL_ROWS && busiest * threads - N <= N / MOST_MORE ? threads : CHUNKS_A_THREAD * threads;
+}
+
 /* In how many chunks to run a call; 1: at once. A chunk runs in one thread, so that there must be enough of them. The
  * output of one may be written while others read their inputs. */
 static size_t choose_chunks(const forward *f)
@@ -441,8 +454,7 @@ static size_t choose_chunks(const forward *f)
     const mha_call *call = f->call;
     const size_t items = mha_divide_up(CHUNK_ROWS, mha_larger(call->L, call->S)), threads = call->threads;
     const size_t chunks = call->N / items / threads * threads;
-    const size_t least = threads > 1 ? (f->live.index ? 2U : 1U) * CHUNKS_A_THREAD * threads : 2;
-    if (chunks < least || (call->output && !call->output_is_apart))
+    if (chunks < 2 || (threads > 1 && chunks < least_chunks(f, chunks)) || (call->output && !call->output_is_apart))
         return 1;
     for (size_t n = 0; n < call->N; n++)
         if (f->live.is_few[n])
