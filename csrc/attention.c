@@ -67,7 +67,6 @@ typedef struct {
 typedef struct {
     const mha_attention *a;
     places at;
-    mha_split split;    /* of the L queries of a head */
     size_t shared;      /* query heads of a key/value head */
     size_t heads;       /* of a bundle, whose panels tasks share out among them */
     size_t bundles;     /* of all items */
@@ -79,7 +78,7 @@ typedef struct {
 /* Lanes of the widest panel that L queries make. */
 static size_t widest_panel(const mha_attention *a)
 {
-    return a->kernels->lanes * mha_smaller(mha_split_width(a->kernels, a->L).vectors, a->kernels->vectors);
+    return a->kernels->lanes * mha_smaller(a->split.vectors, a->kernels->vectors);
 }
 
 /* Whether queries of one number see the same keys in all heads. */
@@ -92,13 +91,13 @@ static bool is_mask_shared(const mha_attention *a)
  * panel, all that few queries make of a head, more than it does. */
 static size_t bundled_heads(const mha_attention *a)
 {
-    return is_mask_shared(a) || mha_split_width(a->kernels, a->L).panels == 1 ? a->H : a->H / a->Hkv;
+    return is_mask_shared(a) || a->split.panels == 1 ? a->H : a->H / a->Hkv;
 }
 
 static size_t most_task_panels(const mha_attention *a)
 {
     const size_t fit = PANEL_BYTES / (widest_panel(a) * (a->D + a->Dv) * a->kernels->item);
-    const size_t wanted = mha_smaller(TASK_PANELS, bundled_heads(a) * mha_split_width(a->kernels, a->L).panels);
+    const size_t wanted = mha_smaller(TASK_PANELS, bundled_heads(a) * a->split.panels);
     return fit < 1 ? 1 : mha_smaller(fit, wanted);
 }
 
@@ -136,7 +135,7 @@ static size_t most_weighing_panels(const mha_attention *a)
 {
     if (!a->weights_wanted || a->weights_wanted == MHA_SCORES_PER_HEAD)
         return 0;
-    const size_t panels = mha_split_width(a->kernels, a->L).panels;
+    const size_t panels = a->split.panels;
     const size_t fitting_blocks = KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->item);
     const size_t fit = fitting_blocks / mha_larger(most_blocks(a), 1);
     if (a->threads > 1 && a->N * averages_of_item(a) * panels < 2 * a->threads)
@@ -220,7 +219,7 @@ size_t mha_attention_scratch(const mha_attention *a)
 
 static size_t statistics_of_a_head(const mha_attention *a)
 {
-    return mha_split_width(a->kernels, a->L).vectors * a->kernels->lanes;
+    return a->split.vectors * a->kernels->lanes;
 }
 
 size_t mha_attention_statistics(const mha_attention *a)
@@ -377,11 +376,12 @@ static void count_sharers(state *states, size_t panels)
  * stopped. */
 static bool attend(const mha_attention *a, size_t n, state *states, size_t panels, char *exps, char *bias)
 {
-    count_sharers(states, panels);
+    const size_t blocks = mha_key_blocks(a->live, n);
+    if (blocks > 1)
+        count_sharers(states, panels);
     for (size_t i = 0; i < panels; i++)
         begin(a, n, &states[i]);
     const bool is_shared = is_mask_shared(a);
-    const size_t blocks = mha_key_blocks(a->live, n);
     size_t features = 0; /* since the last look */
     mha_key_block two[2];
     if (blocks > 0)
@@ -422,13 +422,13 @@ static void attend_task(void *context, size_t task, size_t worker)
     if (a->live->is_few[n])
         return;
     const size_t first = group * j->task_panels;
-    const size_t panels = mha_smaller(j->task_panels, j->heads * j->split.panels - first);
+    const size_t panels = mha_smaller(j->task_panels, j->heads * a->split.panels - first);
     size_t head = first % j->heads, panel = first / j->heads;
     for (size_t i = 0; i < panels; i++) {
         set_up_state(&j->at, base, i, &states[i]);
         states[i].h = first_head + head;
         states[i].hkv = states[i].h / j->shared;
-        states[i].lanes = mha_panel_at(&j->split, panel);
+        states[i].lanes = mha_panel_at(&a->split, panel);
         if (++head == j->heads) {
             head = 0;
             panel++;
@@ -536,8 +536,8 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
     const size_t heads = averaged_heads(a), averages = a->N * averages_of_item(a);
     const size_t n = task % averages / averages_of_item(a);
     const size_t first_head = task % averages % averages_of_item(a) * heads;
-    const size_t group = j->groups - 1 - task / averages, first = group * j->split.panels / j->groups;
-    const size_t panels = (group + 1) * j->split.panels / j->groups - first, blocks = mha_key_blocks(a->live, n);
+    const size_t group = j->groups - 1 - task / averages, first = group * a->split.panels / j->groups;
+    const size_t panels = (group + 1) * a->split.panels / j->groups - first, blocks = mha_key_blocks(a->live, n);
     state states[TASK_PANELS];
     weighing w[TASK_PANELS];
     if (a->live->is_few[n])
@@ -545,7 +545,7 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
     for (size_t i = 0; i < panels; i++) {
         char *memory = memory_of_state(&j->at, base, i);
         w[i] = (weighing){.n = n, .first_head = first_head, .heads = heads,
-                          .lanes = mha_panel_at(&j->split, first + i), .factor = memory + j->at.factor,
+                          .lanes = mha_panel_at(&a->split, first + i), .factor = memory + j->at.factor,
                           .weights = memory + j->at.weights, .scores = scores, .rows = base + j->at.rows};
     }
     for (size_t h = first_head; h < first_head + heads; h++) {
@@ -580,10 +580,10 @@ static void weigh_task(void *context, size_t task, size_t worker)
     const size_t heads = averaged_heads(a);
     const size_t chunk = task % j->chunks, panel = task / j->chunks;
     weighing w = {
-        .n = panel / j->split.panels / averages_of_item(a),
-        .first_head = panel / j->split.panels % averages_of_item(a) * heads,
+        .n = panel / a->split.panels / averages_of_item(a),
+        .first_head = panel / a->split.panels % averages_of_item(a) * heads,
         .heads = heads,
-        .lanes = mha_panel_at(&j->split, panel % j->split.panels),
+        .lanes = mha_panel_at(&a->split, panel % a->split.panels),
     };
     take_weighing(a, base, &layout, &w);
     if (a->live->is_few[w.n])
@@ -608,7 +608,7 @@ static void weigh_task(void *context, size_t task, size_t worker)
 /* Context and weights at once. */
 static mha_status attend_and_weigh(const mha_attention *a, job *j)
 {
-    const size_t averages = a->N * averages_of_item(a), panels = j->split.panels;
+    const size_t averages = a->N * averages_of_item(a), panels = a->split.panels;
     const size_t fit = most_weighing_panels(a);
     j->groups = mha_divide_up(panels, mha_smaller(fit, mha_divide_up(averages * panels, TASKS_A_THREAD * a->threads)));
     while (j->groups < panels && averages * j->groups % a->threads > 0)
@@ -618,13 +618,13 @@ static mha_status attend_and_weigh(const mha_attention *a, job *j)
 
 mha_status mha_attend(const mha_attention *a)
 {
-    job j = {.a = a, .at = place_states(a), .split = mha_split_width(a->kernels, a->L)};
+    job j = {.a = a, .at = place_states(a)};
     if (most_weighing_panels(a) > 0)
         return attend_and_weigh(a, &j);
     j.shared = a->H / a->Hkv;
     j.heads = bundled_heads(a);
     j.bundles = a->N * a->H / j.heads;
-    const size_t panels = j.heads * j.split.panels;
+    const size_t panels = j.heads * a->split.panels;
     j.task_panels = mha_smaller(most_task_panels(a),
                                 mha_divide_up(j.bundles * panels, TASKS_A_THREAD * a->threads));
     j.groups = mha_divide_up(panels, j.task_panels);
@@ -635,6 +635,6 @@ mha_status mha_attend(const mha_attention *a)
     if (status != MHA_OK || !a->weights_wanted)
         return status;
     j.chunks = mha_divide_up(most_blocks(a), CHUNK_BLOCKS);
-    const size_t tasks = a->N * averages_of_item(a) * j.split.panels * j.chunks;
+    const size_t tasks = a->N * averages_of_item(a) * a->split.panels * j.chunks;
     return mha_parallel_for(a->threads, tasks, weigh_task, &j, a->stop);
 }

@@ -19,6 +19,7 @@ typedef struct {
 typedef struct {
     const mha_kernels *kernels;
     size_t N, L, H, Hkv, D, Dv;
+    mha_split split; /* of the L queries of a head */
     size_t first_item; /* number of item 0 in the whole call, for dropout */
     double scale; /* of the scores */
     mha_rows q, context;

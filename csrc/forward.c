@@ -269,6 +269,7 @@ static void describe_attention(const forward *f, mha_attention *a)
     a->Hkv = w->Hkv;
     a->D = w->D;
     a->Dv = w->Dv;
+    a->split = mha_split_width(a->kernels, a->L);
     a->first_item = f->first_item;
     a->scale = 1 / sqrt((double)w->D);
     set_rows(f, &at->q, call->L, &a->q);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * workspace.c - checked sizes and aligned memory.
+ * workspace.c - aligned memory, and the workspace that one call leaves to the next.
  *
  * Owns: two spare blocks, which any thread may take and give back.
  * Assumes C11's aligned_alloc.
@@ -13,29 +13,11 @@
 #include <sys/mman.h>
 
 enum {
-    CACHE_LINE = 64,
     HUGE_PAGE = 2 << 20,
     SMALL = 1024,          /* bytes up to which malloc is several times as quick as aligned_alloc */
     LARGE = 128 << 10,     /* from which on a spare block is not wasted on small calls */
     MOST_SPARE = 64 << 20, /* more is not kept from the rest of the process */
 };
-
-static bool multiply(size_t a, size_t b, size_t *product)
-{
-    return !__builtin_mul_overflow(a, b, product);
-}
-
-size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t item)
-{
-    const size_t offset = layout->bytes;
-    size_t bytes;
-    if (!multiply(rows, columns, &bytes) || !multiply(bytes, item, &bytes) ||
-        __builtin_add_overflow(bytes, CACHE_LINE - 1, &bytes) ||
-        __builtin_add_overflow(offset, bytes / CACHE_LINE * CACHE_LINE, &layout->bytes) ||
-        layout->bytes > PTRDIFF_MAX - HUGE_PAGE)
-        layout->too_large = true;
-    return offset;
-}
 
 /* Aligned memory, in huge pages where it fills some: a call reads more small ones than the processor remembers the
  * addresses of. */
@@ -43,7 +25,7 @@ static char *allocate(size_t bytes)
 {
     if (bytes <= SMALL)
         return malloc(bytes);
-    const size_t alignment = bytes < 2 * HUGE_PAGE ? CACHE_LINE : HUGE_PAGE;
+    const size_t alignment = bytes < 2 * HUGE_PAGE ? MHA_CACHE_LINE : HUGE_PAGE;
     char *memory = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
 #ifdef MADV_HUGEPAGE
     if (memory && alignment == HUGE_PAGE)
@@ -57,7 +39,7 @@ mha_status mha_allocate(const mha_layout *layout, char **block)
     *block = NULL;
     if (layout->too_large)
         return MHA_TOO_LARGE;
-    *block = allocate(layout->bytes ? layout->bytes : CACHE_LINE);
+    *block = allocate(layout->bytes ? layout->bytes : MHA_CACHE_LINE);
     return *block ? MHA_OK : MHA_NO_MEMORY;
 }
 
@@ -90,7 +72,7 @@ mha_status mha_take_workspace(const mha_layout *layout, char **block)
     *block = NULL;
     if (layout->too_large)
         return MHA_TOO_LARGE;
-    const size_t bytes = layout->bytes + CACHE_LINE;
+    const size_t bytes = layout->bytes + MHA_CACHE_LINE;
     char *memory = atomic_exchange(spare_of(bytes), NULL);
     if (memory && size_of(memory) < bytes) {
         free(memory);
@@ -102,13 +84,13 @@ mha_status mha_take_workspace(const mha_layout *layout, char **block)
             return MHA_NO_MEMORY;
         memcpy(memory, &bytes, sizeof bytes);
     }
-    *block = memory + CACHE_LINE;
+    *block = memory + MHA_CACHE_LINE;
     return MHA_OK;
 }
 
 void mha_give_workspace(char *block)
 {
-    char *memory = block ? block - CACHE_LINE : NULL;
+    char *memory = block ? block - MHA_CACHE_LINE : NULL;
     if (memory && size_of(memory) <= MOST_SPARE)
         memory = atomic_exchange(spare_of(size_of(memory)), memory);
     free(memory);
@@ -122,7 +104,7 @@ void mha_free_spare(void)
 
 size_t mha_row_stride(size_t width, size_t lanes, size_t item)
 {
-    const size_t line = CACHE_LINE / item;
+    const size_t line = MHA_CACHE_LINE / item;
     const size_t whole = (width + lanes - 1) / lanes * lanes;
     const size_t lines = (whole + line - 1) / line;
     return (lines + (lines % 2 == 0)) * line; /* an odd number of cache lines: rows visit every set in turn */

@@ -7,6 +7,8 @@
 
 #include "mha.h"
 
+enum { MHA_CACHE_LINE = 64 };
+
 /* Plans a block: reserve() hands out offsets into it, until allocate() turns the plan into memory. An overflow on the
  * way is remembered and reported by allocate(). Zero-initialise. */
 typedef struct {
@@ -14,8 +16,19 @@ typedef struct {
     bool too_large;
 } mha_layout;
 
-/* The offset of rows * columns items of `item` bytes, on a cache line of its own. */
-size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t item);
+/* The offset of rows * columns items of `item` bytes, on a cache line of its own. Here, since a call reserves some twenty
+ * pieces. */
+static inline size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t item)
+{
+    const size_t offset = layout->bytes, most = PTRDIFF_MAX / 2; /* leaves room for what allocation adds */
+    size_t bytes;
+    if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, item, &bytes) || bytes > most ||
+        offset + bytes > most)
+        layout->too_large = true;
+    else
+        layout->bytes = offset + (bytes + MHA_CACHE_LINE - 1) / MHA_CACHE_LINE * MHA_CACHE_LINE;
+    return offset;
+}
 
 /* The planned block, uninitialised; release with mha_release(). */
 mha_status mha_allocate(const mha_layout *layout, char **block);
