@@ -38,7 +38,8 @@ typedef struct {
     const mha_projection *projection;
     size_t depth, slice, slices;
     size_t chain; /* numbers of a row in the block, which holds one chain of all rows after the other */
-    size_t block_rows, blocks;
+    size_t wholes, blocks; /* WHOLE_ROWS, and blocks, among which these are shared out evenly */
+    size_t block_rows;     /* of the largest block */
     size_t panels;      /* of all targets */
     size_t task_panels; /* of a task */
     size_t runs;        /* tasks of a block */
@@ -91,11 +92,10 @@ static plan make_plan(const mha_kernels *kernels, const mha_projection *projecti
     p.chain = mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
     p.slices = depth ? mha_divide_up(depth, slice) : 1;
     const size_t fit = BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->item) / WHOLE_ROWS * WHOLE_ROWS;
+    p.wholes = mha_divide_up(projection->rows, WHOLE_ROWS);
     p.blocks = mha_divide_up(projection->rows, mha_smaller(BLOCK_ROWS, fit));
-    if (p.blocks) {
-        p.block_rows = mha_divide_up(mha_divide_up(projection->rows, p.blocks), WHOLE_ROWS) * WHOLE_ROWS;
-        p.blocks = mha_divide_up(projection->rows, p.block_rows);
-    }
+    if (p.blocks)
+        p.block_rows = mha_divide_up(p.wholes, p.blocks) * WHOLE_ROWS;
     for (size_t t = 0; t < projection->targets; t++)
         p.panels += projection->target[t].panels->split.panels;
     p.task_panels = p.panels;
@@ -162,6 +162,12 @@ static size_t distance_of_rows(const plan *p, size_t first_row, size_t rows, siz
         if ((uintptr_t)row[r] - (uintptr_t)row[r - 1] != distance)
             return 0;
     return distance;
+}
+
+static size_t first_row_of(const plan *p, size_t block)
+{
+    const size_t each = p->wholes / p->blocks, larger = p->wholes % p->blocks;
+    return mha_smaller((block * each + mha_smaller(block, larger)) * WHOLE_ROWS, p->projection->rows);
 }
 
 /* Copies a slice of some rows to a block. */
@@ -304,8 +310,8 @@ static void run_task(void *context, size_t task, size_t worker)
     while (task >= p->tasks)
         task -= (p++)->tasks;
     const size_t item = j->kernels->item;
-    const size_t first_row = task / p->runs * p->block_rows, first_panel = task % p->runs * p->task_panels;
-    const size_t rows = mha_smaller(p->projection->rows - first_row, p->block_rows);
+    const size_t first_row = first_row_of(p, task / p->runs), first_panel = task % p->runs * p->task_panels;
+    const size_t rows = first_row_of(p, task / p->runs + 1) - first_row;
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
     char *base = j->scratch + worker * j->scratch_bytes, *block = base + COPIED_BYTES;
     char *strips = block + block_size(p) * item;

@@ -214,7 +214,7 @@ static void V(product)(const mha_product *p)
     V(place) at = {.a = p->a, .addend = p->addend, .c = p->c, .ahead = p->a};
     if (next && next->rows == 1 && p->depth > 0) {
         at.ahead = next->data;
-        at.step = next->bytes / (tiles * p->depth);
+        at.step = (next->bytes + tiles * p->depth - 1) / (tiles * p->depth);
     } else if (next) {
         at.next = next->data;
         at.left = next->rows;
