@@ -185,6 +185,7 @@ static char *memory_of_state(const places *at, char *scratch, size_t i)
     return scratch + at->states + i * at->state_bytes;
 }
 
+/* In place, since a copy of what has just been written would wait for it. */
 static void set_up_state(const places *at, char *scratch, size_t i, state *s)
 {
     char *base = memory_of_state(at, scratch, i);

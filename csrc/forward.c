@@ -105,6 +105,7 @@ static bool same_input(const mha_array *a, const mha_array *b)
            a->stride_e == b->stride_e;
 }
 
+/* Plans are written where they stay: a copy of what has just been written would wait for it (ARCHITECTURE.md). */
 static void set_target(const forward *f, const mha_panels *panels, const matrix *to, mha_target *target)
 {
     target->panels = panels;

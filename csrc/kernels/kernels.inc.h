@@ -97,10 +97,10 @@ INLINE void V(finish)(const int end, VEC chain, const REAL *addend, const REAL *
 typedef struct {
     const REAL *a, *addend; /* addend NULL: none */
     REAL *c;
-    const char *next;      /* the rows to be fetched, */
-    size_t left, each;     /* so many in all, and with each tile; */
-    const char *ahead;     /* or where in the one row, */
-    size_t step;           /* and bytes to go on with each k */
+    const char *next;  /* the first row to be fetched, */
+    size_t left, each; /* rows in all, and with each tile; */
+    const char *ahead; /* or where in the one row, */
+    size_t step;       /* and bytes to go on with each k */
 } V(place);
 
 INLINE void V(fetch)(const mha_next *next, V(place) *at)

@@ -250,6 +250,7 @@ static void test_sizes(void)
     expect_too_large("keys", weights, c, 1, 1, huge);
     expect_too_large("items", weights, c, huge, 1, 1);
     expect_too_large("N * L overflows", weights, c, 4, huge, 1);
+    c.output_is_apart = false; /* else each item would be refused by itself */
     expect_too_large("N * S overflows", weights, c, 4, 1, huge);
     mha_weights_destroy(weights);
     free_parameters(&given);
