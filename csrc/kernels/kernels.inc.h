@@ -128,9 +128,16 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
 #define DECLARE(r) VEC c##r##_0 = zero, c##r##_1 = zero, c##r##_2 = zero;
     EACH_ROW(DECLARE)
     for (size_t k = p->depth; k > 0; k--) {
-        const VEC b_0 = V(load)(b);
-        const VEC b_1 = vectors > 1 ? V(load)(b + LANES) : zero;
-        const VEC b_2 = vectors > 2 ? V(load)(b + 2 * LANES) : zero;
+        VEC b_0 = V(load)(b);
+        VEC b_1 = vectors > 1 ? V(load)(b + LANES) : zero;
+        VEC b_2 = vectors > 2 ? V(load)(b + 2 * LANES) : zero;
+        if (rows == 2 || rows == 3) {
+            HOLD(b_0);
+            if (vectors > 1)
+                HOLD(b_1);
+            if (vectors > 2)
+                HOLD(b_2);
+        }
 #define ACCUMULATE(r) \
     if (r < rows) { \
         const VEC a_r = V(broadcast)((r < 4 ? a_0 : a_4) + (r % 4 == 3 ? a_rows_3 : r % 4 * a_row)); \

@@ -7,6 +7,7 @@
 #define MHA_SIMD_AVX512_H
 
 #define REGISTERS 32
+#define HOLD(v) __asm__("" : "+v"(v))
 enum { lanes_f32 = 16, lanes_f64 = 8 };
 typedef __m512 vec_f32;
 typedef __m512d vec_f64;

@@ -6,6 +6,7 @@
 #define MHA_SIMD_NEON_H
 
 #define REGISTERS 32
+#define HOLD(v) __asm__("" : "+w"(v))
 enum { lanes_f32 = 4, lanes_f64 = 2 };
 typedef float32x4_t vec_f32;
 typedef float64x2_t vec_f64;
