@@ -7,8 +7,8 @@
 #define MHA_SIMD_AVX512_H
 
 #define REGISTERS 32
-/* A tile ends by storing its accumulators. A Zen 4, which shares its queue of stores out between two threads, waited for
- * 24 of 64 bytes, 3 % of the time; 12 chains are still enough for two multiply-add units. */
+/* A tile ends by storing its accumulators. A Zen 4 waited for 24 stores of 64 bytes, 3 % of the time, not for 16 or
+ * fewer; 12 chains are still enough for two multiply-add units. */
 #define ROWS_OF_MANY {8, 6, 4}
 #define HOLD(v) __asm__("" : "+v"(v))
 enum { lanes_f32 = 16, lanes_f64 = 8 };
