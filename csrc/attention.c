@@ -378,7 +378,7 @@ static void count_sharers(state *states, size_t panels)
 static bool attend(const mha_attention *a, size_t n, state *states, size_t panels, char *exps, char *bias)
 {
     const size_t blocks = mha_key_blocks(a->live, n);
-    if (blocks > 1)
+    if (blocks > 1) /* else nothing is fetched for a block after the first */
         count_sharers(states, panels);
     for (size_t i = 0; i < panels; i++)
         begin(a, n, &states[i]);

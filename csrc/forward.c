@@ -438,14 +438,16 @@ typedef struct {
     size_t bytes;
 } chunk_job;
 
-/* The least number of chunks that several threads share out among themselves without waiting long for each other. */
+/* How many of these chunks there must be, so that threads share them out without waiting long for each other. */
 static size_t least_chunks(const forward *f, size_t chunks)
 {
     const size_t N = f->call->N, threads = f->call->threads;
-    const size_t busiest = chunks / threads * (N / chunks) + mha_divide_up(N % chunks, threads);
-    const size_t rows = mha_divide_up(N, chunks) * mha_larger(f->call->L, f->call->S);
+    if (threads == 1)
+        return 2;
     if (f->live.index)
         return 2 * CHUNKS_A_THREAD * threads;
+    const size_t busiest = chunks / threads * (N / chunks) + mha_divide_up(N % chunks, threads);
+    const size_t rows = mha_divide_up(N, chunks) * mha_larger(f->call->L, f->call->S);
     return rows <= SMALL_ROWS && busiest * threads - N <= N / MOST_MORE ? threads : CHUNKS_A_THREAD * threads;
 }
 
@@ -456,7 +458,7 @@ static size_t choose_chunks(const forward *f)
     const mha_call *call = f->call;
     const size_t items = mha_divide_up(CHUNK_ROWS, mha_larger(call->L, call->S)), threads = call->threads;
     const size_t chunks = call->N / items / threads * threads;
-    if (chunks < 2 || (threads > 1 && chunks < least_chunks(f, chunks)) || (call->output && !call->output_is_apart))
+    if (chunks == 0 || chunks < least_chunks(f, chunks) || (call->output && !call->output_is_apart))
         return 1;
     for (size_t n = 0; n < call->N; n++)
         if (f->live.is_few[n])
@@ -469,8 +471,8 @@ static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
 {
     const forward *all = j->all;
     const mha_widths *w = &all->weights->widths;
-    const size_t each = all->call->N / j->chunks, larger = all->call->N % j->chunks;
-    const size_t first = i * each + mha_smaller(i, larger), count = each + (i < larger);
+    const size_t first = mha_first_of_part(all->call->N, j->chunks, i);
+    const size_t count = mha_first_of_part(all->call->N, j->chunks, i + 1) - first;
     const size_t item = all->weights->kernels->item, L = all->call->L, keys = all->call->S + all->live.extra;
     const size_t heads = all->call->weights_wanted == MHA_WEIGHTS_AVERAGED ? 1 : w->H;
     const ptrdiff_t n = (ptrdiff_t)first;

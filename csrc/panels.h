@@ -33,11 +33,9 @@ static inline mha_split mha_split_width(const mha_kernels *kernels, size_t width
 
 static inline mha_panel mha_panel_at(const mha_split *split, size_t i)
 {
-    const size_t each = split->vectors / split->panels, rest = split->vectors % split->panels;
-    const size_t vectors = each + (i < rest);
-    const size_t first = (i * each + (i < rest ? i : rest)) * split->lanes;
-    const size_t left = split->width - first;
-    return (mha_panel){first, left < vectors * split->lanes ? left : vectors * split->lanes, vectors};
+    const size_t before = mha_first_of_part(split->vectors, split->panels, i), first = before * split->lanes;
+    const size_t vectors = mha_first_of_part(split->vectors, split->panels, i + 1) - before;
+    return (mha_panel){first, mha_smaller(split->width - first, vectors * split->lanes), vectors};
 }
 
 /* A weight matrix (features, depth) packed for the kernels, panel after panel, each [depth][P]:

@@ -30,7 +30,6 @@ enum {
     SLICED_PANELS = 8,    /* panels whose strips wait at once for the next slice */
     TASKS_A_THREAD = 4,   /* so that the last ones to finish differ by little */
     PANELS_A_LOOK = 16,   /* panels between two looks whether the call is to be stopped */
-    COPIED_BYTES = 64,    /* of a thread's scratch hold its copied_rows; a cache line */
     SHORT_BYTES = 1600,   /* between rows that are read where they lie: some of them share a page */
 };
 
@@ -39,7 +38,7 @@ typedef struct {
     size_t depth, slice, slices;
     size_t chain; /* numbers of a row in the block, which holds one chain of all rows after the other */
     size_t wholes, blocks; /* WHOLE_ROWS, and blocks, among which these are shared out evenly */
-    size_t block_rows;     /* of the largest block */
+    size_t block_rows;  /* of the largest block */
     size_t panels;      /* of all targets */
     size_t task_panels; /* of a task */
     size_t runs;        /* tasks of a block */
@@ -53,11 +52,11 @@ typedef struct {
     ptrdiff_t row, chain;
 } sliced_rows;
 
-/* The rows that a thread has copied, all features of them; the next task may be about the same. */
+/* The slice that a thread has copied, in the first cache line of its scratch; its next task may be about the same. */
 typedef struct {
     const plan *plan; /* NULL: none */
-    size_t first_row;
-} copied_rows;
+    size_t first_row, first_feature;
+} copied_slice;
 
 typedef struct {
     const mha_kernels *kernels;
@@ -129,7 +128,7 @@ size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *
     for (size_t i = 0; i < count; i++) {
         const plan p = make_plan(kernels, &projections[i], 1);
         mha_layout layout = {0};
-        mha_reserve(&layout, COPIED_BYTES, 1, 1);
+        mha_reserve(&layout, 1, 1, sizeof(copied_slice));
         mha_reserve(&layout, block_size(&p), 1, kernels->item);
         mha_reserve(&layout, waiting_strips(&p), strip_size(kernels, &p), kernels->item);
         most = mha_larger(most, layout.bytes);
@@ -166,8 +165,7 @@ static size_t distance_of_rows(const plan *p, size_t first_row, size_t rows, siz
 
 static size_t first_row_of(const plan *p, size_t block)
 {
-    const size_t each = p->wholes / p->blocks, larger = p->wholes % p->blocks;
-    return mha_smaller((block * each + mha_smaller(block, larger)) * WHOLE_ROWS, p->projection->rows);
+    return mha_smaller(mha_first_of_part(p->wholes, p->blocks, block) * WHOLE_ROWS, p->projection->rows);
 }
 
 /* Copies a slice of some rows to a block. */
@@ -185,14 +183,14 @@ static void copy_slice(const plan *p, size_t first_row, size_t rows, size_t firs
 }
 
 static sliced_rows take_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item,
-                              copied_rows *copied, char *block)
+                              copied_slice *copied, char *block)
 {
     const size_t distance = p->slices > 1 ? 0 : distance_of_rows(p, first_row, rows, item);
     if (distance > 0)
         return (sliced_rows){p->projection->row[first_row], rows, (ptrdiff_t)(distance / item), MHA_CHAIN};
-    if (p->slices > 1 || copied->plan != p || copied->first_row != first_row)
+    if (copied->plan != p || copied->first_row != first_row || copied->first_feature != first_feature)
         copy_slice(p, first_row, rows, first_feature, item, block);
-    *copied = (copied_rows){p, first_row};
+    *copied = (copied_slice){p, first_row, first_feature};
     return (sliced_rows){block, rows, (ptrdiff_t)p->chain, (ptrdiff_t)(p->block_rows * p->chain)};
 }
 
@@ -303,6 +301,11 @@ static const mha_target *find_target(const mha_projection *projection, size_t *p
     return target;
 }
 
+static copied_slice *copied_by(const job *j, size_t worker)
+{
+    return (copied_slice *)(void *)(j->scratch + worker * j->scratch_bytes);
+}
+
 static void run_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
@@ -313,9 +316,8 @@ static void run_task(void *context, size_t task, size_t worker)
     const size_t first_row = first_row_of(p, task / p->runs), first_panel = task % p->runs * p->task_panels;
     const size_t rows = first_row_of(p, task / p->runs + 1) - first_row;
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
-    char *base = j->scratch + worker * j->scratch_bytes, *block = base + COPIED_BYTES;
-    char *strips = block + block_size(p) * item;
-    copied_rows *copied = (copied_rows *)(void *)base;
+    copied_slice *copied = copied_by(j, worker);
+    char *block = (char *)copied + MHA_CACHE_LINE, *strips = block + block_size(p) * item;
     for (size_t s = 0; s < p->slices; s++) {
         const size_t first = s * p->slice;
         const sliced_rows x = take_slice(p, first_row, rows, first, item, copied, block);
@@ -341,6 +343,6 @@ mha_status mha_project(const mha_kernels *kernels, const mha_projection *project
         tasks += j.plans[i].tasks;
     }
     for (size_t worker = 0; worker < threads; worker++)
-        ((copied_rows *)(void *)(scratch + worker * scratch_bytes))->plan = NULL;
+        copied_by(&j, worker)->plan = NULL;
     return mha_parallel_for(threads, tasks, run_task, &j, stop);
 }

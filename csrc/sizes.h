@@ -22,4 +22,11 @@ static inline size_t mha_larger(size_t a, size_t b)
     return a > b ? a : b;
 }
 
+/* The number of the first of the i-th part where `total` things are shared out evenly, the larger parts first; total for
+ * i = parts. */
+static inline size_t mha_first_of_part(size_t total, size_t parts, size_t i)
+{
+    return total / parts * i + mha_smaller(i, total % parts);
+}
+
 #endif

@@ -73,6 +73,9 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 #define EACH_TILE_2(X) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2)
 #define EACH_TILE_3(X) X(1, 3) X(2, 3) X(3, 3) X(4, 3) X(5, 3) X(6, 3) X(7, 3) X(8, 3)
 #endif
+#ifndef ROWS_OF_MANY
+#define ROWS_OF_MANY {ROWS_1, ROWS_2, ROWS_3}
+#endif
 enum { MOST_ROWS = 8, FEW_ROWS = 20 };
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
@@ -210,12 +213,12 @@ static void V(product)(const mha_product *p)
     static const size_t rows_of_few[VECTORS] = {ROWS_1, ROWS_2, ROWS_3}, rows_of_many[VECTORS] = ROWS_OF_MANY;
     if (p->rows == 0)
         return;
+    /* A product of few rows waits for its panel, and reads it as few times as it can. */
+    const size_t most = (p->rows > FEW_ROWS ? rows_of_many : rows_of_few)[p->vectors - 1];
     /* Rows are shared out evenly: 9 rows are 5 + 4, since a tile of one row waits for its few accumulators. */
     size_t tiles = 1, rows = p->rows, larger = 0;
-    /* A product of few rows waits for its panel, and reads it as few times as it can. */
-    const size_t most = (rows > FEW_ROWS ? rows_of_many : rows_of_few)[p->vectors - 1];
-    if (rows > most) {
-        tiles = (rows - 1) / most + 1;
+    if (p->rows > most) {
+        tiles = (p->rows - 1) / most + 1;
         rows = p->rows / tiles;
         larger = p->rows % tiles;
     }

@@ -6,7 +6,6 @@
 #define MHA_SIMD_AVX2_H
 
 #define REGISTERS 16
-#define ROWS_OF_MANY {ROWS_1, ROWS_2, ROWS_3}
 #define HOLD(v) __asm__("" : "+x"(v))
 enum { lanes_f32 = 8, lanes_f64 = 4 };
 typedef __m256 vec_f32;

@@ -6,7 +6,6 @@
 #define MHA_SIMD_NEON_H
 
 #define REGISTERS 32
-#define ROWS_OF_MANY {ROWS_1, ROWS_2, ROWS_3}
 #define HOLD(v) __asm__("" : "+w"(v))
 enum { lanes_f32 = 4, lanes_f64 = 2 };
 typedef float32x4_t vec_f32;

@@ -14,14 +14,13 @@
  *   hidden(p)               -inf where a byte is not 0, else 0, for as many bytes as lanes
  *   transpose(v)            v[i] lane j <-> v[j] lane i, for as many vectors as lanes
  *   HOLD(v)                 keeps v in a register: gcc rather loads it anew for each of two or three uses
- * and REGISTERS, how many vectors they are: accumulators, up to 3 vectors of a panel and 1 broadcast have to fit; and
- * ROWS_OF_MANY, the rows of a tile of 1, 2 and 3 vectors where a product has many.
+ * and REGISTERS, how many vectors they are: accumulators, up to 3 vectors of a panel and 1 broadcast have to fit; and,
+ * where they are not to be as many as fit, ROWS_OF_MANY, of a tile of 1, 2 and 3 vectors where a product has many rows.
  */
 #ifndef MHA_SIMD_PORTABLE_H
 #define MHA_SIMD_PORTABLE_H
 
 #define REGISTERS 16
-#define ROWS_OF_MANY {ROWS_1, ROWS_2, ROWS_3}
 #define HOLD(v) ((void)0) /* what a register is called is unknown here */
 enum { lanes_f32 = 4, lanes_f64 = 2 };
 
