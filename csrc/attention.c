@@ -251,24 +251,24 @@ static char *values_of(const mha_attention *a, size_t n, const mha_key_block *bl
     return row_at(a, block->is_extra ? &a->extra_v : &a->v, n, hkv, block->row);
 }
 
-static mha_visibility look(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                           char *bias)
+static mha_view look(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
+                     char *bias)
 {
     const mha_lanes of_head = {h, 1, lanes.first, lanes.count, lanes.vectors};
     return mha_look(a->kernels, a->masks, n, &of_head, block, bias);
 }
 
-/* scores[key][lane], plus bias unless it is NULL; it comes last. Chains of at most MHA_CHAIN features, as in the
- * projections. */
+/* scores[key][lane] of the keys in view, plus bias where they have one; it comes last. Chains of at most MHA_CHAIN
+ * features, as in the projections. */
 static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes, const mha_key_block *block,
-                  const char *queries, const char *bias, char *scores, const mha_next *next)
+                  mha_view view, const char *queries, const char *bias, char *scores, const mha_next *next)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
     const char *keys = keys_of(a, n, block, hkv);
-    const char *addend = a->D <= MHA_CHAIN ? bias : NULL;
+    const char *addend = view.is_biased && a->D <= MHA_CHAIN ? bias : NULL;
     for (size_t d = 0; d < a->D; d += MHA_CHAIN) {
-        const mha_product product = {.rows = block->keys, .depth = mha_smaller(a->D - d, MHA_CHAIN),
+        const mha_product product = {.rows = view.keys, .depth = mha_smaller(a->D - d, MHA_CHAIN),
                                      .vectors = lanes.vectors, .a = keys + d * kernels->item,
                                      .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1,
                                      .b = queries + d * P * kernels->item, .b_k = P,
@@ -277,12 +277,20 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
         addend = scores;
         next = NULL;
     }
-    if (bias && a->D > MHA_CHAIN)
-        kernels->accumulate(scores, bias, block->keys * P);
+    if (view.is_biased && a->D > MHA_CHAIN)
+        kernels->accumulate(scores, bias, view.keys * P);
 }
 
+/* Weights are made of the scores of a whole block. */
+static void hide_rest(const mha_attention *a, mha_panel lanes, const mha_key_block *block, mha_view view, char *scores)
+{
+    const size_t P = lanes.vectors * a->kernels->lanes;
+    a->kernels->fill(scores + view.keys * P * a->kernels->item, (block->keys - view.keys) * P, -INFINITY);
+}
+
+/* The weights of the block's first `keys` keys. */
 static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                     char *weights)
+                     size_t keys, char *weights)
 {
     const mha_dropout_block dropout = {
         .key = a->dropout_key,
@@ -291,7 +299,7 @@ static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes
         .n = a->first_item + n, .h = h, .first_query = lanes.first,
         .index = block->index, .first_key = block->first_key,
     };
-    a->kernels->dropout(weights, block->keys, lanes.vectors, lanes.count, &dropout);
+    a->kernels->dropout(weights, keys, lanes.vectors, lanes.count, &dropout);
 }
 
 /* ---- First pass: context ---- */
@@ -313,27 +321,24 @@ static mha_next share_of(const mha_attention *a, const state *s, const mha_rows 
 }
 
 static void step(const mha_attention *a, size_t n, state *s, const mha_key_block *block, const mha_key_block *next,
-                 mha_visibility visibility, char *scores, char *exps, const char *bias)
+                 mha_view view, char *scores, char *exps, const char *bias)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = s->lanes.vectors * kernels->lanes;
     mha_next next_keys, next_values;
-    if (visibility == MHA_VISIBLE_NONE) {
-        /* Such keys would change nothing: their weight is 0 and the maximum stays. */
-        if (s->kept)
-            kernels->fill(scores, block->keys * P, -INFINITY);
+    if (s->kept)
+        hide_rest(a, s->lanes, block, view, scores);
+    if (view.keys == 0) /* others would change nothing: their weight is 0 and the maximum stays */
         return;
-    }
     if (next) {
         next_keys = share_of(a, s, &a->k, keys_of(a, n, next, s->hkv), next->keys, a->D);
         next_values = share_of(a, s, &a->v, values_of(a, n, next, s->hkv), next->keys, a->Dv);
     }
-    score(a, n, s->hkv, s->lanes, block, s->queries, visibility == MHA_VISIBLE_SOME ? bias : NULL, scores,
-          next ? &next_keys : NULL);
-    kernels->softmax_step(scores, block->keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
+    score(a, n, s->hkv, s->lanes, block, view, s->queries, bias, scores, next ? &next_keys : NULL);
+    kernels->softmax_step(scores, view.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
     if (a->dropout_p > 0)
-        drop_out(a, n, s->h, s->lanes, block, exps);
-    const mha_product product = {.rows = a->Dv, .depth = block->keys, .vectors = s->lanes.vectors,
+        drop_out(a, n, s->h, s->lanes, block, view.keys, exps);
+    const mha_product product = {.rows = a->Dv, .depth = view.keys, .vectors = s->lanes.vectors,
                                  .a = values_of(a, n, block, s->hkv), .a_row = 1,
                                  .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
@@ -393,13 +398,13 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
             mha_key_block_at(a->live, n, b + 1, &two[(b + 1) % 2]);
             next = &two[(b + 1) % 2];
         }
-        mha_visibility visibility = MHA_VISIBLE_ALL;
+        mha_view view = {0};
         for (size_t i = 0; i < panels; i++) {
             state *s = &states[i];
             if (i == 0 || !is_shared || s->lanes.first != states[i - 1].lanes.first)
-                visibility = look(a, n, s->h, s->lanes, block, bias);
+                view = look(a, n, s->h, s->lanes, block, bias);
             char *scores = s->kept ? s->kept + b * block_bytes(a, s->lanes.vectors) : exps;
-            step(a, n, s, block, next, visibility, scores, exps, bias);
+            step(a, n, s, block, next, view, scores, exps, bias);
         }
         features += a->D + a->Dv;
         if (features >= FEATURES_A_LOOK && mha_is_stopped())
@@ -460,7 +465,7 @@ static void add_weights(const mha_attention *a, const weighing *w, size_t h, con
     const size_t at = statistics_offset(a, w->n, h, w->lanes);
     kernels->softmax_weights(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
     if (a->dropout_p > 0)
-        drop_out(a, w->n, h, w->lanes, block, scores);
+        drop_out(a, w->n, h, w->lanes, block, block->keys, scores);
     if (scores != weights)
         kernels->accumulate(weights, scores, block->keys * w->lanes.vectors * kernels->lanes);
 }
@@ -468,12 +473,9 @@ static void add_weights(const mha_attention *a, const weighing *w, size_t h, con
 /* Computes the scores of one head for one block again; keys that no query sees get -inf. */
 static void score_again(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block, char *scores)
 {
-    const mha_visibility visibility = look(a, w->n, h, w->lanes, block, w->bias);
-    if (visibility == MHA_VISIBLE_NONE)
-        a->kernels->fill(scores, block->keys * w->lanes.vectors * a->kernels->lanes, -INFINITY);
-    else
-        score(a, w->n, h / (a->H / a->Hkv), w->lanes, block, w->queries,
-              visibility == MHA_VISIBLE_SOME ? w->bias : NULL, scores, NULL);
+    const mha_view view = look(a, w->n, h, w->lanes, block, w->bias);
+    score(a, w->n, h / (a->H / a->Hkv), w->lanes, block, view, w->queries, w->bias, scores, NULL);
+    hide_rest(a, w->lanes, block, view, scores);
 }
 
 static char *weights_row(const mha_attention *a, const weighing *w, size_t lane)

@@ -251,17 +251,16 @@ static void pack_task(void *context, size_t task, size_t worker)
 
 /* ---- attend ---- */
 
-/* Masked scores of a panel against a block; false if no lane sees any key of it. Lane 0 is the item's `first`. */
-static bool score(const mha_few_queries *f, size_t n, size_t first, mha_panel panel, const mha_key_block *block,
-                  const char *queries, const places *s)
+/* Masked scores of a panel against a block's first keys, as many as it returns: no lane sees one after them. Lane 0 is
+ * the item's `first`. */
+static size_t score(const mha_few_queries *f, size_t n, size_t first, mha_panel panel, const mha_key_block *block,
+                    const char *queries, const places *s)
 {
     const mha_kernels *kernels = f->weights->kernels;
     const size_t P = panel.vectors * kernels->lanes, Ek = f->weights->widths.Ek;
     const mha_lanes lanes = {0, f->weights->widths.H, first, panel.count, panel.vectors};
-    const mha_visibility visibility = mha_look(kernels, f->masks, n, &lanes, block, s->bias);
-    if (visibility == MHA_VISIBLE_NONE)
-        return false;
-    mha_product product = {.rows = block->keys, .vectors = panel.vectors, .a = s->slice,
+    const mha_view view = mha_look(kernels, f->masks, n, &lanes, block, s->bias);
+    mha_product product = {.rows = view.keys, .vectors = panel.vectors, .a = s->slice,
                            .a_row = (ptrdiff_t)slice_stride(kernels), .a_k = 1, .b_k = P, .addend_row = P,
                            .c = s->scores, .c_row = P};
     for (size_t e = 0; e < Ek; e += MHA_CHAIN) {
@@ -271,10 +270,10 @@ static bool score(const mha_few_queries *f, size_t n, size_t first, mha_panel pa
         product.addend = e ? s->scores : NULL;
         kernels->product(&product);
     }
-    give_up_unless_finite(f, n, s->scores, block->keys * P); /* before the masks, which may be infinite */
-    if (visibility == MHA_VISIBLE_SOME)
-        kernels->accumulate(s->scores, s->bias, block->keys * P);
-    return true;
+    give_up_unless_finite(f, n, s->scores, view.keys * P); /* before the masks, which may be infinite */
+    if (view.is_biased)
+        kernels->accumulate(s->scores, s->bias, view.keys * P);
+    return view.keys;
 }
 
 /* sums = sums * factor + x^T weights, a slice of features at a time. */
@@ -314,7 +313,8 @@ static void attend_task(void *context, size_t task, size_t worker)
     for (size_t b = first; b < end; b++) {
         mha_key_block block;
         mha_key_block_at(f->live, n, b, &block);
-        if (!score(f, n, panel.first, panel, &block, queries, &s))
+        block.keys = score(f, n, panel.first, panel, &block, queries, &s);
+        if (block.keys == 0)
             continue;
         kernels->softmax_step(s.scores, block.keys, panel.vectors, s.scores, maximum, sum, s.factor);
         add_values(f, n, panel, &block, &s, sums);
@@ -475,8 +475,8 @@ static void weigh_block(const job *j, const weighing *w, const mha_key_block *bl
         const mha_panel panel = mha_panel_at(&j->by_head, p);
         const size_t P = panel.vectors * kernels->lanes;
         const char *queries = w->panels + panel.first * f->weights->widths.Ek * number;
-        if (is_hidden || !score(f, w->n, w->l * H + panel.first, panel, block, queries, s))
-            kernels->fill(s->scores, block->keys * P, -INFINITY);
+        const size_t seen = is_hidden ? 0 : score(f, w->n, w->l * H + panel.first, panel, block, queries, s);
+        kernels->fill(s->scores + seen * P * number, (block->keys - seen) * P, -INFINITY);
         kernels->softmax_weights(s->scores, block->keys, panel.vectors, w->maximum + panel.first * number,
                                  w->sum + panel.first * number);
         kernels->fill(s->factor, P, is_averaged ? 1 / (double)H : 1);

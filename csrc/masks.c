@@ -160,26 +160,29 @@ size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s)
     return s;
 }
 
-/* As far as it shows without reading the masks; SOME where read_masks() has to tell. */
-static mha_visibility visibility_by_numbers(const mha_masks *masks, size_t first_query, size_t last_query,
-                                            const mha_key_block *block)
+/* As far as it shows without reading the masks. */
+static mha_view view_by_numbers(const mha_masks *masks, size_t first_query, size_t last_query,
+                                const mha_key_block *block)
 {
     if (block->is_extra)
-        return MHA_VISIBLE_ALL;
-    if (masks->is_causal && block->first_key > last_query)
-        return MHA_VISIBLE_NONE;
-    const bool crosses = masks->is_causal && mha_key_number(block, block->keys - 1) > first_query;
-    return masks->attn.kind || masks->keys.kind || crosses ? MHA_VISIBLE_SOME : MHA_VISIBLE_ALL;
+        return (mha_view){block->keys, false};
+    size_t keys = block->keys;
+    bool crosses = false;
+    if (masks->is_causal) {
+        while (keys > 0 && mha_key_number(block, keys - 1) > last_query)
+            keys--;
+        crosses = keys > 0 && mha_key_number(block, keys - 1) > first_query;
+    }
+    return (mha_view){keys, masks->attn.kind || masks->keys.kind || crosses};
 }
 
-mha_visibility mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, const mha_lanes *lanes,
-                        const mha_key_block *block, void *bias)
+mha_view mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, const mha_lanes *lanes,
+                  const mha_key_block *block, void *bias)
 {
     size_t query = lanes->first / lanes->heads, h = lanes->first % lanes->heads;
-    const mha_visibility visibility =
-        visibility_by_numbers(masks, query, (lanes->first + lanes->count - 1) / lanes->heads, block);
-    if (visibility != MHA_VISIBLE_SOME)
-        return visibility;
+    const mha_view view = view_by_numbers(masks, query, (lanes->first + lanes->count - 1) / lanes->heads, block);
+    if (view.keys == 0 || !view.is_biased)
+        return view;
     mha_mask_block of;
     of.attn_kind = masks->attn.kind;
     of.attn_s = masks->attn.stride_s;
@@ -197,5 +200,5 @@ mha_visibility mha_look(const mha_kernels *kernels, const mha_masks *masks, size
             query++;
         }
     }
-    return kernels->read_masks(bias, block->keys, lanes->vectors, lanes->count, &of);
+    return kernels->read_masks(bias, view.keys, lanes->vectors, lanes->count, &of);
 }

@@ -81,9 +81,9 @@ typedef struct {
     size_t vectors;
 } mha_lanes;
 
-/* What the lanes may see of a block. Where it is SOME, bias [keys][P] is what the masks add to the scores; else nothing
- * need be added, and bias may have been written to. */
-mha_visibility mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, const mha_lanes *lanes,
-                        const mha_key_block *block, void *bias);
+/* What the lanes see of a block. Where it is biased, bias [keys][P] is what the masks add to the scores of the keys in
+ * view; else nothing need be added, and bias may have been written to. */
+mha_view mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, const mha_lanes *lanes,
+                  const mha_key_block *block, void *bias);
 
 #endif

@@ -72,7 +72,7 @@ typedef struct {
 typedef struct {
     const char *attn[MHA_MOST_LANES]; /* of each lane's query, at key 0 of the whole item; kind NONE: not read */
     size_t query[MHA_MOST_LANES];     /* the lane's query by its number; read where is_causal */
-    const char *keys;                 /* key_padding_mask at key 0, never of kind HIDE: those keys are gone */
+    const char *keys;                 /* key_padding_mask at key 0: numbers; keys it hides are gone */
     mha_mask_kind attn_kind, keys_kind;
     ptrdiff_t attn_s, keys_s; /* strides in bytes */
     const size_t *index; /* the block's keys by their number in the item; NULL: first_key, first_key + 1, ... */
@@ -80,8 +80,11 @@ typedef struct {
     bool is_causal;
 } mha_mask_block;
 
-/* What the lanes of a panel see of a block. SOME is always a safe answer. */
-typedef enum { MHA_VISIBLE_ALL, MHA_VISIBLE_SOME, MHA_VISIBLE_NONE } mha_visibility;
+/* What the lanes of a panel see of a block. */
+typedef struct {
+    size_t keys;    /* the first so many: no lane sees one after them; 0: none is seen */
+    bool is_biased; /* the masks add something to their scores */
+} mha_view;
 
 /* Where a block of attention weights stands in the random stream: what happens to the weight of (n, h, l, s) depends
  * on these four and on the key alone. */
@@ -112,8 +115,9 @@ typedef struct mha_kernels {
                          void *rows, size_t row_stride);
 
     /* bias[key][lane] = what the masks add to a score (torch's order: they are added to each other first), -inf where
-     * they hide the key. Lanes from `count` on are like the last one. ALL: every number is 0; NONE: every one is -inf. */
-    mha_visibility (*read_masks)(void *bias, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks);
+     * they hide the key, for the keys in view; not written where the view has no bias, which is where all add 0. Lanes
+     * from `count` on are like the last one. */
+    mha_view (*read_masks)(void *bias, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks);
 
     /* One step of the online softmax: exps[keys][P] = exp(score - maximum), in the place of the scores or elsewhere,
      * with the running maximum [P] and sum [P] brought up to date and factor [P] = exp(old maximum - new maximum).

@@ -38,6 +38,8 @@ enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
 #define EXP2_LOWEST_f64 (-1022.0)
 #define own_kind_f32 MHA_MASK_FLOAT32 /* of a mask in the kernels' own dtype */
 #define own_kind_f64 MHA_MASK_FLOAT64
+typedef uint32_t word_f32; /* as many bits as a number has */
+typedef uint64_t word_f64;
 #define ROUND_f32 (12582912.0f + 127)
 #define ROUND_f64 (6755399441055744.0 + 1023)
 static const float exp2_coefficients_f32[] = {
@@ -79,6 +81,54 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 enum { MOST_ROWS = 8, FEW_ROWS = 20 };
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
+
+static bool is_of_numbers(mha_mask_kind kind)
+{
+    return kind == MHA_MASK_FLOAT32 || kind == MHA_MASK_FLOAT64;
+}
+
+/* ---- Keys that are hidden from one query: bit i is for key i of the block ---- */
+
+static uint64_t first_keys(size_t keys)
+{
+    return keys < MHA_BLOCK_KEYS ? ((uint64_t)1 << keys) - 1 : UINT64_MAX;
+}
+
+static uint64_t hidden_by_mask(const mha_mask_block *block, const char *row, size_t keys)
+{
+    uint64_t bits = 0;
+    size_t i = 0;
+    if (!block->index && block->attn_s == 1) {
+        /* A line of each row is read, far from the other rows' lines: the hardware foresees none of them. */
+        __builtin_prefetch(row + block->first_key + 2 * MHA_BLOCK_KEYS, 0, 2);
+        for (; i + 16 <= keys; i += 16)
+            bits |= nonzero(row + block->first_key + i) << i;
+    }
+    for (; i < keys; i++) {
+        const size_t key = block->index ? block->index[i] : block->first_key + i;
+        bits |= (uint64_t)(row[(ptrdiff_t)key * block->attn_s] != 0) << i;
+    }
+    return block->attn_kind == MHA_MASK_HIDE ? bits : ~bits;
+}
+
+static uint64_t hidden_by_order(const mha_mask_block *block, size_t query, size_t keys)
+{
+    size_t seen = keys; /* numbers of keys ascend */
+    if (block->index)
+        while (seen > 0 && block->index[seen - 1] > query)
+            seen--;
+    else if (block->first_key + keys > query + 1)
+        seen = block->first_key > query ? 0 : query + 1 - block->first_key;
+    return ~first_keys(seen);
+}
+
+static uint64_t hidden_keys(const mha_mask_block *block, size_t lane, size_t keys)
+{
+    uint64_t bits = 0;
+    if (block->attn_kind == MHA_MASK_HIDE || block->attn_kind == MHA_MASK_SHOW)
+        bits = hidden_by_mask(block, block->attn[lane], keys);
+    return block->is_causal ? bits | hidden_by_order(block, block->query[lane], keys) : bits;
+}
 #endif
 
 #define VEC V(vec)
@@ -329,13 +379,8 @@ static void V(unpack_panel)(const void *panel_, size_t vectors, const void *fact
 /* One number of a mask, as it is added to a score. */
 INLINE REAL V(mask_value)(mha_mask_kind kind, const char *at)
 {
-    static const REAL of_bool[2] = {0, -(REAL)INFINITY}; /* a table, because a branch would be mispredicted */
     float f;
     double d;
-    if (kind == MHA_MASK_HIDE)
-        return of_bool[*at != 0];
-    if (kind == MHA_MASK_SHOW)
-        return of_bool[*at == 0];
     if (kind == MHA_MASK_FLOAT32) {
         memcpy(&f, at, sizeof f);
         return (REAL)f;
@@ -344,7 +389,8 @@ INLINE REAL V(mask_value)(mha_mask_kind kind, const char *at)
     return (REAL)d;
 }
 
-/* values[i] = what one row of a mask adds to the score of key i of the block; `kind` is a constant in every copy. */
+/* values[i] = what one row of a mask of numbers adds to the score of key i of the block; `kind` is a constant in every
+ * copy. Up to a whole vector, 0 follows. */
 INLINE void V(read_row_of)(const mha_mask_kind kind, const char *row, ptrdiff_t stride, const mha_mask_block *block,
                            size_t keys, REAL *values)
 {
@@ -352,82 +398,106 @@ INLINE void V(read_row_of)(const mha_mask_kind kind, const char *row, ptrdiff_t 
     if (block->index) {
         for (; i < keys; i++)
             values[i] = V(mask_value)(kind, row + (ptrdiff_t)block->index[i] * stride);
-        return;
+    } else {
+        row += (ptrdiff_t)block->first_key * stride;
+        if (kind == V(own_kind) && stride == (ptrdiff_t)sizeof(REAL))
+            memcpy(values, row, (i = keys) * sizeof(REAL));
+        for (; i < keys; i++)
+            values[i] = V(mask_value)(kind, row + (ptrdiff_t)i * stride);
     }
-    row += (ptrdiff_t)block->first_key * stride;
-    if (kind == V(own_kind) && stride == (ptrdiff_t)sizeof(REAL))
-        memcpy(values, row, (i = keys) * sizeof(REAL));
-    if (kind == MHA_MASK_HIDE && stride == 1)
-        for (; i + LANES <= keys; i += LANES)
-            V(store)(values + i, V(hidden)(row + i));
-    if (kind == MHA_MASK_SHOW && stride == 1)
-        for (; i + LANES <= keys; i += LANES)
-            V(store)(values + i, V(unlike)(V(hidden)(row + i), V(splat)(-(REAL)INFINITY)));
-    for (; i < keys; i++)
-        values[i] = V(mask_value)(kind, row + (ptrdiff_t)i * stride);
+    for (; i % LANES > 0; i++)
+        values[i] = 0;
 }
 
 static void V(read_row)(mha_mask_kind kind, const char *row, ptrdiff_t stride, const mha_mask_block *block,
                         size_t keys, REAL *values)
 {
-    if (kind == MHA_MASK_NONE)
-        memset(values, 0, keys * sizeof *values);
-    else if (kind == MHA_MASK_HIDE)
-        V(read_row_of)(MHA_MASK_HIDE, row, stride, block, keys, values);
-    else if (kind == MHA_MASK_SHOW)
-        V(read_row_of)(MHA_MASK_SHOW, row, stride, block, keys, values);
-    else if (kind == MHA_MASK_FLOAT32)
+    if (kind == MHA_MASK_FLOAT32)
         V(read_row_of)(MHA_MASK_FLOAT32, row, stride, block, keys, values);
     else
         V(read_row_of)(MHA_MASK_FLOAT64, row, stride, block, keys, values);
 }
 
-/* Hides the keys after the lane's query; numbers of keys ascend. */
-static void V(hide_later)(const mha_mask_block *block, size_t query, size_t keys, REAL *values)
+/* bias = what the masks of numbers add; whether that is anything but 0. */
+static bool V(read_numbers)(REAL *bias, size_t keys, size_t P, size_t count, const mha_mask_block *block)
 {
-    for (size_t i = keys; i-- > 0 && (block->index ? block->index[i] : block->first_key + i) > query;)
-        values[i] += -(REAL)INFINITY;
-}
-
-static mha_visibility V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t count,
-                                    const mha_mask_block *block)
-{
-    REAL *bias = bias_, of_keys[MHA_BLOCK_KEYS], rows[LANES][MHA_BLOCK_KEYS] = {{0}};
+    REAL of_keys[MHA_BLOCK_KEYS] = {0}, rows[LANES][MHA_BLOCK_KEYS];
     const REAL *row[LANES];
-    const size_t P = vectors * LANES;
-    const VEC hidden = V(splat)(-(REAL)INFINITY);
+    const bool has_attn = is_of_numbers(block->attn_kind);
     const bool is_ready = block->attn_kind == V(own_kind) && block->attn_s == (ptrdiff_t)sizeof(REAL) && !block->index &&
-                          !block->is_causal && keys % LANES == 0; /* whole vectors can be read where they are */
-    VEC not_zero = V(splat)(0), not_hidden = V(splat)(0);
-    V(read_row)(block->keys_kind, block->keys, block->keys_s, block, keys, of_keys);
+                          keys % LANES == 0; /* whole vectors can be read where they are */
+    const VEC zero = V(splat)(0);
+    VEC not_zero = zero;
+    if (block->keys_kind)
+        V(read_row)(block->keys_kind, block->keys, block->keys_s, block, keys, of_keys);
     for (size_t first = 0; first < P; first += LANES) {
-        for (size_t i = 0; i < LANES; i++) {
+        for (size_t i = 0; i < LANES && has_attn; i++) {
             const size_t lane = first + i < count ? first + i : count - 1;
             row[i] = is_ready ? (const REAL *)(const void *)block->attn[lane] + block->first_key : rows[i];
-            if (is_ready)
-                continue;
-            V(read_row)(block->attn_kind, block->attn[lane], block->attn_s, block, keys, rows[i]);
-            if (block->is_causal)
-                V(hide_later)(block, block->query[lane], keys, rows[i]);
+            if (!is_ready)
+                V(read_row)(block->attn_kind, block->attn[lane], block->attn_s, block, keys, rows[i]);
         }
         for (size_t k = 0; k < keys; k += LANES) {
             VEC v[LANES];
             MHA_UNROLL
             for (size_t i = 0; i < LANES; i++)
-                v[i] = V(load)(row[i] + k);
+                v[i] = has_attn ? V(load)(row[i] + k) : V(splat)(0);
             V(transpose)(v);
             for (size_t i = 0; i < LANES && k + i < keys; i++) {
                 const VEC x = v[i] + V(splat)(of_keys[k + i]);
                 V(store)(bias + (k + i) * P + first, x);
                 not_zero = V(either)(not_zero, x);
-                not_hidden = V(either)(not_hidden, V(unlike)(x, hidden));
             }
         }
     }
-    const VEC zero = V(splat)(0);
-    if (memcmp(&not_zero, &zero, sizeof zero) == 0)
-        return MHA_VISIBLE_ALL;
-    return memcmp(&not_hidden, &zero, sizeof zero) == 0 ? MHA_VISIBLE_NONE : MHA_VISIBLE_SOME;
+    return memcmp(&not_zero, &zero, sizeof zero) != 0;
+}
+
+/* Whether a key's numbers are all -inf. */
+static bool V(is_hidden)(const REAL *bias, size_t P)
+{
+    const VEC zero = V(splat)(0), infinite = V(splat)(-(REAL)INFINITY);
+    VEC not_hidden = zero;
+    for (size_t lane = 0; lane < P; lane += LANES)
+        not_hidden = V(either)(not_hidden, V(unlike)(V(load)(bias + lane), infinite));
+    return memcmp(&not_hidden, &zero, sizeof zero) == 0;
+}
+
+/* What hides keys is read as bits, one for each key of the block; a vector takes in those of its lanes at once. */
+static mha_view V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t count, const mha_mask_block *block)
+{
+    enum { WORD_BITS = 8 * sizeof(REAL), WORDS = MHA_BLOCK_KEYS / WORD_BITS };
+    REAL *bias = bias_, hidden[WORDS][MHA_MOST_LANES];
+    const size_t P = vectors * LANES;
+    const bool has_numbers = is_of_numbers(block->attn_kind) || block->keys_kind;
+    uint64_t bits = 0, by_all = UINT64_MAX, by_any = 0;
+    for (size_t lane = 0; lane < P; lane++) {
+        if (lane < count)
+            bits = hidden_keys(block, lane, keys);
+        by_all &= bits;
+        by_any |= bits;
+        for (size_t i = 0; i < WORDS; i++) {
+            const V(word) word = (V(word))(bits >> (i * WORD_BITS));
+            memcpy(&hidden[i][lane], &word, sizeof word);
+        }
+    }
+    while (keys > 0 && by_all >> (keys - 1) & 1)
+        keys--;
+    if (keys == 0)
+        return (mha_view){0, false};
+    const bool hides = (by_any & first_keys(keys)) != 0;
+    const bool is_biased = (has_numbers && V(read_numbers)(bias, keys, P, count, block)) || hides;
+    for (size_t k = 0; k < keys && hides; k++)
+        for (size_t lane = 0; lane < P; lane += LANES) {
+            REAL *at = bias + k * P + lane;
+            VEC x = V(hide)(V(load)(hidden[k / WORD_BITS] + lane), k % WORD_BITS);
+            if (has_numbers)
+                x = V(load)(at) + x;
+            V(store)(at, x);
+        }
+    while (has_numbers && keys > 0 && V(is_hidden)(bias + (keys - 1) * P, P))
+        keys--;
+    return (mha_view){keys, is_biased};
 }
 
 /* ---- Softmax ---- */

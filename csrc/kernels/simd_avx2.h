@@ -49,18 +49,24 @@ static inline vec_f64 either_f64(vec_f64 a, vec_f64 b) { return _mm256_or_pd(a, 
 static inline vec_f32 unlike_f32(vec_f32 a, vec_f32 b) { return _mm256_xor_ps(a, b); }
 static inline vec_f64 unlike_f64(vec_f64 a, vec_f64 b) { return _mm256_xor_pd(a, b); }
 
-static inline vec_f32 hidden_f32(const char *p)
+static inline vec_f32 hide_f32(vec_f32 words, size_t i)
 {
-    const __m256i bytes = _mm256_cvtepi8_epi32(_mm_loadu_si64(p));
-    const __m256i is_zero = _mm256_cmpeq_epi32(bytes, _mm256_setzero_si256());
-    return _mm256_andnot_ps(_mm256_castsi256_ps(is_zero), _mm256_set1_ps(-INFINITY));
+    const __m256i bit = _mm256_set1_epi32((int)(1u << i));
+    const __m256i is_set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(words), bit), bit);
+    return _mm256_and_ps(_mm256_castsi256_ps(is_set), _mm256_set1_ps(-INFINITY));
 }
 
-static inline vec_f64 hidden_f64(const char *p)
+static inline vec_f64 hide_f64(vec_f64 words, size_t i)
 {
-    const __m256i bytes = _mm256_cvtepi8_epi64(_mm_loadu_si32(p));
-    const __m256i is_zero = _mm256_cmpeq_epi64(bytes, _mm256_setzero_si256());
-    return _mm256_andnot_pd(_mm256_castsi256_pd(is_zero), _mm256_set1_pd(-INFINITY));
+    const __m256i bit = _mm256_set1_epi64x((long long)(1ull << i));
+    const __m256i is_set = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_castpd_si256(words), bit), bit);
+    return _mm256_and_pd(_mm256_castsi256_pd(is_set), _mm256_set1_pd(-INFINITY));
+}
+
+static inline uint64_t nonzero(const char *p)
+{
+    const __m128i is_zero = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)(const void *)p), _mm_setzero_si128());
+    return (uint64_t)_mm_movemask_epi8(is_zero) ^ 0xffff;
 }
 
 static inline void transpose_f64(vec_f64 v[4])

@@ -53,16 +53,23 @@ static inline vec_f64 either_f64(vec_f64 a, vec_f64 b) { return _mm512_or_pd(a, 
 static inline vec_f32 unlike_f32(vec_f32 a, vec_f32 b) { return _mm512_xor_ps(a, b); }
 static inline vec_f64 unlike_f64(vec_f64 a, vec_f64 b) { return _mm512_xor_pd(a, b); }
 
-static inline vec_f32 hidden_f32(const char *p)
+static inline vec_f32 hide_f32(vec_f32 words, size_t i)
 {
-    const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)p);
-    return _mm512_maskz_mov_ps(_mm_test_epi8_mask(bytes, bytes), _mm512_set1_ps(-INFINITY));
+    const __mmask16 is_set = _mm512_test_epi32_mask(_mm512_castps_si512(words), _mm512_set1_epi32((int)(1u << i)));
+    return _mm512_maskz_mov_ps(is_set, _mm512_set1_ps(-INFINITY));
 }
 
-static inline vec_f64 hidden_f64(const char *p)
+static inline vec_f64 hide_f64(vec_f64 words, size_t i)
 {
-    const __m128i bytes = _mm_loadu_si64(p);
-    return _mm512_maskz_mov_pd((__mmask8)_mm_test_epi8_mask(bytes, bytes), _mm512_set1_pd(-INFINITY));
+    const __mmask8 is_set =
+        _mm512_test_epi64_mask(_mm512_castpd_si512(words), _mm512_set1_epi64((long long)(1ull << i)));
+    return _mm512_maskz_mov_pd(is_set, _mm512_set1_pd(-INFINITY));
+}
+
+static inline uint64_t nonzero(const char *p)
+{
+    const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return _mm_test_epi8_mask(bytes, bytes);
 }
 
 /* Both are too large for gcc to inline by itself, and v would go through memory. */

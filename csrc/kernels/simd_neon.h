@@ -64,16 +64,24 @@ static inline vec_f64 unlike_f64(vec_f64 a, vec_f64 b)
     return vreinterpretq_f64_u64(veorq_u64(vreinterpretq_u64_f64(a), vreinterpretq_u64_f64(b)));
 }
 
-static inline vec_f32 hidden_f32(const char *p)
+static inline vec_f32 hide_f32(vec_f32 words, size_t i)
 {
-    const uint32x4_t bytes = {(uint8_t)p[0], (uint8_t)p[1], (uint8_t)p[2], (uint8_t)p[3]};
-    return vreinterpretq_f32_u32(vandq_u32(vtstq_u32(bytes, bytes), vreinterpretq_u32_f32(vdupq_n_f32(-INFINITY))));
+    const uint32x4_t is_set = vtstq_u32(vreinterpretq_u32_f32(words), vdupq_n_u32(1u << i));
+    return vreinterpretq_f32_u32(vandq_u32(is_set, vreinterpretq_u32_f32(vdupq_n_f32(-INFINITY))));
 }
 
-static inline vec_f64 hidden_f64(const char *p)
+static inline vec_f64 hide_f64(vec_f64 words, size_t i)
 {
-    const uint64x2_t bytes = {(uint8_t)p[0], (uint8_t)p[1]};
-    return vreinterpretq_f64_u64(vandq_u64(vtstq_u64(bytes, bytes), vreinterpretq_u64_f64(vdupq_n_f64(-INFINITY))));
+    const uint64x2_t is_set = vtstq_u64(vreinterpretq_u64_f64(words), vdupq_n_u64((uint64_t)1 << i));
+    return vreinterpretq_f64_u64(vandq_u64(is_set, vreinterpretq_u64_f64(vdupq_n_f64(-INFINITY))));
+}
+
+static inline uint64_t nonzero(const char *p)
+{
+    const uint8x8_t bit = {1, 2, 4, 8, 16, 32, 64, 128};
+    const uint8x16_t bytes = vld1q_u8((const uint8_t *)p);
+    const uint8x16_t bits = vandq_u8(vtstq_u8(bytes, bytes), vcombine_u8(bit, bit));
+    return vaddv_u8(vget_low_u8(bits)) | (uint64_t)vaddv_u8(vget_high_u8(bits)) << 8;
 }
 
 static inline void transpose_f64(vec_f64 v[2])

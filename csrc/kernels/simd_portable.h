@@ -11,11 +11,12 @@
  *   exponent(v)             the integer in v's low bits, moved to where the exponent field starts
  *   zero_below(v, t, x)     v, but 0 where t < x; NaN stays
  *   either(a, b), unlike(a, b)  bitwise or, exclusive or
- *   hidden(p)               -inf where a byte is not 0, else 0, for as many bytes as lanes
+ *   hide(words, i)          -inf where bit i of the lane's word is set, else 0
  *   transpose(v)            v[i] lane j <-> v[j] lane i, for as many vectors as lanes
  *   HOLD(v)                 keeps v in a register: gcc rather loads it anew for each of two or three uses
- * and REGISTERS, how many vectors they are: accumulators, up to 3 vectors of a panel and 1 broadcast have to fit; and,
- * where they are not to be as many as fit, ROWS_OF_MANY, of a tile of 1, 2 and 3 vectors where a product has many rows.
+ * and, of no dtype, nonzero(p), whose bit i says that byte i of 16 is not 0. REGISTERS says how many vectors they are:
+ * accumulators, up to 3 vectors of a panel and 1 broadcast have to fit; ROWS_OF_MANY, where rows are not to be as many
+ * as fit, how many a tile of 1, 2 and 3 vectors has where a product has many.
  */
 #ifndef MHA_SIMD_PORTABLE_H
 #define MHA_SIMD_PORTABLE_H
@@ -63,16 +64,24 @@ static inline vec_f64 either_f64(vec_f64 a, vec_f64 b) { return (vec_f64)((bits_
 static inline vec_f32 unlike_f32(vec_f32 a, vec_f32 b) { return (vec_f32)((bits_f32)a ^ (bits_f32)b); }
 static inline vec_f64 unlike_f64(vec_f64 a, vec_f64 b) { return (vec_f64)((bits_f64)a ^ (bits_f64)b); }
 
-static inline vec_f32 hidden_f32(const char *p)
+static inline vec_f32 hide_f32(vec_f32 words, size_t i)
 {
-    const bits_f32 bytes = {p[0], p[1], p[2], p[3]};
-    return (vec_f32)((bytes != 0) & (bits_f32)splat_f32(-INFINITY));
+    const bits_f32 one = {1, 1, 1, 1};
+    return (vec_f32)((((bits_f32)words >> (int)i & one) == one) & (bits_f32)splat_f32(-INFINITY));
 }
 
-static inline vec_f64 hidden_f64(const char *p)
+static inline vec_f64 hide_f64(vec_f64 words, size_t i)
 {
-    const bits_f64 bytes = {p[0], p[1]};
-    return (vec_f64)((bytes != 0) & (bits_f64)splat_f64(-INFINITY));
+    const bits_f64 one = {1, 1};
+    return (vec_f64)((((bits_f64)words >> (int)i & one) == one) & (bits_f64)splat_f64(-INFINITY));
+}
+
+static inline uint64_t nonzero(const char *p)
+{
+    uint64_t bits = 0;
+    for (size_t i = 0; i < 16; i++)
+        bits |= (uint64_t)(p[i] != 0) << i;
+    return bits;
 }
 
 static inline void transpose_f32(vec_f32 v[4])
