@@ -30,6 +30,7 @@ enum {
     KEPT_BYTES = 262144,  /* of scores that a task keeps to make weights of them, and of their averages */
     CHUNK_BLOCKS = 8,     /* blocks of keys whose weights the second pass collects before it writes them */
     TASKS_A_THREAD = 4,
+    MANY_TASKS = 16, /* a thread: it matters little who gets one more */
     FEATURES_A_LOOK = 1024, /* of keys and values, of one block after the other, between two looks whether to stop */
 };
 
@@ -129,18 +130,43 @@ static size_t block_bytes(const mha_attention *a, size_t vectors)
     return most_block_keys(a) * vectors * a->kernels->lanes * a->kernels->item;
 }
 
+/* Where context and weights are made at once, a task takes a panel through all heads. */
+static size_t weighing_tasks(const mha_attention *a)
+{
+    return a->N * averages_of_item(a) * a->split.panels;
+}
+
+/* Whether threads get as many of them, and none much more to do. */
+static bool is_weighing_even(const mha_attention *a)
+{
+    const size_t at_most = mha_divide_up(a->split.vectors, a->split.panels) * a->split.panels;
+    return weighing_tasks(a) % a->threads == 0 && at_most <= a->split.vectors * 7 / 5;
+}
+
 /* Panels of a task that keeps its scores until the weights are made, so that none is computed twice. 0: too many keys
- * for that, or too few tasks for the threads, since one takes all heads. */
+ * for that, or too few tasks for the threads. */
 static size_t most_weighing_panels(const mha_attention *a)
 {
     if (!a->weights_wanted || a->weights_wanted == MHA_SCORES_PER_HEAD)
         return 0;
-    const size_t panels = a->split.panels;
     const size_t fitting_blocks = KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->item);
     const size_t fit = fitting_blocks / mha_larger(most_blocks(a), 1);
-    if (a->threads > 1 && a->N * averages_of_item(a) * panels < 2 * a->threads)
+    if (weighing_tasks(a) < 2 * a->threads && !is_weighing_even(a))
         return 0;
-    return mha_smaller(mha_smaller(TASK_PANELS, fit), panels);
+    return mha_smaller(mha_smaller(TASK_PANELS, fit), a->split.panels);
+}
+
+/* As few panels as there can be, or as many as make weighing even: of 5 tasks one of two threads would get 3. */
+void mha_split_queries(mha_attention *a)
+{
+    const mha_split fewest = mha_split_width(a->kernels, a->L);
+    a->split = fewest;
+    if (!a->weights_wanted || a->threads == 1 || weighing_tasks(a) >= MANY_TASKS * a->threads)
+        return;
+    while (a->split.panels < fewest.vectors && weighing_tasks(a) % a->threads > 0)
+        a->split.panels++;
+    if (!is_weighing_even(a) || most_weighing_panels(a) == 0)
+        a->split = fewest;
 }
 
 static char *row_at(const mha_attention *a, const mha_rows *rows, size_t n, size_t h, size_t l)

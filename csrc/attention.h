@@ -19,7 +19,7 @@ typedef struct {
 typedef struct {
     const mha_kernels *kernels;
     size_t N, L, H, Hkv, D, Dv;
-    mha_split split; /* of the L queries of a head */
+    mha_split split; /* of the L queries of a head, by mha_split_queries() */
     size_t first_item; /* number of item 0 in the whole call, for dropout */
     double scale; /* of the scores */
     mha_rows q, context;
@@ -42,6 +42,9 @@ typedef struct {
     size_t scratch_bytes;
     mha_stop stop;
 } mha_attention;
+
+/* Cuts the queries of a head into panels, once all else that is no address is set. */
+void mha_split_queries(mha_attention *a);
 
 /* Bytes of scratch that each thread needs; numbers in maximum and in sum. */
 size_t mha_attention_scratch(const mha_attention *a);

@@ -270,7 +270,6 @@ static void describe_attention(const forward *f, mha_attention *a)
     a->Hkv = w->Hkv;
     a->D = w->D;
     a->Dv = w->Dv;
-    a->split = mha_split_width(a->kernels, a->L);
     a->first_item = f->first_item;
     a->scale = 1 / sqrt((double)w->D);
     set_rows(f, &at->q, call->L, &a->q);
@@ -293,6 +292,7 @@ static void describe_attention(const forward *f, mha_attention *a)
     a->scratch = at_offset(f, at->scratch);
     a->scratch_bytes = at->scratch_bytes;
     a->stop = call->stop;
+    mha_split_queries(a);
 }
 
 /* Completes the plan of few_queries.c with the addresses that it shares with the rest. */

@@ -127,13 +127,13 @@ static mha_attention describe_attention(const sdpa *s)
     mha_attention attention = {
         .kernels = s->kernels,
         .N = s->items, .L = call->L, .H = H, .Hkv = 1, .D = call->D, .Dv = call->Dv,
-        .split = mha_split_width(s->kernels, call->L),
         .scale = call->scale,
         .context = {call->output, (ptrdiff_t)H * L * Dv, L * Dv, Dv, NULL},
         .live = &s->live, .masks = &s->masks, .empty_row = MHA_EMPTY_ROW_ZERO,
         .dropout_p = call->dropout_p,
         .threads = call->threads, .scratch_bytes = s->at.scratch_bytes, .stop = call->stop,
     };
+    mha_split_queries(&attention);
     if (!s->block)
         return attention;
     attention.q = describe_rows(s, &call->query, s->at.q);
