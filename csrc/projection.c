@@ -24,7 +24,7 @@
 enum {
     BLOCK_ROWS = 128,     /* a slice of a panel is read once for so many rows */
     BLOCK_BYTES = 491520, /* of a slice of them, for the second-level cache; fewer rows where they are wide */
-    WHOLE_ROWS = 8,       /* a multiple of every kernel's rows */
+    WHOLE_ROWS = 8,       /* blocks get whole numbers of them: most tiles have 8 or 4 rows */
     COPY_COST = 1,        /* of the rows of a block, in the time that one panel takes */
     SLICE_BYTES = 8192,   /* of a row; a whole number of chains */
     SLICED_PANELS = 8,    /* panels whose strips wait at once for the next slice */
