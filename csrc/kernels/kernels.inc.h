@@ -78,7 +78,7 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 #ifndef ROWS_OF_MANY
 #define ROWS_OF_MANY {ROWS_1, ROWS_2, ROWS_3}
 #endif
-enum { MOST_ROWS = 8, FEW_ROWS = 20 };
+enum { MOST_ROWS = 8, FEW_ROWS = 8 };
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
 
@@ -202,6 +202,10 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
     }
         EACH_ROW(ACCUMULATE)
         __builtin_prefetch(ahead, 0, 2);
+        if (rows > 4 && vectors * sizeof(VEC) > 2 * FETCHED_BYTES) { /* fewer rows already read as fast as memory goes */
+            __builtin_prefetch(ahead + FETCHED_BYTES, 0, 2);
+            __builtin_prefetch(ahead + 2 * FETCHED_BYTES, 0, 2);
+        }
         ahead += step;
         a_0 += a_k;
         a_4 += a_k;
