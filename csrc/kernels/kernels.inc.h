@@ -202,7 +202,7 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
     }
         EACH_ROW(ACCUMULATE)
         __builtin_prefetch(ahead, 0, 2);
-        if (rows > 4 && vectors * sizeof(VEC) > 2 * FETCHED_BYTES) { /* fewer rows already read as fast as memory goes */
+        if (rows > 3 && vectors * sizeof(VEC) > 2 * FETCHED_BYTES) { /* fewer rows already read as fast as memory goes */
             __builtin_prefetch(ahead + FETCHED_BYTES, 0, 2);
             __builtin_prefetch(ahead + 2 * FETCHED_BYTES, 0, 2);
         }
