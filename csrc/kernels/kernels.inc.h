@@ -168,7 +168,9 @@ INLINE void V(fetch)(const mha_next *next, V(place) *at)
 
 /* `rows` and `vectors` are constants in every copy. Each accumulator is a variable of its own: gcc keeps an array of
  * them in memory. The broadcasts are not loaded ahead of their use: that would need more registers than there are. Rows
- * of a are reached from every fourth, by one, two or three strides. */
+ * of a are reached from every fourth, by one, two or three strides. What is fetched ahead is as much as a step reads of
+ * the panel; for up to three rows, which read as fast as memory goes, one line of it, since hardware then finds the
+ * others, or none where these would lie at uneven distances. */
 INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *p, V(place) *at)
 {
     const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = p->a_k;
@@ -201,11 +203,12 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
             c##r##_2 = V(fma)(a_r, b_2, c##r##_2); \
     }
         EACH_ROW(ACCUMULATE)
-        __builtin_prefetch(ahead, 0, 2);
-        if (rows > 3 && vectors * sizeof(VEC) > 2 * FETCHED_BYTES) { /* fewer rows already read as fast as memory goes */
+        if (rows > 3 || vectors * sizeof(VEC) % FETCHED_BYTES == 0)
+            __builtin_prefetch(ahead, 0, 2);
+        if (rows > 3 && vectors * sizeof(VEC) > FETCHED_BYTES)
             __builtin_prefetch(ahead + FETCHED_BYTES, 0, 2);
+        if (rows > 3 && vectors * sizeof(VEC) > 2 * FETCHED_BYTES)
             __builtin_prefetch(ahead + 2 * FETCHED_BYTES, 0, 2);
-        }
         ahead += step;
         a_0 += a_k;
         a_4 += a_k;
