@@ -169,9 +169,11 @@ static mha_view view_by_numbers(const mha_masks *masks, size_t first_query, size
     size_t keys = block->keys;
     bool crosses = false;
     if (masks->is_causal) {
-        while (keys > 0 && mha_key_number(block, keys - 1) > last_query)
+        if (block->first_key > last_query)
+            return (mha_view){0, false};
+        while (mha_key_number(block, keys - 1) > last_query)
             keys--;
-        crosses = keys > 0 && mha_key_number(block, keys - 1) > first_query;
+        crosses = mha_key_number(block, keys - 1) > first_query;
     }
     return (mha_view){keys, masks->attn.kind || masks->keys.kind || crosses};
 }
