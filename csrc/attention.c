@@ -130,17 +130,31 @@ static size_t block_bytes(const mha_attention *a, size_t vectors)
     return most_block_keys(a) * vectors * a->kernels->lanes * a->kernels->item;
 }
 
-/* Where context and weights are made at once, a task takes a panel through all heads. */
-static size_t weighing_tasks(const mha_attention *a)
+static size_t averages_of_call(const mha_attention *a)
 {
-    return a->N * averages_of_item(a) * a->split.panels;
+    return a->N * averages_of_item(a);
+}
+
+/* Where context and weights are made at once, a task takes such a panel, or some, through all heads. */
+static size_t weighed_panels(const mha_attention *a)
+{
+    return averages_of_call(a) * a->split.panels;
+}
+
+/* In how many parts, from `least` on, an average's panels are cut for threads to get as many; `most` if in none. */
+static size_t even_parts(const mha_attention *a, size_t least, size_t most)
+{
+    size_t parts = least;
+    while (parts < most && averages_of_call(a) * parts % a->threads > 0)
+        parts++; /* 11 tasks would leave one of two threads waiting */
+    return parts;
 }
 
 /* Whether threads get as many of them, and none much more to do. */
 static bool is_weighing_even(const mha_attention *a)
 {
     const size_t at_most = mha_divide_up(a->split.vectors, a->split.panels) * a->split.panels;
-    return weighing_tasks(a) % a->threads == 0 && at_most <= a->split.vectors * 7 / 5;
+    return weighed_panels(a) % a->threads == 0 && at_most <= a->split.vectors * 7 / 5;
 }
 
 /* Panels of a task that keeps its scores until the weights are made, so that none is computed twice. 0: too many keys
@@ -151,20 +165,19 @@ static size_t most_weighing_panels(const mha_attention *a)
         return 0;
     const size_t fitting_blocks = KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->item);
     const size_t fit = fitting_blocks / mha_larger(most_blocks(a), 1);
-    if (weighing_tasks(a) < 2 * a->threads && !is_weighing_even(a))
+    if (weighed_panels(a) < 2 * a->threads && !is_weighing_even(a))
         return 0;
     return mha_smaller(mha_smaller(TASK_PANELS, fit), a->split.panels);
 }
 
-/* As few panels as there can be, or as many as make weighing even: of 5 tasks one of two threads would get 3. */
+/* As few panels as there can be, or as many as make weighing even. */
 void mha_split_queries(mha_attention *a)
 {
     const mha_split fewest = mha_split_width(a->kernels, a->L);
     a->split = fewest;
-    if (!a->weights_wanted || a->threads == 1 || weighing_tasks(a) >= MANY_TASKS * a->threads)
+    if (!a->weights_wanted || a->threads == 1 || weighed_panels(a) >= MANY_TASKS * a->threads)
         return;
-    while (a->split.panels < fewest.vectors && weighing_tasks(a) % a->threads > 0)
-        a->split.panels++;
+    a->split.panels = even_parts(a, fewest.panels, fewest.vectors);
     if (!is_weighing_even(a) || most_weighing_panels(a) == 0)
         a->split = fewest;
 }
@@ -562,7 +575,7 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
     const job *j = context;
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes, *scores = base + j->at.scores;
-    const size_t heads = averaged_heads(a), averages = a->N * averages_of_item(a);
+    const size_t heads = averaged_heads(a), averages = averages_of_call(a);
     const size_t n = task % averages / averages_of_item(a);
     const size_t first_head = task % averages % averages_of_item(a) * heads;
     const size_t group = j->groups - 1 - task / averages, first = group * a->split.panels / j->groups;
@@ -637,12 +650,9 @@ static void weigh_task(void *context, size_t task, size_t worker)
 /* Context and weights at once. */
 static mha_status attend_and_weigh(const mha_attention *a, job *j)
 {
-    const size_t averages = a->N * averages_of_item(a), panels = a->split.panels;
-    const size_t fit = most_weighing_panels(a);
-    j->groups = mha_divide_up(panels, mha_smaller(fit, mha_divide_up(averages * panels, TASKS_A_THREAD * a->threads)));
-    while (j->groups < panels && averages * j->groups % a->threads > 0)
-        j->groups++; /* 11 tasks would leave one of two threads waiting */
-    return mha_parallel_for(a->threads, averages * j->groups, attend_and_weigh_task, j, a->stop);
+    const size_t panels = a->split.panels, wanted = mha_divide_up(weighed_panels(a), TASKS_A_THREAD * a->threads);
+    j->groups = even_parts(a, mha_divide_up(panels, mha_smaller(most_weighing_panels(a), wanted)), panels);
+    return mha_parallel_for(a->threads, averages_of_call(a) * j->groups, attend_and_weigh_task, j, a->stop);
 }
 
 mha_status mha_attend(const mha_attention *a)
@@ -664,6 +674,5 @@ mha_status mha_attend(const mha_attention *a)
     if (status != MHA_OK || !a->weights_wanted)
         return status;
     j.chunks = mha_divide_up(most_blocks(a), CHUNK_BLOCKS);
-    const size_t tasks = a->N * averages_of_item(a) * a->split.panels * j.chunks;
-    return mha_parallel_for(a->threads, tasks, weigh_task, &j, a->stop);
+    return mha_parallel_for(a->threads, weighed_panels(a) * j.chunks, weigh_task, &j, a->stop);
 }

@@ -32,8 +32,8 @@ enum { MHA_MOST_LANES = 48 }; /* of a panel, on any instruction set */
 #endif
 
 /* Memory that is about to be read: rows of so many bytes, or none. One row is fetched little by little all through the
- * product, so that even a product of few rows, which waits for memory only, never asks for much at once; of several rows
- * some are fetched before each tile. */
+ * product, so that even a product of few rows, which waits for memory only, never asks for much at once, or not at all
+ * where hardware does as well; of several rows some are fetched before each tile. */
 typedef struct {
     const char *data;
     size_t rows, bytes;

@@ -89,6 +89,8 @@ static bool is_of_numbers(mha_mask_kind kind)
 
 /* ---- Keys that are hidden from one query: bit i is for key i of the block ---- */
 
+_Static_assert(MHA_BLOCK_KEYS == 64, "a bit of 64 for each key of a block");
+
 static uint64_t first_keys(size_t keys)
 {
     return keys < MHA_BLOCK_KEYS ? ((uint64_t)1 << keys) - 1 : UINT64_MAX;
