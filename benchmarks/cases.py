@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -141,3 +143,15 @@ CASES: list[Case] = [
 ]
 
 GROUPS: list[str] = list(dict.fromkeys(case.group for case in CASES))
+
+
+def select(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], list[Case]]:
+    """Adds the options that choose cases; returns what chooses them, all where no option was given."""
+    parser.add_argument("--classes", nargs="+", choices=GROUPS, metavar="CLASS", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--shapes", nargs="+", metavar="TEXT", help='only cases whose name has TEXT, as "8,128,768,12"')
+
+    def choose(options: argparse.Namespace) -> list[Case]:
+        cases = [case for case in CASES if case.group in (options.classes or GROUPS)]
+        return [case for case in cases if any(text in case.name for text in options.shapes or [""])]
+
+    return choose

@@ -3,7 +3,8 @@
 
 Turns are taken round-robin, one sample of every peer a round, so that a drift of the machine (clock, neighbours, heat)
 hits all alike; what is reported are medians over rounds of ratios within a round. The peak is one more member of the
-round. Every peer's answer is checked against float64, and one that is wrong is left out.
+round. What our kernels take alone is measured once. Every peer's answer is checked against float64, and one that is
+wrong is left out.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 import machine
 import peers
 import report
-from cases import CASES, GROUPS, Case
+from cases import Case, select
 from compiler import NoCompiler
+from limits import Limits
 from peak import Peak
 from problem import make, reference, relative_error
 from workers import PeerError, Worker
@@ -119,19 +121,23 @@ def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: E
     results["interrupted"] = False
     with tempfile.TemporaryDirectory() as folder:
         try:
-            peak = Peak(results["machine"]["level"], Path(folder))
+            peak: Peak | None = Peak(results["machine"]["level"], Path(folder))
+            limits: Limits | None = Limits(results["machine"]["level"], Path(folder))
         except NoCompiler as error:
-            peak = None
-            print(f"The peak is not measured: {error}", file=sys.stderr)
+            peak = limits = None
+            print(f"Neither the peak nor the kernels are measured: {error}", file=sys.stderr)
+        alone: dict[Case, float] = {}  # once for all numbers of threads
         try:
             for threads in thread_counts:
                 with ExitStack() as stack:
                     workers = _start(names, threads, stack, results)
                     for case in progress(cases, "case", f"{threads} thread{'s' * (threads > 1)}"):
                         done = measure_case(case, workers, threads, results["machine"]["level"], peak, effort)
-                        results["runs"].append(done)
+                        if limits is not None and case not in alone:
+                            alone[case] = sum(limits.measure(case).values())
+                        results["runs"].append({**done, "alone": alone.get(case)})
                         file.write_text(json.dumps(results, indent=1))
-                        say(report.line(done))
+                        say(report.line(results["runs"][-1]))
         except KeyboardInterrupt:
             results["interrupted"] = True
     return results
@@ -150,27 +156,26 @@ def _start(names: list[str], threads: int, stack: ExitStack, results: dict[str, 
     return workers
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> tuple[argparse.Namespace, list[Case]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer and shorter samples; without the class 'lengths'")
-    parser.add_argument("--classes", nargs="+", choices=GROUPS, metavar="CLASS", help=f"of {', '.join(GROUPS)}")
-    parser.add_argument("--shapes", nargs="+", metavar="TEXT", help='only cases whose name has TEXT, as "8,128,768,12"')
+    choose = select(parser)
     parser.add_argument("--peers", nargs="+", choices=peers.NAMES, metavar="PEER", help=f"of {', '.join(peers.NAMES)}")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
     parser.add_argument("--seconds", type=float, help="about how long to measure each case")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"), metavar="DIR")
-    return parser.parse_args()
+    options = parser.parse_args()
+    cases = choose(options)
+    if options.quick and not options.classes:
+        cases = [case for case in cases if case.group != "lengths"]
+    return options, cases
 
 
 def main() -> int:
-    options = arguments()
+    options, cases = arguments()
     effort = QUICK if options.quick else FULL
     if options.seconds:
         effort = dataclasses.replace(effort, case=options.seconds)
-    groups = options.classes or [group for group in GROUPS if not (options.quick and group == "lengths")]
-    cases = [case for case in CASES if case.group in groups]
-    if options.shapes:
-        cases = [case for case in cases if any(text in case.name for text in options.shapes)]
     names = [name for name in peers.NAMES if not options.peers or name in (peers.OURS, *options.peers)]
     folder = options.output / "performance"
     folder.mkdir(parents=True, exist_ok=True)

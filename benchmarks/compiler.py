@@ -31,6 +31,12 @@ def compile_c(output: Path, *arguments: str | Path) -> Path:
     return output
 
 
+def compile_driver(output: Path, *names: str, flags: tuple[str, ...] = ()) -> Path:
+    """A program of the C core and of some sources of this folder, by their names."""
+    sources = [*(HERE / f"{name}.c" for name in names), *core_sources()]
+    return compile_c(output, *CORE_FLAGS, *flags, *sources, "-lm")
+
+
 def core_sources() -> list[Path]:
     """The C core without its Python binding."""
     return sorted(path for path in CORE.rglob("*.c") if path.parent.name != "python")

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from compiler import CORE_FLAGS, HERE, NoCompiler, compile_c, compiler_version, core_sources
+from compiler import HERE, NoCompiler, compile_driver, compiler_version
 
 EXPECTED = HERE / "instructions.json"
 TOLERANCE = 0.02
@@ -42,7 +42,7 @@ def why_not() -> str | None:
 def count() -> dict[str, int]:
     """Instructions of each call of instructions.c; NoCompiler where it cannot be compiled."""
     with tempfile.TemporaryDirectory() as folder:
-        driver = compile_c(Path(folder) / "driver", *CORE_FLAGS, HERE / "instructions.c", *core_sources(), "-lm")
+        driver = compile_driver(Path(folder) / "driver", "instructions", "calls")
         names = subprocess.run([driver], capture_output=True, text=True, check=True).stdout.splitlines()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             counts = list(pool.map(lambda name: _count_one(driver, name), names))

@@ -7,15 +7,11 @@
  */
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <time.h>
 
+#include "calls.h"
 #include "cpu.h"
+#include "stopwatch.h"
 #include "workspace.h"
-
-enum { ROUNDS = 15 };
-
-static const double round_seconds = 0.004;
 
 /* What a kernel is given: one struct for all, so that one loop times them all. */
 typedef struct {
@@ -25,77 +21,39 @@ typedef struct {
     void *matrix, *panel, *result, *maximum, *sum, *factor; /* panel, result: [rows][P] or [depth][P] */
 } bench;
 
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static void *numbers(const mha_kernels *k, size_t count)
-{
-    void *x = NULL;
-    if (posix_memalign(&x, 64, count * k->item) != 0)
-        abort();
-    for (size_t i = 0; i < count; i++) {
-        const double value = (double)(i * 2654435761u % 2001) / 1000 - 1; /* spread over [-1, 1] */
-        if (k->dtype == MHA_FLOAT32)
-            ((float *)x)[i] = (float)value;
-        else
-            ((double *)x)[i] = value;
-    }
-    return x;
-}
-
 static size_t lanes(const bench *b)
 {
     return b->vectors * b->k->lanes;
 }
 
-static void run_product(const bench *b)
+static void run_product(const void *what)
 {
+    const bench *b = what;
     b->k->product(&b->product);
 }
 
 /* The scores stay what the step before made of them, numbers in [0, 1]: no step is slower than another. */
-static void run_softmax_step(const bench *b)
+static void run_softmax_step(const void *what)
 {
+    const bench *b = what;
     b->k->softmax_step(b->result, b->rows, b->vectors, b->result, b->maximum, b->sum, b->factor);
 }
 
-static void run_pack_panel(const bench *b)
+static void run_pack_panel(const void *what)
 {
+    const bench *b = what;
     b->k->pack_panel(b->matrix, mha_row_stride(b->depth, b->k->lanes, b->k->item), lanes(b), b->depth, 0.125,
                      b->panel, b->vectors);
 }
 
-static void run_unpack_panel(const bench *b)
+static void run_unpack_panel(const void *what)
 {
+    const bench *b = what;
     b->k->unpack_panel(b->panel, b->vectors, b->factor, lanes(b), b->depth, b->matrix,
                        mha_row_stride(b->depth, b->k->lanes, b->k->item));
 }
 
-static double best_seconds(void (*run)(const bench *), const bench *b)
-{
-    double best = 1e9;
-    size_t calls = 1;
-    for (int round = 0; round < ROUNDS; round++) {
-        const double begin = now();
-        for (size_t i = 0; i < calls; i++)
-            run(b);
-        const double elapsed = now() - begin;
-        if (elapsed < round_seconds) { /* too short to count: only now do we know how many calls fill a round */
-            calls = (size_t)((double)calls * (elapsed > 0 ? 1.2 * round_seconds / elapsed + 1 : 2));
-            round -= calls < 1u << 24;
-            continue;
-        }
-        if (elapsed / (double)calls < best)
-            best = elapsed / (double)calls;
-    }
-    return best;
-}
-
-static void print_time(const bench *b, const char *kernel, const char *what, void (*run)(const bench *), double flops,
+static void print_time(const bench *b, const char *kernel, const char *what, void (*run)(const void *), double flops,
                        double count)
 {
     printf("%s\t%s\t%s\t%s\t%.2f\t%.0f\t%.0f\n", b->k->name, b->k->dtype == MHA_FLOAT32 ? "float32" : "float64",
@@ -110,9 +68,9 @@ static void time_product(const mha_kernels *k, const char *use, size_t rows, siz
     bench b = {.k = k, .rows = rows, .depth = depth, .vectors = vectors};
     const size_t stride = mha_row_stride(rows_are_features ? rows : depth, k->lanes, k->item);
     const size_t P = lanes(&b);
-    b.matrix = numbers(k, (rows_are_features ? depth : rows) * stride);
-    b.panel = numbers(k, depth * P);
-    b.result = numbers(k, rows * P);
+    b.matrix = numbers(k->dtype, (rows_are_features ? depth : rows) * stride);
+    b.panel = numbers(k->dtype, depth * P);
+    b.result = numbers(k->dtype, rows * P);
     b.product = (mha_product){.rows = rows, .depth = depth, .vectors = vectors, .a = b.matrix,
                               .a_row = rows_are_features ? 1 : (ptrdiff_t)stride,
                               .a_k = rows_are_features ? (ptrdiff_t)stride : 1,
@@ -142,12 +100,12 @@ static void time_rest(const mha_kernels *k)
 {
     bench b = {.k = k, .rows = MHA_BLOCK_KEYS, .depth = 64, .vectors = k->vectors};
     const size_t P = lanes(&b);
-    b.matrix = numbers(k, P * mha_row_stride(b.depth, k->lanes, k->item));
-    b.panel = numbers(k, b.depth * P);
-    b.result = numbers(k, b.rows * P);
-    b.maximum = numbers(k, P);
-    b.sum = numbers(k, P);
-    b.factor = numbers(k, P);
+    b.matrix = numbers(k->dtype, P * mha_row_stride(b.depth, k->lanes, k->item));
+    b.panel = numbers(k->dtype, b.depth * P);
+    b.result = numbers(k->dtype, b.rows * P);
+    b.maximum = numbers(k->dtype, P);
+    b.sum = numbers(k->dtype, P);
+    b.factor = numbers(k->dtype, P);
     k->softmax_begin(b.maximum, b.sum, b.vectors);
     char what[64];
     snprintf(what, sizeof what, "%zu keys, %zu lanes", b.rows, P);

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from compiler import CORE_FLAGS, HERE, NoCompiler, compile_c, core_sources
+from compiler import NoCompiler, compile_driver
 from peak import Peak
 
 
 def measure(folder: Path) -> list[dict[str, Any]]:
     """A record of each kernel; `flops` is 0 for those that do not multiply and add."""
-    driver = compile_c(folder / "kernels", *CORE_FLAGS, HERE / "kernels.c", *core_sources(), "-lm")
+    driver = compile_driver(folder / "kernels", "kernels", "calls", "stopwatch")
     records: list[dict[str, Any]] = []
     peaks: dict[tuple[str, str], list[float]] = {}
     printed = subprocess.run([driver], stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -1,0 +1,105 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * calls.c - inputs, masks and weights of a described call.
+ */
+#include "calls.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static size_t item_of(mha_dtype dtype)
+{
+    return dtype == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
+}
+
+void *allocate(size_t bytes)
+{
+    void *x = NULL;
+    if (posix_memalign(&x, 64, bytes ? bytes : 1) != 0)
+        abort();
+    memset(x, 0, bytes);
+    return x;
+}
+
+void *numbers(mha_dtype dtype, size_t count)
+{
+    void *x = allocate(count * item_of(dtype));
+    for (size_t i = 0; i < count; i++) {
+        const double value = (double)(i * 2654435761u % 2001) / 1000 - 1;
+        if (dtype == MHA_FLOAT32)
+            ((float *)x)[i] = (float)value;
+        else
+            ((double *)x)[i] = value;
+    }
+    return x;
+}
+
+static mha_array input(const described_call *c, size_t length, size_t features)
+{
+    const ptrdiff_t item = (ptrdiff_t)item_of(c->dtype), row = (ptrdiff_t)features * item;
+    return (mha_array){numbers(c->dtype, c->N * length * features), (ptrdiff_t)length * row, row, item};
+}
+
+static mha_mask attention_mask(const described_call *c)
+{
+    if (c->attn == MHA_MASK_NONE)
+        return (mha_mask){0};
+    const ptrdiff_t item = c->attn == MHA_MASK_FLOAT32 ? (ptrdiff_t)sizeof(float) : 1;
+    const ptrdiff_t row = (ptrdiff_t)c->S * item, matrix = (ptrdiff_t)c->L * row;
+    const size_t count = (c->per_head ? c->N * c->H : 1) * c->L * c->S;
+    mha_mask mask = {.kind = c->attn, .stride_l = row, .stride_s = item};
+    if (c->per_head) {
+        mask.stride_n = (ptrdiff_t)c->H * matrix;
+        mask.stride_h = matrix;
+    }
+    if (c->attn == MHA_MASK_FLOAT32) {
+        mask.data = numbers(MHA_FLOAT32, count);
+        return mask;
+    }
+    char *hidden = allocate(count);
+    for (size_t i = 0; i < count; i++)
+        hidden[i] = i % 7 == 3;
+    mask.data = hidden;
+    return mask;
+}
+
+static mha_mask padding_mask(const described_call *c)
+{
+    if (c->live[0] == 0)
+        return (mha_mask){0};
+    char *hidden = allocate(c->N * c->S);
+    for (size_t n = 0; n < c->N; n++)
+        memset(hidden + n * c->S + c->live[n], 1, c->S - c->live[n]);
+    return (mha_mask){hidden, MHA_MASK_HIDE, (ptrdiff_t)c->S, 0, 0, 1};
+}
+
+static mha_weights *make_weights(const described_call *c)
+{
+    const size_t D = c->E / c->H, kv = c->Hkv * D;
+    const mha_widths widths = {c->H, c->Hkv, D, D, c->E, c->Ek, c->Ev, c->E};
+    const mha_parameters parameters = {
+        .q_weight = numbers(c->dtype, c->E * c->E), .k_weight = numbers(c->dtype, kv * c->Ek),
+        .v_weight = numbers(c->dtype, kv * c->Ev), .q_bias = numbers(c->dtype, c->E),
+        .k_bias = numbers(c->dtype, kv), .v_bias = numbers(c->dtype, kv),
+        .out_weight = numbers(c->dtype, c->E * c->E), .out_bias = numbers(c->dtype, c->E),
+    };
+    mha_weights *weights = NULL;
+    if (mha_weights_create(&widths, c->dtype, &parameters, &weights) != MHA_OK)
+        abort();
+    return weights;
+}
+
+prepared_call prepare_call(const described_call *c)
+{
+    const mha_array query = input(c, c->L, c->E);
+    const mha_array key = c->L == c->S && c->E == c->Ek ? query : input(c, c->S, c->Ek);
+    const mha_array value = c->Ek == c->Ev ? key : input(c, c->S, c->Ev);
+    const mha_call call = {
+        .N = c->N, .L = c->L, .S = c->S, .query = query, .key = key, .value = value,
+        .attn_mask = attention_mask(c), .key_padding_mask = padding_mask(c), .is_causal = c->is_causal,
+        .dropout_p = c->dropout_p, .output = allocate(c->N * c->L * c->E * item_of(c->dtype)),
+        .output_batch_first = true, .output_is_apart = true, .weights_wanted = c->wanted,
+        .attn_weights = allocate(c->N * c->L * c->S * item_of(c->dtype)), .threads = 1,
+    };
+    return (prepared_call){make_weights(c), call};
+}

@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * calls.h - forward passes described in a few numbers, for the drivers that look into the core.
+ */
+#ifndef CALLS_H
+#define CALLS_H
+
+#include "mha.h"
+
+enum { MOST_ITEMS = 64 };
+
+typedef struct {
+    size_t N, L, S, E, Ek, Ev, H, Hkv;
+    mha_dtype dtype;
+    mha_mask_kind attn; /* numbers, or one key of seven hidden; */
+    bool per_head;      /* (N, H, L, S), else (L, S) */
+    size_t live[MOST_ITEMS]; /* keys of each item, a key_padding_mask hides the rest; all 0: no such mask */
+    bool is_causal;
+    mha_weights_wanted wanted;
+    double dropout_p;
+} described_call;
+
+/* Memory on a cache line of its own; the process ends where there is none. */
+void *allocate(size_t bytes);
+
+/* Numbers in [-1, 1], the same in every run. */
+void *numbers(mha_dtype dtype, size_t count);
+
+/* Inputs of a layer of its own, and the pass, on one thread. Query is key where L is S and the widths agree, and key is
+ * value where the widths agree. Nothing is released: the process is about to end. */
+typedef struct {
+    mha_weights *weights;
+    mha_call call;
+} prepared_call;
+
+prepared_call prepare_call(const described_call *c);
+
+#endif
