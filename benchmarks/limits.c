@@ -84,7 +84,7 @@ static void product(const mha_product *p)
     const size_t P = lanes(p->vectors), a_row = (size_t)p->a_row, a_k = (size_t)p->a_k;
     const bool in_place = p->addend == p->c;
     record *r = COUNT(product, p->rows, p->depth, p->vectors, a_row, a_k, p->b_k, p->addend ? p->addend_row : SIZE_MAX,
-                      p->c_row, (size_t)in_place + 2 * (p->factor != NULL));
+                      p->c_row, (size_t)in_place + (p->factor ? 2 : 0));
     if (r->calls == 1 && p->rows > 0) {
         r->product = *p;
         r->product.next = NULL;
