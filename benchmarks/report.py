@@ -72,7 +72,7 @@ def summarize(run: dict[str, Any]) -> Summary | None:
         ratio = lower, middle, upper
     peak = statistics.median(run["peak"]) if run["peak"] else None
     # Alone they were measured at their best, so slowed down as much as the peak was in the median round.
-    alone = run["alone"] / run["threads"] * max(run["peak"]) / peak if peak else None
+    alone = run["alone"] / run["threads"] * max(run["peak"]) / peak if peak and run.get("alone") else None
     rate = run["needed_flops"] / seconds[OURS]
     goal = dict(run["case"]["goal"])
     if run["level"] != "avx2":  # the goals for shares are those of AVX2; elsewhere shares are reported
@@ -247,8 +247,8 @@ def _method() -> str:
   count once, softmax and masks not at all.
 - *At most* is the ratio that a call would reach which did nothing but call its kernels, one after the other, with all
   that they need in the nearest cache, and shared out evenly among the threads: `benchmarks/limits.py` writes down what
-  a pass asks of each kernel and times these calls alone. Against medians it counts as slowed down as the peak was in the
-  median round beside its best one. A goal above it is out of reach for these kernels, most of which are at 97 to 100 %
+  a pass asks of each kernel and times these calls alone. Against medians it counts as slowed down as the peak was in
+  the median round beside its best one. Empty in results of before there was such a measurement. A goal above it is out of reach for these kernels, most of which are at 97 to 100 %
   of the peak; what a real call loses beyond that, it loses to weights, inputs and outputs in farther caches, to copies
   of rows, to its threads, and in tiny calls to Python.
 
