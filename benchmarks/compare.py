@@ -16,10 +16,11 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import machine
 import peers
@@ -32,6 +33,8 @@ from problem import make, reference, relative_error
 from workers import PeerError, Worker
 
 from mha_c.progress import progress, say
+
+Compiled = TypeVar("Compiled")
 
 # Relative rms error of a right answer: a few hundred times the unit in the last place. bfloat16 would be at 1e-2.
 TOLERANCE = {"float32": 3e-5, "float64": 1e-13}
@@ -52,9 +55,15 @@ QUICK = Effort(sample=0.005, case=1.0, least_rounds=5, most_rounds=11)
 
 
 def measure_case(
-    case: Case, workers: list[Worker], threads: int, level: str, peak: Peak | None, effort: Effort
+    case: Case,
+    workers: list[Worker],
+    threads: int,
+    level: str,
+    peak: Peak | None,
+    alone: float | None,
+    effort: Effort,
 ) -> dict[str, Any]:
-    """Everything known about one case, for the JSON file."""
+    """Everything known about one case, for the JSON file. `alone`: seconds that our kernels take by themselves."""
     problem = make(case)
     expected = reference(problem)
     taking_part: list[tuple[Worker, float]] = []
@@ -80,6 +89,7 @@ def measure_case(
         "nominal_flops": case.nominal_flops,
         "needed_flops": case.needed_flops,
         "peak": peaks,
+        "alone": alone,
         "seconds": times,
         "errors": errors,
         "left_out": left_out,
@@ -120,27 +130,33 @@ def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: E
     results["command"] = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
     results["interrupted"] = False
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            peak: Peak | None = Peak(results["machine"]["level"], Path(folder))
-            limits: Limits | None = Limits(results["machine"]["level"], Path(folder))
-        except NoCompiler as error:
-            peak = limits = None
-            print(f"Neither the peak nor the kernels are measured: {error}", file=sys.stderr)
+        level = results["machine"]["level"]
+        peak = _compiled(Peak, level, Path(folder))
+        limits = _compiled(Limits, level, Path(folder))
         alone: dict[Case, float] = {}  # once for all numbers of threads
         try:
             for threads in thread_counts:
                 with ExitStack() as stack:
                     workers = _start(names, threads, stack, results)
                     for case in progress(cases, "case", f"{threads} thread{'s' * (threads > 1)}"):
-                        done = measure_case(case, workers, threads, results["machine"]["level"], peak, effort)
                         if limits is not None and case not in alone:
                             alone[case] = sum(limits.measure(case).values())
-                        results["runs"].append({**done, "alone": alone.get(case)})
+                        done = measure_case(case, workers, threads, level, peak, alone.get(case), effort)
+                        results["runs"].append(done)
                         file.write_text(json.dumps(results, indent=1))
-                        say(report.line(results["runs"][-1]))
+                        say(report.line(done))
         except KeyboardInterrupt:
             results["interrupted"] = True
     return results
+
+
+def _compiled(measurement: Callable[[str, Path], Compiled], level: str, folder: Path) -> Compiled | None:
+    """Peak or Limits; None where it cannot be compiled."""
+    try:
+        return measurement(level, folder)
+    except NoCompiler as error:
+        print(f"The page will lack the peak, or what kernels take alone: {error}", file=sys.stderr)
+        return None
 
 
 def _start(names: list[str], threads: int, stack: ExitStack, results: dict[str, Any]) -> list[Worker]:

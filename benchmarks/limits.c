@@ -53,9 +53,9 @@ static record *count(const char *kernel, void (*run)(const void *), const size_t
 
 #define COUNT(kernel, ...) count(#kernel, again_##kernel, (const size_t[SIZES]){__VA_ARGS__})
 
-static void *room(size_t numbers_)
+static void *room(size_t n)
 {
-    return numbers(real->dtype, numbers_);
+    return numbers(real->dtype, n);
 }
 
 /* A row of numbers that are all 1: factors and sums. */

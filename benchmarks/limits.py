@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import machine
@@ -36,13 +36,13 @@ class Limits:
         widths = case.kdim or case.E, case.vdim or case.E, case.H, case.kv_head_count
         options = case.dtype == "float64", case.causal, case.need_weights, _MASKS.index(case.attn_mask)
         words = [str(int(x)) for x in (case.N, case.L, case.keys, case.E, *widths, *options, *case.live)]
-        command = [self._driver, *words]
+        command: list[str | Path] = [self._driver, *words]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=self._environment)
-        seconds: Counter[str] = Counter()
+        seconds: defaultdict[str, float] = defaultdict(float)
         for row in done.stdout.splitlines():
             kernel, _, calls, nanoseconds = row.split("\t")
             seconds[kernel] += int(calls) * float(nanoseconds) * 1e-9
-        return dict(seconds.most_common())
+        return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def main() -> None:

@@ -248,9 +248,9 @@ def _method() -> str:
 - *At most* is the ratio that a call would reach which did nothing but call its kernels, one after the other, with all
   that they need in the nearest cache, and shared out evenly among the threads: `benchmarks/limits.py` writes down what
   a pass asks of each kernel and times these calls alone. Against medians it counts as slowed down as the peak was in
-  the median round beside its best one. Empty in results of before there was such a measurement. A goal above it is out of reach for these kernels, most of which are at 97 to 100 %
-  of the peak; what a real call loses beyond that, it loses to weights, inputs and outputs in farther caches, to copies
-  of rows, to its threads, and in tiny calls to Python.
+  the median round beside its best one. A goal above it is out of reach for these kernels (`benchmarks/kernels.py` says
+  how near to the peak they are); what a real call loses beyond that, it loses to weights, inputs and outputs in farther
+  caches, to copies of rows, to its threads, and in tiny calls to Python.
 
 [benchmarks/README.md](benchmarks/README.md) says how to measure another machine."""
 
