@@ -27,28 +27,28 @@ enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
  * registers that was 2 to 3 % of a tile. */
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 
-/* See exp(): ROUND is 1.5 * 2^mantissa bits + exponent bias. */
+/* See exp(): ROUND is 1.5 * 2^mantissa bits + exponent bias, EXP_LOWEST the last number above -126 ln(2), -1022 ln(2). */
 #define LOG2_E_f32 0x1.715476p+0f
 #define LOG2_E_f64 0x1.71547652b82fep+0
-#define LOG2_E_REST_f32 0x1.4ae0c00p-26f
-#define LOG2_E_REST_f64 0x1.777d0ffda0d24p-56
+#define LN_2_f32 0x1.62e430p-1f
+#define LN_2_f64 0x1.62e42fefa39efp-1
 #define LOWEST_f32 (-FLT_MAX)
 #define LOWEST_f64 (-DBL_MAX)
-#define EXP2_LOWEST_f32 (-126.0f)
-#define EXP2_LOWEST_f64 (-1022.0)
+#define EXP_LOWEST_f32 (-0x1.5d589ep+6f)
+#define EXP_LOWEST_f64 (-0x1.6232bdd7abcd2p+9)
 #define own_kind_f32 MHA_MASK_FLOAT32 /* of a mask in the kernels' own dtype */
 #define own_kind_f64 MHA_MASK_FLOAT64
 typedef uint32_t word_f32; /* as many bits as a number has */
 typedef uint64_t word_f64;
 #define ROUND_f32 (12582912.0f + 127)
 #define ROUND_f64 (6755399441055744.0 + 1023)
-static const float exp2_coefficients_f32[] = {
-    0x1.470decp-13f, 0x1.5f6c22p-10f, 0x1.3b24b6p-7f, 0x1.c6ae54p-5f, 0x1.ebfbeep-3f, 0x1.62e432p-1f, 1,
+static const float exp_coefficients_f32[] = {
+    0x1.6af24ap-10f, 0x1.127012p-7f, 0x1.555814p-5f, 0x1.555436p-3f, 0x1.fffffcp-2f, 1, 1,
 };
-static const double exp2_coefficients_f64[] = {
-    0x1.c063841f3a21ap-32, 0x1.e605f964b620ap-28, 0x1.b541679f9764dp-24, 0x1.62bfd49ededd4p-20,
-    0x1.ffcbee3c0eff6p-17, 0x1.430913095f46bp-13, 0x1.5d87fe7bbb066p-10, 0x1.3b2ab6fba1e4bp-7,
-    0x1.c6b08d7048f36p-5,  0x1.ebfbdff82c59ap-3,  0x1.62e42fefa39f3p-1,  1,
+static const double exp_coefficients_f64[] = {
+    0x1.ad596ce39e990p-26, 0x1.28af9b7a144e9p-22, 0x1.71df48d2f650dp-19, 0x1.a01997577efedp-16,
+    0x1.a01a0111c74b3p-13, 0x1.6c16c1855d582p-10, 0x1.111111112f93ep-7,  0x1.5555555550197p-5,
+    0x1.55555555554bap-3,  0x1.000000000000bp-1,  1,                     1,
 };
 
 #define MHA_KERNELS(isa, suffix, real, kind) \
@@ -511,34 +511,33 @@ static mha_view V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t c
 
 /* ---- Softmax ---- */
 
-/* exp(x) for x <= 0 as 2^(n + f), n + f = x log2(e) with |f| <= 1/2, where t = x log2(e), rounded, is EXP2_LOWEST or
- * more; 0 below it; NaN stays NaN. float is off by less than 1 ulp (0.99 over every float), double by 1.06.
- * f comes from x by two fused steps, since the rounding of t alone would cost several ulp (it does in the portable
- * kernels). The logarithm follows the subtraction of the maximum, so that a score of finfo.min stays finite.
+/* exp(x) for x <= 0 as 2^n exp(r), n ln(2) + r = x with |r| <= ln(2) / 2; 0 where x < EXP_LOWEST; NaN stays NaN. Off by
+ * less than 0.75 ulp (0.72 over every float), and by n times what ln(2) is rounded by: |x| / 20 ulp at most for float,
+ * |x| / 3 for double. (The subtraction of the maximum, of which x comes, rounds by up to |x|.)
  * Adding ROUND leaves n, biased as exponents are, in the low bits of the sum. The polynomials are minimax in the
  * relative error with constant term 1 (Remez' algorithm), their coefficients then nudged for the least error as computed. */
 INLINE void V(exp_of_each)(VEC x[], const size_t count)
 {
-    VEC rounded[EXP_VECTORS], f[EXP_VECTORS], p[EXP_VECTORS];
-    const VEC log2_e = V(splat)(V(LOG2_E)), round = V(splat)(V(ROUND));
+    VEC rounded[EXP_VECTORS], r[EXP_VECTORS], p[EXP_VECTORS];
+    const VEC round = V(splat)(V(ROUND));
     MHA_UNROLL
     for (size_t i = 0; i < count; i++)
-        rounded[i] = x[i] * log2_e + round;
+        rounded[i] = V(fma)(x[i], V(splat)(V(LOG2_E)), round);
     MHA_UNROLL
     for (size_t i = 0; i < count; i++)
-        f[i] = V(fma)(x[i], V(splat)(V(LOG2_E_REST)), V(fma)(x[i], log2_e, round - rounded[i]));
+        r[i] = V(fma)(round - rounded[i], V(splat)(V(LN_2)), x[i]);
     MHA_UNROLL
     for (size_t i = 0; i < count; i++)
-        p[i] = V(splat)(V(exp2_coefficients)[0]);
+        p[i] = V(splat)(V(exp_coefficients)[0]);
     MHA_UNROLL
-    for (size_t c = 1; c < sizeof V(exp2_coefficients) / sizeof(REAL); c++) {
+    for (size_t c = 1; c < sizeof V(exp_coefficients) / sizeof(REAL); c++) {
         MHA_UNROLL
         for (size_t i = 0; i < count; i++)
-            p[i] = V(fma)(p[i], f[i], V(splat)(V(exp2_coefficients)[c]));
+            p[i] = V(fma)(p[i], r[i], V(splat)(V(exp_coefficients)[c]));
     }
     MHA_UNROLL
     for (size_t i = 0; i < count; i++)
-        x[i] = V(zero_below)(p[i] * V(exponent)(rounded[i]), x[i] * log2_e, V(splat)(V(EXP2_LOWEST)));
+        x[i] = V(zero_below)(p[i] * V(exponent)(rounded[i]), x[i], V(splat)(V(EXP_LOWEST)));
 }
 
 INLINE VEC V(exp)(VEC x)
