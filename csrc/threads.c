@@ -38,9 +38,10 @@
 
 enum {
     MAX_THREADS = 1024,
-#if defined(__linux__) /* from <linux/futex.h>, which musl does not bring along */
-    FUTEX_WAIT_PRIVATE = 128,
+#if defined(__linux__)
+    FUTEX_WAIT_PRIVATE = 128, /* from <linux/futex.h>, which musl does not bring along */
     FUTEX_WAKE_PRIVATE = 129,
+    CPU_SETS = 8, /* for 8192 CPUs, the most that Linux can be built for */
 #endif
     CACHE_LINE = 128, /* what one writes and others watch has a line of its own (64 bytes, fetched in pairs, or 128) */
     SPIN_NS = 200000, /* a few times what waking a thread takes; virtual machines may take milliseconds */
@@ -54,6 +55,7 @@ struct job {
     void *context;
     size_t tasks;
     fenv_t environment; /* the caller's rounding mode and the like */
+    int cpu;            /* is the caller's, which workers leave to it; -1: there are too few for that */
     atomic_bool stopped;      /* by should_stop() */
     alignas(CACHE_LINE) atomic_size_t next; /* the next ticket: the number of a task */
 };
@@ -147,6 +149,44 @@ static bool changes_soon(atomic_uint *word, unsigned value)
     } while (atomic_load_explicit(&pool.spinning_pays, memory_order_relaxed) && nanoseconds() < end);
     return false;
 }
+
+/* ---- Where a thread runs ----
+ *
+ * Linux wakes a thread where its waker runs, though another CPU is idle, if all were busy a moment ago; it may see that
+ * tens of milliseconds later. Meanwhile both do the work of one, and each waits for the other to be suspended. */
+
+#if defined(__linux__)
+
+static int current_cpu(void)
+{
+    return sched_getcpu();
+}
+
+/* Moves this thread elsewhere if it is on that CPU; -1 is none. */
+static void leave_cpu(int cpu)
+{
+    cpu_set_t allowed[CPU_SETS], others[CPU_SETS];
+    if (cpu < 0 || sched_getcpu() != cpu || sched_getaffinity(0, sizeof allowed, allowed) != 0)
+        return;
+    memcpy(others, allowed, sizeof others);
+    CPU_CLR_S((size_t)cpu, sizeof others, others);
+    if (sched_setaffinity(0, sizeof others, others) == 0) /* it moves at once; fails if there is no other */
+        (void)sched_setaffinity(0, sizeof allowed, allowed);
+}
+
+#else
+
+static int current_cpu(void)
+{
+    return -1;
+}
+
+static void leave_cpu(int cpu)
+{
+    (void)cpu;
+}
+
+#endif
 
 /* ---- Both sides of a job ---- */
 
@@ -246,6 +286,7 @@ static void *work(void *unused)
         unsigned seen = atomic_load_explicit(&pool.epoch, memory_order_acquire);
         unsigned seat = enter_gate();
         if (seat != 0) {
+            leave_cpu(pool.current->cpu);
             fesetenv(&pool.current->environment);
             take_part(pool.current, seat, NULL);
             leave_gate();
@@ -322,6 +363,7 @@ static bool publish(struct job *job, size_t threads)
 
     fegetenv(&job->environment);
     pool.current = job;
+    job->cpu = seats < pool.cpus ? current_cpu() : -1;
     atomic_store_explicit(&pool.spinning_pays, seats < pool.cpus, memory_order_relaxed);
     atomic_store_explicit(&pool.gate, seats * SEAT, memory_order_release);
     atomic_fetch_add(&pool.epoch, 1);
@@ -451,7 +493,7 @@ static size_t cgroup_quota(void)
 
 size_t mha_usable_cpus(void)
 {
-    cpu_set_t allowed[8]; /* 8192 CPUs, the most that Linux can be built for */
+    cpu_set_t allowed[CPU_SETS];
     size_t cpus = 0;
     if (sched_getaffinity(0, sizeof allowed, allowed) == 0)
         cpus = (size_t)CPU_COUNT_S(sizeof allowed, allowed);

@@ -378,6 +378,54 @@ static void workers_leave_signals_alone(void)
     run_meeting(4, look_at_signals);
 }
 
+#if defined(__linux__)
+
+static cpu_set_t all_cpus;
+static int callers_cpu;
+static atomic_uint in_the_callers_place;
+
+static void get_in_the_callers_way(size_t worker)
+{
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET((size_t)callers_cpu, &one);
+    if (worker != 0)
+        CHECK(sched_setaffinity(0, sizeof one, &one) == 0 && sched_setaffinity(0, sizeof all_cpus, &all_cpus) == 0);
+}
+
+static void look_at_cpu(size_t worker)
+{
+    cpu_set_t allowed;
+    CHECK(sched_getaffinity(0, sizeof allowed, &allowed) == 0);
+    if (worker != 0)
+        CHECK(CPU_EQUAL(&allowed, &all_cpus));
+    atomic_fetch_add(&in_the_callers_place, worker != 0 && sched_getcpu() == callers_cpu);
+}
+
+#endif
+
+/* Not each time: the system, too, moves threads. */
+static void workers_leave_the_caller_its_cpu(void)
+{
+#if defined(__linux__)
+    enum { REPEATS = 50 };
+    cpu_set_t one;
+    CHECK(sched_getaffinity(0, sizeof all_cpus, &all_cpus) == 0);
+    run_meeting(2, NULL);
+    if (mha_usable_cpus() < 2)
+        return;
+    callers_cpu = sched_getcpu();
+    CPU_ZERO(&one);
+    CPU_SET((size_t)callers_cpu, &one);
+    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+    for (size_t i = 0; i < REPEATS; i++) {
+        run_meeting(2, get_in_the_callers_way);
+        run_meeting(2, look_at_cpu);
+    }
+    CHECK(atomic_load(&in_the_callers_place) < REPEATS / 4);
+#endif
+}
+
 static void loops_in_a_row(void)
 {
     for (size_t i = 0; i < 10000; i++)
@@ -467,6 +515,7 @@ int main(void)
         {"where threads cannot be created, fewer take part", threads_that_cannot_start, true},
         {"usable CPUs follow the affinity mask", usable_cpus, true},
         {"exit() waits for no worker", exit_does_not_wait, true},
+        {"workers leave the caller its CPU, and keep theirs", workers_leave_the_caller_its_cpu, true},
         {"every task runs once, under a worker number of its own", every_task_runs_once, false},
         {"as many threads take part as were asked for", workers_take_part, false},
         {"calls from inside a task are serial", nested_calls_are_serial, false},
