@@ -140,7 +140,7 @@ def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: E
                     workers = _start(names, threads, stack, results)
                     for case in progress(cases, "case", f"{threads} thread{'s' * (threads > 1)}"):
                         if limits is not None and case not in alone:
-                            alone[case] = sum(limits.measure(case).values())
+                            alone[case] = sum(kernel.alone for kernel in limits.measure(case).values())
                         done = measure_case(case, workers, threads, level, peak, alone.get(case), effort)
                         results["runs"].append(done)
                         file.write_text(json.dumps(results, indent=1))

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * stopwatch.c - rounds of runs.
+ * stopwatch.c - the clock, and rounds of runs.
  */
 #include "stopwatch.h"
 
@@ -11,7 +11,7 @@ enum { ROUNDS = 15 };
 
 static const double round_seconds = 0.003;
 
-static double now(void)
+double seconds_now(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -23,10 +23,10 @@ double best_seconds(void (*run)(const void *), const void *what)
     double best = 1e9;
     size_t calls = 1;
     for (int round = 0; round < ROUNDS; round++) {
-        const double begin = now();
+        const double begin = seconds_now();
         for (size_t i = 0; i < calls; i++)
             run(what);
-        const double elapsed = now() - begin;
+        const double elapsed = seconds_now() - begin;
         if (elapsed < round_seconds) { /* too short to count: only now do we know how many calls fill a round */
             calls = (size_t)((double)calls * (elapsed > 0 ? 1.2 * round_seconds / elapsed + 1 : 2));
             round -= calls < 1u << 24;
