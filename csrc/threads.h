@@ -3,7 +3,7 @@
  * threads.h - the pool: one parallel loop over tasks.
  *
  * Owns: the worker threads of this process. They are created when first needed, take part in one loop at a time and
- * sleep in between; a forked child starts with none.
+ * sleep in between; a forked child starts with none. Within their affinity mask they leave a caller its CPU.
  */
 #ifndef MHA_THREADS_H
 #define MHA_THREADS_H
