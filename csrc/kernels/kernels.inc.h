@@ -27,7 +27,7 @@ enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
  * registers that was 2 to 3 % of a tile. */
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 
-/* See exp(): ROUND is 1.5 * 2^mantissa bits + exponent bias, EXP_LOWEST the last number above -126 ln(2), -1022 ln(2). */
+/* See exp(): ROUND is 1.5 * 2^mantissa bits + exponent bias, EXP_LOWEST the last above -126 ln(2), -1022 ln(2). */
 #define LOG2_E_f32 0x1.715476p+0f
 #define LOG2_E_f64 0x1.71547652b82fep+0
 #define LN_2_f32 0x1.62e430p-1f

@@ -7,7 +7,8 @@
  *     ./test_exp every      and every float32 in [-128, 0], by the levels with FMA
  *
  * softmax_weights() with maximum 0 and sum 1 is exp(x). The portable level has no FMA, so that what rounding does
- * to a multiple of ln(2) stays: about |x| ulp more. The sample's hash is printed: it must be the same on every CPU with FMA.
+ * to a multiple of ln(2) stays: about |x| ulp more. The sample's hash is printed: it must be the same on every CPU with
+ * FMA.
  */
 #include "bench.h"
 

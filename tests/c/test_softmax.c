@@ -94,7 +94,7 @@ static void run_columns(const bench *b, const softmax_case *c, softmax_run *run)
         run_panel(b, c, run, first);
 }
 
-/* exp(x) may be off by one unit, and by what two roundings of a multiple of ln(2) make of it; a subnormal one may be 0. */
+/* exp(x) may be off by one unit, and by what two roundings of a multiple of ln(2) make; a subnormal one may be 0. */
 static bool near_exp(mha_dtype dtype, double got, double x)
 {
     const double wanted = exp(x);
