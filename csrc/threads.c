@@ -363,8 +363,9 @@ static bool publish(struct job *job, size_t threads)
 
     fegetenv(&job->environment);
     pool.current = job;
-    job->cpu = seats < pool.cpus ? current_cpu() : -1;
-    atomic_store_explicit(&pool.spinning_pays, seats < pool.cpus, memory_order_relaxed);
+    const bool has_a_cpu_each = seats < pool.cpus;
+    job->cpu = has_a_cpu_each ? current_cpu() : -1;
+    atomic_store_explicit(&pool.spinning_pays, has_a_cpu_each, memory_order_relaxed);
     atomic_store_explicit(&pool.gate, seats * SEAT, memory_order_release);
     atomic_fetch_add(&pool.epoch, 1);
     unsigned awake = pool.workers - atomic_load(&pool.sleeping); /* they see the new epoch without being told */

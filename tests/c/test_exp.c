@@ -66,10 +66,15 @@ static bool has_fma(const level *l)
     return strcmp(l->kernels->name, "portable") != 0;
 }
 
+/* How many |x| make a unit of what ln(2) is rounded by. */
+static double share_of_x(mha_dtype dtype)
+{
+    return dtype == MHA_FLOAT32 ? 20 : 3;
+}
+
 static void remember(level *l, double ulps, double x)
 {
-    const double of_ln_2 = l->kernels->dtype == MHA_FLOAT32 ? 1 / 20.0 : 1 / 3.0;
-    const double beyond = ulps - fabs(x) * (of_ln_2 + !has_fma(l));
+    const double beyond = ulps - fabs(x) / share_of_x(l->kernels->dtype) - (has_fma(l) ? 0 : fabs(x));
     if (!(beyond <= l->ulps)) { /* NaN, too */
         l->ulps = beyond;
         l->x = x;
@@ -147,8 +152,8 @@ static void report(mha_dtype dtype, double bound)
     for (size_t i = 0; i < level_count; i++) {
         const level *l = &levels[i];
         if (l->x != 0)
-            printf("exp %s %s: at most %.4f ulp beyond |x| / %s, at %a\n", dtype_name(dtype), l->kernels->name, l->ulps,
-                   dtype == MHA_FLOAT32 ? "20" : "3", l->x);
+            printf("exp %s %s: at most %.4f ulp beyond |x| / %g%s, at %a\n", dtype_name(dtype), l->kernels->name,
+                   l->ulps, share_of_x(dtype), has_fma(l) ? "" : " + |x|", l->x);
         CHECK(l->ulps <= bound, "%s: exp(%a) is %g ulp beyond the bound", l->kernels->name, l->x, l->ulps);
     }
 }

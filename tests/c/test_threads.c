@@ -54,6 +54,19 @@ static void sleep_ms(long ms)
     nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000}, NULL);
 }
 
+#if defined(__linux__)
+
+/* Moves this thread to a CPU, and keeps it there; returns 0 if that was possible. */
+static int stay_on(int cpu)
+{
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET((size_t)cpu, &one);
+    return sched_setaffinity(0, sizeof one, &one);
+}
+
+#endif
+
 /* ---- A loop that watches over itself ---- */
 
 struct watch {
@@ -386,11 +399,8 @@ static atomic_uint in_the_callers_place;
 
 static void get_in_the_callers_way(size_t worker)
 {
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET((size_t)callers_cpu, &one);
     if (worker != 0)
-        CHECK(sched_setaffinity(0, sizeof one, &one) == 0 && sched_setaffinity(0, sizeof all_cpus, &all_cpus) == 0);
+        CHECK(stay_on(callers_cpu) == 0 && sched_setaffinity(0, sizeof all_cpus, &all_cpus) == 0);
 }
 
 static void look_at_cpu(size_t worker)
@@ -409,15 +419,12 @@ static void workers_leave_the_caller_its_cpu(void)
 {
 #if defined(__linux__)
     enum { REPEATS = 50 };
-    cpu_set_t one;
     CHECK(sched_getaffinity(0, sizeof all_cpus, &all_cpus) == 0);
     run_meeting(2, NULL);
     if (mha_usable_cpus() < 2)
         return;
     callers_cpu = sched_getcpu();
-    CPU_ZERO(&one);
-    CPU_SET((size_t)callers_cpu, &one);
-    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+    CHECK(stay_on(callers_cpu) == 0);
     for (size_t i = 0; i < REPEATS; i++) {
         run_meeting(2, get_in_the_callers_way);
         run_meeting(2, look_at_cpu);
@@ -483,10 +490,7 @@ static void usable_cpus(void)
     size_t cpus = mha_usable_cpus();
     CHECK(cpus >= 1 && cpus <= (size_t)sysconf(_SC_NPROCESSORS_CONF));
 #if defined(__linux__)
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET((size_t)sched_getcpu(), &one);
-    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+    CHECK(stay_on(sched_getcpu()) == 0);
     CHECK(mha_usable_cpus() == 1);
     run_watched(4, 100);
     run_meeting(4, NULL);
