@@ -27,11 +27,14 @@ enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
  * registers that was 2 to 3 % of a tile. */
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 
-/* See exp(): ROUND is 1.5 * 2^mantissa bits + exponent bias, EXP_LOWEST the last above -126 ln(2), -1022 ln(2). */
+/* See exp(): POWERS lie between two powers of two, ROUND is 1.5 * 2^mantissa bits + POWERS * exponent bias, EXP_LOWEST
+ * the last above -126 ln(2), -1022 ln(2). */
 #define LOG2_E_f32 0x1.715476p+0f
 #define LOG2_E_f64 0x1.71547652b82fep+0
 #define LN_2_f32 0x1.62e430p-1f
 #define LN_2_f64 0x1.62e42fefa39efp-1
+#define POWERS_f32 8
+#define POWERS_f64 1
 #define LOWEST_f32 (-FLT_MAX)
 #define LOWEST_f64 (-DBL_MAX)
 #define EXP_LOWEST_f32 (-0x1.5d589ep+6f)
@@ -40,15 +43,12 @@ enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
 #define own_kind_f64 MHA_MASK_FLOAT64
 typedef uint32_t word_f32; /* as many bits as a number has */
 typedef uint64_t word_f64;
-#define ROUND_f32 (12582912.0f + 127)
-#define ROUND_f64 (6755399441055744.0 + 1023)
-static const float exp_coefficients_f32[] = {
-    0x1.6af24ap-10f, 0x1.127012p-7f, 0x1.555814p-5f, 0x1.555436p-3f, 0x1.fffffcp-2f, 1, 1,
-};
+#define ROUND_f32 (12582912.0f + POWERS_f32 * 127)
+#define ROUND_f64 (6755399441055744.0 + POWERS_f64 * 1023)
+static const float exp_coefficients_f32[] = {0x1.555658p-3f, 0x1.00087cp-1f};
 static const double exp_coefficients_f64[] = {
-    0x1.ad596ce39e990p-26, 0x1.28af9b7a144e9p-22, 0x1.71df48d2f650dp-19, 0x1.a01997577efedp-16,
-    0x1.a01a0111c74b3p-13, 0x1.6c16c1855d582p-10, 0x1.111111112f93ep-7,  0x1.5555555550197p-5,
-    0x1.55555555554bap-3,  0x1.000000000000bp-1,  1,                     1,
+    0x1.ad596ce39e990p-26, 0x1.28af9b7a144e9p-22, 0x1.71df48d2f650dp-19, 0x1.a01997577efedp-16, 0x1.a01a0111c74b3p-13,
+    0x1.6c16c1855d582p-10, 0x1.111111112f93ep-7,  0x1.5555555550197p-5,  0x1.55555555554bap-3,  0x1.000000000000bp-1,
 };
 
 #define MHA_KERNELS(isa, suffix, real, kind) \
@@ -511,33 +511,40 @@ static mha_view V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t c
 
 /* ---- Softmax ---- */
 
-/* exp(x) for x <= 0 as 2^n exp(r), n ln(2) + r = x with |r| <= ln(2) / 2; 0 where x < EXP_LOWEST; NaN stays NaN. Off by
- * less than 0.75 ulp (0.72 over every float), and by n times what ln(2) is rounded by: |x| / 20 ulp at most for float,
- * |x| / 3 for double. (The subtraction of the maximum, of which x comes, rounds by up to |x|.)
- * Adding ROUND leaves n, biased as exponents are, in the low bits of the sum. The polynomials are minimax in the
- * relative error with constant term 1 (Remez' algorithm), their coefficients then nudged for the least error as computed. */
+/* exp(x) for x <= 0 as 2^(k / POWERS) (1 + s), where s = exp(r) - 1, k / POWERS ln(2) + r = x and
+ * |r| <= ln(2) / (2 POWERS); 0 where x < EXP_LOWEST; NaN stays NaN. Off by less than 1.125 ulp for float (1.122 over
+ * every one), 0.75 for double, and by k times what ln(2) is rounded by: |x| / 20 ulp at most for float, |x| / 3 for
+ * double. (The subtraction of the maximum, of which x comes, rounds by up to |x|.) The eight powers of float are looked
+ * up by units that have time, unlike those that multiply and add; as many of double AVX2 cannot look up at once.
+ * Adding ROUND leaves k, biased as exponents are, in the low bits of the sum. s is r + r^2 times a polynomial, minimax in
+ * the relative error of the result (Remez' algorithm). */
 INLINE void V(exp_of_each)(VEC x[], const size_t count)
 {
-    VEC rounded[EXP_VECTORS], r[EXP_VECTORS], p[EXP_VECTORS];
+    VEC rounded[EXP_VECTORS], r[EXP_VECTORS], s[EXP_VECTORS];
     const VEC round = V(splat)(V(ROUND));
     MHA_UNROLL
     for (size_t i = 0; i < count; i++)
-        rounded[i] = V(fma)(x[i], V(splat)(V(LOG2_E)), round);
+        rounded[i] = V(fma)(x[i], V(splat)(V(POWERS) * V(LOG2_E)), round);
     MHA_UNROLL
     for (size_t i = 0; i < count; i++)
-        r[i] = V(fma)(round - rounded[i], V(splat)(V(LN_2)), x[i]);
+        r[i] = V(fma)(round - rounded[i], V(splat)(V(LN_2) / V(POWERS)), x[i]);
     MHA_UNROLL
     for (size_t i = 0; i < count; i++)
-        p[i] = V(splat)(V(exp_coefficients)[0]);
+        s[i] = V(splat)(V(exp_coefficients)[0]);
     MHA_UNROLL
     for (size_t c = 1; c < sizeof V(exp_coefficients) / sizeof(REAL); c++) {
         MHA_UNROLL
         for (size_t i = 0; i < count; i++)
-            p[i] = V(fma)(p[i], r[i], V(splat)(V(exp_coefficients)[c]));
+            s[i] = V(fma)(s[i], r[i], V(splat)(V(exp_coefficients)[c]));
     }
     MHA_UNROLL
     for (size_t i = 0; i < count; i++)
-        x[i] = V(zero_below)(p[i] * V(exponent)(rounded[i]), x[i], V(splat)(V(EXP_LOWEST)));
+        s[i] = V(fma)(s[i], r[i] * r[i], r[i]);
+    MHA_UNROLL
+    for (size_t i = 0; i < count; i++) {
+        const VEC power = V(power)(rounded[i]);
+        x[i] = V(zero_below)(V(fma)(power, s[i], power), x[i], V(splat)(V(EXP_LOWEST)));
+    }
 }
 
 INLINE VEC V(exp)(VEC x)

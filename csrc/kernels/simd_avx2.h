@@ -5,6 +5,8 @@
 #ifndef MHA_SIMD_AVX2_H
 #define MHA_SIMD_AVX2_H
 
+#include "powers.h"
+
 #define REGISTERS 16
 #define HOLD(v) __asm__("" : "+x"(v))
 enum { lanes_f32 = 8, lanes_f64 = 4 };
@@ -24,12 +26,14 @@ static inline vec_f64 fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm256_f
 static inline vec_f32 max_f32(vec_f32 a, vec_f32 b) { return _mm256_max_ps(a, b); }
 static inline vec_f64 max_f64(vec_f64 a, vec_f64 b) { return _mm256_max_pd(a, b); }
 
-static inline vec_f32 exponent_f32(vec_f32 v)
+static inline vec_f32 power_f32(vec_f32 v)
 {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 23));
+    const __m256i eight = _mm256_loadu_si256((const __m256i *)(const void *)mha_powers);
+    const __m256i k = _mm256_castps_si256(v), rest = _mm256_permutevar8x32_epi32(eight, k);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(k, 20), rest));
 }
 
-static inline vec_f64 exponent_f64(vec_f64 v)
+static inline vec_f64 power_f64(vec_f64 v)
 {
     return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(v), 52));
 }

@@ -6,6 +6,8 @@
 #ifndef MHA_SIMD_AVX512_H
 #define MHA_SIMD_AVX512_H
 
+#include "powers.h"
+
 #define REGISTERS 32
 /* A tile ends by storing its accumulators. A Zen 4 waited for 24 stores of 64 bytes, 3 % of the time, not for 16 or
  * fewer; 12 chains are still enough for two multiply-add units. */
@@ -28,12 +30,14 @@ static inline vec_f64 fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm512_f
 static inline vec_f32 max_f32(vec_f32 a, vec_f32 b) { return _mm512_max_ps(a, b); }
 static inline vec_f64 max_f64(vec_f64 a, vec_f64 b) { return _mm512_max_pd(a, b); }
 
-static inline vec_f32 exponent_f32(vec_f32 v)
+static inline vec_f32 power_f32(vec_f32 v)
 {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 23));
+    const __m256i eight = _mm256_loadu_si256((const __m256i *)(const void *)mha_powers);
+    const __m512i k = _mm512_castps_si512(v), rest = _mm512_permutexvar_epi32(k, _mm512_broadcast_i64x4(eight));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(k, 20), rest));
 }
 
-static inline vec_f64 exponent_f64(vec_f64 v)
+static inline vec_f64 power_f64(vec_f64 v)
 {
     return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(v), 52));
 }

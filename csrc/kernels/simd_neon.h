@@ -5,6 +5,8 @@
 #ifndef MHA_SIMD_NEON_H
 #define MHA_SIMD_NEON_H
 
+#include "powers.h"
+
 #define REGISTERS 32
 #define HOLD(v) __asm__("" : "+w"(v))
 enum { lanes_f32 = 4, lanes_f64 = 2 };
@@ -24,12 +26,16 @@ static inline vec_f64 fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return vfmaq_f6
 static inline vec_f32 max_f32(vec_f32 a, vec_f32 b) { return vmaxq_f32(a, b); }
 static inline vec_f64 max_f64(vec_f64 a, vec_f64 b) { return vmaxq_f64(a, b); }
 
-static inline vec_f32 exponent_f32(vec_f32 v)
+static inline vec_f32 power_f32(vec_f32 v)
 {
-    return vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(v), 23));
+    const uint8x16x2_t eight = vld1q_u8_x2((const uint8_t *)mha_powers);
+    const uint32x4_t k = vreinterpretq_u32_f32(v), j = vandq_u32(k, vdupq_n_u32(7));
+    const uint32x4_t bytes = vmlaq_u32(vdupq_n_u32(0x03020100), j, vdupq_n_u32(0x04040404)); /* 4 j to 4 j + 3 */
+    const uint32x4_t rest = vreinterpretq_u32_u8(vqtbl2q_u8(eight, vreinterpretq_u8_u32(bytes)));
+    return vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(k, 20), rest));
 }
 
-static inline vec_f64 exponent_f64(vec_f64 v)
+static inline vec_f64 power_f64(vec_f64 v)
 {
     return vreinterpretq_f64_s64(vshlq_n_s64(vreinterpretq_s64_f64(v), 52));
 }

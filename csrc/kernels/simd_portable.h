@@ -8,7 +8,7 @@
  *   broadcast(p), splat(x)  one number in every lane, from memory or from a register
  *   fma(a, b, c)            a * b + c rounded once (here alone it is rounded twice)
  *   max(a, b)               either one where a or b is NaN
- *   exponent(v)             the integer in v's low bits, moved to where the exponent field starts
+ *   power(v)                2^(k / 8) for f32, 2^k for f64: k, plus 8 * 127 or 1023, is the integer in v's low bits
  *   zero_below(v, t, x)     v, but 0 where t < x; NaN stays
  *   either(a, b), unlike(a, b)  bitwise or, exclusive or
  *   hide(words, i)          -inf where bit i of the lane's word is set, else 0
@@ -20,6 +20,8 @@
  */
 #ifndef MHA_SIMD_PORTABLE_H
 #define MHA_SIMD_PORTABLE_H
+
+#include "powers.h"
 
 #define REGISTERS 16
 #define HOLD(v) ((void)0) /* what a register is called is unknown here */
@@ -54,8 +56,16 @@ static inline vec_f64 max_f64(vec_f64 a, vec_f64 b)
     return (vec_f64)((greater & (bits_f64)a) | (~greater & (bits_f64)b));
 }
 
-static inline vec_f32 exponent_f32(vec_f32 v) { return (vec_f32)((bits_f32)v << 23); }
-static inline vec_f64 exponent_f64(vec_f64 v) { return (vec_f64)((bits_f64)v << 52); }
+static inline vec_f32 power_f32(vec_f32 v)
+{
+    bits_f32 k = (bits_f32)v, rest;
+    MHA_UNROLL
+    for (int i = 0; i < 4; i++)
+        rest[i] = mha_powers[k[i] & 7];
+    return (vec_f32)((k << 20) + rest);
+}
+
+static inline vec_f64 power_f64(vec_f64 v) { return (vec_f64)((bits_f64)v << 52); }
 static inline vec_f32 zero_below_f32(vec_f32 v, vec_f32 t, vec_f32 x) { return (vec_f32)(~(t < x) & (bits_f32)v); }
 static inline vec_f64 zero_below_f64(vec_f64 v, vec_f64 t, vec_f64 x) { return (vec_f64)(~(t < x) & (bits_f64)v); }
 

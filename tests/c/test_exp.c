@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * test_exp.c - how accurate exp(x) is, for x <= 0: "less than 0.75 ulp, and |x| / 20 for what ln(2) is rounded by, where
- * x is at least -126 ln(2), exactly 0 below, NaN stays NaN" (float64: |x| / 3, -1022 ln(2)).
+ * test_exp.c - how accurate exp(x) is, for x <= 0: "less than 1.125 ulp, and |x| / 20 for what ln(2) is rounded by, where
+ * x is at least -126 ln(2), exactly 0 below, NaN stays NaN" (float64: 0.75, |x| / 3, -1022 ln(2)).
  *
  *     ./test_exp            a sample of all float32, a sample of float64
  *     ./test_exp every      and every float32 in [-128, 0], by the levels with FMA
@@ -201,7 +201,7 @@ static void test_f32(uint32_t stride)
         for (size_t i = 0; stride > 1 && i < BLOCK; i++)
             hash_number(&hash, (double)x[i]);
     }
-    report(MHA_FLOAT32, 0.75);
+    report(MHA_FLOAT32, 1.125);
     if (stride > 1)
         printf("hash exp float32 %016llx\n", (unsigned long long)hash);
 }
