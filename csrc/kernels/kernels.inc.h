@@ -19,7 +19,7 @@
 #define NOINLINE static __attribute__((noinline))
 
 enum { VECTORS = 3 };
-enum { EXP_VECTORS = 4, FETCHED_BYTES = 64 };
+enum { EXP_VECTORS = 4, EXP_AT_ONCE = REGISTERS / 8 /* what registers hold */, FETCHED_BYTES = 64 };
 enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
 
 /* Makes the compiler forget how a pointer came about. Otherwise gcc holds the addresses of all rows of a tile at once,
@@ -520,7 +520,7 @@ static mha_view V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t c
  * the relative error of the result (Remez' algorithm). */
 INLINE void V(exp_of_each)(VEC x[], const size_t count)
 {
-    VEC rounded[EXP_VECTORS], r[EXP_VECTORS], s[EXP_VECTORS];
+    VEC rounded[EXP_AT_ONCE], r[EXP_AT_ONCE], s[EXP_AT_ONCE];
     const VEC round = V(splat)(V(ROUND));
     MHA_UNROLL
     for (size_t i = 0; i < count; i++)
@@ -568,7 +568,9 @@ INLINE void V(exp_of_scores)(const REAL *scores, size_t P, VEC maximum, VEC p[],
     MHA_UNROLL
     for (size_t i = 0; i < count; i++)
         p[i] = V(load)(scores + i * P) - maximum;
-    V(exp_of_each)(p, count);
+    MHA_UNROLL
+    for (size_t i = 0; i < count; i += EXP_AT_ONCE)
+        V(exp_of_each)(p + i, count - i < EXP_AT_ONCE ? count - i : EXP_AT_ONCE);
 }
 
 /* The same, stored and each added to a sum of its own. */
