@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,6 +138,8 @@ def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: E
         try:
             for threads in thread_counts:
                 with ExitStack() as stack:
+                    if threads == 1:
+                        stack.enter_context(_one_cpu())
                     workers = _start(names, threads, stack, results)
                     for case in progress(cases, "case", f"{threads} thread{'s' * (threads > 1)}"):
                         if limits is not None and case not in alone:
@@ -148,6 +151,20 @@ def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: E
         except KeyboardInterrupt:
             results["interrupted"] = True
     return results
+
+
+@contextmanager
+def _one_cpu() -> Iterator[None]:
+    """Keeps this process and those that it starts on one CPU: neighbours can slow down one CPU and not the next."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cpus)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cpus)
 
 
 def _compiled(measurement: Callable[[str, Path], Compiled], level: str, folder: Path) -> Compiled | None:

@@ -230,7 +230,7 @@ def _method() -> str:
 
 - Each implementation runs in a process of its own, with the same weights, inputs and number of threads. While one is
   measured the others are stopped, so that threads that spin between calls do not disturb it; each turn starts with a
-  warm-up.
+  warm-up. With one thread all take their turns on the same CPU, since neighbours may slow down one and not the next.
 - A round takes one sample of each, and a sample is the mean of as many calls as fill some milliseconds. The ratio is
   the median over rounds of the ratio within a round; in parentheses are the quartiles.
 - Every answer is compared with float64 arithmetic; an implementation whose answer is wrong is left out.
