@@ -25,7 +25,6 @@ enum {
     BLOCK_ROWS = 128,     /* a slice of a panel is read once for so many rows */
     BLOCK_BYTES = 491520, /* of a slice of them, for the second-level cache; fewer rows where they are wide */
     WHOLE_ROWS = 8,       /* blocks get whole numbers of them: most tiles have 8 or 4 rows */
-    COPY_COST = 1,        /* of the rows of a block, in the time that one panel takes */
     SLICE_BYTES = 8192,   /* of a row; a whole number of chains */
     SLICED_PANELS = 8,    /* panels whose strips wait at once for the next slice */
     TASKS_A_THREAD = 4,   /* so that the last ones to finish differ by little */
@@ -42,6 +41,7 @@ typedef struct {
     size_t panels;      /* of all targets */
     size_t task_panels; /* of a task */
     size_t runs;        /* tasks of a block */
+    size_t abreast;     /* blocks of which each thread has one, so that it copies few rows */
     size_t tasks;
 } plan;
 
@@ -66,15 +66,14 @@ typedef struct {
 } job;
 
 /* In how many runs of panels a block is cut: tasks enough for all threads, and a number of them that leaves none waiting
- * long for the others, though every thread that takes part in a block copies its rows. */
+ * long for the others. */
 static size_t choose_runs(const plan *p, size_t threads)
 {
     const size_t least = mha_smaller(mha_divide_up(TASKS_A_THREAD * threads, p->blocks), p->panels);
     size_t best = least, best_time = SIZE_MAX;
     for (size_t runs = least; runs <= mha_smaller(2 * least + 1, p->panels); runs++) {
         const size_t turns = mha_divide_up(p->blocks * runs, threads);
-        const size_t copies = mha_divide_up(p->blocks * mha_smaller(runs, threads), threads);
-        const size_t time = turns * mha_divide_up(p->panels, runs) + copies * COPY_COST;
+        const size_t time = turns * mha_divide_up(p->panels, runs);
         if (time < best_time) {
             best = runs;
             best_time = time;
@@ -103,6 +102,7 @@ static plan make_plan(const mha_kernels *kernels, const mha_projection *projecti
     if (p.slices > 1 && p.task_panels > SLICED_PANELS)
         p.task_panels = SLICED_PANELS;
     p.runs = p.panels ? mha_divide_up(p.panels, p.task_panels) : 0; /* the output may have no features */
+    p.abreast = threads;
     p.tasks = p.blocks * p.runs;
     return p;
 }
@@ -163,6 +163,13 @@ static size_t distance_of_rows(const plan *p, size_t first_row, size_t rows, siz
     return distance;
 }
 
+/* Rows lie too far apart for hardware to see the next one coming. */
+static void fetch_ahead(const char *x, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i += MHA_CACHE_LINE)
+        __builtin_prefetch(x + i, 0, 2);
+}
+
 static size_t first_row_of(const plan *p, size_t block)
 {
     return mha_smaller(mha_first_of_part(p->wholes, p->blocks, block) * WHOLE_ROWS, p->projection->rows);
@@ -174,8 +181,12 @@ static void copy_slice(const plan *p, size_t first_row, size_t rows, size_t firs
     const ptrdiff_t stride_e = p->projection->stride_e;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
     const size_t chain_bytes = p->block_rows * p->chain * item;
+    const ptrdiff_t first = (ptrdiff_t)first_feature * stride_e;
+    const char *const *row = p->projection->row + first_row;
     for (size_t r = 0; r < rows; r++) {
-        const char *x = p->projection->row[first_row + r] + (ptrdiff_t)first_feature * stride_e;
+        const char *x = row[r] + first;
+        if (r + 1 < rows && stride_e == (ptrdiff_t)item)
+            fetch_ahead(row[r + 1] + first, features * item);
         char *to = block + r * p->chain * item;
         for (size_t k = 0; k < features; k += MHA_CHAIN, to += chain_bytes)
             mha_copy_row(x + (ptrdiff_t)k * stride_e, stride_e, mha_smaller(features - k, MHA_CHAIN), item, to);
@@ -313,8 +324,11 @@ static void run_task(void *context, size_t task, size_t worker)
     while (task >= p->tasks)
         task -= (p++)->tasks;
     const size_t item = j->kernels->item;
-    const size_t first_row = first_row_of(p, task / p->runs), first_panel = task % p->runs * p->task_panels;
-    const size_t rows = first_row_of(p, task / p->runs + 1) - first_row;
+    /* The first run of each block abreast, then their second ones, ... */
+    const size_t first_block = task / (p->abreast * p->runs) * p->abreast, turn = task % (p->abreast * p->runs);
+    const size_t abreast = mha_smaller(p->abreast, p->blocks - first_block), at = first_block + turn % abreast;
+    const size_t first_row = first_row_of(p, at), rows = first_row_of(p, at + 1) - first_row;
+    const size_t first_panel = turn / abreast * p->task_panels;
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
     copied_slice *copied = copied_by(j, worker);
     char *block = (char *)copied + MHA_CACHE_LINE, *strips = block + block_size(p) * item;
