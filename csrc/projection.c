@@ -41,7 +41,7 @@ typedef struct {
     size_t panels;      /* of all targets */
     size_t task_panels; /* of a task */
     size_t runs;        /* tasks of a block */
-    size_t abreast;     /* blocks of which each thread has one, so that it copies few rows */
+    size_t abreast;     /* blocks at which threads take turns, so that each copies few of their rows */
     size_t tasks;
 } plan;
 
@@ -317,6 +317,16 @@ static copied_slice *copied_by(const job *j, size_t worker)
     return (copied_slice *)(void *)(j->scratch + worker * j->scratch_bytes);
 }
 
+/* The block that a task is about, and the first of its panels. Of the blocks abreast all first runs come before the
+ * second ones. */
+static size_t block_of_task(const plan *p, size_t task, size_t *first_panel)
+{
+    const size_t together = p->abreast * p->runs, first_block = task / together * p->abreast;
+    const size_t abreast = mha_smaller(p->abreast, p->blocks - first_block);
+    *first_panel = task % together / abreast * p->task_panels;
+    return first_block + task % together % abreast;
+}
+
 static void run_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
@@ -324,11 +334,9 @@ static void run_task(void *context, size_t task, size_t worker)
     while (task >= p->tasks)
         task -= (p++)->tasks;
     const size_t item = j->kernels->item;
-    /* The first run of each block abreast, then their second ones, ... */
-    const size_t first_block = task / (p->abreast * p->runs) * p->abreast, turn = task % (p->abreast * p->runs);
-    const size_t abreast = mha_smaller(p->abreast, p->blocks - first_block), at = first_block + turn % abreast;
-    const size_t first_row = first_row_of(p, at), rows = first_row_of(p, at + 1) - first_row;
-    const size_t first_panel = turn / abreast * p->task_panels;
+    size_t first_panel;
+    const size_t block_number = block_of_task(p, task, &first_panel), first_row = first_row_of(p, block_number);
+    const size_t rows = first_row_of(p, block_number + 1) - first_row;
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
     copied_slice *copied = copied_by(j, worker);
     char *block = (char *)copied + MHA_CACHE_LINE, *strips = block + block_size(p) * item;
