@@ -16,7 +16,7 @@ enum {
     HUGE_PAGE = 2 << 20,
     SMALL = 1024,          /* bytes up to which malloc is several times as quick as aligned_alloc */
     LARGE = 128 << 10,     /* from which on a spare block is not wasted on small calls */
-    MOST_SPARE = 64 << 20, /* more is not kept from the rest of the process */
+    MOST_SPARE = 64 << 20, /* what is beyond stays only as long as nobody else needs it */
 };
 
 /* Aligned memory, in huge pages where it fills some: a call reads more small ones than the processor remembers the
@@ -54,12 +54,15 @@ void mha_release(char *block)
  * every call. */
 static _Atomic(char *) spares[2];
 
-/* The first cache line of a workspace holds its size. */
-static size_t size_of(const char *memory)
+/* In the first cache line of a workspace. */
+typedef struct {
+    size_t bytes; /* of all of it */
+    size_t taken; /* of these, by the call that has it */
+} header;
+
+static header *header_of(char *memory)
 {
-    size_t bytes;
-    memcpy(&bytes, memory, sizeof bytes);
-    return bytes;
+    return (header *)(void *)memory;
 }
 
 static _Atomic(char *) *spare_of(size_t bytes)
@@ -74,7 +77,7 @@ mha_status mha_take_workspace(const mha_layout *layout, char **block)
         return MHA_TOO_LARGE;
     const size_t bytes = layout->bytes + MHA_CACHE_LINE;
     char *memory = atomic_exchange(spare_of(bytes), NULL);
-    if (memory && size_of(memory) < bytes) {
+    if (memory && header_of(memory)->bytes < bytes) {
         free(memory);
         memory = NULL;
     }
@@ -82,17 +85,34 @@ mha_status mha_take_workspace(const mha_layout *layout, char **block)
         memory = allocate(bytes);
         if (!memory)
             return MHA_NO_MEMORY;
-        memcpy(memory, &bytes, sizeof bytes);
+        header_of(memory)->bytes = bytes;
     }
+    header_of(memory)->taken = bytes;
     *block = memory + MHA_CACHE_LINE;
     return MHA_OK;
+}
+
+/* Offers the pages of a spare block beyond MOST_SPARE to the system, which may take them until they are written to
+ * again. False where that is not possible. */
+static bool offer(char *memory)
+{
+    const header *h = header_of(memory);
+    if (h->taken <= MOST_SPARE)
+        return true; /* none of them was written to since */
+#ifdef MADV_FREE
+    /* Whole pages: to offer a part of one would split it. */
+    const size_t end = (h->bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    return madvise(memory + MOST_SPARE, end - MOST_SPARE, MADV_FREE) == 0;
+#else
+    return false;
+#endif
 }
 
 void mha_give_workspace(char *block)
 {
     char *memory = block ? block - MHA_CACHE_LINE : NULL;
-    if (memory && size_of(memory) <= MOST_SPARE)
-        memory = atomic_exchange(spare_of(size_of(memory)), memory);
+    if (memory && offer(memory))
+        memory = atomic_exchange(spare_of(header_of(memory)->bytes), memory);
     free(memory);
 }
 

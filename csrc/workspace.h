@@ -34,7 +34,8 @@ static inline size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns
 mha_status mha_allocate(const mha_layout *layout, char **block);
 void mha_release(char *block); /* NULL is allowed */
 
-/* The same for the workspace of a call, which is kept for the next call unless it is very large. */
+/* The same for the workspace of a call, which is kept for the next call; the system may take back most of a very large
+ * one. */
 mha_status mha_take_workspace(const mha_layout *layout, char **block);
 void mha_give_workspace(char *block); /* NULL is allowed */
 void mha_free_spare(void);            /* what was kept */

@@ -220,6 +220,12 @@ def run_child(code, *, timeout=PATIENCE, env=None, check=True):
     return done
 
 
+def memory_in_use(kind):
+    """Bytes of physical memory that count as Rss, LazyFree, ...: page by page, since statm may lag behind by megabytes."""
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(f"{kind}:")) * 1024
+
+
 def most_memory():
     """The most physical memory that this process ever used, in bytes."""
     import resource
