@@ -33,7 +33,7 @@ from peak import Peak
 from problem import make, reference, relative_error
 from workers import PeerError, Worker
 
-from mha_c.progress import progress, say
+from mha_c.display.progress import progress, say
 
 Compiled = TypeVar("Compiled")
 

@@ -9,7 +9,7 @@ In that sentence, head 4 of layer 2 of all-MiniLM-L6-v2 looks from "her" to "sis
 import sys
 
 import mha_c
-from mha_c.minilm import SentenceEncoder
+from minilm import SentenceEncoder
 
 SENTENCE = "My sister lost her keys on the train, so her neighbour let her in."
 LAYER, HEAD = 2, 4

@@ -4,13 +4,13 @@
     python examples/sentence_similarity.py "How do I get a stain out of a shirt?"
 
 The model turns a sentence into a vector of length 1, and the cosine of two such vectors says how alike the sentences
-are in meaning, whatever their words. See mha_c/minilm.py for the model itself.
+are in meaning, whatever their words. See minilm.py for the model itself.
 """
 
 import sys
 from collections.abc import Sequence
 
-from mha_c.minilm import SentenceEncoder
+from minilm import SentenceEncoder
 
 QUERY = "Which animals can survive without drinking?"
 SENTENCES = (

@@ -11,11 +11,7 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
-
 __all__ = ["MultiheadAttention", "explain", "get_num_threads", "num_threads", "set_num_threads", "show_config"]
-
-from typing import TYPE_CHECKING
 
 try:
     import mha_c._core
@@ -29,7 +25,8 @@ except ModuleNotFoundError as error:
 
 from typing import TYPE_CHECKING
 
-from mha_c.attention import MultiheadAttention
+from mha_c._version import __version__ as __version__
+from mha_c.layer import MultiheadAttention
 from mha_c.threads import get_num_threads, num_threads, set_num_threads, show_config
 
 # Imported when first used: `import mha_c` needs NumPy alone.

@@ -7,7 +7,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mha_c import check_command, show_config
+from mha_c.check import command as check_command
+from mha_c.threads import show_config
 
 __all__ = ["main"]
 

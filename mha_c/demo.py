@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: attention step by step on a small example, then in a real model.
+"""The demo: attention step by step on small examples.
 
 The steps are computed in plain NumPy from a layer's parameters and compared with the layer's own output, and with torch
 where it is installed.
@@ -13,17 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mha_c.attention import MultiheadAttention
-from mha_c.minilm import INSTALL, SentenceEncoder, is_installed
+from mha_c.layer import MultiheadAttention
 
 __all__ = ["Step", "attention_steps", "run"]
-
-_SENTENCES = (
-    "A kitten sleeps on the sofa.",
-    "The young cat is napping on the couch, as it does every afternoon.",
-    "Share prices fell sharply today.",
-)
-
 
 class Step(NamedTuple):
     """One step of attention: its name, its result and what it means."""
@@ -96,11 +88,6 @@ def run() -> None:
     1. Four heads over 8 features
     ...
     """
-    _show_small_examples()
-    _show_real_model()
-
-
-def _show_small_examples() -> None:
     x = np.random.default_rng(0).standard_normal((5, 3, 10), dtype=np.float32)
 
     print("1. Four heads over 8 features\n")
@@ -135,38 +122,13 @@ def _show_steps(layer: MultiheadAttention, x: NDArray[Any]) -> None:
         print(f"   {_compare_with_torch(layer, x)}")
 
 
-def _show_real_model() -> None:
-    print("\n3. A real model: the six attention layers of all-MiniLM-L6-v2\n")
-    if not is_installed():
-        print(f"   To see it, run {INSTALL}.")
-        return
-    encoder = SentenceEncoder()
-    tokens, ids, padding = encoder.tokenize(_SENTENCES)
-    for number, (words, ended) in enumerate(zip(tokens, padding)):
-        print(f"   sentence {number}: {' '.join(word for word, is_padding in zip(words, ended) if not is_padding)}")
-    print(f"\n   {len(ids)} sentences padded to {ids.shape[1]} tokens; the key padding mask hides the padding.")
-
-    x = encoder.embed_tokens(ids)
-    for number, layer in enumerate(encoder.layers):
-        attended, weights = layer.attention(x, x, x, padding, average_attn_weights=False)
-        assert weights is not None
-        print(f"   layer {number}: input {x.shape}, weights {weights.shape}, output {attended.shape}")
-        print(f"      {_compare_with_torch(layer.attention, x, key_padding_mask=padding)}")
-        x = layer.after_attention(x, attended)
-
-    vectors = encoder.pool(x, padding)
-    print(f"\n   One vector of {vectors.shape[1]} features per sentence; their cosines, 1 for the same meaning:")
-    for row in vectors @ vectors.T:
-        print(f"   {''.join(f'{cosine:7.3f}' for cosine in row)}")
-
-
-def _compare_with_torch(layer: MultiheadAttention, x: NDArray[Any], **call: Any) -> str:
+def _compare_with_torch(layer: MultiheadAttention, x: NDArray[Any]) -> str:
     if find_spec("torch") is None:
         return "torch is not installed, so there is no comparison with it."
     from mha_c.torch import forward_in_torch
 
-    ours, _ = layer(x, x, x, **call)
-    theirs, _ = forward_in_torch(layer, x, x, x, **call)
+    ours, _ = layer(x, x, x)
+    theirs, _ = forward_in_torch(layer, x, x, x)
     return f"Largest difference from torch with the same parameters: {_difference(ours, theirs)}"
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
-from mha_c.parameters import as_array
+from mha_c.parameters.arrays import as_array
 
 __all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from mha_c import _core
+from mha_c._version import __version__
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads", "show_config"]
 
@@ -100,8 +101,6 @@ def show_config() -> None:
     >>> mha_c.show_config()  # doctest: +ELLIPSIS
     mha_c ...
     """
-    from mha_c import __version__
-
     config = _core.config()
     for name, value in (
         ("mha_c", __version__),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import reference
 from helpers import layer, normal, run_child
-from mha_c import check, check_command, definition
+from mha_c import check
+from mha_c.check import command, definition
 from mha_c.__main__ import main
 
 torch = pytest.importorskip("torch")
@@ -30,8 +31,8 @@ class Wrong(mha_c.MultiheadAttention):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("number", range(0, 1260, 53))
 def test_the_definition_is_that_of_the_tests(number, dtype, masked_rows):
-    """mha_c.definition and reference.py were written independently of each other."""
-    _, one = list(check_command.grid())[number]
+    """mha_c.check.definition and reference.py were written independently of each other."""
+    _, one = list(command.grid())[number]
     module = layer(one.embed_dim, one.num_heads, kdim=one.kdim, vdim=one.vdim, bias=one.bias, dtype=dtype,
                    add_bias_kv=one.add_bias_kv, add_zero_attn=one.add_zero_attn, masked_rows=masked_rows)
     n, length, s = 2, 4, 6
@@ -60,7 +61,7 @@ def test_the_definition_is_that_of_the_tests(number, dtype, masked_rows):
 
 @pytest.mark.parametrize("number", range(0, 1260, 7))
 def test_layers_agree(number):
-    _, configuration = list(check_command.grid())[number]
+    _, configuration = list(command.grid())[number]
     report = configuration.check()
     report.assert_close()
     names = [comparison.name for comparison in report.comparisons]
@@ -180,7 +181,7 @@ def test_models():
 
 
 def test_a_mistake_in_a_model_is_noticed(monkeypatch):
-    monkeypatch.setattr("mha_c.replacement.MultiheadAttention", Wrong)
+    monkeypatch.setattr("mha_c.layer.MultiheadAttention", Wrong)
     report = check.model(encoder(), torch.randn(3, 7, 16))
     assert [one.agrees for one in report.comparisons] == [False, False, False]
 
@@ -228,12 +229,12 @@ def test_html_and_rich():
 
 def test_command_of_one_configuration(capsys):
     assert main("check --embed-dim 8 --num-heads 4 --batch-first --is-causal --attn-mask bool-3d".split()) == 0
-    described = "embed_dim=8, num_heads=4, batch_first, float32; query (3, 5, 8), attn_mask bool (12, 5, 5), is_causal"
+    described = "batch_first=True, dtype=float32, training=False); query (3, 5, 8), attn_mask bool (12, 5, 5), is_causal"
     assert described in capsys.readouterr().out
     assert main("check --embed-dim 6 --num-heads 3 --kdim 4 --unbatched --length 2 --source-length 9 --no-bias "
                 "--dtype float64 --no-weights --key-padding-mask float".split()) == 0
     said = capsys.readouterr().out
-    assert "num_heads=3, kdim=4, bias=False, float64; query (2, 6), key_padding_mask float64 (9,)" in said
+    assert "bias=False, kdim=4, dtype=float64, training=False); query (2, 6), key_padding_mask float64 (9,)" in said
 
 
 def test_command_of_a_state_dict(capsys, tmp_path):
@@ -242,17 +243,17 @@ def test_command_of_a_state_dict(capsys, tmp_path):
     layer(8, 4, batch_first=True).save(tmp_path / "layer.npz")
     whole = f"check --state-dict {tmp_path / 'model.pt'} --prefix multihead_attn. --num-heads 2"
     assert main(whole.split()) == 0
-    assert "embed_dim=16, num_heads=2, float32" in capsys.readouterr().out
+    assert "embed_dim=16, num_heads=2, dtype=float32" in capsys.readouterr().out
     assert main(["check", "--state-dict", str(tmp_path / "layer.npz")]) == 0
-    assert "embed_dim=8, num_heads=4, batch_first, float32" in capsys.readouterr().out
+    assert "embed_dim=8, num_heads=4, batch_first=True, dtype=float32" in capsys.readouterr().out
     for wrong, words in (("none.npz", "none.npz"), ("model.pt", "needs --num-heads")):
         assert main(["check", "--state-dict", str(tmp_path / wrong)]) == 2
         assert words in capsys.readouterr().err
 
 
 def test_command_over_the_grid(capsys, monkeypatch):
-    few = list(check_command.grid())[::105]
-    monkeypatch.setattr(check_command, "grid", lambda: iter(few))
+    few = list(command.grid())[::105]
+    monkeypatch.setattr(command, "grid", lambda: iter(few))
     threads = torch.get_num_threads()
     assert main(["check"]) == 0
     said = capsys.readouterr().out
@@ -260,21 +261,21 @@ def test_command_over_the_grid(capsys, monkeypatch):
     assert "96/40/24 features, 3 heads, float64" in said
     assert torch.get_num_threads() == threads
 
-    monkeypatch.setattr(check_command, "MultiheadAttention", Wrong)
+    monkeypatch.setattr(command, "MultiheadAttention", Wrong)
     assert main(["check"]) == 1
     said = capsys.readouterr().out
     assert "1 DIFFER" in said and "attn_output: an error of" in said
 
 
 def test_ctrl_c(capsys, monkeypatch):
-    few = list(check_command.grid())[:3]
+    few = list(command.grid())[:3]
 
     @dataclasses.dataclass(frozen=True)
-    class Interrupted(check_command.Configuration):
+    class Interrupted(command.Configuration):
         def check(self):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(check_command, "grid", lambda: iter([*few, ("more", Interrupted())]))
+    monkeypatch.setattr(command, "grid", lambda: iter([*few, ("more", Interrupted())]))
     assert main(["check"]) == 130
     said = capsys.readouterr()
     assert "3 of 4 configurations, 0 of them differ." in said.out and said.err.endswith("interrupted\n")

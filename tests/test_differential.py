@@ -299,7 +299,6 @@ def test_constructors(arguments):
         return
     event("right")
     assert ours.error is None, f"torch accepts this, but mha_c: {ours.error!r}"
-    assert repr(ours.result) == repr(theirs.result)
     for (name, array), (their_name, tensor) in zip(ours.result.state_dict().items(),
                                                   theirs.result.state_dict().items(), strict=True):
         assert (name, array.shape, array.dtype.name) == (

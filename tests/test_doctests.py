@@ -9,14 +9,24 @@ import pytest
 
 mha_c = pytest.importorskip("mha_c")
 
-MODULES = ["mha_c", *(f"mha_c.{m.name}" for m in pkgutil.iter_modules(mha_c.__path__) if not m.name.startswith("_"))]
-NEED_TORCH = {f"mha_c.{name}" for name in
-              ("attention", "check", "check_command", "heads", "model_runs", "replacement", "torch")}
+def names_of_modules(package, path):
+    """A package, its modules and its sub-packages, by name: those of torch cannot be imported everywhere."""
+    yield package
+    for module in pkgutil.iter_modules([path]):
+        name = f"{package}.{module.name}"
+        if module.ispkg:
+            yield from names_of_modules(name, f"{path}/{module.name}")
+        elif not module.name.startswith("_"):
+            yield name
+
+
+MODULES = list(names_of_modules("mha_c", mha_c.__path__[0]))
+NEED_TORCH = ("mha_c.layer", "mha_c.check", "mha_c.heads", "mha_c.torch")
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name, tmp_path, monkeypatch):
-    if name in NEED_TORCH:
+    if name.startswith(NEED_TORCH):
         pytest.importorskip("torch")
     if name == "mha_c.plot":
         pytest.importorskip("matplotlib")
@@ -26,6 +36,6 @@ def test_examples(name, tmp_path, monkeypatch):
 
 
 def test_that_there_are_examples():
-    modules = [importlib.import_module(name) for name in ("mha_c", "mha_c.attention", "mha_c.functional")]
+    modules = [importlib.import_module(name) for name in ("mha_c", "mha_c.layer", "mha_c.functional")]
     examples = [test.examples for module in modules for test in doctest.DocTestFinder().find(module)]
     assert sum(map(len, examples)) > 20

@@ -30,7 +30,7 @@ def test_pages(page, tmp_path, monkeypatch):
 ACCEPTED = {"ES01", "GL01", "GL02", "GL03", "PR08", "PR09", "RT03", "RT04", "RT05", "SA01", "SA03", "SS05", "SS06"}
 
 MODULES = ("check", "functional", "heads", "plot", "threads", "torch")
-CLASSES = ("attention.OutputProjection", "explanation.Explanation", "explanation.Stage", "masks.MaskEffect")
+CLASSES = ("layer.OutputProjection", "explanation.Explanation", "explanation.Stage", "explanation.MaskEffect")
 
 
 def names_of(item):
@@ -48,7 +48,7 @@ def public_names():
     """What the pages of the API show."""
     found = names_of(mha_c.MultiheadAttention) + names_of(mha_c.explain)
     for path in CLASSES:
-        module, name = path.split(".")
+        module, name = path.rsplit(".", 1)
         found += names_of(getattr(importlib.import_module(f"mha_c.{module}"), name))
     for module in MODULES:
         try:

@@ -16,7 +16,7 @@ from helpers import inputs, layer, normal, outcome, run_child
 
 mha_c = pytest.importorskip("mha_c")
 functional = pytest.importorskip("mha_c.functional")
-_core = mha_c.attention._core
+_core = mha_c.layer._core
 
 
 class OnDemand:

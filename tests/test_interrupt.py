@@ -107,7 +107,7 @@ def test_explain():
 
 def test_no_bar_in_a_file():
     done = run_child("""
-        from mha_c.progress import progress, say
+        from mha_c.display.progress import progress, say
         for number in progress([1, 2], "number", "counting"):
             say(f"number {number}")
     """, env={"PYTHONWARNINGS": "ignore::RuntimeWarning"})  # a free-threaded Python's, about its GIL
@@ -120,7 +120,7 @@ def test_without_tqdm():
         found = importlib.util.find_spec
         importlib.util.find_spec = lambda name, *rest: None if name == "tqdm" else found(name, *rest)
         import sys
-        from mha_c.progress import progress, say
+        from mha_c.display.progress import progress, say
         items = [1, 2]
         assert progress(items, "number") is items and "tqdm" not in sys.modules
         say("done")

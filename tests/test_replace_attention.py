@@ -461,7 +461,7 @@ def test_threads_of_both():
 
     x = torch.randn(5, 3, 8)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr("mha_c.replacement.MultiheadAttention", Seeing)
+        patch.setattr("mha_c.layer.MultiheadAttention", Seeing)
         for of_torch, of_ours in ((1, 2), (2, 1), (2, 2)):
             torch.set_num_threads(of_torch)
             with mha_c.num_threads(of_ours):

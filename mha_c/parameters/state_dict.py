@@ -13,8 +13,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mha_c.checkpoints import open_checkpoint, write_checkpoint
-from mha_c.parameters import ParameterSet, Widths, as_array
+from mha_c.parameters.files import open_checkpoint, write_checkpoint
+from mha_c.parameters.arrays import as_array
+from mha_c.parameters.sets import ParameterSet, Widths
 
 __all__ = ["IncompatibleKeys", "Part", "infer_layer", "match_state_dict", "read_layer", "write_layer"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mha_c.attention import MultiheadAttention
+from mha_c.layer import MultiheadAttention, parameters_of
 
 __all__ = ["attend", "hidden_by_causality", "to_float_mask", "wider"]
 
@@ -123,7 +123,7 @@ def attend(
 
 def _input_projections(layer: MultiheadAttention) -> tuple[list[NDArray[Any]], list[Any]]:
     """The weights and the biases of query, key and value."""
-    parameters = layer._parameters
+    parameters = parameters_of(layer)
     biases = parameters.input_biases
     return (
         [wider(weight) for weight in parameters.input_weights],

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from numpy.typing import NDArray
 
-from mha_c.attention import MultiheadAttention
-from mha_c.parameters import ParameterSet, Widths
+from mha_c.layer import MultiheadAttention, layer_with
+from mha_c.parameters.sets import ParameterSet, Widths
 from mha_c.threads import get_num_threads, num_threads
 
 __all__ = ["ReplacedAttention", "check_model", "replace_attention", "restore_attention", "set_attention_class"]
@@ -351,10 +351,9 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         # before the numbers, so that the next call notices a change in between.
         sources = {name: _Source(tensor, tensor.detach(), tensor._version) for name, tensor in parameters.items()}
         arrays = {name: source.memory.numpy() for name, source in sources.items()}
-        layer = MultiheadAttention.__new__(MultiheadAttention)
         parameter_set = ParameterSet(widths, arrays, arrays["out_proj.weight"].dtype)
-        layer._set_up(parameter_set, 0.0, self.add_zero_attn, self.batch_first)
-        vars(self)["_packed"] = _Packed(layer.eval(), attributes, sources)
+        layer = layer_with(parameter_set, add_zero_attn=self.add_zero_attn, batch_first=self.batch_first)
+        vars(self)["_packed"] = _Packed(layer, attributes, sources)
         return layer
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ReplacedAttention:

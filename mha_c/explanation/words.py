@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
-from mha_c.check import describe
-from mha_c.masks import Masks
-from mha_c.parameters import as_array
-from mha_c.stages import StagedCall
+from mha_c.display.words import describe_call
+from mha_c.explanation.masks import Masks
+from mha_c.parameters.arrays import as_array
+from mha_c.explanation.stages import StagedCall
 
 __all__ = ["StageText", "Words"]
 
@@ -100,7 +100,7 @@ class Words:
         call = self.call
         named = {"query": call.inputs[0], "key_padding_mask": call.masks[0], "attn_mask": call.masks[1]}
         arrays = {name: None if value is None else as_array(value) for name, value in named.items()}
-        return describe(call.layer, {**arrays, "is_causal": call.masks[2]})
+        return f"{call.layer}; {describe_call({**arrays, 'is_causal': call.masks[2]})}"
 
     @property
     def inputs(self) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:

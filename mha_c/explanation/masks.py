@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mha_c.parameters import as_array
+from mha_c.parameters.arrays import as_array
 
 __all__ = ["MaskEffect", "Masks", "look_at_masks"]
 

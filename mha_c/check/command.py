@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from mha_c.attention import MultiheadAttention
-from mha_c.check import CRITERION, Report, against_torch
-from mha_c.progress import progress
-from mha_c.table import Table, show
+from mha_c.layer import MultiheadAttention, parameters_of
+from mha_c.check.compare import CRITERION
+from mha_c.check.layers import against_torch
+from mha_c.check.report import Report
+from mha_c.display.progress import progress
+from mha_c.display.table import Table, show
 
 __all__ = ["Configuration", "add_options", "grid", "run"]
 
@@ -98,7 +100,7 @@ class Configuration:
 
         query = normal(self.length, layer.embed_dim)
         inputs = [query]
-        if self.source_length is not None or not layer._parameters.widths.packed:
+        if self.source_length is not None or not parameters_of(layer).widths.packed:
             inputs += [normal(source_length, layer.kdim), normal(source_length, layer.vdim)]
         stacked = (batch * layer.num_heads,) if (self.attn_mask or "").endswith("3d") else ()
         return against_torch(

@@ -1,43 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From torch and back, and models of torch that compute with mha_c. What needs torch is reached through this module."""
+"""Layers of mha_c as torch's, their parameters as tensors, and their questions put to torch."""
 
 from __future__ import annotations
 
 import copy
-import os
-import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from mha_c.attention import MultiheadAttention
-from mha_c.parameters import ParameterSet, Widths, as_array
+from mha_c.layer import MultiheadAttention, parameters_of
+from mha_c.parameters.sets import Widths
+from mha_c.torch.replace import restore_attention
 
-try:
-    import torch
-except ModuleNotFoundError as error:
-    raise ImportError("mha_c.torch needs torch, which is not installed: `pip install torch`") from error
-
-from mha_c.model_runs import run_both_ways
-from mha_c.replacement import ReplacedAttention, replace_attention, restore_attention
-
-__all__ = [
-    "TORCH_VERSION",
-    "ReplacedAttention",
-    "forward_in_torch",
-    "from_torch",
-    "one_thread",
-    "read_checkpoint",
-    "replace_attention",
-    "restore_attention",
-    "run_both_ways",
-    "state_dict",
-    "to_torch",
-]
+__all__ = ["TORCH_VERSION", "forward_in_torch", "from_torch", "one_thread", "state_dict", "to_torch"]
 
 TORCH_VERSION = str(torch.__version__)
 
@@ -45,12 +25,12 @@ _Layer = TypeVar("_Layer", bound=MultiheadAttention)
 
 
 def from_torch(module: torch.nn.MultiheadAttention, cls: type[_Layer]) -> _Layer:
-    """A layer with the arguments, the parameters and the training mode of torch's.
+    """What ``cls.from_torch(module)`` does.
 
     Parameters
     ----------
     module : torch.nn.MultiheadAttention
-        The layer to copy. Parameters in float16 or bfloat16 become float32.
+        The layer to copy.
     cls : type
         `mha_c.MultiheadAttention` or a subclass of it.
 
@@ -58,25 +38,13 @@ def from_torch(module: torch.nn.MultiheadAttention, cls: type[_Layer]) -> _Layer
     -------
     MultiheadAttention
 
-    Raises
-    ------
-    TypeError
-        If `module` is something else.
-
     Examples
     --------
     >>> import mha_c, torch
     >>> from_torch(torch.nn.MultiheadAttention(8, 2), mha_c.MultiheadAttention).num_heads
     2
     """
-    if not isinstance(module, torch.nn.MultiheadAttention):
-        raise TypeError(f"from_torch takes a torch.nn.MultiheadAttention, but got {type(module)}")
-    widths = Widths.from_arguments(module.embed_dim, module.num_heads, module.kdim, module.vdim)
-    dtype = np.dtype(np.float64 if module.out_proj.weight.dtype == torch.float64 else np.float32)
-    arrays = {name: as_array(tensor) for name, tensor in module.state_dict().items()}
-    layer = cls.__new__(cls)
-    layer._set_up(ParameterSet(widths, arrays, dtype), module.dropout, module.add_zero_attn, module.batch_first)
-    return layer.train(module.training)
+    return cls.from_torch(module)
 
 
 def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
@@ -102,7 +70,7 @@ def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
     >>> to_torch(mha_c.MultiheadAttention(8, 2)).num_heads
     2
     """
-    widths = layer._parameters.widths
+    widths = parameters_of(layer).widths
     if widths != Widths.from_arguments(widths.embed_dim, widths.num_heads, widths.kdim, widths.vdim):
         raise ValueError(f"torch.nn.MultiheadAttention has no such widths: {widths}")
     parameters = state_dict(layer)
@@ -147,44 +115,6 @@ def state_dict(layer: MultiheadAttention, *, prefix: str = "") -> OrderedDict[st
     """
     arrays = layer.state_dict(prefix=prefix)
     return OrderedDict((name, torch.from_numpy(array.copy())) for name, array in arrays.items())
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """The state dict in a file that ``torch.save`` wrote, without executing what the file may contain.
-
-    Parameters
-    ----------
-    path : str or path-like
-        The file; tensors of torch's zip format are read from the disk when they are used.
-
-    Returns
-    -------
-    mapping of str to torch.Tensor
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, holds objects that only code could restore, such as a whole module, or no state dict.
-    OSError
-        If there is no such file.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     torch.save({"bias": torch.zeros(2)}, f"{folder}/model.pt")
-    ...     read_checkpoint(f"{folder}/model.pt")
-    {'bias': tensor([0., 0.])}
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
-    except Exception as error:  # torch has no one exception for damaged files
-        raise ValueError(f"{os.fspath(path)} is damaged, or holds more than tensors: save a state_dict") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{os.fspath(path)} holds {type(content)}, but no state dict")
-    return content
 
 
 def forward_in_torch(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mha_c import _core
 
-__all__ = ["ParameterSet", "Widths", "as_array"]
+__all__ = ["ParameterSet", "Widths"]
 
 _Three: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
@@ -114,6 +114,25 @@ class Widths(NamedTuple):
         if bias:
             shapes["out_proj.bias"] = (self.out_dim,)
         return shapes
+
+    def axes(self) -> dict[str, str]:
+        """What the axes of each parameter count, in the letters of ARCHITECTURE.md."""
+        kv = "H" if self.num_kv_heads == self.num_heads else "Hkv"
+        dv = "D" if self.v_head_dim == self.head_dim else "Dv"
+        q, k, v = "H·D", f"{kv}·D", f"{kv}·{dv}"
+        stacked = " + ".join((q, k, v)) if len({q, k, v}) > 1 else f"3·{q}"
+        out = "E" if self.out_dim == self.embed_dim else "Eo"
+        return {
+            "in_proj_weight": f"({stacked}, E)",
+            "q_proj_weight": f"({q}, E)",
+            "k_proj_weight": f"({k}, Ek)",
+            "v_proj_weight": f"({v}, Ev)",
+            "in_proj_bias": f"({stacked},)",
+            "bias_k": f"(1, 1, {k})",
+            "bias_v": f"(1, 1, {v})",
+            "out_proj.weight": f"({out}, H·{dv})",
+            "out_proj.bias": f"({out},)",
+        }
 
 
 def _integer(name: str, value: Any) -> int:
@@ -246,40 +265,3 @@ class ParameterSet:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParameterSet:
         return self  # nothing in it can change
-
-
-def as_array(value: Any) -> NDArray[Any]:
-    """A NumPy array over `value`, copied only where NumPy cannot read it in place.
-
-    Parameters
-    ----------
-    value : object
-        An array, a tensor of torch, or whatever exposes the array interface, the buffer protocol or DLPack.
-
-    Returns
-    -------
-    numpy.ndarray
-        Of the dtype of `value`; float32 for a tensor of bfloat16.
-
-    Raises
-    ------
-    TypeError
-        If `value` is none of these, such as a list.
-
-    Examples
-    --------
-    >>> as_array(memoryview(b"ab"))
-    array([97, 98], dtype=uint8)
-    """
-    if hasattr(value, "detach"):  # a torch tensor
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # which NumPy lacks
-            value = value.float()
-    if any(hasattr(value, name) for name in ("__array__", "__array_interface__", "__array_struct__")):
-        return np.asarray(value)
-    if hasattr(value, "__dlpack__"):
-        return np.from_dlpack(value)
-    try:
-        return np.asarray(memoryview(value))
-    except TypeError:
-        raise TypeError(f"expected an array or a tensor, but got {type(value)}") from None

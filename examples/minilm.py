@@ -18,8 +18,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mha_c.attention import MultiheadAttention
-from mha_c.serialization import Part
+from mha_c.layer import MultiheadAttention
+from mha_c.parameters.state_dict import Part
 
 __all__ = ["INSTALL", "EncoderLayer", "SentenceEncoder", "is_installed", "model_folder"]
 

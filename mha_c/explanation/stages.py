@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
-from mha_c.attention import MultiheadAttention
-from mha_c.parameters import ParameterSet, as_array
+from mha_c.layer import MultiheadAttention, next_dropout_call, parameters_of
+from mha_c.parameters.arrays import as_array
+from mha_c.parameters.sets import ParameterSet
 
-__all__ = ["STAGES", "StagedCall", "chosen_stages"]
+__all__ = ["STAGES", "Stage", "StagedCall", "chosen_stages"]
 
 #: The names of all stages, in the order of the computation.
 STAGES = (
@@ -33,6 +35,52 @@ STAGES = (
     "concatenated",
     "output",
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One stage of attention.
+
+    Attributes
+    ----------
+    name : str
+        As in `mha_c.explanation.stages.STAGES`.
+    array : numpy.ndarray
+        The numbers.
+    axes : tuple of str
+        What each axis counts, in the letters of `Explanation.letters`, such as ``("N", "L", "H·D")``.
+    formula : str
+        How it follows from the stages before.
+    meaning : str
+        What it is, in words.
+    operations : int
+        Additions, multiplications and other steps that its definition takes; 0 for a mere view.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> x = np.ones((5, 3, 8), np.float32)
+    >>> stage = mha_c.explain(mha_c.MultiheadAttention(8, 4), x, x, x).stages["scores"]
+    >>> stage.axes, stage.shape, stage.nbytes, stage.operations
+    (('N', 'H', 'L', 'S'), (3, 4, 5, 5), 1200, 1200)
+    """
+
+    name: str
+    array: NDArray[Any]
+    axes: tuple[str, ...]
+    formula: str
+    meaning: str
+    operations: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return self.array.shape
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its numbers, be they its own or those of a stage before that it is a view of."""
+        return self.array.nbytes
 
 
 def chosen_stages(stages: str | Iterable[str] | None, drops: bool) -> set[str]:
@@ -95,7 +143,7 @@ class StagedCall:
     ) -> None:
         self.layer = layer
         self.dropout_seed = layer.dropout_seed
-        self.parameters: ParameterSet = layer._parameters
+        self.parameters: ParameterSet = parameters_of(layer)
         self.widths = self.parameters.widths
         self.inputs = (query, key, value)
         self.masks = (key_padding_mask, attn_mask, is_causal)
@@ -103,7 +151,7 @@ class StagedCall:
         self.add_zero_attn = layer.add_zero_attn
         self.empty = "nan" if need_weights and layer.masked_rows == "torch" else "zero"
         self.dropout_p = layer.dropout if layer.training else 0.0
-        self.dropout_call = layer._dropout_calls
+        self.dropout_call = next_dropout_call(layer)
         self.heads = _chosen_heads(heads, self.widths.num_heads)
         if self.heads is not None and self.dropout_p > 0:
             raise ValueError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import operator
 import os
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
-from mha_c.checkpoints import open_state_dict
-from mha_c.initialization import initial_parameters
-from mha_c.parameters import ParameterSet, Widths, as_array
-from mha_c.serialization import IncompatibleKeys, infer_layer, match_state_dict, read_layer, write_layer
+from mha_c.parameters.files import open_state_dict
+from mha_c.parameters.initialization import initial_parameters
+from mha_c.parameters.arrays import as_array
+from mha_c.parameters.sets import ParameterSet, Widths
+from mha_c.parameters.state_dict import IncompatibleKeys, infer_layer, match_state_dict, read_layer, write_layer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["MultiheadAttention", "OutputProjection"]
+__all__ = ["MultiheadAttention", "OutputProjection", "layer_with", "next_dropout_call", "parameters_of"]
 
 MaskedRows: TypeAlias = Literal["torch", "zero"]
 
@@ -175,9 +177,7 @@ class MultiheadAttention:
     Widths that torch ties together are free:
 
     >>> mha_c.MultiheadAttention(10, 4, head_dim=2, out_dim=8)
-    MultiheadAttention(
-      (out_proj): NonDynamicallyQuantizableLinear(in_features=8, out_features=8, bias=True)
-    )
+    MultiheadAttention(embed_dim=10, num_heads=4, head_dim=2, out_dim=8, dtype=float32, training=True)
     """
 
     embed_dim = _Width("embed_dim")
@@ -248,6 +248,13 @@ class MultiheadAttention:
         self.dropout_seed = entropy if dropout_seed is None else operator.index(dropout_seed) % 2**64
         self._dropout_calls = 0
         self._parameters = parameters
+
+    @classmethod
+    def _from_parameters(cls, parameters: ParameterSet, *arguments: Any, **named: Any) -> Self:
+        """A layer with parameters that are there already; the arguments are those of `_set_up`."""
+        layer = cls.__new__(cls)
+        layer._set_up(parameters, *arguments, **named)
+        return layer
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -618,10 +625,8 @@ class MultiheadAttention:
             )
         if dtype is None and arrays["out_proj.weight"].dtype == np.float64:
             dtype = np.float64
-        layer = cls.__new__(cls)
         parameters = ParameterSet(widths, arrays, _float_dtype(dtype))
-        layer._set_up(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
-        return layer
+        return cls._from_parameters(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the layer to a file, in whose place the old one stays until the new one is complete.
@@ -694,9 +699,8 @@ class MultiheadAttention:
         """
         parameters, arguments = read_layer(cls.__name__, path)
         training = arguments.pop("training")
-        layer = cls.__new__(cls)
         try:
-            layer._set_up(parameters, **arguments)
+            layer = cls._from_parameters(parameters, **arguments)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} holds no layer: {error}") from error
         return layer.train(training)
@@ -718,8 +722,6 @@ class MultiheadAttention:
         ------
         TypeError
             If `module` is something else.
-        ImportError
-            If torch is not installed.
 
         Examples
         --------
@@ -727,18 +729,59 @@ class MultiheadAttention:
         >>> mha_c.MultiheadAttention.from_torch(torch.nn.MultiheadAttention(8, 2)).num_heads
         2
         """
-        from mha_c.torch import from_torch
-
-        return from_torch(module, cls)
+        torch = sys.modules.get("torch")  # where it was not imported, this cannot be a layer of it
+        if torch is None or not isinstance(module, torch.nn.MultiheadAttention):
+            raise TypeError(f"from_torch takes a torch.nn.MultiheadAttention, but got {type(module)}")
+        widths = Widths.from_arguments(module.embed_dim, module.num_heads, module.kdim, module.vdim)
+        dtype = np.dtype(np.float64 if module.out_proj.weight.dtype == torch.float64 else np.float32)
+        arrays = {name: as_array(tensor) for name, tensor in module.state_dict().items()}
+        parameters = ParameterSet(widths, arrays, dtype)
+        layer = cls._from_parameters(parameters, module.dropout, module.add_zero_attn, module.batch_first)
+        return layer.train(module.training)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(\n  (out_proj): {self.out_proj}\n)"
+        return f"{type(self).__name__}({', '.join(self._arguments())}, training={self.training})"
+
+    def _arguments(self) -> list[str]:
+        """The constructor's arguments in words: the widths and dtype, and the others where they are not the default."""
+        w = self._parameters.widths
+        optional = {
+            "dropout": (self.dropout, 0.0),
+            "bias": ("out_proj.bias" in self._parameters.arrays, True),
+            "add_bias_kv": (self.bias_k is not None, False),
+            "add_zero_attn": (bool(self.add_zero_attn), False),
+            "kdim": (w.kdim, w.embed_dim),
+            "vdim": (w.vdim, w.embed_dim),
+            "batch_first": (bool(self.batch_first), False),
+            "masked_rows": (self.masked_rows, "torch"),
+            "head_dim": (w.head_dim, w.embed_dim / w.num_heads),
+            "v_head_dim": (w.v_head_dim, w.head_dim),
+            "out_dim": (w.out_dim, w.embed_dim),
+            "num_kv_heads": (w.num_kv_heads, w.num_heads),
+        }
+        changed = [f"{name}={value!r}" for name, (value, default) in optional.items() if value != default]
+        dtype = self._parameters.dtype.name
+        return [f"embed_dim={w.embed_dim}", f"num_heads={w.num_heads}", *changed, f"dtype={dtype}"]
 
     def _repr_html_(self) -> str:
         """What a notebook shows: arguments, parameters, bytes, and what computes here."""
-        from mha_c.layer_html import render
+        from mha_c.display.html import block, escape, table
 
-        return render(self)
+        arrays = self._parameters.arrays
+        axes = self._parameters.widths.axes()
+        rows = [(name, axes[name], str(array.shape), f"{array.nbytes:,}") for name, array in arrays.items()]
+        count, nbytes = sum(array.size for array in arrays.values()), sum(array.nbytes for array in arrays.values())
+        config = _core.config()
+        mode = "Training mode" if self.training else "Evaluation mode"
+        drops = f"dropout of {self.dropout}" if self.training and self.dropout > 0 else "no dropout"
+        facts = (
+            f"{count:,} parameters in {self._parameters.dtype.name}, {nbytes:,} bytes, and about as many again packed "
+            f"for the kernels ({config['cpu_level']}). Up to {config['threads']} threads.",
+            f"{mode}: {drops}.",
+        )
+        title = f"<p><b>{escape(type(self).__name__)}</b>({escape(', '.join(self._arguments()))})</p>"
+        parameters = table(("parameter", "axes", "shape", "bytes"), rows, text=(0, 1))
+        return block(title + parameters + "".join(f'<p class="faint">{escape(fact)}</p>' for fact in facts))
 
 
 class OutputProjection:
@@ -792,6 +835,21 @@ class OutputProjection:
             f"NonDynamicallyQuantizableLinear(in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None})"
         )
+
+
+def layer_with(parameters: ParameterSet, *, add_zero_attn: bool, batch_first: bool) -> MultiheadAttention:
+    """A layer with parameters that are there already, in evaluation mode."""
+    return MultiheadAttention._from_parameters(parameters, 0.0, add_zero_attn, batch_first).eval()
+
+
+def parameters_of(layer: MultiheadAttention) -> ParameterSet:
+    """The parameters that a call made now would use."""
+    return layer._parameters
+
+
+def next_dropout_call(layer: MultiheadAttention) -> int:
+    """The number that the layer's next call in training mode has."""
+    return layer._dropout_calls
 
 
 def _check_device(device: Any) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mha_c.attention import MultiheadAttention
-from mha_c.parameters import as_array
-from mha_c.replacement import ReplacedAttention, check_model, replace_attention, restore_attention, set_attention_class
+from mha_c.layer import MultiheadAttention
+from mha_c.parameters.arrays import as_array
+from mha_c.torch.replace import ReplacedAttention, check_model, replace_attention, restore_attention, set_attention_class
 
 __all__ = ["AttentionRun", "ModelOutput", "ModelRuns", "run_both_ways"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mha_c import markup
+from mha_c.display import html as markup
 
 if TYPE_CHECKING:
     from rich.console import Group

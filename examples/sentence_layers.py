@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention layers of a real model, all-MiniLM-L6-v2, one after the other on three sentences.
+
+    python examples/sentence_layers.py
+
+Where torch is installed, each layer is compared with torch's. At the end stands how alike the sentences are in meaning.
+"""
+
+from importlib.util import find_spec
+
+import numpy as np
+from minilm import SentenceEncoder
+
+SENTENCES = (
+    "A kitten sleeps on the sofa.",
+    "The young cat is napping on the couch, as it does every afternoon.",
+    "Share prices fell sharply today.",
+)
+
+
+def main() -> None:
+    """Print the layers."""
+    encoder = SentenceEncoder()
+    tokens, ids, padding = encoder.tokenize(SENTENCES)
+    for number, (words, ended) in enumerate(zip(tokens, padding)):
+        print(f"sentence {number}: {' '.join(word for word, is_padding in zip(words, ended) if not is_padding)}")
+    print(f"\n{len(ids)} sentences padded to {ids.shape[1]} tokens; the key padding mask hides the padding.")
+
+    x = encoder.embed_tokens(ids)
+    for number, layer in enumerate(encoder.layers):
+        attended, weights = layer.attention(x, x, x, padding, average_attn_weights=False)
+        print(f"layer {number}: input {x.shape}, weights {weights.shape}, output {attended.shape}")
+        if find_spec("torch") is not None:
+            from mha_c.torch import forward_in_torch
+
+            theirs, _ = forward_in_torch(layer.attention, x, x, x, key_padding_mask=padding)
+            difference, largest = np.abs(attended - theirs).max(), np.abs(theirs).max()
+            print(f"   largest difference from torch: {difference:.1e}, in values up to {largest:.1f}")
+        x = layer.after_attention(x, attended)
+
+    vectors = encoder.pool(x, padding)
+    print(f"\nOne vector of {vectors.shape[1]} features per sentence; their cosines, 1 for the same meaning:")
+    for row in vectors @ vectors.T:
+        print("".join(f"{cosine:7.3f}" for cosine in row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer of attention beside torch's: both are measured against the definition of attention in a wider type."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mha_c.check.compare import Comparison
+from mha_c.check.definition import attend, hidden_by_causality, to_float_mask
+from mha_c.check.report import Report
+from mha_c.display.words import describe_call
+from mha_c.layer import MultiheadAttention
+from mha_c.parameters.arrays import as_array
+
+__all__ = ["against_torch"]
+
+
+def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
+    """Ask a layer of mha_c and the same layer of torch the same question, and measure both answers.
+
+    Dropout is off in both. torch takes its ordinary path, not the one for inference.
+
+    Parameters
+    ----------
+    module : MultiheadAttention or torch.nn.MultiheadAttention
+        The layer; the other one is made from it.
+    *inputs : array or tensor
+        query, key and value; query and key, which then is the value too; or one for all three.
+    **call
+        The other arguments of ``MultiheadAttention.forward``, except `out`. `is_causal` means here what it means in
+        mha_c: torch is given the causal mask that it is to apply, in `attn_mask`.
+
+    Returns
+    -------
+    Report
+        attn_output, and if `need_weights` attn_output_weights and the weights of each head.
+
+    Raises
+    ------
+    ImportError
+        If torch is not installed.
+    TypeError
+        If `module` is neither, or in another dtype than float32 and float64; or if there are not 1, 2 or 3 inputs.
+    ValueError
+        If torch has no layer of such widths.
+
+    Notes
+    -----
+    The reference is the definition of attention in float64 for float32, and in np.longdouble for float64, which is slow
+    and on some platforms no wider than float64.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> x = np.random.default_rng(0).standard_normal((5, 3, 8), dtype=np.float32)
+    >>> report = against_torch(mha_c.MultiheadAttention(8, 4, seed=0), x)
+    >>> report.agrees, [comparison.name for comparison in report.comparisons][:3]
+    (True, ['attn_output', 'attn_output_weights', '  head 0'])
+    """
+    from mha_c.torch import TORCH_VERSION, forward_in_torch
+
+    layer = _evaluating_layer(module)
+    arguments = _arguments(inputs, call)
+    torch_layer = layer if isinstance(module, MultiheadAttention) else copy.deepcopy(module).eval()
+
+    def ask(**changes: Any) -> list[tuple[Any, Any, Any]]:
+        """Ours, torch's and the exact output; then, if asked for, the same of the weights."""
+        asked = {**arguments, **changes}
+        theirs: Any = forward_in_torch(torch_layer, **_spelt_out_for_torch(layer, asked))
+        exact = attend(layer, **asked)
+        if layer.masked_rows == "zero":  # where torch answers NaN, this layer follows the definition on purpose
+            theirs = tuple(None if one is None else _filled(one, wanted) for one, wanted in zip(theirs, exact))
+        return [results for results in zip(layer(**asked), theirs, exact) if results[0] is not None]
+
+    names = ("attn_output", "attn_output_weights")
+    comparisons = [Comparison.measure(name, *results) for name, results in zip(names, ask())]
+    if arguments["need_weights"]:
+        by_head = (np.moveaxis(weights, -3, 0) for weights in ask(average_attn_weights=False)[1])
+        comparisons += [Comparison.measure(f"  head {head}", *results) for head, results in enumerate(zip(*by_head))]
+    return Report(f"mha_c and torch {TORCH_VERSION}: {layer}; {describe_call(arguments)}", tuple(comparisons))
+
+
+def _filled(array: NDArray[Any], reference: NDArray[Any]) -> NDArray[Any]:
+    return np.where(np.isnan(array), reference, array).astype(array.dtype)
+
+
+def _evaluating_layer(module: Any) -> MultiheadAttention:
+    """A layer of mha_c like `module`, not in training mode."""
+    if isinstance(module, MultiheadAttention):
+        return copy.copy(module).eval()
+    layer = MultiheadAttention.from_torch(module)
+    dtype = str(module.out_proj.weight.dtype).removeprefix("torch.")
+    if dtype != layer.out_proj.weight.dtype.name:
+        raise TypeError(f"mha_c computes in float32 and float64, but the layer is in {dtype}: check a copy.float()")
+    return layer.eval()
+
+
+def _arguments(inputs: Sequence[Any], call: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of a call by its name, arrays where tensors may have been given."""
+    if not 1 <= len(inputs) <= 3:
+        raise TypeError(f"give a query, perhaps a key, and perhaps a value; there are {len(inputs)} inputs")
+    query, key, value = (inputs[min(number, len(inputs) - 1)] for number in range(3))
+    bound = inspect.signature(attend).bind(None, query, key, value, **call)
+    bound.apply_defaults()
+    arguments = {name: argument for name, argument in bound.arguments.items() if name != "layer"}
+    for name in ("query", "key", "value", "key_padding_mask", "attn_mask"):
+        if arguments[name] is not None:
+            arguments[name] = as_array(arguments[name])
+    return arguments
+
+
+def _spelt_out_for_torch(layer: MultiheadAttention, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same question for torch, which wants float masks in the dtype of the query, and causality as a mask."""
+    asked = {**arguments, "is_causal": False}
+    query, key = arguments["query"], arguments["key"]
+    for name in ("key_padding_mask", "attn_mask"):
+        if asked[name] is not None and asked[name].dtype.kind == "f":
+            asked[name] = asked[name].astype(query.dtype)
+    if arguments["is_causal"]:
+        axis = 1 if query.ndim == 3 and layer.batch_first else 0
+        hidden = hidden_by_causality(query.shape[axis], key.shape[axis])
+        mask = asked["attn_mask"]
+        if mask is None or mask.dtype == bool:
+            asked["attn_mask"] = hidden if mask is None else mask | hidden
+        else:
+            asked["attn_mask"] = mask + to_float_mask(hidden, mask.dtype)
+    return asked

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a check found, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mha_c.check.compare import CRITERION, Comparison
+from mha_c.display.table import Table
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found; printing it, or showing it in a notebook, gives a table.
+
+    Attributes
+    ----------
+    title : str
+        What was compared.
+    comparisons : tuple of Comparison
+        One for every output.
+    notes : tuple of str
+        What else there is to know.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.ones((2, 2), np.float32)
+    >>> report = Report("ones and twos", (Comparison.measure("output", x + 1, x, x.astype(np.float64)),))
+    >>> report.agrees
+    False
+    >>> report.assert_close()  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    AssertionError: ones and twos
+    ...
+    """
+
+    title: str
+    comparisons: tuple[Comparison, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every output does."""
+        return all(comparison.agrees for comparison in self.comparisons)
+
+    def assert_close(self) -> None:
+        """Raise unless everything agrees.
+
+        Raises
+        ------
+        AssertionError
+            With the report as its message.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> x = np.ones((2, 2), np.float32)
+        >>> Report("ones", (Comparison.measure("output", x, x, x.astype(np.float64)),)).assert_close()
+        """
+        if not self.agrees:
+            raise AssertionError(str(self))
+
+    def table(self) -> Table:
+        """The report as a table: differences from torch, then errors in units in the last place.
+
+        Returns
+        -------
+        Table
+            Text for a terminal when printed, HTML in a notebook.
+
+        Examples
+        --------
+        >>> Report("nothing", ()).table().title
+        'nothing'
+        """
+        header = ("", "shape", "difference", "rms", "in ulp", "mha_c's error", "torch's error", "")
+        rows = [
+            (
+                one.name,
+                str(one.shape),
+                f"{one.difference.largest:.1e}",
+                f"{one.difference.rms:.1e}",
+                f"{one.difference.largest / one.ulp:.1f}",
+                f"{one.error.largest / one.ulp:.1f} ulp",
+                f"{one.torch_error.largest / one.ulp:.1f} ulp",
+                "agrees" if one.agrees else "DIFFERS",
+            )
+            for one in self.comparisons
+        ]
+        wrong = [f"{one.name}: {what}" for one in self.comparisons for what in one.disagreements]
+        units = "1 ulp: a unit in the last place of the largest number of an output. " + CRITERION
+        verdicts = [one.agrees for one in self.comparisons]
+        return Table(self.title, header, rows, [*wrong, *self.notes, units], verdicts=verdicts)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def __rich__(self) -> Table:
+        return self.table()

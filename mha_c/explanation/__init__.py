@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention stage by stage: what the layer computes between its inputs and its output, as named arrays and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from mha_c.explanation.masks import MaskEffect, look_at_masks
+from mha_c.explanation.result import Explanation
+from mha_c.explanation.stages import Stage, StagedCall, chosen_stages
+from mha_c.explanation.words import Words
+from mha_c.layer import MultiheadAttention
+
+__all__ = ["Explanation", "MaskEffect", "Stage", "explain"]
+
+
+def explain(
+    layer: MultiheadAttention,
+    query: Any,
+    key: Any,
+    value: Any,
+    key_padding_mask: Any = None,
+    need_weights: bool = True,
+    attn_mask: Any = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+    *,
+    heads: int | Iterable[int] | None = None,
+    stages: str | Iterable[str] | None = None,
+) -> Explanation:
+    """Show what a layer computes between its inputs and its output.
+
+    Every number comes from the C core that the layer itself runs on: `output`, `weights` and `average_weights` are the
+    layer's own, bit for bit, and so is `head_outputs`. Nothing is kept that was not asked for.
+
+    Parameters
+    ----------
+    layer : MultiheadAttention
+        The layer.
+    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        As for `MultiheadAttention.forward`, whose call it is. `need_weights` only says what a query gets that may see no key,
+        and `average_attn_weights` nothing: all weights are here.
+    heads : int or sequence of int, optional
+        The heads to look at, by number; all unless given. Stages that belong to a head are computed for these alone,
+        while `average_weights`, `concatenated` and `output` are made of all heads.
+    stages : str or sequence of str, optional
+        The stages to keep, by name; all unless given. The others are not computed, unless on the way to these.
+
+    Returns
+    -------
+    Explanation
+        The stages as attributes and in `stages`; printing it, or showing it in a notebook, gives a summary.
+
+    Raises
+    ------
+    TypeError
+        If `layer` is no layer of mha_c.
+    ValueError
+        If a stage is unknown or a head named twice, or if `heads` are chosen where dropout is active: it draws for all
+        heads together. ``layer.eval()`` switches it off.
+    IndexError
+        If there is no such head.
+    AssertionError, RuntimeError, TypeError, ValueError
+        Where the layer itself raises them.
+
+    Notes
+    -----
+    Looking does not count as a call: with active dropout, what is shown is what the next call of the layer will drop.
+
+    The layer computes no scores as a whole, and no keys that a mask removes or that few queries look at; such keys and
+    all scores are computed for the explanation, by the same projections and the same products.
+
+    "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> attention = mha_c.MultiheadAttention(8, 4, seed=0)
+    >>> x = np.random.default_rng(0).standard_normal((5, 3, 8), dtype=np.float32)
+    >>> explanation = mha_c.explain(attention, x, x, x)
+    >>> explanation.scores.shape, explanation.weights.shape, explanation.output.shape
+    ((3, 4, 5, 5), (3, 4, 5, 5), (5, 3, 8))
+    >>> np.array_equal(explanation.output, attention(x, x, x)[0])
+    True
+
+    Of one head, without the memory for the others:
+
+    >>> mha_c.explain(attention, x, x, x, heads=2, stages="weights").weights.shape
+    (3, 1, 5, 5)
+    """
+    if not isinstance(layer, MultiheadAttention):
+        raise TypeError(
+            f"layer must be a mha_c.MultiheadAttention, not {type(layer).__name__}; "
+            "MultiheadAttention.from_torch makes one of torch's"
+        )
+    call = StagedCall(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, heads)
+    arrays = call.compute(chosen_stages(stages, call.dropout_p > 0))
+    sizes = (call.batch, call.widths.num_heads, call.length, call.source_length)
+    masks = look_at_masks(key_padding_mask, attn_mask, bool(is_causal), *sizes, call.parameters.dtype)
+    words = Words(call)
+    texts = words.stages()
+    return Explanation(
+        title=words.title,
+        inputs=words.inputs,
+        stages={name: Stage(name, array, *texts[name]) for name, array in arrays.items()},
+        letters=words.letters,
+        heads=tuple(range(call.widths.num_heads) if call.heads is None else call.heads),
+        paths=tuple("few queries" if is_few else "ordinary" for is_few in call.paths),
+        masks=masks.effects,
+        warnings=words.warnings(masks),
+        notes=words.notes(masks, arrays),
+    )

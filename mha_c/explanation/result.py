@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `explain` returns: the stages of a call as arrays, as a table and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+
+from mha_c.display.table import Table
+from mha_c.explanation.html import render
+from mha_c.explanation.masks import MaskEffect
+from mha_c.explanation.stages import STAGES, Stage
+
+__all__ = ["Explanation"]
+
+
+class Explanation:
+    """Every stage of one call of a layer; `explain` makes it, printing it or showing it in a notebook gives a summary.
+
+    An axis N is missing everywhere if the inputs have none. S' counts the keys and those that `add_bias_kv` and
+    `add_zero_attn` append. If only some heads were asked for, H' counts them; they take the place of H, and the keys
+    and values that they read that of Hkv: `k_heads[:, i]` are the keys of head `heads[i]`.
+
+    Attributes
+    ----------
+    q, k, v : numpy.ndarray, (N, L, H * D), (N, S, Hkv * D), (N, S, Hkv * Dv)
+        The projected inputs, always with N before L.
+    q_heads, k_heads, v_heads : numpy.ndarray, (N, H, L, D), (N, Hkv, S', D), (N, Hkv, S', Dv)
+        The same cut into heads, with the appended keys and values.
+    scores : numpy.ndarray, (N, H, L, S')
+        Query times key over the square root of D.
+    masked_scores : numpy.ndarray, (N, H, L, S')
+        The scores after the masks; the same array as `scores` where there is no mask.
+    weights : numpy.ndarray, (N, H, L, S')
+        Their softmax: what the layer returns with ``average_attn_weights=False``, after dropout if there is any.
+    weights_before_dropout : numpy.ndarray, (N, H, L, S')
+        The same before dropout; by itself only where dropout is active.
+    average_weights : numpy.ndarray, (N, L, S')
+        Their mean over all heads, which the layer returns otherwise.
+    head_outputs : numpy.ndarray, (N, H, L, Dv)
+        For each head, the values averaged with its weights.
+    concatenated : numpy.ndarray, (N, L, H * Dv)
+        The results of all heads side by side.
+    output : numpy.ndarray, (L, N, out_dim)
+        What the layer returns, in its own layout, bit for bit.
+    stages : mapping of str to Stage
+        All of these that were asked for, in this order; another one is an AttributeError.
+    letters : mapping of str to int
+        The letters of the shapes, and what they stand for in this call.
+    heads : tuple of int
+        The heads that were asked for.
+    paths : tuple of str
+        For each batch item, how the layer computes it: "ordinary", or "few queries", which projects no keys (an
+        item whose scores or results turn out not to be finite is then computed once more, on the ordinary path).
+    masks : tuple of MaskEffect
+        What each mask hides.
+    warnings : tuple of str
+        What looks wrong: rows without any visible key, masks that look inverted.
+    notes : tuple of str
+        What else there is to know, in sentences: paths, masks, dropout.
+    title : str
+        The layer and the call, in one line.
+    inputs : mapping of str to (tuple of str, tuple of int)
+        The axes and the shapes of query, key and value.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> x = np.ones((5, 3, 8), np.float32)
+    >>> explanation = mha_c.explain(mha_c.MultiheadAttention(8, 4), x, x, x, is_causal=True, stages=["q", "weights"])
+    >>> list(explanation.stages), explanation.weights[0, 0, 1]
+    (['q', 'weights'], array([0.5, 0.5, 0. , 0. , 0. ], dtype=float32))
+    """
+
+    q: NDArray[Any]
+    k: NDArray[Any]
+    v: NDArray[Any]
+    q_heads: NDArray[Any]
+    k_heads: NDArray[Any]
+    v_heads: NDArray[Any]
+    scores: NDArray[Any]
+    masked_scores: NDArray[Any]
+    weights_before_dropout: NDArray[Any]
+    weights: NDArray[Any]
+    average_weights: NDArray[Any]
+    head_outputs: NDArray[Any]
+    concatenated: NDArray[Any]
+    output: NDArray[Any]
+
+    def __init__(
+        self,
+        title: str,
+        inputs: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]],
+        stages: Mapping[str, Stage],
+        letters: Mapping[str, int],
+        heads: tuple[int, ...],
+        paths: tuple[str, ...],
+        masks: tuple[MaskEffect, ...],
+        warnings: tuple[str, ...],
+        notes: tuple[str, ...],
+    ) -> None:
+        self.title = title
+        self.inputs = dict(inputs)
+        self.stages = dict(stages)
+        self.letters = dict(letters)
+        self.heads = heads
+        self.paths = paths
+        self.masks = masks
+        self.warnings = warnings
+        self.notes = notes
+
+    def __getattr__(self, name: str) -> NDArray[Any]:
+        if name not in STAGES:
+            raise AttributeError(f"'Explanation' object has no attribute {name!r}")
+        if name not in self.stages:
+            raise AttributeError(f"{name} was not asked for: explain(..., stages=[{name!r}, ...]) computes it")
+        return self.stages[name].array
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self.stages})
+
+    def table(self) -> Table:
+        """The stages as a table: shapes, operations, bytes; then what else there is to know.
+
+        Returns
+        -------
+        Table
+            Text for a terminal when printed, HTML in a notebook.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> table = mha_c.explain(mha_c.MultiheadAttention(8, 4), *[np.ones((5, 3, 8), np.float32)] * 3).table()
+        >>> table.header
+        ('', 'axes', 'shape', 'operations', 'bytes', '')
+        """
+        header = ("", "axes", "shape", "operations", "bytes", "")
+        rows = [
+            (
+                stage.name,
+                f"({', '.join(stage.axes)})",
+                str(stage.shape),
+                f"{stage.operations:,}",
+                f"{stage.nbytes:,}",
+                stage.formula,
+            )
+            for stage in self.stages.values()
+        ]
+        where = ", ".join(f"{letter} = {size}" for letter, size in self.letters.items())
+        notes = [where, *self.notes, *(f"Warning: {what}" for what in self.warnings)]
+        return Table(self.title, header, rows, notes, text=(0, 1, 2, 5))
+
+    def __repr__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a diagram of the flow, and every stage to unfold."""
+        return render(self)
+
+    def __rich__(self) -> Table:
+        return self.table()

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays and tensors of any kind as NumPy arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["as_array"]
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """A NumPy array over `value`, copied only where NumPy cannot read it in place.
+
+    Parameters
+    ----------
+    value : object
+        An array, a tensor of torch, or whatever exposes the array interface, the buffer protocol or DLPack.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of the dtype of `value`; float32 for a tensor of bfloat16.
+
+    Raises
+    ------
+    TypeError
+        If `value` is none of these, such as a list.
+
+    Examples
+    --------
+    >>> as_array(memoryview(b"ab"))
+    array([97, 98], dtype=uint8)
+    """
+    if hasattr(value, "detach"):  # a torch tensor
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # which NumPy lacks
+            value = value.float()
+    if any(hasattr(value, name) for name in ("__array__", "__array_interface__", "__array_struct__")):
+        return np.asarray(value)
+    if hasattr(value, "__dlpack__"):
+        return np.from_dlpack(value)
+    try:
+        return np.asarray(memoryview(value))
+    except TypeError:
+        raise TypeError(f"expected an array or a tensor, but got {type(value)}") from None

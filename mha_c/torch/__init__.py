@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of torch that compute their attention with mha_c, and layers of mha_c as torch's."""
+
+try:
+    import torch as _torch
+except ModuleNotFoundError as error:
+    raise ImportError("mha_c.torch needs torch, which is not installed: `pip install torch`") from error
+
+from mha_c.parameters.files import read_checkpoint
+from mha_c.torch.convert import TORCH_VERSION, forward_in_torch, from_torch, one_thread, state_dict, to_torch
+from mha_c.torch.record import run_both_ways
+from mha_c.torch.replace import ReplacedAttention, replace_attention, restore_attention
+
+__all__ = [
+    "TORCH_VERSION",
+    "ReplacedAttention",
+    "forward_in_torch",
+    "from_torch",
+    "one_thread",
+    "read_checkpoint",
+    "replace_attention",
+    "restore_attention",
+    "run_both_ways",
+    "state_dict",
+    "to_torch",
+]
