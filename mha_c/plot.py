@@ -593,7 +593,7 @@ def _draw_weights(
     image = _heat_map(ax, cells, _sequential(ax), PowerNorm(0.5, 0, _largest(cells.array) if vmax is None else vmax))
     _label(ax, labels)
     ax.set_title(f"{title}{cells.note}", fontsize="medium")
-    _describe(ax, f"{title}, {labels.sizes}. The largest weights: {_largest_weights(matrix, labels, 5)}.")
+    _describe(ax, f"{title}, {labels.sizes}. The largest weights of its queries: {_largest_weights(matrix, labels, 20)}.")
     if colorbar:
         _colorbar(image, [ax], cells.meaning(_WEIGHT))
     return ax
@@ -705,14 +705,14 @@ def _largest(array: NDArray[Any]) -> float:
 
 
 def _largest_weights(matrix: NDArray[Any], labels: _Labels, count: int) -> str:
-    """The largest weights in words, the largest first."""
-    flat = np.nan_to_num(matrix).ravel()
-    count = min(count, flat.size)
-    largest = np.argpartition(-flat, count - 1)[:count] if count else np.empty(0, int)
+    """The largest weight of each query in words, the largest first, of at most `count` queries."""
+    matrix = np.nan_to_num(matrix)
+    largest = matrix.max(axis=1, initial=0)
     said = []
-    for number in largest[np.argsort(-flat[largest], kind="stable")]:
-        query, key = divmod(int(number), matrix.shape[1])
-        said.append(f"from {labels.queries.name(query)} to {labels.keys.name(key)} {flat[number]:.2f}")
+    for query in np.argsort(-largest, kind="stable")[:count]:
+        if largest[query] > 0:
+            key = int(matrix[query].argmax())
+            said.append(f"from {labels.queries.name(query)} to {labels.keys.name(key)} {largest[query]:.2f}")
     return ", ".join(said) or "none"
 
 
@@ -720,6 +720,7 @@ def _describe(ax: Axes, words: str) -> None:
     """Say in words what the axes show, and have a notebook take such words for the picture's alternative text."""
     ax.set_label(words)
     figure = ax.get_figure(root=True)
+    assert figure is not None
     setattr(figure, "_repr_mimebundle_", partial(_alternative_text, figure))
 
 

@@ -509,8 +509,10 @@ def test_in_words():
     w[0, 0], w[0, 1] = [[0.1, 0.7, 0.2], [0, 0, 0], [0.3, 0.1, 0.6]], np.eye(3)
     sentence = ["a", "kitten", "sleeps"]
     said = plot.weights(w, 0, layer=1, tokens=sentence).get_label()
-    assert said.startswith('Attention weights, layer 1, head 0, 3 queries by 3 keys. The largest weights: from "a" (0) to')
-    assert 'to "kitten" (1) 0.70, from "sleeps" (2) to "sleeps" (2) 0.60, from' in said
+    assert said == (
+        "Attention weights, layer 1, head 0, 3 queries by 3 keys. The largest weights of its queries: "
+        'from "a" (0) to "kitten" (1) 0.70, from "sleeps" (2) to "sleeps" (2) 0.60.'
+    )
     assert plot.token(w, 2, 0, tokens=sentence).get_label() == (
         'Where "sleeps" (2) looks, head 0: "sleeps" (2) 0.60, "a" (0) 0.30, "kitten" (1) 0.10.'
     )

@@ -105,7 +105,7 @@ def matrix(
     sizes = np.abs(binned[np.isfinite(binned) & (binned != 0)])
     strongest = float(np.quantile(sizes, 0.99)) if sizes.size else 0.0
     file = io.BytesIO()
-    imsave(file, _colors(binned, strongest), format="png", metadata={"Software": None})
+    imsave(file, _colors(binned, strongest), format="png")
     height, width = (round(256 / max(binned.shape)) * count for count in binned.shape)
     text = escape(f"{rows} ↓ {columns} →, {note}; strongest colour: {_number(strongest, None)} or more")
     return (
