@@ -28,8 +28,8 @@ def main() -> None:
     x = encoder.hidden_states(ids, padding)[LAYER]  # what enters the layer
     stages = mha_c.explain(encoder.layers[LAYER].attention, x)
     ax = mha_c.plot.weights(stages, HEAD, layer=LAYER, tokens=tokens[0])
-    ax.figure.savefig("attention.png", dpi=150)
-    print(f"attention.png: {ax.get_label()}")
+    ax.figure.savefig("attention.png", dpi=150, metadata={"Description": ax.get_label()})  # the picture in words
+    print(f"attention.png: {ax.get_title()}")
 
 
 if __name__ == "__main__":

@@ -705,11 +705,11 @@ def _largest(array: NDArray[Any]) -> float:
 
 
 def _largest_weights(matrix: NDArray[Any], labels: _Labels, count: int) -> str:
-    """The largest weight of each query in words, the largest first, of at most `count` queries."""
+    """The largest weight of each query in words; of the `count` queries that have the largest, if there are more."""
     matrix = np.nan_to_num(matrix)
     largest = matrix.max(axis=1, initial=0)
     said = []
-    for query in np.argsort(-largest, kind="stable")[:count]:
+    for query in sorted(np.argsort(-largest, kind="stable")[:count]):
         if largest[query] > 0:
             key = int(matrix[query].argmax())
             said.append(f"from {labels.queries.name(query)} to {labels.keys.name(key)} {largest[query]:.2f}")
