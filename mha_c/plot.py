@@ -495,7 +495,7 @@ class _Cells(NamedTuple):
 
     def meaning(self, number: str) -> str:
         """What a cell's colour means."""
-        return number if self.size == (1, 1) else f"{number}, {self.how}"
+        return number if self.size == (1, 1) else f"{number} ({self.how})"
 
 
 def _bin(ax: Axes, matrix: NDArray[Any], *, weights: bool) -> _Cells:
@@ -517,7 +517,7 @@ def _bin_size(pitch: float) -> int:
 
 
 class _Names(NamedTuple):
-    """What the queries are called, or the keys: their words if there are any, else their positions."""
+    """What the queries or the keys are called: their words if these are given, else their positions."""
 
     kind: str
     words: list[str]
@@ -528,7 +528,7 @@ class _Names(NamedTuple):
         return f'"{_shorten(self.words[position])}" ({position})' if self.are_given else f"{self.kind} {position}"
 
     def find(self, token: int | str) -> int:
-        """The position of a token, which a position or a word names."""
+        """The position of a token, given as a position or as a word."""
         count = len(self.words)
         if not isinstance(token, str):
             if not -count <= operator.index(token) < count:
@@ -717,7 +717,7 @@ def _largest_weights(matrix: NDArray[Any], labels: _Labels, count: int) -> str:
 
 
 def _describe(ax: Axes, words: str) -> None:
-    """Say in words what the axes show, and have a notebook take such words for the picture's alternative text."""
+    """Make words the label of the axes, and in a notebook a part of the figure's alternative text."""
     ax.set_label(words)
     figure = ax.get_figure(root=True)
     assert figure is not None
@@ -725,7 +725,7 @@ def _describe(ax: Axes, words: str) -> None:
 
 
 def _alternative_text(figure: Figure, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What IPython asks of an object that it displays: no picture besides its own, and what is known about that."""
+    """What IPython asks of an object that it displays: no other data, and metadata for the picture that it makes."""
     words = [str(ax.get_label()) for ax in figure.axes if ax.get_label() not in ("", "<colorbar>")]
     return {}, {"image/png": {"alt": " ".join(words)}}
 
