@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation: examples in its pages run, and every public docstring says what numpydoc asks for."""
+"""The documentation: examples in its pages run, figures are those measured, docstrings say what numpydoc asks for."""
 
 import doctest
 import importlib
 import inspect
 import pkgutil
 import re
-from pathlib import Path
+import shutil
+import subprocess
+import sys
 
 import pytest
+from helpers import REPOSITORY
 
 mha_c = pytest.importorskip("mha_c")
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = REPOSITORY / "docs"
 
 
 @pytest.mark.parametrize("page", ["getting_started.md", "guide.md"])
@@ -23,6 +26,17 @@ def test_pages(page, tmp_path, monkeypatch):
     examples = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page, page, 0)
     assert len(examples.examples) > 10
     assert doctest.DocTestRunner().run(examples).failed == 0
+
+
+def test_the_figures_are_those_of_the_summary(tmp_path):
+    """benchmarks/report.py makes the page, its chart and the README's table again, from what was measured."""
+    readme = shutil.copy(REPOSITORY / "README.md", tmp_path)
+    command = ["benchmarks/report.py", "docs/performance.json", "--output", tmp_path, "--readme", readme]
+    subprocess.run([sys.executable, *command], cwd=REPOSITORY, check=True)
+    for made in ("README.md", "performance.json", "performance.md", "performance.svg"):
+        committed = (REPOSITORY if made == "README.md" else DOCS) / made
+        assert (tmp_path / made).read_text("utf-8") == committed.read_text("utf-8")
+    assert re.search(r"<!-- speed -->\n\nIn the median of \d+ shapes", (tmp_path / "README.md").read_text("utf-8"))
 
 
 # What numpydoc asks for and does not get: summaries may be noun phrases ("The parameters by name"), short ones need no
