@@ -32,6 +32,10 @@ def execute(path: Path) -> nbformat.NotebookNode:
         resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute()
+    for cell in notebook.cells:  # mha_c.plot describes its pictures; other cells have the words in their metadata
+        for output in cell.get("outputs", []):
+            if "alt" in cell.metadata and "image/png" in output.get("data", {}):
+                output.metadata["image/png"] = {"alt": cell.metadata["alt"]}
     notebook.metadata = nbformat.from_dict(METADATA)
     return notebook
 
