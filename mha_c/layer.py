@@ -766,17 +766,18 @@ class MultiheadAttention:
     def _repr_html_(self) -> str:
         """What a notebook shows: arguments, parameters, bytes, and what computes here."""
         from mha_c.display.html import block, escape, table
+        from mha_c.display.words import count
 
         arrays = self._parameters.arrays
         axes = self._parameters.widths.axes()
         rows = [(name, axes[name], str(array.shape), f"{array.nbytes:,}") for name, array in arrays.items()]
-        count, nbytes = sum(array.size for array in arrays.values()), sum(array.nbytes for array in arrays.values())
+        size, nbytes = sum(array.size for array in arrays.values()), sum(array.nbytes for array in arrays.values())
         config = _core.config()
         mode = "Training mode" if self.training else "Evaluation mode"
         drops = f"dropout of {self.dropout}" if self.training and self.dropout > 0 else "no dropout"
         facts = (
-            f"{count:,} parameters in {self._parameters.dtype.name}, {nbytes:,} bytes, and about as many again packed "
-            f"for the kernels ({config['cpu_level']}). Up to {config['threads']} threads.",
+            f"{size:,} parameters in {self._parameters.dtype.name}, {nbytes:,} bytes, and about as many again packed "
+            f"for the kernels ({config['cpu_level']}). Up to {count(config['threads'], 'thread')}.",
             f"{mode}: {drops}.",
         )
         title = f"<p><b>{escape(type(self).__name__)}</b>({escape(', '.join(self._arguments()))})</p>"
@@ -832,7 +833,7 @@ class OutputProjection:
 
     def __repr__(self) -> str:
         return (
-            f"NonDynamicallyQuantizableLinear(in_features={self.in_features}, out_features={self.out_features}, "
+            f"OutputProjection(in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None})"
         )
 

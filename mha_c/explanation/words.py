@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
-from mha_c.display.words import describe_call
+from mha_c.display.words import count, describe_call
 from mha_c.explanation.masks import Masks
 from mha_c.parameters.arrays import as_array
 from mha_c.explanation.stages import StagedCall
@@ -196,7 +196,7 @@ class Words:
                 "operations than projecting every key; k, v and scores were computed for this explanation alone."
             )
         config = _core.config()
-        notes.append(f"Kernels: {config['cpu_level']}; up to {config['threads']} threads, which change no bit.")
+        notes.append(f"Kernels: {config['cpu_level']}; up to {count(config['threads'], 'thread')}, which change no bit.")
         return notes
 
     def _items(self, numbers: Sequence[int]) -> str:
