@@ -78,6 +78,7 @@ def _run(argv: Sequence[str] | None) -> int:
     )
     check = commands.add_parser(
         "check",
+        usage="mha-c check [options] [FILE]",
         help="compare with torch",
         description=fill(
             "Compare mha_c with torch: the errors of both are measured against the definition of attention in a wider "

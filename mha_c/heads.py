@@ -13,6 +13,10 @@ from mha_c.explanation import Explanation
 __all__ = ["distance", "entropy", "heads_of", "to_bertviz"]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def heads_of(weights: Any, item: int = 0) -> NDArray[Any]:
     """The weights, or scores, of every head for one batch item.
 

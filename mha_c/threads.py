@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The number of threads that a call may use, and what the extension found on this machine."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager

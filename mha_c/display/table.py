@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -158,7 +158,7 @@ def _longest_word(text: str) -> int:
 
 def show(*tables: object) -> None:
     """Print tables, one after another: in colours where rich is installed and the output is a terminal."""
-    printer = print
+    printer: Callable[[object], None] = print
     if sys.stdout.isatty() and find_spec("rich"):
         from rich.console import Console
 

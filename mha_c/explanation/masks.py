@@ -52,7 +52,7 @@ class MaskEffect:
     warnings: tuple[str, ...]
 
     def __repr__(self) -> str:
-        return f"MaskEffect({self.name}, {self.description}: hides {self.hidden:,} of {self.size:,})"
+        return f"MaskEffect({self.description}: hides {self.hidden:,} of {self.size:,})"
 
 
 @dataclass(frozen=True)
