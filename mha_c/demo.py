@@ -127,7 +127,8 @@ def run() -> None:
 
 def _compare_with_torch(layer: MultiheadAttention, x: NDArray[Any]) -> str:
     if find_spec("torch") is None:
-        return f"To compare with torch, install it: {shlex.quote(sys.executable)} -m pip install torch"
+        index = "https://download.pytorch.org/whl/cpu"  # builds for CPUs; PyPI's are some gigabytes larger
+        return f"To compare with torch: {shlex.quote(sys.executable)} -m pip install torch --index-url {index}"
     from mha_c.torch import forward_in_torch
 
     ours, _ = layer(x, x, x)

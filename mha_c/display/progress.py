@@ -28,7 +28,7 @@ def progress(items: Sequence[_Item], unit: str, description: str | None = None) 
 
 def say(text: str) -> None:
     """Print a line, above the bar if there is one."""
-    if "tqdm" in sys.modules:
+    if sys.modules.get("tqdm"):
         from tqdm.auto import tqdm
 
         tqdm.write(text, file=sys.stdout)
