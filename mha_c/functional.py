@@ -22,6 +22,7 @@ __all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
 def __dir__() -> list[str]:
     return sorted(__all__)
 
+
 _Shape: TypeAlias = tuple[int, ...]
 
 _TORCH_NAMES = {"float16": "Half", "float32": "Float", "float64": "Double"}

@@ -37,6 +37,7 @@ __all__ = ["average", "distance", "entropy", "heads", "masking", "token", "weigh
 def __dir__() -> list[str]:
     return sorted(__all__)
 
+
 _SMALLEST_CELL: Final = 2.0  # points: about 3 pixels on a common screen
 _SMALLEST_FONT, _LARGEST_FONT = 6.0, 10.0  # points
 _LONGEST_WORD: Final = 16  # characters of a token that are shown

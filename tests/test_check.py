@@ -250,6 +250,8 @@ def test_command_of_a_state_dict(capsys, tmp_path):
     assert "embed_dim=16, num_heads=2, dtype=float32" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "layer.npz")]) == 0
     assert "embed_dim=8, num_heads=4, batch_first=True, dtype=float32" in capsys.readouterr().out
+    assert main(["check", str(tmp_path / "layer.npz"), "--dtype", "float64", "--add-zero-attn"]) == 0
+    assert "add_zero_attn=True, batch_first=True, dtype=float64" in in_one_line(capsys.readouterr().out)
     for wrong, words in (("none.npz", "none.npz"), ("model.pt", "did not write needs --num-heads: ")):
         assert main(["check", str(tmp_path / wrong)]) == 2
         assert words in capsys.readouterr().err

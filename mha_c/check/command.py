@@ -148,7 +148,8 @@ class Configuration:
             except ValueError as error:
                 raise ValueError(f"a file that MultiheadAttention.save did not write needs --num-heads: {error}") from None
             layer.batch_first = layer.batch_first or self.batch_first
-            return layer
+            layer.add_zero_attn = layer.add_zero_attn or self.add_zero_attn
+            return layer if self.dtype is None else layer.to(self.dtype)
         return MultiheadAttention.from_state_dict(
             self.file,
             self.prefix,
@@ -190,7 +191,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         elif one.default not in (None, ""):
             settings["help"] += f" (default: {one.default})"
         parser.add_argument(flag, dest=one.name, default=one.default, **settings)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
@@ -230,11 +231,15 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     except _REFUSALS as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    if as_json:
-        print(json.dumps(found.as_json() if isinstance(found, _Survey) else _report_as_json(found)))
+    if isinstance(found, Report):
+        tables, data, interrupted = [found], _report_as_json(found), False
     else:
-        show(*found.tables() if isinstance(found, _Survey) else [found])
-    if isinstance(found, _Survey) and found.interrupted:
+        tables, data, interrupted = found.tables(), found.as_json(), found.interrupted
+    if as_json:
+        print(json.dumps(data))
+    else:
+        show(*tables)
+    if interrupted:
         raise KeyboardInterrupt
     return 0 if found.agrees else 1
 
