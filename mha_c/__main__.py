@@ -74,7 +74,7 @@ def _run(argv: Sequence[str] | None) -> int:
     commands.add_parser(
         "demo",
         help="show attention step by step",
-        description="Show attention step by step on a small example, and compare it with torch where that is installed.",
+        description="Show attention step by step on a small example, and compare it with torch if that is installed.",
     )
     check = commands.add_parser(
         "check",

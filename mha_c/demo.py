@@ -105,8 +105,9 @@ def run() -> None:
     print("  output, weights = layer(x, x, x)\n")
     print(
         fill(
-            "x has shape (5, 3, 8): 5 positions, 3 sequences in a batch, 8 features. It is query, key and value. eval() "
-            "switches dropout off. As in torch, the arguments are embed_dim and num_heads, not d_model and nhead."
+            "x has shape (5, 3, 8): 5 positions, 3 sequences in a batch, 8 features. It is query, key and value. "
+            "eval() switches dropout off. As in torch, the arguments are called embed_dim and num_heads, not d_model "
+            "and nhead."
         ),
         end="\n\n",
     )

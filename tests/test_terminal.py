@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees in a terminal: tables and help that fit it, options and exit statuses, names that are completed."""
+"""What a person sees in a terminal: tables and help that fit it, options, exit statuses, completed names."""
 
 import argparse
 import dataclasses
@@ -36,15 +36,17 @@ def long_report():
     x, shape = normal((2, 3)), (32, 12, 128, 128)
     one = Comparison.measure("", x, x + np.float32(1e-7), x.astype(np.float64))
     one = dataclasses.replace(one, shape=shape, torch_shape=shape)
-    names = [f"vision_model.encoder.layers.{number}.self_attn{more}" for number in (0, 11) for more in ("", ", weights")]
-    return Report("A model", tuple(dataclasses.replace(one, name=name, misplaced=3 * (name == names[-1])) for name in names),
-                  ("A note. " * 20,))
+    layers = [f"vision_model.encoder.layers.{number}.self_attn" for number in (0, 11)]
+    names = [f"{name}{more}" for name in layers for more in ("", ", weights")]
+    comparisons = [dataclasses.replace(one, name=name, misplaced=3 * (name == names[-1])) for name in names]
+    return Report("A model", tuple(comparisons), ("A note. " * 20,))
 
 
 def long_coverage():
     coverage = Coverage()
     coverage.add("encoder.layers.0.self_attn", "MultiheadAttention")
-    coverage.add("encoder.layers.0.self_attn", "MultiheadAttention", "gradients are needed, and the layer is training", 1234)
+    reason = "gradients are needed, and the layer is training"
+    coverage.add("encoder.layers.0.self_attn", "MultiheadAttention", reason, 1234)
     return coverage
 
 
@@ -72,7 +74,8 @@ def missing(table, lines):
     words = Counter(word for line in lines for word in line.split())
     text = [cell for row in table.rows for number, cell in enumerate(row) if number in table.text]
     wanted = Counter(word for cell in [table.title, *table.notes, table.summary, *text] for word in cell.split())
-    numbers = Counter(cell for row in table.rows for number, cell in enumerate(row) if number not in table.text and cell)
+    cells = [cell for row in table.rows for number, cell in enumerate(row) if number not in table.text and cell]
+    numbers = Counter(cells)
     found = {cell: sum(len(re.findall(rf"(?<!\S){re.escape(cell)}(?!\S)", line)) for line in lines) for cell in numbers}
     return (wanted - words) + (numbers - Counter(found))
 
@@ -234,7 +237,9 @@ def test_every_option_sets_its_field():
             continue
         value = action.choices[-1] if action.choices else "7" if action.type is int else "x"
         given = [*action.option_strings, *([] if action.nargs == 0 else [value])]
-        configuration = command.Configuration(**{k: v for k, v in vars(parser.parse_args(given)).items() if k != "json"})
+        options = vars(parser.parse_args(given))
+        del options["json"]
+        configuration = command.Configuration(**options)
         changed = [one.name for one in dataclasses.fields(configuration)
                    if getattr(configuration, one.name) != one.default]
         assert changed == [action.dest], given
@@ -270,14 +275,14 @@ def test_json_of_the_grid(capsys, monkeypatch):
     assert said["differences"][0]["comparisons"][0]["disagreements"] == ["shape (2,) instead of (3,)"]
 
 
-@pytest.mark.parametrize("arguments", [["demo"], ["info"], ["--help"], ["check", "--embed-dim", "8", "--num-heads", "2"]])
-def test_nobody_reads_the_output(arguments, tmp_path):
+@pytest.mark.parametrize("arguments", ["demo", "info", "--help", "check --embed-dim 8 --num-heads 2"])
+def test_closed_output(arguments, tmp_path):
     """As in `mha-c demo | head -1`: no traceback."""
-    if arguments[0] == "check":
+    if arguments.startswith("check"):
         pytest.importorskip("torch")
     read_end, write_end = os.pipe()
     os.close(read_end)
-    done = subprocess.run([sys.executable, "-m", "mha_c", *arguments], stdout=write_end, stderr=subprocess.PIPE,
+    done = subprocess.run([sys.executable, "-m", "mha_c", *arguments.split()], stdout=write_end, stderr=subprocess.PIPE,
                           cwd=tmp_path, timeout=PATIENCE, check=False,
                           env={**os.environ, "PYTHONUNBUFFERED": ""})  # with it, argparse ignores the error
     os.close(write_end)
@@ -323,9 +328,13 @@ def test_one_thread_is_singular():
 
 def test_only_public_names_are_completed():
     assert dir(mha_c) == sorted([*mha_c.__all__, "__version__", "check", "functional", "heads", "plot", "torch"])
-    for name, needs in (("check", "numpy"), ("functional", "numpy"), ("heads", "numpy"), ("plot", "matplotlib"), ("torch", "torch")):
-        pytest.importorskip(needs)
-        module = getattr(mha_c, name)
-        assert dir(module) == sorted(module.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'mha_c'"):
         _ = mha_c.mha_c
+
+
+@pytest.mark.parametrize("name, needs", [("check", "numpy"), ("functional", "numpy"), ("heads", "numpy"),
+                                         ("plot", "matplotlib"), ("torch", "torch")])
+def test_only_public_names_of_modules_are_completed(name, needs):
+    pytest.importorskip(needs)
+    module = getattr(mha_c, name)
+    assert dir(module) == sorted(module.__all__)

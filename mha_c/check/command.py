@@ -146,7 +146,8 @@ class Configuration:
             try:
                 layer = MultiheadAttention.load(self.file)
             except ValueError as error:
-                raise ValueError(f"a file that MultiheadAttention.save did not write needs --num-heads: {error}") from None
+                cure = "a file that MultiheadAttention.save did not write needs --num-heads"
+                raise ValueError(f"{cure}: {error}") from None
             layer.batch_first = layer.batch_first or self.batch_first
             layer.add_zero_attn = layer.add_zero_attn or self.add_zero_attn
             return layer if self.dtype is None else layer.to(self.dtype)
@@ -180,7 +181,7 @@ def grid() -> Iterator[tuple[tuple[str, str], Configuration]]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to its parser."""
-    parser.add_argument("file", metavar="FILE", nargs="?", help="a file that holds the layer: .safetensors, .npz or .pt")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a .safetensors, .npz or .pt file that holds a layer")
     for one in fields(Configuration):
         if not one.metadata:
             continue
@@ -315,7 +316,7 @@ class _Survey:
         return self.checked == self.total and not self.wrong
 
     def tables(self) -> list[Report | Table]:
-        """The first reports of what differs, then a table of everything, with a heading above the rows of each group."""
+        """The first reports of what differs, then a table of all rows, under a heading for each group."""
         cells: list[tuple[str, ...]] = []
         verdicts: list[bool] = []
         for group, members in itertools.groupby(self.rows.items(), key=lambda item: item[0][0]):
@@ -326,8 +327,8 @@ class _Survey:
                 verdicts.append(row.differing == 0)
         header = ("", "max diff", "in ulp", "mha_c error", "torch error", "")
         note = (
-            "Each row is the worst of several configurations: with and without a batch, biases, extra keys and weights. "
-            "Errors are in ulp, units in the last place of the largest number of an output. "
+            "Each row is the worst of several configurations: with and without a batch, biases, extra keys and "
+            "weights. Errors are in ulp, units in the last place of the largest number of an output. "
         )
         summary = f"{len(self.wrong)} of {self.checked} differ" if self.wrong else f"all {self.checked} agree"
         if self.checked < self.total:

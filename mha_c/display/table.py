@@ -130,7 +130,9 @@ class Table:
         for row, style in zip(self.rows, self._row_styles()):
             first = _GAP.join(cell for name, cell in zip(header, row) if cell and not name)
             others = [
-                f"{name} {cell}" if number in self.text else f"{name} {cell:>{digits[number]}}".replace(" ", _HARD_SPACE)
+                f"{name} {cell}"
+                if number in self.text
+                else f"{name} {cell:>{digits[number]}}".replace(" ", _HARD_SPACE)
                 for number, (name, cell) in enumerate(zip(header, row))
                 if cell and name
             ]

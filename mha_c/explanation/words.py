@@ -196,7 +196,8 @@ class Words:
                 "operations than projecting every key; k, v and scores were computed for this explanation alone."
             )
         config = _core.config()
-        notes.append(f"Kernels: {config['cpu_level']}; up to {count(config['threads'], 'thread')}, which change no bit.")
+        threads = count(config["threads"], "thread")
+        notes.append(f"Kernels: {config['cpu_level']}; up to {threads}, which change no bit.")
         return notes
 
     def _items(self, numbers: Sequence[int]) -> str:

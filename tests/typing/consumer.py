@@ -24,7 +24,8 @@ x = np.zeros((5, 3, 8), np.float32)
 
 class Encoder:
     def __init__(self, width: int) -> None:
-        self.attention = mha_c.MultiheadAttention(width, 4, batch_first=True, dtype=np.float64, masked_rows="zero").eval()
+        layer = mha_c.MultiheadAttention(width, 4, batch_first=True, dtype=np.float64, masked_rows="zero")
+        self.attention = layer.eval()
 
     def __call__(self, x: Array) -> Array:
         return self.attention(x, x, x, need_weights=False, is_causal=True)[0]
