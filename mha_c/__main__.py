@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         The exit status: of `check` 1 if mha_c and torch do not agree and 2 if nothing could be checked; 130 after
-        Ctrl-C; 1 if nobody reads the output.
+        Ctrl-C; 1 if the output was closed, as by ``mha-c demo | head -1``.
 
     Examples
     --------
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as in `mha-c demo | head -1`; what is left is flushed when Python ends
+    except BrokenPipeError:  # Python flushes once more when it ends, and would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
