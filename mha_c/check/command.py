@@ -232,6 +232,7 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     except _REFUSALS as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    tables: list[Report | Table]
     if isinstance(found, Report):
         tables, data, interrupted = [found], _report_as_json(found), False
     else:
