@@ -5,7 +5,7 @@ The API comes from the docstrings of the installed package. What already stands 
 examples/ is included from there, so that it stands in one place.
 """
 
-import shutil
+import json
 from pathlib import Path
 
 import mha_c
@@ -17,13 +17,20 @@ author = "the mha_c contributors"
 copyright = author
 version = release = mha_c.__version__
 
-extensions = ["sphinx.ext.autodoc", "numpydoc", "myst_nb"]
+extensions = ["sphinx.ext.autodoc", "numpydoc", "myst_nb", "matplotlib.sphinxext.plot_directive"]
 
-# Sphinx reads its own folder only: the notebooks are copied into it. Their outputs are those that were committed.
+# Sphinx reads its own folder only: the notebooks are copied into it. Their outputs are those that were committed. The
+# alternative text of a picture is in the metadata of its output, and MyST-NB reads that of the cell.
 for copy in (HERE / "notebooks").glob("*.ipynb"):
     copy.unlink()
 for notebook in sorted((HERE.parent / "examples").glob("*.ipynb")):
-    shutil.copy(notebook, HERE / "notebooks")
+    content = json.loads(notebook.read_text("utf-8"))
+    for cell in content["cells"]:
+        for output in cell.get("outputs", []):
+            alt = output.get("metadata", {}).get("image/png", {}).get("alt")
+            if alt:
+                cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
+    (HERE / "notebooks" / notebook.name).write_text(json.dumps(content), "utf-8")
 nb_execution_mode = "off"
 
 myst_enable_extensions = ["dollarmath"]
@@ -38,6 +45,11 @@ default_role = "py:obj"  # `name` in a docstring: a link where there is such an 
 add_module_names = False
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
+
+# Pictures of the API's pages are drawn while the site is built.
+plot_formats = ["svg"]
+plot_html_show_formats = plot_html_show_source_link = False
+plot_include_source = True
 
 pygments_dark_style = "github-dark"
 html_theme = "furo"

@@ -109,11 +109,11 @@ assert_type(mha_c.heads.heads_of(explanation), Array)
 assert_type(mha_c.heads.entropy(explanation.weights, item=1), Array)
 assert_type(mha_c.heads.distance(x), Array)
 assert_type(mha_c.heads.to_bertviz(explanation, item=1), tuple[Any, ...])
-assert_type(mha_c.plot.weights(explanation, 1, tokens=["a", "b"], vmax=0.5), Axes)
-assert_type(mha_c.plot.average(x, colorbar=False), Axes)
+assert_type(mha_c.plot.weights(explanation, 1, layer=2, tokens=["a", "b"], vmax=0.5), Axes)
+assert_type(mha_c.plot.average(x, averaged=True, colorbar=False), Axes)
 assert_type(mha_c.plot.heads(x), Array)
 assert_type(mha_c.plot.entropy([x, x]), Axes)
-assert_type(mha_c.plot.distance(x, ax=mha_c.plot.token(x, 2)), Axes)
+assert_type(mha_c.plot.distance(x, ax=mha_c.plot.token(x, "a", layer="decoder.0")), Axes)
 assert_type(mha_c.plot.masking(x, x), Array)
 
 report = mha_c.check.against_torch(layer, x, x, x, need_weights=False)
@@ -143,7 +143,7 @@ layer.training = "no"  # type: ignore[assignment]
 layer.in_proj_weight.shape  # type: ignore[union-attr]
 layer.embed_dim.shape  # type: ignore[attr-defined]
 layer.save(1)  # type: ignore[arg-type]
-mha_c.explain(layer, x)  # type: ignore[call-arg]
+mha_c.explain(layer)  # type: ignore[call-arg]
 mha_c.explain(layer, x, x, x, heads="0,1")  # type: ignore[arg-type]
 mha_c.plot.weights(x, "0")  # type: ignore[arg-type]
 mha_c.heads.entropy(x, 1)  # type: ignore[call-arg]
