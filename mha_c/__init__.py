@@ -40,11 +40,11 @@ from mha_c.parameters.arrays import AnyArray
 from mha_c.threads import get_num_threads, num_threads, set_num_threads, show_config
 
 # Imported when first used: `import mha_c` needs NumPy alone.
-_SUBMODULES = ("check", "functional", "heads", "plot", "torch")
+_SUBMODULES = ("check", "demo", "functional", "heads", "plot", "torch")
 
 if TYPE_CHECKING:
-    from mha_c import check as check, functional as functional, heads as heads
-    from mha_c import plot as plot, torch as torch
+    from mha_c import check as check, demo as demo, functional as functional
+    from mha_c import heads as heads, plot as plot, torch as torch
     from mha_c.explanation import explain
 else:
 
