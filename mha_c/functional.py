@@ -5,23 +5,24 @@ Both follow torch's signatures, shapes, exceptions and words, on NumPy arrays. W
 compose with `is_causal`, and dropped weights can be repeated by `dropout_seed`.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 import os
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mha_c import _core
-from mha_c.parameters.arrays import as_array
+from mha_c.parameters.arrays import AnyArray, Array, as_array
 
 __all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
 
-_Array: TypeAlias = NDArray[Any]
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 _Shape: TypeAlias = tuple[int, ...]
 
 _TORCH_NAMES = {"float16": "Half", "float32": "Float", "float64": "Double"}
@@ -35,17 +36,17 @@ def _dropout_seed(dropout_p: Any, seed: int | None) -> int:
 
 
 def scaled_dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray,
+    attn_mask: AnyArray | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
     dropout_seed: int | None = None,
-) -> NDArray[Any]:
+) -> Array:
     """Attend with each query to all keys: ``softmax(scale * query @ keyᵀ + attn_mask) @ value``.
 
     The definition is that of "Attention Is All You Need" (Vaswani et al., 2017, section 3.2.1). Nothing of size L × S
@@ -109,35 +110,79 @@ def scaled_dot_product_attention(
     )
 
 
+@overload
 def multi_head_attention_forward(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: AnyArray, key: AnyArray, value: AnyArray, embed_dim_to_check: int, num_heads: int,
+    in_proj_weight: AnyArray | None, in_proj_bias: AnyArray | None, bias_k: AnyArray | None, bias_v: AnyArray | None,
+    add_zero_attn: bool, dropout_p: float, out_proj_weight: AnyArray, out_proj_bias: AnyArray | None,
+    training: bool = True, key_padding_mask: AnyArray | None = None, need_weights: Literal[True] = True,
+    attn_mask: AnyArray | None = None, use_separate_proj_weight: bool = False, q_proj_weight: AnyArray | None = None,
+    k_proj_weight: AnyArray | None = None, v_proj_weight: AnyArray | None = None, static_k: AnyArray | None = None,
+    static_v: AnyArray | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
+    dropout_seed: int | None = None,
+) -> tuple[Array, Array]: ...
+@overload
+def multi_head_attention_forward(
+    query: AnyArray, key: AnyArray, value: AnyArray, embed_dim_to_check: int, num_heads: int,
+    in_proj_weight: AnyArray | None, in_proj_bias: AnyArray | None, bias_k: AnyArray | None, bias_v: AnyArray | None,
+    add_zero_attn: bool, dropout_p: float, out_proj_weight: AnyArray, out_proj_bias: AnyArray | None, training: bool,
+    key_padding_mask: AnyArray | None, need_weights: Literal[False], attn_mask: AnyArray | None = None,
+    use_separate_proj_weight: bool = False, q_proj_weight: AnyArray | None = None,
+    k_proj_weight: AnyArray | None = None, v_proj_weight: AnyArray | None = None, static_k: AnyArray | None = None,
+    static_v: AnyArray | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
+    dropout_seed: int | None = None,
+) -> tuple[Array, None]: ...
+@overload
+def multi_head_attention_forward(
+    query: AnyArray, key: AnyArray, value: AnyArray, embed_dim_to_check: int, num_heads: int,
+    in_proj_weight: AnyArray | None, in_proj_bias: AnyArray | None, bias_k: AnyArray | None, bias_v: AnyArray | None,
+    add_zero_attn: bool, dropout_p: float, out_proj_weight: AnyArray, out_proj_bias: AnyArray | None,
+    training: bool = True, key_padding_mask: AnyArray | None = None, *, need_weights: Literal[False],
+    attn_mask: AnyArray | None = None, use_separate_proj_weight: bool = False, q_proj_weight: AnyArray | None = None,
+    k_proj_weight: AnyArray | None = None, v_proj_weight: AnyArray | None = None, static_k: AnyArray | None = None,
+    static_v: AnyArray | None = None, average_attn_weights: bool = True, is_causal: bool = False,
+    dropout_seed: int | None = None,
+) -> tuple[Array, None]: ...
+@overload
+def multi_head_attention_forward(
+    query: AnyArray, key: AnyArray, value: AnyArray, embed_dim_to_check: int, num_heads: int,
+    in_proj_weight: AnyArray | None, in_proj_bias: AnyArray | None, bias_k: AnyArray | None, bias_v: AnyArray | None,
+    add_zero_attn: bool, dropout_p: float, out_proj_weight: AnyArray, out_proj_bias: AnyArray | None,
+    training: bool = True, key_padding_mask: AnyArray | None = None, need_weights: bool = True,
+    attn_mask: AnyArray | None = None, use_separate_proj_weight: bool = False, q_proj_weight: AnyArray | None = None,
+    k_proj_weight: AnyArray | None = None, v_proj_weight: AnyArray | None = None, static_k: AnyArray | None = None,
+    static_v: AnyArray | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
+    dropout_seed: int | None = None,
+) -> tuple[Array, Array | None]: ...
+def multi_head_attention_forward(
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray,
     embed_dim_to_check: int,
     num_heads: int,
-    in_proj_weight: Any,
-    in_proj_bias: Any,
-    bias_k: Any,
-    bias_v: Any,
+    in_proj_weight: AnyArray | None,
+    in_proj_bias: AnyArray | None,
+    bias_k: AnyArray | None,
+    bias_v: AnyArray | None,
     add_zero_attn: bool,
     dropout_p: float,
-    out_proj_weight: Any,
-    out_proj_bias: Any,
+    out_proj_weight: AnyArray,
+    out_proj_bias: AnyArray | None,
     training: bool = True,
-    key_padding_mask: Any = None,
+    key_padding_mask: AnyArray | None = None,
     need_weights: bool = True,
-    attn_mask: Any = None,
+    attn_mask: AnyArray | None = None,
     use_separate_proj_weight: bool = False,
-    q_proj_weight: Any = None,
-    k_proj_weight: Any = None,
-    v_proj_weight: Any = None,
-    static_k: Any = None,
-    static_v: Any = None,
+    q_proj_weight: AnyArray | None = None,
+    k_proj_weight: AnyArray | None = None,
+    v_proj_weight: AnyArray | None = None,
+    static_k: AnyArray | None = None,
+    static_v: AnyArray | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
     *,
     dropout_seed: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any] | None]:
+) -> tuple[Array, Array | None]:
     """The forward of `mha_c.MultiheadAttention`, with the parameters as arguments.
 
     N is the batch size, L the number of queries, S the number of keys, E the features of the query, H the number of
@@ -275,7 +320,7 @@ def _check_widths(query: _Shape, key: _Shape, value: _Shape, embed_dim: int, num
         raise AssertionError(f"key shape {key} does not match value shape {value}")
 
 
-def _parameter(value: Any) -> _Array:
+def _parameter(value: Any) -> Array:
     """The array of a parameter as the core reads it: C-contiguous, aligned, native byte order."""
     array = as_array(value)
     return np.require(array, array.dtype.newbyteorder("="), ["C", "A", "E"])
@@ -283,7 +328,7 @@ def _parameter(value: Any) -> _Array:
 
 def _separate_projections(
     features: tuple[int, int, int], q_weight: Any, k_weight: Any, v_weight: Any, in_bias: Any
-) -> Iterator[_Array | None]:
+) -> Iterator[Array | None]:
     """The three projections and their stacked bias, from separate weights."""
     given = dict(zip("qkv", (q_weight, k_weight, v_weight), strict=True))
     for letter, weight in given.items():
@@ -305,7 +350,7 @@ def _separate_projections(
     yield bias
 
 
-def _check_matrix(weight: _Array, rows: int, depth: int, products: int = 1) -> None:
+def _check_matrix(weight: Array, rows: int, depth: int, products: int = 1) -> None:
     """What torch says when (rows, depth) cannot be multiplied with a weight, transposed."""
     if weight.ndim != 2:
         raise RuntimeError(f"mat2 must be a matrix, got {weight.ndim}-D tensor")
@@ -318,7 +363,7 @@ def _check_matrix(weight: _Array, rows: int, depth: int, products: int = 1) -> N
 
 def _packed_projections(
     width: int, rows: int, products: int, in_weight: Any, in_bias: Any
-) -> Iterator[_Array | None]:
+) -> Iterator[Array | None]:
     """The three projections and their stacked bias, from stacked weights."""
     if in_weight is None:
         raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
@@ -333,7 +378,7 @@ def _packed_projections(
     yield bias
 
 
-def _extra_key(bias: Any, width: int) -> _Array | None:
+def _extra_key(bias: Any, width: int) -> Array | None:
     """bias_k or bias_v; Weights has torch's words for one without the other."""
     if bias is None:
         return None
@@ -346,7 +391,7 @@ def _extra_key(bias: Any, width: int) -> _Array | None:
     return array.reshape(1, 1, width)
 
 
-def _output_projection(width: int, rows: int, out_weight: Any, out_bias: Any) -> Iterator[_Array | None]:
+def _output_projection(width: int, rows: int, out_weight: Any, out_bias: Any) -> Iterator[Array | None]:
     if out_weight is None:
         raise TypeError("linear(): argument 'weight' (position 2) must be Tensor, not NoneType")
     weight = _parameter(out_weight)
@@ -358,7 +403,7 @@ def _output_projection(width: int, rows: int, out_weight: Any, out_bias: Any) ->
     yield bias
 
 
-def _of_one_dtype(*parameters: _Array | None) -> tuple[Any, ...]:
+def _of_one_dtype(*parameters: Array | None) -> tuple[Any, ...]:
     dtypes = [array.dtype for array in parameters if array is not None]
     for dtype in dtypes:
         if dtype != dtypes[0]:

@@ -22,6 +22,10 @@ __all__ = ["distance", "entropy", "heads_of", "to_bertviz"]
 _TOLERANCE = 0.02  # of the sum of a query's weights: bfloat16, or a table rounded to two places, comes that close to 1
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 class Matrices(NamedTuple):
     """The matrices (L, S) of one batch item: weights, or scores."""
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head attention as a layer: torch's constructor, call, attributes and state dict over the C core."""
 
-from __future__ import annotations
-
 import functools
 import operator
 import os
@@ -10,20 +8,23 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mha_c import _core
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.initialization import initial_parameters
-from mha_c.parameters.arrays import as_array
+from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.sets import ParameterSet, Widths
 from mha_c.parameters.state_dict import IncompatibleKeys, infer_layer, match_state_dict, read_layer, write_layer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+elif sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    Self = Any
 
 __all__ = ["MultiheadAttention", "OutputProjection", "layer_with", "next_dropout_call", "parameters_of"]
 
@@ -71,10 +72,10 @@ class _Parameter(property):
     """A parameter as an attribute: reading gives the array, or None where the layer has none; assigning replaces it."""
 
     def __init__(self, name: str) -> None:
-        def read(layer: MultiheadAttention) -> NDArray[Any] | None:
+        def read(layer: "MultiheadAttention") -> Array | None:
             return layer._parameters.arrays.get(name)
 
-        def replace(layer: MultiheadAttention, value: Any) -> None:
+        def replace(layer: "MultiheadAttention", value: Any) -> None:
             layer._assign(name, value)
 
         super().__init__(read, replace)
@@ -82,7 +83,7 @@ class _Parameter(property):
 
     if TYPE_CHECKING:
 
-        def __get__(self, layer: Any, owner: type | None = None) -> NDArray[Any] | None: ...  # type: ignore[override]
+        def __get__(self, layer: Any, owner: type | None = None) -> Array | None: ...  # type: ignore[override]
 
 
 class MultiheadAttention:
@@ -261,19 +262,44 @@ class MultiheadAttention:
         if "forward" in cls.__dict__ and "__call__" not in cls.__dict__:
             cls.__call__ = cls.forward  # type: ignore[method-assign]  # a call is forward without an indirection
 
+    @overload
+    def forward(
+        self, query: AnyArray, key: AnyArray, value: AnyArray, key_padding_mask: AnyArray | None = None,
+        need_weights: Literal[True] = True, attn_mask: AnyArray | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False, *, out: Array | None = None,
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def forward(
+        self, query: AnyArray, key: AnyArray, value: AnyArray, key_padding_mask: AnyArray | None,
+        need_weights: Literal[False], attn_mask: AnyArray | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False, *, out: Array | None = None,
+    ) -> tuple[Array, None]: ...
+    @overload
+    def forward(
+        self, query: AnyArray, key: AnyArray, value: AnyArray, key_padding_mask: AnyArray | None = None, *,
+        need_weights: Literal[False], attn_mask: AnyArray | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False, out: Array | None = None,
+    ) -> tuple[Array, None]: ...
+    @overload
+    def forward(
+        self, query: AnyArray, key: AnyArray, value: AnyArray, key_padding_mask: AnyArray | None = None,
+        need_weights: bool = True, attn_mask: AnyArray | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False, *, out: Array | None = None,
+    ) -> tuple[Array, Array | None]: ...
+
     def forward(
         self,
-        query: Any,
-        key: Any,
-        value: Any,
-        key_padding_mask: Any = None,
+        query: AnyArray,
+        key: AnyArray,
+        value: AnyArray,
+        key_padding_mask: AnyArray | None = None,
         need_weights: bool = True,
-        attn_mask: Any = None,
+        attn_mask: AnyArray | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
-        out: NDArray[Any] | None = None,
-    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        out: Array | None = None,
+    ) -> tuple[Array, Array | None]:
         """Attend with each query to all keys; calling the layer does the same.
 
         Inputs are whatever exposes the array interface, the buffer protocol or DLPack on the CPU, of the layer's dtype;
@@ -352,7 +378,7 @@ class MultiheadAttention:
         return call
 
     @property
-    def out_proj(self) -> OutputProjection:
+    def out_proj(self) -> "OutputProjection":
         """The output projection."""
         return OutputProjection(self)
 
@@ -370,7 +396,7 @@ class MultiheadAttention:
             raise ValueError(f"{name} has shape {current.shape}, but got an array of shape {array.shape}")
         self._replace({name: array})
 
-    def _replace(self, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any] | None = None) -> None:
+    def _replace(self, arrays: Mapping[str, Array], dtype: np.dtype[Any] | None = None) -> None:
         """Swap in a new set of parameters, unless another thread was faster: then start from its set."""
         while True:
             old = self._parameters
@@ -380,7 +406,7 @@ class MultiheadAttention:
                     self._parameters = new
                     return
 
-    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, NDArray[Any]]]:
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Array]]:
         """Iterate over the names and arrays of the parameters, in the order of the state dict.
 
         Parameters
@@ -401,7 +427,7 @@ class MultiheadAttention:
         for name, array in self._parameters.arrays.items():
             yield f"{prefix}.{name}" if prefix else name, array
 
-    def parameters(self) -> Iterator[NDArray[Any]]:
+    def parameters(self) -> Iterator[Array]:
         """Iterate over the arrays of the parameters, in the order of the state dict.
 
         Yields
@@ -416,7 +442,7 @@ class MultiheadAttention:
         """
         yield from self._parameters.arrays.values()
 
-    def state_dict(self, *, prefix: str = "") -> OrderedDict[str, NDArray[Any]]:
+    def state_dict(self, *, prefix: str = "") -> OrderedDict[str, Array]:
         """The parameters by name, as torch names and orders them.
 
         Parameters
@@ -766,17 +792,18 @@ class MultiheadAttention:
     def _repr_html_(self) -> str:
         """What a notebook shows: arguments, parameters, bytes, and what computes here."""
         from mha_c.display.html import block, escape, table
+        from mha_c.display.words import count
 
         arrays = self._parameters.arrays
         axes = self._parameters.widths.axes()
         rows = [(name, axes[name], str(array.shape), f"{array.nbytes:,}") for name, array in arrays.items()]
-        count, nbytes = sum(array.size for array in arrays.values()), sum(array.nbytes for array in arrays.values())
+        size, nbytes = sum(array.size for array in arrays.values()), sum(array.nbytes for array in arrays.values())
         config = _core.config()
         mode = "Training mode" if self.training else "Evaluation mode"
         drops = f"dropout of {self.dropout}" if self.training and self.dropout > 0 else "no dropout"
         facts = (
-            f"{count:,} parameters in {self._parameters.dtype.name}, {nbytes:,} bytes, and about as many again packed "
-            f"for the kernels ({config['cpu_level']}). Up to {config['threads']} threads.",
+            f"{size:,} parameters in {self._parameters.dtype.name}, {nbytes:,} bytes, and about as many again packed "
+            f"for the kernels ({config['cpu_level']}). Up to {count(config['threads'], 'thread')}.",
             f"{mode}: {drops}.",
         )
         title = f"<p><b>{escape(type(self).__name__)}</b>({escape(', '.join(self._arguments()))})</p>"
@@ -803,7 +830,7 @@ class OutputProjection:
         self._layer = layer
 
     @property
-    def weight(self) -> NDArray[Any]:
+    def weight(self) -> Array:
         """(out_dim, num_heads * v_head_dim)."""
         return self._layer._parameters.arrays["out_proj.weight"]
 
@@ -812,7 +839,7 @@ class OutputProjection:
         self._layer._assign("out_proj.weight", value)
 
     @property
-    def bias(self) -> NDArray[Any] | None:
+    def bias(self) -> Array | None:
         """(out_dim,), or None in a layer without biases."""
         return self._layer._parameters.arrays.get("out_proj.bias")
 
@@ -832,7 +859,7 @@ class OutputProjection:
 
     def __repr__(self) -> str:
         return (
-            f"NonDynamicallyQuantizableLinear(in_features={self.in_features}, out_features={self.out_features}, "
+            f"OutputProjection(in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None})"
         )
 

@@ -43,6 +43,11 @@ except ModuleNotFoundError as error:
 
 __all__ = ["average", "distance", "entropy", "heads", "masking", "token", "weights"]
 
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 _SMALLEST_CELL: Final = 2.0  # points: about 3 pixels on a common screen
 _SMALLEST_FONT, _LARGEST_FONT = 7.0, 10.0  # points
 _LONGEST_WORD: Final = 16  # characters of a token that are shown

@@ -16,7 +16,7 @@ __all__ = ["CRITERION", "Comparison", "Error"]
 #: random ones, while a wrong or missing term is off by thousands of units. The four units are there because torch may
 #: happen to be exact.
 CRITERION = (
-    "It agrees if shape, dtype, NaN and infinities are torch's, and if its largest error is at most "
+    "A result agrees if its shape, dtype, NaN and infinities are torch's, and if its largest error is at most "
     "8 times torch's plus 4 units in the last place."
 )
 
@@ -174,6 +174,10 @@ class Comparison:
         if not self.error.largest <= 8 * self.torch_error.largest + 4 * self.ulp and not said:
             said.append(f"an error of {self.error.largest:.2g}, where torch's is {self.torch_error.largest:.2g}")
         return said
+
+    def __repr__(self) -> str:
+        said = "; ".join(self.disagreements) or "agrees"
+        return f"Comparison({self.name.strip()} {self.shape}: max diff {self.difference.largest:.1e}, {said})"
 
     @property
     def agrees(self) -> bool:

@@ -76,7 +76,7 @@ class Report:
         >>> Report("nothing", ()).table().title
         'nothing'
         """
-        header = ("", "shape", "difference", "rms", "in ulp", "mha_c's error", "torch's error", "")
+        header = ("", "shape", "max diff", "rms diff", "in ulp", "mha_c error", "torch error", "")
         rows = [
             (
                 one.name,
@@ -84,19 +84,21 @@ class Report:
                 f"{one.difference.largest:.1e}",
                 f"{one.difference.rms:.1e}",
                 f"{one.difference.largest / one.ulp:.1f}",
-                f"{one.error.largest / one.ulp:.1f} ulp",
-                f"{one.torch_error.largest / one.ulp:.1f} ulp",
+                f"{one.error.largest / one.ulp:.1f}",
+                f"{one.torch_error.largest / one.ulp:.1f}",
                 "agrees" if one.agrees else "DIFFERS",
             )
             for one in self.comparisons
         ]
         wrong = [f"{one.name}: {what}" for one in self.comparisons for what in one.disagreements]
-        units = "1 ulp: a unit in the last place of the largest number of an output. " + CRITERION
+        units = "Errors are in ulp, units in the last place of the largest number of an output. " + CRITERION
         verdicts = [one.agrees for one in self.comparisons]
         return Table(self.title, header, rows, [*wrong, *self.notes, units], verdicts=verdicts)
 
     def __str__(self) -> str:
         return str(self.table())
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()

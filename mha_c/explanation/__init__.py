@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention stage by stage: what the layer computes between its inputs and its output, as named arrays and pictures."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import inspect

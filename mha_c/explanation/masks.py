@@ -51,6 +51,9 @@ class MaskEffect:
     says: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"MaskEffect({self.description}: hides {self.hidden:,} of {self.size:,})"
+
 
 @dataclass(frozen=True)
 class Masks:

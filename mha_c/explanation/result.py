@@ -152,7 +152,7 @@ class Explanation:
         ]
         where = ", ".join(f"{letter} = {size}" for letter, size in self.letters.items())
         notes = [where, *self.notes, *(f"Warning: {what}" for what in self.warnings)]
-        return Table(self.title, header, rows, notes, text=(0, 1, 2, 5))
+        return Table(self.title, header, rows, notes, text=(0, 5))
 
     def __repr__(self) -> str:
         return str(self.table())

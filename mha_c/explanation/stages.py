@@ -72,6 +72,9 @@ class Stage:
     meaning: str
     operations: int
 
+    def __repr__(self) -> str:
+        return f"Stage({self.name}: {self.formula}, ({', '.join(self.axes)}) = {self.shape})"
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array."""

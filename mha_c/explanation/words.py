@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
-from mha_c.display.words import describe_call
+from mha_c.display.words import count, describe_call
 from mha_c.explanation.masks import Masks
 from mha_c.parameters.arrays import as_array
 from mha_c.explanation.stages import StagedCall
@@ -178,7 +178,7 @@ class Words:
                 "operations than projecting every key; k, v and scores were computed for this explanation alone."
             )
         config = _core.config()
-        threads = f"{config['threads']} thread{'s' * (config['threads'] != 1)}"
+        threads = count(config["threads"], "thread")
         notes.append(f"Kernels: {config['cpu_level']}. Up to {threads}; their number does not change the results.")
         return notes
 

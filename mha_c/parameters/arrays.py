@@ -3,12 +3,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_array"]
+__all__ = ["AnyArray", "Array", "as_array"]
+
+# Names for annotations. At run time they are classes that `help` and `inspect.signature` show in one word.
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    class _HasArray(Protocol):
+        def __array__(self) -> Any: ...
+
+    class _HasArrayInterface(Protocol):
+        @property
+        def __array_interface__(self) -> Any: ...
+
+    class _HasDLPack(Protocol):
+        def __dlpack__(self) -> Any: ...
+
+    AnyArray: TypeAlias = Buffer | _HasArray | _HasArrayInterface | _HasDLPack
+    Array: TypeAlias = NDArray[Any]
+else:
+    Array = np.ndarray
+
+    class AnyArray(Protocol):
+        """An array or tensor: it has the array interface, the buffer protocol or DLPack. A name for annotations."""
+
+    AnyArray.__module__ = "mha_c"
 
 
 def as_array(value: Any) -> NDArray[Any]:

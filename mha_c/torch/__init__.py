@@ -24,3 +24,7 @@ __all__ = [
     "state_dict",
     "to_torch",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
