@@ -71,15 +71,14 @@ class _Width(property):
 class _Parameter(property):
     """A parameter as an attribute: reading gives the array, or None where the layer has none; assigning replaces it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, doc: str) -> None:
         def read(layer: "MultiheadAttention") -> Array | None:
             return layer._parameters.arrays.get(name)
 
         def replace(layer: "MultiheadAttention", value: Any) -> None:
             layer._assign(name, value)
 
-        super().__init__(read, replace)
-        self.__doc__ = f"The parameter {name}, or None."
+        super().__init__(read, replace, doc=doc)
 
     if TYPE_CHECKING:
 
@@ -190,13 +189,17 @@ class MultiheadAttention:
     v_head_dim = _Width("v_head_dim")
     out_dim = _Width("out_dim")
 
-    in_proj_weight = _Parameter("in_proj_weight")
-    q_proj_weight = _Parameter("q_proj_weight")
-    k_proj_weight = _Parameter("k_proj_weight")
-    v_proj_weight = _Parameter("v_proj_weight")
-    in_proj_bias = _Parameter("in_proj_bias")
-    bias_k = _Parameter("bias_k")
-    bias_v = _Parameter("bias_v")
+    in_proj_weight = _Parameter(
+        "in_proj_weight", "The query, key and value projections, stacked, if kdim = vdim = embed_dim; else None."
+    )
+    q_proj_weight = _Parameter("q_proj_weight", "The query projection, if kdim or vdim is not embed_dim; else None.")
+    k_proj_weight = _Parameter("k_proj_weight", "The key projection, if kdim or vdim is not embed_dim; else None.")
+    v_proj_weight = _Parameter("v_proj_weight", "The value projection, if kdim or vdim is not embed_dim; else None.")
+    in_proj_bias = _Parameter(
+        "in_proj_bias", "The biases of the query, key and value projections, stacked; None without `bias`."
+    )
+    bias_k = _Parameter("bias_k", "The learnt key of `add_bias_kv`, (1, 1, features); else None.")
+    bias_v = _Parameter("bias_v", "The learnt value of `add_bias_kv`, (1, 1, features); else None.")
 
     @_explaining_foreign_names
     def __init__(
@@ -379,7 +382,7 @@ class MultiheadAttention:
 
     @property
     def out_proj(self) -> "OutputProjection":
-        """The output projection."""
+        """The output projection: its ``weight`` and ``bias``."""
         return OutputProjection(self)
 
     @property
