@@ -327,7 +327,7 @@ def test_one_thread_is_singular():
 
 
 def test_only_public_names_are_completed():
-    assert dir(mha_c) == sorted([*mha_c.__all__, "__version__", "check", "functional", "heads", "plot", "torch"])
+    assert dir(mha_c) == sorted([*mha_c.__all__, "__version__", "check", "demo", "functional", "heads", "plot", "torch"])
     with pytest.raises(AttributeError, match="has no attribute 'mha_c'"):
         _ = mha_c.mha_c
 
