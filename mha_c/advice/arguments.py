@@ -23,7 +23,7 @@ __all__ = [
     "shape_of",
 ]
 
-REFUSALS: Final = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
+REFUSALS: Final = (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """The exceptions with which a call is refused, as torch refuses it."""
 
 DTYPES: Final = ("float32", "float64")
@@ -101,6 +101,8 @@ def add_advice(error: Exception, advice: Iterator[Advice]) -> None:
     >>> str(error)
     'query is float64. torch says: mat1 and mat2 must have the same dtype, but got Double and Float'
     """
+    if type(error) not in REFUSALS:  # one of the caller's own
+        return
     with suppress(Exception):
         for sentence, leads in advice:
             words = str(error)
