@@ -77,7 +77,7 @@ class _Option(property, Generic[_Value]):
 
     def __init__(self, name: str, check: Callable[[str, Any], _Value]) -> None:
         def assign(layer: MultiheadAttention, value: Any) -> None:
-            vars(layer)[f"_{name}"] = check(name, value)
+            setattr(layer, f"_{name}", check(name, value))
 
         super().__init__(operator.attrgetter(f"_{name}"), assign)
         self.__doc__ = f"{name}, which may be changed, and counts from the next call on."
