@@ -7,12 +7,10 @@ compose with `is_causal`, and dropped weights can be repeated by `dropout_seed`.
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 
 from mha_c import _core
 from mha_c.advice.arguments import REFUSALS, shape_of
-from mha_c.advice.calls import advised_on_call
+from mha_c.advice.calls import advise_on_call
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.products import advise_on_product
 from mha_c.parameters.arrays import as_array
@@ -230,42 +228,24 @@ def multi_head_attention_forward(
     >>> bool((output == layer(x, x, x)[0]).all())
     True
     """
-    advised = functools.partial(
-        advised_on_call,
-        query,
-        key,
-        value,
-        key_padding_mask,
-        attn_mask,
-        need_weights,
-        average_attn_weights,
-        is_causal,
-        num_heads=num_heads,
-        features=(embed_dim_to_check, None, None) if use_separate_proj_weight else (embed_dim_to_check,) * 3,
-        weight=out_proj_weight,
-        extra_keys=(bias_k is not None) + bool(add_zero_attn),
-        batch_first=None,
-    )
-    with advised():
+    try:
         q_shape, k_shape, v_shape = shape_of(query), shape_of(key), shape_of(value)
         if len(q_shape) in (2, 3) and len(k_shape) == len(v_shape) == len(q_shape):  # the core has words for others
             _check_widths(q_shape, k_shape, v_shape, embed_dim_to_check, num_heads, use_separate_proj_weight)
-    rows = math.prod(q_shape[:-1])
-    width = embed_dim_to_check
-    if use_separate_proj_weight:
-        features = (width, k_shape[-1], v_shape[-1])
-        projections = _separate_projections(features, q_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias)
-    else:
-        products = 1 if query is key is value else 3  # torch multiplies once where the inputs are the same
-        projections = _packed_projections(width, rows, products, in_proj_weight, in_proj_bias)
-    extra = [_extra_key(bias, width) for bias in (bias_k, bias_v)]
-    output = _output_projection(width, rows, out_proj_weight, out_proj_bias)
-    head_dim = width // num_heads
-    parameters = _of_one_dtype(use_separate_proj_weight, *projections, *extra, *output)
-    weights = _core.Weights(num_heads, num_heads, head_dim, head_dim, *parameters)
-    with advised() if static_k is None and static_v is None else nullcontext():  # of which it knows nothing
+        rows = math.prod(q_shape[:-1])
+        width = embed_dim_to_check
+        if use_separate_proj_weight:
+            features = (width, k_shape[-1], v_shape[-1])
+            projections = _separate_projections(features, q_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias)
+        else:
+            products = 1 if query is key is value else 3  # torch multiplies once where the inputs are the same
+            projections = _packed_projections(width, rows, products, in_proj_weight, in_proj_bias)
+        extra = [_extra_key(bias, width) for bias in (bias_k, bias_v)]
+        output = _output_projection(width, rows, out_proj_weight, out_proj_bias)
+        head_dim = width // num_heads
+        parameters = _of_one_dtype(use_separate_proj_weight, *projections, *extra, *output)
         return _core.forward(
-            weights,
+            _core.Weights(num_heads, num_heads, head_dim, head_dim, *parameters),
             query,
             key,
             value,
@@ -284,6 +264,28 @@ def multi_head_attention_forward(
             static_k,
             static_v,
         )
+    except REFUSALS as error:
+        if static_k is None and static_v is None:  # whose lengths and batches are others
+            advise_on_call(
+                error,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                attn_mask,
+                need_weights,
+                average_attn_weights,
+                is_causal,
+                num_heads=num_heads,
+                features=(embed_dim_to_check, None, None) if use_separate_proj_weight else (embed_dim_to_check,) * 3,
+                parameters=(
+                    *((q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else (in_proj_weight,)),
+                    *(in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias),
+                ),
+                extra_keys=(bias_k is not None) + bool(add_zero_attn),
+                batch_first=None,
+            )
+        raise
 
 
 def _check_widths(query: _Shape, key: _Shape, value: _Shape, embed_dim: int, num_heads: int, separate: bool) -> None:

@@ -1060,7 +1060,7 @@ def facts_of(layer: MultiheadAttention) -> dict[str, Any]:
     return {
         "num_heads": widths.num_heads,
         "features": (widths.embed_dim, widths.kdim, widths.vdim),
-        "weight": arrays["out_proj.weight"],
+        "parameters": arrays.values(),
         "extra_keys": ("bias_k" in arrays) + bool(layer.add_zero_attn),
         "batch_first": bool(layer.batch_first),
     }

@@ -455,7 +455,8 @@ def test_the_function_has_no_layer():
     assert "query has 5 features, but embed_dim is 8" in refusal(lambda: call(narrow, x, x))
     words = refusal(lambda: multi_head_attention_forward(
         x, x, x, 8, 2, module.in_proj_weight, None, None, None, False, 0.0, np.zeros((8, 8)), None))
-    assert words.startswith("out_proj_weight is float64, but in_proj_weight is float32: pass parameters of one dtype")
+    assert words == ("out_proj_weight is float64, but in_proj_weight is float32: pass parameters of one dtype. "
+                     "torch says: mat1 and mat2 must have the same dtype, but got Float and Double")
     # Static keys have lengths of their own, of which there is no advice.
     static = normal((6, 4, 4))
     words = refusal(lambda: call(x, x, x, static_k=static, static_v=static, key_padding_mask=np.zeros((3, 6), bool)))
@@ -531,15 +532,16 @@ def test_keywords_of_the_constructor(keyword, write):
     assert write in inspect.signature(M).parameters
 
 
-LAYERS_MASKS = "Write attn_mask= or key_padding_mask= instead of mask= ("
 CALL_KEYWORDS = {
-    "mask": LAYERS_MASKS, "causal": "Write is_causal= instead of causal=.",
-    "attn_masks": "Write attn_mask= instead of attn_masks=.", "src_mask": "Write attn_mask= instead of src_mask=.",
+    "mask": "Write key_padding_mask= or attn_mask= instead of mask= (True hides a key here).",
+    "causal": "Write is_causal= instead of causal=.",
+    "attn_masks": "Write attn_mask= instead of attn_masks= (True hides a key here).",
+    "src_mask": "Write attn_mask= instead of src_mask= (True hides a key here).",
     "return_weights": "Write need_weights= instead of return_weights=.",
     "output_attentions": "Write need_weights= instead of output_attentions=.",
     "attention_mask": "Write key_padding_mask=attention_mask == 0 instead of attention_mask=attention_mask (if 1 marks",
-    "padding_mask": "Write key_padding_mask= instead of padding_mask=.",
-    "src_key_padding_mask": "Write key_padding_mask= instead of src_key_padding_mask=.",
+    "padding_mask": "Write key_padding_mask= instead of padding_mask= (",
+    "src_key_padding_mask": "Write key_padding_mask= instead of src_key_padding_mask= (",
     "average_weights": "Write average_attn_weights= instead of average_weights=.",
 }
 
@@ -561,7 +563,9 @@ def test_several_keywords():
 
 
 @pytest.mark.parametrize("keyword, write", [
-    ("mask", "attn_mask= instead of mask= (True shows a key here)."), ("causal", "is_causal= instead of causal=."),
+    ("mask", "attn_mask= instead of mask= (True shows a key here)."),
+    ("src_mask", "attn_mask= instead of src_mask= (True shows a key here)."),
+    ("causal", "is_causal= instead of causal=."),
     ("attention_mask", "attn_mask=attention_mask[:, None, None] != 0 instead"),
     ("dropout", "dropout_p= instead of dropout=."), ("softmax_scale", "scale= instead of softmax_scale=."),
 ])

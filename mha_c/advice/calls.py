@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 from mha_c.advice.arguments import (
     DTYPES,
-    REFUSALS,
     Advice,
     Argument,
     add_advice,
@@ -25,7 +24,7 @@ from mha_c.advice.arguments import (
 )
 from mha_c.advice.masks import fits, meaning_of_mask
 
-__all__ = ["DECODING", "advise_on_call", "advised_on_call", "warn_of_decoding"]
+__all__ = ["DECODING", "advise_on_call", "warn_of_decoding"]
 
 DECODING: Final = (
     "is_causal=True lets query l see the keys 0..l, counted from the first key, and there are fewer queries than keys. "
@@ -59,7 +58,7 @@ def advise_on_call(
     *,
     num_heads: int,
     features: tuple[int, int | None, int | None],
-    weight: Any,
+    parameters: Iterable[Any],
     extra_keys: int,
     batch_first: bool | None,
 ) -> None:
@@ -75,8 +74,8 @@ def advise_on_call(
         Heads.
     features : tuple of int
         embed_dim, kdim and vdim; None for what is not checked.
-    weight : array or tensor
-        One of the parameters, for its dtype.
+    parameters : iterable of array, tensor or None
+        The parameters, for their dtype. If they have none in common, they are what was refused.
     extra_keys : int
         How many keys are appended.
     batch_first : bool or None
@@ -87,7 +86,7 @@ def advise_on_call(
     >>> import numpy as np
     >>> error = AssertionError("was expecting embedding dimension of 8, but got 6")
     >>> x = np.zeros((5, 3, 6), np.float32)
-    >>> layer = dict(num_heads=2, features=(8, 8, 8), weight=x, extra_keys=0, batch_first=False)
+    >>> layer = dict(num_heads=2, features=(8, 8, 8), parameters=[x], extra_keys=0, batch_first=False)
     >>> advise_on_call(error, x, x, x, None, None, True, True, False, **layer)
     >>> str(error)
     'was expecting embedding dimension of 8, but got 6. query has 6 features, but embed_dim is 8.'
@@ -98,23 +97,16 @@ def advise_on_call(
 
     def advice() -> Iterator[Advice]:
         yield from _advice_on_flags(flags)
-        dtype = Argument.of("", weight).dtype
+        dtypes = {Argument.of("", one).dtype for one in parameters if one is not None}
+        if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
+            return
+        dtype = dtypes.pop()
         yield from advice_on_lists(dtype, **inputs, **masks)
         q, k, v = (Argument.of(*item) for item in inputs.items())
         padding, mask = (None if item[1] is None else Argument.of(*item) for item in masks.items())
         yield from _Call(q, k, v, padding, mask, num_heads, features, dtype, extra_keys, batch_first).advice()
 
     add_advice(error, advice())
-
-
-@contextmanager
-def advised_on_call(*call: Any, **layer: Any) -> Iterator[None]:
-    """Calls `advise_on_call` if what is done within is refused; the arguments are its own."""
-    try:
-        yield
-    except REFUSALS as error:
-        advise_on_call(error, *call, **layer)
-        raise
 
 
 def _advice_on_flags(flags: Mapping[str, Any]) -> Iterator[Advice]:

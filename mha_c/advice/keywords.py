@@ -28,8 +28,8 @@ _FOREIGN_NAMES: Final = {
     "query": "q queries",
     "key": "k keys",
     "value": "v values",
-    "key_padding_mask": "key_mask padding_mask src_key_padding_mask tgt_key_padding_mask memory_key_padding_mask",
-    "attn_mask": "src_mask tgt_mask memory_mask",
+    "attn_mask": "mask src_mask tgt_mask memory_mask",
+    "key_padding_mask": "mask key_mask padding_mask src_key_padding_mask tgt_key_padding_mask memory_key_padding_mask",
     "need_weights": "output_attentions return_attention return_attention_scores return_weights",
     "average_attn_weights": "average_weights",
     "is_causal": "causal use_causal_mask",
@@ -37,18 +37,15 @@ _FOREIGN_NAMES: Final = {
     "scale": "sm_scale softmax_scale",
 }
 
-# Names that say too little, by what the function that got them has: the layer's two masks, or attn_mask alone.
-_MASKS_OF_A_LAYER: Final = {
-    "mask": "attn_mask= or key_padding_mask= instead of mask= (the first for queries and keys, (L, S), the second for "
-    "the keys of each item, (N, S); True hides a key in both)",
-    "attention_mask": "key_padding_mask=attention_mask == 0 instead of attention_mask=attention_mask (if 1 marks the "
-    "tokens, as in Hugging Face's models: True hides a key here)",
-}
-_MASKS_OF_SCALED_DOT_PRODUCT_ATTENTION: Final = {
-    "mask": "attn_mask= instead of mask= (True shows a key here)",
-    "attention_mask": "attn_mask=attention_mask[:, None, None] != 0 instead of attention_mask=attention_mask (if it is "
-    "(N, S) and 1 marks the tokens, as in Hugging Face's models: True shows a key here)",
-}
+# Hugging Face's attention_mask, where True hides a key and where it shows one.
+_HIDING: Final = (
+    "key_padding_mask=attention_mask == 0 instead of attention_mask=attention_mask "
+    "(if 1 marks the tokens, as in Hugging Face's models: True hides a key here)"
+)
+_SHOWING: Final = (
+    "attn_mask=attention_mask[:, None, None] != 0 instead of attention_mask=attention_mask "
+    "(if it is (N, S) and 1 marks the tokens, as in Hugging Face's models: True shows a key here)"
+)
 
 
 def knows_foreign_keywords(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -86,15 +83,18 @@ batch_first=True instead of batchfirst=True.
 
 def _advice(name: str, value: Any, known: Collection[str]) -> str | None:
     """What to write instead of an unknown keyword, if it can be told."""
-    masks = _MASKS_OF_A_LAYER if "key_padding_mask" in known else _MASKS_OF_SCALED_DOT_PRODUCT_ATTENTION
-    if "attn_mask" in known and name in masks:
-        return masks[name]
-    own = next((own for own in known if name in _FOREIGN_NAMES.get(own, "").split()), None) or _most_alike(name, known)
+    hides = "key_padding_mask" in known
+    if name == "attention_mask" and "attn_mask" in known:
+        return _HIDING if hides else _SHOWING
+    meant = [own for own in known if name in _FOREIGN_NAMES.get(own, "").split()] or _most_alike(name, known)
+    if not meant:
+        return None
     shown = repr(value) if isinstance(value, (bool, int, float, str)) else ""
-    return own and f"{own}={shown} instead of {name}={shown}"
+    effect = f" (True {'hides' if hides else 'shows'} a key here)" if meant[0].endswith("mask") else ""
+    return f"{' or '.join(f'{own}={shown}' for own in meant)} instead of {name}={shown}{effect}"
 
 
-def _most_alike(name: str, known: Collection[str]) -> str | None:
+def _most_alike(name: str, known: Collection[str]) -> list[str]:
     import difflib
 
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.8)
