@@ -728,6 +728,8 @@ def test_a_mask_in_the_place_of_a_flag():
     """The fifth positional argument is need_weights."""
     words = refusal(lambda: layer(8, 2)(X, X, X, None, np.zeros((5, 5), bool)))
     assert words.endswith("need_weights is an array: pass a mask by its name, attn_mask= or key_padding_mask=.")
+    words = refusal(lambda: layer(8, 2)(X, X, X, is_causal=np.zeros((5, 5), bool)))
+    assert words.endswith("is_causal is an array: pass a mask by its name, attn_mask= or key_padding_mask=.")
 
 
 def test_layers_beyond_all_memory():
