@@ -93,9 +93,10 @@ def scaled_dot_product_attention(
     Raises
     ------
     RuntimeError, IndexError, TypeError, NotImplementedError
-        Where torch raises them, in its words: ranks, shapes, dtypes and types that do not fit. Two things that torch
-        refuses are computed: `attn_mask` together with `is_causal`, and a float mask of another width. Two that it
-        overlooks are refused: sizes of empty arrays that do not fit, and S of key and value that differ, with 4 axes.
+        Where torch raises them, in its words, and with what to write instead: ranks, shapes, dtypes and types that do
+        not fit. Two things that torch refuses are computed: `attn_mask` together with `is_causal`, and a float mask of
+        another width. Two that it overlooks are refused: sizes of empty arrays that do not fit, and S of key and value
+        that differ, with 4 axes.
 
     Examples
     --------

@@ -180,7 +180,9 @@ class MultiheadAttention:
     AssertionError
         If `embed_dim` is not divisible by `num_heads` and `head_dim` is not given.
     TypeError, RuntimeError
-        If a width is no integer, or `dtype` or `device` is not supported.
+        If an argument is of a wrong type, or `dtype` or `device` is not supported.
+    MemoryError
+        If there is no room for the parameters.
 
     Notes
     -----
@@ -350,7 +352,14 @@ class MultiheadAttention:
         Raises
         ------
         AssertionError, RuntimeError, TypeError, ValueError
-            Where torch raises them, in its words: ranks, shapes and dtypes that do not fit. A list is a TypeError.
+            Where torch raises them: ranks, shapes and dtypes that do not fit. The message has torch's words, and says
+            what to write instead. A list or a masked array is a TypeError.
+
+        Warns
+        -----
+        UserWarning
+            With `is_causal` and without `attn_mask`, where there are fewer queries than keys, as in decoding: the last
+            queries then see the first keys only.
 
         Examples
         --------
