@@ -14,6 +14,10 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 
 from mha_c import _core
+from mha_c.advice.arguments import REFUSALS, shape_of
+from mha_c.advice.calls import advise_on_call
+from mha_c.advice.keywords import knows_foreign_keywords
+from mha_c.advice.products import advise_on_product
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 
 __all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
@@ -35,6 +39,7 @@ def _dropout_seed(dropout_p: Any, seed: int | None) -> int:
     return int.from_bytes(os.urandom(8), "little") if dropout_p else 0
 
 
+@knows_foreign_keywords
 def scaled_dot_product_attention(
     query: AnyArray,
     key: AnyArray,
@@ -89,9 +94,10 @@ def scaled_dot_product_attention(
     Raises
     ------
     RuntimeError, IndexError, TypeError, NotImplementedError
-        Where torch raises them, in its words: ranks, shapes, dtypes and types that do not fit. Two things that torch
-        refuses are computed: `attn_mask` together with `is_causal`, and a float mask of another width. Two that it
-        overlooks are refused: sizes of empty arrays that do not fit, and S of key and value that differ, with 4 axes.
+        Where torch raises them, in its words, and with what to write instead: ranks, shapes, dtypes and types that do
+        not fit. Two things that torch refuses are computed: `attn_mask` together with `is_causal`, and a float mask of
+        another width. Two that it overlooks are refused: sizes of empty arrays that do not fit, and S of key and value
+        that differ, with 4 axes.
 
     Examples
     --------
@@ -105,9 +111,13 @@ def scaled_dot_product_attention(
     array([[0. , 0.5, 1. ]])
     """
     seed = _dropout_seed(dropout_p, dropout_seed)
-    return _core.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed
-    )
+    try:
+        return _core.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed
+        )
+    except REFUSALS as error:
+        advise_on_product(error, query, key, value, attn_mask, enable_gqa)
+        raise
 
 
 @overload
@@ -154,6 +164,7 @@ def multi_head_attention_forward(
     static_v: AnyArray | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
     dropout_seed: int | None = None,
 ) -> tuple[Array, Array | None]: ...
+@knows_foreign_keywords
 def multi_head_attention_forward(
     query: AnyArray,
     key: AnyArray,
@@ -263,47 +274,64 @@ def multi_head_attention_forward(
     >>> bool((output == layer(x, x, x)[0]).all())
     True
     """
-    q_shape, k_shape, v_shape = _shape(query), _shape(key), _shape(value)
-    if len(q_shape) in (2, 3) and len(k_shape) == len(v_shape) == len(q_shape):  # the core has words for other ranks
-        _check_widths(q_shape, k_shape, v_shape, embed_dim_to_check, num_heads, use_separate_proj_weight)
-    rows = math.prod(q_shape[:-1])
-    width = embed_dim_to_check
-    if use_separate_proj_weight:
-        features = (width, k_shape[-1], v_shape[-1])
-        projections = _separate_projections(features, q_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias)
-    else:
-        products = 1 if query is key is value else 3  # torch multiplies once where the inputs are the same
-        projections = _packed_projections(width, rows, products, in_proj_weight, in_proj_bias)
-    extra = [_extra_key(bias, width) for bias in (bias_k, bias_v)]
-    output = _output_projection(width, rows, out_proj_weight, out_proj_bias)
-    head_dim = width // num_heads
-    weights = _core.Weights(
-        num_heads, num_heads, head_dim, head_dim, *_of_one_dtype(*projections, *extra, *output)
-    )
-    return _core.forward(
-        weights,
-        query,
-        key,
-        value,
-        key_padding_mask,
-        need_weights,
-        attn_mask,
-        average_attn_weights,
-        is_causal,
-        None,
-        False,
-        add_zero_attn,
-        "torch",
-        dropout_p if training else 0.0,
-        _dropout_seed(dropout_p if training else 0.0, dropout_seed),
-        0,
-        static_k,
-        static_v,
-    )
-
-
-def _shape(value: Any) -> _Shape:
-    return tuple(value.shape) if hasattr(value, "shape") else as_array(value).shape
+    try:
+        q_shape, k_shape, v_shape = shape_of(query), shape_of(key), shape_of(value)
+        if len(q_shape) in (2, 3) and len(k_shape) == len(v_shape) == len(q_shape):  # the core has words for others
+            _check_widths(q_shape, k_shape, v_shape, embed_dim_to_check, num_heads, use_separate_proj_weight)
+        rows = math.prod(q_shape[:-1])
+        width = embed_dim_to_check
+        if use_separate_proj_weight:
+            features = (width, k_shape[-1], v_shape[-1])
+            projections = _separate_projections(features, q_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias)
+        else:
+            products = 1 if query is key is value else 3  # torch multiplies once where the inputs are the same
+            projections = _packed_projections(width, rows, products, in_proj_weight, in_proj_bias)
+        extra = [_extra_key(bias, width) for bias in (bias_k, bias_v)]
+        output = _output_projection(width, rows, out_proj_weight, out_proj_bias)
+        head_dim = width // num_heads
+        parameters = _of_one_dtype(use_separate_proj_weight, *projections, *extra, *output)
+        return _core.forward(
+            _core.Weights(num_heads, num_heads, head_dim, head_dim, *parameters),
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+            None,
+            False,
+            add_zero_attn,
+            "torch",
+            dropout_p if training else 0.0,
+            _dropout_seed(dropout_p if training else 0.0, dropout_seed),
+            0,
+            static_k,
+            static_v,
+        )
+    except REFUSALS as error:
+        if static_k is None and static_v is None:  # whose lengths and batches are others
+            advise_on_call(
+                error,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                attn_mask,
+                need_weights,
+                average_attn_weights,
+                is_causal,
+                num_heads=num_heads,
+                features=(embed_dim_to_check, None, None) if use_separate_proj_weight else (embed_dim_to_check,) * 3,
+                parameters=(
+                    *((q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else (in_proj_weight,)),
+                    *(in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias),
+                ),
+                extra_keys=(bias_k is not None) + bool(add_zero_attn),
+                batch_first=None,
+            )
+        raise
 
 
 def _check_widths(query: _Shape, key: _Shape, value: _Shape, embed_dim: int, num_heads: int, separate: bool) -> None:
@@ -403,10 +431,17 @@ def _output_projection(width: int, rows: int, out_weight: Any, out_bias: Any) ->
     yield bias
 
 
-def _of_one_dtype(*parameters: Array | None) -> tuple[Any, ...]:
-    dtypes = [array.dtype for array in parameters if array is not None]
-    for dtype in dtypes:
-        if dtype != dtypes[0]:
-            a, b = (_TORCH_NAMES.get(d.name, d.name) for d in (dtypes[0], dtype))
-            raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {a} and {b}")
+def _of_one_dtype(is_separate: bool, *parameters: Array | None) -> tuple[Any, ...]:
+    """The parameters, if they are all of the dtype of the first one."""
+    inputs = ("q_proj_weight", "k_proj_weight", "v_proj_weight") if is_separate else ("in_proj_weight",) * 3
+    names = (*inputs, "in_proj_bias", "bias_k", "bias_v", "out_proj_weight", "out_proj_bias")
+    given = [(name, array.dtype) for name, array in zip(names, parameters, strict=True) if array is not None]
+    first_name, first = given[0]
+    for name, dtype in given:
+        if dtype != first:
+            a, b = (_TORCH_NAMES.get(d.name, d.name) for d in (first, dtype))
+            raise RuntimeError(
+                f"{name} is {dtype}, but {first_name} is {first}: pass parameters of one dtype. "
+                f"torch says: mat1 and mat2 must have the same dtype, but got {a} and {b}"
+            )
     return parameters

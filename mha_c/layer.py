@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head attention as a layer: torch's constructor, call, attributes and state dict over the C core."""
 
-import functools
+import math
 import operator
 import os
 import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, overload
 
 import numpy as np
 
 from mha_c import _core
+from mha_c.advice.arguments import REFUSALS
+from mha_c.advice.calls import advise_on_call, warn_of_decoding
+from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.initialization import initial_parameters
 from mha_c.parameters.arrays import AnyArray, Array, as_array
-from mha_c.parameters.sets import ParameterSet, Widths
+from mha_c.parameters.sets import ParameterSet, Widths, integer, number
 from mha_c.parameters.state_dict import IncompatibleKeys, infer_layer, match_state_dict, read_layer, write_layer
 
 if TYPE_CHECKING:
@@ -26,34 +29,18 @@ elif sys.version_info >= (3, 11):
 else:
     Self = Any
 
-__all__ = ["MultiheadAttention", "OutputProjection", "layer_with", "next_dropout_call", "parameters_of"]
+__all__ = ["MultiheadAttention", "OutputProjection", "facts_of", "layer_with", "next_dropout_call", "parameters_of"]
 
 MaskedRows: TypeAlias = Literal["torch", "zero"]
 
-_Arguments = ParamSpec("_Arguments")
+_Value = TypeVar("_Value")
+
+_DEVICES = ("cpu", "cuda", "hip", "hpu", "meta", "mps", "mtia", "xla", "xpu")
 
 # Held for an instant, to count a call or to swap a set of parameters, so one lock serves all layers. Forking waits for
 # it, or a child could inherit it locked. Reentrant, since a signal handler or a finalizer may call a layer in that instant.
 _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-
-
-def _explaining_foreign_names(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Add to Python's TypeError what torch.nn.Transformer's names for the same arguments are called here."""
-    names = {"d_model": "embed_dim", "nhead": "num_heads"}
-
-    @functools.wraps(init)
-    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
-        try:
-            init(*args, **kwargs)
-        except TypeError as error:
-            foreign = [name for name in names if name in kwargs]
-            if not foreign:
-                raise
-            advice = ", ".join(f"{names[name]}={kwargs[name]!r} instead of {name}={kwargs[name]!r}" for name in foreign)
-            raise TypeError(f"{error}. Write {advice}.") from None
-
-    return checked
 
 
 class _Width(property):
@@ -83,6 +70,41 @@ class _Parameter(property):
     if TYPE_CHECKING:
 
         def __get__(self, layer: Any, owner: type | None = None) -> Array | None: ...  # type: ignore[override]
+
+
+class _Option(property, Generic[_Value]):
+    """An argument of the constructor as an attribute, which is checked whenever it is assigned."""
+
+    def __init__(self, name: str, check: Callable[[str, Any], _Value]) -> None:
+        def assign(layer: "MultiheadAttention", value: Any) -> None:
+            setattr(layer, f"_{name}", check(name, value))
+
+        super().__init__(operator.attrgetter(f"_{name}"), assign)
+        self.__doc__ = f"{name}, which may be changed, and counts from the next call on."
+
+    if TYPE_CHECKING:
+
+        def __get__(self, layer: Any, owner: type | None = None) -> _Value: ...  # type: ignore[override]
+
+        def __set__(self, layer: Any, value: _Value) -> None: ...
+
+
+def _flag(name: str, value: Any) -> bool:
+    """Whatever Python takes for true or false, as torch does, but for text: "no" would be true."""
+    if isinstance(value, str):
+        raise TypeError(f"{name} must be True or False, but got {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def _seed(name: str, value: Any) -> int:
+    """64 bits, which are random if none are given."""
+    return int.from_bytes(os.urandom(8), "little") if value is None else integer(name, value) % 2**64
+
+
+def _masked_rows(name: str, value: Any) -> MaskedRows:
+    if value not in ("torch", "zero"):
+        raise ValueError(f'{name} must be "torch" or "zero", but got {value!r}')
+    return value  # type: ignore[no-any-return]
 
 
 class MultiheadAttention:
@@ -158,7 +180,9 @@ class MultiheadAttention:
     AssertionError
         If `embed_dim` is not divisible by `num_heads` and `head_dim` is not given.
     TypeError, RuntimeError
-        If a width is no integer, or `dtype` or `device` is not supported.
+        If an argument is of a wrong type, or `dtype` or `device` is not supported.
+    MemoryError
+        If there is no room for the parameters.
 
     Notes
     -----
@@ -201,7 +225,22 @@ class MultiheadAttention:
     bias_k = _Parameter("bias_k", "The learnt key of `add_bias_kv`, (1, 1, features); else None.")
     bias_v = _Parameter("bias_v", "The learnt value of `add_bias_kv`, (1, 1, features); else None.")
 
-    @_explaining_foreign_names
+    dropout = _Option("dropout", number)
+    batch_first = _Option("batch_first", _flag)
+    add_zero_attn = _Option("add_zero_attn", _flag)
+    masked_rows = _Option("masked_rows", _masked_rows)
+    training = _Option("training", _flag)
+    dropout_seed = _Option("dropout_seed", _seed)
+
+    _dropout: float  # where these are kept: each call reads them, and a property takes longer
+    _batch_first: bool
+    _add_zero_attn: bool
+    _masked_rows: MaskedRows
+    _training: bool
+    _dropout_seed: int
+    _warns_of_decoding = True
+
+    @knows_foreign_keywords
     def __init__(
         self,
         embed_dim: int,
@@ -227,7 +266,11 @@ class MultiheadAttention:
         widths = Widths.from_arguments(embed_dim, num_heads, kdim, vdim, head_dim, v_head_dim, out_dim, num_kv_heads)
         _check_device(device)
         real = _float_dtype(dtype)
-        arrays = initial_parameters(widths.shapes(bool(bias), bool(add_bias_kv)), real, seed)
+        shapes = widths.shapes(bool(_flag("bias", bias)), bool(_flag("add_bias_kv", add_bias_kv)))
+        size = sum(math.prod(shape) for shape in shapes.values()) * real.itemsize
+        if size > sys.maxsize:
+            raise MemoryError(f"the parameters would take {size:,} bytes, with embed_dim={widths.embed_dim:,}")
+        arrays = initial_parameters(shapes, real, None if seed is None else integer("seed", seed))
         parameters = ParameterSet(widths, arrays, real)
         self._set_up(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
@@ -241,15 +284,12 @@ class MultiheadAttention:
         masked_rows: MaskedRows = "torch",
     ) -> None:
         """Complete a new layer, whether its parameters are initial ones or come from elsewhere."""
-        if masked_rows not in ("torch", "zero"):
-            raise ValueError(f'masked_rows must be "torch" or "zero", but got {masked_rows!r}')
         self.dropout = dropout
         self.batch_first = batch_first
         self.add_zero_attn = add_zero_attn
-        self.masked_rows: MaskedRows = masked_rows
+        self.masked_rows = masked_rows
         self.training = True
-        entropy = int.from_bytes(os.urandom(8), "little")
-        self.dropout_seed = entropy if dropout_seed is None else operator.index(dropout_seed) % 2**64
+        self.dropout_seed = _seed("dropout_seed", dropout_seed)
         self._dropout_calls = 0
         self._parameters = parameters
 
@@ -290,6 +330,7 @@ class MultiheadAttention:
         is_causal: bool = False, *, out: Array | None = None,
     ) -> tuple[Array, Array | None]: ...
 
+    @knows_foreign_keywords
     def forward(
         self,
         query: AnyArray,
@@ -340,7 +381,14 @@ class MultiheadAttention:
         Raises
         ------
         AssertionError, RuntimeError, TypeError, ValueError
-            Where torch raises them, in its words: ranks, shapes and dtypes that do not fit. A list is a TypeError.
+            Where torch raises them: ranks, shapes and dtypes that do not fit. The message has torch's words, and says
+            what to write instead. A list or a masked array is a TypeError.
+
+        Warns
+        -----
+        UserWarning
+            With `is_causal` and without `attn_mask`, where there are fewer queries than keys, as in decoding: the last
+            queries then see the first keys only.
 
         Examples
         --------
@@ -352,25 +400,32 @@ class MultiheadAttention:
                 [0.5       , 0.5       , 0.        ],
                 [0.33333333, 0.33333333, 0.33333333]]])
         """
-        dropout_p = self.dropout if self.training else 0.0
-        return _core.forward(
-            self._parameters.weights,
-            query,
-            key,
-            value,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            average_attn_weights,
-            is_causal,
-            out,
-            self.batch_first,
-            self.add_zero_attn,
-            self.masked_rows,
-            dropout_p,
-            self.dropout_seed,
-            self._count_dropout_call() if dropout_p > 0 else 0,
-        )
+        try:
+            if is_causal and attn_mask is None and self._warns_of_decoding:
+                warn_of_decoding(query, key, self._batch_first)
+            dropout_p = self._dropout if self._training else 0.0
+            return _core.forward(
+                self._parameters.weights,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+                out,
+                self._batch_first,
+                self._add_zero_attn,
+                self._masked_rows,
+                dropout_p,
+                self._dropout_seed,
+                self._count_dropout_call() if dropout_p > 0 else 0,
+            )
+        except REFUSALS as error:
+            call = (query, key, value, key_padding_mask, attn_mask, need_weights, average_attn_weights, is_causal)
+            advise_on_call(error, *call, **facts_of(self))
+            raise
 
     __call__ = forward
 
@@ -500,13 +555,17 @@ class MultiheadAttention:
         self._replace(arrays)
         return incompatible
 
-    def to(self, dtype: Any) -> Self:
-        """Cast the parameters, in place.
+    def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> Self:
+        """Cast the parameters, in place; the CPU is the only device.
 
         Parameters
         ----------
-        dtype : str, numpy.dtype or torch.dtype
-            float32 or float64.
+        device : str, torch.device, or the dtype
+            "cpu" or None. As in torch, the dtype may be the only argument.
+        dtype : str, numpy.dtype or torch.dtype, optional
+            float32 or float64. None: as it is.
+        non_blocking : bool, default False
+            Torch's; it makes no difference here.
 
         Returns
         -------
@@ -517,14 +576,22 @@ class MultiheadAttention:
         ------
         TypeError
             If the dtype is another one.
+        RuntimeError
+            If the device is another one.
 
         Examples
         --------
         >>> import mha_c
         >>> mha_c.MultiheadAttention(8, 2).to("float64").out_proj.weight.dtype
         dtype('float64')
+        >>> mha_c.MultiheadAttention(8, 2).to("cpu", "float64").out_proj.weight.dtype
+        dtype('float64')
         """
-        self._replace({}, _float_dtype(dtype))
+        if dtype is None and not _is_device(device):
+            device, dtype = None, device
+        _check_device(device)
+        if dtype is not None:
+            self._replace({}, _float_dtype(dtype))
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -573,6 +640,7 @@ class MultiheadAttention:
         return self.train(False)
 
     @classmethod
+    @knows_foreign_keywords
     def from_state_dict(
         cls,
         state_dict: Mapping[str, Any] | str | os.PathLike[str],
@@ -768,6 +836,77 @@ class MultiheadAttention:
         layer = cls._from_parameters(parameters, module.dropout, module.add_zero_attn, module.batch_first)
         return layer.train(module.training)
 
+    def cpu(self) -> Self:
+        """Do nothing: the layer is on the CPU.
+
+        Returns
+        -------
+        MultiheadAttention
+            The layer itself.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).cpu().embed_dim
+        8
+        """
+        return self
+
+    def cuda(self, device: Any = None) -> Self:
+        """Refuse: mha_c computes on the CPU alone.
+
+        Parameters
+        ----------
+        device : optional
+            Torch's.
+
+        Returns
+        -------
+        MultiheadAttention
+            Never.
+
+        Raises
+        ------
+        RuntimeError
+            Always.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).cuda()
+        Traceback (most recent call last):
+        RuntimeError: mha_c computes on the CPU: device must be None or "cpu", but got 'cuda'
+        """
+        return self.to("cuda")
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Do nothing where no gradients are wanted: mha_c has no backward pass.
+
+        Parameters
+        ----------
+        requires_grad : bool, default True
+            Torch's default; only False is possible.
+
+        Returns
+        -------
+        MultiheadAttention
+            The layer itself.
+
+        Raises
+        ------
+        RuntimeError
+            If `requires_grad` is true.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).requires_grad_(False).embed_dim
+        8
+        """
+        if requires_grad:
+            raise RuntimeError("mha_c has no backward pass: requires_grad must be False; torch's layer can be trained")
+        return self
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self._arguments())}, training={self.training})"
 
@@ -812,6 +951,84 @@ class MultiheadAttention:
         title = f"<p><b>{escape(type(self).__name__)}</b>({escape(', '.join(self._arguments()))})</p>"
         parameters = table(("parameter", "axes", "shape", "bytes"), rows, text=(0, 1))
         return block(title + parameters + "".join(f'<p class="faint">{escape(fact)}</p>' for fact in facts))
+
+    # Below all signatures: in this class, `float` is from here on a method.
+
+    def double(self) -> Self:
+        """Cast the parameters to float64, in place: ``to("float64")``.
+
+        Returns
+        -------
+        MultiheadAttention
+            The layer itself.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).double().out_proj.weight.dtype
+        dtype('float64')
+        """
+        return self.to("float64")
+
+    def float(self) -> Self:
+        """Cast the parameters to float32, in place: ``to("float32")``.
+
+        Returns
+        -------
+        MultiheadAttention
+            The layer itself.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2, dtype="float64").float().out_proj.weight.dtype
+        dtype('float32')
+        """
+        return self.to("float32")
+
+    def half(self) -> Self:
+        """Refuse: mha_c computes in float32 and float64 alone.
+
+        Returns
+        -------
+        MultiheadAttention
+            Never.
+
+        Raises
+        ------
+        TypeError
+            Always.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).half()
+        Traceback (most recent call last):
+        TypeError: dtype must be float32 or float64, in which mha_c computes, but got 'float16'
+        """
+        return self.to("float16")
+
+    def bfloat16(self) -> Self:
+        """Refuse: mha_c computes in float32 and float64 alone.
+
+        Returns
+        -------
+        MultiheadAttention
+            Never.
+
+        Raises
+        ------
+        TypeError
+            Always.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).bfloat16()
+        Traceback (most recent call last):
+        TypeError: dtype must be float32 or float64, in which mha_c computes, but got 'bfloat16'
+        """
+        return self.to("bfloat16")
 
 
 class OutputProjection:
@@ -868,8 +1085,24 @@ class OutputProjection:
 
 
 def layer_with(parameters: ParameterSet, *, add_zero_attn: bool, batch_first: bool) -> MultiheadAttention:
-    """A layer with parameters that are there already, in evaluation mode."""
-    return MultiheadAttention._from_parameters(parameters, 0.0, add_zero_attn, batch_first).eval()
+    """A layer with parameters that are there already, in evaluation mode, for a wrapper that knows what torch's hint
+    is_causal means.
+    """
+    layer = MultiheadAttention._from_parameters(parameters, 0.0, add_zero_attn, batch_first)
+    layer._warns_of_decoding = False
+    return layer.eval()
+
+
+def facts_of(layer: MultiheadAttention) -> dict[str, Any]:
+    """What `advise_on_call` has to know of a layer."""
+    widths, arrays = layer._parameters.widths, layer._parameters.arrays
+    return {
+        "num_heads": widths.num_heads,
+        "features": (widths.embed_dim, widths.kdim, widths.vdim),
+        "parameters": arrays.values(),
+        "extra_keys": ("bias_k" in arrays) + bool(layer.add_zero_attn),
+        "batch_first": bool(layer.batch_first),
+    }
 
 
 def parameters_of(layer: MultiheadAttention) -> ParameterSet:
@@ -880,6 +1113,11 @@ def parameters_of(layer: MultiheadAttention) -> ParameterSet:
 def next_dropout_call(layer: MultiheadAttention) -> int:
     """The number that the layer's next call in training mode has."""
     return layer._dropout_calls
+
+
+def _is_device(value: Any) -> bool:
+    """Whether torch would take it for a device, rather than for a dtype."""
+    return type(value).__name__ in ("device", "int") or str(value).partition(":")[0] in _DEVICES
 
 
 def _check_device(device: Any) -> None:
@@ -902,4 +1140,4 @@ def _float_dtype(dtype: Any) -> np.dtype[Any]:
             "Only Tensors of floating point and complex dtype can require gradients: "
             f"dtype must be float32 or float64, but got {dtype!r}"
         )
-    raise TypeError(f"dtype must be float32 or float64, but got {dtype!r}")
+    raise TypeError(f"dtype must be float32 or float64, in which mha_c computes, but got {dtype!r}")

@@ -55,7 +55,7 @@ def names_of(item):
 
 
 def describes_itself(member):
-    return inspect.isfunction(member) or isinstance(member, (classmethod, property))
+    return inspect.isroutine(member) or isinstance(member, (classmethod, property))
 
 
 def public_names():
@@ -70,7 +70,7 @@ def public_names():
         except ImportError:  # torch or matplotlib is missing
             continue
         for item in (getattr(public, name) for name in public.__all__):
-            found += names_of(item) if inspect.isfunction(item) or inspect.isclass(item) else []
+            found += names_of(item) if inspect.isroutine(item) or inspect.isclass(item) else []
     return list(dict.fromkeys(found))
 
 

@@ -60,8 +60,13 @@ static int collect_inputs(const module_state *state, PyObject *const *objects, c
     return 0;
 }
 
-static int collect_flag(PyObject *object, bool *flag)
+/* Whatever Python takes for true or false, as torch does, but for text: "no" would be true. */
+static int collect_flag(PyObject *object, const char *name, bool *flag)
 {
+    if (PyUnicode_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s must be True or False, but got %R", name, object);
+        return -1;
+    }
     const int truth = PyObject_IsTrue(object);
     *flag = truth == 1;
     return truth < 0 ? -1 : 0;
@@ -103,11 +108,12 @@ int collect_arguments(const module_state *state, PyObject *const *objects, Py_ss
     arguments->dropout_p = PyFloat_AsDouble(objects[ARGUMENT_DROPOUT_P]);
     if (arguments->dropout_p == -1 && PyErr_Occurred())
         return -1;
-    if (collect_flag(objects[ARGUMENT_NEED_WEIGHTS], &arguments->need_weights) < 0 ||
-        collect_flag(objects[ARGUMENT_AVERAGE_ATTN_WEIGHTS], &arguments->average_attn_weights) < 0 ||
-        collect_flag(objects[ARGUMENT_BATCH_FIRST], &arguments->batch_first) < 0 ||
-        collect_flag(objects[ARGUMENT_IS_CAUSAL], &call->is_causal) < 0 ||
-        collect_flag(objects[ARGUMENT_ADD_ZERO_ATTN], &call->add_zero_attn) < 0 ||
+    if (collect_flag(objects[ARGUMENT_NEED_WEIGHTS], "need_weights", &arguments->need_weights) < 0 ||
+        collect_flag(objects[ARGUMENT_AVERAGE_ATTN_WEIGHTS], "average_attn_weights",
+                     &arguments->average_attn_weights) < 0 ||
+        collect_flag(objects[ARGUMENT_BATCH_FIRST], "batch_first", &arguments->batch_first) < 0 ||
+        collect_flag(objects[ARGUMENT_IS_CAUSAL], "is_causal", &call->is_causal) < 0 ||
+        collect_flag(objects[ARGUMENT_ADD_ZERO_ATTN], "add_zero_attn", &call->add_zero_attn) < 0 ||
         collect_masked_rows(objects[ARGUMENT_MASKED_ROWS], arguments->need_weights, &call->empty_row) < 0 ||
         collect_number(objects[ARGUMENT_DROPOUT_SEED], &call->dropout_seed) < 0 ||
         collect_number(objects[ARGUMENT_DROPOUT_CALL], &call->dropout_call) < 0)

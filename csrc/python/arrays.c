@@ -75,12 +75,21 @@ static PyArrayObject *array_from_protocol(const module_state *state, PyObject *o
     return (PyArrayObject *)array;
 }
 
-/* Both functions take over the reference to the array, and may return it as it is. */
-static PyArrayObject *to_base_class(PyArrayObject *array)
+/* Both functions take over the reference to the array, and may return it as it is. A masked array of numpy.ma is
+ * refused: what its mask hides would be read. */
+static PyArrayObject *to_base_class(const module_state *state, PyArrayObject *array, const char *name)
 {
     if (PyArray_CheckExact(array))
         return array;
-    PyObject *view = PyArray_View(array, NULL, &PyArray_Type);
+    PyObject *view = NULL;
+    const int is_masked = has_attribute((PyObject *)array, state->filled_name);
+    if (is_masked > 0)
+        PyErr_Format(PyExc_TypeError,
+                     "%s is a masked array, whose mask would be ignored: pass %s.filled(0) to put zeros where it "
+                     "masks, or %s.data to read what lies there",
+                     name, name, name);
+    else if (is_masked == 0)
+        view = PyArray_View(array, NULL, &PyArray_Type);
     Py_DECREF(array);
     return (PyArrayObject *)view;
 }
@@ -105,7 +114,7 @@ PyArrayObject *array_from_object(const module_state *state, PyObject *object, co
     else
         array = array_from_protocol(state, object, name);
     if (array != NULL)
-        array = to_base_class(array);
+        array = to_base_class(state, array, name);
     if (array != NULL)
         array = to_native_byte_order(array);
     return array;

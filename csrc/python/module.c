@@ -13,6 +13,7 @@
 #include "../cpu.h"
 #include "../threads.h"
 #include "../workspace.h"
+#include "advised_function.h"
 #include "arguments.h"
 #include "arrays.h"
 #include "docstrings.h"
@@ -228,6 +229,12 @@ static int intern(const char *text, PyObject **name)
     return *name == NULL ? -1 : 0;
 }
 
+static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type)
+{
+    *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    return *type == NULL ? -1 : PyModule_AddType(module, *type);
+}
+
 static int module_exec(PyObject *module)
 {
     module_state *state = PyModule_GetState(module);
@@ -243,11 +250,12 @@ static int module_exec(PyObject *module)
         intern("__array__", &state->array_name) < 0 ||
         intern("__array_interface__", &state->array_interface_name) < 0 ||
         intern("__array_struct__", &state->array_struct_name) < 0 || intern("__dlpack__", &state->dlpack_name) < 0 ||
-        intern("ident", &state->ident_name) < 0 || thread_count_init(state) < 0)
+        intern("filled", &state->filled_name) < 0 || intern("ident", &state->ident_name) < 0 ||
+        thread_count_init(state) < 0)
         return -1;
 
-    state->weights_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &weights_type_spec, NULL);
-    if (state->weights_type == NULL || PyModule_AddType(module, state->weights_type) < 0)
+    if (add_type(module, &weights_type_spec, &state->weights_type) < 0 ||
+        add_type(module, &advised_function_spec, &state->advised_function_type) < 0)
         return -1;
     return PyModule_AddObjectRef(module, "num_threads", state->num_threads);
 }
@@ -256,6 +264,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     const module_state *state = PyModule_GetState(module);
     Py_VISIT(state->weights_type);
+    Py_VISIT(state->advised_function_type);
     Py_VISIT(state->from_dlpack);
     Py_VISIT(state->main_thread);
     Py_VISIT(state->num_threads);
@@ -266,6 +275,7 @@ static int module_clear(PyObject *module)
 {
     module_state *state = PyModule_GetState(module);
     Py_CLEAR(state->weights_type);
+    Py_CLEAR(state->advised_function_type);
     Py_CLEAR(state->from_dlpack);
     Py_CLEAR(state->main_thread);
     Py_CLEAR(state->num_threads);
@@ -273,6 +283,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->array_interface_name);
     Py_CLEAR(state->array_struct_name);
     Py_CLEAR(state->dlpack_name);
+    Py_CLEAR(state->filled_name);
     Py_CLEAR(state->ident_name);
     return 0;
 }

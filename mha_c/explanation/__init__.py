@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention stage by stage: what the layer computes between its inputs and its output, as named arrays and pictures."""
 
-import difflib
-import functools
-import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
+from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.explanation.masks import MaskEffect, look_at_masks
 from mha_c.explanation.result import Explanation
 from mha_c.explanation.stages import Stage, StagedCall, chosen_stages
@@ -17,29 +15,7 @@ from mha_c.parameters.arrays import as_array
 __all__ = ["Explanation", "MaskEffect", "Stage", "explain"]
 
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
-
-
-def _naming_known_keywords(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Have the TypeError about an unknown keyword name the known one that it resembles."""
-    known = inspect.signature(function).parameters
-
-    @functools.wraps(function)
-    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        for name in kwargs:
-            alike = difflib.get_close_matches(name, known, n=1) if name not in known else ()
-            if alike:
-                raise TypeError(
-                    f"{function.__name__}() got an unexpected keyword argument {name!r}. "
-                    f"Write {alike[0]}= instead of {name}=."
-                )
-        return function(*args, **kwargs)
-
-    return checked
-
-
-@_naming_known_keywords
+@knows_foreign_keywords
 def explain(
     layer: Any,
     query: Any,

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
-from mha_c.layer import MultiheadAttention, next_dropout_call, parameters_of
+from mha_c.advice.arguments import REFUSALS
+from mha_c.advice.calls import advise_on_call
+from mha_c.layer import MultiheadAttention, facts_of, next_dropout_call, parameters_of
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.sets import ParameterSet
 
@@ -142,7 +144,12 @@ class StagedCall:
                 "call its eval() first, or leave out heads="
             )
         # Makes the checks of a call, so that errors are those of the layer.
-        self.paths = _core.takes_few_queries(*self.arguments(self.parameters.weights))
+        try:
+            self.paths = _core.takes_few_queries(*self.arguments(self.parameters.weights))
+        except REFUSALS as error:
+            call = (*self.inputs, key_padding_mask, attn_mask, need_weights, True, is_causal)
+            advise_on_call(error, *call, **facts_of(layer))
+            raise
         shapes = [as_array(one).shape for one in (query, key)]
         self.is_batched = len(shapes[0]) == 3
         length_axis = 1 if self.is_batched and self.batch_first else 0

@@ -51,13 +51,15 @@ def as_array(value: Any) -> NDArray[Any]:
     Raises
     ------
     TypeError
-        If `value` is none of these, such as a list.
+        If `value` is none of these, such as a list, or a masked array of numpy.ma.
 
     Examples
     --------
     >>> as_array(memoryview(b"ab"))
     array([97, 98], dtype=uint8)
     """
+    if hasattr(value, "filled"):
+        raise TypeError("expected an array, but got a masked array, whose mask would be ignored: pass its filled(0)")
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":  # which NumPy lacks

@@ -282,7 +282,9 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == temporary:
+            error.filename = os.fspath(path)  # the file that was asked for
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
