@@ -162,7 +162,9 @@ def _read(path: str, file: BinaryIO) -> Checkpoint:
 
 
 def _read_zip(path: str, file: BinaryIO) -> Checkpoint:
-    if not zipfile.is_zipfile(file):
+    with damage_is_value_error(path):
+        is_whole = zipfile.is_zipfile(file)
+    if not is_whole:
         raise ValueError(f"cannot read {path}, which is incomplete: it is a zip archive whose end is missing")
     with damage_is_value_error(path):
         members = zipfile.ZipFile(file).infolist()

@@ -122,8 +122,8 @@ class _Archive:
 class _Pickle:
     """A machine that makes the containers, numbers, texts and tensors of a pickle, and an `Opaque` of all else.
 
-    It knows what pickles of protocol 2 and later consist of, sets apart. An entry of a dictionary whose key is no text
-    is left out: no name leads to it, and the hash of a key made for that purpose never ends.
+    It knows the opcodes of protocols 2 to 5. An entry of a dictionary whose key is not a text is left out: no name leads
+    to it, and a key may be made such that its hash takes forever.
     """
 
     def __init__(self, archive: _Archive) -> None:
@@ -149,7 +149,9 @@ class _Pickle:
                 stack.append(_CONSTANTS[opcode])
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
                 stack.append(argument)
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
+                stack.append(argument)
+            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
                 stack.append(argument)
             case "EMPTY_TUPLE":
                 stack.append(())
@@ -167,6 +169,13 @@ class _Pickle:
                 self._extend(self._pop(len(stack) - 1))
             case "APPENDS":
                 self._extend(self._pop(self._marks.pop()))
+            case "EMPTY_SET":
+                stack.append(self.opaque("a set"))
+            case "ADDITEMS":
+                self._pop(self._marks.pop())
+            case "FROZENSET":
+                self._pop(self._marks.pop())
+                stack.append(self.opaque("a set"))
             case "SETITEM":
                 self._update(self._pop(len(stack) - 2))
             case "SETITEMS":
@@ -185,6 +194,9 @@ class _Pickle:
                 stack.append(_storage(*stack.pop()))
             case "REDUCE" | "NEWOBJ":
                 stack.append(self.call(*self._pop(len(stack) - 2)))
+            case "NEWOBJ_EX":
+                function, arguments, _ = self._pop(len(stack) - 3)
+                stack.append(self.call(function, arguments))
             case "BUILD":
                 state = stack.pop()
                 if isinstance(stack[-1], _Module):
