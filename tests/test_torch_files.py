@@ -363,11 +363,15 @@ TUPLE1, TUPLE2, DUP, BINPERSID, SETITEM = b"\x85", b"\x86", b"2", b"Q", b"s"
 
 
 def text(value):
+    if isinstance(value, bytes):  # a pickle of its own
+        return value
     encoded = value.encode()
     return b"X" + struct.pack("<I", len(encoded)) + encoded
 
 
 def number(value):
+    if isinstance(value, bytes):
+        return value
     return b"J" + struct.pack("<i", value) if -(2**31) <= value < 2**31 else pickle.dumps(value, 2)[2:-1]
 
 
@@ -448,6 +452,10 @@ def test_nothing_is_executed(tmp_path):
     """)
 
 
+#: Tuples of tuples of tuples ..., each twice in the next.
+DOUBLED = EMPTY_TUPLE + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + TUPLE2 for n in range(200))
+
+
 def nested(count, opening, closing):
     return pickled(("a", opening * count + number(1) + closing * count))
 
@@ -478,6 +486,14 @@ BOMBS = {
     "a dictionary in itself": b"\x80\x02}q\x00" + text("a") + b"h\x00" + SETITEM + STOP,
     "a key that is hard to hash": b"\x80\x02}" + b"N" + b"".join(
         b"q" + bytes([n]) + b"h" + bytes([n]) + TUPLE2 for n in range(200)) + number(1) + SETITEM + STOP,
+    "a storage that is hard to print": pickled(("in_proj_weight", tensor([4], [1], key=DOUBLED))),
+    "a shape that is hard to print": pickled(("in_proj_weight", tensor([DOUBLED], [1, 1]))),
+    "a stride that is hard to print": pickled(("in_proj_weight", tensor([4], [DOUBLED, 1]))),
+    "a shape that is hard to multiply": pickled(("in_proj_weight", tensor(
+        [b"\x8b" + struct.pack("<i", 10**6) + b"\x7f" * 10**6 + b"q\x00", *[b"h\x00"] * 63], [1] * 64))),
+    "a shape with many axes": pickled(("in_proj_weight", tensor([1] * 200_000, [1] * 200_000))),
+    "an attribute that is hard to hash": pickled(("a", in_global("__torch__", "M") + EMPTY_TUPLE + NEWOBJ + b"]" + DOUBLED
+                                                  + number(1) + TUPLE2 + b"a" + BUILD)),
     "dictionaries many times over": b"\x80\x02" + EMPTY_DICT + b"q\x00" + b"".join(
         EMPTY_DICT + b"q" + bytes([n]) + b"".join(text(f"{k}") + b"h" + bytes([n - 1]) + SETITEM for k in range(3))
         for n in range(1, 200)) + STOP,

@@ -9,18 +9,27 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from types import ModuleType
 from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mha_c.parameters.stored import Bits, Opaque, StoredArray, damage_is_value_error, file_size, item_size, read_array
+from mha_c.parameters.stored import (
+    Bits,
+    Opaque,
+    StoredArray,
+    damage_is_value_error,
+    file_size,
+    item_size,
+    number_count,
+    read_array,
+)
 from mha_c.parameters.torch_file import read_torch_file
 
 __all__ = ["Checkpoint", "open_checkpoint", "open_state_dict", "write_checkpoint"]
@@ -148,7 +157,7 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
         raise TypeError(f"Expected state_dict to be dict-like, got {type(source)}.")
 
 
-def _read(path: str, file: BinaryIO) -> Checkpoint:
+def _read(path: str, file: BufferedReader) -> Checkpoint:
     """What a file holds, of a kind that its first bytes tell."""
     beginning = file.read(32)
     if beginning.startswith(b"PK"):
@@ -161,7 +170,7 @@ def _read(path: str, file: BinaryIO) -> Checkpoint:
     raise ValueError(f"cannot read {path}: it is {kind}")
 
 
-def _read_zip(path: str, file: BinaryIO) -> Checkpoint:
+def _read_zip(path: str, file: BufferedReader) -> Checkpoint:
     with damage_is_value_error(path):
         is_whole = zipfile.is_zipfile(file)
     if not is_whole:
@@ -184,7 +193,7 @@ def _read_zip(path: str, file: BinaryIO) -> Checkpoint:
     return Checkpoint(path, content, None)
 
 
-def _read_npz(path: str, file: BinaryIO) -> Checkpoint:
+def _read_npz(path: str, file: BufferedReader) -> Checkpoint:
     file.seek(0)
     archive = np.load(file, allow_pickle=False)
 
@@ -197,7 +206,7 @@ def _read_npz(path: str, file: BinaryIO) -> Checkpoint:
     return Checkpoint(path, {name: StoredArray(path, functools.partial(read, name)) for name in names}, config)
 
 
-def _read_safetensors(path: str, file: BinaryIO) -> Checkpoint:
+def _read_safetensors(path: str, file: BufferedReader) -> Checkpoint:
     """A file of eight bytes, which tell the length of a header in JSON, the header, and the numbers."""
     file.seek(0)
     start = end = 8 + int.from_bytes(file.read(8), "little")
@@ -218,18 +227,18 @@ def _read_safetensors(path: str, file: BinaryIO) -> Checkpoint:
 
 
 def _safetensor(
-    path: str, file: BinaryIO, start: int, stop: int, kind: str, shape: Sequence[int]
+    path: str, file: BufferedReader, start: int, stop: int, kind: str, shape: Sequence[int]
 ) -> StoredArray | Opaque:
     dtype = _SAFETENSORS.get(kind, kind)
     size = item_size(dtype)
     if size is None:
         return Opaque(path, f"numbers in {kind}")
-    if stop - start != math.prod(shape) * size:
+    if stop - start != number_count(shape) * size:
         raise ValueError(f"an array of {kind} and of the shape {shape} does not take {stop - start} bytes")
     return StoredArray(path, functools.partial(read_array, file, start, stop, dtype, shape))
 
 
-def _read_index(path: str, file: BinaryIO, files: ExitStack) -> Checkpoint:
+def _read_index(path: str, file: BufferedReader, files: ExitStack) -> Checkpoint:
     """The arrays of several files beside the index that names them, each opened when it is needed."""
     with damage_is_value_error(path):
         shards = json.load(file).get("weight_map")

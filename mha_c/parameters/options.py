@@ -43,16 +43,16 @@ _ABOVE: Final = {
 # Entries of a Hugging Face config.json, written as name=value. What is null, zero or empty is written as False, and a
 # container as True. Models that do not show an option otherwise are listed by their type.
 _ENTRIES: Final = {
-    "rope": r"(rope|rotary).*=(?!False)|position_embeddings?_type=rotary|model_type=(llama|falcon|gptj|codegen|roformer)$",
+    "rope": r"(rope|rotary).*=(?!False)|position_embeddings?_type=rotary|^model_type=(llama|falcon|gptj|codegen|roformer)$",
     "qk_norm": r"qk_(layer_?)?norm=(?!False)",
     "scale": r"^(query_pre_attn_scalar|attention_multiplier|scale_attn_by_inverse_layer_idx|qk_scale.*)=(?!False)"
-    r"|scale_attn_weights=False|model_type=(gpt_neo|t5|mt5|umt5|longt5|switch_transformers|udop|pop2piano)$",
+    r"|scale_attn_weights=False|^model_type=(gpt_neo|t5|mt5|umt5|longt5|switch_transformers|udop|pop2piano)$",
     "softcap": r"attn.*softcap.*=(?!False)",
     "window": r"^(sliding_window.*|attention_window)=(?!False)",
-    "alibi": r"^alibi=True|position_embeddings?_type=alibi|model_type=(bloom|mpt)$",
+    "alibi": r"^alibi=True|position_embeddings?_type=alibi|^model_type=(bloom|mpt)$",
     "bias": r"(relative_(attention|position)|rel_pos).*=(?!False)|position_embeddings?_type=relative",
     "sinks": r"sink.*=(?!False)",
-    "approximation": r"attention_type=block_sparse|model_type=(nystromformer|yoso|mra)$",
+    "approximation": r"attention_type=block_sparse|^model_type=(nystromformer|yoso|mra)$",
 }
 
 _HEADS: Final = ("num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads")

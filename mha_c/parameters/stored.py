@@ -7,12 +7,22 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Final, Literal, TypeAlias
+from io import BufferedReader
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Bits", "Opaque", "StoredArray", "damage_is_value_error", "file_size", "item_size", "read_array"]
+__all__ = [
+    "Bits",
+    "Opaque",
+    "StoredArray",
+    "damage_is_value_error",
+    "file_size",
+    "item_size",
+    "number_count",
+    "read_array",
+]
 
 Bits: TypeAlias = tuple[NDArray[Any], str]
 
@@ -24,6 +34,8 @@ _NUMPY: Final = frozenset(
     ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
     + ("float16", "float32", "float64", "complex64", "complex128")
 )
+
+_MAX_AXES: Final = 64  # NumPy's own limit
 
 
 class StoredArray:
@@ -126,13 +138,45 @@ def item_size(dtype: str) -> int | None:
     return np.dtype(_BITS.get(dtype, dtype)).itemsize if known else None
 
 
-def file_size(file: BinaryIO) -> int:
+def number_count(shape: Sequence[int]) -> int:
+    """The numbers in an array of a shape that a file claims.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        The shape.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ValueError
+        If no array has such a shape.
+
+    Examples
+    --------
+    >>> number_count([2, 3])
+    6
+    """
+    _check_sizes(shape)
+    return math.prod(shape)
+
+
+def _check_sizes(sizes: Sequence[int]) -> None:
+    """Refuse what nobody should compute with, nor print: too many, too large, negative, or something else."""
+    if len(sizes) > _MAX_AXES or any(type(size) is not int or not 0 <= size < 2**63 for size in sizes):
+        raise ValueError("an array has an impossible shape")
+
+
+def file_size(file: BufferedReader) -> int:
     """The bytes of an open file."""
     return os.fstat(file.fileno()).st_size
 
 
 def read_array(
-    file: BinaryIO,
+    file: BufferedReader,
     start: int,
     stop: int,
     dtype: str,
@@ -172,20 +216,22 @@ def read_array(
     ValueError
         If the array does not lie within the part and the file, or is larger than the file: it repeats numbers.
     """
+    count = number_count(shape)
     if strides is None:
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    if len(shape) != len(strides) or min(offset, *shape, *strides, 0) < 0:
-        raise ValueError(f"no array has the shape {shape}, the strides {strides} and the offset {offset}")
+    _check_sizes([offset, *strides])
+    if len(strides) != len(shape):
+        raise ValueError("an array has not as many strides as axes")
     stored = np.dtype(_BITS.get(dtype, dtype)).newbyteorder(byteorder)
-    span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if math.prod(shape) else 0
+    span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides)) if count else 0
     begin = start + offset * stored.itemsize
     if begin + span * stored.itemsize > min(stop, file_size(file)):
         raise ValueError(f"an array of {dtype} and of the shape {tuple(shape)} goes beyond what is stored for it")
-    if math.prod(shape) > file_size(file):
+    if count > file_size(file):
         raise ValueError(f"an array of the shape {tuple(shape)} repeats the few numbers stored for it")
     content = np.empty(span * stored.itemsize, np.uint8)
     file.seek(begin)
-    if file.readinto(content.data) != content.nbytes:  # type: ignore[attr-defined]  # typeshed's BinaryIO lacks it
+    if file.readinto(content.data) != content.nbytes:
         raise ValueError("the file has become shorter")
     numbers = content.view(stored).astype(stored.newbyteorder("="), copy=False)
     return np.ndarray(shape, numbers.dtype, numbers, 0, [stride * stored.itemsize for stride in strides]), dtype

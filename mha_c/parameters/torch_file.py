@@ -11,7 +11,8 @@ from __future__ import annotations
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO, Final, Literal, NamedTuple
+from io import BufferedReader
+from typing import Any, Final, Literal, NamedTuple
 
 from mha_c.parameters.stored import Bits, Opaque, StoredArray, item_size, read_array
 
@@ -31,10 +32,17 @@ _STORAGES: Final = {
     "torch.ComplexDoubleStorage": "complex128",
     "torch.ComplexFloatStorage": "complex64",
 }
+
+# Opcodes of pickles that push a constant, an empty container, or their argument.
 _CONSTANTS: Final = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY: Final = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
+_LITERALS: Final = frozenset(
+    ("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
+    + ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
+)
 
 
-def read_torch_file(path: str, file: BinaryIO) -> Any:
+def read_torch_file(path: str, file: BufferedReader) -> Any:
     """What a file of ``torch.save`` or ``torch.jit.save`` holds.
 
     Parameters
@@ -47,9 +55,9 @@ def read_torch_file(path: str, file: BinaryIO) -> Any:
     Returns
     -------
     object
-        Dictionaries (without entries whose keys are no texts), lists, tuples, numbers and texts as they were saved. A
-        tensor is a `StoredArray`, an object of TorchScript is the dictionary of its attributes, and whatever else there
-        is an `Opaque`.
+        Dictionaries (without entries whose keys are not strings), lists, tuples, numbers and strings as they were saved.
+        A tensor is a `StoredArray`, an object of TorchScript is a dictionary of its attributes, and anything else is an
+        `Opaque`.
 
     Raises
     ------
@@ -83,7 +91,7 @@ class _Module(dict[str, Any]):
 class _Archive:
     """The zip archive."""
 
-    def __init__(self, path: str, file: BinaryIO) -> None:
+    def __init__(self, path: str, file: BufferedReader) -> None:
         self.path = path
         self._file = file
         self._members = {member.filename: member for member in zipfile.ZipFile(file).infolist()}
@@ -120,10 +128,11 @@ class _Archive:
 
 
 class _Pickle:
-    """A machine that makes the containers, numbers, texts and tensors of a pickle, and an `Opaque` of all else.
+    """A machine that makes the containers, numbers, strings and tensors of a pickle, and an `Opaque` of anything else.
 
-    It knows the opcodes of protocols 2 to 5. An entry of a dictionary whose key is not a text is left out: no name leads
-    to it, and a key may be made such that its hash takes forever.
+    It knows the opcodes of protocols 2 to 5. It leaves out entries of dictionaries whose keys are not strings: no name
+    leads to them, and keys can be made whose hashes take forever. For the same reason nothing here is compared or printed
+    before its type is checked.
     """
 
     def __init__(self, archive: _Archive) -> None:
@@ -145,20 +154,12 @@ class _Pickle:
         match opcode:
             case "PROTO" | "FRAME" | "STOP":
                 pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
+            case _ if opcode in _LITERALS:
+                stack.append(argument)
+            case _ if opcode in _CONSTANTS:
                 stack.append(_CONSTANTS[opcode])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
-                stack.append(argument)
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
-                stack.append(argument)
-            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
-                stack.append(argument)
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
+            case _ if opcode in _EMPTY:
+                stack.append(_EMPTY[opcode]())
             case "MARK":
                 self._marks.append(len(stack))
             case "TUPLE":
@@ -199,7 +200,7 @@ class _Pickle:
                 stack.append(self.call(function, arguments))
             case "BUILD":
                 state = stack.pop()
-                if isinstance(stack[-1], _Module):
+                if isinstance(stack[-1], _Module) and isinstance(state, dict):
                     stack[-1].update(state)
             case _:
                 raise ValueError(f"its pickle has the opcode {opcode}, which torch never writes")
@@ -234,6 +235,8 @@ class _Pickle:
 
 def _storage(kind: str, storage_type: Opaque, key: str, location: str, numbers: int) -> _Storage:
     """What the persistent ID of a storage stands for."""
+    if type(key) is not str:
+        raise ValueError("its pickle names a storage by something else than a string")
     return _Storage(key, _STORAGES.get(storage_type.name, storage_type.name))
 
 
