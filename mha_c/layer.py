@@ -592,8 +592,8 @@ class MultiheadAttention:
         dropout_seed, masked_rows
             As for the constructor.
         head_dim, num_kv_heads : int, optional
-            Needed where one weight holds query, key and value, and value heads are not as wide as key heads, or fewer:
-            then one of them tells the other.
+            Only needed where one weight holds query, key and value, and value heads are not as wide as key heads: then
+            one of them tells the other.
         config : mapping of str to object, or str or path-like, optional
             The configuration of a Hugging Face model, or its ``config.json``. It tells `num_heads`, `num_kv_heads` and
             `head_dim`, and whether the model computes something that this layer does not.

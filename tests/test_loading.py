@@ -200,11 +200,12 @@ def test_given_names_that_are_wrong():
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
-def test_projections_head_by_head(num_kv_heads):
+@pytest.mark.parametrize("head_dim", [2, 6])
+def test_projections_head_by_head(num_kv_heads, head_dim):
     """The order of rows is never guessed: without `layout` it is an error, and either layout is read as it is."""
-    module = layer(8, 4, num_kv_heads=num_kv_heads)
+    module = layer(8, 4, num_kv_heads=num_kv_heads, head_dim=head_dim)
     names = ("query_key_value", "dense")
-    given = {"num_heads": 4, "num_kv_heads": num_kv_heads, "names": names}
+    given = {"num_heads": 4, "names": names}
     for layout, state in {
         "stacked": stored(module, names),
         "per_head": stored(module, names, per_head=num_kv_heads),
@@ -213,14 +214,15 @@ def test_projections_head_by_head(num_kv_heads):
         assert bits(loaded.state_dict()) == bits(module.state_dict())
         kind, words = error_of(state, **given)
         assert kind is ValueError and 'layout="per_head"' in words and 'layout="stacked"' in words
-    if num_kv_heads == 4:
-        loaded = from_state_dict(stored(module, ("q", "kv", "o"), per_head=4), num_heads=4, names=("q", "kv", "o"),
-                                 layout="per_head")
-        assert bits(loaded.state_dict()) == bits(module.state_dict())
+    names = ("q", "kv", "o")
+    three = stored(module, names, per_head=num_kv_heads)
+    loaded = from_state_dict(three, num_heads=4, names=names, layout="per_head")
+    assert bits(loaded.state_dict()) == bits(module.state_dict())
     with pytest.raises(ValueError, match='layout must be "stacked" or "per_head"'):
-        from_state_dict(state, **{**given, "layout": "heads"})
-    with pytest.raises(ValueError, match="cannot share"):
-        from_state_dict(state, **{**given, "num_heads": 5, "num_kv_heads": 5, "layout": "per_head"})
+        from_state_dict(state, **given, layout="heads")
+    for wrong in ({"num_heads": 5}, {"num_kv_heads": 3}, {"num_heads": 0}, {"num_heads": -4}):
+        with pytest.raises(ValueError, match="rows, which do not fit"):
+            from_state_dict(state, **{**given, **wrong}, layout="per_head")
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -177,7 +177,7 @@ def arrays_in(mapping: Mapping[str, Any]) -> dict[str, Any]:
     {'model.weight': array([1., 1.])}
     """
     arrays: dict[str, Any] = {}
-    for name, array in _walk(mapping, "", 0, {}):
+    for name, array in _walk(mapping, "", 0, {id(mapping): mapping}):
         if name in arrays:
             raise ValueError(f'two arrays in the state dict are called "{name}"')
         arrays[name] = array
@@ -313,13 +313,15 @@ def _read_foreign(
     if strict and (missing := _missing_biases(scheme.biases, biases)):
         raise loading_error(layer_name, [missing_keys(missing), _ADVICE])
 
-    inputs = _by_projection(scheme, weights[:-1], layout, heads)
+    order = _order(scheme.weights[-2], weights, layout, heads)
+    inputs = _inputs(weights, order)
     arrays = dict(zip(_INPUTS if len(inputs) == 3 else ("in_proj_weight",), inputs))
+    arrays["out_proj.weight"] = weights[-1]
     if biases:
         zeros: dict[str, NDArray[Any]] = {name: np.zeros(length, np.float32) for name, length in lengths.items()}
-        *input_biases, arrays["out_proj.bias"] = (zeros | biases).values()
-        arrays["in_proj_bias"] = np.concatenate(_by_projection(scheme, input_biases, layout, heads))
-    arrays["out_proj.weight"] = weights[-1]
+        complete = list((zeros | biases).values())
+        arrays["in_proj_bias"] = np.concatenate(_inputs(complete, order))
+        arrays["out_proj.bias"] = complete[-1]
     arrays |= {name: _read(part, name) for name in _EXTRA_KEY if name in part}
     if scheme.interleaves and len(inputs) == 3 and len(inputs[1]) * _known(heads) > len(inputs[0]) > len(inputs[1]):
         raise refusal({"kv_heads": f"{scheme.names[1]} has fewer rows than {scheme.names[0]}"})
@@ -360,28 +362,39 @@ def _missing_biases(names: Sequence[str], biases: Mapping[str, Any]) -> list[str
     return [name for name in required if name not in biases and not biases.keys().isdisjoint(inputs)]
 
 
-def _by_projection(
-    scheme: Scheme, parts: Sequence[NDArray[Any]], layout: Layout | None, heads: _Heads
-) -> list[NDArray[Any]]:
-    """What is stored of query, key and value one by one; or in one array, one below the other, if the scheme has one."""
-    *first, several = parts
-    if len(first) == 2:
-        return [*parts]
-    name = scheme.weights[-2]
+def _order(
+    name: str, weights: Sequence[NDArray[Any]], layout: Layout | None, heads: _Heads
+) -> NDArray[Any] | None:
+    """The rows of the weight with several projections, one projection after the other; None if they lie like that."""
+    if len(weights) == 4:
+        return None
     if layout is None:
         raise ValueError(
             f'{name} holds several projections, and its name does not tell in which order: pass layout="stacked" if they '
             'lie one below the other, layout="per_head" if each head has its own together (GPT-NeoX, BLOOM, Falcon)'
         )
-    if layout == "per_head":
-        kv_heads = _known(heads) if heads.num_kv_heads is None else heads.num_kv_heads
-        count = 2 + (0 if first else _known(heads) // max(kv_heads, 1))
-        if kv_heads <= 0 or len(several) % (kv_heads * count):
-            raise ValueError(f"{name} has {len(several)} rows, which {kv_heads} times {count} heads cannot share")
-        by_head = several.reshape(kv_heads, count, len(several) // (kv_heads * count), *several.shape[1:])
-        each = (by_head[:, :-2], by_head[:, -2], by_head[:, -1])
-        several = np.concatenate([rows.reshape(-1, *several.shape[1:]) for rows in each])
-    return [*first, *np.split(several, 2)] if first else [several]
+    rows, features = len(weights[-2]), weights[-1].shape[1]
+    if layout == "stacked":
+        if len(weights) == 3 and rows % 2:
+            raise ValueError(f"{name} has {rows} rows, which keys and values cannot share")
+        return None
+    num_heads = _known(heads)
+    queries = num_heads if len(weights) == 2 else 0
+    head_dim = features // max(num_heads, 1)
+    num_kv_heads = (rows // max(head_dim, 1) - queries) // 2
+    fits = rows == (queries + 2 * num_kv_heads) * head_dim and features == num_heads * head_dim
+    if not fits or num_kv_heads <= 0 or num_heads % num_kv_heads or heads.num_kv_heads not in (None, num_kv_heads):
+        raise ValueError(f"{name} has {rows} rows, which do not fit {num_heads} heads with a width of {head_dim}")
+    numbers = np.arange(rows).reshape(num_kv_heads, -1, head_dim)  # of a head: its queries, its key, its value
+    return np.concatenate([numbers[:, :-2].ravel(), numbers[:, -2].ravel(), numbers[:, -1].ravel()])
+
+
+def _inputs(arrays: Sequence[NDArray[Any]], order: NDArray[Any] | None) -> list[NDArray[Any]]:
+    """What belongs to query, key and value one by one; or together, if one array holds all three."""
+    *first, several, _ = arrays
+    if order is not None:
+        several = several[order]
+    return [*first, *np.split(several, 2)] if len(first) == 1 else [*first, several]
 
 
 def _infer_widths(shapes: Mapping[str, tuple[int, ...]], heads: _Heads) -> Widths:
