@@ -615,8 +615,8 @@ class MultiheadAttention:
             queries, biases by relative position; and for names that only such models use, unless `names` or `config` is
             given.
         ValueError
-            If no layer of `num_heads` heads has such shapes, something cannot be told or contradicts itself, or a file is
-            incomplete, damaged or of another kind.
+            If no layer of `num_heads` heads has such shapes, arguments contradict `config` or each other, a layout has
+            to be given, or a file is incomplete, damaged or of another kind.
         TypeError
             If `state_dict` is neither a mapping nor a path, or nothing tells the number of heads.
         ImportError

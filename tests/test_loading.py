@@ -227,7 +227,7 @@ def test_projections_head_by_head(num_kv_heads, head_dim):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_convolutions_of_gpt2(bias):
-    """The shape tells whether weights are transposed (Hugging Face) or not (nanoGPT); if it does not, nobody guesses."""
+    """The shape tells whether weights are transposed (Hugging Face) or not (nanoGPT); otherwise it is an error."""
     module = layer(8, 4, bias=bias)
     for names in (("c_attn", "c_proj"), ("q_attn", "c_attn", "c_proj")):
         state = stored(module, names, transposed=True)
@@ -453,7 +453,7 @@ def test_the_loaded_layer_computes_what_the_model_does(torch, name):
 
 @pytest.mark.parametrize("name", ["ViT", "DeiT", "Dinov2"])
 def test_vision_models_of_hugging_face(torch, tmp_path, name):
-    """From the file that save_pretrained writes, with its config.json, and from the model itself, whose names differ."""
+    """From the file that save_pretrained writes, with its config.json; and from the model, whose names differ."""
     transformers = pytest.importorskip("transformers")
     config = configuration(
         f"{name}Config", hidden_size=E, num_attention_heads=H, num_hidden_layers=2, intermediate_size=8, image_size=8,
@@ -470,7 +470,7 @@ def test_vision_models_of_hugging_face(torch, tmp_path, name):
 
 
 def test_models_whose_positions_are_left_out(torch):
-    """Names and layout of those that are refused, with the rotation and the biases that this version lacks set to none."""
+    """Models that are refused, with the rotations and biases that this version lacks set to none."""
     llama = configuration("LlamaConfig", hidden_size=E, num_attention_heads=H, num_key_value_heads=2)
     neox = configuration("GPTNeoXConfig", hidden_size=E, num_attention_heads=H)
     bloom = configuration("BloomConfig", hidden_size=E, n_head=H)
@@ -593,6 +593,7 @@ def test_grouped_heads_of_x_transformers():
         ({"alibi": True}, {"alibi"}),
         ({"attention_type": "block_sparse"}, {"approximation"}),
         ({"learnable_sink_init": 0.5}, {"sinks"}),
+        ({"sinkhorn_iterations": 100}, set()),
         ({"sliding_window": None, "scale_embedding": True, "layer_norm_eps": 1e-5, "qkv_bias": True}, set()),
     ],
     ids=str,
@@ -607,8 +608,9 @@ def test_what_a_config_shows(config, expected):
             assert kind is NotImplementedError and all(f"({option}: its config has " in words for option in expected)
 
 
-@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen3Config", "Gemma2Config", "GptOssConfig", "PhiConfig",
-                                  "GPTNeoXConfig", "GPTJConfig", "GPTNeoConfig", "BloomConfig", "MptConfig",
+@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen3Config", "Gemma2Config", "GptOssConfig",
+                                  "PhiConfig", "GPTNeoXConfig", "GPTJConfig", "GPTNeoConfig", "BloomConfig",
+                                  "MptConfig",
                                   "FalconConfig", "T5Config", "MPNetConfig", "RoFormerConfig", "ModernBertConfig",
                                   "LayoutLMv3Config", "NystromformerConfig", "GraniteConfig"])
 def test_configs_of_models_that_compute_something_else(name):
@@ -650,12 +652,12 @@ def test_a_config_tells_the_heads(tmp_path):
     "config, start, expected",
     [
         ({"n_head": 3}, "", (3, None)),
-        ({"encoder_attention_heads": 4, "decoder_attention_heads": 2}, "model.decoder.layers.0.encoder_attn.", (2, None)),
+        ({"encoder_attention_heads": 4, "decoder_attention_heads": 2}, "decoder.layers.0.encoder_attn.", (2, None)),
         ({"encoder_attention_heads": 4, "decoder_attention_heads": 2}, "encoder.layers.0.self_attn.", (4, None)),
         ({"encoder_attention_heads": 4, "decoder_attention_heads": 4}, "", (4, None)),
         ({"encoder_attention_heads": 4, "decoder_attention_heads": 2}, "", (None, None)),
         ({"num_attention_heads": 71, "multi_query": True, "num_kv_heads": 71}, "", (71, 1)),
-        ({"num_attention_heads": 8, "multi_query": True, "num_kv_heads": 2, "new_decoder_architecture": True}, "", (8, 2)),
+        ({"n_head": 8, "multi_query": True, "num_kv_heads": 2, "new_decoder_architecture": True}, "", (8, 2)),
         ({"num_heads": [3, 6, 12]}, "", (None, None)),
         ({}, "", (None, None)),
     ],
@@ -668,7 +670,7 @@ def test_where_a_config_has_the_heads(config, start, expected):
 def test_configs_that_do_not_tell(tmp_path):
     state = stored(layer(8, 4), PLAIN)
     for more in ({}, {"config": {}}, {"config": {"num_heads": [3, 6]}}):
-        with pytest.raises(TypeError, match="needs num_heads, which no shape tells, or config="):
+        with pytest.raises(TypeError, match="needs num_heads, which no shape tells, or the model's config.json"):
             from_state_dict(state, **more)
     clip = {"text_config": {"num_attention_heads": 4}, "vision_config": {"num_attention_heads": 2}, "dim": 3}
     with pytest.raises(ValueError, match=r"pass config\['text_config'\] or config\['vision_config'\]"):
@@ -688,7 +690,7 @@ def test_configs_that_do_not_tell(tmp_path):
 
 @pytest.mark.parametrize("names", [PLAIN, ("to_q", "to_kv", "to_out"), ("qkv", "proj")], ids=" ".join)
 def test_biases_that_models_lack(names):
-    """None at all, none for the output, only that of the output, or no bias for keys (Whisper): zeros change nothing."""
+    """None at all, none for the output, only that of the output, or none for keys (Whisper): they are zeros."""
     module = layer(8, 4)
     state = stored(module, names)
     biases = [f"{name}.bias" for name in names]
@@ -811,8 +813,10 @@ def test_the_error_says_what_there_is():
     assert 'prefix="layers.0.". The names that begin with "attn." are' in error_of(known, "attn.", num_heads=4)[1]
     assert error_of(known, "layers.", num_heads=4)[1].endswith('It has layers with prefix="layers.0.".')
     begun = {f"attn.{name}_proj.weight": w for name in "qk"}
-    assert 'Missing key(s) in state_dict: "v_proj.weight", "out_proj.weight".' in error_of(begun, "attn.", num_heads=4)[1]
-    assert 'It holds no arrays, but "epoch" (int), "model" (dict).' in error_of({"epoch": 3, "model": {}}, num_heads=4)[1]
+    words = error_of(begun, "attn.", num_heads=4)[1]
+    assert 'Missing key(s) in state_dict: "v_proj.weight", "out_proj.weight".' in words
+    words = error_of({"epoch": 3, "model": {}}, num_heads=4)[1]
+    assert 'It holds no arrays, but "epoch" (int), "model" (dict).' in words
     assert "It holds no arrays." in error_of({}, num_heads=4)[1]
 
 

@@ -450,7 +450,7 @@ def test_descriptions_that_do_not_fit(tmp_path, suffix, change):
         config = checkpoint.config
     if change is None:
         {".npz": np.savez, ".safetensors": lambda p, **a: safetensors.numpy.save_file(a, p)}[suffix](path, **arrays)
-        with pytest.raises(ValueError, match=r"was not written by MultiheadAttention\.save, .*\.from_state_dict reads it, given num_heads"):
+        with pytest.raises(ValueError, match=r"not written by MultiheadAttention\.save, .* reads it, given num_heads"):
             mha_c.MultiheadAttention.load(path)
         assert bits(mha_c.MultiheadAttention.from_state_dict(path, num_heads=2).state_dict()) == bits(arrays)
         return
@@ -544,7 +544,8 @@ def test_from_state_dict_errors_are_torchs(changes):
     model = {f"block.attention.{name}": tensor for name, tensor in state.items()}
     got = outcome(lambda: mha_c.MultiheadAttention.from_state_dict(model, "block.attention.", num_heads=2)).error
     assert type(got) is type(expected) is RuntimeError
-    words = str(got).removesuffix("\n\t(strict=False ignores keys beside the layer's, and takes zeros for a missing bias.)")
+    words, _, advice = str(got).partition("\n\t(")
+    assert "strict=False" in advice or "size mismatch" in words
     assert words.rstrip("\n") == torch_words(expected).rstrip("\n")
     if "norm.weight" in changes:
         lenient = mha_c.MultiheadAttention.from_state_dict(state, num_heads=2, strict=False)
@@ -671,7 +672,8 @@ def test_models_in_several_files(tmp_path, kind):
     shards = [f"{name}-0000{n}-of-00003.{suffix}" for n in (1, 2, 3)]
     weight_map = {key: shards[n % 2] if "layers.1.self_attn" in key else shards[2] for n, key in enumerate(model)}
     for shard in shards[:2]:
-        model_file(tmp_path / shard.replace(".bin", ".pt"), {key: model[key] for key in model if weight_map[key] == shard})
+        part = {key: model[key] for key in model if weight_map[key] == shard}
+        model_file(tmp_path / shard.replace(".bin", ".pt"), part)
         (tmp_path / shard.replace(".bin", ".pt")).rename(tmp_path / shard)
     index = tmp_path / f"{kind}.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 3}, "weight_map": weight_map}))
@@ -680,8 +682,9 @@ def test_models_in_several_files(tmp_path, kind):
     assert bits(loaded.state_dict()) == bits(expected.state_dict())
     with pytest.raises(FileNotFoundError, match=shards[2]):
         mha_c.MultiheadAttention.from_state_dict(index, "layers.0.self_attn.", num_heads=2)
-    for damage in (lambda shard: shard.write_bytes(shard.read_bytes()[:100]), lambda shard: shard.write_text("no shard")):
-        damage(tmp_path / shards[1])
+    whole = (tmp_path / shards[1]).read_bytes()
+    for damaged in (whole[:100], b"no shard"):
+        (tmp_path / shards[1]).write_bytes(damaged)
         with pytest.raises(ValueError, match=f"cannot read .*{shards[1]}"):
             mha_c.MultiheadAttention.from_state_dict(index, "layers.1.self_attn.", num_heads=2)
     index.write_text(json.dumps({"weight_map": {**weight_map, "layers.1.self_attn.in_proj_weight": index.name}}))

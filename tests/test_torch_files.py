@@ -18,6 +18,11 @@ from helpers import bits, run_child
 from mha_c.parameters import files, stored, torch_file
 
 torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{words}")
+    for words in ("enable_nested_tensor is True", "ComplexHalf support", "`torch.jit.script. is deprecated")
+]
+
 from_state_dict = mha_c.MultiheadAttention.from_state_dict
 
 
@@ -114,8 +119,8 @@ def random_content(random, storages, depth=0):
         return random_tensor(random, storages)
     if kind == 4:
         number = int(random.integers(-(2**62), 2**62)) >> int(random.integers(62))
-        plain = [None, True, number, number << 70, float(random.standard_normal()), float("nan"), "Ωμέγα\n" * 90, b"x"]
-        everything = [*plain, *OTHERS]
+        plain = [None, True, number, number << 70, float(random.standard_normal()), float("nan"), "Ωμέγα\n" * 90]
+        everything = [*plain, b"bytes", *OTHERS]
         return everything[random.integers(len(everything))]
     items = [random_content(random, storages, depth + 1) for _ in range(random.integers(5))]
     if kind == 5:
@@ -213,7 +218,7 @@ def test_a_layer_of_a_checkpoint(tmp_path, name):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_torchscript(tmp_path, half):
-    """The parameters of a scripted model, under the names of its attributes; a model without a layer is said to be so."""
+    """The parameters of a scripted model, under the names of its attributes."""
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -330,7 +335,7 @@ def test_damaged_files(tmp_path, content):
 def test_the_format_of_old(tmp_path):
     for value in (torch.nn.MultiheadAttention(8, 2).state_dict(), {"a": 1}):
         torch.save(value, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-        with pytest.raises(ValueError, match=r"old\.bin: it is in the format that torch had before version 1\.6: torch\.load"):
+        with pytest.raises(ValueError, match=r"old\.bin: it is in the format that torch had before version 1\.6"):
             from_state_dict(tmp_path / "old.bin", num_heads=2)
 
 
@@ -339,7 +344,7 @@ def test_the_format_of_old(tmp_path):
                          ids=lambda value: type(value).__name__)  # fmt: skip
 def test_files_without_a_state_dict(tmp_path, value, words):
     torch.save(value, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=rf"model\.pt: it holds no state dict, but {words}; model\.state_dict\(\) gives"):
+    with pytest.raises(ValueError, match=rf"model\.pt: it holds no state dict, but {words}: save model\.state_dict"):
         from_state_dict(tmp_path / "model.pt", num_heads=2)
 
 
@@ -385,8 +390,8 @@ def called(module, name, *arguments):
 
 def tensor(shape, strides, offset=0, key="0", kind="FloatStorage", count=4):
     numbers = [MARK + b"".join(map(number, values)) + TUPLE for values in (shape, strides)]
-    storage = MARK + text("storage") + in_global("torch", kind) + text(key) + text("cpu") + number(count) + TUPLE + BINPERSID
-    return called("torch._utils", "_rebuild_tensor_v2", storage, number(offset), *numbers, b"\x89", b"N")
+    storage = MARK + text("storage") + in_global("torch", kind) + text(key) + text("cpu") + number(count) + TUPLE
+    return called("torch._utils", "_rebuild_tensor_v2", storage + BINPERSID, number(offset), *numbers, b"\x89", b"N")
 
 
 def pickled(*entries):
@@ -492,8 +497,8 @@ BOMBS = {
     "a shape that is hard to multiply": pickled(("in_proj_weight", tensor(
         [b"\x8b" + struct.pack("<i", 10**6) + b"\x7f" * 10**6 + b"q\x00", *[b"h\x00"] * 63], [1] * 64))),
     "a shape with many axes": pickled(("in_proj_weight", tensor([1] * 200_000, [1] * 200_000))),
-    "an attribute that is hard to hash": pickled(("a", in_global("__torch__", "M") + EMPTY_TUPLE + NEWOBJ + b"]" + DOUBLED
-                                                  + number(1) + TUPLE2 + b"a" + BUILD)),
+    "an attribute that is hard to hash": pickled((
+        "a", in_global("__torch__", "M") + EMPTY_TUPLE + NEWOBJ + b"]" + DOUBLED + number(1) + TUPLE2 + b"a" + BUILD)),
     "dictionaries many times over": b"\x80\x02" + EMPTY_DICT + b"q\x00" + b"".join(
         EMPTY_DICT + b"q" + bytes([n]) + b"".join(text(f"{k}") + b"h" + bytes([n - 1]) + SETITEM for k in range(3))
         for n in range(1, 200)) + STOP,

@@ -166,8 +166,8 @@ def _read(path: str, file: BufferedReader) -> Checkpoint:
         return _read_safetensors(path, file)
     if len(beginning) < 32:
         raise ValueError(f"cannot read {path}, which is empty or incomplete: it has {len(beginning)} bytes")
-    kind = next((kind for start, kind in _OTHER_KINDS.items() if beginning.startswith(start)), "of no kind that is known")
-    raise ValueError(f"cannot read {path}: it is {kind}")
+    kinds = (kind for start, kind in _OTHER_KINDS.items() if beginning.startswith(start))
+    raise ValueError(f"cannot read {path}: it is {next(kinds, 'of no kind that is known')}")
 
 
 def _read_zip(path: str, file: BufferedReader) -> Checkpoint:
@@ -189,7 +189,7 @@ def _read_zip(path: str, file: BufferedReader) -> Checkpoint:
             raise ValueError("it is a zip archive without arrays of torch or NumPy")
     if not isinstance(content, dict):
         what = content.name if isinstance(content, Opaque) else type(content).__name__
-        raise ValueError(f"cannot read {path}: it holds no state dict, but {what}; model.state_dict() gives what to save")
+        raise ValueError(f"cannot read {path}: it holds no state dict, but {what}: save model.state_dict() instead")
     return Checkpoint(path, content, None)
 
 

@@ -25,8 +25,7 @@ _BIASES: Final = ("in_proj_bias", "out_proj.bias")
 _EXTRA_KEY: Final = ("bias_k", "bias_v")
 _PARAMETERS: Final = ("in_proj_weight", *_INPUTS, "in_proj_bias", *_EXTRA_KEY, "out_proj.weight", "out_proj.bias")
 
-# Nested mappings are searched this deep, and for names of up to so many characters: a hostile file may ask for more.
-_MAX_DEPTH: Final = 32
+# The longest name in nested mappings. In a hostile file, many names could share much longer beginnings.
 _MAX_LENGTH: Final = 500
 
 _ADVICE: Final = "(strict=False ignores keys beside the layer's, and takes zeros for a missing bias.)"
@@ -107,8 +106,8 @@ def infer_layer(
     place = _find(layer_name, state_dict, prefix, SCHEMES if names is None else schemes_named(names))
     told = Config() if config is None else read_config(config, place.start)
     _refuse_more(place, told, has_names=names is not None, has_config=config is not None)
-    given = _Heads(*(None if number is None else operator.index(number) for number in (num_heads, num_kv_heads, head_dim)))
-    heads = _agree(given, "config", _Heads(told.num_heads, told.num_kv_heads, told.head_dim))
+    given = (None if number is None else operator.index(number) for number in (num_heads, num_kv_heads, head_dim))
+    heads = _agree(_Heads(*given), "config", _Heads(told.num_heads, told.num_kv_heads, told.head_dim))
     if place.scheme.kind:
         arrays, heads = _read_foreign(layer_name, place, layout or place.scheme.layout, heads, strict)
     else:
@@ -177,14 +176,14 @@ def arrays_in(mapping: Mapping[str, Any]) -> dict[str, Any]:
     {'model.weight': array([1., 1.])}
     """
     arrays: dict[str, Any] = {}
-    for name, array in _walk(mapping, "", 0, {id(mapping): mapping}):
+    for name, array in _walk(mapping, "", {id(mapping): mapping}):
         if name in arrays:
             raise ValueError(f'two arrays in the state dict are called "{name}"')
         arrays[name] = array
     return arrays
 
 
-def _walk(mapping: Mapping[str, Any], start: str, depth: int, seen: dict[int, Any]) -> Iterator[tuple[str, Any]]:
+def _walk(mapping: Mapping[str, Any], start: str, seen: dict[int, Any]) -> Iterator[tuple[str, Any]]:
     """Names and arrays; `seen` keeps mappings alive, so that no new one has the number of an old one."""
     for key, value in mapping.items():
         name = start + _plain(key) if isinstance(key, str) else ""
@@ -192,9 +191,9 @@ def _walk(mapping: Mapping[str, Any], start: str, depth: int, seen: dict[int, An
             continue
         if _is_array(value) or isinstance(value, Opaque):
             yield name, value
-        elif isinstance(value, Mapping) and depth < _MAX_DEPTH and id(value) not in seen:
+        elif isinstance(value, Mapping) and id(value) not in seen:
             seen[id(value)] = value
-            yield from _walk(value, f"{name}.", depth + 1, seen)
+            yield from _walk(value, f"{name}.", seen)
 
 
 def _plain(name: str) -> str:
@@ -225,7 +224,7 @@ def _what_there_is(
     elif under and not (elsewhere and elsewhere[0].startswith(prefix)):
         beginning = f" that begin with {quoted([prefix])}" if prefix else ""
         yield f"The names{beginning} are {_listed((quoted([name]) for name in Part(flat, prefix)), 8)}."
-        yield "names=(query, key, value, output) says what projections are called, or two names if one weight holds three."
+        yield "names=(query, key, value, output) says what to take, or two names if one weight holds the first three."
 
 
 def _listed(words: Iterable[str], most: int) -> str:
@@ -246,8 +245,8 @@ def _refuse_more(place: _Place, told: Config, has_names: bool, has_config: bool)
     scheme = place.scheme
     if scheme.options and not has_config:
         raise NotImplementedError(
-            f"a model that calls its projections {', '.join(scheme.names)} {usual(scheme.options)}, which this version of "
-            f"mha_c does not compute. If this model does not, names={scheme.names} says so, or config= with its config.json"
+            f"a model that calls its projections {', '.join(scheme.names)} {usual(scheme.options)}, which this version "
+            f"of mha_c does not compute. If this one does not, pass names={scheme.names}, or its config.json as config="
         )
 
 
@@ -275,7 +274,7 @@ def _agree(ours: _Heads, source: str, theirs: _Heads) -> _Heads:
 def _known(heads: _Heads) -> int:
     """The number of heads."""
     if heads.num_heads is None:
-        raise TypeError("from_state_dict() needs num_heads, which no shape tells, or config= with the model's config.json")
+        raise TypeError("from_state_dict() needs num_heads, which no shape tells, or the model's config.json as config")
     return heads.num_heads
 
 
@@ -348,7 +347,7 @@ def _without_head_axis(
 
 
 def _is_transposed(name: str, weight: NDArray[Any], bias: NDArray[Any] | None) -> bool:
-    """Whether the weight of several projections is (in, out): a row has a bias, and there are more rows than columns."""
+    """Whether the weight of several projections is (in, out): there are as many biases as outputs, or more outputs."""
     rows, columns = weight.shape
     if rows == columns:
         raise ValueError(f"{name} has shape {weight.shape}, which does not tell whether it is transposed")
@@ -370,8 +369,8 @@ def _order(
         return None
     if layout is None:
         raise ValueError(
-            f'{name} holds several projections, and its name does not tell in which order: pass layout="stacked" if they '
-            'lie one below the other, layout="per_head" if each head has its own together (GPT-NeoX, BLOOM, Falcon)'
+            f'{name} holds several projections, and its name does not tell in which order: pass layout="stacked" if '
+            'they lie one below the other, layout="per_head" if they lie head by head (GPT-NeoX, BLOOM, Falcon)'
         )
     rows, features = len(weights[-2]), weights[-1].shape[1]
     if layout == "stacked":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models compute in their attention beyond a layer's parameters, as names in state dicts and config.json show it."""
+"""What models compute in their attention and a layer does not, as names in a state dict and a config.json show it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ _ABOVE: Final = {
 # Entries of a Hugging Face config.json, written as name=value. What is null, zero or empty is written as False, and a
 # container as True. Models that do not show an option otherwise are listed by their type.
 _ENTRIES: Final = {
-    "rope": r"(rope|rotary).*=(?!False)|position_embeddings?_type=rotary|^model_type=(llama|falcon|gptj|codegen|roformer)$",
+    "rope": r"(rope|rotary).*=(?!False)|position_embeddings?_type=rotary"
+    r"|^model_type=(llama|falcon|gptj|codegen|roformer)$",
     "qk_norm": r"qk_(layer_?)?norm=(?!False)",
     "scale": r"^(query_pre_attn_scalar|attention_multiplier|scale_attn_by_inverse_layer_idx|qk_scale.*)=(?!False)"
     r"|scale_attn_weights=False|^model_type=(gpt_neo|t5|mt5|umt5|longt5|switch_transformers|udop|pop2piano)$",
@@ -51,7 +52,7 @@ _ENTRIES: Final = {
     "window": r"^(sliding_window.*|attention_window)=(?!False)",
     "alibi": r"^alibi=True|position_embeddings?_type=alibi|^model_type=(bloom|mpt)$",
     "bias": r"(relative_(attention|position)|rel_pos).*=(?!False)|position_embeddings?_type=relative",
-    "sinks": r"sink.*=(?!False)",
+    "sinks": r"(^|_)sinks?(_.*)?=(?!False)",
     "approximation": r"attention_type=block_sparse|^model_type=(nystromformer|yoso|mra)$",
 }
 

@@ -55,9 +55,9 @@ def read_torch_file(path: str, file: BufferedReader) -> Any:
     Returns
     -------
     object
-        Dictionaries (without entries whose keys are not strings), lists, tuples, numbers and strings as they were saved.
-        A tensor is a `StoredArray`, an object of TorchScript is a dictionary of its attributes, and anything else is an
-        `Opaque`.
+        Dictionaries (without entries whose keys are not strings), lists, tuples, numbers and strings as they were
+        saved. A tensor is a `StoredArray`, an object of TorchScript is a dictionary of its attributes, and anything
+        else is an `Opaque`.
 
     Raises
     ------
@@ -131,7 +131,7 @@ class _Pickle:
     """A machine that makes the containers, numbers, strings and tensors of a pickle, and an `Opaque` of anything else.
 
     It knows the opcodes of protocols 2 to 5. It leaves out entries of dictionaries whose keys are not strings: no name
-    leads to them, and keys can be made whose hashes take forever. For the same reason nothing here is compared or printed
+    leads to them, and keys can be made whose hashes take forever. For the same reason nothing is compared or printed
     before its type is checked.
     """
 

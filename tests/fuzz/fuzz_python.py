@@ -172,8 +172,8 @@ LAYER = mha_c.MultiheadAttention(4, 2, dropout_seed=1)
 NAMES = [*LAYER.state_dict(), "bias_k", "bias_v", "q_proj_weight", "k_proj_weight", "v_proj_weight", "rotary.inv_freq",
          "q_norm.weight", "", 3, "x" * 600, "a/b:0"]
 FOREIGN = mha_c.parameters.schemes.FOREIGN
-CONFIG = ["num_attention_heads", "n_head", "num_key_value_heads", "multi_query", "head_dim", "hidden_size", "rope_theta",
-          "encoder_attention_heads", "decoder_attention_heads", "text_config", "model_type", "alibi"]
+CONFIG = ["num_attention_heads", "n_head", "num_key_value_heads", "multi_query", "head_dim", "hidden_size",
+          "rope_theta", "encoder_attention_heads", "decoder_attention_heads", "text_config", "model_type", "alibi"]
 
 
 def state_bytes(layer):
@@ -257,7 +257,7 @@ def load_file(path):
 
 
 def fuzz_files(data):
-    """A file, whose kind its content tells; after a zero, the pickle of a file of torch. Everything that reads reads it."""
+    """A file, whose kind its content tells; or after a zero, the pickle of a file of torch. Every reader reads it."""
     path = str(Path(FOLDER.name) / "layer")
     if data[:1] == b"\0":
         with zipfile.ZipFile(path, "w") as archive:
