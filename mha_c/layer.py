@@ -19,8 +19,10 @@ from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.initialization import initial_parameters
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.loading import infer_layer
+from mha_c.parameters.schemes import Layout
 from mha_c.parameters.sets import ParameterSet, Widths, integer, number
-from mha_c.parameters.state_dict import IncompatibleKeys, infer_layer, match_state_dict, read_layer, write_layer
+from mha_c.parameters.state_dict import IncompatibleKeys, match_state_dict, read_layer, write_layer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -646,7 +648,7 @@ class MultiheadAttention:
         state_dict: Mapping[str, Any] | str | os.PathLike[str],
         prefix: str = "",
         *,
-        num_heads: int,
+        num_heads: int | None = None,
         names: Sequence[str] | None = None,
         strict: bool = True,
         dropout: float = 0.0,
@@ -657,24 +659,29 @@ class MultiheadAttention:
         masked_rows: MaskedRows = "torch",
         head_dim: int | None = None,
         num_kv_heads: int | None = None,
+        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        layout: Layout | None = None,
     ) -> Self:
         """A layer with parameters from anywhere, whose shapes say how wide it is.
 
         Parameters
         ----------
         state_dict : mapping of str to array or tensor, or str or path-like
-            The parameters of the layer, or of a whole model, or a file of them: .safetensors or .npz, from which only
-            this layer is read, or .pt, .pth or .bin, which torch reads, without executing what the file may contain.
+            The parameters of the layer, or of a whole model, or a file of them: of torch (.pt, .pth, .bin, .ckpt),
+            safetensors, .npz, or the index of several files (``model.safetensors.index.json``). The content tells the
+            kind. Only the layer is read from it, and nothing in it is executed. Mappings may hold others, such as
+            ``{"model": ..., "epoch": 3}``.
         prefix : str, default ""
-            What precedes the layer's names, the dot included, such as ``"encoder.layers.0.self_attn."``.
-        num_heads : int
-            Heads, which no shape tells.
+            What precedes the layer's names, the dot included, such as ``"encoder.layers.0.self_attn."``. More may
+            precede them, such as ``"model."``, if there is only one such layer.
+        num_heads : int, optional
+            Heads. Needed unless `config` tells it, or the shape of Flax's or Keras's kernels.
         names : sequence of str, optional
             What the query, key, value and output projections are called, each with a ``.weight`` and perhaps a
-            ``.bias``. Found by itself: torch's names, those of BERT (``attention.self.query`` and so on), and
-            ``q_proj``, ``k_proj``, ``v_proj`` with ``out_proj`` or ``o_proj``.
+            ``.bias``. Two names if one weight holds query, key and value; three if one holds key and value. None: they
+            are found by the names of torch, BERT, GPT-2, Llama, T5, timm, x-transformers, Flax, Keras and others.
         strict : bool, default True
-            Whether names that stand among the layer's and are not known are errors.
+            Whether it is an error if arrays stand beside the projections that are not known, or a bias is missing.
         dropout, add_zero_attn, batch_first
             As for the constructor.
         dtype : optional
@@ -682,8 +689,14 @@ class MultiheadAttention:
         dropout_seed, masked_rows
             As for the constructor.
         head_dim, num_kv_heads : int, optional
-            Only needed where the projections are stacked in one weight and value heads are not as wide as key heads:
-            then one of them tells the other.
+            Only needed where one weight holds query, key and value, and value heads are not as wide as key heads: then
+            one of them tells the other.
+        config : mapping of str to object, or str or path-like, optional
+            The configuration of a Hugging Face model, or its ``config.json``. It tells `num_heads`, `num_kv_heads` and
+            `head_dim`, and whether the model computes something that this layer does not.
+        layout : {"stacked", "per_head"}, optional
+            How one weight holds several projections: one below the other, as timm and GPT-2 have it; or head by head,
+            as GPT-NeoX, BLOOM and Falcon have it. Needed if the weight's name does not tell.
 
         Returns
         -------
@@ -693,20 +706,26 @@ class MultiheadAttention:
         Raises
         ------
         RuntimeError
-            In torch's words, if names or shapes differ.
+            In torch's words, if names or shapes differ; it says what there is instead.
+        NotImplementedError
+            If names or `config` show that the model computes something else, such as rotary positions, normalised
+            queries, biases by relative position; and for names that only such models use, unless `names` or `config` is
+            given.
         ValueError
-            If no layer of `num_heads` heads has such shapes, or a file is damaged.
+            If no layer of `num_heads` heads has such shapes, arguments contradict `config` or each other, a layout has
+            to be given, or a file is incomplete, damaged or of another kind.
         TypeError
-            If `state_dict` is neither a mapping nor a path.
+            If `state_dict` is neither a mapping nor a path, or nothing tells the number of heads.
         ImportError
-            If safetensors or torch is needed to read the file and not installed.
+            If numbers in float8 are to be read and ml_dtypes is not installed.
         OSError
             If the file cannot be opened.
 
         Notes
         -----
-        A layer is what its parameters say and no more: models that rotate queries and keys, or add positions to the
-        scores, compute something else with the same parameters.
+        A state dict says nothing of `batch_first`, of dropout, of masks, nor of the path from a model's input to its
+        attention. A layer computes softmax(Q Kᵀ / sqrt(head_dim)) V and no more. What some models add to it has no
+        parameters, such as rotary positions: `config` shows it, names may not.
 
         Examples
         --------
@@ -718,7 +737,16 @@ class MultiheadAttention:
         """
         with open_state_dict(state_dict) as tensors:
             widths, arrays = infer_layer(
-                cls.__name__, tensors, prefix, names, num_heads, num_kv_heads, head_dim, strict
+                cls.__name__,
+                tensors,
+                prefix,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                config=config,
+                names=names,
+                layout=layout,
+                strict=strict,
             )
         if dtype is None and arrays["out_proj.weight"].dtype == np.float64:
             dtype = np.float64
@@ -771,7 +799,7 @@ class MultiheadAttention:
         Parameters
         ----------
         path : str or path-like
-            Ends in .safetensors, for which safetensors must be installed, or in .npz.
+            The file, whatever its name.
 
         Returns
         -------
@@ -780,9 +808,7 @@ class MultiheadAttention:
         Raises
         ------
         ValueError
-            If the file is damaged, was not written by `save`, or is of another kind.
-        ImportError
-            If safetensors is needed and not installed.
+            If the file is incomplete or damaged, was not written by `save`, or is of another kind.
         OSError
             If the file cannot be opened.
 

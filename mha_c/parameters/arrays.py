@@ -46,7 +46,7 @@ def as_array(value: Any) -> NDArray[Any]:
     Returns
     -------
     numpy.ndarray
-        Of the dtype of `value`; float32 for a tensor of bfloat16.
+        Of the dtype of `value`; float32 for a tensor of bfloat16 or float8.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def as_array(value: Any) -> NDArray[Any]:
         raise TypeError("expected an array, but got a masked array, whose mask would be ignored: pass its filled(0)")
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # which NumPy lacks
+        if str(value.dtype).startswith(("torch.bfloat16", "torch.float8")):  # which NumPy lacks
             value = value.float()
     if any(hasattr(value, name) for name in ("__array__", "__array_interface__", "__array_struct__")):
         return np.asarray(value)

@@ -6,8 +6,15 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("mha_c.torch needs torch, which is not installed: `pip install torch`") from error
 
-from mha_c.parameters.files import read_checkpoint
-from mha_c.torch.convert import TORCH_VERSION, forward_in_torch, from_torch, one_thread, state_dict, to_torch
+from mha_c.torch.convert import (
+    TORCH_VERSION,
+    forward_in_torch,
+    from_torch,
+    one_thread,
+    read_checkpoint,
+    state_dict,
+    to_torch,
+)
 from mha_c.torch.record import run_both_ways
 from mha_c.torch.replace import ReplacedAttention, replace_attention, restore_attention
 

@@ -72,6 +72,7 @@ layer.dropout, layer.batch_first, layer.masked_rows = 0.1, True, "zero"
 
 assert_type(Scaled.load("layer.npz"), Scaled)
 assert_type(Scaled.from_state_dict("model.safetensors", "encoder.", num_heads=4), Scaled)
+assert_type(Scaled.from_state_dict("model.pt", config="config.json", names=("qkv", "proj"), layout="per_head"), Scaled)
 assert_type(Scaled.from_state_dict({"in_proj_weight": x}, num_heads=4).factor, float)
 assert_type(Scaled.from_torch(torch.nn.MultiheadAttention(8, 4)).train(), Scaled)
 
