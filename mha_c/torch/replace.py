@@ -408,7 +408,7 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
             return _why_not_packed(tensors.values())
         try:
             arrays = [None if one is None else _array(one) for one in (query, key, value, key_padding_mask, attn_mask)]
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, ValueError):
             return f"tensors on {query.device.type}" if not query.is_cpu else "tensors that NumPy cannot read"
         query_array, key_array, value_array, padding_array, mask_array = arrays
         try:
