@@ -313,31 +313,6 @@ def test_views_and_parameters_as_inputs(computed_by_mha_c):
         assert computed_by_mha_c(lambda: assert_same(ours(x, x, x), expected)) == 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compile_export_script_and_fx(computed_by_mha_c):
-    model = random_parameters(encoder()).requires_grad_(False)
-    x = torch.randn(3, 7, 16)
-    expected = model(x)
-    replaced = replace_attention(copy.deepcopy(model))
-    compiled = torch.compile(replaced, backend="eager", fullgraph=True)
-    assert computed_by_mha_c(lambda: assert_same(compiled(x), expected)) == 0
-    exported = torch.export.export(replaced, (x,))
-    assert_same(exported.module()(x), expected)
-
-    class Around(nn.Module):
-        def __init__(self, attention):
-            super().__init__()
-            self.attention = attention
-
-        def forward(self, x):
-            return self.attention(x, x, x, need_weights=False)[0] + 1
-
-    around = Around(replaced.layers[0].self_attn)
-    traced = torch.fx.symbolic_trace(around)
-    assert computed_by_mha_c(lambda: assert_same(traced(x), around(x))) == 2
-    assert_same(torch.jit.script(around)(x), traced(x))
-
-
 def test_functional_call_and_inference_mode(computed_by_mha_c):
     theirs, ours = pair(8, 2)
     x = torch.randn(5, 3, 8)

@@ -9,7 +9,8 @@ except ModuleNotFoundError as error:
 from mha_c.parameters.files import read_checkpoint
 from mha_c.torch.convert import TORCH_VERSION, forward_in_torch, from_torch, one_thread, state_dict, to_torch
 from mha_c.torch.record import run_both_ways
-from mha_c.torch.replace import ReplacedAttention, coverage, replace_attention, restore_attention
+from mha_c.torch.replace import coverage, replace_attention, restore_attention
+from mha_c.torch.replaced import ReplacedAttention
 
 __all__ = [
     "TORCH_VERSION",

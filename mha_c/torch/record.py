@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mha_c.layer import MultiheadAttention
 from mha_c.parameters.arrays import as_array
-from mha_c.torch.replace import ReplacedAttention, check_model, replace_attention, restore_attention, set_attention_class
+from mha_c.torch.replace import check_model, replace_attention, restore_attention, set_attention_class
+from mha_c.torch.replaced import ReplacedAttention
 
 __all__ = ["AttentionRun", "ModelOutput", "ModelRuns", "run_both_ways"]
 
