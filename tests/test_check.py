@@ -180,21 +180,132 @@ def test_models():
     assert model.layers[0].activation_relu_or_gelu == 0  # still replaced
 
 
-def test_a_mistake_in_a_model_is_noticed(monkeypatch):
-    original = mha_c._core.forward
+@pytest.fixture
+def mistake(monkeypatch):
+    """Replaced layers are off by a factor, until another one is set."""
+    original, factor = mha_c._core.forward, [1.0001]
 
     def wrong(*args):
         output, weights = original(*args)
-        return output * np.float32(1.0001), weights
+        return output * output.dtype.type(factor[0]), weights
 
     monkeypatch.setattr(mha_c._core, "forward", wrong)
+    return factor
+
+
+def test_a_mistake_in_a_model_is_noticed(mistake):
     report = check.model(encoder(), torch.randn(3, 7, 16))
     assert [one.agrees for one in report.comparisons] == [False, False, False]
 
 
+class Model(torch.nn.Module):
+    """What happens around the attention is for the tests to say."""
+
+    def __init__(self, after=lambda module, x: x, attention=torch.nn.MultiheadAttention, **options):
+        super().__init__()
+        self.attention = attention(16, 2, **options)
+        self.after = after
+
+    def forward(self, x):
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.after(self, x)
+
+
+def test_unused_parameters_do_not_matter():
+    """The reference is float64, whatever else is in the model."""
+    model = Model()
+    model.unused = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    report = check.model(model, torch.randn(5, 3, 16))
+    report.assert_close()
+    assert all(one.torch_error.largest > 0 for one in report.comparisons) and not report.notes
+
+
+CONSTANT = torch.randn(16, 16)
+
+
+@pytest.mark.parametrize("magnification", [1, 300])
+def test_models_that_do_not_run_in_float64(magnification, mistake):
+    """The note says why; layers are measured as ever, and outputs beside what roundings change in this model."""
+    model = Model(lambda module, x: torch.sin(magnification * (x @ CONSTANT)))
+    x = torch.randn(5, 3, 16)
+    for mistake[0], agrees in ((1.0001, False), (1, True)):
+        report = check.model(model, x)
+        assert [one.agrees for one in report.comparisons] == [agrees, agrees]
+        assert len(report.notes) == 1
+        assert report.notes[0].startswith("The model does not run in float64 (expected m1 and m2 to have the same dtype")
+    assert report.comparisons[0].torch_error.largest > 0  # by the definition
+
+
+@pytest.mark.parametrize("magnification", [1, 300])
+def test_models_in_float64(magnification, mistake):
+    model = Model(lambda module, x: torch.sin(magnification * x)).double()
+    for mistake[0], agrees in ((1 + 1e-10, False), (1, True)):
+        report = check.model(model, torch.randn(5, 3, 16, dtype=torch.float64))
+        assert [one.agrees for one in report.comparisons] == [agrees, agrees]
+        assert report.notes[0].startswith("Nothing is wider than float64.")
+
+
+def test_models_of_several_dtypes():
+    """Attention in both, and a half layer between them."""
+    def after(module, x):
+        x = module.linear(x.bfloat16()).double()
+        return x + module.other(x, x, x)[0]
+
+    model = Model(after)
+    model.linear = torch.nn.Linear(16, 16).bfloat16()
+    model.other = torch.nn.MultiheadAttention(16, 2).double()
+    report = check.model(model, torch.randn(5, 3, 16))
+    report.assert_close()
+    assert [one.name for one in report.comparisons] == ["attention", "other", "other, weights", "output"]
+    assert report.coverage.here == 2 and report.coverage.left == 0
+
+
+def test_models_that_write_to_their_inputs_and_draw_random_numbers():
+    def after(module, x):
+        module.steps += 1
+        return x.add_(torch.rand(16)) * module.steps
+
+    model = Model(after)
+    model.register_buffer("steps", torch.zeros(()))
+    given = torch.randn(5, 3, 16)
+    x, state = given.clone(), torch.get_rng_state()
+    check.model(model, x).assert_close()
+    assert torch.equal(x, given) and model.steps == 0 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_coverage():
+    """What is never called, has a forward of its own, or is called as a function, does not go unmentioned."""
+    class Own(torch.nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)
+
+    def after(module, x):
+        return module.own(x)[0] + torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    model = Model(after)
+    model.own, model.never = Own(16, 2), torch.nn.MultiheadAttention(16, 2)
+    report = check.model(model, torch.randn(5, 3, 16))
+    report.assert_close()
+    assert report.coverage.rows == (
+        ("attention", "MultiheadAttention", 1, 0, ""), ("own", "Own", 0, 1, "a forward of its own"),
+        ("never", "MultiheadAttention", 0, 0, "never called"),
+        ("", "scaled_dot_product_attention", 0, 1, "called as a function"))
+    for shown in (str(report), report._repr_html_()):
+        assert "1 computed by mha_c, 2 left to torch" in shown and "a forward of its own" in shown
+
+
+def test_coverage_is_not_shown_if_all_is_computed_here():
+    report = check.model(Model(), torch.randn(5, 3, 16))
+    assert report.coverage.rows == (("attention", "MultiheadAttention", 1, 0, ""),)
+    assert "left to torch" not in str(report) + report._repr_html_()
+    assert check.against_torch(layer(8, 4), normal((5, 3, 8))).coverage is None
+
+
 def test_models_that_stay_with_torch_say_so():
     report = check.model(encoder().half(), torch.randn(3, 7, 16).half())
-    assert "layers.0.self_attn is left to torch." in str(report)
+    report.assert_close()
+    assert [row[2:] for row in report.coverage.rows] == [(0, 1, "float16")] * 2
+    assert "0 computed by mha_c, 2 left to torch" in str(report)
     with pytest.raises(ValueError, match="no torch.nn.MultiheadAttention to replace in this Linear"):
         check.model(torch.nn.Linear(2, 2), torch.ones(2))
     with pytest.raises(TypeError, match="check.model takes a torch.nn.Module"):

@@ -12,7 +12,7 @@ from mha_c.display.coverage import Coverage
 from mha_c.torch.classes import attention_layers, class_over, set_class, torch_class_of, why_left_alone
 from mha_c.torch.replaced import ReplacedAttention
 
-__all__ = ["check_model", "coverage", "replace_attention", "restore_attention", "set_attention_class"]
+__all__ = ["check_model", "coverage", "replace_attention", "restore_attention"]
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
@@ -74,10 +74,23 @@ def replace_attention(model: _Model) -> _Model:
     <class 'torch.nn.modules.activation.MultiheadAttention'>
     """
     check_model(model, "replace_attention")
-    set_attention_class(model, ReplacedAttention)
-    for layer in model.modules():
-        if isinstance(layer, ReplacedAttention):
-            layer.refresh()
+    layers = list(attention_layers(model))
+    if not layers:
+        raise ValueError(f"there is no torch.nn.MultiheadAttention to replace in this {type(model).__name__}")
+    replaceable = [layer for _, layer in layers if not why_left_alone(layer)]
+    if not replaceable:
+        named = ", ".join(f'"{name}" ({torch_class_of(layer).__name__})' for name, layer in layers)
+        raise ValueError(
+            f"no attention of this {type(model).__name__} can be replaced: {named} has a forward of its own, "
+            "which may compute anything"
+        )
+    for layer in replaceable:
+        set_class(layer, class_over(torch_class_of(layer), ReplacedAttention))
+        layer.refresh()  # type: ignore[operator]
+    for module, name, unfused in _fusing_modules(model):
+        if name in vars(module) and any(isinstance(layer, ReplacedAttention) for layer in module.modules()):
+            vars(module).setdefault(_saved(name), getattr(module, name))
+            setattr(module, name, unfused)
     return model
 
 
@@ -128,7 +141,8 @@ def coverage(model: torch.nn.Module) -> Coverage:
     -------
     Coverage
         A row for every ``torch.nn.MultiheadAttention`` and every instance of a subclass, with its calls so far.
-        Copies and pickles of a layer count from zero. Calls of a compiled graph are not counted.
+        Copies and pickles of a layer count from zero. Calls that a compiled graph leaves to torch are not counted, but
+        the reason is there.
 
     Raises
     ------
@@ -148,12 +162,11 @@ def coverage(model: torch.nn.Module) -> Coverage:
     check_model(model, "coverage")
     found = Coverage()
     for name, layer in attention_layers(model):
-        class_name = torch_class_of(layer).__name__
+        is_replaced = isinstance(layer, ReplacedAttention)
         calls = layer._mha_c.calls.by_reason if isinstance(layer, ReplacedAttention) else {}
-        if not calls:
-            calls = {why_left_alone(layer) or ("never called" if isinstance(layer, ReplacedAttention) else "not replaced"): 0}
-        for reason, count in calls.items():
-            found.add(name, class_name, reason, count)
+        reason = why_left_alone(layer) or ("never called" if is_replaced else "not replaced")
+        for reason, count in (calls or {reason: 0}).items():
+            found.add(name, torch_class_of(layer).__name__, reason, count)
     return found
 
 
@@ -161,27 +174,6 @@ def check_model(model: object, function: str) -> None:
     """Raise TypeError unless `model` is a torch module."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{function} takes a torch.nn.Module, but got {type(model)}")
-
-
-def set_attention_class(model: torch.nn.Module, mixin: type[torch.nn.MultiheadAttention]) -> None:
-    """Put a class over those of the attention layers whose forward is torch's, and see to it that they are called."""
-    layers = list(attention_layers(model))
-    if not layers:
-        raise ValueError(f"there is no torch.nn.MultiheadAttention to replace in this {type(model).__name__}")
-    replaceable = [layer for _, layer in layers if not why_left_alone(layer)]
-    if not replaceable:
-        named = ", ".join(f'"{name}" ({torch_class_of(layer).__name__})' for name, layer in layers)
-        raise ValueError(
-            f"no attention of this {type(model).__name__} can be replaced: {named} has a forward of its own, "
-            "which may compute anything"
-        )
-    for layer in replaceable:
-        if not isinstance(layer, mixin):
-            set_class(layer, class_over(torch_class_of(layer), mixin))
-    for module, name, unfused in _fusing_modules(model):
-        if name in vars(module) and any(isinstance(layer, mixin) for layer in module.modules()):
-            vars(module).setdefault(_saved(name), getattr(module, name))
-            setattr(module, name, unfused)
 
 
 def _fusing_modules(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, object]]:

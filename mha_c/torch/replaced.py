@@ -33,6 +33,7 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
     Examples
     --------
     >>> import torch
+    >>> from mha_c.torch import replace_attention
     >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2)).eval()
     >>> x = torch.zeros(5, 3, 8)
     >>> with torch.no_grad():
@@ -57,6 +58,7 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         Examples
         --------
         >>> import torch
+        >>> from mha_c.torch import replace_attention
         >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2))
         >>> attention.in_proj_weight.data[5, 3] = 1.0
         >>> attention.refresh()
@@ -91,6 +93,7 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         Examples
         --------
         >>> import torch
+        >>> from mha_c.torch import replace_attention
         >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2)).eval()
         >>> with torch.no_grad():
         ...     attention(*[torch.zeros(5, 3, 8)] * 3, need_weights=False)[1] is None
@@ -139,6 +142,7 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         Examples
         --------
         >>> import torch
+        >>> from mha_c.torch import replace_attention
         >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2))
         >>> attention.forward_in_mha_c(*[torch.zeros(5, 3, 8)] * 3, None, True, None, True, False)
         'training'
@@ -208,6 +212,7 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         Examples
         --------
         >>> import torch
+        >>> from mha_c.torch import replace_attention
         >>> replace_attention(torch.nn.MultiheadAttention(8, 2)).train().training
         True
         """
