@@ -146,12 +146,43 @@ def test_what_cannot_be_checked():
             (layer(8, 4), (), TypeError, "there are 0 inputs"),
             (layer(8, 4), (x,) * 4, TypeError, "there are 4 inputs"),
             (torch.nn.Linear(8, 8), (x,), TypeError, "takes a torch.nn.MultiheadAttention"),
-            (torch.nn.MultiheadAttention(8, 4).half(), (x,), TypeError, "the layer is in float16"),
-            (layer(8, 4, head_dim=3), (x,), ValueError, "has no such widths")):
+            (torch.nn.MultiheadAttention(8, 4).half(), (x,), TypeError, "the layer is in float16")):
         with pytest.raises(error, match=words):
             check.against_torch(module, *inputs)
     with pytest.raises(TypeError, match="is_casual"):
         check.against_torch(layer(8, 4), x, is_casual=True)
+
+
+WIDTHS = [{"num_kv_heads": 2}, {"head_dim": 3, "v_head_dim": 5, "out_dim": 6}, {"out_dim": 6, "add_bias_kv": True},
+          {"head_dim": 3, "add_zero_attn": True, "masked_rows": "zero"}]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_layers_that_torch_lacks(widths, dtype):
+    """The definition alone measures them, beside what NumPy makes of it; a mistake is noticed."""
+    x, hidden = normal((5, 3, 8), dtype), np.array([[True] * 5, [False] * 5, [False] * 5])
+    for call in ({}, {"is_causal": True, "need_weights": False}, {"attn_mask": normal((5, 5), dtype)},
+                 {"key_padding_mask": hidden}):
+        report = check.against_torch(layer(8, 4, dtype=dtype, **widths), x, **call)
+        report.assert_close()
+        assert report.title.startswith(f"mha_c and NumPy {np.__version__}: ")
+        assert "torch has no such layer (" in report.notes[0] and "NumPy's error" in str(report)
+        assert report.comparisons[0].torch_error.largest > 0
+    wrong = Wrong(8, 4, dtype=dtype, **widths).eval()
+    report = check.against_torch(wrong, x)
+    assert [one.agrees for one in report.comparisons] == [False] + [True] * 5
+    assert "where NumPy's is" in str(report)
+
+
+def test_layers_that_torch_lacks_do_without_torch():
+    run_child("""
+        import sys
+        sys.modules["torch"] = None
+        import mha_c, numpy as np
+        x = np.ones((5, 3, 8), np.float32)
+        mha_c.check.against_torch(mha_c.MultiheadAttention(8, 4, num_kv_heads=2), x).assert_close()
+    """)
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -408,16 +439,40 @@ def test_usage(capsys):
 
 
 def test_without_torch():
+    """The exception names the function that was called."""
     done = run_child("""
         import sys
         sys.modules["torch"] = None
         import mha_c, numpy as np
         from mha_c.__main__ import main
         assert main(["check"]) == main(["check", "--embed-dim", "8", "--num-heads", "4"]) == 2
-        try:
-            mha_c.check.against_torch(mha_c.MultiheadAttention(8, 4), np.zeros((5, 3, 8), np.float32))
-        except ImportError as error:
-            print(error)
+        x = np.zeros((5, 3, 8), np.float32)
+        for call in (lambda: mha_c.check.against_torch(mha_c.MultiheadAttention(8, 4), x),
+                     lambda: mha_c.check.model(None, x), lambda: mha_c.torch):
+            try:
+                call()
+            except ImportError as error:
+                print(error)
     """)
-    sentence = "mha_c.torch needs torch, which is not installed: `pip install torch`"
-    assert done.stdout.strip() == sentence and done.stderr.count(f"mha-c check: {sentence}\n") == 2
+    rest = ("torch, which is not installed: `pip install torch`, or for the CPU alone, which is smaller, "
+            "`pip install torch --index-url https://download.pytorch.org/whl/cpu`")
+    assert done.stdout.splitlines() == [f"check.against_torch compares with {rest}", f"check.model compares with {rest}",
+                                        f"mha_c.torch needs {rest}"]
+    assert done.stderr.count(f"mha-c check: this command compares with {rest}\n") == 2
+
+
+def test_a_broken_torch_is_not_said_to_be_missing(tmp_path):
+    """Whatever else goes wrong while torch is imported keeps its own words."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import a_module_that_torch_needs")
+    done = run_child(f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import mha_c, numpy as np
+        for call in (lambda: mha_c.torch, lambda: mha_c.check.model(None)):
+            try:
+                call()
+            except ImportError as error:
+                print(error)
+    """)
+    assert done.stdout.splitlines() == ["No module named 'a_module_that_torch_needs'"] * 2

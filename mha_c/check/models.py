@@ -10,6 +10,7 @@ import numpy as np
 from mha_c.check.compare import Comparison, Error
 from mha_c.check.definition import attend
 from mha_c.check.report import Report
+from mha_c.check.requirement import require_torch
 from mha_c.display.progress import progress
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
     >>> report.agrees
     True
     """
+    require_torch("check.model")
     from mha_c.torch import TORCH_VERSION, run_both_ways
 
     runs = run_both_ways(model, inputs, call)

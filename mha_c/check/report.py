@@ -82,7 +82,8 @@ class Report:
         >>> Report("nothing", ()).table().title
         'nothing'
         """
-        header = ("", "shape", "difference", "rms", "in ulp", "mha_c's error", "torch's error", "")
+        other = self.comparisons[0].other if self.comparisons else "torch"
+        header = ("", "shape", "difference", "rms", "in ulp", "mha_c's error", f"{other}'s error", "")
         rows = [
             (
                 one.name,
