@@ -118,7 +118,11 @@ def _evaluating_layer(module: Any) -> MultiheadAttention:
     """A layer of mha_c like `module`, not in training mode."""
     if isinstance(module, MultiheadAttention):
         return copy.copy(module).eval()
-    layer = MultiheadAttention.from_torch(module)
+    try:
+        layer = MultiheadAttention.from_torch(module)
+    except TypeError as error:
+        said = str(error).replace("from_torch takes", "check.against_torch takes a layer of mha_c or", 1)
+        raise TypeError(f"{said}. check.model compares whole models") from None
     dtype = str(module.out_proj.weight.dtype).removeprefix("torch.")
     if dtype != layer.out_proj.weight.dtype.name:
         raise TypeError(f"mha_c computes in float32 and float64, but the layer is in {dtype}: check a copy.float()")

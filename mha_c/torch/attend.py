@@ -113,28 +113,30 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
     >>> attend(PackedParameters(), tensors, Call(x, x, x, None, True, None, True, False, 8, 3, 8, 8, False, False))
     'unusual parameters'
     """
+    query, key, value = call.query, call.key, call.value
+    key_padding_mask, attn_mask = call.key_padding_mask, call.attn_mask
     parameters = packed.get(tensors, call.embed_dim, call.num_heads, call.kdim, call.vdim)
     if parameters is None:
         untracked = any(tensor.is_inference() for tensor in tensors.values())
         return "parameters made in inference mode" if untracked else "unusual parameters"
     try:
-        query = _array(call.query)
-        key = query if call.key is call.query else _array(call.key)
-        value = key if call.value is call.key else _array(call.value)
-        key_padding_mask = None if call.key_padding_mask is None else _array(call.key_padding_mask)
-        attn_mask = None if call.attn_mask is None else _array(call.attn_mask)
+        query_array = _array(query)
+        key_array = query_array if key is query else _array(key)
+        value_array = key_array if value is key else _array(value)
+        padding_array = None if key_padding_mask is None else _array(key_padding_mask)
+        mask_array = None if attn_mask is None else _array(attn_mask)
     except (RuntimeError, TypeError, ValueError):
-        return "tensors that NumPy cannot read" if call.query.is_cpu else f"tensors on {call.query.device.type}"
+        return "tensors that NumPy cannot read" if query.is_cpu else f"tensors on {query.device.type}"
     try:
         with _threads_of_both():
             output, weights = _core.forward(
                 parameters.weights,
-                query,
-                key,
-                value,
-                key_padding_mask,
+                query_array,
+                key_array,
+                value_array,
+                padding_array,
                 call.need_weights,
-                attn_mask,
+                mask_array,
                 call.average_attn_weights,
                 call.is_causal,
                 None,

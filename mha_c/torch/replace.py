@@ -79,10 +79,10 @@ def replace_attention(model: _Model) -> _Model:
         raise ValueError(f"there is no torch.nn.MultiheadAttention to replace in this {type(model).__name__}")
     replaceable = [layer for _, layer in layers if not why_left_alone(layer)]
     if not replaceable:
-        named = ", ".join(f'"{name}" ({torch_class_of(layer).__name__})' for name, layer in layers)
+        named = ", ".join(f"{name} ({torch_class_of(layer).__name__})".lstrip() for name, layer in layers)
         raise ValueError(
-            f"no attention of this {type(model).__name__} can be replaced: {named} has a forward of its own, "
-            "which may compute anything"
+            f"no attention of this {type(model).__name__} can be replaced, because all of it has a forward of its own, "
+            f"which may compute anything: {named}"
         )
     for layer in replaceable:
         set_class(layer, class_over(torch_class_of(layer), ReplacedAttention))

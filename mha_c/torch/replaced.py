@@ -24,6 +24,10 @@ from mha_c.torch.reasons import why_torch
 
 __all__ = ["ReplacedAttention"]
 
+_OWN = ("in_proj_bias", "bias_k", "bias_v")
+_PACKED = ("in_proj_weight", *_OWN)
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight", *_OWN)
+
 
 class ReplacedAttention(torch.nn.MultiheadAttention):
     """A ``torch.nn.MultiheadAttention`` whose inference is computed by mha_c; `replace_attention` makes them.
@@ -103,18 +107,21 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         if isinstance(query, torch.fx.Proxy):  # torch.fx does not look into torch's own layers either
             path = query.tracer.path_of_module(self)
             return query.tracer.create_proxy("call_module", path, arguments, {})
-        answer = self.forward_in_mha_c(*arguments)
+        prepared = self._prepare(*arguments)
         if torch.compiler.is_compiling():
-            if not isinstance(answer, str):
-                return answer  # the operator counts
-            note_in_graph(self._mha_c.number, answer)
-        elif not isinstance(answer, str):
+            if torch.compiler.is_exporting():
+                prepared = "export"
+            if not isinstance(prepared, str):
+                return attend_in_graph(self._mha_c.number, *prepared)  # which counts the call
+            note_in_graph(self._mha_c.number, prepared)
+            return super().forward(*arguments)
+        answer = prepared if isinstance(prepared, str) else self._attend(*prepared)
+        if not isinstance(answer, str):
             self._mha_c.calls.add()
             return answer
-        else:
-            self._mha_c.calls.add(answer)
-            if answer in ("training", "gradients"):
-                self.refresh()
+        self._mha_c.calls.add(answer)
+        if answer in ("training", "gradients"):
+            self.refresh()
         return super().forward(*arguments)
 
     def forward_in_mha_c(
@@ -147,17 +154,37 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         >>> attention.forward_in_mha_c(*[torch.zeros(5, 3, 8)] * 3, None, True, None, True, False)
         'training'
         """
+        prepared = self._prepare(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+        return prepared if isinstance(prepared, str) else self._attend(*prepared)
+
+    def _attend(self, tensors: dict[str, torch.Tensor], call: Call) -> Answer | str:
+        compute = attend_apart_from_compiler if "torch._dynamo" in sys.modules else attend  # which is faster
+        return compute(self._mha_c.packed, tensors, call)
+
+    def _prepare(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None,
+        need_weights: bool,
+        attn_mask: torch.Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[dict[str, torch.Tensor], Call] | str:
+        """What mha_c is to compute, or why torch is to compute it."""
         if self.training:
             return "training"
-        if torch.compiler.is_exporting():
-            return "export"
         if is_causal and attn_mask is None:
             return "is_causal without attn_mask"
-        masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
-        if "parametrizations" in self._modules or "parametrizations" in self.out_proj._modules:
+        out_proj: Any = self._modules["out_proj"]  # faster than as an attribute
+        if "parametrizations" in self._modules or "parametrizations" in out_proj._modules:
             return "parametrized weights"
-        tensors = self._tensors()
-        reason = why_torch((query, key, value), masks, list(tensors.values()))
+        tensors = self._tensors(out_proj)
+        masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
+        reason = why_torch((query, key, value), masks, tuple(tensors.values()))
         if reason:
             return reason
         if is_causal and key_padding_mask is None and not need_weights:
@@ -184,17 +211,15 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
             bool(self.batch_first),
             bool(self.add_zero_attn),
         )
-        if torch.compiler.is_compiling():
-            return attend_in_graph(self._mha_c.number, tensors, call)
-        compute = attend_apart_from_compiler if "torch._dynamo" in sys.modules else attend  # which is faster
-        return compute(self._mha_c.packed, tensors, call)
+        return tensors, call
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self, out_proj: torch.nn.Module) -> dict[str, torch.Tensor]:
         """What torch's forward would read, by the names of the state dict, without its hooks."""
-        inputs = ("in_proj_weight",) if self._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        own = {name: _attribute(self, name) for name in (*inputs, "in_proj_bias", "bias_k", "bias_v")}
-        out = {f"out_proj.{name}": _attribute(self.out_proj, name) for name in ("weight", "bias")}
-        return {name: tensor for name, tensor in (own | out).items() if tensor is not None}
+        names = _PACKED if self._qkv_same_embed_dim else _SEPARATE
+        found = {name: _attribute(self, name) for name in names}
+        found["out_proj.weight"] = _attribute(out_proj, "weight")
+        found["out_proj.bias"] = _attribute(out_proj, "bias")
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def train(self, mode: bool = True) -> ReplacedAttention:
         """As torch's. What is packed is dropped: training changes it.
