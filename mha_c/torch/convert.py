@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from mha_c.layer import MultiheadAttention, parameters_of
 from mha_c.parameters.files import open_checkpoint
 from mha_c.parameters.loading import arrays_in
-from mha_c.parameters.sets import Widths
 from mha_c.parameters.stored import StoredArray
 from mha_c.torch.replace import restore_attention
 
@@ -75,8 +74,12 @@ def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
     2
     """
     widths = parameters_of(layer).widths
-    if widths != Widths.from_arguments(widths.embed_dim, widths.num_heads, widths.kdim, widths.vdim):
-        raise ValueError(f"torch.nn.MultiheadAttention has no such widths: {widths}")
+    if free := widths.beyond_torch():
+        named = ", ".join(f"{name}={width}" for name, width in free.items())
+        raise ValueError(
+            f"torch.nn.MultiheadAttention has no such layer ({named}): it ties the widths of heads and output to "
+            f"embed_dim={widths.embed_dim} and num_heads={widths.num_heads}"
+        )
     parameters = state_dict(layer)
     # skip_init leaves torch's random numbers alone.
     module: torch.nn.MultiheadAttention = torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]
