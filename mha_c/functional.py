@@ -105,7 +105,7 @@ def scaled_dot_product_attention(
     """
     seed = _dropout_seed(dropout_p, dropout_seed)
     return _core.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed, None
     )
 
 
