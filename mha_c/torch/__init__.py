@@ -8,16 +8,20 @@ except ModuleNotFoundError as error:
 
 from mha_c.parameters.files import read_checkpoint
 from mha_c.torch.convert import TORCH_VERSION, forward_in_torch, from_torch, one_thread, state_dict, to_torch
+from mha_c.torch.functions import attention
 from mha_c.torch.record import run_both_ways
 from mha_c.torch.replace import ReplacedAttention, replace_attention, restore_attention
+from mha_c.torch.transformers import register_transformers
 
 __all__ = [
     "TORCH_VERSION",
     "ReplacedAttention",
+    "attention",
     "forward_in_torch",
     "from_torch",
     "one_thread",
     "read_checkpoint",
+    "register_transformers",
     "replace_attention",
     "restore_attention",
     "run_both_ways",
