@@ -125,6 +125,8 @@ def scaled_dot_product_attention(
     /,
 ) -> NDArray[Any]: ...
 
+def sample(arrays: tuple[NDArray[Any], ...], /) -> bytes: ...
+
 num_threads: ContextVar[int | None]
 """The number of threads of the current context; None or unset: that of the process."""
 

@@ -181,7 +181,13 @@ def test_models():
 
 
 def test_a_mistake_in_a_model_is_noticed(monkeypatch):
-    monkeypatch.setattr("mha_c.layer.MultiheadAttention", Wrong)
+    original = mha_c._core.forward
+
+    def wrong(*args):
+        output, weights = original(*args)
+        return output * np.float32(1.0001), weights
+
+    monkeypatch.setattr(mha_c._core, "forward", wrong)
     report = check.model(encoder(), torch.randn(3, 7, 16))
     assert [one.agrees for one in report.comparisons] == [False, False, False]
 

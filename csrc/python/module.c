@@ -16,6 +16,7 @@
 #include "arguments.h"
 #include "arrays.h"
 #include "docstrings.h"
+#include "sample.h"
 #include "sdpa.h"
 #include "stages.h"
 #include "thread_count.h"
@@ -56,6 +57,16 @@ int raise_status(mha_status status)
         break;
     }
     return -1;
+}
+
+void mark_refused(void)
+{
+    PyObject *type, *exception, *traceback;
+    PyErr_Fetch(&type, &exception, &traceback);
+    PyErr_NormalizeException(&type, &exception, &traceback);
+    if (PyObject_SetAttrString(exception, "refused", Py_True) < 0)
+        PyErr_Clear(); /* without the mark it is still the right exception */
+    PyErr_Restore(type, exception, traceback);
 }
 
 typedef struct {
@@ -156,8 +167,11 @@ static PyObject *forward(PyObject *module, PyObject *const *objects, Py_ssize_t 
                      (int)ARGUMENT_COUNT, count);
         goto done;
     }
-    if (collect_arguments(state, objects, count, &arguments) < 0 || check_arguments(&arguments) < 0 ||
-        prepare_call(&arguments) < 0 || run_forward(state, &arguments) < 0)
+    if (collect_arguments(state, objects, count, &arguments) < 0 || check_arguments(&arguments) < 0) {
+        mark_refused();
+        goto done;
+    }
+    if (prepare_call(&arguments) < 0 || run_forward(state, &arguments) < 0)
         goto done;
     result = hand_back(&arguments);
 done:
@@ -205,6 +219,7 @@ static PyMethodDef module_methods[] = {
     {"scores", (PyCFunction)(void (*)(void))scores, METH_FASTCALL, scores_doc},
     {"attend", (PyCFunction)(void (*)(void))attend, METH_FASTCALL, attend_doc},
     {"takes_few_queries", (PyCFunction)(void (*)(void))takes_few_queries, METH_FASTCALL, takes_few_queries_doc},
+    {"sample", sample, METH_O, sample_doc},
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"config", config, METH_NOARGS, config_doc},

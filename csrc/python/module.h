@@ -41,6 +41,9 @@ typedef struct {
 /* 0 for MHA_OK, else -1 with the exception that the status stands for. */
 int raise_status(mha_status status);
 
+/* Gives the exception that is set the attribute `refused`: it is about the arguments, and nothing was computed. */
+void mark_refused(void);
+
 /* Runs start(call), which takes about so many operations: without the GIL and with *threads and *stop, which are the
  * call's own, set for it, where that is worth while. `arrays` (NULL: none) are all those whose memory the call uses; the
  * caller holds references to them. 0, or -1 with an exception. */

@@ -503,8 +503,11 @@ PyObject *scaled_dot_product_attention(PyObject *module, PyObject *const *object
         goto done;
     }
     if (collect(state, objects, &arguments) < 0 || check_dtypes_and_ranks(&arguments) < 0 ||
-        check_groups(&arguments) < 0 || check_mask_rank(&arguments) < 0 || find_shapes(&arguments) < 0 ||
-        prepare(&arguments) < 0)
+        check_groups(&arguments) < 0 || check_mask_rank(&arguments) < 0 || find_shapes(&arguments) < 0) {
+        mark_refused();
+        goto done;
+    }
+    if (prepare(&arguments) < 0)
         goto done;
     PyArrayObject *const arrays[] = {arguments.query, arguments.key, arguments.value, arguments.attn_mask,
                                      arguments.output};

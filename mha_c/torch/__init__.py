@@ -10,13 +10,14 @@ from mha_c.parameters.files import read_checkpoint
 from mha_c.torch.convert import TORCH_VERSION, forward_in_torch, from_torch, one_thread, state_dict, to_torch
 from mha_c.torch.functions import attention
 from mha_c.torch.record import run_both_ways
-from mha_c.torch.replace import ReplacedAttention, replace_attention, restore_attention
+from mha_c.torch.replace import ReplacedAttention, coverage, replace_attention, restore_attention
 from mha_c.torch.transformers import register_transformers
 
 __all__ = [
     "TORCH_VERSION",
     "ReplacedAttention",
     "attention",
+    "coverage",
     "forward_in_torch",
     "from_torch",
     "one_thread",

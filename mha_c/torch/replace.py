@@ -3,28 +3,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.parametrize import is_parametrized
 
-from mha_c.layer import MultiheadAttention, layer_with
-from mha_c.parameters.sets import ParameterSet, Widths
+from mha_c import _core
+from mha_c.display.coverage import Calls, Coverage
 from mha_c.threads import get_num_threads, num_threads
+from mha_c.torch.packed import PackedParameters
+from mha_c.torch.reasons import why_torch
 
-__all__ = ["ReplacedAttention", "check_model", "replace_attention", "restore_attention", "set_attention_class"]
+__all__ = [
+    "ReplacedAttention",
+    "check_model",
+    "coverage",
+    "replace_attention",
+    "restore_attention",
+    "set_attention_class",
+]
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
-
-# What NumPy and mha_c may raise about tensors: on another device, sparse, nested, of shapes that do not fit. torch is
-# then asked instead, and raises in its own words, or knows an answer.
-_REFUSALS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
-
-_DTYPES = (torch.float32, torch.float64)
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-_PLAIN_LINEARS = (torch.nn.modules.linear.NonDynamicallyQuantizableLinear, torch.nn.Linear)
+_Answer = tuple[torch.Tensor, torch.Tensor | None]
 
 # torch fuses a whole encoder layer, attention included, where these attributes allow it. It reads them for nothing
 # else, and with these values it takes its ordinary path, which calls the attention layer.
@@ -84,10 +88,10 @@ def replace_attention(model: _Model) -> _Model:
     <class 'torch.nn.modules.activation.MultiheadAttention'>
     """
     check_model(model, "replace_attention")
+    set_attention_class(model, ReplacedAttention)
     for layer in model.modules():
         if isinstance(layer, ReplacedAttention):
             layer.refresh()
-    set_attention_class(model, ReplacedAttention)
     return model
 
 
@@ -116,14 +120,55 @@ def restore_attention(model: _Model) -> _Model:
     <class 'torch.nn.modules.activation.MultiheadAttention'>
     """
     check_model(model, "restore_attention")
-    for layer in list(model.modules()):
-        if type(layer) is ReplacedAttention:
-            layer.refresh()
-            layer.__class__ = torch.nn.MultiheadAttention  # type: ignore[assignment]
+    for _, layer in attention_layers(model):
+        if isinstance(layer, ReplacedAttention):
+            vars(layer).pop("_mha_c", None)
+            _set_class(layer, torch_class_of(layer))
     for module, name, _ in _fusing_modules(model):
         if _saved(name) in vars(module):
             setattr(module, name, vars(module).pop(_saved(name)))
     return model
+
+
+def coverage(model: torch.nn.Module) -> Coverage:
+    """Which attention of a model was computed by mha_c since it was replaced, and why the rest was not.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+
+    Returns
+    -------
+    Coverage
+        A row for every ``torch.nn.MultiheadAttention`` and every instance of a subclass, with its calls so far.
+        Copies and pickles of a layer count from zero. Calls of a compiled graph are not counted.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a torch module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = replace_attention(torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2)))
+    >>> for training in True, False:
+    ...     with torch.no_grad():
+    ...         _ = model.train(training)[0](*[torch.zeros(5, 3, 8)] * 3)
+    >>> coverage(model).rows
+    (CoverageRow(module='0', class_name='MultiheadAttention', here=1, left=1, reason='training'),)
+    """
+    check_model(model, "coverage")
+    found = Coverage()
+    for name, layer in attention_layers(model):
+        class_name = torch_class_of(layer).__name__
+        calls = layer._mha_c.calls.by_reason if isinstance(layer, ReplacedAttention) else {}
+        if not calls:
+            calls = {why_left_alone(layer) or ("never called" if isinstance(layer, ReplacedAttention) else "not replaced"): 0}
+        for reason, count in calls.items():
+            found.add(name, class_name, reason, count)
+    return found
 
 
 def check_model(model: object, function: str) -> None:
@@ -132,17 +177,72 @@ def check_model(model: object, function: str) -> None:
         raise TypeError(f"{function} takes a torch.nn.Module, but got {type(model)}")
 
 
-def set_attention_class(model: torch.nn.Module, cls: type[torch.nn.MultiheadAttention]) -> None:
-    """Make torch's own attention layers instances of a subclass, and see to it that they are called."""
-    for layer in list(model.modules()):
-        if type(layer) is torch.nn.MultiheadAttention:
-            layer.__class__ = cls
-    if not any(isinstance(layer, cls) for layer in model.modules()):
+def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.MultiheadAttention]]:
+    """The attention layers of a model by name, those of subclasses included."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.MultiheadAttention):
+            yield name, layer
+
+
+def torch_class_of(layer: torch.nn.MultiheadAttention) -> type[torch.nn.MultiheadAttention]:
+    """The class of a layer without what `set_attention_class` and parametrize have put over it."""
+    cls = _class_below_parametrize(layer)
+    return getattr(cls, "_torch_class", cls)
+
+
+def why_left_alone(layer: torch.nn.MultiheadAttention) -> str:
+    """Why the layer cannot be replaced, or "": its forward may do anything."""
+    is_torchs = "forward" not in vars(layer) and torch_class_of(layer).forward is torch.nn.MultiheadAttention.forward
+    return "" if is_torchs else "a forward of its own"
+
+
+def set_attention_class(model: torch.nn.Module, mixin: type[torch.nn.MultiheadAttention]) -> None:
+    """Put a class over those of the attention layers whose forward is torch's, and see to it that they are called."""
+    layers = list(attention_layers(model))
+    if not layers:
         raise ValueError(f"there is no torch.nn.MultiheadAttention to replace in this {type(model).__name__}")
+    replaceable = [layer for _, layer in layers if not why_left_alone(layer)]
+    if not replaceable:
+        named = ", ".join(f'"{name}" ({torch_class_of(layer).__name__})' for name, layer in layers)
+        raise ValueError(
+            f"no attention of this {type(model).__name__} can be replaced: {named} has a forward of its own, "
+            "which may compute anything"
+        )
+    for layer in replaceable:
+        if not isinstance(layer, mixin):
+            _set_class(layer, _class_over(torch_class_of(layer), mixin))
     for module, name, unfused in _fusing_modules(model):
-        if name in vars(module) and any(isinstance(layer, cls) for layer in module.modules()):
+        if name in vars(module) and any(isinstance(layer, mixin) for layer in module.modules()):
             vars(module).setdefault(_saved(name), getattr(module, name))
             setattr(module, name, unfused)
+
+
+_classes_over: dict[tuple[type, type], type[torch.nn.MultiheadAttention]] = {}
+
+
+def _class_over(
+    cls: type[torch.nn.MultiheadAttention], mixin: type[torch.nn.MultiheadAttention]
+) -> type[torch.nn.MultiheadAttention]:
+    """`mixin` for torch's own class; for a subclass, one that is a subclass of both."""
+    if cls is torch.nn.MultiheadAttention:
+        return mixin
+    if (cls, mixin) not in _classes_over:
+        name = mixin.__name__.removesuffix("Attention") + cls.__name__
+        _classes_over[cls, mixin] = type(name, (mixin, cls), {"_torch_class": cls})
+    return _classes_over[cls, mixin]
+
+
+def _class_below_parametrize(layer: torch.nn.MultiheadAttention) -> type[torch.nn.MultiheadAttention]:
+    """torch.nn.utils.parametrize makes a class for each module, whose weights are properties."""
+    return type(layer).__bases__[0] if is_parametrized(layer) else type(layer)
+
+
+def _set_class(layer: torch.nn.MultiheadAttention, cls: type[torch.nn.MultiheadAttention]) -> None:
+    """Change the class of a layer, below the one that parametrize may have made for it."""
+    if is_parametrized(layer):
+        members = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), members)
+    layer.__class__ = cls
 
 
 def _fusing_modules(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, object]]:
@@ -158,33 +258,21 @@ def _saved(name: str) -> str:
     return f"_{name}_in_torch"
 
 
-class _Source(NamedTuple):
-    """One parameter as it was when it was packed."""
+class _State:
+    """The packed parameters and the calls of one layer; copies and pickles of it start anew."""
 
-    parameter: torch.Tensor
-    memory: torch.Tensor  # keeps that memory from being freed and reused: the same address is the same memory
-    version: int
+    def __init__(self) -> None:
+        self.packed = PackedParameters()
+        self.calls = Calls()
 
-    def is_now(self, parameter: torch.Tensor) -> bool:
-        """Whether `parameter` is the same object, in the same memory, with the same numbers."""
-        return (
-            parameter is self.parameter
-            and parameter._version == self.version
-            and parameter.dtype == self.memory.dtype
-            and parameter.is_set_to(self.memory)
-        )
-
-
-class _Packed(NamedTuple):
-    """A layer of mha_c, and what it was made from."""
-
-    layer: MultiheadAttention
-    attributes: tuple[Any, ...]
-    sources: dict[str, _Source]
+    def __reduce__(self) -> tuple[type[_State], tuple[()]]:
+        return _State, ()
 
 
 class ReplacedAttention(torch.nn.MultiheadAttention):
     """A ``torch.nn.MultiheadAttention`` whose inference is computed by mha_c; `replace_attention` makes them.
+
+    A layer of a subclass, whose forward is torch's, becomes an instance of a subclass of both.
 
     Examples
     --------
@@ -197,20 +285,27 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
     (torch.Size([5, 3, 8]), torch.Size([3, 5, 5]))
     """
 
-    _packed: _Packed | None = None
+    _torch_class: ClassVar[type[torch.nn.MultiheadAttention]] = torch.nn.MultiheadAttention
+
+    @functools.cached_property
+    def _mha_c(self) -> _State:
+        """What a replaced layer has besides torch's."""
+        return _State()
 
     def refresh(self) -> None:
-        """Read the parameters anew at the next call, after a change that torch did not count.
+        """Read the parameters anew at the next call, after a change that was not noticed.
+
+        Every call looks for changes of the parameters. It may miss one of single numbers that torch does not count:
+        through ``parameter.data``, NumPy or shared memory.
 
         Examples
         --------
         >>> import torch
         >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2))
-        >>> attention.out_proj.bias.data.fill_(1.0)
-        tensor([1., 1., 1., 1., 1., 1., 1., 1.])
+        >>> attention.in_proj_weight.data[5, 3] = 1.0
         >>> attention.refresh()
         """
-        vars(self).pop("_packed", None)
+        self._mha_c.packed.drop()
 
     def forward(
         self,
@@ -222,7 +317,7 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         attn_mask: torch.Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> _Answer:
         """As ``torch.nn.MultiheadAttention.forward``: with mha_c where it can, else with torch.
 
         Parameters
@@ -251,9 +346,13 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
             if isinstance(query, torch.fx.Proxy):  # torch.fx does not look into torch's own layers either
                 path = query.tracer.path_of_module(self)
                 return query.tracer.create_proxy("call_module", path, (query, key, value, *masks), {})
-            result = self.forward_in_mha_c(query, key, value, *masks)
-            if result is not None:
-                return result
+            answer = self.forward_in_mha_c(query, key, value, *masks)
+            if not isinstance(answer, str):
+                self._mha_c.calls.add()
+                return answer
+            self._mha_c.calls.add(answer)
+            if answer in ("training", "gradients"):
+                self.refresh()
         return super().forward(query, key, value, *masks)
 
     def forward_in_mha_c(
@@ -266,8 +365,8 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         attn_mask: torch.Tensor | None,
         average_attn_weights: bool,
         is_causal: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """What forward returns, or None where torch is to answer.
+    ) -> _Answer | str:
+        """What forward returns, or in a few words why torch is to answer.
 
         Parameters
         ----------
@@ -276,85 +375,101 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
 
         Returns
         -------
-        tuple of torch.Tensor and torch.Tensor or None, or None
+        tuple of torch.Tensor and torch.Tensor or None, or str
 
         Examples
         --------
         >>> import torch
-        >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2))  # in training: torch's
-        >>> attention.forward_in_mha_c(*[torch.zeros(5, 3, 8)] * 3, None, True, None, True, False) is None
-        True
+        >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2))
+        >>> attention.forward_in_mha_c(*[torch.zeros(5, 3, 8)] * 3, None, True, None, True, False)
+        'training'
         """
-        if self.training or is_causal and attn_mask is None:
-            return None
+        if self.training:
+            return "training"
+        if is_causal and attn_mask is None:
+            return "is_causal without attn_mask"
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
-        parameters = self._named_parameters()
-        if not all(type(tensor) in _PLAIN_TENSORS for tensor in (query, key, value, *masks)):
-            return None
-        if query.dtype not in _DTYPES or any(mask.dtype not in (query.dtype, torch.bool) for mask in masks):
-            return None
-        if _torch_is_watching([query, key, value, *masks, *parameters.values()]):
-            return None
+        if "parametrizations" in self._modules or "parametrizations" in self.out_proj._modules:
+            return "parametrized weights"
+        tensors = self._tensors()
+        reason = why_torch((query, key, value), masks, list(tensors.values()))
+        if reason:
+            return reason
         if is_causal and key_padding_mask is None and not need_weights:
             # Here torch ignores attn_mask and computes what is_causal=True means in mha_c, except that it hides the
             # keys of add_bias_kv and add_zero_attn too.
             if attn_mask is None or attn_mask.dim() != 2 or self.bias_k is not None or self.add_zero_attn:
-                return None
+                return "is_causal with added keys"
             attn_mask = None
         else:
             is_causal = False  # torch goes by attn_mask
+        parameters = self._mha_c.packed.get(tensors, self.embed_dim, self.num_heads, self.kdim, self.vdim)
+        if parameters is None:
+            return _why_not_packed(tensors.values())
         try:
-            layer = self._layer(parameters)
-            if layer is None:
-                return None
+            arrays = [None if one is None else _array(one) for one in (query, key, value, key_padding_mask, attn_mask)]
+        except (RuntimeError, TypeError):
+            return f"tensors on {query.device.type}" if not query.is_cpu else "tensors that NumPy cannot read"
+        query_array, key_array, value_array, padding_array, mask_array = arrays
+        try:
             with _threads_of_both():
-                output, weights = layer(
-                    _array(query),
-                    _array(key),
-                    _array(value),
-                    None if key_padding_mask is None else _array(key_padding_mask),
-                    bool(need_weights),
-                    None if attn_mask is None else _array(attn_mask),
-                    bool(average_attn_weights),
+                output, weights = _core.forward(
+                    parameters.weights,
+                    query_array,
+                    key_array,
+                    value_array,
+                    padding_array,
+                    need_weights,
+                    mask_array,
+                    average_attn_weights,
                     is_causal,
+                    None,
+                    self.batch_first,
+                    self.add_zero_attn,
+                    "torch",
+                    0.0,
+                    0,
+                    0,
                 )
-        except _REFUSALS:
-            return None
+        except Exception as error:
+            if getattr(error, "refused", False):  # torch has words for it, or knows an answer
+                return "arguments that do not fit"
+            raise
         return torch.from_numpy(output), None if weights is None else torch.from_numpy(weights)
 
-    def _named_parameters(self) -> dict[str, torch.Tensor]:
-        """The parameters by the names of the state dict, without its hooks."""
-        own = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
-        out = {f"out_proj.{name}": tensor for name, tensor in self.out_proj._parameters.items() if tensor is not None}
-        return {**own, **out}
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What torch's forward would read, by the names of the state dict, without its hooks."""
+        inputs = ("in_proj_weight",) if self._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        own = {name: _attribute(self, name) for name in (*inputs, "in_proj_bias", "bias_k", "bias_v")}
+        out = {f"out_proj.{name}": _attribute(self.out_proj, name) for name in ("weight", "bias")}
+        return {name: tensor for name, tensor in (own | out).items() if tensor is not None}
 
-    def _layer(self, parameters: Mapping[str, torch.Tensor]) -> MultiheadAttention | None:
-        """The layer of mha_c with these parameters; None if they are not the usual ones, such as parametrized ones."""
-        attributes = (self.embed_dim, self.num_heads, self.kdim, self.vdim, self.add_zero_attn, self.batch_first)
-        packed = self._packed
-        if (
-            packed is not None
-            and packed.attributes == attributes
-            and packed.sources.keys() == parameters.keys()
-            and all(source.is_now(parameters[name]) for name, source in packed.sources.items())
-        ):
-            return packed.layer
-        widths = Widths.from_arguments(self.embed_dim, self.num_heads, self.kdim, self.vdim)
-        shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-        if (
-            shapes != widths.shapes("in_proj_bias" in parameters, "bias_k" in parameters)
-            or type(self.out_proj) not in _PLAIN_LINEARS
-            or not all(type(tensor) in _PLAIN_TENSORS for tensor in parameters.values())
-        ):
-            return None
-        # Another thread may be doing the same; whichever ends last is kept, and both are right. Versions are read
-        # before the numbers, so that the next call notices a change in between.
-        sources = {name: _Source(tensor, tensor.detach(), tensor._version) for name, tensor in parameters.items()}
-        arrays = {name: source.memory.numpy() for name, source in sources.items()}
-        parameter_set = ParameterSet(widths, arrays, arrays["out_proj.weight"].dtype)
-        layer = layer_with(parameter_set, add_zero_attn=self.add_zero_attn, batch_first=self.batch_first)
-        vars(self)["_packed"] = _Packed(layer, attributes, sources)
-        return layer
+    def train(self, mode: bool = True) -> ReplacedAttention:
+        """As torch's. What is packed is dropped: training changes it.
+
+        Parameters
+        ----------
+        mode : bool, default True
+            Whether the layer is to be in training mode.
+
+        Returns
+        -------
+        ReplacedAttention
+            The layer itself.
+
+        Examples
+        --------
+        >>> import torch
+        >>> replace_attention(torch.nn.MultiheadAttention(8, 2)).train().training
+        True
+        """
+        if mode:
+            self.refresh()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ReplacedAttention:
         """Moves and casts leave the old numbers behind; do not keep their memory."""
@@ -362,31 +477,34 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         self.refresh()
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles pack their parameters themselves."""
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        state.pop("_packed", None)
-        return state
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles name torch's class, since that of a replaced layer may be made at run time."""
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return _new_replaced, (torch_class_of(self),), *reduced[2:]
 
     def __prepare_scriptable__(self) -> torch.nn.MultiheadAttention:
         """What torch.jit.script compiles in place of this layer."""
-        plain = torch.nn.MultiheadAttention.__new__(torch.nn.MultiheadAttention)
-        vars(plain).update(self.__getstate__())
+        plain = self._torch_class.__new__(self._torch_class)
+        vars(plain).update({name: value for name, value in vars(self).items() if name != "_mha_c"})
         return plain
 
 
-def _torch_is_watching(tensors: list[torch.Tensor]) -> bool:
-    """Whether torch has to see the single operations: to differentiate, trace, transform, intercept or cast them."""
-    return (
-        torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in tensors)
-        or torch.overrides.has_torch_function(tensors)
-        or torch._C._get_tracing_state() is not None
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+def _new_replaced(cls: type[torch.nn.MultiheadAttention]) -> torch.nn.MultiheadAttention:
+    """A replaced layer of torch's class or a subclass, still empty."""
+    replaced = _class_over(cls, ReplacedAttention)
+    return replaced.__new__(replaced)
+
+
+def _attribute(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """As getattr, but faster where it is a parameter."""
+    parameter = module._parameters.get(name)
+    return getattr(module, name) if parameter is None else parameter
+
+
+def _why_not_packed(tensors: Iterable[torch.Tensor]) -> str:
+    if any(tensor.is_inference() for tensor in tensors):
+        return "parameters made in inference mode"
+    return "unusual parameters"
 
 
 def _array(tensor: torch.Tensor) -> NDArray[Any]:
