@@ -5,21 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch.nn.attention.bias import CausalBias
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
-from mha_c import _core
 from mha_c.display.coverage import Coverage
-from mha_c.torch.tensors import TransparentMode, array_of, reason_for_torch, threads_of_both
+from mha_c.torch.calls import attend, project_and_attend
+from mha_c.torch.packed import PackedByWeight
+from mha_c.torch.reasons import HARMLESS_MODES
 
-__all__ = ["ONE_QUERY", "AttentionMode", "attention"]
+__all__ = ["AttentionMode", "attention"]
 
-ONE_QUERY = "one query"  # such calls wait for memory, which torch reads faster so far
-_FLASH = 1  # torch's kernel that lays its result out as the query; other results are C-contiguous
+_FUNCTIONS = {multi_head_attention_forward, scaled_dot_product_attention}
 
 
 @contextmanager
@@ -30,14 +30,22 @@ def attention() -> Iterator[Coverage]:
         yield coverage
 
 
-class AttentionMode(TransparentMode):
-    """Inside it torch's functions of attention compute with mha_c where they can; each call is counted."""
+class AttentionMode(TorchFunctionMode):
+    """Inside it torch's functions of attention compute with mha_c where they can; each call is counted.
+
+    Parameters
+    ----------
+    coverage : Coverage
+        What counts.
+    module, class_name : str, default ""
+        What calls, if it is known; else the name of the function is counted.
+    """
 
     def __init__(self, coverage: Coverage, module: str = "", class_name: str = "") -> None:
         super().__init__()
         self._coverage = coverage
-        self._module = module
-        self._class_name = class_name
+        self._place = module, class_name
+        self._packed = PackedByWeight()
 
     def __torch_function__(
         self,
@@ -46,62 +54,93 @@ class AttentionMode(TransparentMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Compute the call, or pass it on.
+
+        Parameters
+        ----------
+        func, types, args, kwargs
+            As torch passes them.
+
+        Returns
+        -------
+        object
+            What `func` returns.
+        """
         kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention or torch.compiler.is_compiling():
+        if func not in _FUNCTIONS or torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        call = _Attention(*args, **kwargs)
-        if type(call.attn_mask) is CausalBias:
+        if any(type(argument) is CausalBias for argument in (*args, *kwargs.values())):
             with self:  # torch calls the function again, with what the bias stands for
                 return CausalBias.__torch_function__(func, types, args, kwargs)
-        result = call.compute()
-        reason = result if isinstance(result, str) else ""
-        self._coverage.add(self._module, self._class_name or func.__name__, reason)
-        return func(*args, **kwargs) if reason else result
+        compute = attend if func is scaled_dot_product_attention else self._project_and_attend
+        answer = compute(*args, **kwargs)
+        reason = answer if isinstance(answer, str) else ""
+        module, class_name = self._place
+        self._coverage.add(module, class_name or func.__name__, reason)
+        return func(*args, **kwargs) if reason else answer
 
-
-@dataclass
-class _Attention:
-    """A call of scaled_dot_product_attention."""
-
-    query: Any
-    key: Any
-    value: Any
-    attn_mask: Any = None
-    dropout_p: Any = 0.0
-    is_causal: Any = False
-    _: KW_ONLY
-    scale: Any = None
-    enable_gqa: Any = False
-
-    def compute(self) -> torch.Tensor | str:
-        """The result, or why torch is to compute it."""
-        query, key, value, mask = self.query, self.key, self.value, self.attn_mask
-        reason = reason_for_torch(query, (key, value) if mask is None else (key, value, mask))
-        if reason:
-            return reason
-        if self.dropout_p != 0:
+    def _project_and_attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        embed_dim_to_check: int,
+        num_heads: int,
+        in_proj_weight: torch.Tensor | None,
+        in_proj_bias: torch.Tensor | None,
+        bias_k: torch.Tensor | None,
+        bias_v: torch.Tensor | None,
+        add_zero_attn: bool,
+        dropout_p: float,
+        out_proj_weight: torch.Tensor,
+        out_proj_bias: torch.Tensor | None,
+        training: bool = True,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        use_separate_proj_weight: bool = False,
+        q_proj_weight: torch.Tensor | None = None,
+        k_proj_weight: torch.Tensor | None = None,
+        v_proj_weight: torch.Tensor | None = None,
+        static_k: torch.Tensor | None = None,
+        static_v: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | str:
+        """What multi_head_attention_forward returns, or why torch is to compute it."""
+        if training and dropout_p != 0:
             return "dropout"
-        if mask is not None and self.is_causal:
-            return "attn_mask with is_causal"
-        if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
-            return f"attn_mask of {name_of(mask.dtype)}"
-        if query.dim() > 1 and query.size(-2) == 1 and key.dim() > 1 and key.size(-2) > 1:
-            return ONE_QUERY
-        options = (self.dropout_p, self.is_causal)
-        try:
-            arrays = [array_of(tensor) for tensor in (query, key, value)]
-            mask_array = None if mask is None else array_of(mask)
-        except RuntimeError as error:  # such as a view that only negates
-            return str(error)
-        kernel = torch._fused_sdp_choice(query, key, value, mask, *options, scale=self.scale, enable_gqa=self.enable_gqa)
-        out = array_of(torch.empty_like(query)) if kernel == _FLASH else None
-        try:
-            with threads_of_both():
-                output = _core.scaled_dot_product_attention(
-                    *arrays, mask_array, *options, self.scale, self.enable_gqa, 0, out
-                )
-        except Exception as error:
-            if getattr(error, "refused", False):
-                return str(error)
-            raise
-        return torch.from_numpy(output)
+        kdim = vdim = None
+        parameters = {"in_proj_weight": in_proj_weight}
+        if use_separate_proj_weight:
+            parameters = {"q_proj_weight": q_proj_weight, "k_proj_weight": k_proj_weight, "v_proj_weight": v_proj_weight}
+            kdim, vdim = _width_of(key), _width_of(value)
+        parameters |= {"in_proj_bias": in_proj_bias, "bias_k": bias_k, "bias_v": bias_v}
+        parameters |= {"out_proj.weight": out_proj_weight, "out_proj.bias": out_proj_bias}
+        packed = self._packed.of(out_proj_weight)
+        answer = project_and_attend(
+            packed,
+            {name: tensor for name, tensor in parameters.items() if tensor is not None},
+            (embed_dim_to_check, num_heads, kdim, vdim),
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+            add_zero_attn=add_zero_attn,
+            static_k=static_k,
+            static_v=static_v,
+        )
+        if answer == "gradients":  # they are asked for by those who will change the parameters
+            packed.drop()
+        return answer
+
+
+HARMLESS_MODES.add(AttentionMode)
+
+
+def _width_of(tensor: object) -> int | None:
+    return tensor.shape[-1] if isinstance(tensor, torch.Tensor) and tensor.dim() else None

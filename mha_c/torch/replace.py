@@ -4,19 +4,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from numpy.typing import NDArray
 from torch.nn.utils.parametrize import is_parametrized
 
-from mha_c import _core
 from mha_c.display.coverage import Calls, Coverage
-from mha_c.threads import get_num_threads, num_threads
+from mha_c.torch.calls import project_and_attend
 from mha_c.torch.packed import PackedParameters
-from mha_c.torch.reasons import why_torch
 
 __all__ = [
     "ReplacedAttention",
@@ -386,56 +382,23 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         """
         if self.training:
             return "training"
-        if is_causal and attn_mask is None:
-            return "is_causal without attn_mask"
-        masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
         if "parametrizations" in self._modules or "parametrizations" in self.out_proj._modules:
             return "parametrized weights"
-        tensors = self._tensors()
-        reason = why_torch((query, key, value), masks, list(tensors.values()))
-        if reason:
-            return reason
-        if is_causal and key_padding_mask is None and not need_weights:
-            # Here torch ignores attn_mask and computes what is_causal=True means in mha_c, except that it hides the
-            # keys of add_bias_kv and add_zero_attn too.
-            if attn_mask is None or attn_mask.dim() != 2 or self.bias_k is not None or self.add_zero_attn:
-                return "is_causal with added keys"
-            attn_mask = None
-        else:
-            is_causal = False  # torch goes by attn_mask
-        parameters = self._mha_c.packed.get(tensors, self.embed_dim, self.num_heads, self.kdim, self.vdim)
-        if parameters is None:
-            return _why_not_packed(tensors.values())
-        try:
-            arrays = [None if one is None else _array(one) for one in (query, key, value, key_padding_mask, attn_mask)]
-        except (RuntimeError, TypeError):
-            return f"tensors on {query.device.type}" if not query.is_cpu else "tensors that NumPy cannot read"
-        query_array, key_array, value_array, padding_array, mask_array = arrays
-        try:
-            with _threads_of_both():
-                output, weights = _core.forward(
-                    parameters.weights,
-                    query_array,
-                    key_array,
-                    value_array,
-                    padding_array,
-                    need_weights,
-                    mask_array,
-                    average_attn_weights,
-                    is_causal,
-                    None,
-                    self.batch_first,
-                    self.add_zero_attn,
-                    "torch",
-                    0.0,
-                    0,
-                    0,
-                )
-        except Exception as error:
-            if getattr(error, "refused", False):  # torch has words for it, or knows an answer
-                return "arguments that do not fit"
-            raise
-        return torch.from_numpy(output), None if weights is None else torch.from_numpy(weights)
+        return project_and_attend(
+            self._mha_c.packed,
+            self._tensors(),
+            (self.embed_dim, self.num_heads, self.kdim, self.vdim),
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+            add_zero_attn=self.add_zero_attn,
+            batch_first=self.batch_first,
+        )
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """What torch's forward would read, by the names of the state dict, without its hooks."""
@@ -499,20 +462,3 @@ def _attribute(module: torch.nn.Module, name: str) -> torch.Tensor | None:
     """As getattr, but faster where it is a parameter."""
     parameter = module._parameters.get(name)
     return getattr(module, name) if parameter is None else parameter
-
-
-def _why_not_packed(tensors: Iterable[torch.Tensor]) -> str:
-    if any(tensor.is_inference() for tensor in tensors):
-        return "parameters made in inference mode"
-    return "unusual parameters"
-
-
-def _array(tensor: torch.Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = (tensor.detach() if tensor.requires_grad else tensor).numpy()
-    return array
-
-
-def _threads_of_both() -> AbstractContextManager[None]:
-    """Neither more threads than mha_c may use, nor more than torch may."""
-    limit = torch.get_num_threads()
-    return num_threads(limit) if limit < get_num_threads() else nullcontext()
