@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, TypeVar
@@ -62,8 +63,8 @@ def attend(
         return "dropout"
     if attn_mask is not None and is_causal:
         return "attn_mask with is_causal"
-    if scale is not None and not scale > 0:
-        return "scale that is not positive"  # under is_causal torch's kernel then multiplies -inf
+    if scale is not None and not 0 < scale < math.inf:
+        return "unusual scale"  # with which torch's kernel multiplies -inf
     if query.dim() > 1 and query.size(-2) == 1 and key.dim() > 1 and key.size(-2) > 1:
         return ONE_QUERY
     arrays = _arrays_of(query, key, value, attn_mask)
