@@ -192,10 +192,11 @@ CASES = [
         **_decoder, sliding_window=5, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16),
         decode, ("padding", "causal", "window", "scale", "groups", "cache"), 4),
 ]
-REFUSED = {
-    "softcap": (_t.Gemma2ForCausalLM, _t.Gemma2Config(**_decoder)),
-    "s_aux": (_t.GptOssForCausalLM, _t.GptOssConfig(**_decoder, num_local_experts=2, num_experts_per_tok=1)),
-}
+REFUSED = [  # a soft cap, attention sinks, and scores to which masks are added
+    (_t.Gemma2ForCausalLM, _t.Gemma2Config(**_decoder)),
+    (_t.GptOssForCausalLM, _t.GptOssConfig(**_decoder, num_local_experts=2, num_experts_per_tok=1)),
+    (_t.GitModel, _t.GitConfig(**_sizes)),
+]
 
 
 # ---------------------------------------------------------------------------------------------- what is found

@@ -52,11 +52,11 @@ def ready(model_class, name="mha_c"):
     return model
 
 
-@pytest.mark.parametrize("keyword", REFUSED)
-def test_what_is_not_computed_is_refused(keyword, coverage):
-    model_class, config = REFUSED[keyword]
-    model = model_class._from_config(config, attn_implementation="mha_c")
-    with pytest.raises(NotImplementedError, match=f'{keyword}.*attn_implementation="eager"'):
+@pytest.mark.parametrize(("model_class", "config"), REFUSED, ids=lambda given: getattr(given, "__name__", ""))
+def test_models_that_are_refused(model_class, config, coverage):
+    model = model_class(config)
+    model.set_attn_implementation("mha_c")
+    with pytest.raises(NotImplementedError, match=f'the model of a {type(config).__name__} .*attn_implementation="eager"'):
         model(input_ids=tokens())
 
 
@@ -68,7 +68,7 @@ def attention_of_a_layer(queries=4, keys=4, **arguments):
 
 
 @pytest.mark.parametrize("arguments", [
-    {"softcap": 30.0}, {"cu_seq_lens_q": torch.arange(3)}, {"indices": torch.arange(3)}, {"no_such_thing": 0},
+    {"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"cu_seq_lens_q": torch.arange(3)}, {"indices": torch.arange(3)}, {"no_such_thing": 0},
     {"sliding_window": 3}, {"keys": 6}, {"is_causal": True, "keys": 6}])
 def test_arguments_that_are_refused(arguments, coverage):
     """A window that no mask tells of, and a causal order that it cannot be known where it ends."""

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ __all__ = ["register_transformers"]
 
 # Keyword arguments that do not change the result: the mask has said the same already. So do not those that ask a model
 # for more outputs, whose names begin with "output_".
-_WITHOUT_EFFECT = frozenset({"cache_position", "deterministic", "position_ids", "sliding_window", "use_cache"})
+_WITHOUT_EFFECT = frozenset(
+    {"cache_position", "deterministic", "logits_to_keep", "position_ids", "sliding_window", "use_cache"}
+)
 
 _names: set[str] = set()  # registered here
 
@@ -33,7 +36,7 @@ def register_transformers(name: str = "mha_c") -> Coverage:
             "register_transformers needs transformers, which is not installed: `pip install 'mha_c[models]'`"
         ) from error
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         from transformers.masking_utils import sdpa_mask
     except ImportError as error:
@@ -44,7 +47,7 @@ def register_transformers(name: str = "mha_c") -> Coverage:
     _check_name(name, AttentionInterface())
     coverage = Coverage()
     AttentionInterface.register(name, _make_attention(sdpa_attention_forward, coverage))
-    AttentionMaskInterface.register(name, _make_mask(sdpa_mask))
+    AttentionMaskInterface.register(name, _make_mask(sdpa_mask, PreTrainedModel))
     _names.add(name)
     return coverage
 
@@ -126,14 +129,34 @@ def _place_of(module: torch.nn.Module) -> str:
     return "" if layer is None else f"layer {layer}"
 
 
-def _make_mask(sdpa_mask: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
+def _make_mask(sdpa_mask: Callable[..., Any], models: type) -> Callable[..., torch.Tensor | None]:
     """What transformers calls for the mask of all layers."""
+    supports_sdpa = functools.cache(functools.partial(_supports_sdpa, models))
 
-    def mask(*, kv_length: int, allow_is_causal_skip: bool = True, **kwargs: Any) -> torch.Tensor | None:
+    def mask(
+        *, kv_length: int, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any
+    ) -> torch.Tensor | None:
+        if not supports_sdpa(type(config)):  # some parts of such a model read masks of another kind
+            raise NotImplementedError(
+                f"the model of a {type(config).__name__} does not support torch's scaled_dot_product_attention, nor "
+                'therefore mha_c: load it with attn_implementation="eager"'
+            )
         # Without a mask, is_causal alone says which keys a query sees. That is enough where there are as many queries
         # as keys, or one. Gemma 4 leaves out queries after it has asked for the mask, which only a mask can follow.
         queries = kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"])
         skip = allow_is_causal_skip and queries in (1, kv_length)
-        return sdpa_mask(kv_length=kv_length, allow_is_causal_skip=skip, **kwargs)
+        return sdpa_mask(kv_length=kv_length, config=config, allow_is_causal_skip=skip, **kwargs)
 
     return mask
+
+
+def _supports_sdpa(models: type, config_class: type) -> bool:
+    """What transformers says of the models with such a configuration; it asks nobody about attention that is registered."""
+    found = [model for model in _subclasses(models) if getattr(model, "config_class", None) is config_class]
+    return not found or any(model._supports_sdpa for model in found)
+
+
+def _subclasses(cls: type) -> Iterator[Any]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
