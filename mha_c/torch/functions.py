@@ -24,21 +24,67 @@ _FUNCTIONS = {multi_head_attention_forward, scaled_dot_product_attention}
 
 @contextmanager
 def attention() -> Iterator[Coverage]:
-    """docstring"""
+    """Let torch's functions of attention compute with mha_c within a block.
+
+    They are ``torch.nn.functional.scaled_dot_product_attention`` and ``multi_head_attention_forward``, which
+    ``torch.nn.MultiheadAttention`` calls. They compute here on the CPU, in float32 and float64, where nothing needs a
+    gradient. Other calls are torch's, and are counted with the reason. Results mean what torch's mean, errors are
+    torch's, and a result is laid out in memory as torch's is.
+
+    Yields
+    ------
+    Coverage
+        The calls of the block.
+
+    Notes
+    -----
+    The block is a ``torch.overrides.TorchFunctionMode``: nothing is patched, and it is active in the thread that
+    entered it. Of blocks within each other, the innermost computes and counts a call; what it leaves to torch reaches
+    the next one. Layers of `replace_attention` compute and count by themselves.
+
+    Graphs are not reached: what ``torch.compile``, ``torch.export`` or ``torch.jit`` made holds torch's attention. Inside
+    the block torch takes its ordinary path, without nested tensors and fused encoder layers, as inside any such mode.
+
+    A call of one query and several keys, as in generation, is left to torch, which is faster at it so far.
+
+    Parameters are packed for the kernels once in a block, and again after a change; `ReplacedAttention` says which
+    changes are noticed. So a block around many calls is faster than a block around each.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.zeros(2, 4, 5, 8)  # items, heads, length, features of a head
+    >>> with attention() as coverage:
+    ...     y = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    ...     z = torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+    >>> coverage
+    Calls of attention: 1 computed by mha_c, 1 left to torch
+    <BLANKLINE>
+    module  class                         here  left  reason
+            scaled_dot_product_attention     1     1  dropout
+    """
     coverage = Coverage()
     with AttentionMode(coverage):
         yield coverage
 
 
 class AttentionMode(TorchFunctionMode):
-    """Inside it torch's functions of attention compute with mha_c where they can; each call is counted.
+    """What `attention` enters, with a coverage of the caller's.
 
     Parameters
     ----------
     coverage : Coverage
-        What counts.
+        What counts the calls.
     module, class_name : str, default ""
-        What calls, if it is known; else the name of the function is counted.
+        The module that calls, as in `CoverageRow`, if it is known; else the name of the function is counted.
+
+    Examples
+    --------
+    >>> coverage = Coverage()
+    >>> with AttentionMode(coverage, "encoder.attention", "Attention"):
+    ...     _ = scaled_dot_product_attention(*[torch.zeros(2, 4, 5, 8)] * 3)
+    >>> coverage.rows[0].module
+    'encoder.attention'
     """
 
     def __init__(self, coverage: Coverage, module: str = "", class_name: str = "") -> None:
@@ -54,24 +100,12 @@ class AttentionMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Compute the call, or pass it on.
-
-        Parameters
-        ----------
-        func, types, args, kwargs
-            As torch passes them.
-
-        Returns
-        -------
-        object
-            What `func` returns.
-        """
         kwargs = kwargs or {}
         if func not in _FUNCTIONS or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if any(type(argument) is CausalBias for argument in (*args, *kwargs.values())):
             with self:  # torch calls the function again, with what the bias stands for
-                return CausalBias.__torch_function__(func, types, args, kwargs)
+                return CausalBias.__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         compute = attend if func is scaled_dot_product_attention else self._project_and_attend
         answer = compute(*args, **kwargs)
         reason = answer if isinstance(answer, str) else ""

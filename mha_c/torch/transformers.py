@@ -26,7 +26,55 @@ _names: set[str] = set()  # registered here
 
 
 def register_transformers(name: str = "mha_c") -> Coverage:
-    """docstring"""
+    """Make ``attn_implementation="mha_c"`` a choice for the models of Hugging Face's transformers.
+
+    A layer's attention then computes with mha_c on the CPU, in float32 and float64, where nothing needs a gradient. Other
+    calls are left to the function that transformers has for torch's attention, ``"sdpa"``, and are counted with the
+    reason. All results mean what that function's mean, in the version that is installed.
+
+    Parameters
+    ----------
+    name : str, default "mha_c"
+        What `attn_implementation` is to be.
+
+    Returns
+    -------
+    Coverage
+        The calls of all models that use this name: a row for each class, and for each ``layer_idx`` of a layer that has
+        one. Registering the name again starts another coverage.
+
+    Raises
+    ------
+    ImportError
+        If transformers is not installed, or is older than 4.57.
+    TypeError, ValueError
+        If `name` is not an identifier, or means something to transformers already.
+
+    Notes
+    -----
+    A call raises NotImplementedError, and says what to do, where mha_c would have to ignore what a model asks for: soft
+    caps, attention sinks, any other keyword that is not known, and models that transformers does not let use ``"sdpa"``.
+
+    ``output_attentions=True`` is computed as well: attention to the rows of an identity matrix gives the weights. A query
+    that sees no key has weights of 0. They are those before dropout.
+
+    A call of one query and several keys, as in generation, is left to torch, which is faster at it so far.
+
+    Examples
+    --------
+    >>> import torch, transformers
+    >>> coverage = register_transformers()
+    >>> config = transformers.BertConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    >>> model = transformers.BertModel._from_config(config, attn_implementation="mha_c").eval()
+    >>> with torch.no_grad():
+    ...     output = model(torch.tensor([[5, 6, 7, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0]]))
+    >>> coverage
+    Calls of attention: 2 computed by mha_c, 0 left to torch
+    <BLANKLINE>
+    module   class              here  left  reason
+    layer 0  BertSelfAttention     1     0
+    layer 1  BertSelfAttention     1     0
+    """
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -41,12 +89,13 @@ def register_transformers(name: str = "mha_c") -> Coverage:
         from transformers.masking_utils import sdpa_mask
     except ImportError as error:
         raise ImportError(
-            f"register_transformers needs transformers 4.57 or later, but {transformers.__version__} is installed: "
-            "`pip install --upgrade transformers`"
+            "register_transformers needs transformers 4.57 or later: `pip install --upgrade transformers`. "
+            f"Importing its attention interface from transformers {transformers.__version__} failed: {error}"
         ) from error
-    _check_name(name, AttentionInterface())
+    attentions: Any = AttentionInterface
+    _check_name(name, attentions())
     coverage = Coverage()
-    AttentionInterface.register(name, _make_attention(sdpa_attention_forward, coverage))
+    attentions.register(name, _make_attention(sdpa_attention_forward, coverage))
     AttentionMaskInterface.register(name, _make_mask(sdpa_mask, PreTrainedModel))
     _names.add(name)
     return coverage
@@ -129,13 +178,11 @@ def _place_of(module: torch.nn.Module) -> str:
     return "" if layer is None else f"layer {layer}"
 
 
-def _make_mask(sdpa_mask: Callable[..., Any], models: type) -> Callable[..., torch.Tensor | None]:
+def _make_mask(sdpa_mask: Callable[..., Any], models: type) -> Callable[..., Any]:
     """What transformers calls for the mask of all layers."""
-    supports_sdpa = functools.cache(functools.partial(_supports_sdpa, models))
+    supports_sdpa: Callable[[type], bool] = functools.cache(functools.partial(_supports_sdpa, models))
 
-    def mask(
-        *, kv_length: int, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any
-    ) -> torch.Tensor | None:
+    def mask(*, kv_length: int, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
         if not supports_sdpa(type(config)):  # some parts of such a model read masks of another kind
             raise NotImplementedError(
                 f"the model of a {type(config).__name__} does not support torch's scaled_dot_product_attention, nor "
@@ -156,7 +203,7 @@ def _supports_sdpa(models: type, config_class: type) -> bool:
     return not found or any(model._supports_sdpa for model in found)
 
 
-def _subclasses(cls: type) -> Iterator[Any]:
+def _subclasses(cls: Any) -> Iterator[Any]:
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
