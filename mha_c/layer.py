@@ -712,7 +712,9 @@ class MultiheadAttention:
         Parameters
         ----------
         module : torch.nn.MultiheadAttention
-            The layer to copy. Parameters in float16 or bfloat16 become float32.
+            The layer to copy, or one of a subclass whose forward is torch's. Its weights are what torch would compute
+            with at this moment, whether they are parameters, parametrized or plain tensors; what else the layer holds
+            is not copied. Parameters in float16 or bfloat16 become float32.
 
         Returns
         -------
@@ -721,7 +723,7 @@ class MultiheadAttention:
         Raises
         ------
         TypeError
-            If `module` is something else.
+            If `module` is something else, or has a forward of its own, which could compute anything.
 
         Examples
         --------
@@ -731,10 +733,25 @@ class MultiheadAttention:
         """
         torch = sys.modules.get("torch")  # where it was not imported, this cannot be a layer of it
         if torch is None or not isinstance(module, torch.nn.MultiheadAttention):
-            raise TypeError(f"from_torch takes a torch.nn.MultiheadAttention, but got {type(module)}")
-        widths = Widths.from_arguments(module.embed_dim, module.num_heads, module.kdim, module.vdim)
+            raise TypeError(f"from_torch takes a torch.nn.MultiheadAttention, but got {_describe_module(module)}")
+        # A layer that mha_c.torch.replace_attention has changed knows its class in torch.
+        module_class = getattr(type(module), "_torch_class", type(module))
+        if "forward" in vars(module) or module_class.forward is not torch.nn.MultiheadAttention.forward:
+            raise TypeError(
+                f"from_torch takes a torch.nn.MultiheadAttention, but this {module_class.__name__} has a forward of "
+                "its own, which could compute anything. If it computes torch's attention, write "
+                "MultiheadAttention.from_state_dict(module.state_dict(), num_heads=module.num_heads)"
+            )
+        out_dim = len(module.out_proj.weight)
+        widths = Widths.from_arguments(module.embed_dim, module.num_heads, module.kdim, module.vdim, out_dim=out_dim)
         dtype = np.dtype(np.float64 if module.out_proj.weight.dtype == torch.float64 else np.float32)
-        arrays = {name: as_array(tensor) for name, tensor in module.state_dict().items()}
+        biases = module.in_proj_bias, module.out_proj.bias
+        has_bias = any(bias is not None for bias in biases)
+        arrays = {}
+        for name, shape in widths.shapes(has_bias, module.bias_k is not None).items():
+            tensor = operator.attrgetter(name)(module)
+            # Where one of two biases is missing, zeros change nothing.
+            arrays[name] = np.zeros(shape, dtype) if tensor is None and name.endswith("bias") else as_array(tensor)
         parameters = ParameterSet(widths, arrays, dtype)
         layer = cls._from_parameters(parameters, module.dropout, module.add_zero_attn, module.batch_first)
         return layer.train(module.training)
@@ -850,6 +867,17 @@ def parameters_of(layer: MultiheadAttention) -> ParameterSet:
 def next_dropout_call(layer: MultiheadAttention) -> int:
     """The number that the layer's next call in training mode has."""
     return layer._dropout_calls
+
+
+def _describe_module(module: Any) -> str:
+    """The class of a module, and the attention layers of torch in it."""
+    torch = sys.modules.get("torch")
+    described = f"{type(module).__module__}.{type(module).__qualname__}"
+    if torch is None or not isinstance(module, torch.nn.Module):
+        return described
+    names = [name for name, part in module.named_modules() if isinstance(part, torch.nn.MultiheadAttention)]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{described}. It holds {', '.join(names[:3])}{more}: pass one of them" if names else described
 
 
 def _check_device(device: Any) -> None:

@@ -319,9 +319,10 @@ def separate(width=16, kdim=None, out=None):
 def call_separate(parameters, query, key, **options):
     """The bias is put together in each call."""
     given = {name: parameter for name, parameter in parameters.items() if name not in ("biases", "out")}
+    given |= {"add_zero_attn": False, "dropout_p": 0.0, "training": False, **options}
     return F.multi_head_attention_forward(
-        query, key, key, query.shape[-1], 4, torch.empty(0), torch.cat(parameters["biases"]), None, None, False, 0.0,
-        parameters["out"], None, training=False, **given, **options)
+        query, key, key, query.shape[-1], 4, torch.empty(0), torch.cat(parameters["biases"]), None, None,
+        out_proj_weight=parameters["out"], out_proj_bias=None, **given)
 
 
 @pytest.mark.parametrize("widths", [{}, {"kdim": 6}, {"out": 5}], ids=str)
@@ -333,14 +334,24 @@ def test_separate_projections(widths):
     assert torch.allclose(got, want, atol=1e-5) and got.shape[-1] == widths.get("out", 16)
 
 
-@pytest.mark.parametrize("static", ["static_k", "static_v", "both"])
-def test_static_keys(static):
-    parameters, query, key = separate(), torch.randn(7, 3, 16), torch.randn(9, 3, 16)
-    given = {name: torch.randn(12, 9, 4) for name in ("static_k", "static_v") if static in (name, "both")}
+MHA_LEFT = {  # what the call is given, and the reason
+    "static keys or values": {"static_k": torch.randn(12, 9, 4), "static_v": torch.randn(12, 9, 4)},
+    "dropout": {"training": True, "dropout_p": 1.0},
+    "mask in float64": {"key_padding_mask": torch.zeros(3, 9, dtype=torch.float64), "attn_mask": torch.zeros(7, 9)},
+    "is_causal with added keys": {
+        "is_causal": True, "attn_mask": torch.zeros(7, 9), "need_weights": False, "add_zero_attn": True},
+}
+
+
+@pytest.mark.parametrize("reason", MHA_LEFT)
+def test_what_the_layers_function_leaves_to_torch(reason):
+    parameters, query, key, options = separate(), torch.randn(7, 3, 16), torch.randn(9, 3, 16), MHA_LEFT[reason]
     with torch.no_grad():
-        want = call_separate(parameters, query, key, **given)
-        got = inside(call_separate, parameters, query, key, **given)
-    assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(got, want, strict=True))
+        want = outcome(lambda: [call_separate(parameters, query, key, **options)[0].numpy()])
+        with attention() as coverage:
+            got = outcome(lambda: [call_separate(parameters, query, key, **options)[0].numpy()])
+    assert str(got.error) == str(want.error) and (got.error or np.array_equal(got.result[0], want.result[0]))
+    assert coverage.rows[0] == ("", "multi_head_attention_forward", 0, 1, reason)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 from mha_c.torch import ReplacedAttention, coverage, replace_attention, restore_attention  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.utils import prune  # noqa: E402
+from unusual_layers import MADE_ANEW, PARAMETRIZED, STORED, Doubling, Named, OwnForward  # noqa: E402
 
 causal = nn.Transformer.generate_square_subsequent_mask
 
@@ -197,6 +198,39 @@ def test_other_dtypes_and_objects_meet_torchs_errors():
         assert type(results[1].error) is type(results[0].error) and str(results[1].error) == str(results[0].error)
 
 
+@pytest.mark.parametrize("error", [AssertionError, IndexError, RuntimeError, TypeError, ValueError, MemoryError])
+def test_errors_of_ours_are_not_hidden(error, monkeypatch):
+    """torch is asked where the checks refuse a call; what fails after them, or before, is for all to see."""
+    _, ours = pair(8, 2)
+    x, original = torch.randn(5, 3, 8), mha_c._core.forward
+
+    def failing(*args):
+        if args:
+            original(*args)
+        raise error("planted")
+
+    with torch.no_grad():
+        with monkeypatch.context() as planted:
+            planted.setattr(mha_c._core, "forward", failing)
+            with pytest.raises(error, match="planted"):
+                ours(x, x, x)
+            assert outcome(lambda: ours(x, x, x[:2])).error is not None and coverage(ours).left == 1
+        ours(x, x, x)
+        ours.refresh()
+        monkeypatch.setattr(mha_c._core, "Weights", lambda *args: failing())
+        with pytest.raises(error, match="planted"):
+            ours(x, x, x)
+    assert coverage(ours).here == 1 and coverage(ours).left == 1
+
+
+def test_too_large_an_output_is_our_error():
+    _, ours = pair(8, 2)
+    x = torch.zeros(1, 1, 8).expand(2**28, 2**28, 8)
+    with torch.no_grad(), pytest.raises(MemoryError):
+        ours(x, x, x, need_weights=False)
+    assert coverage(ours).rows[0].reason == "never called"
+
+
 # ------------------------------------------------------------------------------------------- left to torch
 
 
@@ -279,48 +313,9 @@ def test_views_and_parameters_as_inputs(computed_by_mha_c):
         assert computed_by_mha_c(lambda: assert_same(ours(x, x, x), expected)) == 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compile_export_script_and_fx(computed_by_mha_c):
-    model = random_parameters(encoder()).requires_grad_(False)
-    x = torch.randn(3, 7, 16)
-    expected = model(x)
-    replaced = replace_attention(copy.deepcopy(model))
-    compiled = torch.compile(replaced, backend="eager", fullgraph=True)
-    assert computed_by_mha_c(lambda: assert_same(compiled(x), expected)) == 0
-    exported = torch.export.export(replaced, (x,))
-    assert_same(exported.module()(x), expected)
-
-    class Around(nn.Module):
-        def __init__(self, attention):
-            super().__init__()
-            self.attention = attention
-
-        def forward(self, x):
-            return self.attention(x, x, x, need_weights=False)[0] + 1
-
-    around = Around(replaced.layers[0].self_attn)
-    traced = torch.fx.symbolic_trace(around)
-    assert computed_by_mha_c(lambda: assert_same(traced(x), around(x))) == 2
-    assert_same(torch.jit.script(around)(x), traced(x))
-
-
-def test_parameters_that_are_not_the_usual_ones(computed_by_mha_c):
-    """Parametrized, functional, or of another class: torch computes them, or mha_c with the right numbers."""
-    class Double(nn.Module):
-        def forward(self, weight):
-            return 2 * weight
-
-    x = torch.randn(5, 3, 8)
-    for name in ("in_proj_weight", "out_proj.weight"):
-        theirs, ours = pair(8, 2)
-        for module in (theirs, ours):
-            owner = module.out_proj if "." in name else module
-            nn.utils.parametrize.register_parametrization(owner, name.split(".")[-1], Double())
-        with torch.no_grad():
-            expected = theirs(x, x, x)
-        assert computed_by_mha_c(lambda: assert_same(ours(x, x, x), expected)) == 0
-
+def test_functional_call_and_inference_mode(computed_by_mha_c):
     theirs, ours = pair(8, 2)
+    x = torch.randn(5, 3, 8)
     for factor in (1, 2, 3):
         state = {key: factor * value.detach() for key, value in theirs.state_dict().items()}
         with torch.no_grad():
@@ -617,6 +612,104 @@ def test_threads_of_both(monkeypatch):
     assert seen == [1, 1, 2]
 
 
+# ------------------------------------------------------------------------------------------- unusual layers
+
+
+KINDS = STORED | MADE_ANEW | PARAMETRIZED
+hooks_of_old = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+
+
+@hooks_of_old
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_unusual_layers(kind, batch_first):
+    """Subclasses, and weights that are no parameters: mha_c computes them, or leaves them to torch and says so."""
+    with torch.no_grad():  # torch copies no tensor that was computed with gradients
+        theirs = random_parameters(KINDS[kind](batch_first=batch_first))
+    class_name, ours = type(theirs).__name__, copy.deepcopy(theirs)
+    replace_attention(ours)
+    assert isinstance(ours, type(theirs)) or kind in PARAMETRIZED
+    x = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        for factor in (1, 2):
+            for module in (theirs, ours):
+                for parameter in module.parameters():
+                    parameter.mul_(factor)
+            assert_same(ours(x, x, x), theirs(x, x, x))
+    left = kind in PARAMETRIZED
+    assert coverage(ours).rows == (
+        ("", class_name.removeprefix("Parametrized"), 2 * (not left), 2 * left, "parametrized weights" * left),)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    copied = copy.deepcopy(ours)
+    with torch.no_grad():
+        assert_same(copied(x, x, x), theirs(x, x, x))
+    assert coverage(copied).here == (not left)
+    for restored in (restore_attention(ours), restore_attention(copied)):
+        assert type(restored).__name__ == class_name and not isinstance(restored, ReplacedAttention)
+        assert vars(restored).keys() == vars(theirs).keys()
+        with torch.no_grad():
+            assert_same(restored(x, x, x), theirs(x, x, x))
+
+
+def test_parametrized_after_it_was_replaced():
+    theirs, ours = pair(16, 2)
+    x = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        ours(x, x, x)
+        for module in (theirs, ours):
+            nn.utils.parametrize.register_parametrization(module, "in_proj_weight", Doubling())
+        assert_same(ours(x, x, x), theirs(x, x, x))
+        other = restore_attention(copy.deepcopy(ours))
+        assert type(other).__name__ == "ParametrizedMultiheadAttention"
+        assert_same(other(x, x, x), theirs(x, x, x))
+        for module in (theirs, ours, other):
+            nn.utils.parametrize.remove_parametrizations(module, "in_proj_weight")
+            assert_same(module(x, x, x), theirs(x, x, x))
+    assert [type(module) for module in (ours, other)] == [ReplacedAttention, nn.MultiheadAttention]
+    assert coverage(ours).rows[0][2:] == (2, 1, "parametrized weights")
+
+
+def test_parametrizations_are_removed_from_a_replaced_layer():
+    theirs = random_parameters(PARAMETRIZED["parametrized subclass"]())
+    ours = replace_attention(copy.deepcopy(theirs))
+    x = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        nn.utils.parametrize.remove_parametrizations(ours, "in_proj_weight")
+        assert_same(ours(x, x, x), theirs(x, x, x))
+    assert type(ours).__name__ == "ReplacedNamed" and coverage(ours).here == 1
+    assert type(restore_attention(ours)) is Named
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_subclasses_keep_what_is_theirs(how):
+    theirs = random_parameters(Named(16, 2, name="first"))
+    ours = replace_attention(nn.ModuleDict({"attention": copy.deepcopy(theirs)}))["attention"]
+    assert isinstance(ours, Named) and isinstance(ours, ReplacedAttention)
+    assert repr(ours) == repr(theirs).replace("Named(", "ReplacedNamed(")
+    copied = copied_by(how, ours)
+    assert type(copied) is type(ours) and copied.name == "first" and list(copied.state_dict()) == list(ours.state_dict())
+    assert type(restore_attention(copied)) is Named
+    x = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        assert_same(copied(x, x, x), theirs(x, x, x))
+
+
+def test_a_forward_of_its_own_is_left_alone():
+    own, x = random_parameters(OwnForward(16, 2)), torch.randn(5, 3, 16)
+    wrapped = random_parameters(nn.MultiheadAttention(16, 2))
+    inner = wrapped.forward
+    wrapped.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    model = replace_attention(nn.ModuleList([own, wrapped, nn.MultiheadAttention(16, 2)]))
+    assert [type(layer) for layer in model] == [OwnForward, nn.MultiheadAttention, ReplacedAttention]
+    assert [row.reason for row in coverage(model).rows] == ["a forward of its own"] * 2 + ["never called"]
+    with pytest.raises(ValueError, match=r'no attention of this Sequential can be replaced: "0" \(OwnForward\), '
+                                         r'"1" \(MultiheadAttention\) has a forward of its own'):
+        replace_attention(nn.Sequential(own, wrapped))
+    with pytest.raises(ValueError, match="no attention of this OwnForward can be replaced"):
+        replace_attention(own)
+    wrapped.forward(x, x, x)
+
+
 # ------------------------------------------------------------------------------------------- coverage
 
 
@@ -752,7 +845,7 @@ def test_transformer_and_decoder(batch_first, fused_path, computed_by_mha_c):
 def state(model):
     """Everything that replacing may touch: classes, and attributes that are no modules or parameters."""
     return {name: (type(module), {key: value for key, value in vars(module).items() if not key.startswith("_")
-                                  or key == "_packed" or key.endswith("_in_torch")})
+                                  or key == "_mha_c" or key.endswith("_in_torch")})
             for name, module in model.named_modules()}
 
 
@@ -779,6 +872,16 @@ def test_state_dicts_and_printing():
     restore_attention(model).load_state_dict(replace_attention(encoder()).state_dict())
 
 
+def copied_by(how, model):
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(model))
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies(how, computed_by_mha_c):
     """A copy of a replaced model is replaced, has parameters of its own, and can be restored."""
@@ -786,14 +889,7 @@ def test_copies(how, computed_by_mha_c):
     x = torch.randn(3, 7, 16)
     with torch.no_grad():
         expected = model(x)
-    if how == "deepcopy":
-        copied = copy.deepcopy(model)
-    elif how == "pickle":
-        copied = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        copied = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    copied = copied_by(how, model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

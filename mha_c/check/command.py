@@ -15,6 +15,7 @@ import numpy as np
 from mha_c.layer import MultiheadAttention, parameters_of
 from mha_c.check.compare import CRITERION
 from mha_c.check.layers import against_torch
+from mha_c.check.requirement import require_torch
 from mha_c.check.report import Report
 from mha_c.display.progress import progress
 from mha_c.display.table import Table, show
@@ -209,6 +210,7 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     if options and "state_dict" not in options and not {"embed_dim", "num_heads"} <= options.keys():
         parser.error("say which layer to check: --embed-dim and --num-heads, or --state-dict")
     try:
+        require_torch("this command")
         from mha_c.torch import TORCH_VERSION, one_thread
 
         if not options:

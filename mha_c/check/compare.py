@@ -88,6 +88,8 @@ class Comparison:
         numbers that happen to be small are no more exact than the others, and their own units would say nothing.
     misplaced : int
         How many numbers are NaN or infinite in one of the two alone.
+    other : str
+        What stands for torch where torch has no such layer: "NumPy".
 
     Examples
     --------
@@ -106,6 +108,7 @@ class Comparison:
     torch_error: Error
     ulp: float
     misplaced: int
+    other: str = "torch"
 
     @classmethod
     def measure(
@@ -115,6 +118,7 @@ class Comparison:
         theirs: NDArray[Any],
         reference: NDArray[Any],
         torch_error: Error | None = None,
+        other: str = "torch",
     ) -> Comparison:
         """Compare two arrays.
 
@@ -128,6 +132,8 @@ class Comparison:
             What both should be.
         torch_error : Error, optional
             Needed where `reference` is torch's own result, and so cannot tell how far off it is.
+        other : str, default "torch"
+            Who computed `theirs`.
 
         Returns
         -------
@@ -159,6 +165,7 @@ class Comparison:
             torch_error=torch_error or Error(np.inf, np.inf),
             ulp=ulp,
             misplaced=misplaced,
+            other=other,
         )
 
     @property
@@ -172,7 +179,7 @@ class Comparison:
         if self.misplaced:
             said.append(f"{self.misplaced} numbers are NaN or infinite in one of the two alone")
         if not self.error.largest <= 8 * self.torch_error.largest + 4 * self.ulp and not said:
-            said.append(f"an error of {self.error.largest:.2g}, where torch's is {self.torch_error.largest:.2g}")
+            said.append(f"an error of {self.error.largest:.2g}, where {self.other}'s is {self.torch_error.largest:.2g}")
         return said
 
     @property

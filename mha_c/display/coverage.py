@@ -167,7 +167,7 @@ class Coverage:
 
 def _in_words(reasons: dict[str, int]) -> str:
     """The reasons, the most frequent first, with their numbers where there are several."""
-    reasons = {reason: count for reason, count in reasons.items() if count} or reasons
     if len(reasons) < 2:
         return "".join(reasons)
-    return ", ".join(f"{reason} ({count:,})" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+    ordered = sorted(reasons.items(), key=lambda item: -item[1])
+    return ", ".join(f"{reason} ({count:,})" if count else reason for reason, count in ordered)

@@ -95,6 +95,17 @@ class Widths(NamedTuple):
             self.num_kv_heads * self.v_head_dim,
         )
 
+    def beyond_torch(self) -> dict[str, int]:
+        """The widths that torch would tie to others, by name; none if torch has such a layer."""
+        head_dim = self.embed_dim / self.num_heads
+        torchs = {
+            "num_kv_heads": self.num_heads,
+            "head_dim": head_dim,
+            "v_head_dim": head_dim,
+            "out_dim": self.embed_dim,
+        }
+        return {name: getattr(self, name) for name, width in torchs.items() if getattr(self, name) != width}
+
     def shapes(self, bias: bool, bias_kv: bool) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters by name, in the order of torch's state dict."""
         q, k, v = self.rows

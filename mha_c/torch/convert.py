@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from mha_c.layer import MultiheadAttention, parameters_of
-from mha_c.parameters.sets import Widths
 from mha_c.torch.replace import restore_attention
 
 __all__ = ["TORCH_VERSION", "forward_in_torch", "from_torch", "one_thread", "state_dict", "to_torch"]
@@ -71,8 +70,12 @@ def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
     2
     """
     widths = parameters_of(layer).widths
-    if widths != Widths.from_arguments(widths.embed_dim, widths.num_heads, widths.kdim, widths.vdim):
-        raise ValueError(f"torch.nn.MultiheadAttention has no such widths: {widths}")
+    if free := widths.beyond_torch():
+        named = ", ".join(f"{name}={width}" for name, width in free.items())
+        raise ValueError(
+            f"torch.nn.MultiheadAttention has no such layer ({named}): it ties the widths of heads and output to "
+            f"embed_dim={widths.embed_dim} and num_heads={widths.num_heads}"
+        )
     parameters = state_dict(layer)
     # skip_init leaves torch's random numbers alone.
     module: torch.nn.MultiheadAttention = torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]

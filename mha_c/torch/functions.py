@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,13 +13,16 @@ from torch.nn.attention.bias import CausalBias
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from mha_c import _core
 from mha_c.display.coverage import Coverage
-from mha_c.torch.calls import attend, project_and_attend
+from mha_c.torch.attend import MISFIT, Answer, Call, array_of, attend, resolve_hint, threads_of_both, why_not_readable
 from mha_c.torch.packed import PackedByWeight
-from mha_c.torch.reasons import HARMLESS_MODES
+from mha_c.torch.reasons import HARMLESS_MODES, why_torch
 
-__all__ = ["AttentionMode", "attention"]
+__all__ = ["ONE_QUERY", "AttentionMode", "attention"]
 
+ONE_QUERY = "one query"  # such calls wait for memory, which torch reads faster so far
+_FLASH = 1  # torch's kernel that lays its result out as the query; other results are C-contiguous
 _FUNCTIONS = {multi_head_attention_forward, scaled_dot_product_attention}
 
 
@@ -106,7 +110,7 @@ class AttentionMode(TorchFunctionMode):
         if any(type(argument) is CausalBias for argument in (*args, *kwargs.values())):
             with self:  # torch calls the function again, with what the bias stands for
                 return CausalBias.__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        compute = attend if func is scaled_dot_product_attention else self._project_and_attend
+        compute = _attend if func is scaled_dot_product_attention else self._project_and_attend
         answer = compute(*args, **kwargs)
         reason = answer if isinstance(answer, str) else ""
         module, class_name = self._place
@@ -140,22 +144,33 @@ class AttentionMode(TorchFunctionMode):
         static_v: torch.Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | str:
+    ) -> Answer | str:
         """What multi_head_attention_forward returns, or why torch is to compute it."""
         if training and dropout_p != 0:
             return "dropout"
-        kdim = vdim = None
+        if static_k is not None or static_v is not None:
+            return "static keys or values"
         parameters = {"in_proj_weight": in_proj_weight}
         if use_separate_proj_weight:
             parameters = {"q_proj_weight": q_proj_weight, "k_proj_weight": k_proj_weight, "v_proj_weight": v_proj_weight}
-            kdim, vdim = _width_of(key), _width_of(value)
         parameters |= {"in_proj_bias": in_proj_bias, "bias_k": bias_k, "bias_v": bias_v}
         parameters |= {"out_proj.weight": out_proj_weight, "out_proj.bias": out_proj_bias}
+        tensors = {name: tensor for name, tensor in parameters.items() if tensor is not None}
         packed = self._packed.of(out_proj_weight)
-        answer = project_and_attend(
-            packed,
-            {name: tensor for name, tensor in parameters.items() if tensor is not None},
-            (embed_dim_to_check, num_heads, kdim, vdim),
+        masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
+        reason = why_torch((query, key, value), masks, list(tensors.values()))
+        if reason:
+            if reason == "gradients":  # they are asked for by what changes the parameters
+                packed.drop()
+            return reason
+        hint = resolve_hint(is_causal, need_weights, key_padding_mask, attn_mask, "bias_k" in tensors or add_zero_attn)
+        if isinstance(hint, str):
+            return hint
+        attn_mask, is_causal = hint
+        kdim = vdim = embed_dim_to_check
+        if use_separate_proj_weight and key.dim() and value.dim():
+            kdim, vdim = key.size(-1), value.size(-1)
+        call = Call(
             query,
             key,
             value,
@@ -164,17 +179,55 @@ class AttentionMode(TorchFunctionMode):
             attn_mask,
             average_attn_weights,
             is_causal,
+            embed_dim_to_check,
+            num_heads,
+            kdim,
+            vdim,
+            batch_first=False,
             add_zero_attn=add_zero_attn,
-            static_k=static_k,
-            static_v=static_v,
         )
-        if answer == "gradients":  # they are asked for by those who will change the parameters
-            packed.drop()
-        return answer
+        return attend(packed, tensors, call)
 
 
 HARMLESS_MODES.add(AttentionMode)
 
 
-def _width_of(tensor: object) -> int | None:
-    return tensor.shape[-1] if isinstance(tensor, torch.Tensor) and tensor.dim() else None
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor | str:
+    """What scaled_dot_product_attention returns, which has checked the types; or why torch is to compute it."""
+    reason = why_torch((query, key, value), () if attn_mask is None else (attn_mask,))
+    if reason:
+        return reason
+    if dropout_p != 0:
+        return "dropout"
+    if attn_mask is not None and is_causal:
+        return "attn_mask with is_causal"
+    if scale is not None and not 0 < scale < math.inf:
+        return "unusual scale"  # with which torch's kernel multiplies -inf
+    if query.dim() > 1 and query.size(-2) == 1 and key.dim() > 1 and key.size(-2) > 1:
+        return ONE_QUERY
+    try:
+        arrays = [array_of(tensor) for tensor in (query, key, value)]
+        mask = None if attn_mask is None else array_of(attn_mask)
+    except (RuntimeError, TypeError, ValueError):
+        return why_not_readable(query)
+    options = (dropout_p, is_causal)
+    kernel = torch._fused_sdp_choice(query, key, value, attn_mask, *options, scale=scale, enable_gqa=enable_gqa)
+    out = torch.empty_like(query).numpy() if kernel == _FLASH else None
+    try:
+        with threads_of_both():
+            output = _core.scaled_dot_product_attention(*arrays, mask, *options, scale, enable_gqa, 0, out)
+    except Exception as error:
+        if getattr(error, "refused", False):
+            return MISFIT
+        raise
+    return torch.from_numpy(output)

@@ -71,7 +71,7 @@ def _what_watches(tensors: list[torch.Tensor]) -> str:
         return "tracing"
     if torch.is_autocast_enabled("cpu"):
         return "autocast"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:  # the compiler has its own
         return "dispatch mode"
     if torch._C._are_functorch_transforms_active():
         return "function transform"

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from mha_c.display.coverage import Coverage
-from mha_c.torch.calls import ONE_QUERY
-from mha_c.torch.functions import AttentionMode
+from mha_c.torch.functions import ONE_QUERY, AttentionMode
 
 __all__ = ["register_transformers"]
 
