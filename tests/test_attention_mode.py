@@ -222,6 +222,50 @@ def test_errors_are_torchs(wrong):
     assert want is not None and type(got) is type(want) and str(got) == str(want)
 
 
+GARBAGE = [
+    None, True, -1, 2**63, 0.5, math.nan, "torch", [], {}, object(), torch.zeros(()), torch.zeros(0), torch.zeros(7),
+    torch.zeros(5, 3, 8), torch.zeros(5, 7, dtype=torch.float64), torch.ones(5, 7, dtype=torch.bool), torch.ones(5, 5),
+    torch.ones(5, 7, dtype=torch.int64), heads(2, 4, 7, 8).to_sparse(), heads(2, 2, 7, 8), heads(2, 4, 6, 8), heads(7, 8),
+    heads(3, 2, 4, 7, 8), heads(2, 4, 0, 8), torch.zeros(24, 8), torch.zeros(8, 8), np.zeros((8, 8)), half,
+    torch.zeros(2, 4, 7, 8, dtype=torch.complex64), torch.zeros(3, 5, dtype=torch.bool), torch.zeros(1, 1, 8)]
+WHOLE = {  # calls with every argument
+    sdpa: {"query": q, "key": k, "value": k, "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None,
+           "enable_gqa": False},
+    F.multi_head_attention_forward: {
+        **dict.fromkeys(("query", "key", "value"), torch.zeros(5, 3, 8)), "embed_dim_to_check": 8, "num_heads": 2,
+        "in_proj_weight": torch.ones(24, 8), "in_proj_bias": torch.ones(24), "bias_k": None, "bias_v": None,
+        "add_zero_attn": False, "dropout_p": 0.0, "out_proj_weight": torch.ones(8, 8), "out_proj_bias": torch.ones(8),
+        "training": False, "key_padding_mask": None, "need_weights": True, "attn_mask": None,
+        "use_separate_proj_weight": False, **dict.fromkeys(("q_proj_weight", "k_proj_weight", "v_proj_weight")),
+        "static_k": None, "static_v": None, "average_attn_weights": True, "is_causal": False}}
+VARIANTS = {
+    sdpa: [{}, {"is_causal": True}, {"enable_gqa": True}, {"attn_mask": torch.ones(5, 7)}],
+    F.multi_head_attention_forward: [{}, {"need_weights": False}, {"use_separate_proj_weight": True, **dict.fromkeys(
+        ("q_proj_weight", "k_proj_weight", "v_proj_weight"), torch.ones(8, 8))}]}
+
+
+@pytest.mark.parametrize("function", WHOLE, ids=lambda function: function.__name__)
+@pytest.mark.filterwarnings("ignore")
+def test_garbage_for_each_argument(function):
+    """The same results as torch's, or the same errors."""
+    def ask(arguments):
+        made = outcome(lambda: function(**arguments))
+        return made.error, made.result[:1] if isinstance(made.result, tuple) else [made.result]
+
+    for variant in VARIANTS[function]:
+        for name in WHOLE[function]:
+            for garbage in GARBAGE:
+                arguments = {**WHOLE[function], **variant, name: garbage}
+                if name == "dropout_p" and isinstance(garbage, float):
+                    continue  # a random result
+                want_error, want = ask(arguments)
+                with attention():
+                    error, got = ask(arguments)
+                assert type(error) is type(want_error) and str(error) == str(want_error), (name, garbage)
+                for ours, theirs in zip(got, want, strict=True):
+                    assert error or torch.allclose(ours, theirs, atol=1e-5, equal_nan=True), (name, garbage)
+
+
 def test_too_many_positional_arguments():
     want = outcome(lambda: sdpa(q, k, k, None, 0.0, False, 1.0)).error
     with attention():
@@ -414,6 +458,19 @@ def test_fused_optimisers_are_noticed():
     with torch.no_grad():
         assert torch.allclose(got, layer(x, x, x)[0], atol=1e-5)
     assert coverage.rows == (("", "multi_head_attention_forward", 3, 3, "gradients"),)
+
+
+def test_a_call_with_gradients_makes_the_next_one_pack_anew():
+    """After it anything may change the parameters, single numbers of them too, without telling torch."""
+    layer, x = attention_layer(), torch.randn(7, 3, 16)
+    with attention():
+        for gradients in False, True, False:
+            with torch.set_grad_enabled(gradients):
+                got = layer(x, x, x)[0]
+            if gradients:
+                layer.in_proj_weight.data[5, 3] += 9
+    with torch.no_grad():
+        assert torch.allclose(got, layer(x, x, x)[0], atol=1e-4)
 
 
 MHA_WRONG = [
