@@ -174,7 +174,7 @@ typedef struct {
     double dropout_p; /* in [0, 1]; 0 = none */
     uint64_t dropout_seed;
 
-    void *output; /* C-contiguous (axes, H, L, Dv); a query that may see no key gets 0 */
+    mha_heads output; /* rows of the result, H heads; a query that may see no key gets 0 */
     size_t threads; /* at least 1 */
     mha_stop stop;
 } mha_sdpa_call;

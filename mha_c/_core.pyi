@@ -132,6 +132,7 @@ def scaled_dot_product_attention(
     scale: float | None,
     enable_gqa: bool,
     dropout_seed: int,
+    out: NDArray[Any] | None,
     /,
 ) -> NDArray[Any]: ...
 

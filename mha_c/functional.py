@@ -113,7 +113,7 @@ def scaled_dot_product_attention(
     seed = _dropout_seed(dropout_p, dropout_seed)
     try:
         return _core.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed, None
         )
     except REFUSALS as error:
         advise_on_product(error, query, key, value, attn_mask, enable_gqa)

@@ -668,7 +668,7 @@ def test_garbage_for_the_core():
     calls = {
         _core.forward: [weights, X, X, X, None, True, None, True, False, None, False, False, "torch", 0.0, 0, 0, None,
                         None],
-        _core.scaled_dot_product_attention: [X, X, X, None, 0.0, False, None, False, 0],
+        _core.scaled_dot_product_attention: [X, X, X, None, 0.0, False, None, False, 0, None],
         _core.Weights: [2, 2, 4, 4, q, k, v, arrays["in_proj_bias"], None, None, arrays["out_proj.weight"],
                         arrays["out_proj.bias"]],
         _core.set_num_threads: [2],

@@ -13,13 +13,13 @@
 #include "weights_type.h"
 
 typedef struct {
-    const weights_object *weights; /* borrowed from the caller's arguments, as is out_object */
-    PyObject *out_object;          /* NULL: no out= */
+    const weights_object *weights; /* borrowed from the caller's arguments, as is out */
+    PyArrayObject *out;            /* NULL: no out= */
 
     PyArrayObject *query, *key, *value;           /* the same array where the same object was passed */
     PyArrayObject *key_padding_mask, *attn_mask;  /* NULL: none */
     PyArrayObject *static_k, *static_v;           /* NULL: none */
-    PyArrayObject *output;                        /* what the core writes; may be out_object itself */
+    PyArrayObject *output;                        /* what the core writes; may be out itself */
     PyArrayObject *attn_weights;                  /* NULL: not wanted */
 
     bool is_batched, batch_first, need_weights, average_attn_weights;

@@ -239,3 +239,41 @@ PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype)
     }
     return (PyArrayObject *)PyArray_SimpleNew(ndim, shape, dtype == MHA_FLOAT32 ? NPY_FLOAT : NPY_DOUBLE);
 }
+
+int out_from_object(PyObject *object, PyArrayObject **out)
+{
+    if (object == Py_None)
+        return 0;
+    if (!PyArray_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "out must be a NumPy array, not %s", Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    *out = (PyArrayObject *)object;
+    return PyArray_FailUnlessWriteable(*out, "out"); /* which may warn */
+}
+
+int check_out(PyArrayObject *out, mha_dtype dtype, int ndim, const npy_intp *shape)
+{
+    if (!array_has_dtype(out, dtype)) {
+        PyErr_Format(PyExc_TypeError, "out must be of dtype %s, not %s", dtype == MHA_FLOAT32 ? "float32" : "float64",
+                     PyArray_DESCR(out)->typeobj->tp_name);
+        return -1;
+    }
+    if (!array_has_shape(out, ndim, shape)) {
+        PyObject *expected = PyArray_IntTupleFromIntp(ndim, shape);
+        PyObject *actual = PyArray_IntTupleFromIntp(PyArray_NDIM(out), PyArray_DIMS(out));
+        if (expected != NULL && actual != NULL)
+            PyErr_Format(PyExc_ValueError, "out must have the shape %R, not %R", expected, actual);
+        Py_XDECREF(expected);
+        Py_XDECREF(actual);
+        return -1;
+    }
+    return 0;
+}
+
+PyArrayObject *copy_to_out(PyArrayObject *result, PyArrayObject *out)
+{
+    if (out == NULL || out == result)
+        return result;
+    return PyArray_CopyInto(out, result) < 0 ? NULL : out;
+}

@@ -32,6 +32,15 @@ bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape);
 /* Whether the memory from the first to the last byte of one meets that of the other; NULL meets nothing. */
 bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);
 
+/* The array that out= is, a borrowed reference; NULL for None. As with NumPy's ufuncs, TypeError for a thing or a dtype
+ * that cannot be, ValueError for a read-only array or another shape. */
+int out_from_object(PyObject *object, PyArrayObject **out);
+int check_out(PyArrayObject *out, mha_dtype dtype, int ndim, const npy_intp *shape);
+
+/* Hands a result over: copied to out, unless it lies there already or out is NULL. Returns out or else the result, a
+ * borrowed reference, or NULL with an exception. */
+PyArrayObject *copy_to_out(PyArrayObject *result, PyArrayObject *out);
+
 /* A new reference that keeps the memory of some arrays (NULL: none) where it is, or NULL with an exception. A reference
  * to an array is not enough: resize(refcheck=False) asks for none, but leaves an array alone that has a weak one. */
 PyObject *pin_memory(PyArrayObject *const *arrays, size_t count);

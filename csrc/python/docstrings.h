@@ -21,8 +21,9 @@ static const char forward_doc[] =
 
 static const char scaled_dot_product_attention_doc[] =
     "scaled_dot_product_attention($module, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, "
-    "dropout_seed, /)\n--\n\n"
-    "Attention without projections: torch's checks, in torch's order and words, then the result, C-contiguous.\n"
+    "dropout_seed, out, /)\n--\n\n"
+    "Attention without projections: torch's checks, in torch's order and words, then the result: a new C-contiguous\n"
+    "array, or out, as in forward().\n"
     "An exception that the checks raise has the attribute refused: nothing was computed.";
 
 static const char project_doc[] =

@@ -156,7 +156,7 @@ class Coverage:
         return Table(title, ("module", "class", "here", "left", "reason"), rows, (), text=(0, 1, 4))
 
     def __repr__(self) -> str:
-        return str(self.table())
+        return str(self.table()).rstrip("\n")
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()

@@ -19,18 +19,22 @@ from mha_c.torch.convert import (
     state_dict,
     to_torch,
 )
+from mha_c.torch.functions import attention
 from mha_c.torch.record import run_both_ways
 from mha_c.torch.replace import coverage, replace_attention, restore_attention
 from mha_c.torch.replaced import ReplacedAttention
+from mha_c.torch.transformers import register_transformers
 
 __all__ = [
     "TORCH_VERSION",
     "ReplacedAttention",
+    "attention",
     "coverage",
     "forward_in_torch",
     "from_torch",
     "one_thread",
     "read_checkpoint",
+    "register_transformers",
     "replace_attention",
     "restore_attention",
     "run_both_ways",

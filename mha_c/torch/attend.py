@@ -19,16 +19,23 @@ from mha_c.threads import get_num_threads, num_threads
 from mha_c.torch.packed import PackedParameters
 
 __all__ = [
+    "MISFIT",
     "Answer",
     "Call",
     "LayerState",
+    "array_of",
     "attend",
     "attend_apart_from_compiler",
     "attend_in_graph",
     "note_in_graph",
+    "resolve_hint",
+    "threads_of_both",
+    "why_not_readable",
 ]
 
 Answer: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+
+MISFIT = "arguments that do not fit"  # torch has words for them, or knows an answer
 
 _NAMES = (
     "in_proj_weight",
@@ -120,15 +127,15 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
         untracked = any(tensor.is_inference() for tensor in tensors.values())
         return "parameters made in inference mode" if untracked else "unusual parameters"
     try:
-        query_array = _array(query)
-        key_array = query_array if key is query else _array(key)
-        value_array = key_array if value is key else _array(value)
-        padding_array = None if key_padding_mask is None else _array(key_padding_mask)
-        mask_array = None if attn_mask is None else _array(attn_mask)
+        query_array = array_of(query)
+        key_array = query_array if key is query else array_of(key)
+        value_array = key_array if value is key else array_of(value)
+        padding_array = None if key_padding_mask is None else array_of(key_padding_mask)
+        mask_array = None if attn_mask is None else array_of(attn_mask)
     except (RuntimeError, TypeError, ValueError):
-        return "tensors that NumPy cannot read" if query.is_cpu else f"tensors on {query.device.type}"
+        return why_not_readable(query)
     try:
-        with _threads_of_both():
+        with threads_of_both():
             output, weights = _core.forward(
                 parameters.weights,
                 query_array,
@@ -148,8 +155,8 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
                 0,
             )
     except Exception as error:
-        if getattr(error, "refused", False):  # torch has words for it, or knows an answer
-            return "arguments that do not fit"
+        if getattr(error, "refused", False):
+            return MISFIT
         raise
     return torch.from_numpy(output), None if weights is None else torch.from_numpy(weights)
 
@@ -158,12 +165,34 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
 attend_apart_from_compiler = _disable_dynamo(attend)
 
 
-def _array(tensor: torch.Tensor) -> NDArray[Any]:
+def why_not_readable(query: torch.Tensor) -> str:
+    """The reason for a call with tensors that have no array."""
+    return "tensors that NumPy cannot read" if query.is_cpu else f"tensors on {query.device.type}"
+
+
+def resolve_hint(
+    is_causal: bool, need_weights: bool, key_padding_mask: object, attn_mask: torch.Tensor | None, has_added_keys: bool
+) -> tuple[torch.Tensor | None, bool] | str:
+    """What torch makes of its hint, as a mask and mha_c's `is_causal`; or why torch is to compute the call."""
+    if not isinstance(is_causal, bool):
+        return MISFIT
+    if not is_causal:
+        return attn_mask, False
+    if attn_mask is None:
+        return "is_causal without attn_mask"
+    if key_padding_mask is not None or need_weights:
+        return attn_mask, False  # torch goes by attn_mask
+    # Here torch ignores attn_mask and computes what is_causal=True means in mha_c, except that it hides added keys too.
+    return "is_causal with added keys" if has_added_keys or attn_mask.dim() != 2 else (None, True)
+
+
+def array_of(tensor: torch.Tensor) -> NDArray[Any]:
+    """The numbers of a tensor, in place."""
     array: NDArray[Any] = (tensor.detach() if tensor.requires_grad else tensor).numpy()
     return array
 
 
-def _threads_of_both() -> AbstractContextManager[None]:
+def threads_of_both() -> AbstractContextManager[None]:
     """Neither more threads than mha_c may use, nor more than torch may."""
     limit = torch.get_num_threads()
     return num_threads(limit) if limit < get_num_threads() else nullcontext()

@@ -18,6 +18,7 @@ from mha_c.torch.attend import (
     attend_apart_from_compiler,
     attend_in_graph,
     note_in_graph,
+    resolve_hint,
 )
 from mha_c.torch.classes import class_over, torch_class_of
 from mha_c.torch.reasons import why_torch
@@ -177,8 +178,6 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         """What mha_c is to compute, or why torch is to compute it."""
         if self.training:
             return "training"
-        if is_causal and attn_mask is None:
-            return "is_causal without attn_mask"
         out_proj: Any = self._modules["out_proj"]  # faster than as an attribute
         if "parametrizations" in self._modules or "parametrizations" in out_proj._modules:
             return "parametrized weights"
@@ -187,14 +186,11 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         reason = why_torch((query, key, value), masks, tuple(tensors.values()))
         if reason:
             return reason
-        if is_causal and key_padding_mask is None and not need_weights:
-            # Here torch ignores attn_mask and computes what is_causal=True means in mha_c, except that it hides the
-            # keys of add_bias_kv and add_zero_attn too.
-            if attn_mask is None or attn_mask.dim() != 2 or self.bias_k is not None or self.add_zero_attn:
-                return "is_causal with added keys"
-            attn_mask = None
-        else:
-            is_causal = False  # torch goes by attn_mask
+        has_added_keys = self.bias_k is not None or self.add_zero_attn
+        hint = resolve_hint(is_causal, need_weights, key_padding_mask, attn_mask, has_added_keys)
+        if isinstance(hint, str):
+            return hint
+        attn_mask, is_causal = hint
         call = Call(
             query,
             key,
