@@ -57,9 +57,12 @@ class _Source(NamedTuple):
             tensor is self.tensor
             and tensor.is_set_to(self.memory)
             and tensor.dtype == self.memory.dtype
-            and tensor.data_ptr() == self.address  # which share_memory_() changes, under all aliases
             and tensor._version == self.version
         )
+
+    def has_moved(self) -> bool:
+        """Whether the storage has another memory now, as after share_memory_(): what it had is freed."""
+        return self.memory.data_ptr() != self.address
 
 
 class _Kept(NamedTuple):
@@ -73,11 +76,12 @@ class _Kept(NamedTuple):
     generation: tuple[object, object]
 
     def is_of(self, tensors: Mapping[str, torch.Tensor], arguments: _Arguments) -> bool:
-        """Whether these would be packed to the same numbers again, as far as can be seen in a microsecond or two."""
+        """Whether these would be packed to the same numbers again, as far as can be seen in some microseconds."""
         if arguments != self.arguments or tensors.keys() != self.sources.keys():
             return False
         for name, source in self.sources.items():
-            if not (source.is_now(tensors[name]) or self.has_equal_bias(name, tensors[name])):
+            tensor = tensors[name]
+            if source.has_moved() or not (source.is_now(tensor) or self.has_equal_bias(name, tensor)):
                 return False
         return _core.sample(self.arrays) == self.sample
 
