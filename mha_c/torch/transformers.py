@@ -179,7 +179,13 @@ def _place_of(module: torch.nn.Module) -> str:
 
 def _make_mask(sdpa_mask: Callable[..., Any], models: type) -> Callable[..., Any]:
     """What transformers calls for the mask of all layers."""
-    supports_sdpa: Callable[[type], bool] = functools.cache(functools.partial(_supports_sdpa, models))
+    known: Callable[[type], bool] = functools.cache(functools.partial(_supports_sdpa, models))
+
+    def supports_sdpa(config_class: type) -> bool:
+        return known(config_class)
+
+    # torch.compile calls it once, when it makes the graph.
+    supports_sdpa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def mask(*, kv_length: int, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
         if not supports_sdpa(type(config)):  # some parts of such a model read masks of another kind
