@@ -46,8 +46,9 @@ def attention() -> Iterator[Coverage]:
     entered it. Of blocks within each other, the innermost computes and counts a call; what it leaves to torch reaches
     the next one. Layers of `replace_attention` compute and count by themselves.
 
-    Graphs are not reached: what ``torch.compile``, ``torch.export`` or ``torch.jit`` made holds torch's attention. Inside
-    the block torch takes its ordinary path, without nested tensors and fused encoder layers, as inside any such mode.
+    Graphs are not reached: those of ``torch.compile``, ``torch.export`` and ``torch.jit`` hold torch's attention. Inside
+    the block, as inside any such mode, torch takes its ordinary path: it neither makes nested tensors nor fuses encoder
+    layers.
 
     A call of one query and several keys, as in generation, is left to torch, which is faster at it so far.
 

@@ -42,7 +42,7 @@ register_optimizer_step_post_hook(_note_step)
 class _Source(NamedTuple):
     """One tensor as it was when it was packed."""
 
-    tensor: torch.Tensor  # no weak reference, for which torch.utils.swap_tensors would refuse it
+    tensor: torch.Tensor  # torch.utils.swap_tensors refuses tensors with weak references
     memory: torch.Tensor  # keeps the storage from being freed and reused: the same address is the same memory
     address: int
     version: int
@@ -141,7 +141,7 @@ class PackedParameters:
 
         Examples
         --------
-        >>> tensors = {name: torch.zeros(shape) for name, shape in (("in_proj_weight", (24, 8)), ("out_proj.weight", (6, 8)))}
+        >>> tensors = {"in_proj_weight": torch.zeros(24, 8), "out_proj.weight": torch.zeros(6, 8)}
         >>> PackedParameters().get(tensors, 8, 2).widths.out_dim
         6
         """
