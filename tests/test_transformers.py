@@ -219,6 +219,14 @@ def test_a_compiled_model_computes_with_torch():
     assert here == coverage.here == 2
 
 
+def test_one_query_in_a_graph(coverage):
+    function, query, key = transformers.AttentionInterface()["mha_c"], torch.randn(2, 4, 1, 8), torch.randn(2, 4, 6, 8)
+    with torch.no_grad():
+        compiled = torch.compile(function, backend="eager", fullgraph=True)(torch.nn.Identity(), query, key, key, None)
+        assert coverage.left == 0
+        assert torch.equal(compiled[0], function(torch.nn.Identity(), query, key, key, None)[0])
+
+
 def test_each_name_counts_by_itself():
     first, second = register_transformers("first_name"), register_transformers("second_name")
     with torch.no_grad():
