@@ -42,10 +42,7 @@ class Workbench:
         self.objects = folder / "objects"
         self.package = folder / "package"
         self.objects.mkdir(parents=True)
-        (self.package / "mha_c").mkdir(parents=True)
-        for file in (REPOSITORY / "mha_c").iterdir():
-            if file.suffix in (".py", ".pyi", ".typed"):
-                shutil.copy(file, self.package / "mha_c")
+        shutil.copytree(REPOSITORY / "mha_c", self.package / "mha_c", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         for file in sorted(source.rglob("*.c")):
             self.compile(file)
 
