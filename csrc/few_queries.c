@@ -21,14 +21,14 @@
 
 enum {
     CHUNK_BLOCKS = 8,      /* so that one query of one item keeps several threads busy */
-    LEAST_FEATURES = 16,   /* of keys and values: a vector of any instruction set, also for rows of Wk as they are */
+    MIN_FEATURES = MHA_MAX_VECTOR_LANES, /* of keys and values: rows of Wk are read in whole vectors where they are */
     CLEARLY = 2,           /* times fewer operations, for the path to be chosen */
 };
 
 bool mha_few_queries_can(const mha_weights *weights, const mha_call *call)
 {
     /* Extra and static keys have no input, dropout is for training, and scores are here known up to a constant. */
-    return weights->widths.Ek >= LEAST_FEATURES && weights->widths.Ev >= LEAST_FEATURES &&
+    return weights->widths.Ek >= MIN_FEATURES && weights->widths.Ev >= MIN_FEATURES &&
            mha_extra_keys(weights, call) == 0 && !call->static_k.data && !call->static_v.data && !(call->dropout_p > 0) &&
            call->L > 0 && call->weights_wanted != MHA_SCORES_PER_HEAD;
 }

@@ -137,7 +137,8 @@ mha_status mha_choose_paths(const mha_weights *weights, const mha_call *call, bo
 
 typedef enum { MHA_QUERY = 0, MHA_KEY, MHA_VALUE } mha_input;
 
-/* One of forward's first steps alone: x (N, length, features) projected to y, C-contiguous (N, length, Hkv * D). */
+/* One of forward's first steps alone: x (N, length, features) projected to y, C-contiguous (N, length, width). The width
+ * is H * D for a query, Hkv * D for a key and Hkv * Dv for a value. */
 typedef struct {
     const mha_weights *weights;
     mha_input input;

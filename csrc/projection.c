@@ -58,6 +58,9 @@ typedef struct {
     size_t first_row, first_feature;
 } copied_slice;
 
+_Static_assert(sizeof(copied_slice) <= MHA_CACHE_LINE, "it lies in the first cache line");
+_Static_assert(SLICE_BYTES % (MHA_CHAIN * sizeof(double)) == 0, "a slice is whole chains");
+
 typedef struct {
     const mha_kernels *kernels;
     plan plans[MHA_TARGETS];

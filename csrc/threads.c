@@ -50,6 +50,8 @@ enum {
 /* pool.gate: free seats in the upper half; below them, who is inside and whether the caller sleeps until they left. */
 enum { INSIDE = 0x7fff, CALLER_SLEEPS = 0x8000, SEAT = 0x10000 };
 
+_Static_assert((int)MAX_THREADS <= (int)INSIDE, "every thread can be counted in the gate");
+
 struct job {
     mha_task run;
     void *context;

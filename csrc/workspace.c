@@ -60,6 +60,8 @@ typedef struct {
     size_t taken; /* of these, by the call that has it */
 } header;
 
+_Static_assert(sizeof(header) <= MHA_CACHE_LINE, "it lies in the first cache line");
+
 static header *header_of(char *memory)
 {
     return (header *)(void *)memory;

@@ -21,7 +21,8 @@
  * project, the same on every instruction set: changing them changes the bits of results. */
 enum { MHA_CHAIN = 64, MHA_BLOCK_KEYS = 64 };
 
-enum { MHA_MOST_LANES = 48 }; /* of a panel, on any instruction set */
+/* The most numbers in a panel, and in a vector, on any instruction set. */
+enum { MHA_MOST_LANES = 48, MHA_MAX_VECTOR_LANES = 16 };
 
 /* Before a loop over the vectors of an array, as many as a constant says: unless it is unrolled, gcc keeps them in memory
  * instead of registers. */

@@ -90,6 +90,7 @@ static bool is_of_numbers(mha_mask_kind kind)
 /* ---- Keys that are hidden from one query: bit i is for key i of the block ---- */
 
 _Static_assert(MHA_BLOCK_KEYS == 64, "a bit of 64 for each key of a block");
+_Static_assert(EXP_VECTORS == 4, "softmax_step() adds up four sums");
 
 static uint64_t first_keys(size_t keys)
 {
@@ -135,6 +136,9 @@ static uint64_t hidden_keys(const mha_mask_block *block, size_t lane, size_t key
 
 #define VEC V(vec)
 #define LANES ((size_t)V(lanes))
+
+_Static_assert(V(lanes) <= MHA_MAX_VECTOR_LANES && VECTORS * V(lanes) <= MHA_MOST_LANES, "arrays are that long");
+_Static_assert(MHA_BLOCK_KEYS % V(lanes) == 0, "a row of a block of masks is whole vectors");
 
 /* ---- The tile: all multiplication happens here ---- */
 
