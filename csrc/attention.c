@@ -1,20 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * attention.c - the fused pass over the keys, and the weights, from its scores or in a second pass.
+ * attention.c - attention in one pass over the keys. Attention weights are made from its scores, or in a second pass.
  *
- * Queries are the lanes: a panel holds up to P queries of one head, transposed, and every step of softmax runs down the
- * keys without looking from lane to lane. A task takes some panels of the query heads that share one key/value head, or
- * a mask, and leads them together over the blocks of keys:
+ * Queries are the lanes. A panel holds up to P queries of one head, transposed. Every step of softmax runs down the
+ * keys, and no lane looks at another. A task takes a few panels of query heads that share a key/value head or a mask.
+ * It leads them together over the blocks of keys:
  *
  *      panel [D][P]        scores [64][P]        out [Dv][P]
  *      +---------+         +---------+           +---------+
  *      | queries |  -K->   | keys    |  -V^T->   | context |    out = out * factor + V^T exp(scores - maximum)
  *      +---------+         +---------+           +---------+
  *
- * So nothing of size L x S exists. (The online softmax: Milakov and Gimelshein, "Online normalizer calculation for
- * softmax", 2018; blocked over queries and keys: Dao et al., "FlashAttention", 2022.)
+ * So no matrix of size L x S exists. (The online softmax: Milakov and Gimelshein, "Online normalizer calculation for
+ * softmax", 2018. In blocks of queries and keys: Dao et al., "FlashAttention", 2022.)
  *
- * Owns: the order of additions along the keys, in blocks of MHA_BLOCK_KEYS live keys, whatever the task.
+ * Owns: the order of additions along the keys, in blocks of MHA_BLOCK_KEYS live keys. It does not depend on tasks.
  */
 #include "attention.h"
 
@@ -25,28 +25,29 @@
 #include "workspace.h"
 
 enum {
-    TASK_PANELS = 4,      /* share one reading of keys and values, or of the mask */
-    PANEL_BYTES = 131072, /* of all panels of a task, unless one alone is larger */
-    KEPT_BYTES = 262144,  /* of scores that a task keeps to make weights of them, and of their averages */
-    CHUNK_BLOCKS = 8,     /* blocks of keys whose weights the second pass collects before it writes them */
+    TASK_PANELS = 4,      /* panels that read keys and values, or the mask, together */
+    PANEL_BYTES = 131072, /* of all panels of a task, unless a single panel is larger */
+    KEPT_BYTES = 262144,  /* of the scores that a task keeps, and of the sums of weights made from them */
+    CHUNK_BLOCKS = 8,     /* key blocks whose weights the second pass collects before it writes them */
     TASKS_A_THREAD = 4,
-    MANY_TASKS = 16, /* a thread: it matters little who gets one more */
-    FEATURES_A_LOOK = 1024, /* of keys and values, of one block after the other, between two looks whether to stop */
+    MANY_TASKS = 16, /* per thread; with so many it matters little that one thread gets one more */
+    FEATURES_A_LOOK = 1024, /* of keys and values that a task reads between two polls */
 };
 
 /* What a task holds for one panel. */
 typedef struct {
     char *queries;               /* [D][P], scaled */
-    char *out;                   /* [Dv][P], once a block of keys was visible */
+    char *out;                   /* [Dv][P]; undefined until a block has a visible key */
     char *maximum, *sum, *factor; /* [P] */
-    size_t h, hkv; /* its head, and that of keys and values, */
-    size_t share, sharers; /* which that many panels of the task read, this one as number `share` */
+    size_t h, hkv; /* h: query head. hkv: its key/value head. */
+    /* sharers: panels of this task with the same hkv. share: the number of this panel among them. */
+    size_t share, sharers;
     mha_panel lanes;
     bool is_empty; /* no key was visible so far */
-    char *kept;    /* [keys of all blocks][P], the scores, where weights are to be made of them; else NULL */
+    char *kept;    /* [keys of all blocks][P]: the scores, if weights are made from them; otherwise NULL */
 } state;
 
-/* Where all that lies in a thread's scratch, in bytes; a state for each panel. */
+/* Offsets into a thread's scratch, in bytes. There is a state for each panel. */
 typedef struct {
     size_t scores, bias; /* [block][P] */
     size_t rows;         /* [P][block] */
@@ -54,42 +55,43 @@ typedef struct {
     size_t end;
 } places;
 
-/* What the weights of some blocks of keys are made with, for one panel of queries. */
+/* What the weights of some key blocks are made with, for one panel of queries. */
 typedef struct {
     size_t n, first_head, heads;
     mha_panel lanes;
     char *queries, *factor;
-    char *weights; /* [keys of all its blocks][P] */
-    char *scores;  /* [block][P], of one head, */
-    char *bias;    /* and what the masks add to them */
-    char *rows;    /* [P][block], transposed */
+    char *weights; /* [keys of these blocks][P] */
+    char *scores;  /* [block][P], of one head */
+    char *bias;    /* [block][P]: what masks add to the scores */
+    char *rows;    /* [P][block]: transposed weights */
 } weighing;
 
 typedef struct {
     const mha_attention *a;
     places at;
-    size_t shared;      /* query heads of a key/value head */
-    size_t heads;       /* of a bundle, whose panels tasks share out among them */
-    size_t bundles;     /* of all items */
-    size_t task_panels; /* panels of a task of the first pass */
-    size_t groups;      /* tasks of a bundle, or of the heads of an item whose weights are averaged */
+    size_t shared;      /* query heads per key/value head */
+    size_t heads;       /* heads of a bundle: tasks share out their panels */
+    size_t bundles;     /* bundles of all items */
+    size_t task_panels; /* panels of a task in the first pass */
+    size_t groups;      /* tasks of a bundle, or of the heads whose weights are averaged */
     size_t chunks;      /* tasks of a panel in the second pass */
 } job;
 
-/* Lanes of the widest panel that L queries make. */
+/* Lanes of the widest panel of L queries. */
 static size_t widest_panel(const mha_attention *a)
 {
     return a->kernels->lanes * mha_smaller(a->split.vectors, a->kernels->vectors);
 }
 
-/* Whether queries of one number see the same keys in all heads. */
+/* Whether a query sees the same keys in all heads. */
 static bool is_mask_shared(const mha_attention *a)
 {
     return a->masks->attn.kind && a->masks->attn.stride_h == 0;
 }
 
-/* Heads whose panels are shared out together: reading a mask costs more than reading keys and values, and a task of one
- * panel, all that few queries make of a head, more than it does. */
+/* The number of heads whose panels are shared out together. They are all heads if they share a mask, because reading a
+ * mask costs more than reading keys and values. They are all heads, too, if each has one panel only, because a task
+ * would be too small. */
 static size_t bundled_heads(const mha_attention *a)
 {
     return is_mask_shared(a) || a->split.panels == 1 ? a->H : a->H / a->Hkv;
@@ -102,7 +104,7 @@ static size_t most_task_panels(const mha_attention *a)
     return fit < 1 ? 1 : mha_smaller(fit, wanted);
 }
 
-/* Keys of the largest block, and blocks of the largest item; S stands for the live keys of any of them. */
+/* Keys of the largest possible block. S is an upper bound of the live keys of an item. */
 static size_t most_block_keys(const mha_attention *a)
 {
     return mha_smaller(MHA_BLOCK_KEYS, a->live->S > a->live->extra ? a->live->S : a->live->extra);
@@ -113,7 +115,7 @@ static size_t most_blocks(const mha_attention *a)
     return mha_divide_up(a->live->S, MHA_BLOCK_KEYS) + (a->live->extra > 0);
 }
 
-/* Heads whose weights become one. */
+/* The number of heads whose weights are averaged. */
 static size_t averaged_heads(const mha_attention *a)
 {
     return a->weights_wanted == MHA_WEIGHTS_AVERAGED ? a->H : 1;
@@ -124,7 +126,7 @@ static size_t averages_of_item(const mha_attention *a)
     return a->H / averaged_heads(a);
 }
 
-/* Bytes of a block's scores or weights. */
+/* Bytes of the scores or weights of a block. */
 static size_t block_bytes(const mha_attention *a, size_t vectors)
 {
     return most_block_keys(a) * vectors * a->kernels->lanes * a->kernels->item;
@@ -135,30 +137,31 @@ static size_t averages_of_call(const mha_attention *a)
     return a->N * averages_of_item(a);
 }
 
-/* Where context and weights are made at once, a task takes such a panel, or some, through all heads. */
+/* Panels of the whole call, where a task takes a panel through all heads that are averaged. */
 static size_t weighed_panels(const mha_attention *a)
 {
     return averages_of_call(a) * a->split.panels;
 }
 
-/* In how many parts, from `least` on, an average's panels are cut for threads to get as many; `most` if in none. */
+/* The smallest number of parts from `least` to `most` that gives every thread the same number of tasks. `most` if there
+ * is none. */
 static size_t even_parts(const mha_attention *a, size_t least, size_t most)
 {
     size_t parts = least;
     while (parts < most && averages_of_call(a) * parts % a->threads > 0)
-        parts++; /* 11 tasks would leave one of two threads waiting */
+        parts++; /* with 11 tasks, one of two threads would wait */
     return parts;
 }
 
-/* Whether threads get as many of them, and none much more to do. */
+/* Whether every thread gets the same number of panels, and equal panels waste at most 40 % of their lanes. */
 static bool is_weighing_even(const mha_attention *a)
 {
     const size_t at_most = mha_divide_up(a->split.vectors, a->split.panels) * a->split.panels;
     return weighed_panels(a) % a->threads == 0 && at_most <= a->split.vectors * 7 / 5;
 }
 
-/* Panels of a task that keeps its scores until the weights are made, so that none is computed twice. 0: too many keys
- * for that, or too few tasks for the threads. */
+/* The most panels of a task that keeps its scores until weights are made from them, so that no score is computed twice.
+ * 0: there are too many keys, or too few tasks for the threads. */
 static size_t most_weighing_panels(const mha_attention *a)
 {
     if (!a->weights_wanted || a->weights_wanted == MHA_SCORES_PER_HEAD)
@@ -170,7 +173,7 @@ static size_t most_weighing_panels(const mha_attention *a)
     return mha_smaller(mha_smaller(TASK_PANELS, fit), a->split.panels);
 }
 
-/* As few panels as there can be, or as many as make weighing even. */
+/* There are as few panels as possible, unless more of them make the tasks even. */
 void mha_split_queries(mha_attention *a)
 {
     const mha_split fewest = mha_split_width(a->kernels, a->L);
@@ -191,7 +194,7 @@ static char *row_at(const mha_attention *a, const mha_rows *rows, size_t n, size
 
 /* ---- Scratch ---- */
 
-/* Takes the next `numbers` from a thread's scratch; with base NULL it only counts. */
+/* Takes the next piece of a thread's scratch. With base NULL it only counts. */
 static char *take(const mha_attention *a, char *base, mha_layout *layout, size_t rows, size_t numbers)
 {
     const size_t offset = mha_reserve(layout, rows, numbers, a->kernels->item);
@@ -224,7 +227,7 @@ static char *memory_of_state(const places *at, char *scratch, size_t i)
     return scratch + at->states + i * at->state_bytes;
 }
 
-/* In place, since a copy of what has just been written would wait for it. */
+/* The state is filled in where it stays: a copy would wait for the stores to reach the cache. */
 static void set_up_state(const places *at, char *scratch, size_t i, state *s)
 {
     char *base = memory_of_state(at, scratch, i);
@@ -237,7 +240,7 @@ static void set_up_state(const places *at, char *scratch, size_t i, state *s)
     s->kept = NULL;
 }
 
-/* Room for the weights of a chunk, and for what one block of one head needs. */
+/* Takes room for the weights of some blocks, and for one block of one head. */
 static void take_weighing(const mha_attention *a, char *base, mha_layout *layout, weighing *w)
 {
     const size_t P = widest_panel(a), keys = most_block_keys(a);
@@ -297,8 +300,8 @@ static mha_view look(const mha_attention *a, size_t n, size_t h, mha_panel lanes
     return mha_look(a->kernels, a->masks, n, &of_head, block, bias);
 }
 
-/* scores[key][lane] of the keys in view, plus bias where they have one; it comes last. Chains of at most MHA_CHAIN
- * features, as in the projections. */
+/* scores[key][lane] of the visible keys. The bias is added last, if there is one. Chains have at most MHA_CHAIN
+ * features, as in projections. */
 static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes, const mha_key_block *block,
                   mha_view view, const char *queries, const char *bias, char *scores, const mha_next *next)
 {
@@ -320,14 +323,14 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
         kernels->accumulate(scores, bias, view.keys * P);
 }
 
-/* Weights are made of the scores of a whole block. */
+/* Sets the scores of keys that are not visible to -inf. Weights are made from the scores of a whole block. */
 static void hide_rest(const mha_attention *a, mha_panel lanes, const mha_key_block *block, mha_view view, char *scores)
 {
     const size_t P = lanes.vectors * a->kernels->lanes;
     a->kernels->fill(scores + view.keys * P * a->kernels->item, (block->keys - view.keys) * P, -INFINITY);
 }
 
-/* The weights of the block's first `keys` keys. */
+/* Applies dropout to the weights of the first `keys` keys of a block. */
 static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
                      size_t keys, char *weights)
 {
@@ -349,8 +352,8 @@ static void begin(const mha_attention *a, size_t n, state *s)
     a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
 }
 
-/* The part of the next block's rows, from `first` on, that this panel's product fetches ahead of their use. Hardware
- * would begin with them too late, or not at all where they lie a page apart. */
+/* What the product of this panel prefetches of the next block: its share of the rows that begin at `first`. The
+ * hardware would start too late, or not at all where rows are on different pages. */
 static mha_next share_of(const mha_attention *a, const state *s, const mha_rows *x, const char *first, size_t rows,
                          size_t width)
 {
@@ -367,7 +370,7 @@ static void step(const mha_attention *a, size_t n, state *s, const mha_key_block
     mha_next next_keys, next_values;
     if (s->kept)
         hide_rest(a, s->lanes, block, view, scores);
-    if (view.keys == 0) /* others would change nothing: their weight is 0 and the maximum stays */
+    if (view.keys == 0) /* hidden keys would change nothing: their weight is 0, and the maximum stays */
         return;
     if (next) {
         next_keys = share_of(a, s, &a->k, keys_of(a, n, next, s->hkv), next->keys, a->D);
@@ -390,7 +393,7 @@ static void finish(const mha_attention *a, size_t n, const state *s)
 {
     const mha_kernels *kernels = a->kernels;
     char *inverse = s->factor;
-    /* A sum over no key at all is 0, as torch has it; NaN is for keys that are there and hidden. */
+    /* An item without any key gives 0, as in torch. NaN is for keys that are all hidden. */
     const mha_empty_row empty_row = a->live->S + a->live->extra > 0 ? a->empty_row : MHA_EMPTY_ROW_ZERO;
     if (s->is_empty)
         kernels->fill(s->out, a->Dv * s->lanes.vectors * kernels->lanes, 0);
@@ -417,17 +420,17 @@ static void count_sharers(state *states, size_t panels)
     }
 }
 
-/* Leads some panels together over the keys of their heads; `exps` and `bias` hold one block. False: the call is to be
- * stopped. */
+/* Leads some panels together over the keys of their heads. `exps` and `bias` hold one block. Returns false if the call
+ * is to be stopped. */
 static bool attend(const mha_attention *a, size_t n, state *states, size_t panels, char *exps, char *bias)
 {
     const size_t blocks = mha_key_blocks(a->live, n);
-    if (blocks > 1) /* else nothing is fetched for a block after the first */
+    if (blocks > 1) /* otherwise no block is prefetched */
         count_sharers(states, panels);
     for (size_t i = 0; i < panels; i++)
         begin(a, n, &states[i]);
     const bool is_shared = is_mask_shared(a);
-    size_t features = 0; /* since the last look */
+    size_t features = 0; /* since the last poll */
     mha_key_block two[2];
     if (blocks > 0)
         mha_key_block_at(a->live, n, 0, &two[0]);
@@ -461,7 +464,7 @@ static void attend_task(void *context, size_t task, size_t worker)
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes;
     state states[TASK_PANELS];
-    /* The last queries first: under a causal mask they see the most keys. */
+    /* The last queries come first, because under a causal mask they see the most keys. */
     const size_t group = j->groups - 1 - task / j->bundles, bundle = task % j->bundles;
     const size_t first_head = bundle * j->heads % a->H, n = bundle * j->heads / a->H;
     if (a->live->is_few[n])
@@ -482,19 +485,19 @@ static void attend_task(void *context, size_t task, size_t worker)
     attend(a, n, states, panels, base + j->at.scores, base + j->at.bias);
 }
 
-/* ---- Weights ----
+/* ---- Attention weights ----
  *
- * Once maximum and sum are known, scores become weights; those of all heads are added in order, so that averaged
- * weights never exist as (N, H, L, S). The scores are those that the first pass kept, where few keys and many queries
- * let it, or are computed again, to the same bits, in a second pass. */
+ * Once maximum and sum are known, scores become weights. The weights of all heads are added in order, so that a matrix
+ * (N, H, L, S) does not exist where averages are wanted. The scores are those that the first pass kept. If it could not
+ * keep them, a second pass computes them again, to the same bits. */
 
 static size_t weight_columns(const mha_attention *a)
 {
     return a->live->S + a->live->extra;
 }
 
-/* Turns scores of one head for one block into weights, and adds them to those of the heads before, unless they stand
- * there already. Scores that are wanted themselves stay as they are. */
+/* Turns scores of one head and block into weights, and adds them to the weights of the heads before, unless both are
+ * the same array. If scores are wanted, they stay as they are. */
 static void add_weights(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block, char *scores,
                         char *weights)
 {
@@ -509,7 +512,7 @@ static void add_weights(const mha_attention *a, const weighing *w, size_t h, con
         kernels->accumulate(weights, scores, block->keys * w->lanes.vectors * kernels->lanes);
 }
 
-/* Computes the scores of one head for one block again; keys that no query sees get -inf. */
+/* Computes the scores of one head and block again. Keys that are not visible get -inf. */
 static void score_again(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block, char *scores)
 {
     const mha_view view = look(a, w->n, h, w->lanes, block, w->bias);
@@ -539,8 +542,8 @@ static void write_weights(const mha_attention *a, const weighing *w, const mha_k
                    item);
 }
 
-/* The columns of keys that are not live: all alike, so one stands for all, and takes the place of the weights. Its
- * score is -inf, whose weight is 0, or NaN in a row that sees nothing at all. */
+/* Writes the columns of keys that are not live. They are all equal, so one column is computed. Its score is -inf. Its
+ * weight is 0, or NaN if the query sees no key. w->weights is overwritten. */
 static void write_removed(const mha_attention *a, const weighing *w)
 {
     const mha_kernels *kernels = a->kernels;
@@ -556,7 +559,8 @@ static void write_removed(const mha_attention *a, const weighing *w)
             memcpy(weights_row(a, w, lane) + s * kernels->item, w->rows + lane * kernels->item, kernels->item);
 }
 
-/* What stands in w->weights: blocks `first` to `end`, and with the first of all the keys that are not live. */
+/* Writes the weights of blocks `first` to `end`. The columns of keys that are not live are written with the first
+ * block. */
 static void write_blocks(const mha_attention *a, const weighing *w, size_t first, size_t end)
 {
     a->kernels->fill(w->factor, w->lanes.vectors * a->kernels->lanes, 1 / (double)w->heads);
@@ -569,7 +573,7 @@ static void write_blocks(const mha_attention *a, const weighing *w, size_t first
         write_removed(a, w);
 }
 
-/* Some panels of an item over the keys of every head whose weights become one: context, then weights. */
+/* Takes some panels of an item through all heads that are averaged: their context, then their weights. */
 static void attend_and_weigh_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
@@ -647,7 +651,7 @@ static void weigh_task(void *context, size_t task, size_t worker)
 
 /* ---- Both passes ---- */
 
-/* Context and weights at once. */
+/* Computes context and weights together. */
 static mha_status attend_and_weigh(const mha_attention *a, job *j)
 {
     const size_t panels = a->split.panels, wanted = mha_divide_up(weighed_panels(a), TASKS_A_THREAD * a->threads);
@@ -667,7 +671,7 @@ mha_status mha_attend(const mha_attention *a)
     j.task_panels = mha_smaller(most_task_panels(a),
                                 mha_divide_up(j.bundles * panels, TASKS_A_THREAD * a->threads));
     j.groups = mha_divide_up(panels, j.task_panels);
-    j.task_panels = mha_divide_up(panels, j.groups); /* 6 panels are 3 + 3, not 4 + 2 */
+    j.task_panels = mha_divide_up(panels, j.groups); /* for example 3 + 3 panels, not 4 + 2 */
     mha_status status = MHA_OK;
     if (a->weights_wanted != MHA_SCORES_PER_HEAD)
         status = mha_parallel_for(a->threads, j.bundles * j.groups, attend_task, &j, a->stop);

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * few_queries.c - queries to the keys' side, attention over raw inputs, sums to the values' side.
+ * few_queries.c - moves queries to the side of the keys' inputs, attends to the inputs, and moves the sums to the
+ * values' side.
  *
  *      absorb        t = Wk_h^T q_h for every lane, then as panels                        task: item, head
  *      attend        softmax and sums over one chunk of keys                             task: item, panel, chunk
  *      merge         the chunks of a panel, in order                                     task: item, panel
  *      emit          context = Wv_h y + bv                                               task: item, head
- *      weigh         the attention weights, from the scores computed once more           task: item, query, chunk
+ *      weigh         the attention weights, from scores that are computed again          task: item, query, chunk
  *
- * Owns: the order of additions along the keys: blocks as in attention.c, then chunks of CHUNK_BLOCKS of them.
+ * Owns: the order of additions along the keys: blocks as in attention.c, then chunks of CHUNK_BLOCKS blocks.
  */
 #include "few_queries.h"
 
@@ -20,17 +21,18 @@
 #include "threads.h"
 
 enum {
-    CHUNK_BLOCKS = 8,      /* so that one query of one item keeps several threads busy */
-    MIN_FEATURES = MHA_MAX_VECTOR_LANES, /* of keys and values: rows of Wk are read in whole vectors where they are */
-    CLEARLY = 2,           /* times fewer operations, for the path to be chosen */
+    CHUNK_BLOCKS = 8,      /* key blocks; with chunks, one query of one item keeps several threads busy */
+    MIN_FEATURES = MHA_MAX_VECTOR_LANES, /* of keys and values: rows of Wk are read in whole vectors */
+    CLEARLY = 2,           /* the path is chosen if it takes less than half of the operations */
 };
 
 bool mha_few_queries_can(const mha_weights *weights, const mha_call *call)
 {
-    /* Extra and static keys have no input, dropout is for training, and scores are here known up to a constant. */
+    /* Extra and static keys have no input. Dropout is for training. Scores lack a constant here, so they cannot be
+     * returned. */
     return weights->widths.Ek >= MIN_FEATURES && weights->widths.Ev >= MIN_FEATURES &&
-           mha_extra_keys(weights, call) == 0 && !call->static_k.data && !call->static_v.data && !(call->dropout_p > 0) &&
-           call->L > 0 && call->weights_wanted != MHA_SCORES_PER_HEAD;
+           mha_extra_keys(weights, call) == 0 && !call->static_k.data && !call->static_v.data &&
+           !(call->dropout_p > 0) && call->L > 0 && call->weights_wanted != MHA_SCORES_PER_HEAD;
 }
 
 bool mha_few_queries_pays(const mha_weights *weights, const mha_call *call, size_t live_keys)
@@ -76,7 +78,7 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
     if (f->items == 0)
         return;
     const size_t padded = padded_lanes(f), rows = f->items * lanes_of(f);
-    const size_t widest = kernels->vectors * kernels->lanes; /* rows of statistics are read a panel at a time */
+    const size_t widest = kernels->vectors * kernels->lanes; /* statistics are read a whole panel at a time */
     f->t_stride = mha_row_stride(w->Ek, kernels->lanes, number);
     f->y_stride = mha_row_stride(w->Ev, kernels->lanes, number);
     f->item = mha_reserve(layout, f->items, 1, sizeof(size_t));
@@ -92,7 +94,8 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
     f->is_given_up = mha_reserve(layout, f->call->N, 1, sizeof(atomic_bool));
 }
 
-/* A thread's scratch: scores of a panel, a slice of a block's inputs, a strip or weights of all heads of a query. */
+/* A thread's scratch: scores of a panel, a slice of a block's inputs, and a strip or the weights of all heads of a
+ * query. */
 typedef struct {
     char *scores, *bias, *factor, *slice, *rows;
 } places;
@@ -127,7 +130,7 @@ size_t mha_few_queries_scratch(const mha_few_queries *f)
 typedef struct {
     const mha_few_queries *f;
     mha_split split;   /* of the lanes of an item */
-    mha_split by_head; /* of the H lanes of one query */
+    mha_split by_head; /* of the heads of one query */
     char *scratch;
     size_t scratch_bytes;
 } job;
@@ -161,7 +164,8 @@ static void give_up_unless_finite(const mha_few_queries *f, size_t n, const char
 
 /* ---- Keys' inputs ---- */
 
-/* Copies features first .. first + features - 1 of the block's inputs to rows of slice_stride() numbers. */
+/* Copies `features` features of the block's inputs from feature `first` on. The rows of the copy are slice_stride()
+ * numbers apart. */
 static void copy_slice(const mha_few_queries *f, const mha_array *x, size_t n, const mha_key_block *block, size_t first,
                        size_t features, char *slice)
 {
@@ -175,8 +179,9 @@ static void copy_slice(const mha_few_queries *f, const mha_array *x, size_t n, c
 
 /* ---- absorb ---- */
 
-/* Rows of t for one head: q_h against rows of Wk as they are, feature by feature in the lanes. The last vector ends
- * with the last feature, so that nothing is read beyond the matrix; what it overlaps is computed twice, to the same bits. */
+/* Computes some features of the rows of t for one head: q_h times rows of Wk, which are read in place. The last vector
+ * ends with the last feature, so that nothing is read beyond the matrix. The features that it shares with the vector
+ * before are computed twice, to the same bits. */
 static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t first, size_t vectors)
 {
     const mha_weights *weights = f->weights;
@@ -196,8 +201,8 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
     }
 }
 
-/* The constants q_h bk_h / sqrt(D) of a head's rows, which are in no score here, and so in none that is looked at. bk_h is
- * one lane of a panel. */
+/* Checks that the constants q_h bk_h / sqrt(D) of a head's rows are finite. No score contains them, so a check of the
+ * scores does not notice them. bk_h fills one lane of a panel. */
 static void look_at_constants(const mha_few_queries *f, size_t i, size_t h, const places *s)
 {
     const mha_weights *weights = f->weights;
@@ -251,8 +256,8 @@ static void pack_task(void *context, size_t task, size_t worker)
 
 /* ---- attend ---- */
 
-/* Masked scores of a panel against a block's first keys, as many as it returns: no lane sees one after them. Lane 0 is
- * the item's `first`. */
+/* Computes the masked scores of a panel for the first keys of a block, and returns for how many keys. No lane sees the
+ * others. `first` is the number of lane 0 in the item. */
 static size_t score(const mha_few_queries *f, size_t n, size_t first, mha_panel panel, const mha_key_block *block,
                     const char *queries, const places *s)
 {
@@ -270,13 +275,13 @@ static size_t score(const mha_few_queries *f, size_t n, size_t first, mha_panel 
         product.addend = e ? s->scores : NULL;
         kernels->product(&product);
     }
-    give_up_unless_finite(f, n, s->scores, view.keys * P); /* before the masks, which may be infinite */
+    give_up_unless_finite(f, n, s->scores, view.keys * P); /* before the masks are added, which may be infinite */
     if (view.is_biased)
         kernels->accumulate(s->scores, s->bias, view.keys * P);
     return view.keys;
 }
 
-/* sums = sums * factor + x^T weights, a slice of features at a time. */
+/* sums = sums * factor + x^T weights, for a slice of features at a time. */
 static void add_values(const mha_few_queries *f, size_t n, mha_panel panel, const mha_key_block *block,
                        const places *s, char *sums)
 {
@@ -336,7 +341,7 @@ static void merge_task(void *context, size_t task, size_t worker)
     const mha_kernels *kernels = f->weights->kernels;
     const size_t padded = padded_lanes(f), i = task / j->split.panels, Ev = f->weights->widths.Ev;
     const mha_panel panel = mha_panel_at(&j->split, task % j->split.panels);
-    const size_t at = i * f->chunks * padded + panel.first; /* the first chunk collects the others */
+    const size_t at = i * f->chunks * padded + panel.first; /* chunk 0 collects the others */
     char *sums = numbers_at(f, f->sums, at * Ev), *maximum = numbers_at(f, f->maximum, at);
     char *sum = numbers_at(f, f->sum, at);
     for (size_t chunk = 1; chunk < f->chunks; chunk++) {
@@ -355,7 +360,7 @@ static void merge_task(void *context, size_t task, size_t worker)
 
 /* ---- emit ---- */
 
-/* Features of one panel of Wv for one head, through a strip; the panel may hold features of other heads as well. */
+/* Multiplies by one panel of Wv for one head, through a strip. The panel may contain features of other heads. */
 static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel panel, char *strip)
 {
     const mha_weights *weights = f->weights;
@@ -389,7 +394,8 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
                strip + (l * P + from - panel.first) * number, (to - from) * number);
 }
 
-/* Numbers that are not finite in values, Wv or bv are so in the context. A row of no keys may be NaN by itself. */
+/* Checks that the context of a head is finite. If a number in values, Wv or bv is not finite, nor is the context. A
+ * query that sees no key may have NaN on purpose. */
 static void look_at_context(const mha_few_queries *f, size_t i, size_t h)
 {
     const mha_widths *w = &f->weights->widths;
@@ -420,7 +426,7 @@ static void emit_task(void *context, size_t task, size_t worker)
 
 /* ---- weigh ---- */
 
-/* The panels of one query's heads, apart from those of the other queries: averaging runs over them. */
+/* Packs the heads of one query as panels of their own, because averages are sums over these heads. */
 static void pack_query_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
@@ -441,8 +447,8 @@ typedef struct {
     size_t n, l;
     const char *panels;            /* of the query's heads */
     const char *maximum, *sum;     /* of head 0 */
-    char *out;                     /* the query's row of weights, of head 0, */
-    size_t out_stride;             /* and the bytes to the next head's; with averaged weights there is but one */
+    char *out;                     /* the query's row of weights for head 0 */
+    size_t out_stride;             /* bytes to the row of the next head; not used for averages */
 } weighing;
 
 static weighing describe_weighing(const job *j, size_t query)
@@ -463,8 +469,8 @@ static weighing describe_weighing(const job *j, size_t query)
     };
 }
 
-/* rows[h][key]: the weights of all heads of one query for a block, or in rows[0] their average. Keys that are hidden
- * from every head get exp(-inf), which is 0, or NaN in a row that sees nothing at all. */
+/* rows[h][key]: the weights of all heads of one query for a block, or their average in rows[0]. Keys that are hidden
+ * from every head get 0, or NaN if the query sees no key. */
 static void weigh_block(const job *j, const weighing *w, const mha_key_block *block, bool is_hidden, const places *s)
 {
     const mha_few_queries *f = j->f;
@@ -487,7 +493,7 @@ static void weigh_block(const job *j, const weighing *w, const mha_key_block *bl
         kernels->accumulate(s->rows, s->rows + h * MHA_BLOCK_KEYS * number, MHA_BLOCK_KEYS);
 }
 
-/* Copies what weigh_block() left for its i-th key to the column of key s. */
+/* Copies what weigh_block() computed for key i of its block to the column of key s. */
 static void write_weight(const job *j, const weighing *w, size_t i, size_t s_key, const places *s)
 {
     const mha_few_queries *f = j->f;
@@ -560,7 +566,7 @@ mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_
         mha_task task;
     } stages[] = {
         {f->items * H, absorb_task},  {panels, pack_task}, {panels * f->chunks, attend_task}, {panels, merge_task},
-        {f->items * H, emit_task}, /* and for the weights: */ {queries, pack_query_task},
+        {f->items * H, emit_task}, /* for the weights: */ {queries, pack_query_task},
         {queries * f->chunks, weigh_task},
     };
     enum { STAGES = sizeof stages / sizeof *stages, TO_CONTEXT = STAGES - 2 };

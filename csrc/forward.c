@@ -8,8 +8,8 @@
  *
  * (Vaswani et al., "Attention Is All You Need", 2017; torch.nn.MultiheadAttention.)
  *
- * Owns: the plan of a call, that is where everything lies in its workspace; and whether a batch goes through all that
- * at once or some items after others, each such chunk in one thread.
+ * Owns: the plan of a call, which says where everything lies in its workspace. It also decides whether the whole batch
+ * goes through these steps at once, or in chunks of items, each in one thread.
  */
 #include <math.h>
 #include <string.h>
@@ -23,31 +23,34 @@
 #include "workspace.h"
 
 enum {
-    LEAST_APART = 4,     /* vectors of a head that lies apart: at its ends panels are cut into pieces */
-    CHUNK_ROWS = 96,     /* of queries or keys, at least: for fewer, a projection reads its weights too often */
-    SMALL_ROWS = 384,    /* of a chunk that takes so little time that one a thread may do, */
-    CHUNKS_A_THREAD = 8, /* else so many, so that threads end at about the same time; twice that with padding */
-    MOST_MORE = 32,      /* a thread may have one part in so many more to do than its share */
+    LEAST_APART = 4, /* vectors; narrower heads are not kept apart, since a panel is cut at the ends of such a head */
+    /* queries or keys that a chunk has at least; with fewer, a projection reads its weights too often */
+    CHUNK_ROWS = 96,
+    SMALL_ROWS = 384,    /* one chunk per thread is enough if chunks have at most this many queries or keys */
+    CHUNKS_A_THREAD = 8, /* otherwise, so that threads end at about the same time; twice as many with padding */
+    MOST_MORE = 32,      /* one chunk per thread only if no thread gets more than 1 / MOST_MORE above its share */
 };
 
-/* Heads in the workspace: the offset in bytes, and numbers between rows and between heads. */
+/* Where the rows of all heads lie in the workspace: an offset in bytes, and the distances between rows and between
+ * heads in numbers. */
 typedef struct {
     size_t offset, row, head;
-    size_t part; /* width of a head that lies apart from the others; 0: all heads of a row lie side by side */
+    size_t part; /* width of a head if each head has a matrix of its own; 0: all heads of a row are side by side */
 } matrix;
 
-/* Projected rows stand one after another, as a rule those of each head apart, since they are read together: else every
- * row would be on a page of its own. Keys and values have a row for every live key of every item, then, apart, rows for
- * the extra keys. */
+/* Offsets into the workspace. Where heads are wide, each has a matrix of its own: its rows are read one after another,
+ * and with all heads side by side each row would be on another page. Keys and values have a row for every live key of
+ * every item. The rows of the extra keys are kept apart. */
 typedef struct {
     matrix q, k, v, context, extra_k, extra_v;
-    size_t q_row, k_row, v_row, context_row; /* offsets of the tables of row addresses, */
+    size_t q_row, k_row, v_row, context_row; /* tables of row addresses */
     size_t maximum, sum;
     size_t scratch;
     size_t scratch_bytes;
 } plan;
 
-/* All items of a call, or some of them: then call describes these alone, but for the masks, which `masks` has. */
+/* A call for all its items, or for some of them. If for some, `call` describes these alone. Only its masks still begin
+ * with the first item of the batch, and `masks` is used in their place. */
 typedef struct {
     const mha_weights *weights;
     const mha_call *call;
@@ -56,10 +59,10 @@ typedef struct {
     mha_masks masks;
     mha_few_queries few;
     plan at;
-    char *block; /* the workspace */
+    char *block; /* the workspace; NULL while it is planned */
 } forward;
 
-/* While the workspace is only planned there is no block: addresses are then NULL. */
+/* An address in the workspace. NULL while the workspace is planned. */
 static char *at_offset(const forward *f, size_t offset)
 {
     return f->block ? f->block + offset : NULL;
@@ -83,7 +86,7 @@ double mha_forward_operations(const mha_weights *weights, const mha_call *call)
 
 /* ---- Rows ---- */
 
-/* The address of every row of an input: of all positions, or of the live keys alone that are projected. */
+/* Lists the address of every row of an input. With `only` these are the live keys of items that project their keys. */
 static void list_rows(const mha_array *x, size_t N, size_t length, const mha_live_keys *only, const char **row)
 {
     for (size_t n = 0; n < N; n++) {
@@ -105,7 +108,8 @@ static bool same_input(const mha_array *a, const mha_array *b)
            a->stride_e == b->stride_e;
 }
 
-/* Plans are written where they stay: a copy of what has just been written would wait for it (ARCHITECTURE.md). */
+/* Structs are filled in where they stay. gcc would copy a struct with vector loads right after its members were
+ * written, and such loads wait until the stores have reached the cache. */
 static void set_target(const forward *f, const mha_panels *panels, const matrix *to, mha_target *target)
 {
     target->panels = panels;
@@ -116,7 +120,8 @@ static void set_target(const forward *f, const mha_panels *panels, const matrix 
     target->run = 0;
 }
 
-/* Describes the input projections, inputs that are the same joined into one. Returns their number. */
+/* Describes the input projections. Inputs that are the same are joined into one projection. Returns the number of
+ * projections. */
 static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGETS])
 {
     const mha_call *call = f->call;
@@ -151,13 +156,14 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
     return count;
 }
 
-/* Whether the rows of these items are not together in the output, but with those of others. */
+/* Whether rows of other items lie between the rows of these items in the output. */
 static bool is_interleaved(const forward *f)
 {
     return !f->call->output_batch_first && f->items_in_all > f->call->N;
 }
 
-/* Rows of the output in the order in which they lie there; item after item where they are interleaved. */
+/* Describes the output projection. Its rows are in the order of the output. If they are interleaved with others, they
+ * are listed item after item. */
 static void plan_output(const forward *f, mha_projection *p)
 {
     const size_t Eo = f->weights->widths.Eo;
@@ -202,7 +208,7 @@ static void list_context_rows(const forward *f)
 
 /* ---- Keys that are not projected ---- */
 
-/* Copies the live ones to where projection would have put them. */
+/* Copies the live keys or values to where a projection would have written them. */
 static void copy_projected(const forward *f, const mha_projected *x, size_t width, const matrix *m)
 {
     const mha_live_keys *live = &f->live;
@@ -217,7 +223,7 @@ static void copy_projected(const forward *f, const mha_projected *x, size_t widt
         }
 }
 
-/* bias_k and bias_v first, then zeros. */
+/* The extra keys are bias_k and bias_v, then zeros. */
 static void write_extra_keys(const forward *f)
 {
     const mha_weights *w = f->weights;
@@ -248,7 +254,8 @@ static matrix reserve_heads(mha_layout *layout, const mha_kernels *kernels, size
                     .head = rows * width, .part = width};
 }
 
-/* `length` rows of an item after those of the one before; 0: rows are counted through all items. */
+/* Describes rows in the workspace. Item n begins at row n * length. If length is 0, rows are numbered through all
+ * items. */
 static void set_rows(const forward *f, const matrix *m, size_t length, mha_rows *rows)
 {
     rows->data = at_offset(f, m->offset);
@@ -295,7 +302,7 @@ static void describe_attention(const forward *f, mha_attention *a)
     mha_split_queries(a);
 }
 
-/* Completes the plan of few_queries.c with the addresses that it shares with the rest. */
+/* Completes the plan of few_queries.c with the addresses that it shares with the other steps. */
 static mha_few_queries describe_few_queries(const forward *f)
 {
     mha_few_queries few = f->few;
@@ -308,7 +315,7 @@ static mha_few_queries describe_few_queries(const forward *f)
     return few;
 }
 
-/* Lays everything out, from the start of `layout` on, which must be empty. */
+/* Plans the workspace. The layout must be empty. */
 static void lay_out(forward *f, mha_layout *layout)
 {
     const mha_call *call = f->call;
@@ -323,7 +330,8 @@ static void lay_out(forward *f, mha_layout *layout)
     at->context = reserve_side_by_side(layout, kernels, queries, w->H, w->Dv);
     at->extra_k = reserve_side_by_side(layout, kernels, f->live.extra, w->Hkv, w->D);
     at->extra_v = reserve_side_by_side(layout, kernels, f->live.extra, w->Hkv, w->Dv);
-    at->q_row = at->context_row = mha_reserve(layout, queries, 1, sizeof(char *)); /* one after the other */
+    /* the two tables are not needed at the same time */
+    at->q_row = at->context_row = mha_reserve(layout, queries, 1, sizeof(char *));
     at->k_row = mha_reserve(layout, keys, 1, sizeof(char *));
     at->v_row = same_input(&call->key, &call->value) ? at->k_row : mha_reserve(layout, keys, 1, sizeof(char *));
     if (layout->too_large)
@@ -345,7 +353,7 @@ static void lay_out(forward *f, mha_layout *layout)
 
 /* ---- The pass ---- */
 
-/* Its rows, which are padded in the workspace. */
+/* Copies the context without the padding that its rows have in the workspace. */
 static void copy_context(const forward *f)
 {
     const size_t item = f->weights->kernels->item, bytes = f->weights->widths.H * f->weights->widths.Dv * item;
@@ -354,7 +362,8 @@ static void copy_context(const forward *f)
                f->block + f->at.context.offset + row * f->at.context.row * item, bytes);
 }
 
-/* Where some items turn out to need their keys projected, these are counted, and nothing is left in the output. */
+/* Runs all steps. *given_up counts the items of few_queries.c that turned out to need their keys projected. If there
+ * are any, nothing has been written to the output. */
 static mha_status run(const forward *f, size_t *given_up)
 {
     const mha_call *call = f->call;
@@ -393,7 +402,7 @@ static mha_status run(const forward *f, size_t *given_up)
     return mha_project(kernels, projections, 1, call->threads, scratch, f->at.scratch_bytes, call->stop);
 }
 
-/* What the masks leave, and which items few_queries.c takes. */
+/* Reads the masks, and decides which items few_queries.c computes. */
 static mha_status read_masks(const mha_weights *weights, const mha_call *call, mha_live_keys *live, mha_masks *masks)
 {
     size_t positions;
@@ -407,7 +416,7 @@ static mha_status read_masks(const mha_weights *weights, const mha_call *call, m
     return status;
 }
 
-/* All items side by side, step by step. */
+/* Runs all items together, step by step. */
 static mha_status run_at_once(forward *f)
 {
     mha_status status;
@@ -426,19 +435,20 @@ static mha_status run_at_once(forward *f)
     return status;
 }
 
-/* ---- Chunk after chunk ----
+/* ---- Chunks ----
  *
- * What one step of a chunk hands on to the next is still in the cache near the core, and the workspace is no larger
- * than a chunk for every thread needs. */
+ * Chunks of items go through all steps, each in one thread. What a step hands on to the next is then still in the
+ * second-level cache. The threads do not wait for each other between steps. The workspace holds a chunk for every
+ * thread, however large the batch is. */
 
 typedef struct {
     const forward *all;
     size_t chunks;
-    char *block; /* a workspace for every thread */
+    char *block; /* workspaces of all threads */
     size_t bytes;
 } chunk_job;
 
-/* How many of these chunks there must be, so that threads share them out without waiting long for each other. */
+/* The least number of chunks with which threads end at about the same time, if there are to be `chunks`. */
 static size_t least_chunks(const forward *f, size_t chunks)
 {
     const size_t N = f->call->N, threads = f->call->threads;
@@ -451,8 +461,8 @@ static size_t least_chunks(const forward *f, size_t chunks)
     return rows <= SMALL_ROWS && busiest * threads - N <= N / MOST_MORE ? threads : CHUNKS_A_THREAD * threads;
 }
 
-/* In how many chunks to run a call; 1: at once. A chunk runs in one thread, so that there must be enough of them. The
- * output of one may be written while others read their inputs. */
+/* The number of chunks in which to run a call. 1: all items at once. A chunk writes its output while others read their
+ * inputs, so that an output that overlaps an input rules chunks out. */
 static size_t choose_chunks(const forward *f)
 {
     const mha_call *call = f->call;
@@ -466,7 +476,7 @@ static size_t choose_chunks(const forward *f)
     return chunks;
 }
 
-/* The i-th chunk; `call` is written, too, and must last as long. */
+/* Describes chunk i. `call` is filled in as well, and must live as long as the result. */
 static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
 {
     const forward *all = j->all;
@@ -506,7 +516,7 @@ static void run_chunk(void *context, size_t task, size_t worker)
     forward f = describe_chunk(j, task, &call);
     lay_out(&f, &layout);
     f.block = j->block + worker * j->bytes;
-    (void)run(&f, &given_up); /* it may have been stopped, and then the whole loop is */
+    (void)run(&f, &given_up); /* a chunk is stopped only together with the whole loop */
 }
 
 static mha_status run_in_chunks(forward *f, size_t chunks)
@@ -534,7 +544,7 @@ mha_status mha_forward(const mha_weights *weights, const mha_call *call)
 {
     forward f = {.weights = weights, .call = call, .items_in_all = call->N};
     if (call->N == 0 || call->L == 0)
-        return MHA_OK; /* no result, however many of the other */
+        return MHA_OK; /* there are no results */
     mha_status status = read_masks(weights, call, &f.live, &f.masks);
     if (status == MHA_OK) {
         const size_t chunks = choose_chunks(&f);
@@ -544,7 +554,7 @@ mha_status mha_forward(const mha_weights *weights, const mha_call *call)
     return status;
 }
 
-/* ---- Parts of the pass, for whoever looks at it step by step ---- */
+/* ---- Parts of the pass, for mha_c.explain ---- */
 
 mha_status mha_choose_paths(const mha_weights *weights, const mha_call *call, bool *is_few)
 {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * masks.c - key padding becomes a list of live keys, everything else a summary per block.
+ * masks.c - turns key padding into a list of live keys, and the other masks into what a panel sees of a block.
  *
  * Owns: the list of live keys.
  */
@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* What a mask of any kind but NONE does to one key, as a number that is added to its score. */
+/* What a mask of any kind but NONE adds to the score of one key. */
 static double mask_value(mha_mask_kind kind, const char *at)
 {
     float f;
@@ -38,7 +38,8 @@ static const char *attn_at(const mha_masks *masks, size_t n, size_t h, size_t l)
     return masks->attn_item ? mask_at(&masks->attn, 0, h, l) + masks->attn_item[n] : mask_at(&masks->attn, n, h, l);
 }
 
-/* Lists an item's live keys and counts them. *adds says whether the mask still adds to one of them. */
+/* Lists the live keys of an item and returns their number. Sets *adds if the mask adds a number other than 0 to one of
+ * them. */
 static size_t list_live_keys(const mha_mask *mask, size_t n, size_t S, size_t *index, bool *adds)
 {
     const char *at = mask_at(mask, n, 0, 0);
@@ -136,14 +137,15 @@ void mha_key_block_at(const mha_live_keys *live, size_t n, size_t i, mha_key_blo
     if (live->index) {
         const size_t *index = live->index + live->start[n] + before;
         block->first_key = index[0];
-        if (index[keys - 1] - index[0] != keys - 1) /* not a run: padding is, usually */
+        /* usually padding is at one end, and the live keys are consecutive */
+        if (index[keys - 1] - index[0] != keys - 1)
             block->index = index;
     }
 }
 
 size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s)
 {
-    /* Of the keys before s, as many are live as stand before it in the sorted list. */
+    /* The number of live keys before s, by bisection. */
     const size_t *index = live->index + live->start[n], live_keys = mha_live_count(live, n);
     size_t low = 0, high = live_keys;
     while (low < high) {
@@ -160,7 +162,7 @@ size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s)
     return s;
 }
 
-/* As far as it shows without reading the masks. */
+/* What the numbers of queries and keys say without the masks. */
 static mha_view view_by_numbers(const mha_masks *masks, size_t first_query, size_t last_query,
                                 const mha_key_block *block)
 {

@@ -1,17 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * projection.c - blocking, packing of rows, bias, tasks.
+ * projection.c - multiplies rows by packed weights: blocks of rows, copies of them, bias, tasks.
  *
- * A task is a block of rows by a run of panels. It copies its rows, a slice of features at a time, so that what belongs
- * to one chain lies together (unless they are short and lie well, or its thread has just copied them for another task),
- * and multiplies that slice with the same slice of each panel; sums go through a strip that stays in the cache:
+ * A task multiplies a block of rows by a run of panels. It copies its rows slice by slice, so that the numbers of a
+ * chain are close together. Rows that are short and lie regularly are not copied, nor are rows that the thread has just
+ * copied for another task. The slice is multiplied by the same slice of each panel. Sums go through a strip, which
+ * stays in the cache:
  *
  *          slice                    panel          strip
  *        +-------+---             +-------+      +-------+
- *   rows | block |  (x)     slice |  P    |      |  P    | rows   = addend + chain, chain after chain,
- *        +-------+---             +-------+      +-------+          the last one going straight to y
+ *   rows | block |  (x)     slice |  P    |      |  P    | rows   = addend + chain, chain after chain;
+ *        +-------+---             +-------+      +-------+          the last chain goes straight to y
  *
- * Owns: the order of additions, which no blocking may change: bias, then chains of MHA_CHAIN features in order.
+ * Owns: the order of additions: bias, then chains of MHA_CHAIN features in order. It does not depend on the
+ * blocking.
  */
 #include "projection.h"
 
@@ -22,37 +24,42 @@
 #include "workspace.h"
 
 enum {
-    BLOCK_ROWS = 128,     /* a slice of a panel is read once for so many rows */
-    BLOCK_BYTES = 491520, /* of a slice of them, for the second-level cache; fewer rows where they are wide */
-    WHOLE_ROWS = 8,       /* blocks get whole numbers of them: most tiles have 8 or 4 rows */
-    SLICE_BYTES = 8192,   /* of a row; a whole number of chains */
-    SLICED_PANELS = 8,    /* panels whose strips wait at once for the next slice */
-    TASKS_A_THREAD = 4,   /* so that the last ones to finish differ by little */
-    PANELS_A_LOOK = 16,   /* panels between two looks whether the call is to be stopped */
-    SHORT_BYTES = 1600,   /* between rows that are read where they lie: some of them share a page */
+    BLOCK_ROWS = 128,     /* rows for which a slice of a panel is read once */
+    /* of a slice of a block, which has to fit into the second-level cache; blocks of wide rows have fewer rows */
+    BLOCK_BYTES = 491520,
+    WHOLE_ROWS = 8,       /* blocks have whole multiples of this many rows, because most tiles have 8 or 4 rows */
+    SLICE_BYTES = 8192,   /* of one row; whole chains */
+    /* panels of a task if rows have several slices; each has a strip, which waits for the next slice */
+    SLICED_PANELS = 8,
+    TASKS_A_THREAD = 4,   /* so that threads end at about the same time */
+    PANELS_A_LOOK = 16,   /* between two polls */
+    SHORT_BYTES = 1600,   /* between rows that are read in place: some of them share a page */
 };
 
 typedef struct {
     const mha_projection *projection;
     size_t depth, slice, slices;
-    size_t chain; /* numbers of a row in the block, which holds one chain of all rows after the other */
-    size_t wholes, blocks; /* WHOLE_ROWS, and blocks, among which these are shared out evenly */
+    /* numbers that a row has in one chain of the block; the block holds one chain of all rows after the other */
+    size_t chain;
+    size_t wholes, blocks; /* wholes: multiples of WHOLE_ROWS, which the blocks share evenly */
     size_t block_rows;  /* of the largest block */
     size_t panels;      /* of all targets */
-    size_t task_panels; /* of a task */
+    size_t task_panels; /* of one task */
     size_t runs;        /* tasks of a block */
-    size_t abreast;     /* blocks at which threads take turns, so that each copies few of their rows */
+    /* blocks at which threads take turns, so that a thread's next task is usually on rows that it has copied */
+    size_t abreast;
     size_t tasks;
 } plan;
 
-/* A slice of some rows: strides in numbers between rows, and from a chain to the next. */
+/* A slice of some rows. `row` and `chain` are the distances between rows and between chains, in numbers. */
 typedef struct {
     const char *data;
     size_t rows;
     ptrdiff_t row, chain;
 } sliced_rows;
 
-/* The slice that a thread has copied, in the first cache line of its scratch; its next task may be about the same. */
+/* The slice that a thread has copied. It stands in the first cache line of the thread's scratch. The next task may need
+ * the same slice. */
 typedef struct {
     const plan *plan; /* NULL: none */
     size_t first_row, first_feature;
@@ -68,8 +75,8 @@ typedef struct {
     size_t scratch_bytes;
 } job;
 
-/* In how many runs of panels a block is cut: tasks enough for all threads, and a number of them that leaves none waiting
- * long for the others. */
+/* The number of runs into which the panels of a block are divided. It gives enough tasks to all threads, and the
+ * shortest time until the last thread is ready: if two threads share 11 equal tasks, one of them waits. */
 static size_t choose_runs(const plan *p, size_t threads)
 {
     const size_t least = mha_smaller(mha_divide_up(TASKS_A_THREAD * threads, p->blocks), p->panels);
@@ -104,7 +111,7 @@ static plan make_plan(const mha_kernels *kernels, const mha_projection *projecti
         p.task_panels = mha_divide_up(p.panels, choose_runs(&p, threads));
     if (p.slices > 1 && p.task_panels > SLICED_PANELS)
         p.task_panels = SLICED_PANELS;
-    p.runs = p.panels ? mha_divide_up(p.panels, p.task_panels) : 0; /* the output may have no features */
+    p.runs = p.panels ? mha_divide_up(p.panels, p.task_panels) : 0; /* an output may have no features */
     p.abreast = threads;
     p.tasks = p.blocks * p.runs;
     return p;
@@ -151,8 +158,8 @@ void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t ite
             memcpy(to + e * sizeof(double), x + (ptrdiff_t)e * stride_e, sizeof(double));
 }
 
-/* The distance in bytes between rows that are as good as copied ones: short, aligned, one like the other; 0: they are
- * not. */
+/* The distance in bytes between rows that can be read in place: they are short, aligned and equally spaced. 0 if they
+ * cannot. */
 static size_t distance_of_rows(const plan *p, size_t first_row, size_t rows, size_t item)
 {
     const char *const *row = p->projection->row + first_row;
@@ -166,7 +173,7 @@ static size_t distance_of_rows(const plan *p, size_t first_row, size_t rows, siz
     return distance;
 }
 
-/* Rows lie too far apart for hardware to see the next one coming. */
+/* Prefetches a row. Rows are too far apart for the hardware to foresee the next one. */
 static void fetch_ahead(const char *x, size_t bytes)
 {
     for (size_t i = 0; i < bytes; i += MHA_CACHE_LINE)
@@ -208,8 +215,8 @@ static sliced_rows take_slice(const plan *p, size_t first_row, size_t rows, size
     return (sliced_rows){block, rows, (ptrdiff_t)p->chain, (ptrdiff_t)(p->block_rows * p->chain)};
 }
 
-/* What of the panels comes next: the weights are many times larger than the caches near the core, and the hardware
- * sees too late that the next chain is needed. */
+/* What is needed next of the panels. The weights are much larger than the caches near the core, and the hardware
+ * notices too late that the next chain is needed. */
 static mha_next following(const mha_kernels *kernels, const mha_target *target, const char *b)
 {
     const mha_split *split = &target->panels->split;
@@ -227,8 +234,8 @@ static char *row_of_y(const mha_target *target, size_t r, size_t item)
     return target->y + at * item;
 }
 
-/* The last chain of a panel for rows that are `stride` apart, straight to y. What belongs to different parts is
- * multiplied one after the other. */
+/* Multiplies the last chain of a panel straight to y, for rows that are `stride` apart. Features of different parts are
+ * multiplied one part after the other. */
 static void multiply_to_parts(const mha_kernels *kernels, const mha_target *target, mha_panel panel, char *y,
                               mha_product *product)
 {
@@ -251,7 +258,7 @@ static void multiply_to_parts(const mha_kernels *kernels, const mha_target *targ
     }
 }
 
-/* The same for any rows; `product` is written. */
+/* The same for rows in groups as well. Overwrites `product`. */
 static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, mha_panel panel, size_t first_row,
                           mha_product *product)
 {
@@ -271,7 +278,7 @@ static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, 
     }
 }
 
-/* Adds one slice of one panel to its strip; the last slice of all ends in y. */
+/* Adds one slice of one panel to its strip. The last slice goes to y. */
 static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_target *target, mha_panel panel,
                            size_t first_row, size_t first_feature, const sliced_rows *x, char *strip)
 {
@@ -306,7 +313,8 @@ static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_
                    panel.count * item);
 }
 
-/* Panels are numbered through all targets. */
+/* Finds the target of a panel. On entry, *panel counts the panels of all targets. On return, it counts those of this
+ * target. */
 static const mha_target *find_target(const mha_projection *projection, size_t *panel)
 {
     const mha_target *target = projection->target;
@@ -320,8 +328,8 @@ static copied_slice *copied_by(const job *j, size_t worker)
     return (copied_slice *)(void *)(j->scratch + worker * j->scratch_bytes);
 }
 
-/* The block that a task is about, and the first of its panels. Of the blocks abreast all first runs come before the
- * second ones. */
+/* The block of a task, and the first of its panels. Of `abreast` blocks, the first runs of all come before the second
+ * runs. */
 static size_t block_of_task(const plan *p, size_t task, size_t *first_panel)
 {
     const size_t together = p->abreast * p->runs, first_block = task / together * p->abreast;

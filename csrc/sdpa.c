@@ -2,9 +2,10 @@
  *
  * sdpa.c - attention without projections, on rows that stay where the caller has them.
  *
- * attention.c knows items whose H heads share keys and values in equal groups. Here keys and values may have different
- * numbers of heads, and any axes may lead to the heads, each input with its own strides. So the heads of a query are
- * cut into groups that share both, each group becomes an item of its own, and tables say where its rows begin:
+ * In attention.c an item has H heads, which share keys and values in equal groups. Here keys and values may have
+ * different numbers of heads, any number of axes may precede the heads, and each input has strides of its own. So the
+ * heads of a query are divided into groups that share both key and value. Each group becomes an item, and tables say
+ * where its rows begin:
  *
  *      H = 8, 2 key heads, 4 value heads        group   0   1   2   3
  *                                               query  0 1 2 3 4 5 6 7
@@ -19,10 +20,10 @@
 #include "cpu.h"
 #include "philox.h"
 
-/* Where everything lies in the workspace. */
+/* Offsets into the workspace. */
 typedef struct {
-    size_t q, k, v, mask; /* [items]: tables of offsets, in numbers (those of the mask in bytes), */
-    size_t zeros;         /* a row for inputs without features, */
+    size_t q, k, v, mask; /* [items]: tables of offsets into the arrays, in numbers; for the mask in bytes */
+    size_t zeros;         /* a row for inputs without features */
     size_t scratch, scratch_bytes;
 } plan;
 
@@ -45,7 +46,7 @@ double mha_sdpa_operations(const mha_sdpa_call *call)
     return 2 * items * (double)call->L * (double)call->S * ((double)call->D + (double)call->Dv);
 }
 
-/* The least common multiple; both divide the query's heads, and so does it. */
+/* The least common multiple. Both numbers divide the number of query heads, and so does the result. */
 static size_t count_groups(size_t a, size_t b)
 {
     size_t divisor = a;
@@ -74,7 +75,8 @@ static ptrdiff_t *table(const sdpa *s, size_t offset)
     return (ptrdiff_t *)(void *)(s->block + offset);
 }
 
-/* For every item the distance from an array's beginning to its first head's first row, in units of `unit` bytes. */
+/* Lists for every item the distance from the beginning of an array to the first row of the item's first head, in units
+ * of `unit` bytes. */
 static void list_items(const sdpa *s, const ptrdiff_t *stride_axes, ptrdiff_t stride_h, size_t heads, size_t unit,
                        ptrdiff_t *item)
 {
@@ -104,7 +106,7 @@ static void fill_workspace(sdpa *s)
     }
     if (call->D == 0)
         memset(s->block + s->at.zeros, 0, s->kernels->item);
-    /* The rows of an item are counted from its own entry in the tables, not from the items before it. */
+    /* Every item has an entry in the tables, so its keys are numbered from 0. */
     memset(s->live.row, 0, (s->items + 1) * sizeof *s->live.row);
 }
 
@@ -113,7 +115,7 @@ static void fill_workspace(sdpa *s)
 static mha_rows describe_rows(const sdpa *s, const mha_heads *x, size_t offset)
 {
     const ptrdiff_t item = (ptrdiff_t)s->kernels->item;
-    return (mha_rows){.data = (char *)x->data, /* which attention.c only reads */
+    return (mha_rows){.data = (char *)x->data, /* attention.c only reads it */
                       .stride_h = x->stride_h / item,
                       .stride_l = x->stride_l / item,
                       .item = table(s, offset)};
@@ -141,7 +143,7 @@ static mha_attention describe_attention(const sdpa *s)
     attention.v = describe_rows(s, &call->value, s->at.v);
     attention.scratch = s->block + s->at.scratch;
     mha_dropout_key(call->dropout_seed, 0, attention.dropout_key);
-    if (call->D == 0) { /* every score is 0, as with one feature that is 0 everywhere */
+    if (call->D == 0) { /* every score is 0, as with one feature that is always 0 */
         attention.q = attention.k = (mha_rows){s->block + s->at.zeros, 0, 0, 0, NULL};
         attention.D = 1;
         attention.scale = 1;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * sizes.h - arithmetic on sizes that needs no check.
+ * sizes.h - arithmetic on sizes that cannot overflow.
  */
 #ifndef MHA_SIZES_H
 #define MHA_SIZES_H
@@ -22,8 +22,8 @@ static inline size_t mha_larger(size_t a, size_t b)
     return a > b ? a : b;
 }
 
-/* The number of the first of the i-th part where `total` things are shared out evenly, the larger parts first; total for
- * i = parts. */
+/* The first element of part i when `total` elements are divided among `parts` as evenly as possible, larger parts
+ * first. For i = parts it is `total`. */
 static inline size_t mha_first_of_part(size_t total, size_t parts, size_t i)
 {
     return total / parts * i + mha_smaller(i, total % parts);

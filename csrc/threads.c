@@ -1,18 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * threads.c - the pool: idle threads that help whoever runs a parallel loop.
+ * threads.c - the thread pool: idle threads help a caller that runs a parallel loop.
  *
- * Owns: the workers and the one static `pool` through which they are reached; nothing here is allocated or freed.
- * Assumes: lock-free atomics, and that tasks do not fork (should_stop may).
+ * Owns: the workers, and the one static `pool` through which they are reached. Nothing here is allocated or freed.
+ * Assumes: lock-free atomics, and that tasks do not fork. should_stop() may fork.
  *
  * The caller never needs a worker. It puts its loop, a `job` on its own stack, behind a gate with threads - 1 free
- * seats and starts on the tasks itself. Workers that come in time take a seat, help, and leave; when the tasks have run
- * out the caller closes the gate and waits for those still inside. A worker that wakes up late finds the gate closed
- * and touches nothing, so no loop waits for a thread that the system has not scheduled yet - or that did not survive a
- * fork.
+ * seats, and starts on the tasks itself. Workers that come in time take a seat, help, and leave. When the tasks have
+ * run out, the caller closes the gate and waits for the workers inside. A worker that wakes up late finds the gate
+ * closed and touches nothing. So no loop waits for a thread that the system has not scheduled yet, or that did not
+ * survive a fork.
  *
- * Workers are detached and never end: between jobs they spin or sleep on the static pool, hold no lock and own nothing,
- * so that neither a forked child nor the exit of the process has anything to wait for or to clean up.
+ * Workers are detached and never end. Between jobs they spin or sleep on the static pool. They hold no lock and own
+ * nothing. So neither a forked child nor the end of the process has anything to wait for or to clean up.
+ *
+ * Workers take over the caller's floating-point environment. Nothing here sets flush-to-zero.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* sched_getaffinity */
@@ -39,15 +41,17 @@
 enum {
     MAX_THREADS = 1024,
 #if defined(__linux__)
-    FUTEX_WAIT_PRIVATE = 128, /* from <linux/futex.h>, which musl does not bring along */
+    FUTEX_WAIT_PRIVATE = 128, /* from <linux/futex.h>, which musl lacks */
     FUTEX_WAKE_PRIVATE = 129,
     CPU_SETS = 8, /* for 8192 CPUs, the most that Linux can be built for */
 #endif
-    CACHE_LINE = 128, /* what one writes and others watch has a line of its own (64 bytes, fetched in pairs, or 128) */
-    SPIN_NS = 200000, /* a few times what waking a thread takes; virtual machines may take milliseconds */
+    /* variables that one thread writes and others watch are on lines of their own: 64 bytes in pairs, or 128 */
+    CACHE_LINE = 128,
+    SPIN_NS = 200000, /* some times longer than waking a thread takes; on virtual machines that can be milliseconds */
 };
 
-/* pool.gate: free seats in the upper half; below them, who is inside and whether the caller sleeps until they left. */
+/* pool.gate: free seats in the upper half. Below them, the number of workers inside, and whether the caller sleeps
+ * until they have left. */
 enum { INSIDE = 0x7fff, CALLER_SLEEPS = 0x8000, SEAT = 0x10000 };
 
 _Static_assert((int)MAX_THREADS <= (int)INSIDE, "every thread can be counted in the gate");
@@ -56,27 +60,28 @@ struct job {
     mha_task run;
     void *context;
     size_t tasks;
-    fenv_t environment; /* the caller's rounding mode and the like */
-    int cpu;            /* is the caller's, which workers leave to it; -1: there are too few for that */
-    atomic_bool stopped;      /* by should_stop() */
-    alignas(CACHE_LINE) atomic_size_t next; /* the next ticket: the number of a task */
+    fenv_t environment; /* the caller's rounding mode and exception flags */
+    int cpu;            /* the caller's CPU, which workers leave; -1: there are too few CPUs for that */
+    atomic_bool stopped;      /* should_stop() returned true */
+    alignas(CACHE_LINE) atomic_size_t next; /* the next ticket, which is the number of a task */
 };
 
-/* All zero in a fresh process, and again in a forked child. Who holds `busy` owns the fields that are not atomic. */
+/* All zero in a fresh process, and again in a forked child. The caller that holds `busy` owns the fields that are not
+ * atomic. */
 static struct {
     atomic_bool busy;
-    unsigned workers;    /* that exist */
-    size_t cpus;         /* that the process could use when the last worker was created */
-    struct job *current; /* also read by whoever is inside the gate */
+    unsigned workers;    /* the number of workers */
+    size_t cpus;         /* CPUs that the process could use when the last worker was created */
+    struct job *current; /* workers inside the gate read it, too */
     alignas(CACHE_LINE) atomic_uint gate;
-    alignas(CACHE_LINE) atomic_uint epoch; /* counts the jobs: what idle workers watch */
+    alignas(CACHE_LINE) atomic_uint epoch; /* the number of jobs so far; idle workers watch it */
     atomic_bool spinning_pays;
-    alignas(CACHE_LINE) atomic_uint sleeping; /* workers that need a wake-up call to notice a new epoch */
+    alignas(CACHE_LINE) atomic_uint sleeping; /* workers that have to be woken to notice a new epoch */
 } pool;
 
-static unsigned forks; /* between the first process and this one */
+static unsigned forks; /* the number of forks between the first process and this one */
 
-/* ---- Waiting: sleep_while() may return for no reason; wake() is called after *word has changed. ---- */
+/* ---- Waiting. sleep_while() may return without a reason. wake() is called after *word has changed. ---- */
 
 #if defined(__linux__)
 
@@ -109,13 +114,13 @@ static void sleep_while(atomic_uint *word, unsigned value)
 
 static void wake(atomic_uint *word, unsigned threads)
 {
-    (void)word, (void)threads; /* one condition serves all words, so everybody looks */
+    (void)word, (void)threads; /* one condition serves all words, so every sleeper checks its own */
     pthread_mutex_lock(&sleep_mutex);
     pthread_cond_broadcast(&sleep_condition);
     pthread_mutex_unlock(&sleep_mutex);
 }
 
-/* In a forked child: those who slept, or held the mutex, are gone. */
+/* In a forked child the sleepers, and the holder of the mutex, do not exist. */
 static void forget_sleepers(void)
 {
     sleep_mutex = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
@@ -140,7 +145,7 @@ static int64_t nanoseconds(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Watches *word for a short while; returns true as soon as it differs from `value`. */
+/* Watches *word for a short time. Returns true as soon as it differs from `value`. */
 static bool changes_soon(atomic_uint *word, unsigned value)
 {
     int64_t end = nanoseconds() + SPIN_NS;
@@ -152,10 +157,11 @@ static bool changes_soon(atomic_uint *word, unsigned value)
     return false;
 }
 
-/* ---- Where a thread runs ----
+/* ---- The CPU of a thread ----
  *
- * Linux wakes a thread where its waker runs, though another CPU is idle, if all were busy a moment ago; it may see that
- * tens of milliseconds later. Meanwhile both do the work of one, and each waits for the other to be suspended. */
+ * If all CPUs were busy a moment ago, Linux may wake a thread on the CPU of the thread that woke it, although another
+ * CPU is idle, and may leave both there for tens of milliseconds. Meanwhile the two threads share one CPU, and each
+ * waits for the other. */
 
 #if defined(__linux__)
 
@@ -164,7 +170,7 @@ static int current_cpu(void)
     return sched_getcpu();
 }
 
-/* Moves this thread elsewhere if it is on that CPU; -1 is none. */
+/* Moves this thread to another CPU if it is on `cpu`. -1 stands for no CPU. */
 static void leave_cpu(int cpu)
 {
     cpu_set_t allowed[CPU_SETS], others[CPU_SETS];
@@ -172,7 +178,8 @@ static void leave_cpu(int cpu)
         return;
     memcpy(others, allowed, sizeof others);
     CPU_CLR_S((size_t)cpu, sizeof others, others);
-    if (sched_setaffinity(0, sizeof others, others) == 0) /* it moves at once; fails if there is no other */
+    /* the thread moves at once; the call fails if there is no other CPU */
+    if (sched_setaffinity(0, sizeof others, others) == 0)
         (void)sched_setaffinity(0, sizeof allowed, allowed);
 }
 
@@ -192,15 +199,15 @@ static void leave_cpu(int cpu)
 
 /* ---- Both sides of a job ---- */
 
-/* What a thread takes part in; stop is NULL for workers. */
+/* A thread's part in a job. `stop` is NULL for workers. */
 struct part {
     struct job *job;
     const mha_stop *stop;
 };
 
-/* The part of this thread; NULL: it is in no loop, or has no room to remember one, and then looks less often whether to
- * stop. Not a _Thread_local variable: the system allocates those of an extension module when a thread first uses one,
- * and ends the process if it has no memory for them. */
+/* The part of this thread. NULL: it is in no loop, or there was no memory to remember one; then it polls less often. A
+ * _Thread_local variable would not do: the system allocates those of an extension module when a thread first uses one,
+ * and ends the process if there is no memory. */
 static pthread_key_t part_key;
 static bool has_part_key;
 
@@ -233,11 +240,11 @@ bool mha_is_stopped(void)
     return part != NULL && is_stopped(part);
 }
 
-/* Runs tasks until none is left or, for the caller, until should_stop() says so; returns whether it did. The tickets
- * need no order among themselves: the gate orders the job before its tasks, and those before the caller's return. */
+/* Runs tasks until none is left or the job is stopped. Returns whether it was stopped. Tickets need no memory order:
+ * the gate orders the job before its tasks, and the tasks before the caller's return. */
 static bool take_part(struct job *job, size_t worker, const mha_stop *stop)
 {
-    const struct part *before = part_of_thread(); /* should_stop() may lead, by a signal handler, to another loop */
+    const struct part *before = part_of_thread(); /* should_stop() may run a signal handler, and that another loop */
     const struct part part = {job, stop};
     size_t task;
     set_part_of_thread(&part);
@@ -252,7 +259,7 @@ static bool take_part(struct job *job, size_t worker, const mha_stop *stop)
 
 /* ---- The workers' side ---- */
 
-/* Takes a seat and returns its number, or 0 if none is free. */
+/* Takes a seat and returns its number. 0 if none is free. */
 static unsigned enter_gate(void)
 {
     unsigned gate = atomic_load_explicit(&pool.gate, memory_order_relaxed);
@@ -273,7 +280,8 @@ static void await_epoch_after(unsigned seen)
 {
     if (changes_soon(&pool.epoch, seen))
         return;
-    /* Sequentially consistent, as in publish(): either it counts this sleeper, or this sees its new epoch. */
+    /* Sequentially consistent, as in publish(): either publish() counts this sleeper, or this thread sees the new
+     * epoch. */
     atomic_fetch_add(&pool.sleeping, 1);
     while (atomic_load(&pool.epoch) == seen)
         sleep_while(&pool.epoch, seen);
@@ -284,7 +292,7 @@ static void *work(void *unused)
 {
     (void)unused;
     for (;;) {
-        /* In this order: a job that opens the gate too late for enter_gate() changes the epoch later still. */
+        /* The epoch is read first: a job that opens the gate too late for enter_gate() changes the epoch afterwards. */
         unsigned seen = atomic_load_explicit(&pool.epoch, memory_order_acquire);
         unsigned seat = enter_gate();
         if (seat != 0) {
@@ -300,8 +308,8 @@ static void *work(void *unused)
 
 /* ---- The caller's side ---- */
 
-/* Runs in a forked child, where the forking thread is alone and the pool may be frozen in any state. Nothing was locked
- * before the fork, so forking waits for nobody. */
+/* Runs in a forked child. The forking thread is alone there, and the pool may have been copied in any state. Nothing is
+ * locked before a fork, so forking waits for no other thread. */
 static void start_over_in_child(void)
 {
     memset(&pool, 0, sizeof pool);
@@ -309,7 +317,7 @@ static void start_over_in_child(void)
     forks++;
 }
 
-static bool may_publish; /* a fork would be noticed */
+static bool may_publish; /* the pool is told of a fork */
 
 static void prepare(void)
 {
@@ -317,7 +325,7 @@ static void prepare(void)
     may_publish = has_part_key && pthread_atfork(NULL, NULL, start_over_in_child) == 0;
 }
 
-/* Brings the pool to `wanted` workers, or as near as the system lets it. */
+/* Creates workers until there are `wanted`, or as many as the system allows. */
 static void hire(unsigned wanted)
 {
     pthread_attr_t attributes;
@@ -325,8 +333,8 @@ static void hire(unsigned wanted)
         return;
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 
-    /* A new thread inherits the mask. The process's signals are not for workers; those that a thread raises by its own
-     * fault cannot go to another, and blocking them would only keep a crash reporter from speaking. */
+    /* A new thread inherits the signal mask. Workers do not handle the signals of the process. Signals that a thread
+     * raises by its own fault stay unblocked, since no other thread can take them and a crash reporter needs them. */
     static const int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
     sigset_t blocked, before;
     sigfillset(&blocked);
@@ -346,7 +354,7 @@ static void hire(unsigned wanted)
     pool.workers = workers;
 }
 
-/* Opens the gate to the job for up to threads - 1 workers. False: it has to do without. */
+/* Opens the gate to the job for up to threads - 1 workers. Returns false if there can be none. */
 static bool publish(struct job *job, size_t threads)
 {
     if (threads < 2 || !may_publish || part_of_thread() != NULL ||
@@ -370,13 +378,13 @@ static bool publish(struct job *job, size_t threads)
     atomic_store_explicit(&pool.spinning_pays, has_a_cpu_each, memory_order_relaxed);
     atomic_store_explicit(&pool.gate, seats * SEAT, memory_order_release);
     atomic_fetch_add(&pool.epoch, 1);
-    unsigned awake = pool.workers - atomic_load(&pool.sleeping); /* they see the new epoch without being told */
+    unsigned awake = pool.workers - atomic_load(&pool.sleeping); /* they see the new epoch without being woken */
     if (awake < seats)
         wake(&pool.epoch, seats - awake);
     return true;
 }
 
-/* Closes the gate behind the last worker and gives the pool back. */
+/* Closes the gate, waits for the workers inside, and releases the pool. */
 static void withdraw(void)
 {
     unsigned gate = atomic_fetch_and_explicit(&pool.gate, INSIDE, memory_order_acquire) & INSIDE;
@@ -414,13 +422,13 @@ mha_status mha_parallel_for(size_t threads, size_t tasks, mha_task run, void *co
     bool stopped = take_part(&job, 0, &stop);
 
     if (published && forks != forks_before)
-        return MHA_STOPPED; /* should_stop() forked: in this child the workers' tasks are lost, and the pool is new */
+        return MHA_STOPPED; /* should_stop() forked; in the child the workers' tasks are lost, and the pool is new */
     if (published)
         withdraw();
     return stopped ? MHA_STOPPED : MHA_OK;
 }
 
-/* ---- How many CPUs there are to use ---- */
+/* ---- The number of CPUs ---- */
 
 #if defined(__linux__)
 
@@ -435,8 +443,8 @@ static bool read_line(const char *directory, const char *name, char *line, int s
     return read;
 }
 
-/* The quota of one cgroup in CPUs, rounded up; SIZE_MAX if it has none. Version 2 says "quota period" or "max period"
- * in one file, version 1 uses two files and a quota of -1. */
+/* The quota of one cgroup in CPUs, rounded up. SIZE_MAX if it has none. Version 2 writes "quota period" or "max period"
+ * to one file. Version 1 has two files and a quota of -1. */
 static size_t quota_of(const char *directory)
 {
     char first[64], second[64], *rest;
@@ -452,7 +460,7 @@ static size_t quota_of(const char *directory)
     return quota > 0 && period > 0 ? (size_t)((quota - 1) / period + 1) : SIZE_MAX;
 }
 
-/* Is `name` in this comma-separated list? */
+/* Whether `name` is in a comma-separated list. */
 static bool lists(const char *list, const char *name)
 {
     size_t length = strlen(name);
@@ -464,8 +472,8 @@ static bool lists(const char *list, const char *name)
     return false;
 }
 
-/* The least quota among the cgroups of this process and those around them. The path that the system reports may begin
- * outside the container that it is read in; then only its root exists here, and is the right one. */
+/* The smallest quota among the cgroups of this process and their parents. The path that the system reports may begin
+ * outside the container. Then only the root of it exists here, and the root is the right one. */
 static size_t cgroup_quota(void)
 {
     size_t least = SIZE_MAX;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * weights.c - parameters -> panels for the kernels of this CPU, once, when they are loaded.
+ * weights.c - packs parameters into panels for the kernels of this CPU, once, when a layer is loaded.
  *
  * Owns: the memory of mha_weights.
  */
@@ -12,7 +12,7 @@
 #include "cpu.h"
 #include "workspace.h"
 
-/* Where a matrix and its bias will lie in the block. */
+/* The offsets of a matrix and its bias in the block. */
 typedef struct {
     size_t data, bias;
 } place;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * weights.h - the packed parameters, as the core sees them.
+ * weights.h - the packed parameters of a layer, as the core sees them.
  */
 #ifndef MHA_WEIGHTS_H
 #define MHA_WEIGHTS_H
@@ -11,10 +11,10 @@ struct mha_weights {
     mha_widths widths;
     const mha_kernels *kernels;
     mha_panels q, k, v, out;
-    const char *bias_k, *bias_v; /* NULL: none */
-    const void *k_weight;        /* as given, for few_queries.c */
-    char *block;                 /* owns all of the above but k_weight */
-    size_t bytes;                /* of block */
+    const char *bias_k, *bias_v; /* NULL: the layer has none */
+    const void *k_weight;        /* as given: few_queries.c reads its rows */
+    char *block;                 /* owns everything above but k_weight */
+    size_t bytes;                /* size of the block */
 };
 
 #endif

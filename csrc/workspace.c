@@ -2,8 +2,8 @@
  *
  * workspace.c - aligned memory, and the workspace that one call leaves to the next.
  *
- * Owns: two spare blocks, which any thread may take and give back.
- * Assumes C11's aligned_alloc.
+ * Owns: two spare workspaces, which any thread may take and give back.
+ * Assumes: C11's aligned_alloc.
  */
 #include "workspace.h"
 
@@ -14,13 +14,12 @@
 
 enum {
     HUGE_PAGE = 2 << 20,
-    SMALL = 1024,          /* bytes up to which malloc is several times as quick as aligned_alloc */
-    LARGE = 128 << 10,     /* from which on a spare block is not wasted on small calls */
-    MOST_SPARE = 64 << 20, /* what is beyond stays only as long as nobody else needs it */
+    SMALL = 1024,          /* bytes; up to this size malloc is several times faster than aligned_alloc */
+    LARGE = 128 << 10,     /* bytes; from this size on a spare workspace is kept apart from those of small calls */
+    MOST_SPARE = 64 << 20, /* bytes; the system may take back what a spare workspace has beyond this size */
 };
 
-/* Aligned memory, in huge pages where it fills some: a call reads more small ones than the processor remembers the
- * addresses of. */
+/* Allocates aligned memory. Large blocks ask for huge pages: a call touches more small pages than the TLB holds. */
 static char *allocate(size_t bytes)
 {
     if (bytes <= SMALL)
@@ -29,7 +28,7 @@ static char *allocate(size_t bytes)
     char *memory = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
 #ifdef MADV_HUGEPAGE
     if (memory && alignment == HUGE_PAGE)
-        (void)madvise(memory, bytes, MADV_HUGEPAGE); /* only advice */
+        (void)madvise(memory, bytes, MADV_HUGEPAGE); /* it is only advice */
 #endif
     return memory;
 }
@@ -50,14 +49,14 @@ void mha_release(char *block)
 
 /* ---- The workspace of a call ---- */
 
-/* Blocks that the last calls left: a small one and a large one. Fresh memory costs a page fault for every page, in
- * every call. */
+/* The workspaces that the last calls left: a small one and a large one. Fresh memory would cost a page fault per page
+ * in every call, and a second one in the host if a virtual machine's host reclaims free memory. */
 static _Atomic(char *) spares[2];
 
-/* In the first cache line of a workspace. */
+/* Stands in the first cache line of a workspace. */
 typedef struct {
-    size_t bytes; /* of all of it */
-    size_t taken; /* of these, by the call that has it */
+    size_t bytes; /* of the whole block */
+    size_t taken; /* of these, those that the current or last call uses */
 } header;
 
 _Static_assert(sizeof(header) <= MHA_CACHE_LINE, "it lies in the first cache line");
@@ -94,15 +93,15 @@ mha_status mha_take_workspace(const mha_layout *layout, char **block)
     return MHA_OK;
 }
 
-/* Offers the pages of a spare block beyond MOST_SPARE to the system, which may take them until they are written to
- * again. False where that is not possible. */
+/* Offers the pages of a spare workspace beyond MOST_SPARE to the system, which may take them until they are written to
+ * again. Returns false where that is not possible. */
 static bool offer(char *memory)
 {
     const header *h = header_of(memory);
     if (h->taken <= MOST_SPARE)
-        return true; /* none of them was written to since */
+        return true; /* the last call did not write to those pages */
 #ifdef MADV_FREE
-    /* Whole pages: to offer a part of one would split it. */
+    /* Only whole huge pages are offered: to offer a part of one would split it. */
     const size_t end = (h->bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     return madvise(memory + MOST_SPARE, end - MOST_SPARE, MADV_FREE) == 0;
 #else
@@ -129,5 +128,6 @@ size_t mha_row_stride(size_t width, size_t lanes, size_t item)
     const size_t line = MHA_CACHE_LINE / item;
     const size_t whole = (width + lanes - 1) / lanes * lanes;
     const size_t lines = (whole + line - 1) / line;
-    return (lines + (lines % 2 == 0)) * line; /* an odd number of cache lines: rows visit every set in turn */
+    /* with an odd number of cache lines, successive rows use all sets of the cache */
+    return (lines + (lines % 2 == 0)) * line;
 }

@@ -1,13 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * kernels.inc.h - the kernels, written once over the vocabulary of simd_*.h. No include guard: a file of an
- * instruction set includes it once per dtype, inside its target region, after defining
+ * kernels.inc.h - the kernels, written once over the vocabulary of simd_*.h. kernels.h says what each function does.
+ *
+ * There is no include guard. The file of an instruction set opens a target region and includes this file once per
+ * dtype, after defining
  *   DTYPE     f32 or f64, the suffix of every name of the vocabulary
  *   REAL      float or double
- * Both are undefined again at the end. MHA_KERNELS() then initialises the table of a dtype.
+ * Both are undefined at the end. MHA_KERNELS() initialises the table of a dtype. setuptools has no flags per source, so
+ * these files need target regions: headers of the system and of the core come before the region, and everything in it
+ * is static.
  *
- * kernels.h states what each function must do. Every operation on lanes comes from the vocabulary or from + - *, which
- * -ffp-contract=off keeps apart: so all instruction sets with a true fma give equal bits.
+ * Every operation on lanes comes from the vocabulary, or is + - * /, which -ffp-contract=off keeps from being fused. So
+ * all instruction sets with a true fma give equal bits.
  */
 
 #ifndef MHA_KERNELS_INC_H
@@ -19,16 +23,16 @@
 #define NOINLINE static __attribute__((noinline))
 
 enum { VECTORS = 3 };
-enum { EXP_VECTORS = 4, EXP_AT_ONCE = REGISTERS / 8 /* what registers hold */, FETCHED_BYTES = 64 };
+enum { EXP_VECTORS = 4, EXP_AT_ONCE = REGISTERS / 8 /* vectors that fit into the registers */, FETCHED_BYTES = 64 };
 enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
 
-/* Makes the compiler forget how a pointer came about. Otherwise gcc holds the addresses of all rows of a tile at once,
- * more than there are registers, and moves some to vector registers, where they wait behind the multiplications: with 32
- * registers that was 2 to 3 % of a tile. */
+/* Makes the compiler forget how a pointer was computed. Otherwise gcc keeps the addresses of all rows of a tile at
+ * once. There are more of them than registers, so it moves some to vector registers, where they wait behind the
+ * multiplications. */
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 
-/* See exp(): POWERS lie between two powers of two, ROUND is 1.5 * 2^mantissa bits + POWERS * exponent bias, EXP_LOWEST
- * the last above -126 ln(2), -1022 ln(2). */
+/* See exp(). POWERS: steps between two powers of two. ROUND: 1.5 * 2^mantissa bits + POWERS * exponent bias.
+ * EXP_LOWEST: the last number above -126 ln(2), for double -1022 ln(2). */
 #define LOG2_E_f32 0x1.715476p+0f
 #define LOG2_E_f64 0x1.71547652b82fep+0
 #define LN_2_f32 0x1.62e430p-1f
@@ -41,7 +45,7 @@ enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
 #define EXP_LOWEST_f64 (-0x1.6232bdd7abcd2p+9)
 #define own_kind_f32 MHA_MASK_FLOAT32 /* of a mask in the kernels' own dtype */
 #define own_kind_f64 MHA_MASK_FLOAT64
-typedef uint32_t word_f32; /* as many bits as a number has */
+typedef uint32_t word_f32; /* has as many bits as a number */
 typedef uint64_t word_f64;
 #define ROUND_f32 (12582912.0f + POWERS_f32 * 127)
 #define ROUND_f64 (6755399441055744.0 + POWERS_f64 * 1023)
@@ -63,7 +67,8 @@ static const double exp_coefficients_f64[] = {
         .dropout = PASTE(dropout, suffix), \
     }
 
-/* Rows of a full tile of V vectors: enough accumulators to keep the multiply-add units busy, few enough for the registers. */
+/* Rows of a full tile of V vectors: enough sums to keep the multiply-add units busy, and few enough for the
+ * registers. */
 #if REGISTERS == 16
 enum { ROWS_1 = 8, ROWS_2 = 6, ROWS_3 = 4 };
 #define EACH_TILE_1(X) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
@@ -87,7 +92,7 @@ static bool is_of_numbers(mha_mask_kind kind)
     return kind == MHA_MASK_FLOAT32 || kind == MHA_MASK_FLOAT64;
 }
 
-/* ---- Keys that are hidden from one query: bit i is for key i of the block ---- */
+/* ---- Keys that are hidden from one query. Bit i is key i of the block. ---- */
 
 _Static_assert(MHA_BLOCK_KEYS == 64, "a bit of 64 for each key of a block");
 _Static_assert(EXP_VECTORS == 4, "softmax_step() adds up four sums");
@@ -102,7 +107,7 @@ static uint64_t hidden_by_mask(const mha_mask_block *block, const char *row, siz
     uint64_t bits = 0;
     size_t i = 0;
     if (!block->index && block->attn_s == 1) {
-        /* A line of each row is read, far from the other rows' lines: the hardware foresees none of them. */
+        /* One line is read of each row. The lines are far apart, and the hardware foresees none of them. */
         __builtin_prefetch(row + block->first_key + 2 * MHA_BLOCK_KEYS, 0, 2);
         for (; i + 16 <= keys; i += 16)
             bits |= nonzero(row + block->first_key + i) << i;
@@ -116,7 +121,7 @@ static uint64_t hidden_by_mask(const mha_mask_block *block, const char *row, siz
 
 static uint64_t hidden_by_order(const mha_mask_block *block, size_t query, size_t keys)
 {
-    size_t seen = keys; /* numbers of keys ascend */
+    size_t seen = keys; /* the numbers of keys ascend */
     if (block->index)
         while (seen > 0 && block->index[seen - 1] > query)
             seen--;
@@ -137,12 +142,12 @@ static uint64_t hidden_keys(const mha_mask_block *block, size_t lane, size_t key
 #define VEC V(vec)
 #define LANES ((size_t)V(lanes))
 
-_Static_assert(V(lanes) <= MHA_MAX_VECTOR_LANES && VECTORS * V(lanes) <= MHA_MOST_LANES, "arrays are that long");
-_Static_assert(MHA_BLOCK_KEYS % V(lanes) == 0, "a row of a block of masks is whole vectors");
+_Static_assert(LANES <= MHA_MAX_VECTOR_LANES && VECTORS * LANES <= MHA_MOST_LANES, "arrays are that long");
+_Static_assert(MHA_BLOCK_KEYS % LANES == 0, "a row of a block of masks is whole vectors");
 
 /* ---- The tile: all multiplication happens here ---- */
 
-/* What becomes of a chain; `end` is a constant in every copy. */
+/* Ends a chain. `end` is a constant in every copy. */
 INLINE void V(finish)(const int end, VEC chain, const REAL *addend, const REAL *factor, REAL *c, size_t lane)
 {
     if (end == RESCALE)
@@ -152,14 +157,14 @@ INLINE void V(finish)(const int end, VEC chain, const REAL *addend, const REAL *
     V(store)(c + lane, chain);
 }
 
-/* Where a product has come to: the rows that are left. */
+/* The rows of a product that are left, and what remains to be prefetched: several rows, or a single one. */
 typedef struct {
-    const REAL *a, *addend; /* addend NULL: none */
+    const REAL *a, *addend; /* addend may be NULL */
     REAL *c;
-    const char *next;  /* the first row to be fetched, */
-    size_t left, each; /* rows in all, and with each tile; */
-    const char *ahead; /* or where in the one row, */
-    size_t step;       /* and bytes to go on with each k */
+    const char *next;  /* several rows: the next one */
+    size_t left, each; /* several rows: how many are left, and how many come before each tile */
+    const char *ahead; /* a single row: the next byte */
+    size_t step;       /* a single row: bytes to advance with each k */
 } V(place);
 
 INLINE void V(fetch)(const mha_next *next, V(place) *at)
@@ -172,11 +177,16 @@ INLINE void V(fetch)(const mha_next *next, V(place) *at)
     }
 }
 
-/* `rows` and `vectors` are constants in every copy. Each accumulator is a variable of its own: gcc keeps an array of
- * them in memory. The broadcasts are not loaded ahead of their use: that would need more registers than there are. Rows
- * of a are reached from every fourth, by one, two or three strides. What is fetched ahead is as much as a step reads of
- * the panel; for up to three rows, which read as fast as memory goes, one line of it, since hardware then finds the
- * others, or none where these would lie at uneven distances. */
+/* Computes one tile. `rows` and `vectors` are constants in every copy.
+ *
+ * Each sum is a variable of its own, because gcc would keep an array of them in memory. Broadcasts are not loaded
+ * before they are used: that would need more registers than there are. Rows of a are addressed from every fourth row,
+ * by one, two or three strides.
+ *
+ * Each step prefetches weights for the next tile. Tiles of four to eight rows prefetch every cache line that a step
+ * reads of the panel. Tiles of one to three rows prefetch one line per step and leave the rest to the hardware, except
+ * where lines are 96 bytes apart (three AVX2 vectors): there they prefetch nothing, because it would confuse the
+ * hardware prefetcher. */
 INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *p, V(place) *at)
 {
     const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = p->a_k;
@@ -253,7 +263,7 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
     at->c = c;
 }
 
-/* Out of line, so that one copy's registers never disturb another's. */
+/* The copies are not inlined, so that the registers of one do not disturb those of another. */
 #define COPY(r, v) \
     NOINLINE void V(tiles_##r##x##v)(const mha_product *p, V(place) *at, size_t tiles) \
     { \
@@ -276,9 +286,9 @@ static void V(product)(const mha_product *p)
     static const size_t rows_of_few[VECTORS] = {ROWS_1, ROWS_2, ROWS_3}, rows_of_many[VECTORS] = ROWS_OF_MANY;
     if (p->rows == 0)
         return;
-    /* A product of few rows waits for its panel, and reads it as few times as it can. */
+    /* A product of few rows waits for its panel, so it reads the panel as rarely as possible. */
     const size_t most = (p->rows > FEW_ROWS ? rows_of_many : rows_of_few)[p->vectors - 1];
-    /* Rows are shared out evenly: 9 rows are 5 + 4, since a tile of one row waits for its few accumulators. */
+    /* Tiles share the rows evenly: 9 rows are 5 + 4, because a tile of one row has too few sums. */
     size_t tiles = 1, rows = p->rows, larger = 0;
     if (p->rows > most) {
         tiles = (p->rows - 1) / most + 1;
@@ -302,7 +312,7 @@ static void V(product)(const mha_product *p)
 
 /* ---- Panels in and out ---- */
 
-/* v[i] = row i of a square, times scale; rows from `count` on are 0. */
+/* v[i] = row i of a square, times scale. Rows from `count` on are 0. */
 INLINE void V(load_square)(const REAL *rows, size_t row_stride, size_t count, VEC scale, VEC v[])
 {
     if (count >= LANES) {
@@ -319,7 +329,7 @@ INLINE void V(load_square)(const REAL *rows, size_t row_stride, size_t count, VE
     }
 }
 
-/* Whole squares are out of line: what they need in registers is more than the few numbers of a narrow head. */
+/* Whole squares are not inlined: they need more registers than the few numbers of a narrow head. */
 NOINLINE void V(pack_squares)(const REAL *rows, size_t row_stride, size_t count, size_t width, VEC scale, REAL *panel,
                               size_t P)
 {
@@ -402,8 +412,8 @@ INLINE REAL V(mask_value)(mha_mask_kind kind, const char *at)
     return (REAL)d;
 }
 
-/* values[i] = what one row of a mask of numbers adds to the score of key i of the block; `kind` is a constant in every
- * copy. Up to a whole vector, 0 follows. */
+/* values[i] = what one row of a mask of numbers adds to the score of key i of the block. Zeros follow up to a whole
+ * vector. `kind` is a constant in every copy. */
 INLINE void V(read_row_of)(const mha_mask_kind kind, const char *row, ptrdiff_t stride, const mha_mask_block *block,
                            size_t keys, REAL *values)
 {
@@ -431,14 +441,15 @@ static void V(read_row)(mha_mask_kind kind, const char *row, ptrdiff_t stride, c
         V(read_row_of)(MHA_MASK_FLOAT64, row, stride, block, keys, values);
 }
 
-/* bias = what the masks of numbers add; whether that is anything but 0. */
+/* bias = what the masks of numbers add. Returns whether that is anything but 0. */
 static bool V(read_numbers)(REAL *bias, size_t keys, size_t P, size_t count, const mha_mask_block *block)
 {
     REAL of_keys[MHA_BLOCK_KEYS] = {0}, rows[LANES][MHA_BLOCK_KEYS];
     const REAL *row[LANES];
     const bool has_attn = is_of_numbers(block->attn_kind);
-    const bool is_ready = block->attn_kind == V(own_kind) && block->attn_s == (ptrdiff_t)sizeof(REAL) && !block->index &&
-                          keys % LANES == 0; /* whole vectors can be read where they are */
+    /* whole vectors can be read in place */
+    const bool is_ready = block->attn_kind == V(own_kind) && block->attn_s == (ptrdiff_t)sizeof(REAL) &&
+                          !block->index && keys % LANES == 0;
     const VEC zero = V(splat)(0);
     VEC not_zero = zero;
     if (block->keys_kind)
@@ -466,7 +477,7 @@ static bool V(read_numbers)(REAL *bias, size_t keys, size_t P, size_t count, con
     return memcmp(&not_zero, &zero, sizeof zero) != 0;
 }
 
-/* Whether a key's numbers are all -inf. */
+/* Whether all lanes of a key are -inf. */
 static bool V(is_hidden)(const REAL *bias, size_t P)
 {
     const VEC zero = V(splat)(0), infinite = V(splat)(-(REAL)INFINITY);
@@ -476,7 +487,8 @@ static bool V(is_hidden)(const REAL *bias, size_t P)
     return memcmp(&not_hidden, &zero, sizeof zero) == 0;
 }
 
-/* What hides keys is read as bits, one for each key of the block; a vector takes in those of its lanes at once. */
+/* Masks that hide keys are read as 64 bits per query, one for each key of the block. A vector takes the bits of its
+ * lanes together. */
 static mha_view V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t count, const mha_mask_block *block)
 {
     enum { WORD_BITS = 8 * sizeof(REAL), WORDS = MHA_BLOCK_KEYS / WORD_BITS };
@@ -515,13 +527,16 @@ static mha_view V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t c
 
 /* ---- Softmax ---- */
 
-/* exp(x) for x <= 0 as 2^(k / POWERS) (1 + s), where s = exp(r) - 1, k / POWERS ln(2) + r = x and
- * |r| <= ln(2) / (2 POWERS); 0 where x < EXP_LOWEST; NaN stays NaN. Off by less than 1.125 ulp for float (1.122 over
- * every one), 0.75 for double, and by k times what ln(2) is rounded by: |x| / 20 ulp at most for float, |x| / 3 for
- * double. (The subtraction of the maximum, of which x comes, rounds by up to |x|.) The eight powers of float are looked
- * up by units that have time, unlike those that multiply and add; as many of double AVX2 cannot look up at once.
- * Adding ROUND leaves k, biased as exponents are, in the low bits of the sum. s is r + r^2 times a polynomial, minimax in
- * the relative error of the result (Remez' algorithm). */
+/* exp(x) for x <= 0, computed as 2^(k / POWERS) (1 + s), where s = exp(r) - 1, k / POWERS ln(2) + r = x and |r| <=
+ * ln(2) / (2 POWERS). It is 0 for x < EXP_LOWEST. NaN stays NaN.
+ *
+ * The error is less than 1.125 ulp for float (1.122 over all of them) and 0.75 ulp for double, plus the effect of
+ * rounding ln(2), which grows with |x|: at most |x| / 20 ulp for float and |x| / 3 ulp for double. Subtracting the
+ * maximum has already introduced a larger error, up to |x|.
+ *
+ * Adding ROUND leaves k, biased as exponents are, in the low bits of the sum. The eight powers of float are looked up
+ * by units that are idle, unlike those that multiply and add. AVX2 cannot look up eight powers of double at once. s is
+ * r + r^2 times a polynomial, which is minimax in the relative error of the result (Remez' algorithm). */
 INLINE void V(exp_of_each)(VEC x[], const size_t count)
 {
     VEC rounded[EXP_AT_ONCE], r[EXP_AT_ONCE], s[EXP_AT_ONCE];
@@ -561,12 +576,13 @@ static void V(softmax_begin)(void *maximum_, void *sum_, size_t vectors)
 {
     REAL *maximum = maximum_, *sum = sum_;
     for (size_t lane = 0; lane < vectors * LANES; lane += LANES) {
-        V(store)(maximum + lane, V(splat)(V(LOWEST))); /* not -inf: a fully masked row must not meet -inf - -inf */
+        /* not -inf: a row that sees no key must not compute -inf - -inf */
+        V(store)(maximum + lane, V(splat)(V(LOWEST)));
         V(store)(sum + lane, V(splat)(0));
     }
 }
 
-/* p[i] = exp(score of key i - maximum), for `count` keys, at most EXP_VECTORS. */
+/* p[i] = exp(score of key i - maximum) for `count` keys, at most EXP_VECTORS. */
 INLINE void V(exp_of_scores)(const REAL *scores, size_t P, VEC maximum, VEC p[], const size_t count)
 {
     MHA_UNROLL
@@ -577,7 +593,7 @@ INLINE void V(exp_of_scores)(const REAL *scores, size_t P, VEC maximum, VEC p[],
         V(exp_of_each)(p + i, count - i < EXP_AT_ONCE ? count - i : EXP_AT_ONCE);
 }
 
-/* The same, stored and each added to a sum of its own. */
+/* The same, stored, and each added to a sum of its own. */
 INLINE void V(sum_up)(const REAL *scores, size_t P, VEC maximum, REAL *exps, VEC sums[EXP_VECTORS], const size_t count)
 {
     VEC p[EXP_VECTORS];
@@ -589,7 +605,7 @@ INLINE void V(sum_up)(const REAL *scores, size_t P, VEC maximum, REAL *exps, VEC
     }
 }
 
-/* The same, in place, divided by the sum. */
+/* The same in place, divided by the sum. */
 INLINE void V(weigh)(REAL *scores, size_t P, VEC maximum, VEC sum, const size_t count)
 {
     VEC p[EXP_VECTORS];
@@ -599,7 +615,7 @@ INLINE void V(weigh)(REAL *scores, size_t P, VEC maximum, VEC sum, const size_t 
         V(store)(scores + i * P, p[i] / sum);
 }
 
-/* The largest of the keys' scores and of `so_far`; in two chains, which wait for each other less. */
+/* The largest of the keys' scores and of `so_far`. There are two chains, which wait less for each other. */
 INLINE VEC V(largest)(const REAL *scores, size_t keys, size_t P, VEC so_far)
 {
     VEC even = so_far, odd = so_far;
@@ -623,7 +639,8 @@ static void V(softmax_step)(const void *scores_, size_t keys, size_t vectors, vo
         REAL *sum = (REAL *)sum_ + lane, *factor = (REAL *)factor_ + lane;
         const VEC old = V(load)(maximum);
         const VEC new = V(largest)(scores, keys, P, old);
-        VEC sums[EXP_VECTORS] = {V(splat)(0), V(splat)(0), V(splat)(0), V(splat)(0)}; /* shorter sums round less */
+        /* four short sums have a smaller error than a long one */
+        VEC sums[EXP_VECTORS] = {V(splat)(0), V(splat)(0), V(splat)(0), V(splat)(0)};
         size_t i = 0;
         for (; i + EXP_VECTORS <= keys; i += EXP_VECTORS)
             V(sum_up)(scores + i * P, P, new, exps + i * P, sums, EXP_VECTORS);
@@ -699,7 +716,7 @@ static void V(fill)(void *x_, size_t n, double value)
         x[i] = (REAL)value;
 }
 
-/* A number times 0 is 0 or NaN, which stays in a sum. Four sums wait for each other less. */
+/* A number times 0 is 0 or NaN, and NaN stays in a sum. Four sums wait less for each other. */
 static bool V(is_finite)(const void *x_, size_t n)
 {
     const REAL *x = x_;
@@ -729,7 +746,7 @@ static void V(dropout)(void *weights_, size_t keys, size_t vectors, size_t count
     const REAL kept = (REAL)block->scale;
     for (size_t lane = 0; lane < count; lane++) {
         mha_philox_block random = {{0}};
-        size_t held = SIZE_MAX; /* the group of four keys that `random` is for */
+        size_t held = SIZE_MAX; /* the group of four keys of `random` */
         for (size_t i = 0; i < keys; i++) {
             const size_t s = block->index ? block->index[i] : block->first_key + i;
             if (s / 4 != held) {

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * powers.h - what makes 2^(k / 8) of an integer k, for power() of the vector vocabulary.
+ * powers.h - the table with which power() of the vector vocabulary makes 2^(k / 8) of an integer k.
  *
- * Moved to where the exponent begins, with its last three bits in the mantissa, k = 8 n + j is 2^n (1 + j / 8). The
- * float nearest to 2^n 2^(j / 8) is so many units of its last place away, whatever n is:
+ * Let k = 8 n + j, shifted to where the exponent begins, so that its last three bits are in the mantissa. These bits
+ * are then the float 2^n (1 + j / 8). The float nearest to 2^n 2^(j / 8) is so many units in the last place away, for
+ * every n:
  */
 #ifndef MHA_POWERS_H
 #define MHA_POWERS_H

@@ -2,13 +2,13 @@
  *
  * arguments.c - Python objects to mha_call, the arrays that hold the results, and the way back.
  *
- * Owns: the references in call_arguments. What the caller passed is never written to, except out=.
+ * Owns: the references in call_arguments. Arrays of the caller are not written to, except out=.
  */
 #include "arguments.h"
 
 #include "arrays.h"
 
-/* *array = the array that an object stands for; it stays NULL for None where that is allowed. */
+/* *array = the array that an object stands for. It stays NULL for None where None is allowed. */
 static int collect_array(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
 {
     *array = array_from_object(state, object, name);
@@ -28,7 +28,8 @@ static int collect_mask(const module_state *state, PyObject *object, const char 
     return *mask == NULL ? -1 : 0;
 }
 
-/* As NumPy's ufuncs: TypeError for a thing that cannot be, ValueError for a read-only array. */
+/* The exceptions are those of NumPy's ufuncs: TypeError for an object that is not an array, ValueError for a read-only
+ * array. */
 static int collect_out(PyObject *object, call_arguments *arguments)
 {
     if (object == Py_None)
@@ -38,7 +39,7 @@ static int collect_out(PyObject *object, call_arguments *arguments)
         return -1;
     }
     arguments->out_object = object;
-    return PyArray_FailUnlessWriteable((PyArrayObject *)object, "out"); /* which may warn */
+    return PyArray_FailUnlessWriteable((PyArrayObject *)object, "out"); /* it may warn */
 }
 
 /* The same object passed twice is converted once, so that the core sees one input. */
@@ -73,7 +74,7 @@ static int collect_number(PyObject *object, uint64_t *number)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* Which answer an empty row gets: torch's depends on the way it goes, and need_weights decides about that. */
+/* What a query gets that sees no key. torch's answer depends on its code path, and need_weights decides about that. */
 static int collect_masked_rows(PyObject *object, bool need_weights, mha_empty_row *empty_row)
 {
     if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "torch") == 0)
@@ -81,7 +82,8 @@ static int collect_masked_rows(PyObject *object, bool need_weights, mha_empty_ro
     else if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "zero") == 0)
         *empty_row = MHA_EMPTY_ROW_ZERO;
     else if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "nan") == 0)
-        *empty_row = MHA_EMPTY_ROW_NAN; /* as with weights, when parts of such a call are computed without them */
+        /* as with weights, for parts of such a call that are computed without weights */
+        *empty_row = MHA_EMPTY_ROW_NAN;
     else {
         PyErr_Format(PyExc_ValueError, "masked_rows must be 'torch' or 'zero', not %R", object);
         return -1;
@@ -135,7 +137,8 @@ static mha_array describe_input(const call_arguments *arguments, PyArrayObject *
         .data = data, .stride_n = strides[n_axis], .stride_l = strides[1 - n_axis], .stride_e = strides[2]};
 }
 
-/* (N * Hkv, S, features), heads within batch items; unsigned, as an empty array may say any stride. */
+/* (N * Hkv, S, features): heads within batch items. The product is unsigned, because an empty array may have any
+ * stride. */
 static mha_projected describe_projected(const call_arguments *arguments, PyArrayObject *array)
 {
     if (array == NULL)
@@ -159,7 +162,8 @@ static void describe_masks(call_arguments *arguments)
         mask->data = PyArray_DATA(arguments->attn_mask);
         mask->stride_s = strides[ndim - 1];
         mask->stride_l = strides[ndim - 2];
-        if (ndim == 3) { /* (N * H, L, S), heads within batch items; unsigned, as an empty mask may say any stride */
+        /* (N * H, L, S): heads within batch items; unsigned, because an empty mask may have any stride */
+        if (ndim == 3) {
             mask->stride_h = strides[0];
             mask->stride_n = (ptrdiff_t)((size_t)strides[0] * arguments->weights->widths.H);
         }
@@ -174,7 +178,7 @@ static void describe_masks(call_arguments *arguments)
     }
 }
 
-/* As NumPy's ufuncs: TypeError for a dtype that cannot be, ValueError for a shape. */
+/* The exceptions are those of NumPy's ufuncs: TypeError for a wrong dtype, ValueError for a wrong shape. */
 static int check_out(const call_arguments *arguments, int ndim, const npy_intp *shape)
 {
     PyArrayObject *out = (PyArrayObject *)arguments->out_object;
@@ -208,7 +212,7 @@ static bool is_apart_from_inputs(const call_arguments *arguments)
     return true;
 }
 
-/* Without a batch axis for an input that has none. In out= itself, where the core could write it. */
+/* Makes the output, without a batch axis if the inputs have none. It is out= itself if the core can write to it. */
 static int make_output(call_arguments *arguments)
 {
     const mha_widths *widths = &arguments->weights->widths;
@@ -263,7 +267,8 @@ int prepare_call(call_arguments *arguments)
     call->value = describe_input(arguments, arguments->value);
     call->static_k = describe_projected(arguments, arguments->static_k);
     call->static_v = describe_projected(arguments, arguments->static_v);
-    call->dropout_p = arguments->dropout_p > 0 ? arguments->dropout_p : 0; /* below 0 torch drops nothing */
+    /* torch drops nothing for a negative number */
+    call->dropout_p = arguments->dropout_p > 0 ? arguments->dropout_p : 0;
     describe_masks(arguments);
     if ((!arguments->without_output && make_output(arguments) < 0) || make_attn_weights(arguments) < 0)
         return -1;

@@ -1,14 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * arrays.c - Python objects to NumPy arrays, and questions about arrays.
- *
+ * arrays.c - makes NumPy arrays of Python objects, and answers questions about arrays.
  * Assumes: the GIL is held.
  */
 #include "arrays.h"
 
 #include <string.h>
 
-/* Whether the object has the attribute; -1 if looking it up raised anything but AttributeError. */
+/* Whether the object has the attribute. -1 if looking it up raised anything but AttributeError. */
 static int has_attribute(PyObject *object, PyObject *name)
 {
     PyObject *attribute = PyObject_GetAttr(object, name);
@@ -45,7 +44,7 @@ static PyArrayObject *raise_not_an_array(PyObject *object, const char *name)
 
 static PyArrayObject *array_from_protocol(const module_state *state, PyObject *object, const char *name)
 {
-    /* NumPy would turn these into arrays too, but they are numbers, text and classes, not arrays. */
+    /* NumPy would make arrays of these, too, but they are numbers, text and classes. */
     if (PyArray_IsScalar(object, Generic) || PyBytes_Check(object) || PyType_Check(object))
         return raise_not_an_array(object, name);
 
@@ -66,7 +65,7 @@ static PyArrayObject *array_from_protocol(const module_state *state, PyObject *o
     if (array == NULL)
         return NULL;
 
-    /* A lone object is what NumPy makes of something whose protocol came to nothing. */
+    /* NumPy makes an array of one object if a protocol did not give an array. */
     if (!PyArray_Check(array) ||
         (PyArray_NDIM((PyArrayObject *)array) == 0 && PyArray_TYPE((PyArrayObject *)array) == NPY_OBJECT)) {
         Py_DECREF(array);
@@ -75,7 +74,7 @@ static PyArrayObject *array_from_protocol(const module_state *state, PyObject *o
     return (PyArrayObject *)array;
 }
 
-/* Both functions take over the reference to the array, and may return it as it is. */
+/* Both functions take over the reference to the array, and may return the same array. */
 static PyArrayObject *to_base_class(PyArrayObject *array)
 {
     if (PyArray_CheckExact(array))
@@ -113,7 +112,7 @@ PyArrayObject *array_from_object(const module_state *state, PyObject *object, co
 
 bool array_has_dtype(PyArrayObject *array, mha_dtype dtype)
 {
-    /* By size, not by name: where long double is no wider than double, it is a double. */
+    /* The size decides, not the name: where long double is no wider than double, it is a double. */
     const size_t item_size = dtype == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
     return PyTypeNum_ISFLOAT(PyArray_TYPE(array)) && (size_t)PyArray_ITEMSIZE(array) == item_size;
 }
@@ -121,7 +120,7 @@ bool array_has_dtype(PyArrayObject *array, mha_dtype dtype)
 bool array_is_floating(PyArrayObject *array)
 {
     const int type = PyArray_TYPE(array);
-    if (PyTypeNum_ISUSERDEF(type)) /* such types have no kind of their own, but speaking names */
+    if (PyTypeNum_ISUSERDEF(type)) /* such types have no kind of their own, so the name has to tell */
         return strstr(PyArray_DESCR(array)->typeobj->tp_name, "float") != NULL;
     return PyTypeNum_ISFLOAT(type);
 }
@@ -150,7 +149,7 @@ bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape)
     return PyArray_NDIM(array) == ndim && PyArray_CompareLists(PyArray_DIMS(array), shape, ndim);
 }
 
-/* Addresses as numbers, since those of different objects cannot be compared. */
+/* Addresses are compared as numbers, because C does not compare pointers to different objects. */
 static void find_bounds(PyArrayObject *array, uintptr_t *begin, uintptr_t *end)
 {
     *begin = (uintptr_t)PyArray_DATA(array);
@@ -194,7 +193,7 @@ mha_mask_kind mask_kind(PyArrayObject *mask)
     return array_has_dtype(mask, MHA_FLOAT64) ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
 }
 
-/* The array whose memory another one shows; itself, if it is no view. */
+/* The array that owns the memory of an array. It may be the array itself. */
 static PyObject *memory_owner(PyArrayObject *array)
 {
     PyObject *base;
@@ -205,7 +204,7 @@ static PyObject *memory_owner(PyArrayObject *array)
 
 PyObject *pin_memory(PyArrayObject *const *arrays, size_t count)
 {
-    const int collects_garbage = PyGC_Disable(); /* a finalizer might resize what is not pinned yet */
+    const int collects_garbage = PyGC_Disable(); /* a finalizer might resize an array that is not pinned yet */
     PyObject *pins = PyTuple_New((Py_ssize_t)count);
     for (size_t i = 0; pins != NULL && i < count; i++) {
         PyObject *pin = arrays[i] == NULL ? Py_NewRef(Py_None) : PyWeakref_NewRef(memory_owner(arrays[i]), NULL);

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * module.c - the module mha_c._core: its functions, its state, its birth and its end.
+ * module.c - the module mha_c._core: its functions, its state, its initialisation and its end.
  *
- * Owns: the forward call from Python to the core and back, with the one place where the GIL is released for it; the
- * one switch that turns a status of the core into an exception.
+ * Owns: the forward call from Python to the core and back. It has the one place where the GIL is released for a call,
+ * and the one switch that turns a status of the core into an exception.
  */
 #define MHA_IMPORT_NUMPY
 #include "module.h"
@@ -20,15 +20,15 @@
 #include "stages.h"
 #include "thread_count.h"
 
-/* A call that takes about 20 us keeps the GIL: giving it away and waiting for it again may cost more. Above about
- * 50 us it may use threads: waking one takes that order of time. (Small calls run at some 20, others at 50 GFLOP/s.) */
+/* A call that takes about 20 us keeps the GIL: to release it and wait for it again may cost more. Above about 50 us a
+ * call may use threads: waking a thread takes about as long. Small calls run at about 20 GFLOP/s, others at 50. */
 #define OPERATIONS_WITHOUT_GIL 4e5
 #define OPERATIONS_WITH_THREADS 2.5e6
 
-/* Every thread has its share of the workspace: a number beyond any machine's must not exhaust the memory. */
+/* Every thread has a share of the workspace. A number of threads beyond any machine's must not exhaust the memory. */
 enum { MOST_THREADS = 1024 };
 
-/* How often a long call looks for signals: soon enough for whoever presses Ctrl-C. */
+/* How often a long call checks for signals. A person who presses Ctrl-C does not notice the delay. */
 #define SIGNAL_SECONDS 0.05
 
 double monotonic_seconds(void)
@@ -43,7 +43,7 @@ int raise_status(mha_status status)
     switch (status) {
     case MHA_OK:
         return 0;
-    case MHA_STOPPED: /* by check_signals(), which has set the exception, or in a child that a signal handler forked */
+    case MHA_STOPPED: /* check_signals() has set the exception, unless a signal handler forked and this is the child */
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_RuntimeError, "this process was forked in the middle of the call, and the threads "
                                                 "that were helping stayed behind: call again");
@@ -59,11 +59,11 @@ int raise_status(mha_status status)
 }
 
 typedef struct {
-    PyThreadState *thread; /* of the caller, while it does without the GIL */
+    PyThreadState *thread; /* the caller, while it does not hold the GIL */
     double next_look;
 } signal_watch;
 
-/* mha_stop.should_stop: true once a signal handler has raised an exception, KeyboardInterrupt as a rule. */
+/* mha_stop.should_stop: true after a signal handler raised an exception, usually KeyboardInterrupt. */
 static bool check_signals(void *context)
 {
     signal_watch *watch = context;
@@ -77,7 +77,7 @@ static bool check_signals(void *context)
     return raised;
 }
 
-/* Only Python's main thread handles signals: 1, 0, or -1 with an exception. */
+/* Whether this is Python's main thread, which alone handles signals: 1 or 0, or -1 with an exception. */
 static int is_main_thread(const module_state *state)
 {
     PyObject *ident = NULL;
@@ -92,7 +92,7 @@ static int is_main_thread(const module_state *state)
     return PyErr_Occurred() ? -1 : main_ident == PyThread_get_thread_ident();
 }
 
-/* Between the checks and here nobody else's code ran; __index__, signal handlers and other threads do from now on. */
+/* No Python code ran between the checks and here. __index__, signal handlers and other threads may run from now on. */
 static int run_pinned(module_state *state, double operations, size_t *threads, mha_stop *stop,
                       mha_status (*start)(const void *call), const void *call)
 {
@@ -286,11 +286,11 @@ static void module_free(void *module)
 static PyModuleDef_Slot module_slots[] = {
     {Py_mod_exec, module_exec},
 #ifdef Py_mod_multiple_interpreters
-    /* NumPy's C-API lives in one table per process, and NumPy itself runs in the main interpreter only. */
+    /* NumPy's C-API is one table per process, and NumPy runs in the main interpreter only. */
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
 #endif
 #ifdef Py_mod_gil
-    /* The GIL guards the counts of threads in the state, and keeps arrays from changing shape between the checks and
+    /* The GIL protects the numbers of threads in the state. It also keeps arrays from changing between the checks and
      * the call. */
     {Py_mod_gil, Py_MOD_GIL_USED},
 #endif
