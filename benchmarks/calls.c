@@ -75,7 +75,7 @@ static mha_mask padding_mask(const described_call *c)
     return (mha_mask){hidden, MHA_MASK_HIDE, (ptrdiff_t)c->S, 0, 0, 1};
 }
 
-static mha_weights *make_weights(const described_call *c)
+static mha_layer *make_layer(const described_call *c)
 {
     const size_t D = c->E / c->H, kv = c->Hkv * D;
     const mha_widths widths = {c->H, c->Hkv, D, D, c->E, c->Ek, c->Ev, c->E};
@@ -85,10 +85,10 @@ static mha_weights *make_weights(const described_call *c)
         .k_bias = numbers(c->dtype, kv), .v_bias = numbers(c->dtype, kv),
         .out_weight = numbers(c->dtype, c->E * c->E), .out_bias = numbers(c->dtype, c->E),
     };
-    mha_weights *weights = NULL;
-    if (mha_weights_create(&widths, c->dtype, &parameters, &weights) != MHA_OK)
+    mha_layer *layer = NULL;
+    if (mha_layer_create(&widths, c->dtype, &parameters, &layer) != MHA_OK)
         abort();
-    return weights;
+    return layer;
 }
 
 prepared_call prepare_call(const described_call *c)
@@ -103,5 +103,5 @@ prepared_call prepare_call(const described_call *c)
         .output_batch_first = true, .output_is_apart = true, .weights_wanted = c->wanted,
         .attn_weights = allocate(c->N * c->L * c->S * item_of(c->dtype)), .threads = 1,
     };
-    return (prepared_call){make_weights(c), call};
+    return (prepared_call){make_layer(c), call};
 }

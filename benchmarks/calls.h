@@ -29,7 +29,7 @@ void *numbers(mha_dtype dtype, size_t count);
 /* Inputs of a layer of its own, and the pass, on one thread. Query is key where L is S and the widths agree, and key is
  * value where the widths agree. Nothing is released: the process is about to end. */
 typedef struct {
-    mha_weights *weights;
+    mha_layer *layer;
     mha_call call;
 } prepared_call;
 

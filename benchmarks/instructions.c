@@ -36,7 +36,7 @@ enum { CALLS = sizeof calls / sizeof *calls };
 static mha_status make_call(const described_call *described)
 {
     const prepared_call prepared = prepare_call(described);
-    return mha_forward(prepared.weights, &prepared.call);
+    return mha_forward(prepared.layer, &prepared.call);
 }
 
 int main(int count, char **words)

@@ -381,7 +381,7 @@ int main(int words, char **word)
     record_count = 0; /* packing the weights is none of the pass */
     double least = INFINITY;
     for (size_t pass = 0; pass < PASSES; pass++) {
-        if (mha_forward(prepared.weights, &prepared.call) != MHA_OK)
+        if (mha_forward(prepared.layer, &prepared.call) != MHA_OK)
             return 1;
         least = keep_least(least);
     }

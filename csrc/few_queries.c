@@ -26,18 +26,18 @@ enum {
     CLEARLY = 2,           /* the path is chosen if it takes less than half of the operations */
 };
 
-bool mha_few_queries_can(const mha_weights *weights, const mha_call *call)
+bool mha_few_queries_can(const mha_layer *layer, const mha_call *call)
 {
     /* Extra and static keys have no input. Dropout is for training. Scores lack a constant here, so they cannot be
      * returned. */
-    return weights->widths.Ek >= MIN_FEATURES && weights->widths.Ev >= MIN_FEATURES &&
-           mha_extra_keys(weights, call) == 0 && !call->static_k.data && !call->static_v.data &&
+    return layer->widths.Ek >= MIN_FEATURES && layer->widths.Ev >= MIN_FEATURES &&
+           mha_extra_keys(layer, call) == 0 && !call->static_k.data && !call->static_v.data &&
            !(call->dropout_p > 0) && call->L > 0 && call->weights_wanted != MHA_SCORES_PER_HEAD;
 }
 
-bool mha_few_queries_pays(const mha_weights *weights, const mha_call *call, size_t live_keys)
+bool mha_few_queries_pays(const mha_layer *layer, const mha_call *call, size_t live_keys)
 {
-    const mha_widths *w = &weights->widths;
+    const mha_widths *w = &layer->widths;
     const double L = (double)call->L, S = (double)live_keys, H = (double)w->H, Hkv = (double)w->Hkv;
     const double D = (double)w->D, Dv = (double)w->Dv, Ek = (double)w->Ek, Ev = (double)w->Ev;
     const double this_way = L * H * (S * (Ek + Ev) + D * Ek + Dv * Ev);
@@ -49,23 +49,23 @@ bool mha_few_queries_pays(const mha_weights *weights, const mha_call *call, size
 
 static size_t lanes_of(const mha_few_queries *f)
 {
-    return f->call->L * f->weights->widths.H;
+    return f->call->L * f->layer->widths.H;
 }
 
 static mha_split split_of(const mha_few_queries *f)
 {
-    return mha_split_width(f->weights->kernels, lanes_of(f));
+    return mha_split_width(f->layer->kernels, lanes_of(f));
 }
 
 static size_t padded_lanes(const mha_few_queries *f)
 {
-    return split_of(f).vectors * f->weights->kernels->lanes;
+    return split_of(f).vectors * f->layer->kernels->lanes;
 }
 
 void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
 {
-    const mha_widths *w = &f->weights->widths;
-    const mha_kernels *kernels = f->weights->kernels;
+    const mha_widths *w = &f->layer->widths;
+    const mha_kernels *kernels = f->layer->kernels;
     const size_t number = kernels->item;
     f->items = f->chunks = 0;
     for (size_t n = 0; n < f->call->N; n++) {
@@ -107,8 +107,8 @@ static size_t slice_stride(const mha_kernels *kernels)
 
 static places take_scratch(const mha_few_queries *f, char *base, mha_layout *layout)
 {
-    const mha_kernels *kernels = f->weights->kernels;
-    const size_t P = kernels->vectors * kernels->lanes, H = f->weights->widths.H, number = kernels->item;
+    const mha_kernels *kernels = f->layer->kernels;
+    const size_t P = kernels->vectors * kernels->lanes, H = f->layer->widths.H, number = kernels->item;
     const size_t scores = mha_reserve(layout, MHA_BLOCK_KEYS, P, number);
     const size_t bias = mha_reserve(layout, MHA_BLOCK_KEYS, P, number), factor = mha_reserve(layout, 1, P, number);
     const size_t slice = mha_reserve(layout, MHA_BLOCK_KEYS, slice_stride(kernels), number);
@@ -148,7 +148,7 @@ static size_t number_of_item(const mha_few_queries *f, size_t i)
 
 static char *numbers_at(const mha_few_queries *f, size_t offset, size_t index)
 {
-    return f->block + offset + index * f->weights->kernels->item;
+    return f->block + offset + index * f->layer->kernels->item;
 }
 
 static atomic_bool *is_given_up(const mha_few_queries *f, size_t n)
@@ -158,7 +158,7 @@ static atomic_bool *is_given_up(const mha_few_queries *f, size_t n)
 
 static void give_up_unless_finite(const mha_few_queries *f, size_t n, const char *numbers, size_t count)
 {
-    if (!f->weights->kernels->is_finite(numbers, count))
+    if (!f->layer->kernels->is_finite(numbers, count))
         atomic_store_explicit(is_given_up(f, n), true, memory_order_relaxed);
 }
 
@@ -169,7 +169,7 @@ static void give_up_unless_finite(const mha_few_queries *f, size_t n, const char
 static void copy_slice(const mha_few_queries *f, const mha_array *x, size_t n, const mha_key_block *block, size_t first,
                        size_t features, char *slice)
 {
-    const mha_kernels *kernels = f->weights->kernels;
+    const mha_kernels *kernels = f->layer->kernels;
     const size_t bytes = slice_stride(kernels) * kernels->item;
     const char *item = (const char *)x->data + (ptrdiff_t)n * x->stride_n + (ptrdiff_t)first * x->stride_e;
     for (size_t i = 0; i < block->keys; i++)
@@ -184,11 +184,11 @@ static void copy_slice(const mha_few_queries *f, const mha_array *x, size_t n, c
  * before are computed twice, to the same bits. */
 static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t first, size_t vectors)
 {
-    const mha_weights *weights = f->weights;
-    const mha_widths *w = &weights->widths;
-    const size_t number = weights->kernels->item, hkv = h / (w->H / w->Hkv), n = number_of_item(f, i);
+    const mha_layer *layer = f->layer;
+    const mha_widths *w = &layer->widths;
+    const size_t number = layer->kernels->item, hkv = h / (w->H / w->Hkv), n = number_of_item(f, i);
     const char *q = f->q + (n * f->call->L * f->q_stride + h * f->q_head) * number;
-    const char *Wk = (const char *)weights->k_weight + (hkv * w->D * w->Ek + first) * number;
+    const char *Wk = (const char *)layer->k_weight + (hkv * w->D * w->Ek + first) * number;
     char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
     mha_product product = {.rows = f->call->L, .vectors = vectors, .a_row = (ptrdiff_t)f->q_stride, .a_k = 1,
                            .b_k = w->Ek, .addend_row = w->H * f->t_stride, .c = t, .c_row = w->H * f->t_stride};
@@ -197,7 +197,7 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
         product.a = q + d * number;
         product.b = Wk + d * w->Ek * number;
         product.addend = d ? t : NULL;
-        weights->kernels->product(&product);
+        layer->kernels->product(&product);
     }
 }
 
@@ -205,12 +205,12 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
  * scores does not notice them. bk_h fills one lane of a panel. */
 static void look_at_constants(const mha_few_queries *f, size_t i, size_t h, const places *s)
 {
-    const mha_weights *weights = f->weights;
-    const mha_widths *w = &weights->widths;
-    const mha_kernels *kernels = weights->kernels;
+    const mha_layer *layer = f->layer;
+    const mha_widths *w = &layer->widths;
+    const mha_kernels *kernels = layer->kernels;
     const size_t number = kernels->item, P = kernels->lanes, n = number_of_item(f, i);
     const char *q = f->q + (n * f->call->L * f->q_stride + h * f->q_head) * number;
-    const char *bk = weights->k.bias + h / (w->H / w->Hkv) * w->D * number;
+    const char *bk = layer->k.bias + h / (w->H / w->Hkv) * w->D * number;
     mha_product product = {.rows = f->call->L, .vectors = 1, .a_row = (ptrdiff_t)f->q_stride, .a_k = 1, .b = s->slice,
                            .b_k = P, .addend_row = P, .c = s->rows, .c_row = P};
     for (size_t d = 0; d < w->D; d += MHA_CHAIN) {
@@ -226,11 +226,11 @@ static void look_at_constants(const mha_few_queries *f, size_t i, size_t h, cons
 static void absorb_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
-    const mha_kernels *kernels = j->f->weights->kernels;
-    const size_t H = j->f->weights->widths.H, i = task / H, h = task % H, Ek = j->f->weights->widths.Ek;
+    const mha_kernels *kernels = j->f->layer->kernels;
+    const size_t H = j->f->layer->widths.H, i = task / H, h = task % H, Ek = j->f->layer->widths.Ek;
     const places s = scratch_of(j, worker);
     size_t e = 0;
-    if (j->f->weights->k.bias)
+    if (j->f->layer->k.bias)
         look_at_constants(j->f, i, h, &s);
     while (Ek - e >= kernels->lanes) {
         const size_t vectors = mha_smaller((Ek - e) / kernels->lanes, kernels->vectors);
@@ -245,13 +245,13 @@ static void pack_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
     const mha_few_queries *f = j->f;
-    const size_t Ek = f->weights->widths.Ek, i = task / j->split.panels;
+    const size_t Ek = f->layer->widths.Ek, i = task / j->split.panels;
     const mha_panel panel = mha_panel_at(&j->split, task % j->split.panels);
     (void)worker;
-    f->weights->kernels->pack_panel(numbers_at(f, f->t, (i * lanes_of(f) + panel.first) * f->t_stride), f->t_stride,
-                                    panel.count, Ek, 1 / sqrt((double)f->weights->widths.D),
-                                    numbers_at(f, f->t_panels, (i * padded_lanes(f) + panel.first) * Ek),
-                                    panel.vectors);
+    f->layer->kernels->pack_panel(numbers_at(f, f->t, (i * lanes_of(f) + panel.first) * f->t_stride), f->t_stride,
+                                  panel.count, Ek, 1 / sqrt((double)f->layer->widths.D),
+                                  numbers_at(f, f->t_panels, (i * padded_lanes(f) + panel.first) * Ek),
+                                  panel.vectors);
 }
 
 /* ---- attend ---- */
@@ -261,9 +261,9 @@ static void pack_task(void *context, size_t task, size_t worker)
 static size_t score(const mha_few_queries *f, size_t n, size_t first, mha_panel panel, const mha_key_block *block,
                     const char *queries, const places *s)
 {
-    const mha_kernels *kernels = f->weights->kernels;
-    const size_t P = panel.vectors * kernels->lanes, Ek = f->weights->widths.Ek;
-    const mha_lanes lanes = {0, f->weights->widths.H, first, panel.count, panel.vectors};
+    const mha_kernels *kernels = f->layer->kernels;
+    const size_t P = panel.vectors * kernels->lanes, Ek = f->layer->widths.Ek;
+    const mha_lanes lanes = {0, f->layer->widths.H, first, panel.count, panel.vectors};
     const mha_view view = mha_look(kernels, f->masks, n, &lanes, block, s->bias);
     mha_product product = {.rows = view.keys, .vectors = panel.vectors, .a = s->slice,
                            .a_row = (ptrdiff_t)slice_stride(kernels), .a_k = 1, .b_k = P, .addend_row = P,
@@ -285,8 +285,8 @@ static size_t score(const mha_few_queries *f, size_t n, size_t first, mha_panel 
 static void add_values(const mha_few_queries *f, size_t n, mha_panel panel, const mha_key_block *block,
                        const places *s, char *sums)
 {
-    const mha_kernels *kernels = f->weights->kernels;
-    const size_t P = panel.vectors * kernels->lanes, Ev = f->weights->widths.Ev;
+    const mha_kernels *kernels = f->layer->kernels;
+    const size_t P = panel.vectors * kernels->lanes, Ev = f->layer->widths.Ev;
     mha_product product = {.depth = block->keys, .vectors = panel.vectors, .a = s->slice, .a_row = 1,
                            .a_k = (ptrdiff_t)slice_stride(kernels), .b = s->scores, .b_k = P, .addend_row = P,
                            .factor = s->factor, .c_row = P};
@@ -302,12 +302,12 @@ static void attend_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
     const mha_few_queries *f = j->f;
-    const mha_kernels *kernels = f->weights->kernels;
+    const mha_kernels *kernels = f->layer->kernels;
     const places s = scratch_of(j, worker);
     const size_t padded = padded_lanes(f), chunk = task % f->chunks, i = task / f->chunks / j->split.panels;
     const size_t n = number_of_item(f, i), part = i * f->chunks + chunk;
     const mha_panel panel = mha_panel_at(&j->split, task / f->chunks % j->split.panels);
-    const size_t Ek = f->weights->widths.Ek, Ev = f->weights->widths.Ev, P = panel.vectors * kernels->lanes;
+    const size_t Ek = f->layer->widths.Ek, Ev = f->layer->widths.Ev, P = panel.vectors * kernels->lanes;
     const char *queries = numbers_at(f, f->t_panels, (i * padded + panel.first) * Ek);
     char *sums = numbers_at(f, f->sums, (part * padded + panel.first) * Ev);
     char *maximum = numbers_at(f, f->maximum, part * padded + panel.first);
@@ -338,8 +338,8 @@ static void merge_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
     const mha_few_queries *f = j->f;
-    const mha_kernels *kernels = f->weights->kernels;
-    const size_t padded = padded_lanes(f), i = task / j->split.panels, Ev = f->weights->widths.Ev;
+    const mha_kernels *kernels = f->layer->kernels;
+    const size_t padded = padded_lanes(f), i = task / j->split.panels, Ev = f->layer->widths.Ev;
     const mha_panel panel = mha_panel_at(&j->split, task % j->split.panels);
     const size_t at = i * f->chunks * padded + panel.first; /* chunk 0 collects the others */
     char *sums = numbers_at(f, f->sums, at * Ev), *maximum = numbers_at(f, f->maximum, at);
@@ -363,12 +363,12 @@ static void merge_task(void *context, size_t task, size_t worker)
 /* Multiplies by one panel of Wv for one head, through a strip. The panel may contain features of other heads. */
 static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel panel, char *strip)
 {
-    const mha_weights *weights = f->weights;
-    const mha_widths *w = &weights->widths;
-    const mha_kernels *kernels = weights->kernels;
+    const mha_layer *layer = f->layer;
+    const mha_widths *w = &layer->widths;
+    const mha_kernels *kernels = layer->kernels;
     const size_t number = kernels->item, P = panel.vectors * kernels->lanes, n = number_of_item(f, i);
     const char *y = numbers_at(f, f->y, (i * lanes_of(f) + h) * f->y_stride);
-    const char *Wv = weights->v.data + panel.first * w->Ev * number;
+    const char *Wv = layer->v.data + panel.first * w->Ev * number;
     mha_product product = {.rows = f->call->L, .vectors = panel.vectors, .a_row = (ptrdiff_t)(w->H * f->y_stride),
                            .a_k = 1, .b_k = P, .addend_row = P, .c = strip, .c_row = P};
     for (size_t e = 0; e < w->Ev; e += MHA_CHAIN) {
@@ -378,11 +378,11 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
         product.addend = e ? strip : NULL;
         kernels->product(&product);
     }
-    if (weights->v.bias) {
+    if (layer->v.bias) {
         product.depth = 1;
         product.a = numbers_at(f, f->mass, i * padded_lanes(f) + h);
         product.a_row = (ptrdiff_t)w->H;
-        product.b = weights->v.bias + panel.first * number;
+        product.b = layer->v.bias + panel.first * number;
         product.addend = strip;
         kernels->product(&product);
     }
@@ -398,8 +398,8 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
  * query that sees no key may have NaN on purpose. */
 static void look_at_context(const mha_few_queries *f, size_t i, size_t h)
 {
-    const mha_widths *w = &f->weights->widths;
-    const mha_kernels *kernels = f->weights->kernels;
+    const mha_widths *w = &f->layer->widths;
+    const mha_kernels *kernels = f->layer->kernels;
     const size_t n = number_of_item(f, i);
     for (size_t l = 0; l < f->call->L; l++) {
         const bool is_empty = is_zero(kernels, numbers_at(f, f->mass, i * padded_lanes(f) + l * w->H + h));
@@ -413,9 +413,9 @@ static void emit_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
     const mha_few_queries *f = j->f;
-    const mha_widths *w = &f->weights->widths;
+    const mha_widths *w = &f->layer->widths;
     const size_t i = task / w->H, h = task % w->H, head = h / (w->H / w->Hkv) * w->Dv;
-    const mha_split *split = &f->weights->v.split;
+    const mha_split *split = &f->layer->v.split;
     for (size_t p = 0; p < split->panels; p++) {
         const mha_panel panel = mha_panel_at(split, p);
         if (panel.first < head + w->Dv && head < panel.first + panel.count)
@@ -431,15 +431,15 @@ static void pack_query_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
     const mha_few_queries *f = j->f;
-    const mha_widths *w = &f->weights->widths;
+    const mha_widths *w = &f->layer->widths;
     const size_t padded = j->by_head.vectors * j->by_head.lanes;
     (void)worker;
     for (size_t p = 0; p < j->by_head.panels; p++) {
         const mha_panel panel = mha_panel_at(&j->by_head, p);
-        f->weights->kernels->pack_panel(numbers_at(f, f->t, (task * w->H + panel.first) * f->t_stride), f->t_stride,
-                                        panel.count, w->Ek, 1 / sqrt((double)w->D),
-                                        numbers_at(f, f->query_panels, (task * padded + panel.first) * w->Ek),
-                                        panel.vectors);
+        f->layer->kernels->pack_panel(numbers_at(f, f->t, (task * w->H + panel.first) * f->t_stride), f->t_stride,
+                                      panel.count, w->Ek, 1 / sqrt((double)w->D),
+                                      numbers_at(f, f->query_panels, (task * padded + panel.first) * w->Ek),
+                                      panel.vectors);
     }
 }
 
@@ -455,10 +455,10 @@ static weighing describe_weighing(const job *j, size_t query)
 {
     const mha_few_queries *f = j->f;
     const mha_call *call = f->call;
-    const mha_widths *w = &f->weights->widths;
+    const mha_widths *w = &f->layer->widths;
     const size_t i = query / call->L, l = query % call->L, n = number_of_item(f, i), padded = padded_lanes(f);
     const size_t heads = call->weights_wanted == MHA_WEIGHTS_PER_HEAD ? w->H : 1;
-    const size_t row_bytes = call->S * f->weights->kernels->item;
+    const size_t row_bytes = call->S * f->layer->kernels->item;
     return (weighing){
         .n = n, .l = l,
         .panels = numbers_at(f, f->query_panels, query * j->by_head.vectors * j->by_head.lanes * w->Ek),
@@ -474,13 +474,13 @@ static weighing describe_weighing(const job *j, size_t query)
 static void weigh_block(const job *j, const weighing *w, const mha_key_block *block, bool is_hidden, const places *s)
 {
     const mha_few_queries *f = j->f;
-    const mha_kernels *kernels = f->weights->kernels;
-    const size_t number = kernels->item, H = f->weights->widths.H;
+    const mha_kernels *kernels = f->layer->kernels;
+    const size_t number = kernels->item, H = f->layer->widths.H;
     const bool is_averaged = f->call->weights_wanted == MHA_WEIGHTS_AVERAGED;
     for (size_t p = 0; p < j->by_head.panels; p++) {
         const mha_panel panel = mha_panel_at(&j->by_head, p);
         const size_t P = panel.vectors * kernels->lanes;
-        const char *queries = w->panels + panel.first * f->weights->widths.Ek * number;
+        const char *queries = w->panels + panel.first * f->layer->widths.Ek * number;
         const size_t seen = is_hidden ? 0 : score(f, w->n, w->l * H + panel.first, panel, block, queries, s);
         kernels->fill(s->scores + seen * P * number, (block->keys - seen) * P, -INFINITY);
         kernels->softmax_weights(s->scores, block->keys, panel.vectors, w->maximum + panel.first * number,
@@ -497,8 +497,8 @@ static void weigh_block(const job *j, const weighing *w, const mha_key_block *bl
 static void write_weight(const job *j, const weighing *w, size_t i, size_t s_key, const places *s)
 {
     const mha_few_queries *f = j->f;
-    const size_t number = f->weights->kernels->item;
-    const size_t heads = f->call->weights_wanted == MHA_WEIGHTS_PER_HEAD ? f->weights->widths.H : 1;
+    const size_t number = f->layer->kernels->item;
+    const size_t heads = f->call->weights_wanted == MHA_WEIGHTS_PER_HEAD ? f->layer->widths.H : 1;
     for (size_t h = 0; h < heads; h++)
         memcpy(w->out + h * w->out_stride + s_key * number, s->rows + (h * MHA_BLOCK_KEYS + i) * number, number);
 }
@@ -557,8 +557,8 @@ mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_
     *given_up = 0;
     if (f->items == 0)
         return MHA_OK;
-    const size_t H = f->weights->widths.H;
-    const job j = {.f = f, .split = split_of(f), .by_head = mha_split_width(f->weights->kernels, H),
+    const size_t H = f->layer->widths.H;
+    const job j = {.f = f, .split = split_of(f), .by_head = mha_split_width(f->layer->kernels, H),
                    .scratch = scratch, .scratch_bytes = scratch_bytes};
     const size_t panels = f->items * j.split.panels, queries = f->items * f->call->L;
     const struct {

@@ -15,10 +15,10 @@
 #define MHA_FEW_QUERIES_H
 
 #include "masks.h"
-#include "weights.h"
+#include "layer.h"
 
 typedef struct {
-    const mha_weights *weights;
+    const mha_layer *layer;
     const mha_call *call;
     const mha_live_keys *live;
     const mha_masks *masks;
@@ -43,10 +43,10 @@ typedef struct {
 } mha_few_queries;
 
 /* Whether the items of a call can be computed this way. */
-bool mha_few_queries_can(const mha_weights *weights, const mha_call *call);
-bool mha_few_queries_pays(const mha_weights *weights, const mha_call *call, size_t live_keys);
+bool mha_few_queries_can(const mha_layer *layer, const mha_call *call);
+bool mha_few_queries_pays(const mha_layer *layer, const mha_call *call, size_t live_keys);
 
-/* Plans the workspace. `weights`, `call`, `live` and `masks` must be set. If no item is computed this way, f->items
+/* Plans the workspace. `layer`, `call`, `live` and `masks` must be set. If no item is computed this way, f->items
  * becomes 0. */
 void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout);
 size_t mha_few_queries_scratch(const mha_few_queries *f); /* bytes for each thread */

@@ -19,7 +19,7 @@
 #include "philox.h"
 #include "projection.h"
 #include "threads.h"
-#include "weights.h"
+#include "layer.h"
 #include "workspace.h"
 
 enum {
@@ -52,7 +52,7 @@ typedef struct {
 /* A call for all its items, or for some of them. If for some, `call` describes these alone. Only its masks still begin
  * with the first item of the batch, and `masks` is used in their place. */
 typedef struct {
-    const mha_weights *weights;
+    const mha_layer *layer;
     const mha_call *call;
     size_t first_item, items_in_all;
     mha_live_keys live;
@@ -68,14 +68,14 @@ static char *at_offset(const forward *f, size_t offset)
     return f->block ? f->block + offset : NULL;
 }
 
-size_t mha_extra_keys(const mha_weights *weights, const mha_call *call)
+size_t mha_extra_keys(const mha_layer *layer, const mha_call *call)
 {
-    return (weights->bias_k != NULL) + (size_t)call->add_zero_attn;
+    return (layer->bias_k != NULL) + (size_t)call->add_zero_attn;
 }
 
-double mha_forward_operations(const mha_weights *weights, const mha_call *call)
+double mha_forward_operations(const mha_layer *layer, const mha_call *call)
 {
-    const mha_widths *w = &weights->widths;
+    const mha_widths *w = &layer->widths;
     const double N = (double)call->N, L = (double)call->L, S = (double)call->S;
     const double H = (double)w->H, Hkv = (double)w->Hkv, D = (double)w->D, Dv = (double)w->Dv;
     const double in = L * H * D * (double)w->E + S * Hkv * (D * (double)w->Ek + Dv * (double)w->Ev);
@@ -125,7 +125,7 @@ static void set_target(const forward *f, const mha_panels *panels, const matrix 
 static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGETS])
 {
     const mha_call *call = f->call;
-    const mha_weights *w = f->weights;
+    const mha_layer *w = f->layer;
     const plan *at = &f->at;
     const size_t keys = mha_live_rows(&f->live);
     const bool every_key = keys == call->N * call->S;
@@ -166,13 +166,13 @@ static bool is_interleaved(const forward *f)
  * are listed item after item. */
 static void plan_output(const forward *f, mha_projection *p)
 {
-    const size_t Eo = f->weights->widths.Eo;
+    const size_t Eo = f->layer->widths.Eo;
     mha_target *output = p->target;
     p->rows = f->call->N * f->call->L;
     p->row = (const char *const *)(void *)at_offset(f, f->at.context_row);
-    p->stride_e = (ptrdiff_t)f->weights->kernels->item;
+    p->stride_e = (ptrdiff_t)f->layer->kernels->item;
     p->targets = 1;
-    output->panels = &f->weights->out;
+    output->panels = &f->layer->out;
     output->y = f->call->output;
     output->stride = Eo;
     output->part = output->run = 0;
@@ -197,7 +197,7 @@ static void list_input_rows(const forward *f)
 static void list_context_rows(const forward *f)
 {
     const mha_call *call = f->call;
-    const size_t stride = f->at.context.row * f->weights->kernels->item;
+    const size_t stride = f->at.context.row * f->layer->kernels->item;
     const char **context_row = (const char **)(void *)(f->block + f->at.context_row);
     const bool item_after_item = call->output_batch_first || is_interleaved(f);
     for (size_t r = 0; r < call->N * call->L; r++) {
@@ -212,13 +212,13 @@ static void list_context_rows(const forward *f)
 static void copy_projected(const forward *f, const mha_projected *x, size_t width, const matrix *m)
 {
     const mha_live_keys *live = &f->live;
-    const size_t item = f->weights->kernels->item;
+    const size_t item = f->layer->kernels->item;
     char *to = f->block + m->offset;
     for (size_t n = 0; n < live->N; n++)
         for (size_t i = 0; i < mha_live_count(live, n); i++, to += m->row * item) {
             const size_t s = live->index ? live->index[live->start[n] + i] : i;
             const char *from = (const char *)x->data + (ptrdiff_t)n * x->stride_n + (ptrdiff_t)s * x->stride_s;
-            for (size_t h = 0; h < f->weights->widths.Hkv; h++)
+            for (size_t h = 0; h < f->layer->widths.Hkv; h++)
                 mha_copy_row(from + (ptrdiff_t)h * x->stride_h, x->stride_d, width, item, to + h * m->head * item);
         }
 }
@@ -226,7 +226,7 @@ static void copy_projected(const forward *f, const mha_projected *x, size_t widt
 /* The extra keys are bias_k and bias_v, then zeros. */
 static void write_extra_keys(const forward *f)
 {
-    const mha_weights *w = f->weights;
+    const mha_layer *w = f->layer;
     const size_t item = w->kernels->item, extra = f->live.extra;
     char *k = f->block + f->at.extra_k.offset, *v = f->block + f->at.extra_v.offset;
     memset(k, 0, extra * f->at.extra_k.row * item);
@@ -268,9 +268,9 @@ static void set_rows(const forward *f, const matrix *m, size_t length, mha_rows 
 static void describe_attention(const forward *f, mha_attention *a)
 {
     const mha_call *call = f->call;
-    const mha_widths *w = &f->weights->widths;
+    const mha_widths *w = &f->layer->widths;
     const plan *at = &f->at;
-    a->kernels = f->weights->kernels;
+    a->kernels = f->layer->kernels;
     a->N = call->N;
     a->L = call->L;
     a->H = w->H;
@@ -319,11 +319,11 @@ static mha_few_queries describe_few_queries(const forward *f)
 static void lay_out(forward *f, mha_layout *layout)
 {
     const mha_call *call = f->call;
-    const mha_widths *w = &f->weights->widths;
-    const mha_kernels *kernels = f->weights->kernels;
+    const mha_widths *w = &f->layer->widths;
+    const mha_kernels *kernels = f->layer->kernels;
     const size_t item = kernels->item, queries = call->N * call->L, keys = mha_live_rows(&f->live);
     plan *at = &f->at;
-    f->few = (mha_few_queries){.weights = f->weights, .call = call, .live = &f->live, .masks = &f->masks};
+    f->few = (mha_few_queries){.layer = f->layer, .call = call, .live = &f->live, .masks = &f->masks};
     at->q = reserve_heads(layout, kernels, queries, w->H, w->D);
     at->k = reserve_heads(layout, kernels, keys, w->Hkv, w->D);
     at->v = reserve_heads(layout, kernels, keys, w->Hkv, w->Dv);
@@ -356,7 +356,7 @@ static void lay_out(forward *f, mha_layout *layout)
 /* Copies the context without the padding that its rows have in the workspace. */
 static void copy_context(const forward *f)
 {
-    const size_t item = f->weights->kernels->item, bytes = f->weights->widths.H * f->weights->widths.Dv * item;
+    const size_t item = f->layer->kernels->item, bytes = f->layer->widths.H * f->layer->widths.Dv * item;
     for (size_t row = 0; row < f->call->N * f->call->L; row++)
         memcpy((char *)f->call->context + row * bytes,
                f->block + f->at.context.offset + row * f->at.context.row * item, bytes);
@@ -367,15 +367,15 @@ static void copy_context(const forward *f)
 static mha_status run(const forward *f, size_t *given_up)
 {
     const mha_call *call = f->call;
-    const mha_kernels *kernels = f->weights->kernels;
+    const mha_kernels *kernels = f->layer->kernels;
     char *scratch = at_offset(f, f->at.scratch);
     mha_projection projections[MHA_TARGETS];
     list_input_rows(f);
     write_extra_keys(f);
     if (call->static_k.data)
-        copy_projected(f, &call->static_k, f->weights->widths.D, &f->at.k);
+        copy_projected(f, &call->static_k, f->layer->widths.D, &f->at.k);
     if (call->static_v.data)
-        copy_projected(f, &call->static_v, f->weights->widths.Dv, &f->at.v);
+        copy_projected(f, &call->static_v, f->layer->widths.Dv, &f->at.v);
 
     const size_t inputs = plan_inputs(f, projections);
     mha_status status =
@@ -403,16 +403,16 @@ static mha_status run(const forward *f, size_t *given_up)
 }
 
 /* Reads the masks, and decides which items few_queries.c computes. */
-static mha_status read_masks(const mha_weights *weights, const mha_call *call, mha_live_keys *live, mha_masks *masks)
+static mha_status read_masks(const mha_layer *layer, const mha_call *call, mha_live_keys *live, mha_masks *masks)
 {
     size_t positions;
     if (__builtin_mul_overflow(call->N, call->L, &positions) || __builtin_mul_overflow(call->N, call->S, &positions))
         return MHA_TOO_LARGE;
-    const mha_status status = mha_read_masks(call, mha_extra_keys(weights, call), live, masks);
-    const bool can = mha_few_queries_can(weights, call);
+    const mha_status status = mha_read_masks(call, mha_extra_keys(layer, call), live, masks);
+    const bool can = mha_few_queries_can(layer, call);
     for (size_t n = 0; status == MHA_OK && n < call->N; n++)
         live->is_few[n] = can && (call->is_few ? call->is_few[n]
-                                               : mha_few_queries_pays(weights, call, mha_live_count(live, n)));
+                                               : mha_few_queries_pays(layer, call, mha_live_count(live, n)));
     return status;
 }
 
@@ -480,10 +480,10 @@ static size_t choose_chunks(const forward *f)
 static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
 {
     const forward *all = j->all;
-    const mha_widths *w = &all->weights->widths;
+    const mha_widths *w = &all->layer->widths;
     const size_t first = mha_first_of_part(all->call->N, j->chunks, i);
     const size_t count = mha_first_of_part(all->call->N, j->chunks, i + 1) - first;
-    const size_t item = all->weights->kernels->item, L = all->call->L, keys = all->call->S + all->live.extra;
+    const size_t item = all->layer->kernels->item, L = all->call->L, keys = all->call->S + all->live.extra;
     const size_t heads = all->call->weights_wanted == MHA_WEIGHTS_AVERAGED ? 1 : w->H;
     const ptrdiff_t n = (ptrdiff_t)first;
     *call = *all->call;
@@ -503,7 +503,7 @@ static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
         call->attn_weights = (char *)call->attn_weights + first * heads * L * keys * item;
     if (call->context)
         call->context = (char *)call->context + first * L * w->H * w->Dv * item;
-    return (forward){.weights = all->weights, .call = call, .first_item = first, .items_in_all = all->call->N,
+    return (forward){.layer = all->layer, .call = call, .first_item = first, .items_in_all = all->call->N,
                      .live = mha_live_keys_of(&all->live, first, count), .masks = mha_masks_of(&all->masks, first)};
 }
 
@@ -540,12 +540,12 @@ static mha_status run_in_chunks(forward *f, size_t chunks)
     return status;
 }
 
-mha_status mha_forward(const mha_weights *weights, const mha_call *call)
+mha_status mha_forward(const mha_layer *layer, const mha_call *call)
 {
-    forward f = {.weights = weights, .call = call, .items_in_all = call->N};
+    forward f = {.layer = layer, .call = call, .items_in_all = call->N};
     if (call->N == 0 || call->L == 0)
         return MHA_OK; /* there are no results */
-    mha_status status = read_masks(weights, call, &f.live, &f.masks);
+    mha_status status = read_masks(layer, call, &f.live, &f.masks);
     if (status == MHA_OK) {
         const size_t chunks = choose_chunks(&f);
         status = chunks > 1 ? run_in_chunks(&f, chunks) : run_at_once(&f);
@@ -556,11 +556,11 @@ mha_status mha_forward(const mha_weights *weights, const mha_call *call)
 
 /* ---- Parts of the pass, for mha_c.explain ---- */
 
-mha_status mha_choose_paths(const mha_weights *weights, const mha_call *call, bool *is_few)
+mha_status mha_choose_paths(const mha_layer *layer, const mha_call *call, bool *is_few)
 {
     mha_live_keys live = {0};
     mha_masks masks;
-    const mha_status status = read_masks(weights, call, &live, &masks);
+    const mha_status status = read_masks(layer, call, &live, &masks);
     if (status == MHA_OK)
         memcpy(is_few, live.is_few, call->N * sizeof *is_few);
     mha_live_keys_release(&live);
@@ -569,7 +569,7 @@ mha_status mha_choose_paths(const mha_weights *weights, const mha_call *call, bo
 
 mha_status mha_project_input(const mha_input_projection *input)
 {
-    const mha_weights *w = input->weights;
+    const mha_layer *w = input->layer;
     const mha_panels *panels = input->input == MHA_QUERY ? &w->q : input->input == MHA_KEY ? &w->k : &w->v;
     mha_projection projection = {.stride_e = input->x.stride_e, .targets = 1,
                                  .target = {{.panels = panels, .y = input->y, .stride = panels->split.width}}};

@@ -48,11 +48,11 @@ typedef struct {
 /* Parameters packed for the kernels of this CPU. They are immutable, and any number of threads may use them. The array
  * k_weight has to stay where it is, unchanged, as long as they live. Nothing else of mha_parameters is referenced
  * afterwards. */
-typedef struct mha_weights mha_weights;
+typedef struct mha_layer mha_layer;
 
-mha_status mha_weights_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *parameters,
-                              mha_weights **weights);
-void mha_weights_destroy(mha_weights *weights); /* NULL is allowed */
+mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *parameters,
+                            mha_layer **layer);
+void mha_layer_destroy(mha_layer *layer); /* NULL is allowed */
 
 /* An input of shape (N, length, features), in native byte order and of the layer's dtype. Strides are in bytes. They
  * may be negative, zero, or not a multiple of the size of a number. */
@@ -131,23 +131,23 @@ typedef struct {
 } mha_call;
 
 /* The number of keys that bias_k and add_zero_attn append to every item: 0, 1 or 2. */
-size_t mha_extra_keys(const mha_weights *weights, const mha_call *call);
+size_t mha_extra_keys(const mha_layer *layer, const mha_call *call);
 
 /* About how many floating-point operations a call takes. It decides about threads, so it need not be exact. It cannot
  * overflow. */
-double mha_forward_operations(const mha_weights *weights, const mha_call *call);
+double mha_forward_operations(const mha_layer *layer, const mha_call *call);
 
-mha_status mha_forward(const mha_weights *weights, const mha_call *call);
+mha_status mha_forward(const mha_layer *layer, const mha_call *call);
 
 /* Fills is_few [N]: whether forward computes an item without projecting its keys (few_queries.h). */
-mha_status mha_choose_paths(const mha_weights *weights, const mha_call *call, bool *is_few);
+mha_status mha_choose_paths(const mha_layer *layer, const mha_call *call, bool *is_few);
 
 typedef enum { MHA_QUERY = 0, MHA_KEY, MHA_VALUE } mha_input;
 
 /* One input projection alone: x (N, length, features) is projected to y, C-contiguous (N, length, width). The width is
  * H * D for a query, Hkv * D for a key and Hkv * Dv for a value. */
 typedef struct {
-    const mha_weights *weights;
+    const mha_layer *layer;
     mha_input input;
     size_t N, length;
     mha_array x;

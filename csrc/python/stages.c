@@ -133,7 +133,7 @@ static PyArrayObject *prepare_projection(PyArrayObject *x, bool batch_first, con
     PyArrayObject *y = new_array(ndim, shape + 3 - ndim, weights->dtype);
     if (y == NULL)
         return NULL;
-    job->weights = weights->packed;
+    job->layer = weights->packed;
     job->N = (size_t)shape[0];
     job->length = (size_t)shape[1];
     job->x = (mha_array){.data = PyArray_DATA(x), .stride_n = n < 0 ? 0 : PyArray_STRIDE(x, n),

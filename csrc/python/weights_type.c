@@ -169,11 +169,11 @@ static mha_status pack(weights_object *self, const weights_arguments *given)
         .out_bias = numbers(given->out_bias),
     };
     if (self->nbytes / item <= PACK_WITHOUT_GIL)
-        return mha_weights_create(widths, self->dtype, &parameters, &self->packed);
+        return mha_layer_create(widths, self->dtype, &parameters, &self->packed);
 
     mha_status status;
     Py_BEGIN_ALLOW_THREADS;
-    status = mha_weights_create(widths, self->dtype, &parameters, &self->packed);
+    status = mha_layer_create(widths, self->dtype, &parameters, &self->packed);
     Py_END_ALLOW_THREADS;
     return status;
 }
@@ -221,7 +221,7 @@ static void weights_dealloc(PyObject *object)
 {
     weights_object *self = (weights_object *)object;
     PyTypeObject *type = Py_TYPE(object);
-    mha_weights_destroy(self->packed);
+    mha_layer_destroy(self->packed);
     Py_XDECREF(self->k_weight);
     Py_XDECREF(self->pins);
     type->tp_free(object);

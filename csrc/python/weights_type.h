@@ -10,7 +10,7 @@
 /* Immutable, so that any number of calls may use it at the same time. */
 typedef struct {
     PyObject_HEAD
-    mha_weights *packed;
+    mha_layer *packed;
     PyObject *k_weight; /* the array that `packed` refers to */
     PyObject *pins;     /* keep its memory in place */
     mha_widths widths;

@@ -194,7 +194,7 @@ static inline void free_parameters(parameters *given)
         free(given->array[i]);
 }
 
-static inline mha_status pack_parameters(const problem *p, const parameters *given, mha_weights **weights)
+static inline mha_status pack_parameters(const problem *p, const parameters *given, mha_layer **layer)
 {
     void *const *a = given->array;
     const mha_parameters packed = {
@@ -202,7 +202,7 @@ static inline mha_status pack_parameters(const problem *p, const parameters *giv
         .q_bias = a[Q_BIAS], .k_bias = a[K_BIAS], .v_bias = a[V_BIAS], .out_bias = a[OUT_BIAS],
         .bias_k = a[BIAS_K], .bias_v = a[BIAS_V],
     };
-    return mha_weights_create(&p->w, given->dtype, &packed, weights);
+    return mha_layer_create(&p->w, given->dtype, &packed, layer);
 }
 
 /* ---- A call ---- */

@@ -164,8 +164,8 @@ static void fuzz_forward(choices *c)
     if (!is_small(&p) && p.N * (p.L + p.S) * (p.w.E + p.w.Ek + p.w.Ev) > MOST_NUMBERS)
         return;
     parameters given = make_parameters(&p, dtype);
-    mha_weights *weights = NULL;
-    if (pack_parameters(&p, &given, &weights) != MHA_OK)
+    mha_layer *layer = NULL;
+    if (pack_parameters(&p, &given, &layer) != MHA_OK)
         abort();
     const size_t lengths[3] = {p.L, p.S, p.S}, features[3] = {p.w.E, p.w.Ek, p.w.Ev};
     block inputs[3] = {{.memory = NULL}}, masks[2] = {{.memory = NULL}};
@@ -204,7 +204,7 @@ static void fuzz_forward(choices *c)
              dtype_name(dtype), p.N, p.L, p.S, p.w.H, p.w.Hkv, p.w.D, p.w.Dv, p.w.E, p.w.Ek, p.w.Ev, p.w.Eo,
              (int)p.attn, p.attn_per_head, (int)p.padding, p.has_bias_kv, p.add_zero_attn, p.is_causal, p.is_self,
              call.threads, (int)call.weights_wanted);
-    const mha_status status = mha_forward(weights, &call);
+    const mha_status status = mha_forward(layer, &call);
     if (status != MHA_OK && !(status == MHA_STOPPED && asked))
         abort();
     if (status == MHA_OK && !wild && p.dropout_p == 0 && is_small(&p))
@@ -215,7 +215,7 @@ static void fuzz_forward(choices *c)
         free(inputs[i].memory);
     for (size_t i = 0; i < 2; i++)
         free(masks[i].memory);
-    mha_weights_destroy(weights);
+    mha_layer_destroy(layer);
     free_parameters(&given);
 }
 

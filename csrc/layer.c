@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * weights.c - packs parameters into panels for the kernels of this CPU, once, when a layer is loaded.
+ * layer.c - packs parameters into panels for the kernels of this CPU, once, when a layer is loaded.
  *
- * Owns: the memory of mha_weights.
+ * Owns: the memory of mha_layer.
  */
-#include "weights.h"
+#include "layer.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -50,15 +50,15 @@ static const char *copy(char *block, size_t offset, const void *from, size_t byt
     return from ? memcpy(block + offset, from, bytes) : NULL;
 }
 
-mha_status mha_weights_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *given,
-                              mha_weights **weights)
+mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *given,
+                            mha_layer **layer)
 {
     const mha_widths w = *widths;
     const mha_kernels *kernels = mha_cpu_kernels(dtype);
     const size_t item = kernels->item;
     mha_layout layout = {0};
     mha_status status = MHA_NO_MEMORY;
-    mha_weights *made = calloc(1, sizeof *made);
+    mha_layer *made = calloc(1, sizeof *made);
     if (!made)
         goto done;
     const place q = reserve_panels(&layout, kernels, &made->q, w.H * w.D, w.E);
@@ -81,16 +81,16 @@ mha_status mha_weights_create(const mha_widths *widths, mha_dtype dtype, const m
     made->bias_v = copy(made->block, bias_v, given->bias_v, w.Hkv * w.Dv * item);
 done:
     if (status != MHA_OK) {
-        mha_weights_destroy(made);
+        mha_layer_destroy(made);
         made = NULL;
     }
-    *weights = made;
+    *layer = made;
     return status;
 }
 
-void mha_weights_destroy(mha_weights *weights)
+void mha_layer_destroy(mha_layer *layer)
 {
-    if (weights)
-        mha_release(weights->block);
-    free(weights);
+    if (layer)
+        mha_release(layer->block);
+    free(layer);
 }

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * weights.h - the packed parameters of a layer, as the core sees them.
+ * layer.h - the packed parameters of a layer, as the core sees them.
  */
-#ifndef MHA_WEIGHTS_H
-#define MHA_WEIGHTS_H
+#ifndef MHA_LAYER_H
+#define MHA_LAYER_H
 
 #include "panels.h"
 
-struct mha_weights {
+struct mha_layer {
     mha_widths widths;
     const mha_kernels *kernels;
     mha_panels q, k, v, out;
