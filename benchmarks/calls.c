@@ -100,7 +100,7 @@ prepared_call prepare_call(const described_call *c)
         .N = c->N, .L = c->L, .S = c->S, .query = query, .key = key, .value = value,
         .attn_mask = attention_mask(c), .key_padding_mask = padding_mask(c), .is_causal = c->is_causal,
         .dropout_p = c->dropout_p, .output = allocate(c->N * c->L * c->E * item_of(c->dtype)),
-        .output_batch_first = true, .output_is_apart = true, .weights_wanted = c->wanted,
+        .output_batch_first = true, .output_is_apart = true, .wanted = c->wanted,
         .attn_weights = allocate(c->N * c->L * c->S * item_of(c->dtype)), .threads = 1,
     };
     return (prepared_call){make_layer(c), call};

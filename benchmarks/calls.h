@@ -16,7 +16,7 @@ typedef struct {
     bool per_head;      /* (N, H, L, S), else (L, S) */
     size_t live[MOST_ITEMS]; /* keys of each item, a key_padding_mask hides the rest; first 0: no such mask */
     bool is_causal;
-    mha_weights_wanted wanted;
+    mha_wanted wanted;
     double dropout_p;
 } described_call;
 

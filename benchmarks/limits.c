@@ -236,21 +236,21 @@ static void softmax_end(void *sum, void *inverse, size_t vectors, mha_empty_row 
     TIMED(r, real->softmax_end(sum, inverse, vectors, empty_row));
 }
 
-static void again_softmax_weights(const void *what)
+static void again_softmax_probabilities(const void *what)
 {
     const record *r = what;
-    real->softmax_weights(r->operand[0], r->size[0], r->size[1], r->operand[1], r->operand[2]);
+    real->softmax_probabilities(r->operand[0], r->size[0], r->size[1], r->operand[1], r->operand[2]);
 }
 
-static void softmax_weights(void *scores, size_t keys, size_t vectors, const void *maximum, const void *sum)
+static void softmax_probabilities(void *scores, size_t keys, size_t vectors, const void *maximum, const void *sum)
 {
-    record *r = COUNT(softmax_weights, keys, vectors);
+    record *r = COUNT(softmax_probabilities, keys, vectors);
     if (r->calls == 1) {
         r->operand[0] = room(keys * lanes(vectors));
         r->operand[1] = ones(vectors);
         r->operand[2] = ones(vectors);
     }
-    TIMED(r, real->softmax_weights(scores, keys, vectors, maximum, sum));
+    TIMED(r, real->softmax_probabilities(scores, keys, vectors, maximum, sum));
 }
 
 static void again_accumulate(const void *what)
@@ -305,14 +305,14 @@ static void again_dropout(const void *what)
     real->dropout(r->operand[0], r->size[0], r->size[1], r->size[2], &r->dropout);
 }
 
-static void dropout(void *weights, size_t keys, size_t vectors, size_t used, const mha_dropout_block *block)
+static void dropout(void *probabilities, size_t keys, size_t vectors, size_t used, const mha_dropout_block *block)
 {
     record *r = COUNT(dropout, keys, vectors, used);
     if (r->calls == 1) {
         r->operand[0] = room(keys * lanes(vectors));
         r->dropout = *block;
     }
-    TIMED(r, real->dropout(weights, keys, vectors, used, block));
+    TIMED(r, real->dropout(probabilities, keys, vectors, used, block));
 }
 
 /* ---- The pass ---- */
@@ -328,8 +328,8 @@ const mha_kernels *__wrap_mha_cpu_kernels(mha_dtype dtype)
         .name = real->name, .dtype = real->dtype, .item = real->item, .lanes = real->lanes, .vectors = real->vectors,
         .product = product, .pack_panel = pack_panel, .unpack_panel = unpack_panel, .read_masks = read_masks,
         .softmax_begin = softmax_begin, .softmax_step = softmax_step, .softmax_merge = softmax_merge,
-        .softmax_end = softmax_end, .softmax_weights = softmax_weights, .accumulate = accumulate, .fill = fill,
-        .is_finite = is_finite, .dropout = dropout,
+        .softmax_end = softmax_end, .softmax_probabilities = softmax_probabilities, .accumulate = accumulate,
+        .fill = fill, .is_finite = is_finite, .dropout = dropout,
     };
     return &recording;
 }
@@ -341,7 +341,7 @@ static described_call parse(char **words)
         at[i] = strtoull(words[i], NULL, 10);
     described_call c = {
         .N = at[0], .L = at[1], .S = at[2], .E = at[3], .Ek = at[4], .Ev = at[5], .H = at[6], .Hkv = at[7],
-        .dtype = (mha_dtype)at[8], .is_causal = at[9] != 0, .wanted = (mha_weights_wanted)at[10],
+        .dtype = (mha_dtype)at[8], .is_causal = at[9] != 0, .wanted = (mha_wanted)at[10],
         .attn = at[11] == 1 ? MHA_MASK_FLOAT32 : at[11] == 2 ? MHA_MASK_HIDE : MHA_MASK_NONE, .per_head = at[11] == 2,
     };
     for (size_t n = 0; n < c.N && n < MOST_ITEMS && words[12 + n]; n++)

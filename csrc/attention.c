@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * attention.c - attention in one pass over the keys. Attention weights are made from its scores, or in a second pass.
+ * attention.c - attention in one pass over the keys. Probabilities are made from its scores, or in a second pass.
  *
  * Queries are the lanes. A panel holds up to P queries of one head, transposed. Every step of softmax runs down the
  * keys, and no lane looks at another. A task takes a few panels of query heads that share a key/value head or a mask.
@@ -27,8 +27,8 @@
 enum {
     TASK_PANELS = 4,      /* panels that read keys and values, or the mask, together */
     PANEL_BYTES = 131072, /* of all panels of a task, unless a single panel is larger */
-    KEPT_BYTES = 262144,  /* of the scores that a task keeps, and of the sums of weights made from them */
-    CHUNK_BLOCKS = 8,     /* key blocks whose weights the second pass collects before it writes them */
+    KEPT_BYTES = 262144,  /* of the scores that a task keeps, and of the sums of probabilities made from them */
+    CHUNK_BLOCKS = 8,     /* key blocks whose probabilities the second pass collects before it writes them */
     TASKS_A_THREAD = 4,
     MANY_TASKS = 16, /* per thread; with so many it matters little that one thread gets one more */
     FEATURES_A_LOOK = 1024, /* of keys and values that a task reads between two polls */
@@ -44,27 +44,27 @@ typedef struct {
     size_t share, sharers;
     mha_panel lanes;
     bool is_empty; /* no key was visible so far */
-    char *kept;    /* [keys of all blocks][P]: the scores, if weights are made from them; otherwise NULL */
+    char *kept;    /* [keys of all blocks][P]: the scores, if probabilities are made from them; otherwise NULL */
 } state;
 
 /* Offsets into a thread's scratch, in bytes. There is a state for each panel. */
 typedef struct {
     size_t scores, bias; /* [block][P] */
     size_t rows;         /* [P][block] */
-    size_t states, queries, out, maximum, sum, factor, kept, weights, state_bytes;
+    size_t states, queries, out, maximum, sum, factor, kept, probabilities, state_bytes;
     size_t end;
 } places;
 
-/* What the weights of some key blocks are made with, for one panel of queries. */
+/* What the probabilities of some key blocks are made with, for one panel of queries. */
 typedef struct {
     size_t n, first_head, heads;
     mha_panel lanes;
     char *queries, *factor;
-    char *weights; /* [keys of these blocks][P] */
+    char *probabilities; /* [keys of these blocks][P] */
     char *scores;  /* [block][P], of one head */
     char *bias;    /* [block][P]: what masks add to the scores */
-    char *rows;    /* [P][block]: transposed weights */
-} weighing;
+    char *rows;    /* [P][block]: transposed probabilities */
+} average;
 
 typedef struct {
     const mha_attention *a;
@@ -73,7 +73,7 @@ typedef struct {
     size_t heads;       /* heads of a bundle: tasks share out their panels */
     size_t bundles;     /* bundles of all items */
     size_t task_panels; /* panels of a task in the first pass */
-    size_t groups;      /* tasks of a bundle, or of the heads whose weights are averaged */
+    size_t groups;      /* tasks of a bundle, or of the heads whose probabilities are averaged */
     size_t chunks;      /* tasks of a panel in the second pass */
 } job;
 
@@ -115,10 +115,10 @@ static size_t most_blocks(const mha_attention *a)
     return mha_divide_up(a->live->S, MHA_BLOCK_KEYS) + (a->live->extra > 0);
 }
 
-/* The number of heads whose weights are averaged. */
+/* The number of heads whose probabilities are averaged. */
 static size_t averaged_heads(const mha_attention *a)
 {
-    return a->weights_wanted == MHA_WEIGHTS_AVERAGED ? a->H : 1;
+    return a->wanted == MHA_WANT_AVERAGES ? a->H : 1;
 }
 
 static size_t averages_of_item(const mha_attention *a)
@@ -126,7 +126,7 @@ static size_t averages_of_item(const mha_attention *a)
     return a->H / averaged_heads(a);
 }
 
-/* Bytes of the scores or weights of a block. */
+/* Bytes of the scores or probabilities of a block. */
 static size_t block_bytes(const mha_attention *a, size_t vectors)
 {
     return most_block_keys(a) * vectors * a->kernels->lanes * a->kernels->item;
@@ -138,7 +138,7 @@ static size_t averages_of_call(const mha_attention *a)
 }
 
 /* Panels of the whole call, where a task takes a panel through all heads that are averaged. */
-static size_t weighed_panels(const mha_attention *a)
+static size_t panels_of_averages(const mha_attention *a)
 {
     return averages_of_call(a) * a->split.panels;
 }
@@ -154,21 +154,21 @@ static size_t even_parts(const mha_attention *a, size_t least, size_t most)
 }
 
 /* Whether every thread gets the same number of panels, and equal panels waste at most 40 % of their lanes. */
-static bool is_weighing_even(const mha_attention *a)
+static bool are_panels_even(const mha_attention *a)
 {
     const size_t at_most = mha_divide_up(a->split.vectors, a->split.panels) * a->split.panels;
-    return weighed_panels(a) % a->threads == 0 && at_most <= a->split.vectors * 7 / 5;
+    return panels_of_averages(a) % a->threads == 0 && at_most <= a->split.vectors * 7 / 5;
 }
 
-/* The most panels of a task that keeps its scores until weights are made from them, so that no score is computed twice.
- * 0: there are too many keys, or too few tasks for the threads. */
-static size_t most_weighing_panels(const mha_attention *a)
+/* The most panels of a task that keeps its scores until probabilities are made from them, so that no score is computed
+ * twice. 0: there are too many keys, or too few tasks for the threads. */
+static size_t max_kept_panels(const mha_attention *a)
 {
-    if (!a->weights_wanted || a->weights_wanted == MHA_SCORES_PER_HEAD)
+    if (!a->wanted || a->wanted == MHA_WANT_SCORES)
         return 0;
     const size_t fitting_blocks = KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->item);
     const size_t fit = fitting_blocks / mha_larger(most_blocks(a), 1);
-    if (weighed_panels(a) < 2 * a->threads && !is_weighing_even(a))
+    if (panels_of_averages(a) < 2 * a->threads && !are_panels_even(a))
         return 0;
     return mha_smaller(mha_smaller(TASK_PANELS, fit), a->split.panels);
 }
@@ -178,10 +178,10 @@ void mha_split_queries(mha_attention *a)
 {
     const mha_split fewest = mha_split_width(a->kernels, a->L);
     a->split = fewest;
-    if (!a->weights_wanted || a->threads == 1 || weighed_panels(a) >= MANY_TASKS * a->threads)
+    if (!a->wanted || a->threads == 1 || panels_of_averages(a) >= MANY_TASKS * a->threads)
         return;
     a->split.panels = even_parts(a, fewest.panels, fewest.vectors);
-    if (!is_weighing_even(a) || most_weighing_panels(a) == 0)
+    if (!are_panels_even(a) || max_kept_panels(a) == 0)
         a->split = fewest;
 }
 
@@ -205,9 +205,9 @@ static places place_states(const mha_attention *a)
 {
     const size_t P = widest_panel(a), keys = most_block_keys(a), item = a->kernels->item;
     mha_layout layout = {0}, one = {0};
-    const size_t weighing_panels = most_weighing_panels(a), kept_keys = weighing_panels > 0 ? most_blocks(a) * keys : 0;
+    const size_t kept_panels = max_kept_panels(a), kept_keys = kept_panels > 0 ? most_blocks(a) * keys : 0;
     places at = {.scores = mha_reserve(&layout, keys, P, item), .bias = mha_reserve(&layout, keys, P, item)};
-    at.rows = mha_reserve(&layout, weighing_panels > 0 ? P : 0, MHA_BLOCK_KEYS, item);
+    at.rows = mha_reserve(&layout, kept_panels > 0 ? P : 0, MHA_BLOCK_KEYS, item);
     at.states = layout.bytes;
     at.queries = mha_reserve(&one, a->D, P, item);
     at.out = mha_reserve(&one, a->Dv, P, item);
@@ -215,9 +215,9 @@ static places place_states(const mha_attention *a)
     at.sum = mha_reserve(&one, 1, P, item);
     at.factor = mha_reserve(&one, 1, P, item);
     at.kept = mha_reserve(&one, kept_keys, P, item);
-    at.weights = mha_reserve(&one, kept_keys, P, item);
+    at.probabilities = mha_reserve(&one, kept_keys, P, item);
     at.state_bytes = one.bytes;
-    mha_reserve(&layout, weighing_panels > 0 ? weighing_panels : most_task_panels(a), one.bytes, 1);
+    mha_reserve(&layout, kept_panels > 0 ? kept_panels : most_task_panels(a), one.bytes, 1);
     at.end = layout.bytes;
     return at;
 }
@@ -240,13 +240,13 @@ static void set_up_state(const places *at, char *scratch, size_t i, state *s)
     s->kept = NULL;
 }
 
-/* Takes room for the weights of some blocks, and for one block of one head. */
-static void take_weighing(const mha_attention *a, char *base, mha_layout *layout, weighing *w)
+/* Takes room for the probabilities of some blocks, and for one block of one head. */
+static void take_average(const mha_attention *a, char *base, mha_layout *layout, average *w)
 {
     const size_t P = widest_panel(a), keys = most_block_keys(a);
     w->queries = take(a, base, layout, a->D, P);
     w->factor = take(a, base, layout, 1, P);
-    w->weights = take(a, base, layout, mha_smaller(CHUNK_BLOCKS, most_blocks(a)) * keys, P);
+    w->probabilities = take(a, base, layout, mha_smaller(CHUNK_BLOCKS, most_blocks(a)) * keys, P);
     w->scores = take(a, base, layout, keys, P);
     w->bias = take(a, base, layout, keys, P);
     w->rows = take(a, base, layout, P, MHA_BLOCK_KEYS);
@@ -254,10 +254,10 @@ static void take_weighing(const mha_attention *a, char *base, mha_layout *layout
 
 size_t mha_attention_scratch(const mha_attention *a)
 {
-    mha_layout weigh = {0};
-    if (a->weights_wanted && most_weighing_panels(a) == 0)
-        take_weighing(a, NULL, &weigh, &(weighing){0});
-    return mha_larger(place_states(a).end, weigh.bytes);
+    mha_layout second = {0};
+    if (a->wanted && max_kept_panels(a) == 0)
+        take_average(a, NULL, &second, &(average){0});
+    return mha_larger(place_states(a).end, second.bytes);
 }
 
 static size_t statistics_of_a_head(const mha_attention *a)
@@ -330,9 +330,9 @@ static void hide_rest(const mha_attention *a, mha_panel lanes, const mha_key_blo
     a->kernels->fill(scores + view.keys * P * a->kernels->item, (block->keys - view.keys) * P, -INFINITY);
 }
 
-/* Applies dropout to the weights of the first `keys` keys of a block. */
+/* Applies dropout to the probabilities of the first `keys` keys of a block. */
 static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                     size_t keys, char *weights)
+                     size_t keys, char *probabilities)
 {
     const mha_dropout_block dropout = {
         .key = a->dropout_key,
@@ -341,7 +341,7 @@ static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes
         .n = a->first_item + n, .h = h, .first_query = lanes.first,
         .index = block->index, .first_key = block->first_key,
     };
-    a->kernels->dropout(weights, keys, lanes.vectors, lanes.count, &dropout);
+    a->kernels->dropout(probabilities, keys, lanes.vectors, lanes.count, &dropout);
 }
 
 /* ---- First pass: context ---- */
@@ -370,7 +370,7 @@ static void step(const mha_attention *a, size_t n, state *s, const mha_key_block
     mha_next next_keys, next_values;
     if (s->kept)
         hide_rest(a, s->lanes, block, view, scores);
-    if (view.keys == 0) /* hidden keys would change nothing: their weight is 0, and the maximum stays */
+    if (view.keys == 0) /* hidden keys would change nothing: their probability is 0, and the maximum stays */
         return;
     if (next) {
         next_keys = share_of(a, s, &a->k, keys_of(a, n, next, s->hkv), next->keys, a->D);
@@ -400,7 +400,7 @@ static void finish(const mha_attention *a, size_t n, const state *s)
     kernels->softmax_end(s->sum, inverse, s->lanes.vectors, empty_row);
     kernels->unpack_panel(s->out, s->lanes.vectors, inverse, s->lanes.count, a->Dv,
                           row_at(a, &a->context, n, s->h, s->lanes.first), (size_t)a->context.stride_l);
-    if (a->weights_wanted) {
+    if (a->wanted) {
         const size_t at = statistics_offset(a, n, s->h, s->lanes);
         const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->item;
         memcpy(a->maximum + at, s->maximum, bytes);
@@ -485,96 +485,98 @@ static void attend_task(void *context, size_t task, size_t worker)
     attend(a, n, states, panels, base + j->at.scores, base + j->at.bias);
 }
 
-/* ---- Attention weights ----
+/* ---- Probabilities ----
  *
- * Once maximum and sum are known, scores become weights. The weights of all heads are added in order, so that a matrix
- * (N, H, L, S) does not exist where averages are wanted. The scores are those that the first pass kept. If it could not
- * keep them, a second pass computes them again, to the same bits. */
+ * Once maximum and sum are known, scores become probabilities. The probabilities of all heads are added in order, so
+ * that a matrix (N, H, L, S) does not exist where averages are wanted. The scores are those that the first pass kept.
+ * If it could not keep them, a second pass computes them again, to the same bits. */
 
-static size_t weight_columns(const mha_attention *a)
+static size_t probability_columns(const mha_attention *a)
 {
     return a->live->S + a->live->extra;
 }
 
-/* Turns scores of one head and block into weights, and adds them to the weights of the heads before, unless both are
- * the same array. If scores are wanted, they stay as they are. */
-static void add_weights(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block, char *scores,
-                        char *weights)
+/* Turns scores of one head and block into probabilities, and adds them to the probabilities of the heads before, unless
+ * both are the same array. If scores are wanted, they stay as they are. */
+static void add_probabilities(const mha_attention *a, const average *w, size_t h, const mha_key_block *block,
+                              char *scores, char *probabilities)
 {
     const mha_kernels *kernels = a->kernels;
-    if (a->weights_wanted == MHA_SCORES_PER_HEAD)
+    if (a->wanted == MHA_WANT_SCORES)
         return;
     const size_t at = statistics_offset(a, w->n, h, w->lanes);
-    kernels->softmax_weights(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
+    kernels->softmax_probabilities(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
     if (a->dropout_p > 0)
         drop_out(a, w->n, h, w->lanes, block, block->keys, scores);
-    if (scores != weights)
-        kernels->accumulate(weights, scores, block->keys * w->lanes.vectors * kernels->lanes);
+    if (scores != probabilities)
+        kernels->accumulate(probabilities, scores, block->keys * w->lanes.vectors * kernels->lanes);
 }
 
 /* Computes the scores of one head and block again. Keys that are not visible get -inf. */
-static void score_again(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block, char *scores)
+static void score_again(const mha_attention *a, const average *w, size_t h, const mha_key_block *block, char *scores)
 {
     const mha_view view = look(a, w->n, h, w->lanes, block, w->bias);
     score(a, w->n, h / (a->H / a->Hkv), w->lanes, block, view, w->queries, w->bias, scores, NULL);
     hide_rest(a, w->lanes, block, view, scores);
 }
 
-static char *weights_row(const mha_attention *a, const weighing *w, size_t lane)
+static char *probabilities_row(const mha_attention *a, const average *w, size_t lane)
 {
     const size_t row = (w->n * averages_of_item(a) + w->first_head / w->heads) * a->L + w->lanes.first + lane;
-    return a->attn_weights + row * weight_columns(a) * a->kernels->item;
+    return a->probabilities + row * probability_columns(a) * a->kernels->item;
 }
 
-static void write_weights(const mha_attention *a, const weighing *w, const mha_key_block *block, const char *weights)
+static void write_probabilities(const mha_attention *a, const average *w, const mha_key_block *block,
+                                const char *probabilities)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t item = kernels->item;
     if (!block->index) {
-        kernels->unpack_panel(weights, w->lanes.vectors, w->factor, w->lanes.count, block->keys,
-                              weights_row(a, w, 0) + block->first_key * item, weight_columns(a));
+        kernels->unpack_panel(probabilities, w->lanes.vectors, w->factor, w->lanes.count, block->keys,
+                              probabilities_row(a, w, 0) + block->first_key * item, probability_columns(a));
         return;
     }
-    kernels->unpack_panel(weights, w->lanes.vectors, w->factor, w->lanes.count, block->keys, w->rows, MHA_BLOCK_KEYS);
+    kernels->unpack_panel(probabilities, w->lanes.vectors, w->factor, w->lanes.count, block->keys, w->rows,
+                          MHA_BLOCK_KEYS);
     for (size_t lane = 0; lane < w->lanes.count; lane++)
         for (size_t i = 0; i < block->keys; i++)
-            memcpy(weights_row(a, w, lane) + block->index[i] * item, w->rows + (lane * MHA_BLOCK_KEYS + i) * item,
+            memcpy(probabilities_row(a, w, lane) + block->index[i] * item, w->rows + (lane * MHA_BLOCK_KEYS + i) * item,
                    item);
 }
 
 /* Writes the columns of keys that are not live. They are all equal, so one column is computed. Its score is -inf. Its
- * weight is 0, or NaN if the query sees no key. w->weights is overwritten. */
-static void write_removed(const mha_attention *a, const weighing *w)
+ * probability is 0, or NaN if the query sees no key. w->probabilities is overwritten. */
+static void write_removed(const mha_attention *a, const average *w)
 {
     const mha_kernels *kernels = a->kernels;
     const mha_key_block one = {.keys = 1};
     for (size_t h = w->first_head; h < w->first_head + w->heads; h++) {
-        char *scores = h == w->first_head ? w->weights : w->scores;
+        char *scores = h == w->first_head ? w->probabilities : w->scores;
         kernels->fill(scores, w->lanes.vectors * kernels->lanes, -INFINITY);
-        add_weights(a, w, h, &one, scores, w->weights);
+        add_probabilities(a, w, h, &one, scores, w->probabilities);
     }
-    kernels->unpack_panel(w->weights, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
+    kernels->unpack_panel(w->probabilities, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
     for (size_t s = mha_next_removed(a->live, w->n, 0); s < a->live->S; s = mha_next_removed(a->live, w->n, s + 1))
         for (size_t lane = 0; lane < w->lanes.count; lane++)
-            memcpy(weights_row(a, w, lane) + s * kernels->item, w->rows + lane * kernels->item, kernels->item);
+            memcpy(probabilities_row(a, w, lane) + s * kernels->item, w->rows + lane * kernels->item, kernels->item);
 }
 
-/* Writes the weights of blocks `first` to `end`. The columns of keys that are not live are written with the first
+/* Writes the probabilities of blocks `first` to `end`. The columns of keys that are not live are written with the first
  * block. */
-static void write_blocks(const mha_attention *a, const weighing *w, size_t first, size_t end)
+static void write_blocks(const mha_attention *a, const average *w, size_t first, size_t end)
 {
     a->kernels->fill(w->factor, w->lanes.vectors * a->kernels->lanes, 1 / (double)w->heads);
     for (size_t b = first; b < end; b++) {
         mha_key_block block;
         mha_key_block_at(a->live, w->n, b, &block);
-        write_weights(a, w, &block, w->weights + (b - first) * block_bytes(a, w->lanes.vectors));
+        write_probabilities(a, w, &block, w->probabilities + (b - first) * block_bytes(a, w->lanes.vectors));
     }
     if (first == 0 && a->live->index)
         write_removed(a, w);
 }
 
-/* Takes some panels of an item through all heads that are averaged: their context, then their weights. */
-static void attend_and_weigh_task(void *context, size_t task, size_t worker)
+/* Takes some panels of an item through all heads that are averaged: their context, then their probabilities. */
+static void attend_and_write_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
     const mha_attention *a = j->a;
@@ -585,14 +587,14 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
     const size_t group = j->groups - 1 - task / averages, first = group * a->split.panels / j->groups;
     const size_t panels = (group + 1) * a->split.panels / j->groups - first, blocks = mha_key_blocks(a->live, n);
     state states[TASK_PANELS];
-    weighing w[TASK_PANELS];
+    average w[TASK_PANELS];
     if (a->live->is_few[n])
         return;
     for (size_t i = 0; i < panels; i++) {
         char *memory = memory_of_state(&j->at, base, i);
-        w[i] = (weighing){.n = n, .first_head = first_head, .heads = heads,
-                          .lanes = mha_panel_at(&a->split, first + i), .factor = memory + j->at.factor,
-                          .weights = memory + j->at.weights, .scores = scores, .rows = base + j->at.rows};
+        w[i] = (average){.n = n, .first_head = first_head, .heads = heads,
+                         .lanes = mha_panel_at(&a->split, first + i), .factor = memory + j->at.factor,
+                         .probabilities = memory + j->at.probabilities, .scores = scores, .rows = base + j->at.rows};
     }
     for (size_t h = first_head; h < first_head + heads; h++) {
         for (size_t i = 0; i < panels; i++) {
@@ -600,7 +602,7 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
             states[i].h = h;
             states[i].hkv = h / (a->H / a->Hkv);
             states[i].lanes = w[i].lanes;
-            states[i].kept = h == first_head ? w[i].weights : memory_of_state(&j->at, base, i) + j->at.kept;
+            states[i].kept = h == first_head ? w[i].probabilities : memory_of_state(&j->at, base, i) + j->at.kept;
         }
         if (!attend(a, n, states, panels, scores, base + j->at.bias))
             return;
@@ -609,7 +611,7 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
             mha_key_block_at(a->live, n, b, &block);
             for (size_t i = 0; i < panels; i++) {
                 const size_t at = b * block_bytes(a, states[i].lanes.vectors);
-                add_weights(a, &w[i], h, &block, states[i].kept + at, w[i].weights + at);
+                add_probabilities(a, &w[i], h, &block, states[i].kept + at, w[i].probabilities + at);
             }
         }
     }
@@ -617,7 +619,7 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
         write_blocks(a, &w[i], 0, blocks);
 }
 
-static void weigh_task(void *context, size_t task, size_t worker)
+static void second_pass_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
     const mha_attention *a = j->a;
@@ -625,13 +627,13 @@ static void weigh_task(void *context, size_t task, size_t worker)
     mha_layout layout = {0};
     const size_t heads = averaged_heads(a);
     const size_t chunk = task % j->chunks, panel = task / j->chunks;
-    weighing w = {
+    average w = {
         .n = panel / a->split.panels / averages_of_item(a),
         .first_head = panel / a->split.panels % averages_of_item(a) * heads,
         .heads = heads,
         .lanes = mha_panel_at(&a->split, panel % a->split.panels),
     };
-    take_weighing(a, base, &layout, &w);
+    take_average(a, base, &layout, &w);
     if (a->live->is_few[w.n])
         return;
     const size_t first = chunk * CHUNK_BLOCKS, end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(a->live, w.n));
@@ -640,10 +642,10 @@ static void weigh_task(void *context, size_t task, size_t worker)
         for (size_t b = first; b < end; b++) {
             mha_key_block block;
             mha_key_block_at(a->live, w.n, b, &block);
-            char *weights = w.weights + (b - first) * block_bytes(a, w.lanes.vectors);
-            char *scores = h == w.first_head ? weights : w.scores;
+            char *probabilities = w.probabilities + (b - first) * block_bytes(a, w.lanes.vectors);
+            char *scores = h == w.first_head ? probabilities : w.scores;
             score_again(a, &w, h, &block, scores);
-            add_weights(a, &w, h, &block, scores, weights);
+            add_probabilities(a, &w, h, &block, scores, probabilities);
         }
     }
     write_blocks(a, &w, first, end);
@@ -651,19 +653,19 @@ static void weigh_task(void *context, size_t task, size_t worker)
 
 /* ---- Both passes ---- */
 
-/* Computes context and weights together. */
-static mha_status attend_and_weigh(const mha_attention *a, job *j)
+/* Computes context and probabilities together. */
+static mha_status attend_and_write(const mha_attention *a, job *j)
 {
-    const size_t panels = a->split.panels, wanted = mha_divide_up(weighed_panels(a), TASKS_A_THREAD * a->threads);
-    j->groups = even_parts(a, mha_divide_up(panels, mha_smaller(most_weighing_panels(a), wanted)), panels);
-    return mha_parallel_for(a->threads, averages_of_call(a) * j->groups, attend_and_weigh_task, j, a->stop);
+    const size_t panels = a->split.panels, wanted = mha_divide_up(panels_of_averages(a), TASKS_A_THREAD * a->threads);
+    j->groups = even_parts(a, mha_divide_up(panels, mha_smaller(max_kept_panels(a), wanted)), panels);
+    return mha_parallel_for(a->threads, averages_of_call(a) * j->groups, attend_and_write_task, j, a->stop);
 }
 
 mha_status mha_attend(const mha_attention *a)
 {
     job j = {.a = a, .at = place_states(a)};
-    if (most_weighing_panels(a) > 0)
-        return attend_and_weigh(a, &j);
+    if (max_kept_panels(a) > 0)
+        return attend_and_write(a, &j);
     j.shared = a->H / a->Hkv;
     j.heads = bundled_heads(a);
     j.bundles = a->N * a->H / j.heads;
@@ -673,10 +675,10 @@ mha_status mha_attend(const mha_attention *a)
     j.groups = mha_divide_up(panels, j.task_panels);
     j.task_panels = mha_divide_up(panels, j.groups); /* for example 3 + 3 panels, not 4 + 2 */
     mha_status status = MHA_OK;
-    if (a->weights_wanted != MHA_SCORES_PER_HEAD)
+    if (a->wanted != MHA_WANT_SCORES)
         status = mha_parallel_for(a->threads, j.bundles * j.groups, attend_task, &j, a->stop);
-    if (status != MHA_OK || !a->weights_wanted)
+    if (status != MHA_OK || !a->wanted)
         return status;
     j.chunks = mha_divide_up(most_blocks(a), CHUNK_BLOCKS);
-    return mha_parallel_for(a->threads, weighed_panels(a) * j.chunks, weigh_task, &j, a->stop);
+    return mha_parallel_for(a->threads, panels_of_averages(a) * j.chunks, second_pass_task, &j, a->stop);
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * attention.h - softmax(q k^T / sqrt(D) + masks) v for every head, and the attention weights if they are wanted.
+ * attention.h - softmax(q k^T / sqrt(D) + masks) v for every head, and the probabilities if they are wanted.
  */
 #ifndef MHA_ATTENTION_H
 #define MHA_ATTENTION_H
@@ -32,9 +32,9 @@ typedef struct {
     double dropout_p; /* 0: no dropout */
     uint32_t dropout_key[2];
 
-    mha_weights_wanted weights_wanted;
-    char *attn_weights; /* C-contiguous (N, L, S') or (N, H, L, S') */
-    /* [N][H][lanes of all panels of L]: results of the first pass that the second one needs. Only if weights are
+    mha_wanted wanted;
+    char *probabilities; /* C-contiguous (N, L, S') or (N, H, L, S') */
+    /* [N][H][lanes of all panels of L]: results of the first pass that the second one needs. Only if probabilities are
      * wanted. */
     char *maximum, *sum;
 
@@ -53,7 +53,7 @@ size_t mha_attention_scratch(const mha_attention *a);
 /* How many numbers `maximum` and `sum` have each. */
 size_t mha_attention_statistics(const mha_attention *a);
 
-/* Fills context, then attn_weights, of all items except those of few_queries.c (live->is_few). */
+/* Fills context, then probabilities, of all items except those of few_queries.c (live->is_few). */
 mha_status mha_attend(const mha_attention *attention);
 
 #endif

@@ -7,7 +7,7 @@
  *      attend        softmax and sums over one chunk of keys                             task: item, panel, chunk
  *      merge         the chunks of a panel, in order                                     task: item, panel
  *      emit          context = Wv_h y + bv                                               task: item, head
- *      weigh         the attention weights, from scores that are computed again          task: item, query, chunk
+ *      probabilities the probabilities, from scores that are computed again          task: item, query, chunk
  *
  * Owns: the order of additions along the keys: blocks as in attention.c, then chunks of CHUNK_BLOCKS blocks.
  */
@@ -32,7 +32,7 @@ bool mha_few_queries_can(const mha_layer *layer, const mha_call *call)
      * returned. */
     return layer->widths.Ek >= MIN_FEATURES && layer->widths.Ev >= MIN_FEATURES &&
            mha_extra_keys(layer, call) == 0 && !call->static_k.data && !call->static_v.data &&
-           !(call->dropout_p > 0) && call->L > 0 && call->weights_wanted != MHA_SCORES_PER_HEAD;
+           !(call->dropout_p > 0) && call->L > 0 && call->wanted != MHA_WANT_SCORES;
 }
 
 bool mha_few_queries_pays(const mha_layer *layer, const mha_call *call, size_t live_keys)
@@ -85,7 +85,7 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
     f->t = mha_reserve(layout, rows, f->t_stride, number);
     f->t_panels = mha_reserve(layout, f->items * padded, w->Ek, number);
     const size_t by_head = mha_split_width(kernels, w->H).vectors * kernels->lanes;
-    f->query_panels = mha_reserve(layout, f->call->weights_wanted ? f->items * f->call->L * by_head : 0, w->Ek, number);
+    f->query_panels = mha_reserve(layout, f->call->wanted ? f->items * f->call->L * by_head : 0, w->Ek, number);
     f->sums = mha_reserve(layout, f->items * f->chunks * padded, w->Ev, number);
     f->maximum = mha_reserve(layout, f->items * f->chunks * padded + widest, 1, number);
     f->sum = mha_reserve(layout, f->items * f->chunks * padded + widest, 1, number);
@@ -94,8 +94,8 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
     f->is_given_up = mha_reserve(layout, f->call->N, 1, sizeof(atomic_bool));
 }
 
-/* A thread's scratch: scores of a panel, a slice of a block's inputs, and a strip or the weights of all heads of a
- * query. */
+/* A thread's scratch: scores of a panel, a slice of a block's inputs, and a strip or the probabilities of all heads of
+ * a query. */
 typedef struct {
     char *scores, *bias, *factor, *slice, *rows;
 } places;
@@ -281,7 +281,7 @@ static size_t score(const mha_few_queries *f, size_t n, size_t first, mha_panel 
     return view.keys;
 }
 
-/* sums = sums * factor + x^T weights, for a slice of features at a time. */
+/* sums = sums * factor + x^T exps, for a slice of features at a time. */
 static void add_values(const mha_few_queries *f, size_t n, mha_panel panel, const mha_key_block *block,
                        const places *s, char *sums)
 {
@@ -424,7 +424,7 @@ static void emit_task(void *context, size_t task, size_t worker)
     look_at_context(f, i, h);
 }
 
-/* ---- weigh ---- */
+/* ---- probabilities ---- */
 
 /* Packs the heads of one query as panels of their own, because averages are sums over these heads. */
 static void pack_query_task(void *context, size_t task, size_t worker)
@@ -447,19 +447,19 @@ typedef struct {
     size_t n, l;
     const char *panels;            /* of the query's heads */
     const char *maximum, *sum;     /* of head 0 */
-    char *out;                     /* the query's row of weights for head 0 */
+    char *out;                     /* the query's row of probabilities for head 0 */
     size_t out_stride;             /* bytes to the row of the next head; not used for averages */
-} weighing;
+} query_rows;
 
-static weighing describe_weighing(const job *j, size_t query)
+static query_rows describe_query_rows(const job *j, size_t query)
 {
     const mha_few_queries *f = j->f;
     const mha_call *call = f->call;
     const mha_widths *w = &f->layer->widths;
     const size_t i = query / call->L, l = query % call->L, n = number_of_item(f, i), padded = padded_lanes(f);
-    const size_t heads = call->weights_wanted == MHA_WEIGHTS_PER_HEAD ? w->H : 1;
+    const size_t heads = call->wanted == MHA_WANT_PROBABILITIES ? w->H : 1;
     const size_t row_bytes = call->S * f->layer->kernels->item;
-    return (weighing){
+    return (query_rows){
         .n = n, .l = l,
         .panels = numbers_at(f, f->query_panels, query * j->by_head.vectors * j->by_head.lanes * w->Ek),
         .maximum = numbers_at(f, f->maximum, i * f->chunks * padded + l * w->H),
@@ -469,22 +469,23 @@ static weighing describe_weighing(const job *j, size_t query)
     };
 }
 
-/* rows[h][key]: the weights of all heads of one query for a block, or their average in rows[0]. Keys that are hidden
- * from every head get 0, or NaN if the query sees no key. */
-static void weigh_block(const job *j, const weighing *w, const mha_key_block *block, bool is_hidden, const places *s)
+/* rows[h][key]: the probabilities of all heads of one query for a block, or their average in rows[0]. Keys that are
+ * hidden from every head get 0, or NaN if the query sees no key. */
+static void probabilities_of_block(const job *j, const query_rows *w, const mha_key_block *block, bool is_hidden,
+                                   const places *s)
 {
     const mha_few_queries *f = j->f;
     const mha_kernels *kernels = f->layer->kernels;
     const size_t number = kernels->item, H = f->layer->widths.H;
-    const bool is_averaged = f->call->weights_wanted == MHA_WEIGHTS_AVERAGED;
+    const bool is_averaged = f->call->wanted == MHA_WANT_AVERAGES;
     for (size_t p = 0; p < j->by_head.panels; p++) {
         const mha_panel panel = mha_panel_at(&j->by_head, p);
         const size_t P = panel.vectors * kernels->lanes;
         const char *queries = w->panels + panel.first * f->layer->widths.Ek * number;
         const size_t seen = is_hidden ? 0 : score(f, w->n, w->l * H + panel.first, panel, block, queries, s);
         kernels->fill(s->scores + seen * P * number, (block->keys - seen) * P, -INFINITY);
-        kernels->softmax_weights(s->scores, block->keys, panel.vectors, w->maximum + panel.first * number,
-                                 w->sum + panel.first * number);
+        kernels->softmax_probabilities(s->scores, block->keys, panel.vectors, w->maximum + panel.first * number,
+                                       w->sum + panel.first * number);
         kernels->fill(s->factor, P, is_averaged ? 1 / (double)H : 1);
         kernels->unpack_panel(s->scores, panel.vectors, s->factor, panel.count, block->keys,
                               s->rows + panel.first * MHA_BLOCK_KEYS * number, MHA_BLOCK_KEYS);
@@ -493,36 +494,36 @@ static void weigh_block(const job *j, const weighing *w, const mha_key_block *bl
         kernels->accumulate(s->rows, s->rows + h * MHA_BLOCK_KEYS * number, MHA_BLOCK_KEYS);
 }
 
-/* Copies what weigh_block() computed for key i of its block to the column of key s. */
-static void write_weight(const job *j, const weighing *w, size_t i, size_t s_key, const places *s)
+/* Copies what probabilities_of_block() computed for key i of its block to the column of key s. */
+static void write_probability(const job *j, const query_rows *w, size_t i, size_t s_key, const places *s)
 {
     const mha_few_queries *f = j->f;
     const size_t number = f->layer->kernels->item;
-    const size_t heads = f->call->weights_wanted == MHA_WEIGHTS_PER_HEAD ? f->layer->widths.H : 1;
+    const size_t heads = f->call->wanted == MHA_WANT_PROBABILITIES ? f->layer->widths.H : 1;
     for (size_t h = 0; h < heads; h++)
         memcpy(w->out + h * w->out_stride + s_key * number, s->rows + (h * MHA_BLOCK_KEYS + i) * number, number);
 }
 
-static void weigh_task(void *context, size_t task, size_t worker)
+static void probabilities_task(void *context, size_t task, size_t worker)
 {
     const job *j = context;
     const mha_live_keys *live = j->f->live;
     const places s = scratch_of(j, worker);
-    const weighing w = describe_weighing(j, task / j->f->chunks);
+    const query_rows w = describe_query_rows(j, task / j->f->chunks);
     const size_t chunk = task % j->f->chunks, first = chunk * CHUNK_BLOCKS;
     const size_t end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(live, w.n));
     for (size_t b = first; b < end; b++) {
         mha_key_block block;
         mha_key_block_at(live, w.n, b, &block);
-        weigh_block(j, &w, &block, false, &s);
+        probabilities_of_block(j, &w, &block, false, &s);
         for (size_t i = 0; i < block.keys; i++)
-            write_weight(j, &w, i, mha_key_number(&block, i), &s);
+            write_probability(j, &w, i, mha_key_number(&block, i), &s);
     }
     if (chunk == 0 && live->index) {
         const mha_key_block one = {.keys = 1};
-        weigh_block(j, &w, &one, true, &s);
+        probabilities_of_block(j, &w, &one, true, &s);
         for (size_t k = mha_next_removed(live, w.n, 0); k < live->S; k = mha_next_removed(live, w.n, k + 1))
-            write_weight(j, &w, 0, k, &s);
+            write_probability(j, &w, 0, k, &s);
     }
 }
 
@@ -566,8 +567,8 @@ mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_
         mha_task task;
     } stages[] = {
         {f->items * H, absorb_task},  {panels, pack_task}, {panels * f->chunks, attend_task}, {panels, merge_task},
-        {f->items * H, emit_task}, /* for the weights: */ {queries, pack_query_task},
-        {queries * f->chunks, weigh_task},
+        {f->items * H, emit_task}, /* for the probabilities: */ {queries, pack_query_task},
+        {queries * f->chunks, probabilities_task},
     };
     enum { STAGES = sizeof stages / sizeof *stages, TO_CONTEXT = STAGES - 2 };
     mha_status status = MHA_OK;
@@ -578,7 +579,7 @@ mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_
         status = run(&j, stages[i].tasks, stages[i].task);
     if (status == MHA_OK)
         *given_up = take_out_given_up(f);
-    for (size_t i = TO_CONTEXT; i < STAGES && status == MHA_OK && *given_up == 0 && f->call->weights_wanted; i++)
+    for (size_t i = TO_CONTEXT; i < STAGES && status == MHA_OK && *given_up == 0 && f->call->wanted; i++)
         status = run(&j, stages[i].tasks, stages[i].task);
     return status;
 }

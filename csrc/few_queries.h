@@ -33,7 +33,7 @@ typedef struct {
     size_t item;   /* [items]: their numbers */
     size_t t, t_stride;       /* [items][L * H]: rows Wk_h^T q_h */
     size_t t_panels;          /* [items]: the same rows as panels [Ek][P] */
-    size_t query_panels;      /* [items][L]: the same rows as panels of the heads of one query, for the weights */
+    size_t query_panels;      /* [items][L]: the same rows as panels of the heads of one query, for the probabilities */
     size_t sums;              /* [items][chunks]: panels [Ev][P] of sums of p_s x_s */
     /* [items][chunks][lanes]: softmax's results for a chunk; those of chunk 0 become those of all */
     size_t maximum, sum;
@@ -51,9 +51,9 @@ bool mha_few_queries_pays(const mha_layer *layer, const mha_call *call, size_t l
 void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout);
 size_t mha_few_queries_scratch(const mha_few_queries *f); /* bytes for each thread */
 
-/* Fills the context of these items, and their attention weights if they are wanted. *given_up counts the items that
- * were given up. They are then no longer marked in live->is_few, and the call must be planned again. In that case only
- * the context has been written. */
+/* Fills the context of these items, and their probabilities if they are wanted. *given_up counts the items that were
+ * given up. They are then no longer marked in live->is_few, and the call must be planned again. In that case only the
+ * context has been written. */
 mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_t scratch_bytes, size_t *given_up);
 
 #endif

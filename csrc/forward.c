@@ -80,7 +80,7 @@ double mha_forward_operations(const mha_layer *layer, const mha_call *call)
     const double H = (double)w->H, Hkv = (double)w->Hkv, D = (double)w->D, Dv = (double)w->Dv;
     const double in = L * H * D * (double)w->E + S * Hkv * (D * (double)w->Ek + Dv * (double)w->Ev);
     const double out = L * H * Dv * (double)w->Eo;
-    const double attention = L * S * H * (D + Dv + (call->weights_wanted ? D : 0));
+    const double attention = L * S * H * (D + Dv + (call->wanted ? D : 0));
     return 2 * N * (in + attention + out);
 }
 
@@ -291,8 +291,8 @@ static void describe_attention(const forward *f, mha_attention *a)
     a->dropout_p = call->dropout_p;
     if (call->dropout_p > 0)
         mha_dropout_key(call->dropout_seed, call->dropout_call, a->dropout_key);
-    a->weights_wanted = call->weights_wanted;
-    a->attn_weights = call->attn_weights;
+    a->wanted = call->wanted;
+    a->probabilities = call->attn_weights;
     a->maximum = at_offset(f, at->maximum);
     a->sum = at_offset(f, at->sum);
     a->threads = call->threads;
@@ -341,7 +341,7 @@ static void lay_out(forward *f, mha_layout *layout)
     describe_attention(f, &attention);
     const size_t inputs = plan_inputs(f, projections);
     plan_output(f, &output);
-    const size_t statistics = call->weights_wanted ? mha_attention_statistics(&attention) : 0;
+    const size_t statistics = call->wanted ? mha_attention_statistics(&attention) : 0;
     at->maximum = mha_reserve(layout, statistics, 1, item);
     at->sum = mha_reserve(layout, statistics, 1, item);
     mha_few_queries_plan(&f->few, layout);
@@ -484,7 +484,7 @@ static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
     const size_t first = mha_first_of_part(all->call->N, j->chunks, i);
     const size_t count = mha_first_of_part(all->call->N, j->chunks, i + 1) - first;
     const size_t item = all->layer->kernels->item, L = all->call->L, keys = all->call->S + all->live.extra;
-    const size_t heads = all->call->weights_wanted == MHA_WEIGHTS_AVERAGED ? 1 : w->H;
+    const size_t heads = all->call->wanted == MHA_WANT_AVERAGES ? 1 : w->H;
     const ptrdiff_t n = (ptrdiff_t)first;
     *call = *all->call;
     call->N = count;

@@ -84,11 +84,11 @@ typedef struct {
 } mha_mask;
 
 typedef enum {
-    MHA_WEIGHTS_NONE = 0,
-    MHA_WEIGHTS_AVERAGED,
-    MHA_WEIGHTS_PER_HEAD,
-    MHA_SCORES_PER_HEAD, /* the scores after the masks instead; then there is no context and no output */
-} mha_weights_wanted;
+    MHA_WANT_NONE = 0,
+    MHA_WANT_AVERAGES,
+    MHA_WANT_PROBABILITIES,
+    MHA_WANT_SCORES, /* the scores after the masks instead of probabilities; then there is no context and no output */
+} mha_wanted;
 
 /* What a query gets when every key is hidden: attention 0, or NaN as torch has it with need_weights=True. */
 typedef enum { MHA_EMPTY_ROW_ZERO = 0, MHA_EMPTY_ROW_NAN } mha_empty_row;
@@ -121,7 +121,7 @@ typedef struct {
     bool output_batch_first;
     /* The output does not overlap inputs or masks. If it does, it is written last, when they are no longer read. */
     bool output_is_apart;
-    mha_weights_wanted weights_wanted;
+    mha_wanted wanted;
     void *attn_weights; /* C-contiguous (N, L, S') or (N, H, L, S'), where S' = S + mha_extra_keys() */
     /* C-contiguous (N, L, H * Dv): the heads' results, from which the output is projected. NULL: not wanted. */
     void *context;

@@ -4,8 +4,8 @@
  * "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
  *
  * A block of four random words depends on the key and the counter alone. So the stream does not depend on threads, on
- * the order of tasks or on the path of a call. The counter of attention weight (n, h, l, s) is (n, h, l, s / 4), and
- * its word is s % 4: one block serves four keys.
+ * the order of tasks or on the path of a call. The counter of probability (n, h, l, s) is (n, h, l, s / 4), and its
+ * word is s % 4: one block serves four keys.
  */
 #ifndef MHA_PHILOX_H
 #define MHA_PHILOX_H

@@ -89,12 +89,12 @@ typedef struct {
     bool is_biased; /* masks add something to the scores of these keys */
 } mha_view;
 
-/* Where a block of attention weights is in the random stream. What happens to weight (n, h, l, s) depends on these four
- * numbers and the key alone. */
+/* Where a block of probabilities is in the random stream. What happens to probability (n, h, l, s) depends on these
+ * four numbers and the key alone. */
 typedef struct {
     const uint32_t *key;  /* of mha_philox(); made from the seed and the number of the call */
-    uint64_t threshold;   /* (1 - p) * 2^32; a weight is kept if its random word is less */
-    double scale;         /* 1 / (1 - p), the factor of weights that are kept */
+    uint64_t threshold;   /* (1 - p) * 2^32; a probability is kept if its random word is less */
+    double scale;         /* 1 / (1 - p), the factor of probabilities that are kept */
     size_t n, h, first_query;
     const size_t *index; /* as in mha_mask_block */
     size_t first_key;
@@ -138,16 +138,16 @@ typedef struct mha_kernels {
      * `empty_row` says. Otherwise it is at least 1, because the key with the maximum adds exp(0). */
     void (*softmax_end)(void *sum, void *inverse, size_t vectors, mha_empty_row empty_row);
 
-    /* scores[key][lane] becomes the attention weight exp(score - maximum[lane]) / sum[lane]. Maximum and sum must be
+    /* scores[key][lane] becomes the probability exp(score - maximum[lane]) / sum[lane]. Maximum and sum must be
      * final. */
-    void (*softmax_weights)(void *scores, size_t keys, size_t vectors, const void *maximum, const void *sum);
+    void (*softmax_probabilities)(void *scores, size_t keys, size_t vectors, const void *maximum, const void *sum);
 
     void (*accumulate)(void *total, const void *x, size_t n); /* total[i] += x[i]; n is a multiple of lanes */
     void (*fill)(void *x, size_t n, double value);
     bool (*is_finite)(const void *x, size_t n); /* no number is NaN or infinite */
 
-    /* weights[key][lane] is multiplied by 0 or by dropout->scale, for lane < count. */
-    void (*dropout)(void *weights, size_t keys, size_t vectors, size_t count, const mha_dropout_block *dropout);
+    /* probabilities[key][lane] is multiplied by 0 or by dropout->scale, for lane < count. */
+    void (*dropout)(void *probabilities, size_t keys, size_t vectors, size_t count, const mha_dropout_block *dropout);
 } mha_kernels;
 
 /* One table per dtype, indexed by mha_dtype. cpu.c knows which of them this CPU can run. */

@@ -62,7 +62,7 @@ static const double exp_coefficients_f64[] = {
         .unpack_panel = PASTE(unpack_panel, suffix), .read_masks = PASTE(read_masks, suffix), \
         .softmax_begin = PASTE(softmax_begin, suffix), .softmax_step = PASTE(softmax_step, suffix), \
         .softmax_merge = PASTE(softmax_merge, suffix), \
-        .softmax_weights = PASTE(softmax_weights, suffix), .softmax_end = PASTE(softmax_end, suffix), \
+        .softmax_probabilities = PASTE(softmax_probabilities, suffix), .softmax_end = PASTE(softmax_end, suffix), \
         .accumulate = PASTE(accumulate, suffix), .fill = PASTE(fill, suffix), .is_finite = PASTE(is_finite, suffix), \
         .dropout = PASTE(dropout, suffix), \
     }
@@ -606,7 +606,7 @@ INLINE void V(sum_up)(const REAL *scores, size_t P, VEC maximum, REAL *exps, VEC
 }
 
 /* The same in place, divided by the sum. */
-INLINE void V(weigh)(REAL *scores, size_t P, VEC maximum, VEC sum, const size_t count)
+INLINE void V(probabilities_of)(REAL *scores, size_t P, VEC maximum, VEC sum, const size_t count)
 {
     VEC p[EXP_VECTORS];
     V(exp_of_scores)(scores, P, maximum, p, count);
@@ -673,7 +673,7 @@ static void V(softmax_merge)(void *sums_, void *maximum_, void *sum_, const void
     }
 }
 
-static void V(softmax_weights)(void *scores_, size_t keys, size_t vectors, const void *maximum_, const void *sum_)
+static void V(softmax_probabilities)(void *scores_, size_t keys, size_t vectors, const void *maximum_, const void *sum_)
 {
     const size_t P = vectors * LANES;
     for (size_t lane = 0; lane < P; lane += LANES) {
@@ -681,9 +681,9 @@ static void V(softmax_weights)(void *scores_, size_t keys, size_t vectors, const
         const VEC maximum = V(load)((const REAL *)maximum_ + lane), sum = V(load)((const REAL *)sum_ + lane);
         size_t i = 0;
         for (; i + EXP_VECTORS <= keys; i += EXP_VECTORS)
-            V(weigh)(scores + i * P, P, maximum, sum, EXP_VECTORS);
+            V(probabilities_of)(scores + i * P, P, maximum, sum, EXP_VECTORS);
         for (; i < keys; i++)
-            V(weigh)(scores + i * P, P, maximum, sum, 1);
+            V(probabilities_of)(scores + i * P, P, maximum, sum, 1);
     }
 }
 
@@ -739,9 +739,9 @@ static bool V(is_finite)(const void *x_, size_t n)
 
 /* ---- Dropout ---- */
 
-static void V(dropout)(void *weights_, size_t keys, size_t vectors, size_t count, const mha_dropout_block *block)
+static void V(dropout)(void *probabilities_, size_t keys, size_t vectors, size_t count, const mha_dropout_block *block)
 {
-    REAL *weights = weights_;
+    REAL *probabilities = probabilities_;
     const size_t P = vectors * LANES;
     const REAL kept = (REAL)block->scale;
     for (size_t lane = 0; lane < count; lane++) {
@@ -753,7 +753,7 @@ static void V(dropout)(void *weights_, size_t keys, size_t vectors, size_t count
                 held = s / 4;
                 random = mha_philox(block->key, block->n, block->h, block->first_query + lane, held);
             }
-            weights[i * P + lane] *= random.word[s % 4] < block->threshold ? kept : 0;
+            probabilities[i * P + lane] *= random.word[s % 4] < block->threshold ? kept : 0;
         }
     }
 }

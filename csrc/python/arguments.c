@@ -252,7 +252,7 @@ static int make_attn_weights(call_arguments *arguments)
     if (arguments->attn_weights == NULL)
         return -1;
     call->attn_weights = PyArray_DATA(arguments->attn_weights);
-    call->weights_wanted = arguments->average_attn_weights ? MHA_WEIGHTS_AVERAGED : MHA_WEIGHTS_PER_HEAD;
+    call->wanted = arguments->average_attn_weights ? MHA_WANT_AVERAGES : MHA_WANT_PROBABILITIES;
     return 0;
 }
 

@@ -35,11 +35,11 @@ PyObject *scores(PyObject *module, PyObject *const *objects, Py_ssize_t count)
     PyObject *result = NULL;
     if (prepare(state, objects, count, ARGUMENT_STATIC_K, &arguments) < 0)
         goto done;
-    if (arguments.call.weights_wanted != MHA_WEIGHTS_PER_HEAD) {
+    if (arguments.call.wanted != MHA_WANT_PROBABILITIES) {
         PyErr_SetString(PyExc_ValueError, "scores are those of each head: they stand in for its weights");
         goto done;
     }
-    arguments.call.weights_wanted = MHA_SCORES_PER_HEAD;
+    arguments.call.wanted = MHA_WANT_SCORES;
     if (run_forward(state, &arguments) == 0)
         result = Py_NewRef((PyObject *)arguments.attn_weights);
 done:

@@ -28,7 +28,7 @@ typedef struct {
 /* How a call is made; no result may depend on it. */
 typedef struct {
     size_t threads;
-    mha_weights_wanted wanted;
+    mha_wanted wanted;
     bool output_l_first;
     size_t layout; /* of inputs and masks: below LAYOUTS */
     guarded_side side;
@@ -227,7 +227,7 @@ static inline mha_mask as_mask(const array4 *a, mha_mask_kind kind)
 static inline mha_call make_call(const problem *p, mha_dtype dtype, const manner *m)
 {
     const size_t item = item_of(dtype), lengths[3] = {p->L, p->S, p->S}, features[3] = {p->w.E, p->w.Ek, p->w.Ev};
-    const size_t heads = m->wanted == MHA_WEIGHTS_PER_HEAD ? p->w.H : m->wanted == MHA_WEIGHTS_AVERAGED;
+    const size_t heads = m->wanted == MHA_WANT_PROBABILITIES ? p->w.H : m->wanted == MHA_WANT_AVERAGES;
     mha_array inputs[3];
     for (size_t i = 0; i < 3; i++) {
         const size_t size[4] = {p->N, 1, lengths[i], features[i]};
@@ -238,7 +238,7 @@ static inline mha_call make_call(const problem *p, mha_dtype dtype, const manner
     }
     mha_call call = {.N = p->N, .L = p->L, .S = p->S, .query = inputs[0], .key = inputs[1], .value = inputs[2],
                      .is_causal = p->is_causal, .add_zero_attn = p->add_zero_attn, .empty_row = p->empty_row,
-                     .dropout_p = p->dropout_p, .dropout_seed = 5, .dropout_call = 7, .weights_wanted = m->wanted,
+                     .dropout_p = p->dropout_p, .dropout_seed = 5, .dropout_call = 7, .wanted = m->wanted,
                      .output_batch_first = !m->output_l_first, .output_is_apart = true,
                      .threads = m->threads};
     if (p->attn) {

@@ -103,7 +103,7 @@ static mha_layer *make_layer(const problem *p, const parameters *given)
 }
 
 /* The same for a call; what it gives in the end is what it gives at once. */
-static void test_problem(const problem *p, mha_dtype dtype, mha_weights_wanted wanted)
+static void test_problem(const problem *p, mha_dtype dtype, mha_wanted wanted)
 {
     parameters given = make_parameters(p, dtype);
     const long at_first = in_use();
@@ -272,7 +272,7 @@ static void stop_everywhere(const problem *p, size_t threads)
     parameters given = make_parameters(p, MHA_FLOAT32);
     mha_layer *layer = make_layer(p, &given);
     const long before = in_use();
-    const manner m = {.threads = threads, .wanted = MHA_WEIGHTS_AVERAGED};
+    const manner m = {.threads = threads, .wanted = MHA_WANT_AVERAGES};
     mha_call c = make_call(p, MHA_FLOAT32, &m);
     mha_status status = MHA_STOPPED;
     for (size_t patience = 0; patience < 10000 && status != MHA_OK; patience += 1 + patience / 8) {
@@ -309,7 +309,7 @@ int main(void)
     for (size_t i = 0; i < PROBLEMS; i++)
         for (int dtype = 0; dtype < 2; dtype++)
             for (int wanted = 0; wanted < 3; wanted++)
-                test_problem(&problems[i], (mha_dtype)dtype, (mha_weights_wanted)wanted);
+                test_problem(&problems[i], (mha_dtype)dtype, (mha_wanted)wanted);
     test_parts();
     test_layouts();
     test_workspaces();

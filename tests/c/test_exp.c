@@ -6,7 +6,7 @@
  *     ./test_exp            a sample of all float32, a sample of float64
  *     ./test_exp every      and every float32 in [-128, 0], by the levels with FMA
  *
- * softmax_weights() with maximum 0 and sum 1 is exp(x). The portable level has no FMA, so that what rounding does
+ * softmax_probabilities() with maximum 0 and sum 1 is exp(x). The portable level has no FMA, so that what rounding does
  * to a multiple of ln(2) stays: about |x| ulp more. The sample's hash is printed: it must be the same on every CPU with
  * FMA.
  */
@@ -25,7 +25,7 @@ static void exp_of(const mha_kernels *k, void *x)
         put(k->dtype, one, (ptrdiff_t)i, 1);
     const size_t bytes = PANEL_ROWS * k->lanes * k->item;
     for (; row < (char *)x + BLOCK * k->item; row += bytes)
-        k->softmax_weights(row, PANEL_ROWS, 1, zero, one);
+        k->softmax_probabilities(row, PANEL_ROWS, 1, zero, one);
 }
 
 /* ---- float32 ---- */

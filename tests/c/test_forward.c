@@ -82,12 +82,12 @@ enum { PROBLEMS = sizeof problems / sizeof *problems };
 
 /* ---- One call ---- */
 
-static const manner plainly = {.threads = 1, .wanted = MHA_WEIGHTS_PER_HEAD};
+static const manner plainly = {.threads = 1, .wanted = MHA_WANT_PROBABILITIES};
 
 /* The output in the order (N, L, Eo) whatever the call's, and the weights as they are. */
 static answer read_results(const problem *p, mha_dtype dtype, const mha_call *c)
 {
-    const size_t heads = c->weights_wanted == MHA_WEIGHTS_PER_HEAD ? p->w.H : c->weights_wanted != MHA_WEIGHTS_NONE;
+    const size_t heads = c->wanted == MHA_WANT_PROBABILITIES ? p->w.H : c->wanted != MHA_WANT_NONE;
     const size_t Eo = p->w.Eo;
     answer a = {read_numbers(dtype, c->output, c->N * c->L * Eo),
                 read_numbers(dtype, c->attn_weights, c->N * heads * c->L * columns_of(p))};
@@ -141,10 +141,10 @@ static void check_averages(const problem *p, mha_dtype dtype, const double *aver
 static void check_manners(const problem *p, const mha_layer *layer, mha_dtype dtype, const answer *plain)
 {
     static const manner manners[] = {
-        {1, MHA_WEIGHTS_NONE, false, 0, AT_END},       {2, MHA_WEIGHTS_NONE, false, 4, AT_START},
-        {3, MHA_WEIGHTS_NONE, true, 1, AT_END},        {1, MHA_WEIGHTS_AVERAGED, false, 2, AT_END},
-        {3, MHA_WEIGHTS_AVERAGED, true, 3, AT_START},  {2, MHA_WEIGHTS_PER_HEAD, false, 5, AT_START},
-        {3, MHA_WEIGHTS_PER_HEAD, false, 2, AT_START}, {1, MHA_WEIGHTS_PER_HEAD, true, 0, AT_END},
+        {1, MHA_WANT_NONE, false, 0, AT_END},       {2, MHA_WANT_NONE, false, 4, AT_START},
+        {3, MHA_WANT_NONE, true, 1, AT_END},        {1, MHA_WANT_AVERAGES, false, 2, AT_END},
+        {3, MHA_WANT_AVERAGES, true, 3, AT_START},  {2, MHA_WANT_PROBABILITIES, false, 5, AT_START},
+        {3, MHA_WANT_PROBABILITIES, false, 2, AT_START}, {1, MHA_WANT_PROBABILITIES, true, 0, AT_END},
     };
     double *averaged = NULL;
     for (size_t i = 0; i < sizeof manners / sizeof *manners; i++) {
@@ -154,13 +154,13 @@ static void check_manners(const problem *p, const mha_layer *layer, mha_dtype dt
                  m->side == AT_END ? "end" : "start");
         answer a = run(p, layer, dtype, m);
         check_identical("output", a.output, plain->output, p->N * p->L * p->w.Eo);
-        if (m->wanted == MHA_WEIGHTS_PER_HEAD)
+        if (m->wanted == MHA_WANT_PROBABILITIES)
             check_identical("weights", a.weights, plain->weights, p->N * p->w.H * p->L * columns_of(p));
-        if (m->wanted == MHA_WEIGHTS_AVERAGED && !averaged) {
+        if (m->wanted == MHA_WANT_AVERAGES && !averaged) {
             check_averages(p, dtype, a.weights, plain->weights);
             averaged = a.weights;
             a.weights = NULL;
-        } else if (m->wanted == MHA_WEIGHTS_AVERAGED) {
+        } else if (m->wanted == MHA_WANT_AVERAGES) {
             check_identical("averages", a.weights, averaged, p->N * p->L * columns_of(p));
         }
         free_answer(&a);

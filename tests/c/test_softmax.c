@@ -80,7 +80,7 @@ static void run_panel(const bench *b, const softmax_case *c, softmax_run *run, s
     }
     b->k->softmax_end(sum, inverse, b->vectors, MHA_EMPTY_ROW_ZERO);
     void *scores = panel_of(b, 0, c->keys[last], run->score[last], first);
-    b->k->softmax_weights(scores, c->keys[last], b->vectors, maximum, sum);
+    b->k->softmax_probabilities(scores, c->keys[last], b->vectors, maximum, sum);
     read_panel(b, sum, 1, run->divisor, first);
     read_panel(b, scores, c->keys[last], run->weight, first);
     for (size_t slot = 0; slot < 5; slot++)

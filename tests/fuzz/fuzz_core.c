@@ -149,7 +149,7 @@ static void check_answer(const problem *p, const parameters *given, const mha_ca
     compare("output", given->dtype, call->output, wanted.output, 0);
     if (call->output_batch_first)
         compare("output", given->dtype, call->output, wanted.output, p->N * p->L * p->w.Eo);
-    if (call->weights_wanted == MHA_WEIGHTS_PER_HEAD)
+    if (call->wanted == MHA_WANT_PROBABILITIES)
         compare("weights", given->dtype, call->attn_weights, wanted.weights, p->N * p->w.H * p->L * columns_of(p));
     free_answer(&wanted);
 }
@@ -182,7 +182,7 @@ static void fuzz_forward(choices *c)
     mha_call call = {.N = p.N, .L = p.L, .S = p.S, .query = x[0], .key = x[1], .value = x[2], .is_causal = p.is_causal,
                      .add_zero_attn = p.add_zero_attn, .empty_row = p.empty_row, .dropout_p = p.dropout_p,
                      .dropout_seed = seed, .output_batch_first = choose(c, 2),
-                     .weights_wanted = (mha_weights_wanted)choose(c, 3), .threads = 1 + choose(c, 4)};
+                     .wanted = (mha_wanted)choose(c, 3), .threads = 1 + choose(c, 4)};
     if (choose(c, 16) == 15)
         call.stop = (mha_stop){sometimes, &asked};
     if (p.attn) {
@@ -196,14 +196,14 @@ static void fuzz_forward(choices *c)
         call.key_padding_mask = as_mask(&masks[1].view, p.padding);
     }
     const size_t heads =
-        call.weights_wanted == MHA_WEIGHTS_PER_HEAD ? p.w.H : call.weights_wanted == MHA_WEIGHTS_AVERAGED;
+        call.wanted == MHA_WANT_PROBABILITIES ? p.w.H : call.wanted == MHA_WANT_AVERAGES;
     call.output = malloc(p.N * p.L * p.w.Eo * item + 1);
     call.attn_weights = malloc(p.N * heads * p.L * columns_of(&p) * item + 1);
     DESCRIBE("%s, N %zu, L %zu, S %zu, H %zu, Hkv %zu, D %zu, Dv %zu, E %zu, Ek %zu, Ev %zu, Eo %zu, attn %d (%d), "
              "padding %d, extra %d%d, causal %d, self %d, threads %zu, weights %d",
              dtype_name(dtype), p.N, p.L, p.S, p.w.H, p.w.Hkv, p.w.D, p.w.Dv, p.w.E, p.w.Ek, p.w.Ev, p.w.Eo,
              (int)p.attn, p.attn_per_head, (int)p.padding, p.has_bias_kv, p.add_zero_attn, p.is_causal, p.is_self,
-             call.threads, (int)call.weights_wanted);
+             call.threads, (int)call.wanted);
     const mha_status status = mha_forward(layer, &call);
     if (status != MHA_OK && !(status == MHA_STOPPED && asked))
         abort();
