@@ -325,7 +325,7 @@ const mha_kernels *__wrap_mha_cpu_kernels(mha_dtype dtype)
     static mha_kernels recording;
     real = __real_mha_cpu_kernels(dtype);
     recording = (mha_kernels){
-        .name = real->name, .dtype = real->dtype, .item = real->item, .lanes = real->lanes, .vectors = real->vectors,
+        .name = real->name, .dtype = real->dtype, .size = real->size, .lanes = real->lanes, .vectors = real->vectors,
         .product = product, .pack_panel = pack_panel, .unpack_panel = unpack_panel, .read_masks = read_masks,
         .softmax_begin = softmax_begin, .softmax_step = softmax_step, .softmax_merge = softmax_merge,
         .softmax_end = softmax_end, .softmax_probabilities = softmax_probabilities, .accumulate = accumulate,

@@ -99,7 +99,7 @@ static size_t bundled_heads(const mha_attention *a)
 
 static size_t most_task_panels(const mha_attention *a)
 {
-    const size_t fit = PANEL_BYTES / (widest_panel(a) * (a->D + a->Dv) * a->kernels->item);
+    const size_t fit = PANEL_BYTES / (widest_panel(a) * (a->D + a->Dv) * a->kernels->size);
     const size_t wanted = mha_smaller(TASK_PANELS, bundled_heads(a) * a->split.panels);
     return fit < 1 ? 1 : mha_smaller(fit, wanted);
 }
@@ -129,7 +129,7 @@ static size_t averages_of_item(const mha_attention *a)
 /* Bytes of the scores or probabilities of a block. */
 static size_t block_bytes(const mha_attention *a, size_t vectors)
 {
-    return most_block_keys(a) * vectors * a->kernels->lanes * a->kernels->item;
+    return most_block_keys(a) * vectors * a->kernels->lanes * a->kernels->size;
 }
 
 static size_t averages_of_call(const mha_attention *a)
@@ -166,7 +166,7 @@ static size_t max_kept_panels(const mha_attention *a)
 {
     if (!a->wanted || a->wanted == MHA_WANT_SCORES)
         return 0;
-    const size_t fitting_blocks = KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->item);
+    const size_t fitting_blocks = KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->size);
     const size_t fit = fitting_blocks / mha_larger(most_blocks(a), 1);
     if (panels_of_averages(a) < 2 * a->threads && !are_panels_even(a))
         return 0;
@@ -189,7 +189,7 @@ static char *row_at(const mha_attention *a, const mha_rows *rows, size_t n, size
 {
     const ptrdiff_t item = rows->item ? rows->item[n] : (ptrdiff_t)n * rows->stride_n;
     const ptrdiff_t at = item + (ptrdiff_t)h * rows->stride_h + (ptrdiff_t)l * rows->stride_l;
-    return rows->data + at * (ptrdiff_t)a->kernels->item;
+    return rows->data + at * (ptrdiff_t)a->kernels->size;
 }
 
 /* ---- Scratch ---- */
@@ -197,25 +197,25 @@ static char *row_at(const mha_attention *a, const mha_rows *rows, size_t n, size
 /* Takes the next piece of a thread's scratch. With base NULL it only counts. */
 static char *take(const mha_attention *a, char *base, mha_layout *layout, size_t rows, size_t numbers)
 {
-    const size_t offset = mha_reserve(layout, rows, numbers, a->kernels->item);
+    const size_t offset = mha_reserve(layout, rows, numbers, a->kernels->size);
     return base ? base + offset : NULL;
 }
 
 static places place_states(const mha_attention *a)
 {
-    const size_t P = widest_panel(a), keys = most_block_keys(a), item = a->kernels->item;
+    const size_t P = widest_panel(a), keys = most_block_keys(a), size = a->kernels->size;
     mha_layout layout = {0}, one = {0};
     const size_t kept_panels = max_kept_panels(a), kept_keys = kept_panels > 0 ? most_blocks(a) * keys : 0;
-    places at = {.scores = mha_reserve(&layout, keys, P, item), .bias = mha_reserve(&layout, keys, P, item)};
-    at.rows = mha_reserve(&layout, kept_panels > 0 ? P : 0, MHA_BLOCK_KEYS, item);
+    places at = {.scores = mha_reserve(&layout, keys, P, size), .bias = mha_reserve(&layout, keys, P, size)};
+    at.rows = mha_reserve(&layout, kept_panels > 0 ? P : 0, MHA_BLOCK_KEYS, size);
     at.states = layout.bytes;
-    at.queries = mha_reserve(&one, a->D, P, item);
-    at.out = mha_reserve(&one, a->Dv, P, item);
-    at.maximum = mha_reserve(&one, 1, P, item);
-    at.sum = mha_reserve(&one, 1, P, item);
-    at.factor = mha_reserve(&one, 1, P, item);
-    at.kept = mha_reserve(&one, kept_keys, P, item);
-    at.probabilities = mha_reserve(&one, kept_keys, P, item);
+    at.queries = mha_reserve(&one, a->D, P, size);
+    at.out = mha_reserve(&one, a->Dv, P, size);
+    at.maximum = mha_reserve(&one, 1, P, size);
+    at.sum = mha_reserve(&one, 1, P, size);
+    at.factor = mha_reserve(&one, 1, P, size);
+    at.kept = mha_reserve(&one, kept_keys, P, size);
+    at.probabilities = mha_reserve(&one, kept_keys, P, size);
     at.state_bytes = one.bytes;
     mha_reserve(&layout, kept_panels > 0 ? kept_panels : most_task_panels(a), one.bytes, 1);
     at.end = layout.bytes;
@@ -272,7 +272,7 @@ size_t mha_attention_statistics(const mha_attention *a)
 
 static size_t statistics_offset(const mha_attention *a, size_t n, size_t h, mha_panel lanes)
 {
-    return ((n * a->H + h) * statistics_of_a_head(a) + lanes.first) * a->kernels->item;
+    return ((n * a->H + h) * statistics_of_a_head(a) + lanes.first) * a->kernels->size;
 }
 
 /* ---- Scores of one panel against one block, shared by both passes ---- */
@@ -311,9 +311,9 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
     const char *addend = view.is_biased && a->D <= MHA_CHAIN ? bias : NULL;
     for (size_t d = 0; d < a->D; d += MHA_CHAIN) {
         const mha_product product = {.rows = view.keys, .depth = mha_smaller(a->D - d, MHA_CHAIN),
-                                     .vectors = lanes.vectors, .a = keys + d * kernels->item,
+                                     .vectors = lanes.vectors, .a = keys + d * kernels->size,
                                      .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1,
-                                     .b = queries + d * P * kernels->item, .b_k = P,
+                                     .b = queries + d * P * kernels->size, .b_k = P,
                                      .addend = addend, .addend_row = P, .c = scores, .c_row = P, .next = next};
         kernels->product(&product);
         addend = scores;
@@ -327,7 +327,7 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
 static void hide_rest(const mha_attention *a, mha_panel lanes, const mha_key_block *block, mha_view view, char *scores)
 {
     const size_t P = lanes.vectors * a->kernels->lanes;
-    a->kernels->fill(scores + view.keys * P * a->kernels->item, (block->keys - view.keys) * P, -INFINITY);
+    a->kernels->fill(scores + view.keys * P * a->kernels->size, (block->keys - view.keys) * P, -INFINITY);
 }
 
 /* Applies dropout to the probabilities of the first `keys` keys of a block. */
@@ -357,9 +357,9 @@ static void begin(const mha_attention *a, size_t n, state *s)
 static mha_next share_of(const mha_attention *a, const state *s, const mha_rows *x, const char *first, size_t rows,
                          size_t width)
 {
-    const ptrdiff_t stride = x->stride_l * (ptrdiff_t)a->kernels->item;
+    const ptrdiff_t stride = x->stride_l * (ptrdiff_t)a->kernels->size;
     const size_t begin = rows * s->share / s->sharers, end = rows * (s->share + 1) / s->sharers;
-    return (mha_next){first + (ptrdiff_t)begin * stride, end - begin, width * a->kernels->item, stride};
+    return (mha_next){first + (ptrdiff_t)begin * stride, end - begin, width * a->kernels->size, stride};
 }
 
 static void step(const mha_attention *a, size_t n, state *s, const mha_key_block *block, const mha_key_block *next,
@@ -402,7 +402,7 @@ static void finish(const mha_attention *a, size_t n, const state *s)
                           row_at(a, &a->context, n, s->h, s->lanes.first), (size_t)a->context.stride_l);
     if (a->wanted) {
         const size_t at = statistics_offset(a, n, s->h, s->lanes);
-        const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->item;
+        const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->size;
         memcpy(a->maximum + at, s->maximum, bytes);
         memcpy(a->sum + at, s->sum, bytes);
     }
@@ -523,25 +523,25 @@ static void score_again(const mha_attention *a, const average *w, size_t h, cons
 static char *probabilities_row(const mha_attention *a, const average *w, size_t lane)
 {
     const size_t row = (w->n * averages_of_item(a) + w->first_head / w->heads) * a->L + w->lanes.first + lane;
-    return a->probabilities + row * probability_columns(a) * a->kernels->item;
+    return a->probabilities + row * probability_columns(a) * a->kernels->size;
 }
 
 static void write_probabilities(const mha_attention *a, const average *w, const mha_key_block *block,
                                 const char *probabilities)
 {
     const mha_kernels *kernels = a->kernels;
-    const size_t item = kernels->item;
+    const size_t size = kernels->size;
     if (!block->index) {
         kernels->unpack_panel(probabilities, w->lanes.vectors, w->factor, w->lanes.count, block->keys,
-                              probabilities_row(a, w, 0) + block->first_key * item, probability_columns(a));
+                              probabilities_row(a, w, 0) + block->first_key * size, probability_columns(a));
         return;
     }
     kernels->unpack_panel(probabilities, w->lanes.vectors, w->factor, w->lanes.count, block->keys, w->rows,
                           MHA_BLOCK_KEYS);
     for (size_t lane = 0; lane < w->lanes.count; lane++)
         for (size_t i = 0; i < block->keys; i++)
-            memcpy(probabilities_row(a, w, lane) + block->index[i] * item, w->rows + (lane * MHA_BLOCK_KEYS + i) * item,
-                   item);
+            memcpy(probabilities_row(a, w, lane) + block->index[i] * size, w->rows + (lane * MHA_BLOCK_KEYS + i) * size,
+                   size);
 }
 
 /* Writes the columns of keys that are not live. They are all equal, so one column is computed. Its score is -inf. Its
@@ -558,7 +558,7 @@ static void write_removed(const mha_attention *a, const average *w)
     kernels->unpack_panel(w->probabilities, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
     for (size_t s = mha_next_removed(a->live, w->n, 0); s < a->live->S; s = mha_next_removed(a->live, w->n, s + 1))
         for (size_t lane = 0; lane < w->lanes.count; lane++)
-            memcpy(probabilities_row(a, w, lane) + s * kernels->item, w->rows + lane * kernels->item, kernels->item);
+            memcpy(probabilities_row(a, w, lane) + s * kernels->size, w->rows + lane * kernels->size, kernels->size);
 }
 
 /* Writes the probabilities of blocks `first` to `end`. The columns of keys that are not live are written with the first

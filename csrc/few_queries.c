@@ -66,7 +66,7 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
 {
     const mha_widths *w = &f->layer->widths;
     const mha_kernels *kernels = f->layer->kernels;
-    const size_t number = kernels->item;
+    const size_t size = kernels->size;
     f->items = f->chunks = 0;
     for (size_t n = 0; n < f->call->N; n++) {
         if (!f->live->is_few[n])
@@ -79,18 +79,18 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
         return;
     const size_t padded = padded_lanes(f), rows = f->items * lanes_of(f);
     const size_t widest = kernels->vectors * kernels->lanes; /* statistics are read a whole panel at a time */
-    f->t_stride = mha_row_stride(w->Ek, kernels->lanes, number);
-    f->y_stride = mha_row_stride(w->Ev, kernels->lanes, number);
-    f->item = mha_reserve(layout, f->items, 1, sizeof(size_t));
-    f->t = mha_reserve(layout, rows, f->t_stride, number);
-    f->t_panels = mha_reserve(layout, f->items * padded, w->Ek, number);
+    f->t_stride = mha_row_stride(w->Ek, kernels->lanes, size);
+    f->y_stride = mha_row_stride(w->Ev, kernels->lanes, size);
+    f->item_numbers = mha_reserve(layout, f->items, 1, sizeof(size_t));
+    f->t = mha_reserve(layout, rows, f->t_stride, size);
+    f->t_panels = mha_reserve(layout, f->items * padded, w->Ek, size);
     const size_t by_head = mha_split_width(kernels, w->H).vectors * kernels->lanes;
-    f->query_panels = mha_reserve(layout, f->call->wanted ? f->items * f->call->L * by_head : 0, w->Ek, number);
-    f->sums = mha_reserve(layout, f->items * f->chunks * padded, w->Ev, number);
-    f->maximum = mha_reserve(layout, f->items * f->chunks * padded + widest, 1, number);
-    f->sum = mha_reserve(layout, f->items * f->chunks * padded + widest, 1, number);
-    f->y = mha_reserve(layout, rows, f->y_stride, number);
-    f->mass = mha_reserve(layout, f->items * padded, 1, number);
+    f->query_panels = mha_reserve(layout, f->call->wanted ? f->items * f->call->L * by_head : 0, w->Ek, size);
+    f->sums = mha_reserve(layout, f->items * f->chunks * padded, w->Ev, size);
+    f->maximum = mha_reserve(layout, f->items * f->chunks * padded + widest, 1, size);
+    f->sum = mha_reserve(layout, f->items * f->chunks * padded + widest, 1, size);
+    f->y = mha_reserve(layout, rows, f->y_stride, size);
+    f->mass = mha_reserve(layout, f->items * padded, 1, size);
     f->is_given_up = mha_reserve(layout, f->call->N, 1, sizeof(atomic_bool));
 }
 
@@ -102,18 +102,18 @@ typedef struct {
 
 static size_t slice_stride(const mha_kernels *kernels)
 {
-    return mha_row_stride(MHA_CHAIN, kernels->lanes, kernels->item);
+    return mha_row_stride(MHA_CHAIN, kernels->lanes, kernels->size);
 }
 
 static places take_scratch(const mha_few_queries *f, char *base, mha_layout *layout)
 {
     const mha_kernels *kernels = f->layer->kernels;
-    const size_t P = kernels->vectors * kernels->lanes, H = f->layer->widths.H, number = kernels->item;
-    const size_t scores = mha_reserve(layout, MHA_BLOCK_KEYS, P, number);
-    const size_t bias = mha_reserve(layout, MHA_BLOCK_KEYS, P, number), factor = mha_reserve(layout, 1, P, number);
-    const size_t slice = mha_reserve(layout, MHA_BLOCK_KEYS, slice_stride(kernels), number);
+    const size_t P = kernels->vectors * kernels->lanes, H = f->layer->widths.H, size = kernels->size;
+    const size_t scores = mha_reserve(layout, MHA_BLOCK_KEYS, P, size);
+    const size_t bias = mha_reserve(layout, MHA_BLOCK_KEYS, P, size), factor = mha_reserve(layout, 1, P, size);
+    const size_t slice = mha_reserve(layout, MHA_BLOCK_KEYS, slice_stride(kernels), size);
     const size_t most_rows = H > f->call->L ? H : f->call->L;
-    const size_t rows = mha_reserve(layout, most_rows, MHA_BLOCK_KEYS > P ? MHA_BLOCK_KEYS : P, number);
+    const size_t rows = mha_reserve(layout, most_rows, MHA_BLOCK_KEYS > P ? MHA_BLOCK_KEYS : P, size);
     return base ? (places){base + scores, base + bias, base + factor, base + slice, base + rows} : (places){0};
 }
 
@@ -143,12 +143,12 @@ static places scratch_of(const job *j, size_t worker)
 
 static size_t number_of_item(const mha_few_queries *f, size_t i)
 {
-    return ((const size_t *)(const void *)(f->block + f->item))[i];
+    return ((const size_t *)(const void *)(f->block + f->item_numbers))[i];
 }
 
 static char *numbers_at(const mha_few_queries *f, size_t offset, size_t index)
 {
-    return f->block + offset + index * f->layer->kernels->item;
+    return f->block + offset + index * f->layer->kernels->size;
 }
 
 static atomic_bool *is_given_up(const mha_few_queries *f, size_t n)
@@ -170,10 +170,10 @@ static void copy_slice(const mha_few_queries *f, const mha_array *x, size_t n, c
                        size_t features, char *slice)
 {
     const mha_kernels *kernels = f->layer->kernels;
-    const size_t bytes = slice_stride(kernels) * kernels->item;
+    const size_t bytes = slice_stride(kernels) * kernels->size;
     const char *item = (const char *)x->data + (ptrdiff_t)n * x->stride_n + (ptrdiff_t)first * x->stride_e;
     for (size_t i = 0; i < block->keys; i++)
-        mha_copy_row(item + (ptrdiff_t)mha_key_number(block, i) * x->stride_l, x->stride_e, features, kernels->item,
+        mha_copy_row(item + (ptrdiff_t)mha_key_number(block, i) * x->stride_l, x->stride_e, features, kernels->size,
                      slice + i * bytes);
 }
 
@@ -186,16 +186,16 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
 {
     const mha_layer *layer = f->layer;
     const mha_widths *w = &layer->widths;
-    const size_t number = layer->kernels->item, hkv = h / (w->H / w->Hkv), n = number_of_item(f, i);
-    const char *q = f->q + (n * f->call->L * f->q_stride + h * f->q_head) * number;
-    const char *Wk = (const char *)layer->k_weight + (hkv * w->D * w->Ek + first) * number;
+    const size_t size = layer->kernels->size, hkv = h / (w->H / w->Hkv), n = number_of_item(f, i);
+    const char *q = f->q + (n * f->call->L * f->q_stride + h * f->q_head) * size;
+    const char *Wk = (const char *)layer->k_weight + (hkv * w->D * w->Ek + first) * size;
     char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
     mha_product product = {.rows = f->call->L, .vectors = vectors, .a_row = (ptrdiff_t)f->q_stride, .a_k = 1,
                            .b_k = w->Ek, .addend_row = w->H * f->t_stride, .c = t, .c_row = w->H * f->t_stride};
     for (size_t d = 0; d < w->D; d += MHA_CHAIN) {
         product.depth = mha_smaller(w->D - d, MHA_CHAIN);
-        product.a = q + d * number;
-        product.b = Wk + d * w->Ek * number;
+        product.a = q + d * size;
+        product.b = Wk + d * w->Ek * size;
         product.addend = d ? t : NULL;
         layer->kernels->product(&product);
     }
@@ -208,15 +208,15 @@ static void look_at_constants(const mha_few_queries *f, size_t i, size_t h, cons
     const mha_layer *layer = f->layer;
     const mha_widths *w = &layer->widths;
     const mha_kernels *kernels = layer->kernels;
-    const size_t number = kernels->item, P = kernels->lanes, n = number_of_item(f, i);
-    const char *q = f->q + (n * f->call->L * f->q_stride + h * f->q_head) * number;
-    const char *bk = layer->k.bias + h / (w->H / w->Hkv) * w->D * number;
+    const size_t size = kernels->size, P = kernels->lanes, n = number_of_item(f, i);
+    const char *q = f->q + (n * f->call->L * f->q_stride + h * f->q_head) * size;
+    const char *bk = layer->k.bias + h / (w->H / w->Hkv) * w->D * size;
     mha_product product = {.rows = f->call->L, .vectors = 1, .a_row = (ptrdiff_t)f->q_stride, .a_k = 1, .b = s->slice,
                            .b_k = P, .addend_row = P, .c = s->rows, .c_row = P};
     for (size_t d = 0; d < w->D; d += MHA_CHAIN) {
         product.depth = mha_smaller(w->D - d, MHA_CHAIN);
-        kernels->pack_panel(bk + d * number, 0, 1, product.depth, 1 / sqrt((double)w->D), s->slice, 1);
-        product.a = q + d * number;
+        kernels->pack_panel(bk + d * size, 0, 1, product.depth, 1 / sqrt((double)w->D), s->slice, 1);
+        product.a = q + d * size;
         product.addend = d ? s->rows : NULL;
         kernels->product(&product);
     }
@@ -271,7 +271,7 @@ static size_t score(const mha_few_queries *f, size_t n, size_t first, mha_panel 
     for (size_t e = 0; e < Ek; e += MHA_CHAIN) {
         product.depth = mha_smaller(Ek - e, MHA_CHAIN);
         copy_slice(f, &f->call->key, n, block, e, product.depth, s->slice);
-        product.b = queries + e * P * kernels->item;
+        product.b = queries + e * P * kernels->size;
         product.addend = e ? s->scores : NULL;
         kernels->product(&product);
     }
@@ -293,7 +293,7 @@ static void add_values(const mha_few_queries *f, size_t n, mha_panel panel, cons
     for (size_t e = 0; e < Ev; e += MHA_CHAIN) {
         product.rows = mha_smaller(Ev - e, MHA_CHAIN);
         copy_slice(f, &f->call->value, n, block, e, product.rows, s->slice);
-        product.addend = product.c = sums + e * P * kernels->item;
+        product.addend = product.c = sums + e * P * kernels->size;
         kernels->product(&product);
     }
 }
@@ -331,7 +331,7 @@ static void attend_task(void *context, size_t task, size_t worker)
 static bool is_zero(const mha_kernels *kernels, const char *number)
 {
     const char zero[sizeof(double)] = {0};
-    return memcmp(number, zero, kernels->item) == 0;
+    return memcmp(number, zero, kernels->size) == 0;
 }
 
 static void merge_task(void *context, size_t task, size_t worker)
@@ -351,7 +351,7 @@ static void merge_task(void *context, size_t task, size_t worker)
     }
     char *mass = numbers_at(f, f->mass, i * padded + panel.first);
     for (size_t lane = 0; lane < panel.count; lane++)
-        kernels->fill(mass + lane * kernels->item, 1, is_zero(kernels, sum + lane * kernels->item) ? 0 : 1);
+        kernels->fill(mass + lane * kernels->size, 1, is_zero(kernels, sum + lane * kernels->size) ? 0 : 1);
     char *inverse = scratch_of(j, worker).factor;
     kernels->softmax_end(sum, inverse, panel.vectors, f->call->empty_row);
     kernels->unpack_panel(sums, panel.vectors, inverse, panel.count, Ev,
@@ -366,15 +366,15 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
     const mha_layer *layer = f->layer;
     const mha_widths *w = &layer->widths;
     const mha_kernels *kernels = layer->kernels;
-    const size_t number = kernels->item, P = panel.vectors * kernels->lanes, n = number_of_item(f, i);
+    const size_t size = kernels->size, P = panel.vectors * kernels->lanes, n = number_of_item(f, i);
     const char *y = numbers_at(f, f->y, (i * lanes_of(f) + h) * f->y_stride);
-    const char *Wv = layer->v.data + panel.first * w->Ev * number;
+    const char *Wv = layer->v.data + panel.first * w->Ev * size;
     mha_product product = {.rows = f->call->L, .vectors = panel.vectors, .a_row = (ptrdiff_t)(w->H * f->y_stride),
                            .a_k = 1, .b_k = P, .addend_row = P, .c = strip, .c_row = P};
     for (size_t e = 0; e < w->Ev; e += MHA_CHAIN) {
         product.depth = mha_smaller(w->Ev - e, MHA_CHAIN);
-        product.a = y + e * number;
-        product.b = Wv + e * P * number;
+        product.a = y + e * size;
+        product.b = Wv + e * P * size;
         product.addend = e ? strip : NULL;
         kernels->product(&product);
     }
@@ -382,7 +382,7 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
         product.depth = 1;
         product.a = numbers_at(f, f->mass, i * padded_lanes(f) + h);
         product.a_row = (ptrdiff_t)w->H;
-        product.b = layer->v.bias + panel.first * number;
+        product.b = layer->v.bias + panel.first * size;
         product.addend = strip;
         kernels->product(&product);
     }
@@ -390,8 +390,8 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
     const size_t from = head > panel.first ? head : panel.first;
     const size_t to = mha_smaller(head + w->Dv, panel.first + panel.count);
     for (size_t l = 0; l < f->call->L; l++)
-        memcpy(f->context + ((n * f->call->L + l) * f->context_stride + h * w->Dv + from - head) * number,
-               strip + (l * P + from - panel.first) * number, (to - from) * number);
+        memcpy(f->context + ((n * f->call->L + l) * f->context_stride + h * w->Dv + from - head) * size,
+               strip + (l * P + from - panel.first) * size, (to - from) * size);
 }
 
 /* Checks that the context of a head is finite. If a number in values, Wv or bv is not finite, nor is the context. A
@@ -405,7 +405,7 @@ static void look_at_context(const mha_few_queries *f, size_t i, size_t h)
         const bool is_empty = is_zero(kernels, numbers_at(f, f->mass, i * padded_lanes(f) + l * w->H + h));
         if (!is_empty || f->call->empty_row != MHA_EMPTY_ROW_NAN)
             give_up_unless_finite(f, n, f->context + ((n * f->call->L + l) * f->context_stride + h * w->Dv) *
-                                                         kernels->item, w->Dv);
+                                                         kernels->size, w->Dv);
     }
 }
 
@@ -458,7 +458,7 @@ static query_rows describe_query_rows(const job *j, size_t query)
     const mha_widths *w = &f->layer->widths;
     const size_t i = query / call->L, l = query % call->L, n = number_of_item(f, i), padded = padded_lanes(f);
     const size_t heads = call->wanted == MHA_WANT_PROBABILITIES ? w->H : 1;
-    const size_t row_bytes = call->S * f->layer->kernels->item;
+    const size_t row_bytes = call->S * f->layer->kernels->size;
     return (query_rows){
         .n = n, .l = l,
         .panels = numbers_at(f, f->query_panels, query * j->by_head.vectors * j->by_head.lanes * w->Ek),
@@ -476,32 +476,32 @@ static void probabilities_of_block(const job *j, const query_rows *w, const mha_
 {
     const mha_few_queries *f = j->f;
     const mha_kernels *kernels = f->layer->kernels;
-    const size_t number = kernels->item, H = f->layer->widths.H;
+    const size_t size = kernels->size, H = f->layer->widths.H;
     const bool is_averaged = f->call->wanted == MHA_WANT_AVERAGES;
     for (size_t p = 0; p < j->by_head.panels; p++) {
         const mha_panel panel = mha_panel_at(&j->by_head, p);
         const size_t P = panel.vectors * kernels->lanes;
-        const char *queries = w->panels + panel.first * f->layer->widths.Ek * number;
+        const char *queries = w->panels + panel.first * f->layer->widths.Ek * size;
         const size_t seen = is_hidden ? 0 : score(f, w->n, w->l * H + panel.first, panel, block, queries, s);
-        kernels->fill(s->scores + seen * P * number, (block->keys - seen) * P, -INFINITY);
-        kernels->softmax_probabilities(s->scores, block->keys, panel.vectors, w->maximum + panel.first * number,
-                                       w->sum + panel.first * number);
+        kernels->fill(s->scores + seen * P * size, (block->keys - seen) * P, -INFINITY);
+        kernels->softmax_probabilities(s->scores, block->keys, panel.vectors, w->maximum + panel.first * size,
+                                       w->sum + panel.first * size);
         kernels->fill(s->factor, P, is_averaged ? 1 / (double)H : 1);
         kernels->unpack_panel(s->scores, panel.vectors, s->factor, panel.count, block->keys,
-                              s->rows + panel.first * MHA_BLOCK_KEYS * number, MHA_BLOCK_KEYS);
+                              s->rows + panel.first * MHA_BLOCK_KEYS * size, MHA_BLOCK_KEYS);
     }
     for (size_t h = 1; is_averaged && h < H; h++)
-        kernels->accumulate(s->rows, s->rows + h * MHA_BLOCK_KEYS * number, MHA_BLOCK_KEYS);
+        kernels->accumulate(s->rows, s->rows + h * MHA_BLOCK_KEYS * size, MHA_BLOCK_KEYS);
 }
 
 /* Copies what probabilities_of_block() computed for key i of its block to the column of key s. */
 static void write_probability(const job *j, const query_rows *w, size_t i, size_t s_key, const places *s)
 {
     const mha_few_queries *f = j->f;
-    const size_t number = f->layer->kernels->item;
+    const size_t size = f->layer->kernels->size;
     const size_t heads = f->call->wanted == MHA_WANT_PROBABILITIES ? f->layer->widths.H : 1;
     for (size_t h = 0; h < heads; h++)
-        memcpy(w->out + h * w->out_stride + s_key * number, s->rows + (h * MHA_BLOCK_KEYS + i) * number, number);
+        memcpy(w->out + h * w->out_stride + s_key * size, s->rows + (h * MHA_BLOCK_KEYS + i) * size, size);
 }
 
 static void probabilities_task(void *context, size_t task, size_t worker)
@@ -536,7 +536,7 @@ static mha_status run(const job *j, size_t tasks, mha_task task)
 
 static void number_items(const mha_few_queries *f)
 {
-    size_t *number = (size_t *)(void *)(f->block + f->item);
+    size_t *number = (size_t *)(void *)(f->block + f->item_numbers);
     for (size_t n = 0; n < f->call->N; n++)
         if (f->live->is_few[n])
             *number++ = n;

@@ -30,7 +30,7 @@ typedef struct {
 
     size_t items;  /* items that are computed this way */
     size_t chunks; /* the most chunks of keys of any of them */
-    size_t item;   /* [items]: their numbers */
+    size_t item_numbers;   /* [items]: their numbers */
     size_t t, t_stride;       /* [items][L * H]: rows Wk_h^T q_h */
     size_t t_panels;          /* [items]: the same rows as panels [Ek][P] */
     size_t query_panels;      /* [items][L]: the same rows as panels of the heads of one query, for the probabilities */

@@ -170,7 +170,7 @@ static void plan_output(const forward *f, mha_projection *p)
     mha_target *output = p->target;
     p->rows = f->call->N * f->call->L;
     p->row = (const char *const *)(void *)at_offset(f, f->at.context_row);
-    p->stride_e = (ptrdiff_t)f->layer->kernels->item;
+    p->stride_e = (ptrdiff_t)f->layer->kernels->size;
     p->targets = 1;
     output->panels = &f->layer->out;
     output->y = f->call->output;
@@ -197,7 +197,7 @@ static void list_input_rows(const forward *f)
 static void list_context_rows(const forward *f)
 {
     const mha_call *call = f->call;
-    const size_t stride = f->at.context.row * f->layer->kernels->item;
+    const size_t stride = f->at.context.row * f->layer->kernels->size;
     const char **context_row = (const char **)(void *)(f->block + f->at.context_row);
     const bool item_after_item = call->output_batch_first || is_interleaved(f);
     for (size_t r = 0; r < call->N * call->L; r++) {
@@ -212,14 +212,14 @@ static void list_context_rows(const forward *f)
 static void copy_projected(const forward *f, const mha_projected *x, size_t width, const matrix *m)
 {
     const mha_live_keys *live = &f->live;
-    const size_t item = f->layer->kernels->item;
+    const size_t size = f->layer->kernels->size;
     char *to = f->block + m->offset;
     for (size_t n = 0; n < live->N; n++)
-        for (size_t i = 0; i < mha_live_count(live, n); i++, to += m->row * item) {
+        for (size_t i = 0; i < mha_live_count(live, n); i++, to += m->row * size) {
             const size_t s = live->index ? live->index[live->start[n] + i] : i;
             const char *from = (const char *)x->data + (ptrdiff_t)n * x->stride_n + (ptrdiff_t)s * x->stride_s;
             for (size_t h = 0; h < f->layer->widths.Hkv; h++)
-                mha_copy_row(from + (ptrdiff_t)h * x->stride_h, x->stride_d, width, item, to + h * m->head * item);
+                mha_copy_row(from + (ptrdiff_t)h * x->stride_h, x->stride_d, width, size, to + h * m->head * size);
         }
 }
 
@@ -227,13 +227,13 @@ static void copy_projected(const forward *f, const mha_projected *x, size_t widt
 static void write_extra_keys(const forward *f)
 {
     const mha_layer *w = f->layer;
-    const size_t item = w->kernels->item, extra = f->live.extra;
+    const size_t size = w->kernels->size, extra = f->live.extra;
     char *k = f->block + f->at.extra_k.offset, *v = f->block + f->at.extra_v.offset;
-    memset(k, 0, extra * f->at.extra_k.row * item);
-    memset(v, 0, extra * f->at.extra_v.row * item);
+    memset(k, 0, extra * f->at.extra_k.row * size);
+    memset(v, 0, extra * f->at.extra_v.row * size);
     if (w->bias_k) {
-        memcpy(k, w->bias_k, w->widths.Hkv * w->widths.D * item);
-        memcpy(v, w->bias_v, w->widths.Hkv * w->widths.Dv * item);
+        memcpy(k, w->bias_k, w->widths.Hkv * w->widths.D * size);
+        memcpy(v, w->bias_v, w->widths.Hkv * w->widths.Dv * size);
     }
 }
 
@@ -242,15 +242,15 @@ static void write_extra_keys(const forward *f)
 static matrix reserve_side_by_side(mha_layout *layout, const mha_kernels *kernels, size_t rows, size_t heads,
                                    size_t width)
 {
-    const size_t row = mha_row_stride(heads * width, kernels->lanes, kernels->item);
-    return (matrix){.offset = mha_reserve(layout, rows, row, kernels->item), .row = row, .head = width};
+    const size_t row = mha_row_stride(heads * width, kernels->lanes, kernels->size);
+    return (matrix){.offset = mha_reserve(layout, rows, row, kernels->size), .row = row, .head = width};
 }
 
 static matrix reserve_heads(mha_layout *layout, const mha_kernels *kernels, size_t rows, size_t heads, size_t width)
 {
     if (heads == 1 || width % kernels->lanes > 0 || width < LEAST_APART * kernels->lanes)
         return reserve_side_by_side(layout, kernels, rows, heads, width);
-    return (matrix){.offset = mha_reserve(layout, rows, heads * width, kernels->item), .row = width,
+    return (matrix){.offset = mha_reserve(layout, rows, heads * width, kernels->size), .row = width,
                     .head = rows * width, .part = width};
 }
 
@@ -321,7 +321,7 @@ static void lay_out(forward *f, mha_layout *layout)
     const mha_call *call = f->call;
     const mha_widths *w = &f->layer->widths;
     const mha_kernels *kernels = f->layer->kernels;
-    const size_t item = kernels->item, queries = call->N * call->L, keys = mha_live_rows(&f->live);
+    const size_t size = kernels->size, queries = call->N * call->L, keys = mha_live_rows(&f->live);
     plan *at = &f->at;
     f->few = (mha_few_queries){.layer = f->layer, .call = call, .live = &f->live, .masks = &f->masks};
     at->q = reserve_heads(layout, kernels, queries, w->H, w->D);
@@ -342,8 +342,8 @@ static void lay_out(forward *f, mha_layout *layout)
     const size_t inputs = plan_inputs(f, projections);
     plan_output(f, &output);
     const size_t statistics = call->wanted ? mha_attention_statistics(&attention) : 0;
-    at->maximum = mha_reserve(layout, statistics, 1, item);
-    at->sum = mha_reserve(layout, statistics, 1, item);
+    at->maximum = mha_reserve(layout, statistics, 1, size);
+    at->sum = mha_reserve(layout, statistics, 1, size);
     mha_few_queries_plan(&f->few, layout);
     at->scratch_bytes = mha_larger(mha_larger(mha_attention_scratch(&attention), mha_few_queries_scratch(&f->few)),
                                mha_larger(mha_projection_scratch(kernels, projections, inputs),
@@ -356,10 +356,10 @@ static void lay_out(forward *f, mha_layout *layout)
 /* Copies the context without the padding that its rows have in the workspace. */
 static void copy_context(const forward *f)
 {
-    const size_t item = f->layer->kernels->item, bytes = f->layer->widths.H * f->layer->widths.Dv * item;
+    const size_t size = f->layer->kernels->size, bytes = f->layer->widths.H * f->layer->widths.Dv * size;
     for (size_t row = 0; row < f->call->N * f->call->L; row++)
         memcpy((char *)f->call->context + row * bytes,
-               f->block + f->at.context.offset + row * f->at.context.row * item, bytes);
+               f->block + f->at.context.offset + row * f->at.context.row * size, bytes);
 }
 
 /* Runs all steps. *given_up counts the items of few_queries.c that turned out to need their keys projected. If there
@@ -483,7 +483,7 @@ static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
     const mha_widths *w = &all->layer->widths;
     const size_t first = mha_first_of_part(all->call->N, j->chunks, i);
     const size_t count = mha_first_of_part(all->call->N, j->chunks, i + 1) - first;
-    const size_t item = all->layer->kernels->item, L = all->call->L, keys = all->call->S + all->live.extra;
+    const size_t size = all->layer->kernels->size, L = all->call->L, keys = all->call->S + all->live.extra;
     const size_t heads = all->call->wanted == MHA_WANT_AVERAGES ? 1 : w->H;
     const ptrdiff_t n = (ptrdiff_t)first;
     *call = *all->call;
@@ -498,11 +498,11 @@ static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
     if (call->static_v.data)
         call->static_v.data = (const char *)call->static_v.data + n * call->static_v.stride_n;
     if (call->output)
-        call->output = (char *)call->output + first * (call->output_batch_first ? L : 1) * w->Eo * item;
+        call->output = (char *)call->output + first * (call->output_batch_first ? L : 1) * w->Eo * size;
     if (call->attn_weights)
-        call->attn_weights = (char *)call->attn_weights + first * heads * L * keys * item;
+        call->attn_weights = (char *)call->attn_weights + first * heads * L * keys * size;
     if (call->context)
-        call->context = (char *)call->context + first * L * w->H * w->Dv * item;
+        call->context = (char *)call->context + first * L * w->H * w->Dv * size;
     return (forward){.layer = all->layer, .call = call, .first_item = first, .items_in_all = all->call->N,
                      .live = mha_live_keys_of(&all->live, first, count), .masks = mha_masks_of(&all->masks, first)};
 }

@@ -23,24 +23,24 @@ static place reserve_panels(mha_layout *layout, const mha_kernels *kernels, mha_
     panels->split = mha_split_width(kernels, features);
     panels->depth = depth;
     const size_t padded = panels->split.vectors * kernels->lanes;
-    return (place){.data = mha_reserve(layout, padded, depth, kernels->item),
-                   .bias = mha_reserve(layout, padded, 1, kernels->item)};
+    return (place){.data = mha_reserve(layout, padded, depth, kernels->size),
+                   .bias = mha_reserve(layout, padded, 1, kernels->size)};
 }
 
 static void pack_panels(const mha_kernels *kernels, mha_panels *panels, char *block, place at, const char *weight,
                         const char *bias)
 {
     const mha_split *split = &panels->split;
-    const size_t item = kernels->item, depth = panels->depth;
+    const size_t size = kernels->size, depth = panels->depth;
     for (size_t i = 0; i < split->panels; i++) {
         const mha_panel panel = mha_panel_at(split, i);
-        kernels->pack_panel(weight + panel.first * depth * item, depth, panel.count, depth, 1,
-                            block + at.data + panel.first * depth * item, panel.vectors);
+        kernels->pack_panel(weight + panel.first * depth * size, depth, panel.count, depth, 1,
+                            block + at.data + panel.first * depth * size, panel.vectors);
     }
     panels->data = block + at.data;
     if (bias) {
-        memset(block + at.bias, 0, split->vectors * kernels->lanes * item);
-        memcpy(block + at.bias, bias, split->width * item);
+        memset(block + at.bias, 0, split->vectors * kernels->lanes * size);
+        memcpy(block + at.bias, bias, split->width * size);
         panels->bias = block + at.bias;
     }
 }
@@ -55,7 +55,7 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
 {
     const mha_widths w = *widths;
     const mha_kernels *kernels = mha_cpu_kernels(dtype);
-    const size_t item = kernels->item;
+    const size_t size = kernels->size;
     mha_layout layout = {0};
     mha_status status = MHA_NO_MEMORY;
     mha_layer *made = calloc(1, sizeof *made);
@@ -65,7 +65,7 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
     const place k = reserve_panels(&layout, kernels, &made->k, w.Hkv * w.D, w.Ek);
     const place v = reserve_panels(&layout, kernels, &made->v, w.Hkv * w.Dv, w.Ev);
     const place out = reserve_panels(&layout, kernels, &made->out, w.Eo, w.H * w.Dv);
-    const size_t bias_k = mha_reserve(&layout, w.Hkv, w.D, item), bias_v = mha_reserve(&layout, w.Hkv, w.Dv, item);
+    const size_t bias_k = mha_reserve(&layout, w.Hkv, w.D, size), bias_v = mha_reserve(&layout, w.Hkv, w.Dv, size);
     status = mha_allocate(&layout, &made->block);
     if (status != MHA_OK)
         goto done;
@@ -77,8 +77,8 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
     pack_panels(kernels, &made->k, made->block, k, given->k_weight, given->k_bias);
     pack_panels(kernels, &made->v, made->block, v, given->v_weight, given->v_bias);
     pack_panels(kernels, &made->out, made->block, out, given->out_weight, given->out_bias);
-    made->bias_k = copy(made->block, bias_k, given->bias_k, w.Hkv * w.D * item);
-    made->bias_v = copy(made->block, bias_v, given->bias_v, w.Hkv * w.Dv * item);
+    made->bias_k = copy(made->block, bias_k, given->bias_k, w.Hkv * w.D * size);
+    made->bias_v = copy(made->block, bias_v, given->bias_v, w.Hkv * w.Dv * size);
 done:
     if (status != MHA_OK) {
         mha_layer_destroy(made);

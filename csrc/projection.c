@@ -95,11 +95,11 @@ static size_t choose_runs(const plan *p, size_t threads)
 static plan make_plan(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
 {
     const size_t depth = projection->target[0].panels->depth;
-    const size_t slice = SLICE_BYTES / kernels->item;
+    const size_t slice = SLICE_BYTES / kernels->size;
     plan p = {.projection = projection, .depth = depth, .slice = mha_smaller(depth, slice)};
     p.chain = mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
     p.slices = depth ? mha_divide_up(depth, slice) : 1;
-    const size_t fit = BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->item) / WHOLE_ROWS * WHOLE_ROWS;
+    const size_t fit = BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->size) / WHOLE_ROWS * WHOLE_ROWS;
     p.wholes = mha_divide_up(projection->rows, WHOLE_ROWS);
     p.blocks = mha_divide_up(projection->rows, mha_smaller(BLOCK_ROWS, fit));
     if (p.blocks)
@@ -139,18 +139,18 @@ size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *
         const plan p = make_plan(kernels, &projections[i], 1);
         mha_layout layout = {0};
         mha_reserve(&layout, 1, 1, sizeof(copied_slice));
-        mha_reserve(&layout, block_size(&p), 1, kernels->item);
-        mha_reserve(&layout, waiting_strips(&p), strip_size(kernels, &p), kernels->item);
+        mha_reserve(&layout, block_size(&p), 1, kernels->size);
+        mha_reserve(&layout, waiting_strips(&p), strip_size(kernels, &p), kernels->size);
         most = mha_larger(most, layout.bytes);
     }
     return most;
 }
 
-void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t item, char *to)
+void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t size, char *to)
 {
-    if (stride_e == (ptrdiff_t)item)
-        memcpy(to, x, features * item);
-    else if (item == sizeof(float))
+    if (stride_e == (ptrdiff_t)size)
+        memcpy(to, x, features * size);
+    else if (size == sizeof(float))
         for (size_t e = 0; e < features; e++)
             memcpy(to + e * sizeof(float), x + (ptrdiff_t)e * stride_e, sizeof(float));
     else
@@ -160,12 +160,12 @@ void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t ite
 
 /* The distance in bytes between rows that can be read in place: they are short, aligned and equally spaced. 0 if they
  * cannot. */
-static size_t distance_of_rows(const plan *p, size_t first_row, size_t rows, size_t item)
+static size_t distance_of_rows(const plan *p, size_t first_row, size_t rows, size_t size)
 {
     const char *const *row = p->projection->row + first_row;
-    const uintptr_t distance = rows > 1 ? (uintptr_t)row[1] - (uintptr_t)row[0] : p->depth * item;
-    if (p->projection->stride_e != (ptrdiff_t)item || distance > SHORT_BYTES || distance % item > 0 ||
-        (uintptr_t)row[0] % item > 0)
+    const uintptr_t distance = rows > 1 ? (uintptr_t)row[1] - (uintptr_t)row[0] : p->depth * size;
+    if (p->projection->stride_e != (ptrdiff_t)size || distance > SHORT_BYTES || distance % size > 0 ||
+        (uintptr_t)row[0] % size > 0)
         return 0;
     for (size_t r = 1; r < rows; r++)
         if ((uintptr_t)row[r] - (uintptr_t)row[r - 1] != distance)
@@ -186,31 +186,31 @@ static size_t first_row_of(const plan *p, size_t block)
 }
 
 /* Copies a slice of some rows to a block. */
-static void copy_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item, char *block)
+static void copy_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t size, char *block)
 {
     const ptrdiff_t stride_e = p->projection->stride_e;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
-    const size_t chain_bytes = p->block_rows * p->chain * item;
+    const size_t chain_bytes = p->block_rows * p->chain * size;
     const ptrdiff_t first = (ptrdiff_t)first_feature * stride_e;
     const char *const *row = p->projection->row + first_row;
     for (size_t r = 0; r < rows; r++) {
         const char *x = row[r] + first;
-        if (r + 1 < rows && stride_e == (ptrdiff_t)item)
-            fetch_ahead(row[r + 1] + first, features * item);
-        char *to = block + r * p->chain * item;
+        if (r + 1 < rows && stride_e == (ptrdiff_t)size)
+            fetch_ahead(row[r + 1] + first, features * size);
+        char *to = block + r * p->chain * size;
         for (size_t k = 0; k < features; k += MHA_CHAIN, to += chain_bytes)
-            mha_copy_row(x + (ptrdiff_t)k * stride_e, stride_e, mha_smaller(features - k, MHA_CHAIN), item, to);
+            mha_copy_row(x + (ptrdiff_t)k * stride_e, stride_e, mha_smaller(features - k, MHA_CHAIN), size, to);
     }
 }
 
-static sliced_rows take_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item,
+static sliced_rows take_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t size,
                               copied_slice *copied, char *block)
 {
-    const size_t distance = p->slices > 1 ? 0 : distance_of_rows(p, first_row, rows, item);
+    const size_t distance = p->slices > 1 ? 0 : distance_of_rows(p, first_row, rows, size);
     if (distance > 0)
-        return (sliced_rows){p->projection->row[first_row], rows, (ptrdiff_t)(distance / item), MHA_CHAIN};
+        return (sliced_rows){p->projection->row[first_row], rows, (ptrdiff_t)(distance / size), MHA_CHAIN};
     if (copied->plan != p || copied->first_row != first_row || copied->first_feature != first_feature)
-        copy_slice(p, first_row, rows, first_feature, item, block);
+        copy_slice(p, first_row, rows, first_feature, size, block);
     *copied = (copied_slice){p, first_row, first_feature};
     return (sliced_rows){block, rows, (ptrdiff_t)p->chain, (ptrdiff_t)(p->block_rows * p->chain)};
 }
@@ -220,18 +220,18 @@ static sliced_rows take_slice(const plan *p, size_t first_row, size_t rows, size
 static mha_next following(const mha_kernels *kernels, const mha_target *target, const char *b)
 {
     const mha_split *split = &target->panels->split;
-    const char *end = target->panels->data + split->vectors * split->lanes * target->panels->depth * kernels->item;
-    const size_t chain = MHA_CHAIN * kernels->vectors * kernels->lanes * kernels->item;
+    const char *end = target->panels->data + split->vectors * split->lanes * target->panels->depth * kernels->size;
+    const size_t chain = MHA_CHAIN * kernels->vectors * kernels->lanes * kernels->size;
     const size_t bytes = b < end ? mha_smaller((size_t)(end - b), chain) : 0;
     return (mha_next){.data = b, .rows = bytes > 0, .bytes = bytes};
 }
 
 /* Where row r of a target begins. */
-static char *row_of_y(const mha_target *target, size_t r, size_t item)
+static char *row_of_y(const mha_target *target, size_t r, size_t size)
 {
     const size_t at = target->run ? r / target->run * target->run_stride + r % target->run * target->stride
                                   : r * target->stride;
-    return target->y + at * item;
+    return target->y + at * size;
 }
 
 /* Multiplies the last chain of a panel straight to y, for rows that are `stride` apart. Features of different parts are
@@ -239,18 +239,18 @@ static char *row_of_y(const mha_target *target, size_t r, size_t item)
 static void multiply_to_parts(const mha_kernels *kernels, const mha_target *target, mha_panel panel, char *y,
                               mha_product *product)
 {
-    const size_t lanes = kernels->lanes, item = kernels->item;
+    const size_t lanes = kernels->lanes, size = kernels->size;
     size_t part = target->part ? panel.first / target->part : 0, feature = panel.first - part * target->part;
     size_t vectors = panel.vectors;
     product->c_row = target->stride;
     while (vectors > 0) {
         const size_t here = target->part ? mha_smaller((target->part - feature) / lanes, vectors) : vectors;
         product->vectors = here;
-        product->c = y + (part * target->part_stride + feature) * item;
+        product->c = y + (part * target->part_stride + feature) * size;
         kernels->product(product);
-        product->b = (const char *)product->b + here * lanes * item;
+        product->b = (const char *)product->b + here * lanes * size;
         if (product->addend)
-            product->addend = (const char *)product->addend + here * lanes * item;
+            product->addend = (const char *)product->addend + here * lanes * size;
         product->next = NULL;
         vectors -= here;
         feature = 0;
@@ -262,19 +262,19 @@ static void multiply_to_parts(const mha_kernels *kernels, const mha_target *targ
 static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, mha_panel panel, size_t first_row,
                           mha_product *product)
 {
-    const size_t item = kernels->item, run = target->run;
+    const size_t size = kernels->size, run = target->run;
     mha_product some;
     if (run == 0) {
-        multiply_to_parts(kernels, target, panel, row_of_y(target, first_row, item), product);
+        multiply_to_parts(kernels, target, panel, row_of_y(target, first_row, size), product);
         return;
     }
     for (size_t r = 0; r < product->rows; r += some.rows) {
         some = *product;
         some.rows = mha_smaller(run - (first_row + r) % run, product->rows - r);
-        some.a = (const char *)product->a + (ptrdiff_t)r * product->a_row * (ptrdiff_t)item;
+        some.a = (const char *)product->a + (ptrdiff_t)r * product->a_row * (ptrdiff_t)size;
         if (product->addend)
-            some.addend = (const char *)product->addend + r * product->addend_row * item;
-        multiply_to_parts(kernels, target, panel, row_of_y(target, first_row + r, item), &some);
+            some.addend = (const char *)product->addend + r * product->addend_row * size;
+        multiply_to_parts(kernels, target, panel, row_of_y(target, first_row + r, size), &some);
     }
 }
 
@@ -282,21 +282,21 @@ static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, 
 static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_target *target, mha_panel panel,
                            size_t first_row, size_t first_feature, const sliced_rows *x, char *strip)
 {
-    const size_t item = kernels->item, P = panel.vectors * kernels->lanes;
+    const size_t size = kernels->size, P = panel.vectors * kernels->lanes;
     const bool fits = panel.count == P || (!target->run && panel.first + P <= target->stride);
-    const char *b = target->panels->data + (panel.first * p->depth + first_feature * P) * item;
+    const char *b = target->panels->data + (panel.first * p->depth + first_feature * P) * size;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
     const char *addend = strip;
     size_t addend_row = P, k = 0;
     if (first_feature == 0) {
-        addend = target->panels->bias ? target->panels->bias + panel.first * item : NULL;
+        addend = target->panels->bias ? target->panels->bias + panel.first * size : NULL;
         addend_row = 0;
     }
     do {
-        const mha_next next = following(kernels, target, b + (k + MHA_CHAIN) * P * item);
+        const mha_next next = following(kernels, target, b + (k + MHA_CHAIN) * P * size);
         mha_product product = {.rows = x->rows, .depth = mha_smaller(features - k, MHA_CHAIN), .vectors = panel.vectors,
-                               .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * item) * x->chain, .a_row = x->row, .a_k = 1,
-                               .b = b + k * P * item, .b_k = P, .addend = addend, .addend_row = addend_row,
+                               .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * size) * x->chain, .a_row = x->row, .a_k = 1,
+                               .b = b + k * P * size, .b_k = P, .addend = addend, .addend_row = addend_row,
                                .c = strip, .c_row = P, .next = &next};
         k += MHA_CHAIN;
         if (fits && first_feature + k >= p->depth) {
@@ -309,8 +309,8 @@ static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_
     } while (k < features);
     if (first_feature + k >= p->depth)
         for (size_t r = 0; r < x->rows; r++)
-            memcpy(row_of_y(target, first_row + r, item) + panel.first * item, strip + r * P * item,
-                   panel.count * item);
+            memcpy(row_of_y(target, first_row + r, size) + panel.first * size, strip + r * P * size,
+                   panel.count * size);
 }
 
 /* Finds the target of a panel. On entry, *panel counts the panels of all targets. On return, it counts those of this
@@ -344,20 +344,20 @@ static void run_task(void *context, size_t task, size_t worker)
     const plan *p = j->plans;
     while (task >= p->tasks)
         task -= (p++)->tasks;
-    const size_t item = j->kernels->item;
+    const size_t size = j->kernels->size;
     size_t first_panel;
     const size_t block_number = block_of_task(p, task, &first_panel), first_row = first_row_of(p, block_number);
     const size_t rows = first_row_of(p, block_number + 1) - first_row;
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
     copied_slice *copied = copied_by(j, worker);
-    char *block = (char *)copied + MHA_CACHE_LINE, *strips = block + block_size(p) * item;
+    char *block = (char *)copied + MHA_CACHE_LINE, *strips = block + block_size(p) * size;
     for (size_t s = 0; s < p->slices; s++) {
         const size_t first = s * p->slice;
-        const sliced_rows x = take_slice(p, first_row, rows, first, item, copied, block);
+        const sliced_rows x = take_slice(p, first_row, rows, first, size, copied, block);
         for (size_t i = first_panel; i < end; i++) {
             size_t in_target = i;
             const mha_target *target = find_target(p->projection, &in_target);
-            char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * item;
+            char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * size;
             multiply_slice(j->kernels, p, target, mha_panel_at(&target->panels->split, in_target), first_row, first,
                            &x, strip);
             if ((i - first_panel) % PANELS_A_LOOK == PANELS_A_LOOK - 1 && mha_is_stopped())

@@ -35,8 +35,8 @@ typedef struct {
     mha_target target[MHA_TARGETS];
 } mha_projection;
 
-/* Copies features of `item` bytes that are stride_e bytes apart. The copies are adjacent. */
-void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t item, char *to);
+/* Copies features of `size` bytes that are stride_e bytes apart. The copies are adjacent. */
+void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t size, char *to);
 
 /* Bytes of scratch that each thread needs for any of these projections. */
 size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *projections, size_t count);

@@ -91,7 +91,7 @@ static void list_items(const sdpa *s, const ptrdiff_t *stride_axes, ptrdiff_t st
 
 static void list_rows(const sdpa *s, const mha_heads *x, size_t offset)
 {
-    list_items(s, x->stride_axes, x->stride_h, x->heads, s->kernels->item, table(s, offset));
+    list_items(s, x->stride_axes, x->stride_h, x->heads, s->kernels->size, table(s, offset));
 }
 
 static void fill_workspace(sdpa *s)
@@ -105,7 +105,7 @@ static void fill_workspace(sdpa *s)
         s->masks.attn_item = table(s, s->at.mask);
     }
     if (call->D == 0)
-        memset(s->block + s->at.zeros, 0, s->kernels->item);
+        memset(s->block + s->at.zeros, 0, s->kernels->size);
     /* Every item has an entry in the tables, so its keys are numbered from 0. */
     memset(s->live.row, 0, (s->items + 1) * sizeof *s->live.row);
 }
@@ -114,10 +114,10 @@ static void fill_workspace(sdpa *s)
 
 static mha_rows describe_rows(const sdpa *s, const mha_heads *x, size_t offset)
 {
-    const ptrdiff_t item = (ptrdiff_t)s->kernels->item;
+    const ptrdiff_t size = (ptrdiff_t)s->kernels->size;
     return (mha_rows){.data = (char *)x->data, /* attention.c only reads it */
-                      .stride_h = x->stride_h / item,
-                      .stride_l = x->stride_l / item,
+                      .stride_h = x->stride_h / size,
+                      .stride_l = x->stride_l / size,
                       .item = table(s, offset)};
 }
 
@@ -159,7 +159,7 @@ static mha_status plan_call(sdpa *s)
     at->k = mha_reserve(&layout, s->items, 1, sizeof(ptrdiff_t));
     at->v = mha_reserve(&layout, s->items, 1, sizeof(ptrdiff_t));
     at->mask = mha_reserve(&layout, s->call->mask.kind ? s->items : 0, 1, sizeof(ptrdiff_t));
-    at->zeros = mha_reserve(&layout, 1, 1, s->kernels->item);
+    at->zeros = mha_reserve(&layout, 1, 1, s->kernels->size);
     mha_attention attention = describe_attention(s);
     attention.D += attention.D == 0;
     at->scratch_bytes = mha_attention_scratch(&attention);

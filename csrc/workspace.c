@@ -123,9 +123,9 @@ void mha_free_spare(void)
         free(atomic_exchange(&spares[i], NULL));
 }
 
-size_t mha_row_stride(size_t width, size_t lanes, size_t item)
+size_t mha_row_stride(size_t width, size_t lanes, size_t size)
 {
-    const size_t line = MHA_CACHE_LINE / item;
+    const size_t line = MHA_CACHE_LINE / size;
     const size_t whole = (width + lanes - 1) / lanes * lanes;
     const size_t lines = (whole + line - 1) / line;
     /* with an odd number of cache lines, successive rows use all sets of the cache */

@@ -16,13 +16,13 @@ typedef struct {
     bool too_large;
 } mha_layout;
 
-/* Reserves rows * columns elements of `item` bytes, aligned to a cache line, and returns their offset. It is inline
+/* Reserves rows * columns elements of `size` bytes, aligned to a cache line, and returns their offset. It is inline
  * because a call reserves about twenty pieces. */
-static inline size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t item)
+static inline size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t size)
 {
     const size_t offset = layout->bytes, most = PTRDIFF_MAX / 2; /* leaves room for what allocation adds */
     size_t bytes;
-    if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, item, &bytes) || bytes > most ||
+    if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, size, &bytes) || bytes > most ||
         offset + bytes > most)
         layout->too_large = true;
     else
@@ -42,6 +42,6 @@ void mha_free_spare(void);            /* frees the workspaces that were kept */
 
 /* The distance between rows of `width` numbers that kernels write in whole vectors. It is never a large power of two,
  * which would map all rows to the same set of the first-level cache. */
-size_t mha_row_stride(size_t width, size_t lanes, size_t item);
+size_t mha_row_stride(size_t width, size_t lanes, size_t size);
 
 #endif

@@ -103,7 +103,7 @@ typedef struct {
 typedef struct mha_kernels {
     const char *name; /* of the instruction set, as in MHA_C_CPU */
     mha_dtype dtype;
-    size_t item;    /* bytes of a number */
+    size_t size;    /* bytes of a number */
     size_t lanes;   /* numbers in a vector */
     size_t vectors; /* in a panel, at most */
 

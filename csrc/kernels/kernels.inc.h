@@ -57,7 +57,7 @@ static const double exp_coefficients_f64[] = {
 
 #define MHA_KERNELS(isa, suffix, real, kind) \
     { \
-        .name = isa, .dtype = kind, .item = sizeof(real), .lanes = PASTE(lanes, suffix), .vectors = VECTORS, \
+        .name = isa, .dtype = kind, .size = sizeof(real), .lanes = PASTE(lanes, suffix), .vectors = VECTORS, \
         .product = PASTE(product, suffix), .pack_panel = PASTE(pack_panel, suffix), \
         .unpack_panel = PASTE(unpack_panel, suffix), .read_masks = PASTE(read_masks, suffix), \
         .softmax_begin = PASTE(softmax_begin, suffix), .softmax_step = PASTE(softmax_step, suffix), \

@@ -110,7 +110,7 @@ static void test_problem(const problem *p, mha_dtype dtype, mha_wanted wanted)
     mha_layer *layer = make_layer(p, &given);
     const manner m = {.threads = 2, .wanted = wanted};
     const mha_call c = make_call(p, dtype, &m);
-    const size_t bytes = p->N * p->L * p->w.Eo * item_of(dtype);
+    const size_t bytes = p->N * p->L * p->w.Eo * size_of(dtype);
     char *complete = malloc(bytes);
     CHECK(mha_forward(layer, &c) == MHA_OK, "no answer");
     memcpy(complete, c.output, bytes);

@@ -23,8 +23,8 @@ static void exp_of(const mha_kernels *k, void *x)
     double zero[8] = {0}, one[8]; /* a vector of either dtype */
     for (size_t i = 0; i < k->lanes; i++)
         put(k->dtype, one, (ptrdiff_t)i, 1);
-    const size_t bytes = PANEL_ROWS * k->lanes * k->item;
-    for (; row < (char *)x + BLOCK * k->item; row += bytes)
+    const size_t bytes = PANEL_ROWS * k->lanes * k->size;
+    for (; row < (char *)x + BLOCK * k->size; row += bytes)
         k->softmax_probabilities(row, PANEL_ROWS, 1, zero, one);
 }
 
@@ -118,7 +118,7 @@ static void measure_f64(level *l, const void *x_, const void *p_)
 static void run_block(mha_dtype dtype, void *x)
 {
     static double first[BLOCK], p[BLOCK];
-    const size_t bytes = BLOCK * item_of(dtype);
+    const size_t bytes = BLOCK * size_of(dtype);
     bool has_first = false;
     for (size_t i = 0; i < level_count; i++) {
         memcpy(p, x, bytes);

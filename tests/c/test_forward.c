@@ -171,7 +171,7 @@ static void check_manners(const problem *p, const mha_layer *layer, mha_dtype dt
 /* The output over the beginning of an input, and over its end. */
 static void check_in_place(const problem *p, const mha_layer *layer, mha_dtype dtype, const answer *plain)
 {
-    const size_t bytes = p->N * p->L * p->w.Eo * item_of(dtype);
+    const size_t bytes = p->N * p->L * p->w.Eo * size_of(dtype);
     for (size_t i = 0; i < (p->is_self ? 2 : 6); i++) {
         mha_call c = make_call(p, dtype, &plainly);
         const guarded *slot = &guarded_slots[INPUTS + i / 2];

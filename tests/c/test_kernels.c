@@ -68,7 +68,7 @@ static void *fill_a(const bench *b, const product_case *c, strides a)
     char *data = buffer(b, 0, is_empty ? 0 : (size_t)(highest - lowest + 1));
     if (is_empty)
         return data;
-    data -= lowest * (ptrdiff_t)b->k->item;
+    data -= lowest * (ptrdiff_t)b->k->size;
     for (size_t r = 0; r < c->rows; r++)
         for (size_t k = 0; k < c->depth; k++)
             put(b->dtype, data, (ptrdiff_t)r * a.row + (ptrdiff_t)k * a.k, operand(b->dtype, 1, r * c->depth + k));
@@ -152,7 +152,7 @@ static void check_product(const bench *b, const product_case *c)
                       expected[r][lane], bound[r][lane]);
         }
         if (r + 1 < c->rows)
-            CHECK(all_canaries((unsigned char *)p.c + (r * p.c_row + b->P) * b->k->item, c->gap * b->k->item),
+            CHECK(all_canaries((unsigned char *)p.c + (r * p.c_row + b->P) * b->k->size, c->gap * b->k->size),
                   "wrote between rows %zu and %zu", r, r + 1);
     }
     for (size_t slot = 0; slot < 5; slot++)
@@ -214,7 +214,7 @@ static void check_unpack(const bench *b, size_t count, size_t width, size_t gap)
             CHECK_SAME(get(t, rows, (ptrdiff_t)(lane * stride + d)), rounded(t, x * f), lane, d);
         }
         if (lane + 1 < count)
-            CHECK(all_canaries((unsigned char *)rows + (lane * stride + width) * b->k->item, gap * b->k->item),
+            CHECK(all_canaries((unsigned char *)rows + (lane * stride + width) * b->k->size, gap * b->k->size),
                   "wrote behind row %zu", lane);
     }
     CHECK(guarded_intact(0) && guarded_intact(1) && guarded_intact(2), "wrote beside a buffer");
@@ -268,7 +268,7 @@ static size_t key_number(const mha_mask_block *m, size_t i)
 static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t lanes, size_t keys, const mha_mask_block *m,
                       bool uniform)
 {
-    const size_t item = mask->kind == MHA_MASK_FLOAT64 ? 8 : mask->kind == MHA_MASK_FLOAT32 ? 4 : 1;
+    const size_t size = mask->kind == MHA_MASK_FLOAT64 ? 8 : mask->kind == MHA_MASK_FLOAT32 ? 4 : 1;
     ptrdiff_t lowest = PTRDIFF_MAX, highest = PTRDIFF_MIN;
     for (size_t l = 0; l < lanes; l++)
         for (size_t i = 0; i < keys; i++) {
@@ -276,7 +276,7 @@ static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t lanes
             lowest = at < lowest ? at : lowest;
             highest = at > highest ? at : highest;
         }
-    char *data = (char *)guarded_buffer(slot, (size_t)(highest - lowest) + item, b->side) - lowest;
+    char *data = (char *)guarded_buffer(slot, (size_t)(highest - lowest) + size, b->side) - lowest;
     for (size_t l = 0; l < lanes; l++)
         for (size_t i = 0; i < keys; i++)
             put_mask_number(mask->kind,

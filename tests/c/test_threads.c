@@ -346,7 +346,8 @@ static void should_stop_may_fork(void)
 {
     struct watch watch = {.threads = 3};
     struct brake brake = {.caller = pthread_self(), .child = -1};
-    mha_status status = mha_parallel_for(3, 50, wait_for_the_fork, &watch, (mha_stop){fork_once, &brake});
+    const mha_stop stop = {.should_stop = fork_once, .context = &brake};
+    mha_status status = mha_parallel_for(3, 50, wait_for_the_fork, &watch, stop);
     if (brake.child == 0) {
         start_child();
         CHECK(status == MHA_STOPPED);

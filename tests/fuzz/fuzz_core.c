@@ -49,12 +49,12 @@ typedef struct {
 } block;
 
 /* Any strides: dense, with gaps, zero, backwards and, where `unit` is 1, unaligned. */
-static block place_anywhere(choices *c, const size_t size[4], size_t item, size_t unit)
+static block place_anywhere(choices *c, const size_t size[4], size_t number_size, size_t unit)
 {
     static const ptrdiff_t widen[] = {1, 1, 1, 2, 0, -1, -2, 1};
     block b = {.view = {.size = {size[0], size[1], size[2], size[3]}}};
     const size_t first = choose(c, 4);
-    ptrdiff_t step = (ptrdiff_t)item, lowest = 0, highest = 0;
+    ptrdiff_t step = (ptrdiff_t)number_size, lowest = 0, highest = 0;
     bool is_empty = false;
     for (size_t i = 0; i < 4; i++) {
         const size_t axis = (first + 4 - i) % 4, length = size[axis] > 0 ? size[axis] : 1;
@@ -66,7 +66,7 @@ static block place_anywhere(choices *c, const size_t size[4], size_t item, size_
         *(reach < 0 ? &lowest : &highest) += reach;
         step = wider ? (stride < 0 ? -stride : stride) * (ptrdiff_t)length : step; /* numbers overlap wholly or not */
     }
-    b.memory = malloc(is_empty ? 1 : (size_t)(highest - lowest) + item);
+    b.memory = malloc(is_empty ? 1 : (size_t)(highest - lowest) + number_size);
     b.view.data = b.memory - lowest;
     return b;
 }
@@ -87,7 +87,7 @@ static void put_numbers(const array4 *a, mha_dtype dtype, uint64_t seed, bool wi
 
 static block place_mask(choices *c, const size_t size[4], mha_mask_kind kind, uint64_t seed)
 {
-    const block b = place_anywhere(c, size, mask_item(kind), 1);
+    const block b = place_anywhere(c, size, mask_size(kind), 1);
     const uint64_t density = choose(c, 4);
     uint64_t i = 0;
     for (size_t n = 0; n < size[0]; n++)
@@ -157,7 +157,7 @@ static void check_answer(const problem *p, const parameters *given, const mha_ca
 static void fuzz_forward(choices *c)
 {
     const mha_dtype dtype = (mha_dtype)choose(c, 2);
-    const size_t item = item_of(dtype);
+    const size_t number_size = size_of(dtype);
     const problem p = choose_problem(c);
     const uint64_t seed = choose(c, 1 << 16);
     const bool wild = choose(c, 4) == 3;
@@ -173,7 +173,7 @@ static void fuzz_forward(choices *c)
     for (size_t i = 0; i < 3; i++) {
         const size_t size[4] = {p.N, 1, lengths[i], features[i]};
         if (i == 0 || !p.is_self) {
-            inputs[i] = place_anywhere(c, size, item, 1);
+            inputs[i] = place_anywhere(c, size, number_size, 1);
             put_numbers(&inputs[i].view, dtype, seed + i, wild);
         }
         x[i] = i > 0 && p.is_self ? x[0] : as_input(&inputs[i].view);
@@ -184,7 +184,7 @@ static void fuzz_forward(choices *c)
                      .dropout_seed = seed, .output_batch_first = choose(c, 2),
                      .wanted = (mha_wanted)choose(c, 3), .threads = 1 + choose(c, 4)};
     if (choose(c, 16) == 15)
-        call.stop = (mha_stop){sometimes, &asked};
+        call.stop = (mha_stop){.should_stop = sometimes, .context = &asked};
     if (p.attn) {
         const size_t size[4] = {p.attn_per_head ? p.N : 1, p.attn_per_head ? p.w.H : 1, p.L, p.S};
         masks[0] = place_mask(c, size, p.attn, seed + 3);
@@ -197,8 +197,8 @@ static void fuzz_forward(choices *c)
     }
     const size_t heads =
         call.wanted == MHA_WANT_PROBABILITIES ? p.w.H : call.wanted == MHA_WANT_AVERAGES;
-    call.output = malloc(p.N * p.L * p.w.Eo * item + 1);
-    call.attn_weights = malloc(p.N * heads * p.L * columns_of(&p) * item + 1);
+    call.output = malloc(p.N * p.L * p.w.Eo * number_size + 1);
+    call.attn_weights = malloc(p.N * heads * p.L * columns_of(&p) * number_size + 1);
     DESCRIBE("%s, N %zu, L %zu, S %zu, H %zu, Hkv %zu, D %zu, Dv %zu, E %zu, Ek %zu, Ev %zu, Eo %zu, attn %d (%d), "
              "padding %d, extra %d%d, causal %d, self %d, threads %zu, weights %d",
              dtype_name(dtype), p.N, p.L, p.S, p.w.H, p.w.Hkv, p.w.D, p.w.Dv, p.w.E, p.w.Ek, p.w.Ev, p.w.Eo,
@@ -259,10 +259,10 @@ static double *define_sdpa(const sdpa_problem *p, const mha_sdpa_call *call)
 /* The core wants adjacent features and, of the query, rows that ascend. */
 static block place_heads(choices *c, size_t items, size_t heads, size_t rows, size_t features, mha_dtype dtype)
 {
-    const size_t item = item_of(dtype), size[4] = {items, heads, rows, 1};
-    block b = place_anywhere(c, size, features ? features * item : item, item);
+    const size_t number_size = size_of(dtype), size[4] = {items, heads, rows, 1};
+    block b = place_anywhere(c, size, features ? features * number_size : number_size, number_size);
     b.view.size[3] = features;
-    b.view.stride[3] = (ptrdiff_t)item;
+    b.view.stride[3] = (ptrdiff_t)number_size;
     return b;
 }
 
@@ -310,7 +310,7 @@ static void fuzz_sdpa(choices *c)
             abort();
     }
     p.q = q.view, p.k = k.view, p.v = v.view, p.mask = mask.view;
-    call.output = malloc(p.items * p.H * p.L * p.Dv * item_of(dtype) + 1);
+    call.output = malloc(p.items * p.H * p.L * p.Dv * size_of(dtype) + 1);
     DESCRIBE("%s, %zu items, H %zu, %zu, %zu, L %zu, S %zu, D %zu, Dv %zu, mask %d",
              dtype_name(dtype), p.items, p.H, H[1], H[2], p.L, p.S, p.D, p.Dv, (int)kind);
     if (mha_sdpa(&call) != MHA_OK)
