@@ -53,7 +53,7 @@ typedef struct {
     size_t rows;         /* [P][block] */
     size_t states, queries, out, maximum, sum, factor, kept, probabilities, state_bytes;
     size_t end;
-} places;
+} scratch_offsets;
 
 /* What the probabilities of some key blocks are made with, for one panel of queries. */
 typedef struct {
@@ -68,14 +68,14 @@ typedef struct {
 
 typedef struct {
     const mha_attention *a;
-    places at;
+    scratch_offsets at;
     size_t shared;      /* query heads per key/value head */
     size_t heads;       /* heads of a bundle: tasks share out their panels */
     size_t bundles;     /* bundles of all items */
     size_t task_panels; /* panels of a task in the first pass */
     size_t groups;      /* tasks of a bundle, or of the heads whose probabilities are averaged */
     size_t chunks;      /* tasks of a panel in the second pass */
-} job;
+} attention_tasks;
 
 /* Lanes of the widest panel of L queries. */
 static size_t widest_panel(const mha_attention *a)
@@ -201,12 +201,12 @@ static char *take(const mha_attention *a, char *base, mha_layout *layout, size_t
     return base ? base + offset : NULL;
 }
 
-static places place_states(const mha_attention *a)
+static scratch_offsets plan_scratch(const mha_attention *a)
 {
     const size_t P = widest_panel(a), keys = most_block_keys(a), size = a->kernels->size;
     mha_layout layout = {0}, one = {0};
     const size_t kept_panels = max_kept_panels(a), kept_keys = kept_panels > 0 ? most_blocks(a) * keys : 0;
-    places at = {.scores = mha_reserve(&layout, keys, P, size), .bias = mha_reserve(&layout, keys, P, size)};
+    scratch_offsets at = {.scores = mha_reserve(&layout, keys, P, size), .bias = mha_reserve(&layout, keys, P, size)};
     at.rows = mha_reserve(&layout, kept_panels > 0 ? P : 0, MHA_BLOCK_KEYS, size);
     at.states = layout.bytes;
     at.queries = mha_reserve(&one, a->D, P, size);
@@ -222,13 +222,13 @@ static places place_states(const mha_attention *a)
     return at;
 }
 
-static char *memory_of_state(const places *at, char *scratch, size_t i)
+static char *memory_of_state(const scratch_offsets *at, char *scratch, size_t i)
 {
     return scratch + at->states + i * at->state_bytes;
 }
 
 /* The state is filled in where it stays: a copy would wait for the stores to reach the cache. */
-static void set_up_state(const places *at, char *scratch, size_t i, state *s)
+static void set_up_state(const scratch_offsets *at, char *scratch, size_t i, state *s)
 {
     char *base = memory_of_state(at, scratch, i);
     s->queries = base + at->queries;
@@ -257,7 +257,7 @@ size_t mha_attention_scratch(const mha_attention *a)
     mha_layout second = {0};
     if (a->wanted && max_kept_panels(a) == 0)
         take_average(a, NULL, &second, &(average){0});
-    return mha_larger(place_states(a).end, second.bytes);
+    return mha_larger(plan_scratch(a).end, second.bytes);
 }
 
 static size_t statistics_of_a_head(const mha_attention *a)
@@ -460,7 +460,7 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
 
 static void attend_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const attention_tasks *j = context;
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes;
     state states[TASK_PANELS];
@@ -578,7 +578,7 @@ static void write_blocks(const mha_attention *a, const average *w, size_t first,
 /* Takes some panels of an item through all heads that are averaged: their context, then their probabilities. */
 static void attend_and_write_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const attention_tasks *j = context;
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes, *scores = base + j->at.scores;
     const size_t heads = averaged_heads(a), averages = averages_of_call(a);
@@ -621,7 +621,7 @@ static void attend_and_write_task(void *context, size_t task, size_t worker)
 
 static void second_pass_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const attention_tasks *j = context;
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes;
     mha_layout layout = {0};
@@ -654,7 +654,7 @@ static void second_pass_task(void *context, size_t task, size_t worker)
 /* ---- Both passes ---- */
 
 /* Computes context and probabilities together. */
-static mha_status attend_and_write(const mha_attention *a, job *j)
+static mha_status attend_and_write(const mha_attention *a, attention_tasks *j)
 {
     const size_t panels = a->split.panels, wanted = mha_divide_up(panels_of_averages(a), TASKS_A_THREAD * a->threads);
     j->groups = even_parts(a, mha_divide_up(panels, mha_smaller(max_kept_panels(a), wanted)), panels);
@@ -663,7 +663,7 @@ static mha_status attend_and_write(const mha_attention *a, job *j)
 
 mha_status mha_attend(const mha_attention *a)
 {
-    job j = {.a = a, .at = place_states(a)};
+    attention_tasks j = {.a = a, .at = plan_scratch(a)};
     if (max_kept_panels(a) > 0)
         return attend_and_write(a, &j);
     j.shared = a->H / a->Hkv;

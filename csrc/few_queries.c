@@ -98,14 +98,14 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
  * a query. */
 typedef struct {
     char *scores, *bias, *factor, *slice, *rows;
-} places;
+} scratch_pieces;
 
 static size_t slice_stride(const mha_kernels *kernels)
 {
     return mha_row_stride(MHA_CHAIN, kernels->lanes, kernels->size);
 }
 
-static places take_scratch(const mha_few_queries *f, char *base, mha_layout *layout)
+static scratch_pieces take_scratch(const mha_few_queries *f, char *base, mha_layout *layout)
 {
     const mha_kernels *kernels = f->layer->kernels;
     const size_t P = kernels->vectors * kernels->lanes, H = f->layer->widths.H, size = kernels->size;
@@ -114,7 +114,8 @@ static places take_scratch(const mha_few_queries *f, char *base, mha_layout *lay
     const size_t slice = mha_reserve(layout, MHA_BLOCK_KEYS, slice_stride(kernels), size);
     const size_t most_rows = H > f->call->L ? H : f->call->L;
     const size_t rows = mha_reserve(layout, most_rows, MHA_BLOCK_KEYS > P ? MHA_BLOCK_KEYS : P, size);
-    return base ? (places){base + scores, base + bias, base + factor, base + slice, base + rows} : (places){0};
+    return base ? (scratch_pieces){base + scores, base + bias, base + factor, base + slice, base + rows}
+                : (scratch_pieces){0};
 }
 
 size_t mha_few_queries_scratch(const mha_few_queries *f)
@@ -133,9 +134,9 @@ typedef struct {
     mha_split by_head; /* of the heads of one query */
     char *scratch;
     size_t scratch_bytes;
-} job;
+} few_tasks;
 
-static places scratch_of(const job *j, size_t worker)
+static scratch_pieces scratch_of(const few_tasks *j, size_t worker)
 {
     mha_layout layout = {0};
     return take_scratch(j->f, j->scratch + worker * j->scratch_bytes, &layout);
@@ -166,8 +167,8 @@ static void give_up_unless_finite(const mha_few_queries *f, size_t n, const char
 
 /* Copies `features` features of the block's inputs from feature `first` on. The rows of the copy are slice_stride()
  * numbers apart. */
-static void copy_slice(const mha_few_queries *f, const mha_array *x, size_t n, const mha_key_block *block, size_t first,
-                       size_t features, char *slice)
+static void copy_inputs(const mha_few_queries *f, const mha_array *x, size_t n, const mha_key_block *block,
+                        size_t first, size_t features, char *slice)
 {
     const mha_kernels *kernels = f->layer->kernels;
     const size_t bytes = slice_stride(kernels) * kernels->size;
@@ -203,7 +204,7 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
 
 /* Checks that the constants q_h bk_h / sqrt(D) of a head's rows are finite. No score contains them, so a check of the
  * scores does not notice them. bk_h fills one lane of a panel. */
-static void look_at_constants(const mha_few_queries *f, size_t i, size_t h, const places *s)
+static void look_at_constants(const mha_few_queries *f, size_t i, size_t h, const scratch_pieces *s)
 {
     const mha_layer *layer = f->layer;
     const mha_widths *w = &layer->widths;
@@ -225,10 +226,10 @@ static void look_at_constants(const mha_few_queries *f, size_t i, size_t h, cons
 
 static void absorb_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const few_tasks *j = context;
     const mha_kernels *kernels = j->f->layer->kernels;
     const size_t H = j->f->layer->widths.H, i = task / H, h = task % H, Ek = j->f->layer->widths.Ek;
-    const places s = scratch_of(j, worker);
+    const scratch_pieces s = scratch_of(j, worker);
     size_t e = 0;
     if (j->f->layer->k.bias)
         look_at_constants(j->f, i, h, &s);
@@ -243,7 +244,7 @@ static void absorb_task(void *context, size_t task, size_t worker)
 
 static void pack_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const few_tasks *j = context;
     const mha_few_queries *f = j->f;
     const size_t Ek = f->layer->widths.Ek, i = task / j->split.panels;
     const mha_panel panel = mha_panel_at(&j->split, task % j->split.panels);
@@ -258,8 +259,8 @@ static void pack_task(void *context, size_t task, size_t worker)
 
 /* Computes the masked scores of a panel for the first keys of a block, and returns for how many keys. No lane sees the
  * others. `first` is the number of lane 0 in the item. */
-static size_t score(const mha_few_queries *f, size_t n, size_t first, mha_panel panel, const mha_key_block *block,
-                    const char *queries, const places *s)
+static size_t score_inputs(const mha_few_queries *f, size_t n, size_t first, mha_panel panel,
+                           const mha_key_block *block, const char *queries, const scratch_pieces *s)
 {
     const mha_kernels *kernels = f->layer->kernels;
     const size_t P = panel.vectors * kernels->lanes, Ek = f->layer->widths.Ek;
@@ -270,7 +271,7 @@ static size_t score(const mha_few_queries *f, size_t n, size_t first, mha_panel 
                            .c = s->scores, .c_row = P};
     for (size_t e = 0; e < Ek; e += MHA_CHAIN) {
         product.depth = mha_smaller(Ek - e, MHA_CHAIN);
-        copy_slice(f, &f->call->key, n, block, e, product.depth, s->slice);
+        copy_inputs(f, &f->call->key, n, block, e, product.depth, s->slice);
         product.b = queries + e * P * kernels->size;
         product.addend = e ? s->scores : NULL;
         kernels->product(&product);
@@ -283,7 +284,7 @@ static size_t score(const mha_few_queries *f, size_t n, size_t first, mha_panel 
 
 /* sums = sums * factor + x^T exps, for a slice of features at a time. */
 static void add_values(const mha_few_queries *f, size_t n, mha_panel panel, const mha_key_block *block,
-                       const places *s, char *sums)
+                       const scratch_pieces *s, char *sums)
 {
     const mha_kernels *kernels = f->layer->kernels;
     const size_t P = panel.vectors * kernels->lanes, Ev = f->layer->widths.Ev;
@@ -292,18 +293,18 @@ static void add_values(const mha_few_queries *f, size_t n, mha_panel panel, cons
                            .factor = s->factor, .c_row = P};
     for (size_t e = 0; e < Ev; e += MHA_CHAIN) {
         product.rows = mha_smaller(Ev - e, MHA_CHAIN);
-        copy_slice(f, &f->call->value, n, block, e, product.rows, s->slice);
+        copy_inputs(f, &f->call->value, n, block, e, product.rows, s->slice);
         product.addend = product.c = sums + e * P * kernels->size;
         kernels->product(&product);
     }
 }
 
-static void attend_task(void *context, size_t task, size_t worker)
+static void attend_segment_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const few_tasks *j = context;
     const mha_few_queries *f = j->f;
     const mha_kernels *kernels = f->layer->kernels;
-    const places s = scratch_of(j, worker);
+    const scratch_pieces s = scratch_of(j, worker);
     const size_t padded = padded_lanes(f), chunk = task % f->chunks, i = task / f->chunks / j->split.panels;
     const size_t n = number_of_item(f, i), part = i * f->chunks + chunk;
     const mha_panel panel = mha_panel_at(&j->split, task / f->chunks % j->split.panels);
@@ -318,7 +319,7 @@ static void attend_task(void *context, size_t task, size_t worker)
     for (size_t b = first; b < end; b++) {
         mha_key_block block;
         mha_key_block_at(f->live, n, b, &block);
-        block.keys = score(f, n, panel.first, panel, &block, queries, &s);
+        block.keys = score_inputs(f, n, panel.first, panel, &block, queries, &s);
         if (block.keys == 0)
             continue;
         kernels->softmax_step(s.scores, block.keys, panel.vectors, s.scores, maximum, sum, s.factor);
@@ -336,7 +337,7 @@ static bool is_zero(const mha_kernels *kernels, const char *number)
 
 static void merge_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const few_tasks *j = context;
     const mha_few_queries *f = j->f;
     const mha_kernels *kernels = f->layer->kernels;
     const size_t padded = padded_lanes(f), i = task / j->split.panels, Ev = f->layer->widths.Ev;
@@ -411,7 +412,7 @@ static void look_at_context(const mha_few_queries *f, size_t i, size_t h)
 
 static void emit_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const few_tasks *j = context;
     const mha_few_queries *f = j->f;
     const mha_widths *w = &f->layer->widths;
     const size_t i = task / w->H, h = task % w->H, head = h / (w->H / w->Hkv) * w->Dv;
@@ -429,7 +430,7 @@ static void emit_task(void *context, size_t task, size_t worker)
 /* Packs the heads of one query as panels of their own, because averages are sums over these heads. */
 static void pack_query_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const few_tasks *j = context;
     const mha_few_queries *f = j->f;
     const mha_widths *w = &f->layer->widths;
     const size_t padded = j->by_head.vectors * j->by_head.lanes;
@@ -451,7 +452,7 @@ typedef struct {
     size_t out_stride;             /* bytes to the row of the next head; not used for averages */
 } query_rows;
 
-static query_rows describe_query_rows(const job *j, size_t query)
+static query_rows describe_query_rows(const few_tasks *j, size_t query)
 {
     const mha_few_queries *f = j->f;
     const mha_call *call = f->call;
@@ -471,8 +472,8 @@ static query_rows describe_query_rows(const job *j, size_t query)
 
 /* rows[h][key]: the probabilities of all heads of one query for a block, or their average in rows[0]. Keys that are
  * hidden from every head get 0, or NaN if the query sees no key. */
-static void probabilities_of_block(const job *j, const query_rows *w, const mha_key_block *block, bool is_hidden,
-                                   const places *s)
+static void probabilities_of_block(const few_tasks *j, const query_rows *w, const mha_key_block *block, bool is_hidden,
+                                   const scratch_pieces *s)
 {
     const mha_few_queries *f = j->f;
     const mha_kernels *kernels = f->layer->kernels;
@@ -482,7 +483,7 @@ static void probabilities_of_block(const job *j, const query_rows *w, const mha_
         const mha_panel panel = mha_panel_at(&j->by_head, p);
         const size_t P = panel.vectors * kernels->lanes;
         const char *queries = w->panels + panel.first * f->layer->widths.Ek * size;
-        const size_t seen = is_hidden ? 0 : score(f, w->n, w->l * H + panel.first, panel, block, queries, s);
+        const size_t seen = is_hidden ? 0 : score_inputs(f, w->n, w->l * H + panel.first, panel, block, queries, s);
         kernels->fill(s->scores + seen * P * size, (block->keys - seen) * P, -INFINITY);
         kernels->softmax_probabilities(s->scores, block->keys, panel.vectors, w->maximum + panel.first * size,
                                        w->sum + panel.first * size);
@@ -495,7 +496,7 @@ static void probabilities_of_block(const job *j, const query_rows *w, const mha_
 }
 
 /* Copies what probabilities_of_block() computed for key i of its block to the column of key s. */
-static void write_probability(const job *j, const query_rows *w, size_t i, size_t s_key, const places *s)
+static void write_probability(const few_tasks *j, const query_rows *w, size_t i, size_t s_key, const scratch_pieces *s)
 {
     const mha_few_queries *f = j->f;
     const size_t size = f->layer->kernels->size;
@@ -506,9 +507,9 @@ static void write_probability(const job *j, const query_rows *w, size_t i, size_
 
 static void probabilities_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const few_tasks *j = context;
     const mha_live_keys *live = j->f->live;
-    const places s = scratch_of(j, worker);
+    const scratch_pieces s = scratch_of(j, worker);
     const query_rows w = describe_query_rows(j, task / j->f->chunks);
     const size_t chunk = task % j->f->chunks, first = chunk * CHUNK_BLOCKS;
     const size_t end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(live, w.n));
@@ -529,7 +530,7 @@ static void probabilities_task(void *context, size_t task, size_t worker)
 
 /* ---- All stages ---- */
 
-static mha_status run(const job *j, size_t tasks, mha_task task)
+static mha_status run_stage(const few_tasks *j, size_t tasks, mha_task task)
 {
     return mha_parallel_for(j->f->call->threads, tasks, task, (void *)j, j->f->call->stop);
 }
@@ -559,15 +560,20 @@ mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_
     if (f->items == 0)
         return MHA_OK;
     const size_t H = f->layer->widths.H;
-    const job j = {.f = f, .split = split_of(f), .by_head = mha_split_width(f->layer->kernels, H),
-                   .scratch = scratch, .scratch_bytes = scratch_bytes};
+    const few_tasks j = {.f = f, .split = split_of(f), .by_head = mha_split_width(f->layer->kernels, H),
+                         .scratch = scratch, .scratch_bytes = scratch_bytes};
     const size_t panels = f->items * j.split.panels, queries = f->items * f->call->L;
     const struct {
         size_t tasks;
         mha_task task;
     } stages[] = {
-        {f->items * H, absorb_task},  {panels, pack_task}, {panels * f->chunks, attend_task}, {panels, merge_task},
-        {f->items * H, emit_task}, /* for the probabilities: */ {queries, pack_query_task},
+        {f->items * H, absorb_task},
+        {panels, pack_task},
+        {panels * f->chunks, attend_segment_task},
+        {panels, merge_task},
+        {f->items * H, emit_task},
+        /* for the probabilities: */
+        {queries, pack_query_task},
         {queries * f->chunks, probabilities_task},
     };
     enum { STAGES = sizeof stages / sizeof *stages, TO_CONTEXT = STAGES - 2 };
@@ -576,10 +582,10 @@ mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_
     for (size_t n = 0; n < f->call->N; n++)
         atomic_init(is_given_up(f, n), false);
     for (size_t i = 0; i < TO_CONTEXT && status == MHA_OK; i++)
-        status = run(&j, stages[i].tasks, stages[i].task);
+        status = run_stage(&j, stages[i].tasks, stages[i].task);
     if (status == MHA_OK)
         *given_up = take_out_given_up(f);
     for (size_t i = TO_CONTEXT; i < STAGES && status == MHA_OK && *given_up == 0 && f->call->wanted; i++)
-        status = run(&j, stages[i].tasks, stages[i].task);
+        status = run_stage(&j, stages[i].tasks, stages[i].task);
     return status;
 }

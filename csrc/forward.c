@@ -47,7 +47,7 @@ typedef struct {
     size_t maximum, sum;
     size_t scratch;
     size_t scratch_bytes;
-} plan;
+} offsets;
 
 /* A call for all its items, or for some of them. If for some, `call` describes these alone. Only its masks still begin
  * with the first item of the batch, and `masks` is used in their place. */
@@ -58,12 +58,12 @@ typedef struct {
     mha_live_keys live;
     mha_masks masks;
     mha_few_queries few;
-    plan at;
+    offsets at;
     char *block; /* the workspace; NULL while it is planned */
-} forward;
+} pass;
 
 /* An address in the workspace. NULL while the workspace is planned. */
-static char *at_offset(const forward *f, size_t offset)
+static char *at_offset(const pass *f, size_t offset)
 {
     return f->block ? f->block + offset : NULL;
 }
@@ -110,7 +110,7 @@ static bool same_input(const mha_array *a, const mha_array *b)
 
 /* Structs are filled in where they stay. gcc would copy a struct with vector loads right after its members were
  * written, and such loads wait until the stores have reached the cache. */
-static void set_target(const forward *f, const mha_panels *panels, const matrix *to, mha_target *target)
+static void set_target(const pass *f, const mha_panels *panels, const matrix *to, mha_target *target)
 {
     target->panels = panels;
     target->y = at_offset(f, to->offset);
@@ -122,11 +122,11 @@ static void set_target(const forward *f, const mha_panels *panels, const matrix 
 
 /* Describes the input projections. Inputs that are the same are joined into one projection. Returns the number of
  * projections. */
-static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGETS])
+static size_t describe_inputs(const pass *f, mha_projection projections[MHA_TARGETS])
 {
     const mha_call *call = f->call;
     const mha_layer *w = f->layer;
-    const plan *at = &f->at;
+    const offsets *at = &f->at;
     const size_t keys = mha_live_rows(&f->live);
     const bool every_key = keys == call->N * call->S;
     const struct {
@@ -157,14 +157,14 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
 }
 
 /* Whether rows of other items lie between the rows of these items in the output. */
-static bool is_interleaved(const forward *f)
+static bool is_interleaved(const pass *f)
 {
     return !f->call->output_batch_first && f->items_in_all > f->call->N;
 }
 
 /* Describes the output projection. Its rows are in the order of the output. If they are interleaved with others, they
  * are listed item after item. */
-static void plan_output(const forward *f, mha_projection *p)
+static void describe_output(const pass *f, mha_projection *p)
 {
     const size_t Eo = f->layer->widths.Eo;
     mha_target *output = p->target;
@@ -183,7 +183,7 @@ static void plan_output(const forward *f, mha_projection *p)
     }
 }
 
-static void list_input_rows(const forward *f)
+static void list_input_rows(const pass *f)
 {
     const mha_call *call = f->call;
     char *block = f->block;
@@ -194,7 +194,7 @@ static void list_input_rows(const forward *f)
         list_rows(&call->value, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.v_row));
 }
 
-static void list_context_rows(const forward *f)
+static void list_context_rows(const pass *f)
 {
     const mha_call *call = f->call;
     const size_t stride = f->at.context.row * f->layer->kernels->size;
@@ -209,7 +209,7 @@ static void list_context_rows(const forward *f)
 /* ---- Keys that are not projected ---- */
 
 /* Copies the live keys or values to where a projection would have written them. */
-static void copy_projected(const forward *f, const mha_projected *x, size_t width, const matrix *m)
+static void copy_projected(const pass *f, const mha_projected *x, size_t width, const matrix *m)
 {
     const mha_live_keys *live = &f->live;
     const size_t size = f->layer->kernels->size;
@@ -224,7 +224,7 @@ static void copy_projected(const forward *f, const mha_projected *x, size_t widt
 }
 
 /* The extra keys are bias_k and bias_v, then zeros. */
-static void write_extra_keys(const forward *f)
+static void write_extra_keys(const pass *f)
 {
     const mha_layer *w = f->layer;
     const size_t size = w->kernels->size, extra = f->live.extra;
@@ -256,7 +256,7 @@ static matrix reserve_heads(mha_layout *layout, const mha_kernels *kernels, size
 
 /* Describes rows in the workspace. Item n begins at row n * length. If length is 0, rows are numbered through all
  * items. */
-static void set_rows(const forward *f, const matrix *m, size_t length, mha_rows *rows)
+static void set_rows(const pass *f, const matrix *m, size_t length, mha_rows *rows)
 {
     rows->data = at_offset(f, m->offset);
     rows->stride_n = (ptrdiff_t)(length * m->row);
@@ -265,11 +265,11 @@ static void set_rows(const forward *f, const matrix *m, size_t length, mha_rows 
     rows->item = NULL;
 }
 
-static void describe_attention(const forward *f, mha_attention *a)
+static void describe_attention(const pass *f, mha_attention *a)
 {
     const mha_call *call = f->call;
     const mha_widths *w = &f->layer->widths;
-    const plan *at = &f->at;
+    const offsets *at = &f->at;
     a->kernels = f->layer->kernels;
     a->N = call->N;
     a->L = call->L;
@@ -303,7 +303,7 @@ static void describe_attention(const forward *f, mha_attention *a)
 }
 
 /* Completes the plan of few_queries.c with the addresses that it shares with the other steps. */
-static mha_few_queries describe_few_queries(const forward *f)
+static mha_few_queries describe_few_queries(const pass *f)
 {
     mha_few_queries few = f->few;
     few.block = f->block;
@@ -316,13 +316,13 @@ static mha_few_queries describe_few_queries(const forward *f)
 }
 
 /* Plans the workspace. The layout must be empty. */
-static void lay_out(forward *f, mha_layout *layout)
+static void plan_workspace(pass *f, mha_layout *layout)
 {
     const mha_call *call = f->call;
     const mha_widths *w = &f->layer->widths;
     const mha_kernels *kernels = f->layer->kernels;
     const size_t size = kernels->size, queries = call->N * call->L, keys = mha_live_rows(&f->live);
-    plan *at = &f->at;
+    offsets *at = &f->at;
     f->few = (mha_few_queries){.layer = f->layer, .call = call, .live = &f->live, .masks = &f->masks};
     at->q = reserve_heads(layout, kernels, queries, w->H, w->D);
     at->k = reserve_heads(layout, kernels, keys, w->Hkv, w->D);
@@ -339,8 +339,8 @@ static void lay_out(forward *f, mha_layout *layout)
     mha_projection projections[MHA_TARGETS], output;
     mha_attention attention;
     describe_attention(f, &attention);
-    const size_t inputs = plan_inputs(f, projections);
-    plan_output(f, &output);
+    const size_t inputs = describe_inputs(f, projections);
+    describe_output(f, &output);
     const size_t statistics = call->wanted ? mha_attention_statistics(&attention) : 0;
     at->maximum = mha_reserve(layout, statistics, 1, size);
     at->sum = mha_reserve(layout, statistics, 1, size);
@@ -354,7 +354,7 @@ static void lay_out(forward *f, mha_layout *layout)
 /* ---- The pass ---- */
 
 /* Copies the context without the padding that its rows have in the workspace. */
-static void copy_context(const forward *f)
+static void copy_context(const pass *f)
 {
     const size_t size = f->layer->kernels->size, bytes = f->layer->widths.H * f->layer->widths.Dv * size;
     for (size_t row = 0; row < f->call->N * f->call->L; row++)
@@ -364,7 +364,7 @@ static void copy_context(const forward *f)
 
 /* Runs all steps. *given_up counts the items of few_queries.c that turned out to need their keys projected. If there
  * are any, nothing has been written to the output. */
-static mha_status run(const forward *f, size_t *given_up)
+static mha_status run_steps(const pass *f, size_t *given_up)
 {
     const mha_call *call = f->call;
     const mha_kernels *kernels = f->layer->kernels;
@@ -377,7 +377,7 @@ static mha_status run(const forward *f, size_t *given_up)
     if (call->static_v.data)
         copy_projected(f, &call->static_v, f->layer->widths.Dv, &f->at.v);
 
-    const size_t inputs = plan_inputs(f, projections);
+    const size_t inputs = describe_inputs(f, projections);
     mha_status status =
         mha_project(kernels, projections, inputs, call->threads, scratch, f->at.scratch_bytes, call->stop);
     if (status != MHA_OK)
@@ -398,7 +398,7 @@ static mha_status run(const forward *f, size_t *given_up)
     if (!call->output)
         return MHA_OK;
     list_context_rows(f);
-    plan_output(f, projections);
+    describe_output(f, projections);
     return mha_project(kernels, projections, 1, call->threads, scratch, f->at.scratch_bytes, call->stop);
 }
 
@@ -417,7 +417,7 @@ static mha_status read_masks(const mha_layer *layer, const mha_call *call, mha_l
 }
 
 /* Runs all items together, step by step. */
-static mha_status run_at_once(forward *f)
+static mha_status run_at_once(pass *f)
 {
     mha_status status;
     size_t given_up;
@@ -426,10 +426,10 @@ static mha_status run_at_once(forward *f)
         given_up = 0;
         mha_number_rows(&f->live);
         f->block = NULL;
-        lay_out(f, &layout);
+        plan_workspace(f, &layout);
         status = mha_take_workspace(&layout, &f->block);
         if (status == MHA_OK)
-            status = run(f, &given_up);
+            status = run_steps(f, &given_up);
         mha_give_workspace(f->block);
     } while (status == MHA_OK && given_up > 0);
     return status;
@@ -442,14 +442,14 @@ static mha_status run_at_once(forward *f)
  * thread, however large the batch is. */
 
 typedef struct {
-    const forward *all;
+    const pass *all;
     size_t chunks;
     char *block; /* workspaces of all threads */
     size_t bytes;
-} chunk_job;
+} chunk_tasks;
 
 /* The least number of chunks with which threads end at about the same time, if there are to be `chunks`. */
-static size_t least_chunks(const forward *f, size_t chunks)
+static size_t least_chunks(const pass *f, size_t chunks)
 {
     const size_t N = f->call->N, threads = f->call->threads;
     if (threads == 1)
@@ -463,7 +463,7 @@ static size_t least_chunks(const forward *f, size_t chunks)
 
 /* The number of chunks in which to run a call. 1: all items at once. A chunk writes its output while others read their
  * inputs, so that an output that overlaps an input rules chunks out. */
-static size_t choose_chunks(const forward *f)
+static size_t choose_chunks(const pass *f)
 {
     const mha_call *call = f->call;
     const size_t items = mha_divide_up(CHUNK_ROWS, mha_larger(call->L, call->S)), threads = call->threads;
@@ -477,9 +477,9 @@ static size_t choose_chunks(const forward *f)
 }
 
 /* Describes chunk i. `call` is filled in as well, and must live as long as the result. */
-static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
+static pass describe_chunk(const chunk_tasks *j, size_t i, mha_call *call)
 {
-    const forward *all = j->all;
+    const pass *all = j->all;
     const mha_widths *w = &all->layer->widths;
     const size_t first = mha_first_of_part(all->call->N, j->chunks, i);
     const size_t count = mha_first_of_part(all->call->N, j->chunks, i + 1) - first;
@@ -503,32 +503,32 @@ static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
         call->attn_weights = (char *)call->attn_weights + first * heads * L * keys * size;
     if (call->context)
         call->context = (char *)call->context + first * L * w->H * w->Dv * size;
-    return (forward){.layer = all->layer, .call = call, .first_item = first, .items_in_all = all->call->N,
-                     .live = mha_live_keys_of(&all->live, first, count), .masks = mha_masks_of(&all->masks, first)};
+    return (pass){.layer = all->layer, .call = call, .first_item = first, .items_in_all = all->call->N,
+                  .live = mha_live_keys_of(&all->live, first, count), .masks = mha_masks_of(&all->masks, first)};
 }
 
 static void run_chunk(void *context, size_t task, size_t worker)
 {
-    const chunk_job *j = context;
+    const chunk_tasks *j = context;
     mha_call call;
     mha_layout layout = {0};
     size_t given_up;
-    forward f = describe_chunk(j, task, &call);
-    lay_out(&f, &layout);
+    pass f = describe_chunk(j, task, &call);
+    plan_workspace(&f, &layout);
     f.block = j->block + worker * j->bytes;
-    (void)run(&f, &given_up); /* a chunk is stopped only together with the whole loop */
+    (void)run_steps(&f, &given_up); /* a chunk is stopped only together with the whole loop */
 }
 
-static mha_status run_in_chunks(forward *f, size_t chunks)
+static mha_status run_in_chunks(pass *f, size_t chunks)
 {
-    chunk_job j = {.all = f, .chunks = chunks};
+    chunk_tasks j = {.all = f, .chunks = chunks};
     mha_layout workspaces = {0};
     mha_number_rows(&f->live);
     for (size_t i = 0; i < chunks; i++) {
         mha_call call;
         mha_layout layout = {0};
-        forward chunk = describe_chunk(&j, i, &call);
-        lay_out(&chunk, &layout);
+        pass chunk = describe_chunk(&j, i, &call);
+        plan_workspace(&chunk, &layout);
         j.bytes = mha_larger(j.bytes, layout.bytes);
         workspaces.too_large |= layout.too_large;
     }
@@ -542,7 +542,7 @@ static mha_status run_in_chunks(forward *f, size_t chunks)
 
 mha_status mha_forward(const mha_layer *layer, const mha_call *call)
 {
-    forward f = {.layer = layer, .call = call, .items_in_all = call->N};
+    pass f = {.layer = layer, .call = call, .items_in_all = call->N};
     if (call->N == 0 || call->L == 0)
         return MHA_OK; /* there are no results */
     mha_status status = read_masks(layer, call, &f.live, &f.masks);

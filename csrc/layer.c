@@ -15,19 +15,19 @@
 /* The offsets of a matrix and its bias in the block. */
 typedef struct {
     size_t data, bias;
-} place;
+} offsets;
 
-static place reserve_panels(mha_layout *layout, const mha_kernels *kernels, mha_panels *panels, size_t features,
-                            size_t depth)
+static offsets reserve_panels(mha_layout *layout, const mha_kernels *kernels, mha_panels *panels, size_t features,
+                              size_t depth)
 {
     panels->split = mha_split_width(kernels, features);
     panels->depth = depth;
     const size_t padded = panels->split.vectors * kernels->lanes;
-    return (place){.data = mha_reserve(layout, padded, depth, kernels->size),
-                   .bias = mha_reserve(layout, padded, 1, kernels->size)};
+    return (offsets){.data = mha_reserve(layout, padded, depth, kernels->size),
+                     .bias = mha_reserve(layout, padded, 1, kernels->size)};
 }
 
-static void pack_panels(const mha_kernels *kernels, mha_panels *panels, char *block, place at, const char *weight,
+static void pack_panels(const mha_kernels *kernels, mha_panels *panels, char *block, offsets at, const char *weight,
                         const char *bias)
 {
     const mha_split *split = &panels->split;
@@ -61,10 +61,10 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
     mha_layer *made = calloc(1, sizeof *made);
     if (!made)
         goto done;
-    const place q = reserve_panels(&layout, kernels, &made->q, w.H * w.D, w.E);
-    const place k = reserve_panels(&layout, kernels, &made->k, w.Hkv * w.D, w.Ek);
-    const place v = reserve_panels(&layout, kernels, &made->v, w.Hkv * w.Dv, w.Ev);
-    const place out = reserve_panels(&layout, kernels, &made->out, w.Eo, w.H * w.Dv);
+    const offsets q = reserve_panels(&layout, kernels, &made->q, w.H * w.D, w.E);
+    const offsets k = reserve_panels(&layout, kernels, &made->k, w.Hkv * w.D, w.Ek);
+    const offsets v = reserve_panels(&layout, kernels, &made->v, w.Hkv * w.Dv, w.Ev);
+    const offsets out = reserve_panels(&layout, kernels, &made->out, w.Eo, w.H * w.Dv);
     const size_t bias_k = mha_reserve(&layout, w.Hkv, w.D, size), bias_v = mha_reserve(&layout, w.Hkv, w.Dv, size);
     status = mha_allocate(&layout, &made->block);
     if (status != MHA_OK)

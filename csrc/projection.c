@@ -49,7 +49,7 @@ typedef struct {
     /* blocks at which threads take turns, so that a thread's next task is usually on rows that it has copied */
     size_t abreast;
     size_t tasks;
-} plan;
+} blocking;
 
 /* A slice of some rows. `row` and `chain` are the distances between rows and between chains, in numbers. */
 typedef struct {
@@ -61,7 +61,7 @@ typedef struct {
 /* The slice that a thread has copied. It stands in the first cache line of the thread's scratch. The next task may need
  * the same slice. */
 typedef struct {
-    const plan *plan; /* NULL: none */
+    const blocking *blocking; /* NULL: none */
     size_t first_row, first_feature;
 } copied_slice;
 
@@ -70,14 +70,14 @@ _Static_assert(SLICE_BYTES % (MHA_CHAIN * sizeof(double)) == 0, "a slice is whol
 
 typedef struct {
     const mha_kernels *kernels;
-    plan plans[MHA_TARGETS];
+    blocking blockings[MHA_TARGETS];
     char *scratch;
     size_t scratch_bytes;
-} job;
+} projection_tasks;
 
 /* The number of runs into which the panels of a block are divided. It gives enough tasks to all threads, and the
  * shortest time until the last thread is ready: if two threads share 11 equal tasks, one of them waits. */
-static size_t choose_runs(const plan *p, size_t threads)
+static size_t choose_runs(const blocking *p, size_t threads)
 {
     const size_t least = mha_smaller(mha_divide_up(TASKS_A_THREAD * threads, p->blocks), p->panels);
     size_t best = least, best_time = SIZE_MAX;
@@ -92,11 +92,11 @@ static size_t choose_runs(const plan *p, size_t threads)
     return best;
 }
 
-static plan make_plan(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
+static blocking choose_blocking(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
 {
     const size_t depth = projection->target[0].panels->depth;
     const size_t slice = SLICE_BYTES / kernels->size;
-    plan p = {.projection = projection, .depth = depth, .slice = mha_smaller(depth, slice)};
+    blocking p = {.projection = projection, .depth = depth, .slice = mha_smaller(depth, slice)};
     p.chain = mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
     p.slices = depth ? mha_divide_up(depth, slice) : 1;
     const size_t fit = BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->size) / WHOLE_ROWS * WHOLE_ROWS;
@@ -117,17 +117,17 @@ static plan make_plan(const mha_kernels *kernels, const mha_projection *projecti
     return p;
 }
 
-static size_t block_size(const plan *p)
+static size_t block_size(const blocking *p)
 {
     return p->block_rows * mha_divide_up(p->slice, MHA_CHAIN) * p->chain;
 }
 
-static size_t strip_size(const mha_kernels *kernels, const plan *p)
+static size_t strip_size(const mha_kernels *kernels, const blocking *p)
 {
     return p->block_rows * kernels->vectors * kernels->lanes;
 }
 
-static size_t waiting_strips(const plan *p)
+static size_t waiting_strips(const blocking *p)
 {
     return p->slices > 1 ? SLICED_PANELS : 1;
 }
@@ -136,7 +136,7 @@ size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *
 {
     size_t most = 0;
     for (size_t i = 0; i < count; i++) {
-        const plan p = make_plan(kernels, &projections[i], 1);
+        const blocking p = choose_blocking(kernels, &projections[i], 1);
         mha_layout layout = {0};
         mha_reserve(&layout, 1, 1, sizeof(copied_slice));
         mha_reserve(&layout, block_size(&p), 1, kernels->size);
@@ -160,7 +160,7 @@ void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t siz
 
 /* The distance in bytes between rows that can be read in place: they are short, aligned and equally spaced. 0 if they
  * cannot. */
-static size_t distance_of_rows(const plan *p, size_t first_row, size_t rows, size_t size)
+static size_t distance_of_rows(const blocking *p, size_t first_row, size_t rows, size_t size)
 {
     const char *const *row = p->projection->row + first_row;
     const uintptr_t distance = rows > 1 ? (uintptr_t)row[1] - (uintptr_t)row[0] : p->depth * size;
@@ -180,13 +180,13 @@ static void fetch_ahead(const char *x, size_t bytes)
         __builtin_prefetch(x + i, 0, 2);
 }
 
-static size_t first_row_of(const plan *p, size_t block)
+static size_t first_row_of(const blocking *p, size_t block)
 {
     return mha_smaller(mha_first_of_part(p->wholes, p->blocks, block) * WHOLE_ROWS, p->projection->rows);
 }
 
 /* Copies a slice of some rows to a block. */
-static void copy_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t size, char *block)
+static void copy_slice(const blocking *p, size_t first_row, size_t rows, size_t first_feature, size_t size, char *block)
 {
     const ptrdiff_t stride_e = p->projection->stride_e;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
@@ -203,13 +203,13 @@ static void copy_slice(const plan *p, size_t first_row, size_t rows, size_t firs
     }
 }
 
-static sliced_rows take_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t size,
+static sliced_rows take_slice(const blocking *p, size_t first_row, size_t rows, size_t first_feature, size_t size,
                               copied_slice *copied, char *block)
 {
     const size_t distance = p->slices > 1 ? 0 : distance_of_rows(p, first_row, rows, size);
     if (distance > 0)
         return (sliced_rows){p->projection->row[first_row], rows, (ptrdiff_t)(distance / size), MHA_CHAIN};
-    if (copied->plan != p || copied->first_row != first_row || copied->first_feature != first_feature)
+    if (copied->blocking != p || copied->first_row != first_row || copied->first_feature != first_feature)
         copy_slice(p, first_row, rows, first_feature, size, block);
     *copied = (copied_slice){p, first_row, first_feature};
     return (sliced_rows){block, rows, (ptrdiff_t)p->chain, (ptrdiff_t)(p->block_rows * p->chain)};
@@ -279,7 +279,7 @@ static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, 
 }
 
 /* Adds one slice of one panel to its strip. The last slice goes to y. */
-static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_target *target, mha_panel panel,
+static void multiply_slice(const mha_kernels *kernels, const blocking *p, const mha_target *target, mha_panel panel,
                            size_t first_row, size_t first_feature, const sliced_rows *x, char *strip)
 {
     const size_t size = kernels->size, P = panel.vectors * kernels->lanes;
@@ -323,14 +323,14 @@ static const mha_target *find_target(const mha_projection *projection, size_t *p
     return target;
 }
 
-static copied_slice *copied_by(const job *j, size_t worker)
+static copied_slice *copied_by(const projection_tasks *j, size_t worker)
 {
     return (copied_slice *)(void *)(j->scratch + worker * j->scratch_bytes);
 }
 
 /* The block of a task, and the first of its panels. Of `abreast` blocks, the first runs of all come before the second
  * runs. */
-static size_t block_of_task(const plan *p, size_t task, size_t *first_panel)
+static size_t block_of_task(const blocking *p, size_t task, size_t *first_panel)
 {
     const size_t together = p->abreast * p->runs, first_block = task / together * p->abreast;
     const size_t abreast = mha_smaller(p->abreast, p->blocks - first_block);
@@ -340,8 +340,8 @@ static size_t block_of_task(const plan *p, size_t task, size_t *first_panel)
 
 static void run_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
-    const plan *p = j->plans;
+    const projection_tasks *j = context;
+    const blocking *p = j->blockings;
     while (task >= p->tasks)
         task -= (p++)->tasks;
     const size_t size = j->kernels->size;
@@ -369,13 +369,13 @@ static void run_task(void *context, size_t task, size_t worker)
 mha_status mha_project(const mha_kernels *kernels, const mha_projection *projections, size_t count, size_t threads,
                        char *scratch, size_t scratch_bytes, mha_stop stop)
 {
-    job j = {.kernels = kernels, .scratch = scratch, .scratch_bytes = scratch_bytes};
+    projection_tasks j = {.kernels = kernels, .scratch = scratch, .scratch_bytes = scratch_bytes};
     size_t tasks = 0;
     for (size_t i = 0; i < count; i++) {
-        j.plans[i] = make_plan(kernels, &projections[i], threads);
-        tasks += j.plans[i].tasks;
+        j.blockings[i] = choose_blocking(kernels, &projections[i], threads);
+        tasks += j.blockings[i].tasks;
     }
     for (size_t worker = 0; worker < threads; worker++)
-        copied_by(&j, worker)->plan = NULL;
+        copied_by(&j, worker)->blocking = NULL;
     return mha_parallel_for(threads, tasks, run_task, &j, stop);
 }

@@ -25,7 +25,7 @@ typedef struct {
     size_t q, k, v, mask; /* [items]: tables of offsets into the arrays, in numbers; for the mask in bytes */
     size_t zeros;         /* a row for inputs without features */
     size_t scratch, scratch_bytes;
-} plan;
+} offsets;
 
 typedef struct {
     const mha_sdpa_call *call;
@@ -34,7 +34,7 @@ typedef struct {
     size_t items;
     mha_live_keys live;
     mha_masks masks;
-    plan at;
+    offsets at;
     char *block; /* the workspace */
 } sdpa;
 
@@ -89,7 +89,7 @@ static void list_items(const sdpa *s, const ptrdiff_t *stride_axes, ptrdiff_t st
     }
 }
 
-static void list_rows(const sdpa *s, const mha_heads *x, size_t offset)
+static void list_offsets(const sdpa *s, const mha_heads *x, size_t offset)
 {
     list_items(s, x->stride_axes, x->stride_h, x->heads, s->kernels->size, table(s, offset));
 }
@@ -97,9 +97,9 @@ static void list_rows(const sdpa *s, const mha_heads *x, size_t offset)
 static void fill_workspace(sdpa *s)
 {
     const mha_sdpa_call *call = s->call;
-    list_rows(s, &call->query, s->at.q);
-    list_rows(s, &call->key, s->at.k);
-    list_rows(s, &call->value, s->at.v);
+    list_offsets(s, &call->query, s->at.q);
+    list_offsets(s, &call->key, s->at.k);
+    list_offsets(s, &call->value, s->at.v);
     if (call->mask.kind) {
         list_items(s, call->mask_axes, call->mask.stride_h, call->query.heads, 1, table(s, s->at.mask));
         s->masks.attn_item = table(s, s->at.mask);
@@ -151,10 +151,10 @@ static mha_attention describe_attention(const sdpa *s)
     return attention;
 }
 
-static mha_status plan_call(sdpa *s)
+static mha_status plan_workspace(sdpa *s)
 {
     mha_layout layout = {0};
-    plan *at = &s->at;
+    offsets *at = &s->at;
     at->q = mha_reserve(&layout, s->items, 1, sizeof(ptrdiff_t));
     at->k = mha_reserve(&layout, s->items, 1, sizeof(ptrdiff_t));
     at->v = mha_reserve(&layout, s->items, 1, sizeof(ptrdiff_t));
@@ -177,7 +177,7 @@ mha_status mha_sdpa(const mha_sdpa_call *call)
     status = mha_read_masks(&masks, 0, &s.live, &s.masks);
     if (status != MHA_OK)
         goto done;
-    status = plan_call(&s);
+    status = plan_workspace(&s);
     if (status != MHA_OK)
         goto done;
     fill_workspace(&s);

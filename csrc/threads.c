@@ -5,13 +5,13 @@
  * Owns: the workers, and the one static `pool` through which they are reached. Nothing here is allocated or freed.
  * Assumes: lock-free atomics, and that tasks do not fork. should_stop() may fork.
  *
- * The caller never needs a worker. It puts its loop, a `job` on its own stack, behind a gate with threads - 1 free
+ * The caller never needs a worker. It puts its loop, which is on its own stack, behind a gate with threads - 1 free
  * seats, and starts on the tasks itself. Workers that come in time take a seat, help, and leave. When the tasks have
  * run out, the caller closes the gate and waits for the workers inside. A worker that wakes up late finds the gate
  * closed and touches nothing. So no loop waits for a thread that the system has not scheduled yet, or that did not
  * survive a fork.
  *
- * Workers are detached and never end. Between jobs they spin or sleep on the static pool. They hold no lock and own
+ * Workers are detached and never end. Between loops they spin or sleep on the static pool. They hold no lock and own
  * nothing. So neither a forked child nor the end of the process has anything to wait for or to clean up.
  *
  * Workers take over the caller's floating-point environment. Nothing here sets flush-to-zero.
@@ -56,7 +56,7 @@ enum { INSIDE = 0x7fff, CALLER_SLEEPS = 0x8000, SEAT = 0x10000 };
 
 _Static_assert((int)MAX_THREADS <= (int)INSIDE, "every thread can be counted in the gate");
 
-struct job {
+struct loop {
     mha_task run;
     void *context;
     size_t tasks;
@@ -72,9 +72,9 @@ static struct {
     atomic_bool busy;
     unsigned workers;    /* the number of workers */
     size_t cpus;         /* CPUs that the process could use when the last worker was created */
-    struct job *current; /* workers inside the gate read it, too */
+    struct loop *current; /* workers inside the gate read it, too */
     alignas(CACHE_LINE) atomic_uint gate;
-    alignas(CACHE_LINE) atomic_uint epoch; /* the number of jobs so far; idle workers watch it */
+    alignas(CACHE_LINE) atomic_uint epoch; /* the number of loops so far; idle workers watch it */
     atomic_bool spinning_pays;
     alignas(CACHE_LINE) atomic_uint sleeping; /* workers that have to be woken to notice a new epoch */
 } pool;
@@ -197,11 +197,11 @@ static void leave_cpu(int cpu)
 
 #endif
 
-/* ---- Both sides of a job ---- */
+/* ---- Both sides of a loop ---- */
 
-/* A thread's part in a job. `stop` is NULL for workers. */
+/* A thread's part in a loop. `stop` is NULL for workers. */
 struct part {
-    struct job *job;
+    struct loop *loop;
     const mha_stop *stop;
 };
 
@@ -224,14 +224,14 @@ static void set_part_of_thread(const struct part *part)
 
 static bool is_stopped(const struct part *part)
 {
-    struct job *job = part->job;
+    struct loop *loop = part->loop;
     const mha_stop *stop = part->stop;
-    if (stop != NULL && stop->should_stop != NULL && !atomic_load_explicit(&job->stopped, memory_order_relaxed) &&
+    if (stop != NULL && stop->should_stop != NULL && !atomic_load_explicit(&loop->stopped, memory_order_relaxed) &&
         stop->should_stop(stop->context)) {
-        atomic_store_explicit(&job->stopped, true, memory_order_relaxed);
-        atomic_store_explicit(&job->next, job->tasks, memory_order_relaxed);
+        atomic_store_explicit(&loop->stopped, true, memory_order_relaxed);
+        atomic_store_explicit(&loop->next, loop->tasks, memory_order_relaxed);
     }
-    return atomic_load_explicit(&job->stopped, memory_order_relaxed);
+    return atomic_load_explicit(&loop->stopped, memory_order_relaxed);
 }
 
 bool mha_is_stopped(void)
@@ -240,21 +240,21 @@ bool mha_is_stopped(void)
     return part != NULL && is_stopped(part);
 }
 
-/* Runs tasks until none is left or the job is stopped. Returns whether it was stopped. Tickets need no memory order:
- * the gate orders the job before its tasks, and the tasks before the caller's return. */
-static bool take_part(struct job *job, size_t worker, const mha_stop *stop)
+/* Runs tasks until none is left or the loop is stopped. Returns whether it was stopped. Tickets need no memory order:
+ * the gate orders the loop before its tasks, and the tasks before the caller's return. */
+static bool take_part(struct loop *loop, size_t worker, const mha_stop *stop)
 {
     const struct part *before = part_of_thread(); /* should_stop() may run a signal handler, and that another loop */
-    const struct part part = {job, stop};
+    const struct part part = {loop, stop};
     size_t task;
     set_part_of_thread(&part);
-    while ((task = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)) < job->tasks) {
-        job->run(job->context, task, worker);
+    while ((task = atomic_fetch_add_explicit(&loop->next, 1, memory_order_relaxed)) < loop->tasks) {
+        loop->run(loop->context, task, worker);
         if (is_stopped(&part))
             break;
     }
     set_part_of_thread(before);
-    return atomic_load_explicit(&job->stopped, memory_order_relaxed);
+    return atomic_load_explicit(&loop->stopped, memory_order_relaxed);
 }
 
 /* ---- The workers' side ---- */
@@ -292,7 +292,8 @@ static void *work(void *unused)
 {
     (void)unused;
     for (;;) {
-        /* The epoch is read first: a job that opens the gate too late for enter_gate() changes the epoch afterwards. */
+        /* The epoch is read first: a loop that opens the gate too late for enter_gate() changes the epoch
+         * afterwards. */
         unsigned seen = atomic_load_explicit(&pool.epoch, memory_order_acquire);
         unsigned seat = enter_gate();
         if (seat != 0) {
@@ -354,8 +355,8 @@ static void hire(unsigned wanted)
     pool.workers = workers;
 }
 
-/* Opens the gate to the job for up to threads - 1 workers. Returns false if there can be none. */
-static bool publish(struct job *job, size_t threads)
+/* Opens the gate to the loop for up to threads - 1 workers. Returns false if there can be none. */
+static bool publish(struct loop *loop, size_t threads)
 {
     if (threads < 2 || !may_publish || part_of_thread() != NULL ||
         atomic_exchange_explicit(&pool.busy, true, memory_order_acquire))
@@ -371,10 +372,10 @@ static bool publish(struct job *job, size_t threads)
         return false;
     }
 
-    fegetenv(&job->environment);
-    pool.current = job;
+    fegetenv(&loop->environment);
+    pool.current = loop;
     const bool has_a_cpu_each = seats < pool.cpus;
-    job->cpu = has_a_cpu_each ? current_cpu() : -1;
+    loop->cpu = has_a_cpu_each ? current_cpu() : -1;
     atomic_store_explicit(&pool.spinning_pays, has_a_cpu_each, memory_order_relaxed);
     atomic_store_explicit(&pool.gate, seats * SEAT, memory_order_release);
     atomic_fetch_add(&pool.epoch, 1);
@@ -415,11 +416,11 @@ mha_status mha_parallel_for(size_t threads, size_t tasks, mha_task run, void *co
     if (stop.with_task)
         return run_with_task(tasks, run, context);
     static pthread_once_t once = PTHREAD_ONCE_INIT;
-    struct job job = {.run = run, .context = context, .tasks = tasks};
+    struct loop loop = {.run = run, .context = context, .tasks = tasks};
     pthread_once(&once, prepare);
     unsigned forks_before = forks;
-    bool published = publish(&job, threads < tasks ? threads : tasks);
-    bool stopped = take_part(&job, 0, &stop);
+    bool published = publish(&loop, threads < tasks ? threads : tasks);
+    bool stopped = take_part(&loop, 0, &stop);
 
     if (published && forks != forks_before)
         return MHA_STOPPED; /* should_stop() forked; in the child the workers' tasks are lost, and the pool is new */

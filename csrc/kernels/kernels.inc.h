@@ -165,9 +165,9 @@ typedef struct {
     size_t left, each; /* several rows: how many are left, and how many come before each tile */
     const char *ahead; /* a single row: the next byte */
     size_t step;       /* a single row: bytes to advance with each k */
-} V(place);
+} V(progress);
 
-INLINE void V(fetch)(const mha_next *next, V(place) *at)
+INLINE void V(fetch)(const mha_next *next, V(progress) *at)
 {
     for (size_t i = at->each; i > 0 && at->left > 0; i--) {
         for (size_t byte = 0; byte < next->bytes; byte += FETCHED_BYTES)
@@ -187,7 +187,7 @@ INLINE void V(fetch)(const mha_next *next, V(place) *at)
  * reads of the panel. Tiles of one to three rows prefetch one line per step and leave the rest to the hardware, except
  * where lines are 96 bytes apart (three AVX2 vectors): there they prefetch nothing, because it would confuse the
  * hardware prefetcher. */
-INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *p, V(place) *at)
+INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *p, V(progress) *at)
 {
     const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = p->a_k;
     const size_t b_k = p->b_k, step = at->step;
@@ -265,7 +265,7 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
 
 /* The copies are not inlined, so that the registers of one do not disturb those of another. */
 #define COPY(r, v) \
-    NOINLINE void V(tiles_##r##x##v)(const mha_product *p, V(place) *at, size_t tiles) \
+    NOINLINE void V(tiles_##r##x##v)(const mha_product *p, V(progress) *at, size_t tiles) \
     { \
         for (; tiles > 0; tiles--) { \
             V(fetch)(p->next, at); \
@@ -280,7 +280,7 @@ EACH_TILE_3(COPY)
 static void V(product)(const mha_product *p)
 {
 #define NAME(r, v) V(tiles_##r##x##v),
-    static void (*const copies[VECTORS][MOST_ROWS])(const mha_product *, V(place) *, size_t) = {
+    static void (*const copies[VECTORS][MOST_ROWS])(const mha_product *, V(progress) *, size_t) = {
         {EACH_TILE_1(NAME)}, {EACH_TILE_2(NAME)}, {EACH_TILE_3(NAME)}};
 #undef NAME
     static const size_t rows_of_few[VECTORS] = {ROWS_1, ROWS_2, ROWS_3}, rows_of_many[VECTORS] = ROWS_OF_MANY;
@@ -296,7 +296,7 @@ static void V(product)(const mha_product *p)
         larger = p->rows % tiles;
     }
     const mha_next *next = p->next;
-    V(place) at = {.a = p->a, .addend = p->addend, .c = p->c, .ahead = p->a};
+    V(progress) at = {.a = p->a, .addend = p->addend, .c = p->c, .ahead = p->a};
     if (next && next->rows == 1 && p->depth > 0) {
         at.ahead = next->data;
         at.step = (next->bytes + tiles * p->depth - 1) / (tiles * p->depth);
