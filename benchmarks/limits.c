@@ -152,19 +152,19 @@ static void again_read_masks(const void *what)
 }
 
 /* Reads the masks of the first such block again. */
-static mha_view read_masks(void *bias, size_t keys, size_t vectors, size_t used, const mha_mask_block *masks)
+static mha_visible read_masks(void *bias, size_t keys, size_t vectors, size_t used, const mha_mask_block *masks)
 {
     const double begin = seconds_now();
-    const mha_view view = real->read_masks(bias, keys, vectors, used, masks);
+    const mha_visible visible = real->read_masks(bias, keys, vectors, used, masks);
     const double seconds = seconds_now() - begin;
-    record *r = COUNT(read_masks, keys, vectors, used, masks->attn_kind, masks->keys_kind, masks->is_causal,
-                      masks->index != NULL, view.keys, view.is_biased);
+    record *r = COUNT(read_masks, keys, vectors, used, masks->attn_kind, masks->padding_kind, masks->is_causal,
+                      masks->index != NULL, visible.keys, visible.is_biased);
     r->seconds += seconds;
     if (r->calls == 1) {
         r->operand[0] = room(keys * lanes(vectors));
         r->masks = *masks;
     }
-    return view;
+    return visible;
 }
 
 static void again_softmax_begin(const void *what)

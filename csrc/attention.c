@@ -86,7 +86,7 @@ static size_t widest_panel(const mha_attention *a)
 /* Whether a query sees the same keys in all heads. */
 static bool is_mask_shared(const mha_attention *a)
 {
-    return a->masks->attn.kind && a->masks->attn.stride_h == 0;
+    return a->rules->attn.kind && a->rules->attn.stride_h == 0;
 }
 
 /* The number of heads whose panels are shared out together. They are all heads if they share a mask, because reading a
@@ -293,24 +293,24 @@ static char *values_of(const mha_attention *a, size_t n, const mha_key_block *bl
     return row_at(a, block->is_extra ? &a->extra_v : &a->v, n, hkv, block->row);
 }
 
-static mha_view look(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                     char *bias)
+static mha_visible apply_rules(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
+                               char *bias)
 {
     const mha_lanes of_head = {h, 1, lanes.first, lanes.count, lanes.vectors};
-    return mha_look(a->kernels, a->masks, n, &of_head, block, bias);
+    return mha_apply_rules(a->kernels, a->rules, n, &of_head, block, bias);
 }
 
 /* scores[key][lane] of the visible keys. The bias is added last, if there is one. Chains have at most MHA_CHAIN
  * features, as in projections. */
 static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes, const mha_key_block *block,
-                  mha_view view, const char *queries, const char *bias, char *scores, const mha_next *next)
+                  mha_visible visible, const char *queries, const char *bias, char *scores, const mha_next *next)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
     const char *keys = keys_of(a, n, block, hkv);
-    const char *addend = view.is_biased && a->D <= MHA_CHAIN ? bias : NULL;
+    const char *addend = visible.is_biased && a->D <= MHA_CHAIN ? bias : NULL;
     for (size_t d = 0; d < a->D; d += MHA_CHAIN) {
-        const mha_product product = {.rows = view.keys, .depth = mha_smaller(a->D - d, MHA_CHAIN),
+        const mha_product product = {.rows = visible.keys, .depth = mha_smaller(a->D - d, MHA_CHAIN),
                                      .vectors = lanes.vectors, .a = keys + d * kernels->size,
                                      .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1,
                                      .b = queries + d * P * kernels->size, .b_k = P,
@@ -319,15 +319,16 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
         addend = scores;
         next = NULL;
     }
-    if (view.is_biased && a->D > MHA_CHAIN)
-        kernels->accumulate(scores, bias, view.keys * P);
+    if (visible.is_biased && a->D > MHA_CHAIN)
+        kernels->accumulate(scores, bias, visible.keys * P);
 }
 
 /* Sets the scores of keys that are not visible to -inf. Weights are made from the scores of a whole block. */
-static void hide_rest(const mha_attention *a, mha_panel lanes, const mha_key_block *block, mha_view view, char *scores)
+static void hide_rest(const mha_attention *a, mha_panel lanes, const mha_key_block *block, mha_visible visible,
+                      char *scores)
 {
     const size_t P = lanes.vectors * a->kernels->lanes;
-    a->kernels->fill(scores + view.keys * P * a->kernels->size, (block->keys - view.keys) * P, -INFINITY);
+    a->kernels->fill(scores + visible.keys * P * a->kernels->size, (block->keys - visible.keys) * P, -INFINITY);
 }
 
 /* Applies dropout to the probabilities of the first `keys` keys of a block. */
@@ -363,24 +364,24 @@ static mha_next share_of(const mha_attention *a, const state *s, const mha_rows 
 }
 
 static void step(const mha_attention *a, size_t n, state *s, const mha_key_block *block, const mha_key_block *next,
-                 mha_view view, char *scores, char *exps, const char *bias)
+                 mha_visible visible, char *scores, char *exps, const char *bias)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = s->lanes.vectors * kernels->lanes;
     mha_next next_keys, next_values;
     if (s->kept)
-        hide_rest(a, s->lanes, block, view, scores);
-    if (view.keys == 0) /* hidden keys would change nothing: their probability is 0, and the maximum stays */
+        hide_rest(a, s->lanes, block, visible, scores);
+    if (visible.keys == 0) /* hidden keys would change nothing: their probability is 0, and the maximum stays */
         return;
     if (next) {
         next_keys = share_of(a, s, &a->k, keys_of(a, n, next, s->hkv), next->keys, a->D);
         next_values = share_of(a, s, &a->v, values_of(a, n, next, s->hkv), next->keys, a->Dv);
     }
-    score(a, n, s->hkv, s->lanes, block, view, s->queries, bias, scores, next ? &next_keys : NULL);
-    kernels->softmax_step(scores, view.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
+    score(a, n, s->hkv, s->lanes, block, visible, s->queries, bias, scores, next ? &next_keys : NULL);
+    kernels->softmax_step(scores, visible.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
     if (a->dropout_p > 0)
-        drop_out(a, n, s->h, s->lanes, block, view.keys, exps);
-    const mha_product product = {.rows = a->Dv, .depth = view.keys, .vectors = s->lanes.vectors,
+        drop_out(a, n, s->h, s->lanes, block, visible.keys, exps);
+    const mha_product product = {.rows = a->Dv, .depth = visible.keys, .vectors = s->lanes.vectors,
                                  .a = values_of(a, n, block, s->hkv), .a_row = 1,
                                  .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
@@ -440,13 +441,13 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
             mha_key_block_at(a->live, n, b + 1, &two[(b + 1) % 2]);
             next = &two[(b + 1) % 2];
         }
-        mha_view view = {0};
+        mha_visible visible = {0};
         for (size_t i = 0; i < panels; i++) {
             state *s = &states[i];
             if (i == 0 || !is_shared || s->lanes.first != states[i - 1].lanes.first)
-                view = look(a, n, s->h, s->lanes, block, bias);
+                visible = apply_rules(a, n, s->h, s->lanes, block, bias);
             char *scores = s->kept ? s->kept + b * block_bytes(a, s->lanes.vectors) : exps;
-            step(a, n, s, block, next, view, scores, exps, bias);
+            step(a, n, s, block, next, visible, scores, exps, bias);
         }
         features += a->D + a->Dv;
         if (features >= FEATURES_A_LOOK && mha_is_stopped())
@@ -515,9 +516,9 @@ static void add_probabilities(const mha_attention *a, const average *w, size_t h
 /* Computes the scores of one head and block again. Keys that are not visible get -inf. */
 static void score_again(const mha_attention *a, const average *w, size_t h, const mha_key_block *block, char *scores)
 {
-    const mha_view view = look(a, w->n, h, w->lanes, block, w->bias);
-    score(a, w->n, h / (a->H / a->Hkv), w->lanes, block, view, w->queries, w->bias, scores, NULL);
-    hide_rest(a, w->lanes, block, view, scores);
+    const mha_visible visible = apply_rules(a, w->n, h, w->lanes, block, w->bias);
+    score(a, w->n, h / (a->H / a->Hkv), w->lanes, block, visible, w->queries, w->bias, scores, NULL);
+    hide_rest(a, w->lanes, block, visible, scores);
 }
 
 static char *probabilities_row(const mha_attention *a, const average *w, size_t lane)

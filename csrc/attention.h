@@ -26,7 +26,7 @@ typedef struct {
     mha_rows k, v;             /* row l is that of a live key (mha_key_block.row) */
     mha_rows extra_k, extra_v; /* the extra keys are the same for every item */
     const mha_live_keys *live;
-    const mha_masks *masks;
+    const mha_rules *rules;
     mha_empty_row empty_row;
 
     double dropout_p; /* 0: no dropout */

@@ -265,8 +265,8 @@ static size_t score_inputs(const mha_few_queries *f, size_t n, size_t first, mha
     const mha_kernels *kernels = f->layer->kernels;
     const size_t P = panel.vectors * kernels->lanes, Ek = f->layer->widths.Ek;
     const mha_lanes lanes = {0, f->layer->widths.H, first, panel.count, panel.vectors};
-    const mha_view view = mha_look(kernels, f->masks, n, &lanes, block, s->bias);
-    mha_product product = {.rows = view.keys, .vectors = panel.vectors, .a = s->slice,
+    const mha_visible visible = mha_apply_rules(kernels, f->rules, n, &lanes, block, s->bias);
+    mha_product product = {.rows = visible.keys, .vectors = panel.vectors, .a = s->slice,
                            .a_row = (ptrdiff_t)slice_stride(kernels), .a_k = 1, .b_k = P, .addend_row = P,
                            .c = s->scores, .c_row = P};
     for (size_t e = 0; e < Ek; e += MHA_CHAIN) {
@@ -276,10 +276,10 @@ static size_t score_inputs(const mha_few_queries *f, size_t n, size_t first, mha
         product.addend = e ? s->scores : NULL;
         kernels->product(&product);
     }
-    give_up_unless_finite(f, n, s->scores, view.keys * P); /* before the masks are added, which may be infinite */
-    if (view.is_biased)
-        kernels->accumulate(s->scores, s->bias, view.keys * P);
-    return view.keys;
+    give_up_unless_finite(f, n, s->scores, visible.keys * P); /* before the masks are added, which may be infinite */
+    if (visible.is_biased)
+        kernels->accumulate(s->scores, s->bias, visible.keys * P);
+    return visible.keys;
 }
 
 /* sums = sums * factor + x^T exps, for a slice of features at a time. */

@@ -21,7 +21,7 @@ typedef struct {
     const mha_layer *layer;
     const mha_call *call;
     const mha_live_keys *live;
-    const mha_masks *masks;
+    const mha_rules *rules;
     const char *q; /* projected queries: row n * L + l; strides are in numbers */
     size_t q_stride, q_head;
     char *context; /* rows in the same order; the stride is in numbers */
@@ -46,7 +46,7 @@ typedef struct {
 bool mha_few_queries_can(const mha_layer *layer, const mha_call *call);
 bool mha_few_queries_pays(const mha_layer *layer, const mha_call *call, size_t live_keys);
 
-/* Plans the workspace. `layer`, `call`, `live` and `masks` must be set. If no item is computed this way, f->items
+/* Plans the workspace. `layer`, `call`, `live` and `rules` must be set. If no item is computed this way, f->items
  * becomes 0. */
 void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout);
 size_t mha_few_queries_scratch(const mha_few_queries *f); /* bytes for each thread */

@@ -50,13 +50,13 @@ typedef struct {
 } offsets;
 
 /* A call for all its items, or for some of them. If for some, `call` describes these alone. Only its masks still begin
- * with the first item of the batch, and `masks` is used in their place. */
+ * with the first item of the batch, and `rules` is used in their place. */
 typedef struct {
     const mha_layer *layer;
     const mha_call *call;
     size_t first_item, items_in_all;
     mha_live_keys live;
-    mha_masks masks;
+    mha_rules rules;
     mha_few_queries few;
     offsets at;
     char *block; /* the workspace; NULL while it is planned */
@@ -286,7 +286,7 @@ static void describe_attention(const pass *f, mha_attention *a)
     set_rows(f, &at->extra_k, 0, &a->extra_k);
     set_rows(f, &at->extra_v, 0, &a->extra_v);
     a->live = &f->live;
-    a->masks = &f->masks;
+    a->rules = &f->rules;
     a->empty_row = call->empty_row;
     a->dropout_p = call->dropout_p;
     if (call->dropout_p > 0)
@@ -323,7 +323,7 @@ static void plan_workspace(pass *f, mha_layout *layout)
     const mha_kernels *kernels = f->layer->kernels;
     const size_t size = kernels->size, queries = call->N * call->L, keys = mha_live_rows(&f->live);
     offsets *at = &f->at;
-    f->few = (mha_few_queries){.layer = f->layer, .call = call, .live = &f->live, .masks = &f->masks};
+    f->few = (mha_few_queries){.layer = f->layer, .call = call, .live = &f->live, .rules = &f->rules};
     at->q = reserve_heads(layout, kernels, queries, w->H, w->D);
     at->k = reserve_heads(layout, kernels, keys, w->Hkv, w->D);
     at->v = reserve_heads(layout, kernels, keys, w->Hkv, w->Dv);
@@ -403,12 +403,12 @@ static mha_status run_steps(const pass *f, size_t *given_up)
 }
 
 /* Reads the masks, and decides which items few_queries.c computes. */
-static mha_status read_masks(const mha_layer *layer, const mha_call *call, mha_live_keys *live, mha_masks *masks)
+static mha_status read_masks(const mha_layer *layer, const mha_call *call, mha_live_keys *live, mha_rules *rules)
 {
     size_t positions;
     if (__builtin_mul_overflow(call->N, call->L, &positions) || __builtin_mul_overflow(call->N, call->S, &positions))
         return MHA_TOO_LARGE;
-    const mha_status status = mha_read_masks(call, mha_extra_keys(layer, call), live, masks);
+    const mha_status status = mha_read_masks(call, mha_extra_keys(layer, call), live, rules);
     const bool can = mha_few_queries_can(layer, call);
     for (size_t n = 0; status == MHA_OK && n < call->N; n++)
         live->is_few[n] = can && (call->is_few ? call->is_few[n]
@@ -504,7 +504,7 @@ static pass describe_chunk(const chunk_tasks *j, size_t i, mha_call *call)
     if (call->context)
         call->context = (char *)call->context + first * L * w->H * w->Dv * size;
     return (pass){.layer = all->layer, .call = call, .first_item = first, .items_in_all = all->call->N,
-                  .live = mha_live_keys_of(&all->live, first, count), .masks = mha_masks_of(&all->masks, first)};
+                  .live = mha_live_keys_of(&all->live, first, count), .rules = mha_rules_of(&all->rules, first)};
 }
 
 static void run_chunk(void *context, size_t task, size_t worker)
@@ -545,7 +545,7 @@ mha_status mha_forward(const mha_layer *layer, const mha_call *call)
     pass f = {.layer = layer, .call = call, .items_in_all = call->N};
     if (call->N == 0 || call->L == 0)
         return MHA_OK; /* there are no results */
-    mha_status status = read_masks(layer, call, &f.live, &f.masks);
+    mha_status status = read_masks(layer, call, &f.live, &f.rules);
     if (status == MHA_OK) {
         const size_t chunks = choose_chunks(&f);
         status = chunks > 1 ? run_in_chunks(&f, chunks) : run_at_once(&f);
@@ -559,8 +559,8 @@ mha_status mha_forward(const mha_layer *layer, const mha_call *call)
 mha_status mha_choose_paths(const mha_layer *layer, const mha_call *call, bool *is_few)
 {
     mha_live_keys live = {0};
-    mha_masks masks;
-    const mha_status status = read_masks(layer, call, &live, &masks);
+    mha_rules rules;
+    const mha_status status = read_masks(layer, call, &live, &rules);
     if (status == MHA_OK)
         memcpy(is_few, live.is_few, call->N * sizeof *is_few);
     mha_live_keys_release(&live);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * masks.c - turns key padding into a list of live keys, and the other masks into what a panel sees of a block.
+ * masks.c - turns key padding into a list of live keys, and the other rules into what a panel sees of a block.
  *
  * Owns: the list of live keys.
  */
@@ -33,9 +33,9 @@ static const char *mask_at(const mha_mask *mask, size_t n, size_t h, size_t l)
            (ptrdiff_t)l * mask->stride_l;
 }
 
-static const char *attn_at(const mha_masks *masks, size_t n, size_t h, size_t l)
+static const char *attn_at(const mha_rules *rules, size_t n, size_t h, size_t l)
 {
-    return masks->attn_item ? mask_at(&masks->attn, 0, h, l) + masks->attn_item[n] : mask_at(&masks->attn, n, h, l);
+    return rules->attn_item ? mask_at(&rules->attn, 0, h, l) + rules->attn_item[n] : mask_at(&rules->attn, n, h, l);
 }
 
 /* Lists the live keys of an item and returns their number. Sets *adds if the mask adds a number other than 0 to one of
@@ -54,12 +54,12 @@ static size_t list_live_keys(const mha_mask *mask, size_t n, size_t S, size_t *i
     return live;
 }
 
-mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *live, mha_masks *masks)
+mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *live, mha_rules *rules)
 {
     const mha_mask *padding = &call->key_padding_mask;
     mha_layout layout = {0};
     *live = (mha_live_keys){.N = call->N, .S = call->S, .extra = extra};
-    *masks = (mha_masks){.attn = call->attn_mask, .is_causal = call->is_causal};
+    *rules = (mha_rules){.attn = call->attn_mask, .is_causal = call->is_causal};
     const size_t start = mha_reserve(&layout, call->N + 1, 1, sizeof(size_t));
     const size_t row = mha_reserve(&layout, call->N + 1, 1, sizeof(size_t));
     const size_t is_few = mha_reserve(&layout, call->N, 1, sizeof(bool));
@@ -80,7 +80,7 @@ mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *liv
     if (total < call->N * call->S)
         live->index = list;
     if (adds)
-        masks->keys = *padding;
+        rules->padding = *padding;
     return MHA_OK;
 }
 
@@ -97,11 +97,11 @@ mha_live_keys mha_live_keys_of(const mha_live_keys *live, size_t first, size_t c
                            .index = live->index, .is_few = live->is_few + first, .row = live->row + first};
 }
 
-mha_masks mha_masks_of(const mha_masks *masks, size_t first)
+mha_rules mha_rules_of(const mha_rules *rules, size_t first)
 {
-    mha_masks of = *masks;
-    of.attn.data = masks->attn.kind ? mask_at(&masks->attn, first, 0, 0) : NULL;
-    of.keys.data = masks->keys.kind ? mask_at(&masks->keys, first, 0, 0) : NULL;
+    mha_rules of = *rules;
+    of.attn.data = rules->attn.kind ? mask_at(&rules->attn, first, 0, 0) : NULL;
+    of.padding.data = rules->padding.kind ? mask_at(&rules->padding, first, 0, 0) : NULL;
     return of;
 }
 
@@ -163,46 +163,47 @@ size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s)
 }
 
 /* What the numbers of queries and keys say without the masks. */
-static mha_view view_by_numbers(const mha_masks *masks, size_t first_query, size_t last_query,
-                                const mha_key_block *block)
+static mha_visible visible_by_numbers(const mha_rules *rules, size_t first_query, size_t last_query,
+                                      const mha_key_block *block)
 {
     if (block->is_extra)
-        return (mha_view){block->keys, false};
+        return (mha_visible){block->keys, false};
     size_t keys = block->keys;
     bool crosses = false;
-    if (masks->is_causal) {
+    if (rules->is_causal) {
         if (block->first_key > last_query)
-            return (mha_view){0, false};
+            return (mha_visible){0, false};
         while (mha_key_number(block, keys - 1) > last_query)
             keys--;
         crosses = mha_key_number(block, keys - 1) > first_query;
     }
-    return (mha_view){keys, masks->attn.kind || masks->keys.kind || crosses};
+    return (mha_visible){keys, rules->attn.kind || rules->padding.kind || crosses};
 }
 
-mha_view mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, const mha_lanes *lanes,
-                  const mha_key_block *block, void *bias)
+mha_visible mha_apply_rules(const mha_kernels *kernels, const mha_rules *rules, size_t n, const mha_lanes *lanes,
+                            const mha_key_block *block, void *bias)
 {
     size_t query = lanes->first / lanes->heads, h = lanes->first % lanes->heads;
-    const mha_view view = view_by_numbers(masks, query, (lanes->first + lanes->count - 1) / lanes->heads, block);
-    if (view.keys == 0 || !view.is_biased)
-        return view;
+    const mha_visible visible = visible_by_numbers(rules, query, (lanes->first + lanes->count - 1) / lanes->heads,
+                                                   block);
+    if (visible.keys == 0 || !visible.is_biased)
+        return visible;
     mha_mask_block of;
-    of.attn_kind = masks->attn.kind;
-    of.attn_s = masks->attn.stride_s;
-    of.keys = masks->keys.kind ? mask_at(&masks->keys, n, 0, 0) : NULL;
-    of.keys_kind = masks->keys.kind;
-    of.keys_s = masks->keys.stride_s;
+    of.attn_kind = rules->attn.kind;
+    of.attn_s = rules->attn.stride_s;
+    of.padding = rules->padding.kind ? mask_at(&rules->padding, n, 0, 0) : NULL;
+    of.padding_kind = rules->padding.kind;
+    of.padding_s = rules->padding.stride_s;
     of.index = block->index;
     of.first_key = block->first_key;
-    of.is_causal = masks->is_causal;
+    of.is_causal = rules->is_causal;
     for (size_t lane = 0; lane < lanes->count; lane++) {
-        of.attn[lane] = masks->attn.kind ? attn_at(masks, n, lanes->first_head + h, query) : NULL;
+        of.attn[lane] = rules->attn.kind ? attn_at(rules, n, lanes->first_head + h, query) : NULL;
         of.query[lane] = query;
         if (++h == lanes->heads) {
             h = 0;
             query++;
         }
     }
-    return kernels->read_masks(bias, view.keys, lanes->vectors, lanes->count, &of);
+    return kernels->read_masks(bias, visible.keys, lanes->vectors, lanes->count, &of);
 }

@@ -34,23 +34,24 @@ typedef struct {
     const size_t *index; /* numbers of the keys; NULL: first_key, first_key + 1, ... */
 } mha_key_block;
 
+/* What decides which keys a query sees, and what is added to their scores. */
 typedef struct {
     mha_mask attn;
     const ptrdiff_t *attn_item; /* [N]: bytes from attn.data to the mask of an item; NULL: n * stride_n */
-    mha_mask keys; /* kind NONE if no live key has a number other than 0 */
+    mha_mask padding; /* kind NONE if no live key has a number other than 0 */
     bool is_causal;
-} mha_masks;
+} mha_rules;
 
-/* Finds the live keys and the remaining masks. mha_live_keys_release() frees the memory, also after an error. */
-mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *live, mha_masks *masks);
+/* Finds the live keys and the rules that remain. mha_live_keys_release() frees the memory, also after an error. */
+mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *live, mha_rules *rules);
 void mha_live_keys_release(mha_live_keys *live);
 
 void mha_number_rows(mha_live_keys *live);
 
-/* Live keys and masks of `count` items from item `first` on. They share the memory. The masks must not have
+/* Live keys and rules of `count` items from item `first` on. They share the memory. The rules must not have
  * attn_item. */
 mha_live_keys mha_live_keys_of(const mha_live_keys *live, size_t first, size_t count);
-mha_masks mha_masks_of(const mha_masks *masks, size_t first);
+mha_rules mha_rules_of(const mha_rules *rules, size_t first);
 
 static inline size_t mha_live_count(const mha_live_keys *live, size_t n)
 {
@@ -87,7 +88,7 @@ typedef struct {
 
 /* What the lanes see of a block. If the result is_biased, add bias [keys][P] to the scores of the visible keys.
  * Otherwise add nothing; the contents of bias are then undefined. */
-mha_view mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, const mha_lanes *lanes,
+mha_visible mha_apply_rules(const mha_kernels *kernels, const mha_rules *rules, size_t n, const mha_lanes *lanes,
                   const mha_key_block *block, void *bias);
 
 #endif

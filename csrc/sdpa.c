@@ -33,7 +33,7 @@ typedef struct {
     size_t groups; /* of the heads */
     size_t items;
     mha_live_keys live;
-    mha_masks masks;
+    mha_rules rules;
     offsets at;
     char *block; /* the workspace */
 } sdpa;
@@ -102,7 +102,7 @@ static void fill_workspace(sdpa *s)
     list_offsets(s, &call->value, s->at.v);
     if (call->mask.kind) {
         list_items(s, call->mask_axes, call->mask.stride_h, call->query.heads, 1, table(s, s->at.mask));
-        s->masks.attn_item = table(s, s->at.mask);
+        s->rules.attn_item = table(s, s->at.mask);
     }
     if (call->D == 0)
         memset(s->block + s->at.zeros, 0, s->kernels->size);
@@ -131,7 +131,7 @@ static mha_attention describe_attention(const sdpa *s)
         .N = s->items, .L = call->L, .H = H, .Hkv = 1, .D = call->D, .Dv = call->Dv,
         .scale = call->scale,
         .context = {call->output, (ptrdiff_t)H * L * Dv, L * Dv, Dv, NULL},
-        .live = &s->live, .masks = &s->masks, .empty_row = MHA_EMPTY_ROW_ZERO,
+        .live = &s->live, .rules = &s->rules, .empty_row = MHA_EMPTY_ROW_ZERO,
         .dropout_p = call->dropout_p,
         .threads = call->threads, .scratch_bytes = s->at.scratch_bytes, .stop = call->stop,
     };
@@ -174,7 +174,7 @@ mha_status mha_sdpa(const mha_sdpa_call *call)
     if (status != MHA_OK || s.items == 0 || call->query.heads == 0 || call->L == 0 || call->Dv == 0)
         return status;
     const mha_call masks = {.N = s.items, .S = call->S, .attn_mask = call->mask, .is_causal = call->is_causal};
-    status = mha_read_masks(&masks, 0, &s.live, &s.masks);
+    status = mha_read_masks(&masks, 0, &s.live, &s.rules);
     if (status != MHA_OK)
         goto done;
     status = plan_workspace(&s);

@@ -75,9 +75,9 @@ typedef struct {
     /* the mask of each lane's query, at key 0 of the item; not read if attn_kind is NONE */
     const char *attn[MHA_MOST_LANES];
     size_t query[MHA_MOST_LANES];     /* the number of each lane's query; read if is_causal */
-    const char *keys;                 /* the float key_padding_mask, at key 0; keys that it hides are not live */
-    mha_mask_kind attn_kind, keys_kind;
-    ptrdiff_t attn_s, keys_s; /* in bytes */
+    const char *padding;                 /* the float key_padding_mask, at key 0; keys that it hides are not live */
+    mha_mask_kind attn_kind, padding_kind;
+    ptrdiff_t attn_s, padding_s; /* in bytes */
     const size_t *index; /* numbers of the block's keys; NULL: first_key, first_key + 1, ... */
     size_t first_key;
     bool is_causal;
@@ -87,7 +87,7 @@ typedef struct {
 typedef struct {
     size_t keys;    /* the first `keys` keys of the block; no lane sees the others */
     bool is_biased; /* masks add something to the scores of these keys */
-} mha_view;
+} mha_visible;
 
 /* Where a block of probabilities is in the random stream. What happens to probability (n, h, l, s) depends on these
  * four numbers and the key alone. */
@@ -120,7 +120,7 @@ typedef struct mha_kernels {
     /* bias[key][lane] = what masks add to the score of a visible key: the sum of all masks, -inf if one of them hides
      * the key. Masks are added to each other first, as in torch. If the result is not biased, all would add 0, and the
      * bias is undefined. Lanes from `count` on are like the last one. */
-    mha_view (*read_masks)(void *bias, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks);
+    mha_visible (*read_masks)(void *bias, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks);
 
     /* One step of the online softmax: exps[key][lane] = exp(score - maximum). The running maximum [P] and sum [P] are
      * updated. factor [P] = exp(old maximum - new maximum). exps may be the same array as scores. softmax_begin() sets

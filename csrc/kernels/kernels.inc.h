@@ -452,8 +452,8 @@ static bool V(read_numbers)(REAL *bias, size_t keys, size_t P, size_t count, con
                           !block->index && keys % LANES == 0;
     const VEC zero = V(splat)(0);
     VEC not_zero = zero;
-    if (block->keys_kind)
-        V(read_row)(block->keys_kind, block->keys, block->keys_s, block, keys, of_keys);
+    if (block->padding_kind)
+        V(read_row)(block->padding_kind, block->padding, block->padding_s, block, keys, of_keys);
     for (size_t first = 0; first < P; first += LANES) {
         for (size_t i = 0; i < LANES && has_attn; i++) {
             const size_t lane = first + i < count ? first + i : count - 1;
@@ -489,12 +489,12 @@ static bool V(is_hidden)(const REAL *bias, size_t P)
 
 /* Masks that hide keys are read as 64 bits per query, one for each key of the block. A vector takes the bits of its
  * lanes together. */
-static mha_view V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t count, const mha_mask_block *block)
+static mha_visible V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t count, const mha_mask_block *block)
 {
     enum { WORD_BITS = 8 * sizeof(REAL), WORDS = MHA_BLOCK_KEYS / WORD_BITS };
     REAL *bias = bias_, hidden[WORDS][MHA_MOST_LANES];
     const size_t P = vectors * LANES;
-    const bool has_numbers = is_of_numbers(block->attn_kind) || block->keys_kind;
+    const bool has_numbers = is_of_numbers(block->attn_kind) || block->padding_kind;
     uint64_t bits = 0, by_all = UINT64_MAX, by_any = 0;
     for (size_t lane = 0; lane < P; lane++) {
         if (lane < count)
@@ -509,7 +509,7 @@ static mha_view V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t c
     while (keys > 0 && by_all >> (keys - 1) & 1)
         keys--;
     if (keys == 0)
-        return (mha_view){0, false};
+        return (mha_visible){0, false};
     const bool hides = (by_any & first_keys(keys)) != 0;
     const bool is_biased = (has_numbers && V(read_numbers)(bias, keys, P, count, block)) || hides;
     for (size_t k = 0; k < keys && hides; k++)
@@ -522,7 +522,7 @@ static mha_view V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t c
         }
     while (has_numbers && keys > 0 && V(is_hidden)(bias + (keys - 1) * P, P))
         keys--;
-    return (mha_view){keys, is_biased};
+    return (mha_visible){keys, is_biased};
 }
 
 /* ---- Softmax ---- */

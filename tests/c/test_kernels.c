@@ -291,9 +291,9 @@ static double expected_bias(const bench *b, const mha_mask_block *m, size_t i, s
     double bias = 0;
     if (m->attn_kind)
         bias = rounded(b->dtype, mask_number(m->attn_kind, m->attn[lane] + (ptrdiff_t)s * m->attn_s));
-    if (m->keys_kind)
-        bias = rounded(b->dtype, bias + rounded(b->dtype, mask_number(m->keys_kind, m->keys + (ptrdiff_t)s *
-                                                                                                  m->keys_s)));
+    if (m->padding_kind)
+        bias = rounded(b->dtype, bias + rounded(b->dtype, mask_number(m->padding_kind, m->padding + (ptrdiff_t)s *
+                                                                                                  m->padding_s)));
     return m->is_causal && s > m->query[lane] ? -INFINITY : bias;
 }
 
@@ -308,27 +308,27 @@ static void check_masks(const bench *b, size_t keys, size_t count, mha_mask_bloc
     make_mask(b, 1, &attn, count, keys, &m, uniform);
     make_mask(b, 2, &of_keys, 1, keys, &m, uniform);
     m.attn_kind = attn.kind;
-    m.keys_kind = of_keys.kind;
+    m.padding_kind = of_keys.kind;
     m.attn_s = attn.stride_s;
-    m.keys_s = of_keys.stride_s;
-    m.keys = of_keys.data;
+    m.padding_s = of_keys.stride_s;
+    m.padding = of_keys.data;
     for (size_t lane = 0; lane < count; lane++) {
         m.attn[lane] = attn.data + (ptrdiff_t)lane * attn.stride_lane;
         m.query[lane] += lane / 3 * 7;
     }
     void *bias = buffer(b, 0, MHA_BLOCK_KEYS * b->P);
-    const mha_view view = b->k->read_masks(bias, keys, b->vectors, count, &m);
+    const mha_visible visible = b->k->read_masks(bias, keys, b->vectors, count, &m);
     for (size_t i = 0; i < keys; i++)
         for (size_t lane = 0; lane < b->P; lane++) {
             const double wanted = expected_bias(b, &m, i, lane < count ? lane : count - 1);
-            if (i < view.keys) /* no bias stands for 0 */
-                CHECK_SAME(view.is_biased ? get(b->dtype, bias, (ptrdiff_t)(i * b->P + lane)) : 0, wanted, i, lane);
+            if (i < visible.keys) /* no bias stands for 0 */
+                CHECK_SAME(visible.is_biased ? get(b->dtype, bias, (ptrdiff_t)(i * b->P + lane)) : 0, wanted, i, lane);
             if (wanted != -INFINITY)
                 wanted_keys = i + 1;
             zeros += wanted == 0;
         }
-    CHECK(view.keys == wanted_keys, "%zu keys in view instead of %zu", view.keys, wanted_keys);
-    CHECK(zeros < keys * b->P || !view.is_biased, "zeros are a bias");
+    CHECK(visible.keys == wanted_keys, "%zu keys in view instead of %zu", visible.keys, wanted_keys);
+    CHECK(zeros < keys * b->P || !visible.is_biased, "zeros are a bias");
     CHECK(guarded_intact(0) && guarded_intact(1) && guarded_intact(2), "wrote beside a buffer");
 }
 
