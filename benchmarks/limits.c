@@ -98,7 +98,7 @@ static void product(const mha_product *p)
                       p->c_row, (size_t)in_place + (p->factor ? 2 : 0));
     if (r->calls == 1 && p->rows > 0) {
         r->product = *p;
-        r->product.next = NULL;
+        r->product.prefetch = NULL;
         r->product.a = room((p->rows - 1) * a_row + p->depth * a_k + P);
         r->product.b = room(p->depth * p->b_k + P);
         r->product.c = room((p->rows - 1) * p->c_row + P);

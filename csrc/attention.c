@@ -303,7 +303,8 @@ static mha_visible apply_rules(const mha_attention *a, size_t n, size_t h, mha_p
 /* scores[key][lane] of the visible keys. The bias is added last, if there is one. Chains have at most MHA_CHAIN
  * features, as in projections. */
 static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes, const mha_key_block *block,
-                  mha_visible visible, const char *queries, const char *bias, char *scores, const mha_next *next)
+                  mha_visible visible, const char *queries, const char *bias, char *scores,
+                  const mha_prefetch *prefetch)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
@@ -314,10 +315,10 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
                                      .vectors = lanes.vectors, .a = keys + d * kernels->size,
                                      .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1,
                                      .b = queries + d * P * kernels->size, .b_k = P,
-                                     .addend = addend, .addend_row = P, .c = scores, .c_row = P, .next = next};
+                                     .addend = addend, .addend_row = P, .c = scores, .c_row = P, .prefetch = prefetch};
         kernels->product(&product);
         addend = scores;
-        next = NULL;
+        prefetch = NULL;
     }
     if (visible.is_biased && a->D > MHA_CHAIN)
         kernels->accumulate(scores, bias, visible.keys * P);
@@ -355,12 +356,12 @@ static void begin(const mha_attention *a, size_t n, state *s)
 
 /* What the product of this panel prefetches of the next block: its share of the rows that begin at `first`. The
  * hardware would start too late, or not at all where rows are on different pages. */
-static mha_next share_of(const mha_attention *a, const state *s, const mha_rows *x, const char *first, size_t rows,
-                         size_t width)
+static mha_prefetch prefetch_share(const mha_attention *a, const state *s, const mha_rows *x, const char *first,
+                                   size_t rows, size_t width)
 {
     const ptrdiff_t stride = x->stride_l * (ptrdiff_t)a->kernels->size;
     const size_t begin = rows * s->share / s->sharers, end = rows * (s->share + 1) / s->sharers;
-    return (mha_next){first + (ptrdiff_t)begin * stride, end - begin, width * a->kernels->size, stride};
+    return (mha_prefetch){first + (ptrdiff_t)begin * stride, end - begin, width * a->kernels->size, stride};
 }
 
 static void step(const mha_attention *a, size_t n, state *s, const mha_key_block *block, const mha_key_block *next,
@@ -368,16 +369,16 @@ static void step(const mha_attention *a, size_t n, state *s, const mha_key_block
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = s->lanes.vectors * kernels->lanes;
-    mha_next next_keys, next_values;
+    mha_prefetch prefetch_keys, prefetch_values;
     if (s->kept)
         hide_rest(a, s->lanes, block, visible, scores);
     if (visible.keys == 0) /* hidden keys would change nothing: their probability is 0, and the maximum stays */
         return;
     if (next) {
-        next_keys = share_of(a, s, &a->k, keys_of(a, n, next, s->hkv), next->keys, a->D);
-        next_values = share_of(a, s, &a->v, values_of(a, n, next, s->hkv), next->keys, a->Dv);
+        prefetch_keys = prefetch_share(a, s, &a->k, keys_of(a, n, next, s->hkv), next->keys, a->D);
+        prefetch_values = prefetch_share(a, s, &a->v, values_of(a, n, next, s->hkv), next->keys, a->Dv);
     }
-    score(a, n, s->hkv, s->lanes, block, visible, s->queries, bias, scores, next ? &next_keys : NULL);
+    score(a, n, s->hkv, s->lanes, block, visible, s->queries, bias, scores, next ? &prefetch_keys : NULL);
     kernels->softmax_step(scores, visible.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
     if (a->dropout_p > 0)
         drop_out(a, n, s->h, s->lanes, block, visible.keys, exps);
@@ -385,7 +386,7 @@ static void step(const mha_attention *a, size_t n, state *s, const mha_key_block
                                  .a = values_of(a, n, block, s->hkv), .a_row = 1,
                                  .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
-                                 .c = s->out, .c_row = P, .next = next ? &next_values : NULL};
+                                 .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
     kernels->product(&product);
     s->is_empty = false;
 }

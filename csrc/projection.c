@@ -174,7 +174,7 @@ static size_t distance_of_rows(const blocking *p, size_t first_row, size_t rows,
 }
 
 /* Prefetches a row. Rows are too far apart for the hardware to foresee the next one. */
-static void fetch_ahead(const char *x, size_t bytes)
+static void prefetch_row(const char *x, size_t bytes)
 {
     for (size_t i = 0; i < bytes; i += MHA_CACHE_LINE)
         __builtin_prefetch(x + i, 0, 2);
@@ -196,7 +196,7 @@ static void copy_slice(const blocking *p, size_t first_row, size_t rows, size_t 
     for (size_t r = 0; r < rows; r++) {
         const char *x = row[r] + first;
         if (r + 1 < rows && stride_e == (ptrdiff_t)size)
-            fetch_ahead(row[r + 1] + first, features * size);
+            prefetch_row(row[r + 1] + first, features * size);
         char *to = block + r * p->chain * size;
         for (size_t k = 0; k < features; k += MHA_CHAIN, to += chain_bytes)
             mha_copy_row(x + (ptrdiff_t)k * stride_e, stride_e, mha_smaller(features - k, MHA_CHAIN), size, to);
@@ -217,13 +217,13 @@ static sliced_rows take_slice(const blocking *p, size_t first_row, size_t rows, 
 
 /* What is needed next of the panels. The weights are much larger than the caches near the core, and the hardware
  * notices too late that the next chain is needed. */
-static mha_next following(const mha_kernels *kernels, const mha_target *target, const char *b)
+static mha_prefetch next_weights(const mha_kernels *kernels, const mha_target *target, const char *b)
 {
     const mha_split *split = &target->panels->split;
     const char *end = target->panels->data + split->vectors * split->lanes * target->panels->depth * kernels->size;
     const size_t chain = MHA_CHAIN * kernels->vectors * kernels->lanes * kernels->size;
     const size_t bytes = b < end ? mha_smaller((size_t)(end - b), chain) : 0;
-    return (mha_next){.data = b, .rows = bytes > 0, .bytes = bytes};
+    return (mha_prefetch){.data = b, .rows = bytes > 0, .bytes = bytes};
 }
 
 /* Where row r of a target begins. */
@@ -251,7 +251,7 @@ static void multiply_to_parts(const mha_kernels *kernels, const mha_target *targ
         product->b = (const char *)product->b + here * lanes * size;
         if (product->addend)
             product->addend = (const char *)product->addend + here * lanes * size;
-        product->next = NULL;
+        product->prefetch = NULL;
         vectors -= here;
         feature = 0;
         part++;
@@ -293,11 +293,11 @@ static void multiply_slice(const mha_kernels *kernels, const blocking *p, const 
         addend_row = 0;
     }
     do {
-        const mha_next next = following(kernels, target, b + (k + MHA_CHAIN) * P * size);
+        const mha_prefetch prefetch = next_weights(kernels, target, b + (k + MHA_CHAIN) * P * size);
         mha_product product = {.rows = x->rows, .depth = mha_smaller(features - k, MHA_CHAIN), .vectors = panel.vectors,
                                .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * size) * x->chain, .a_row = x->row, .a_k = 1,
                                .b = b + k * P * size, .b_k = P, .addend = addend, .addend_row = addend_row,
-                               .c = strip, .c_row = P, .next = &next};
+                               .c = strip, .c_row = P, .prefetch = &prefetch};
         k += MHA_CHAIN;
         if (fits && first_feature + k >= p->depth) {
             multiply_to_y(kernels, target, panel, first_row, &product);

@@ -40,7 +40,7 @@ typedef struct {
     const char *data;
     size_t rows, bytes;
     ptrdiff_t stride; /* bytes between rows */
-} mha_next;
+} mha_prefetch;
 
 /* C[rows][P] = chain                       if addend is NULL
  *            = addend + chain              if factor is NULL
@@ -67,7 +67,7 @@ typedef struct {
     const void *factor;
     void *c;
     size_t c_row;
-    const mha_next *next;
+    const mha_prefetch *prefetch;
 } mha_product;
 
 /* What masks do to one block of scores: keys of the block by lanes of a panel. */

@@ -23,7 +23,7 @@
 #define NOINLINE static __attribute__((noinline))
 
 enum { VECTORS = 3 };
-enum { EXP_VECTORS = 4, EXP_AT_ONCE = REGISTERS / 8 /* vectors that fit into the registers */, FETCHED_BYTES = 64 };
+enum { EXP_VECTORS = 4, EXP_AT_ONCE = REGISTERS / 8 /* vectors that fit into the registers */, LINE_BYTES = 64 };
 enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
 
 /* Makes the compiler forget how a pointer was computed. Otherwise gcc keeps the addresses of all rows of a tile at
@@ -167,12 +167,12 @@ typedef struct {
     size_t step;       /* a single row: bytes to advance with each k */
 } V(progress);
 
-INLINE void V(fetch)(const mha_next *next, V(progress) *at)
+INLINE void V(prefetch)(const mha_prefetch *prefetch, V(progress) *at)
 {
     for (size_t i = at->each; i > 0 && at->left > 0; i--) {
-        for (size_t byte = 0; byte < next->bytes; byte += FETCHED_BYTES)
+        for (size_t byte = 0; byte < prefetch->bytes; byte += LINE_BYTES)
             __builtin_prefetch(at->next + byte, 0, 2);
-        at->next += next->stride;
+        at->next += prefetch->stride;
         at->left--;
     }
 }
@@ -219,12 +219,12 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
             c##r##_2 = V(fma)(a_r, b_2, c##r##_2); \
     }
         EACH_ROW(ACCUMULATE)
-        if (rows > 3 || vectors * sizeof(VEC) % FETCHED_BYTES == 0)
+        if (rows > 3 || vectors * sizeof(VEC) % LINE_BYTES == 0)
             __builtin_prefetch(ahead, 0, 2);
-        if (rows > 3 && vectors * sizeof(VEC) > FETCHED_BYTES)
-            __builtin_prefetch(ahead + FETCHED_BYTES, 0, 2);
-        if (rows > 3 && vectors * sizeof(VEC) > 2 * FETCHED_BYTES)
-            __builtin_prefetch(ahead + 2 * FETCHED_BYTES, 0, 2);
+        if (rows > 3 && vectors * sizeof(VEC) > LINE_BYTES)
+            __builtin_prefetch(ahead + LINE_BYTES, 0, 2);
+        if (rows > 3 && vectors * sizeof(VEC) > 2 * LINE_BYTES)
+            __builtin_prefetch(ahead + 2 * LINE_BYTES, 0, 2);
         ahead += step;
         a_0 += a_k;
         a_4 += a_k;
@@ -268,7 +268,7 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
     NOINLINE void V(tiles_##r##x##v)(const mha_product *p, V(progress) *at, size_t tiles) \
     { \
         for (; tiles > 0; tiles--) { \
-            V(fetch)(p->next, at); \
+            V(prefetch)(p->prefetch, at); \
             V(tile)(r, v, p, at); \
         } \
     }
@@ -295,15 +295,15 @@ static void V(product)(const mha_product *p)
         rows = p->rows / tiles;
         larger = p->rows % tiles;
     }
-    const mha_next *next = p->next;
+    const mha_prefetch *prefetch = p->prefetch;
     V(progress) at = {.a = p->a, .addend = p->addend, .c = p->c, .ahead = p->a};
-    if (next && next->rows == 1 && p->depth > 0) {
-        at.ahead = next->data;
-        at.step = (next->bytes + tiles * p->depth - 1) / (tiles * p->depth);
-    } else if (next) {
-        at.next = next->data;
-        at.left = next->rows;
-        at.each = (next->rows + tiles - 1) / tiles;
+    if (prefetch && prefetch->rows == 1 && p->depth > 0) {
+        at.ahead = prefetch->data;
+        at.step = (prefetch->bytes + tiles * p->depth - 1) / (tiles * p->depth);
+    } else if (prefetch) {
+        at.next = prefetch->data;
+        at.left = prefetch->rows;
+        at.each = (prefetch->rows + tiles - 1) / tiles;
     }
     if (larger > 0)
         copies[p->vectors - 1][rows](p, &at, larger);

@@ -92,9 +92,9 @@ static mha_product fill_product(const bench *b, const product_case *c)
     const size_t stride = b->P + c->gap;
     mha_product p = {.rows = c->rows, .depth = c->depth, .vectors = b->vectors, .a_row = a.row, .a_k = a.k,
                      .b_k = stride, .c_row = stride};
-    static mha_next next;
-    next = (mha_next){.data = (const char *)(uintptr_t)64, .rows = c->rows / 2, .bytes = 130, .stride = 4096};
-    p.next = &next; /* only a hint */
+    static mha_prefetch prefetch;
+    prefetch = (mha_prefetch){.data = (const char *)(uintptr_t)64, .rows = c->rows / 2, .bytes = 130, .stride = 4096};
+    p.prefetch = &prefetch; /* only a hint */
     p.a = fill_a(b, c, a);
     p.b = fill_rows(b, 1, c->depth, c->gap, 2);
     if (c->addend == IN_PLACE) {
