@@ -67,7 +67,7 @@ static mha_mask padding_mask(const described_call *c)
 {
     if (c->live[0] == 0)
         return (mha_mask){0};
-    if (c->N > MOST_ITEMS)
+    if (c->N > MAX_ITEMS)
         abort();
     char *hidden = allocate(c->N * c->S);
     for (size_t n = 0; n < c->N; n++)

@@ -7,14 +7,14 @@
 
 #include "mha.h"
 
-enum { MOST_ITEMS = 64 };
+enum { MAX_ITEMS = 64 };
 
 typedef struct {
     size_t N, L, S, E, Ek, Ev, H, Hkv;
     mha_dtype dtype;
     mha_mask_kind attn; /* numbers, or one key of seven hidden; */
     bool per_head;      /* (N, H, L, S), else (L, S) */
-    size_t live[MOST_ITEMS]; /* keys of each item, a key_padding_mask hides the rest; first 0: no such mask */
+    size_t live[MAX_ITEMS]; /* keys of each item, a key_padding_mask hides the rest; first 0: no such mask */
     bool is_causal;
     mha_wanted wanted;
     double dropout_p;

@@ -18,7 +18,7 @@
 #include "cpu.h"
 #include "stopwatch.h"
 
-enum { SIZES = 9, OPERANDS = 6, MOST_RECORDS = 1024, PASSES = 15 };
+enum { SIZES = 9, OPERANDS = 6, MAX_RECORDS = 1024, PASSES = 15 };
 
 /* Calls of one kernel with the same sizes. */
 typedef struct {
@@ -34,7 +34,7 @@ typedef struct {
     mha_dropout_block dropout;
 } record;
 
-static record records[MOST_RECORDS];
+static record records[MAX_RECORDS];
 static size_t record_count;
 static const mha_kernels *real;
 
@@ -44,7 +44,7 @@ static record *count(const char *kernel, void (*run)(const void *), const size_t
     size_t i = 0;
     while (i < record_count && (records[i].run != run || memcmp(records[i].size, size, sizeof records[i].size) != 0))
         i++;
-    if (i == MOST_RECORDS)
+    if (i == MAX_RECORDS)
         abort();
     if (i == record_count) {
         records[record_count++] = (record){.kernel = kernel, .run = run};
@@ -344,7 +344,7 @@ static described_call parse(char **words)
         .dtype = (mha_dtype)at[8], .is_causal = at[9] != 0, .wanted = (mha_wanted)at[10],
         .attn = at[11] == 1 ? MHA_MASK_FLOAT32 : at[11] == 2 ? MHA_MASK_HIDE : MHA_MASK_NONE, .per_head = at[11] == 2,
     };
-    for (size_t n = 0; n < c.N && n < MOST_ITEMS && words[12 + n]; n++)
+    for (size_t n = 0; n < c.N && n < MAX_ITEMS && words[12 + n]; n++)
         c.live[n] = strtoull(words[12 + n], NULL, 10);
     return c;
 }

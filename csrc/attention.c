@@ -25,21 +25,21 @@
 #include "workspace.h"
 
 enum {
-    TASK_PANELS = 4,      /* panels that read keys and values, or the mask, together */
-    PANEL_BYTES = 131072, /* of all panels of a task, unless a single panel is larger */
-    KEPT_BYTES = 262144,  /* of the scores that a task keeps, and of the sums of probabilities made from them */
-    CHUNK_BLOCKS = 8,     /* key blocks whose probabilities the second pass collects before it writes them */
-    TASKS_A_THREAD = 4,
-    MANY_TASKS = 16, /* per thread; with so many it matters little that one thread gets one more */
-    FEATURES_A_LOOK = 1024, /* of keys and values that a task reads between two polls */
+    MAX_TASK_PANELS = 4,      /* panels that read keys and values, or the mask, together */
+    MAX_PANEL_BYTES = 131072, /* of all panels of a task, unless a single panel is larger */
+    MAX_KEPT_BYTES = 262144,  /* of the scores that a task keeps, and of the sums of probabilities made from them */
+    CHUNK_BLOCKS = 8,         /* key blocks whose probabilities the second pass collects before it writes them */
+    TASKS_PER_THREAD = 4,
+    MANY_TASKS_PER_THREAD = 16, /* with so many it matters little that one thread gets one more */
+    FEATURES_PER_POLL = 1024,   /* of keys and values that a task reads between two polls */
 };
 
 /* What a task holds for one panel. */
 typedef struct {
-    char *queries;               /* [D][P], scaled */
-    char *out;                   /* [Dv][P]; undefined until a block has a visible key */
+    char *queries;                /* [D][P], scaled */
+    char *out;                    /* [Dv][P]; undefined until a block has a visible key */
     char *maximum, *sum, *factor; /* [P] */
-    size_t h, hkv; /* h: query head. hkv: its key/value head. */
+    size_t h, hkv;                /* h: query head. hkv: its key/value head. */
     /* sharers: panels of this task with the same hkv. share: the number of this panel among them. */
     size_t share, sharers;
     mha_panel lanes;
@@ -61,9 +61,9 @@ typedef struct {
     mha_panel lanes;
     char *queries, *factor;
     char *probabilities; /* [keys of these blocks][P] */
-    char *scores;  /* [block][P], of one head */
-    char *bias;    /* [block][P]: what masks add to the scores */
-    char *rows;    /* [P][block]: transposed probabilities */
+    char *scores;        /* [block][P], of one head */
+    char *bias;          /* [block][P]: what masks add to the scores */
+    char *rows;          /* [P][block]: transposed probabilities */
 } average;
 
 typedef struct {
@@ -97,20 +97,20 @@ static size_t bundled_heads(const mha_attention *a)
     return is_mask_shared(a) || a->split.panels == 1 ? a->H : a->H / a->Hkv;
 }
 
-static size_t most_task_panels(const mha_attention *a)
+static size_t max_task_panels(const mha_attention *a)
 {
-    const size_t fit = PANEL_BYTES / (widest_panel(a) * (a->D + a->Dv) * a->kernels->size);
-    const size_t wanted = mha_smaller(TASK_PANELS, bundled_heads(a) * a->split.panels);
+    const size_t fit = MAX_PANEL_BYTES / (widest_panel(a) * (a->D + a->Dv) * a->kernels->size);
+    const size_t wanted = mha_smaller(MAX_TASK_PANELS, bundled_heads(a) * a->split.panels);
     return fit < 1 ? 1 : mha_smaller(fit, wanted);
 }
 
 /* Keys of the largest possible block. S is an upper bound of the live keys of an item. */
-static size_t most_block_keys(const mha_attention *a)
+static size_t max_block_keys(const mha_attention *a)
 {
     return mha_smaller(MHA_BLOCK_KEYS, a->live->S > a->live->extra ? a->live->S : a->live->extra);
 }
 
-static size_t most_blocks(const mha_attention *a)
+static size_t max_blocks(const mha_attention *a)
 {
     return mha_divide_up(a->live->S, MHA_BLOCK_KEYS) + (a->live->extra > 0);
 }
@@ -129,7 +129,7 @@ static size_t averages_of_item(const mha_attention *a)
 /* Bytes of the scores or probabilities of a block. */
 static size_t block_bytes(const mha_attention *a, size_t vectors)
 {
-    return most_block_keys(a) * vectors * a->kernels->lanes * a->kernels->size;
+    return max_block_keys(a) * vectors * a->kernels->lanes * a->kernels->size;
 }
 
 static size_t averages_of_call(const mha_attention *a)
@@ -143,12 +143,12 @@ static size_t panels_of_averages(const mha_attention *a)
     return averages_of_call(a) * a->split.panels;
 }
 
-/* The smallest number of parts from `least` to `most` that gives every thread the same number of tasks. `most` if there
- * is none. */
-static size_t even_parts(const mha_attention *a, size_t least, size_t most)
+/* The smallest number of parts from `min` to `max` that gives every thread the same number of tasks. `max` if there is
+ * none. */
+static size_t even_parts(const mha_attention *a, size_t min, size_t max)
 {
-    size_t parts = least;
-    while (parts < most && averages_of_call(a) * parts % a->threads > 0)
+    size_t parts = min;
+    while (parts < max && averages_of_call(a) * parts % a->threads > 0)
         parts++; /* with 11 tasks, one of two threads would wait */
     return parts;
 }
@@ -166,11 +166,11 @@ static size_t max_kept_panels(const mha_attention *a)
 {
     if (!a->wanted || a->wanted == MHA_WANT_SCORES)
         return 0;
-    const size_t fitting_blocks = KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->size);
-    const size_t fit = fitting_blocks / mha_larger(most_blocks(a), 1);
+    const size_t fitting_blocks = MAX_KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->size);
+    const size_t fit = fitting_blocks / mha_larger(max_blocks(a), 1);
     if (panels_of_averages(a) < 2 * a->threads && !are_panels_even(a))
         return 0;
-    return mha_smaller(mha_smaller(TASK_PANELS, fit), a->split.panels);
+    return mha_smaller(mha_smaller(MAX_TASK_PANELS, fit), a->split.panels);
 }
 
 /* There are as few panels as possible, unless more of them make the tasks even. */
@@ -178,7 +178,7 @@ void mha_split_queries(mha_attention *a)
 {
     const mha_split fewest = mha_split_width(a->kernels, a->L);
     a->split = fewest;
-    if (!a->wanted || a->threads == 1 || panels_of_averages(a) >= MANY_TASKS * a->threads)
+    if (!a->wanted || a->threads == 1 || panels_of_averages(a) >= MANY_TASKS_PER_THREAD * a->threads)
         return;
     a->split.panels = even_parts(a, fewest.panels, fewest.vectors);
     if (!are_panels_even(a) || max_kept_panels(a) == 0)
@@ -203,9 +203,9 @@ static char *take(const mha_attention *a, char *base, mha_layout *layout, size_t
 
 static scratch_offsets plan_scratch(const mha_attention *a)
 {
-    const size_t P = widest_panel(a), keys = most_block_keys(a), size = a->kernels->size;
+    const size_t P = widest_panel(a), keys = max_block_keys(a), size = a->kernels->size;
     mha_layout layout = {0}, one = {0};
-    const size_t kept_panels = max_kept_panels(a), kept_keys = kept_panels > 0 ? most_blocks(a) * keys : 0;
+    const size_t kept_panels = max_kept_panels(a), kept_keys = kept_panels > 0 ? max_blocks(a) * keys : 0;
     scratch_offsets at = {.scores = mha_reserve(&layout, keys, P, size), .bias = mha_reserve(&layout, keys, P, size)};
     at.rows = mha_reserve(&layout, kept_panels > 0 ? P : 0, MHA_BLOCK_KEYS, size);
     at.states = layout.bytes;
@@ -217,7 +217,7 @@ static scratch_offsets plan_scratch(const mha_attention *a)
     at.kept = mha_reserve(&one, kept_keys, P, size);
     at.probabilities = mha_reserve(&one, kept_keys, P, size);
     at.state_bytes = one.bytes;
-    mha_reserve(&layout, kept_panels > 0 ? kept_panels : most_task_panels(a), one.bytes, 1);
+    mha_reserve(&layout, kept_panels > 0 ? kept_panels : max_task_panels(a), one.bytes, 1);
     at.end = layout.bytes;
     return at;
 }
@@ -243,10 +243,10 @@ static void set_up_state(const scratch_offsets *at, char *scratch, size_t i, sta
 /* Takes room for the probabilities of some blocks, and for one block of one head. */
 static void take_average(const mha_attention *a, char *base, mha_layout *layout, average *w)
 {
-    const size_t P = widest_panel(a), keys = most_block_keys(a);
+    const size_t P = widest_panel(a), keys = max_block_keys(a);
     w->queries = take(a, base, layout, a->D, P);
     w->factor = take(a, base, layout, 1, P);
-    w->probabilities = take(a, base, layout, mha_smaller(CHUNK_BLOCKS, most_blocks(a)) * keys, P);
+    w->probabilities = take(a, base, layout, mha_smaller(CHUNK_BLOCKS, max_blocks(a)) * keys, P);
     w->scores = take(a, base, layout, keys, P);
     w->bias = take(a, base, layout, keys, P);
     w->rows = take(a, base, layout, P, MHA_BLOCK_KEYS);
@@ -451,9 +451,9 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
             step(a, n, s, block, next, visible, scores, exps, bias);
         }
         features += a->D + a->Dv;
-        if (features >= FEATURES_A_LOOK && mha_is_stopped())
+        if (features >= FEATURES_PER_POLL && mha_is_stopped())
             return false;
-        features = features < FEATURES_A_LOOK ? features : 0;
+        features = features < FEATURES_PER_POLL ? features : 0;
     }
     for (size_t i = 0; i < panels; i++)
         finish(a, n, &states[i]);
@@ -465,7 +465,7 @@ static void attend_task(void *context, size_t task, size_t worker)
     const attention_tasks *j = context;
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes;
-    state states[TASK_PANELS];
+    state states[MAX_TASK_PANELS];
     /* The last queries come first, because under a causal mask they see the most keys. */
     const size_t group = j->groups - 1 - task / j->bundles, bundle = task % j->bundles;
     const size_t first_head = bundle * j->heads % a->H, n = bundle * j->heads / a->H;
@@ -588,8 +588,8 @@ static void attend_and_write_task(void *context, size_t task, size_t worker)
     const size_t first_head = task % averages % averages_of_item(a) * heads;
     const size_t group = j->groups - 1 - task / averages, first = group * a->split.panels / j->groups;
     const size_t panels = (group + 1) * a->split.panels / j->groups - first, blocks = mha_key_blocks(a->live, n);
-    state states[TASK_PANELS];
-    average w[TASK_PANELS];
+    state states[MAX_TASK_PANELS];
+    average w[MAX_TASK_PANELS];
     if (a->live->is_few[n])
         return;
     for (size_t i = 0; i < panels; i++) {
@@ -658,7 +658,7 @@ static void second_pass_task(void *context, size_t task, size_t worker)
 /* Computes context and probabilities together. */
 static mha_status attend_and_write(const mha_attention *a, attention_tasks *j)
 {
-    const size_t panels = a->split.panels, wanted = mha_divide_up(panels_of_averages(a), TASKS_A_THREAD * a->threads);
+    const size_t panels = a->split.panels, wanted = mha_divide_up(panels_of_averages(a), TASKS_PER_THREAD * a->threads);
     j->groups = even_parts(a, mha_divide_up(panels, mha_smaller(max_kept_panels(a), wanted)), panels);
     return mha_parallel_for(a->threads, averages_of_call(a) * j->groups, attend_and_write_task, j, a->stop);
 }
@@ -672,8 +672,8 @@ mha_status mha_attend(const mha_attention *a)
     j.heads = bundled_heads(a);
     j.bundles = a->N * a->H / j.heads;
     const size_t panels = j.heads * a->split.panels;
-    j.task_panels = mha_smaller(most_task_panels(a),
-                                mha_divide_up(j.bundles * panels, TASKS_A_THREAD * a->threads));
+    j.task_panels = mha_smaller(max_task_panels(a),
+                                mha_divide_up(j.bundles * panels, TASKS_PER_THREAD * a->threads));
     j.groups = mha_divide_up(panels, j.task_panels);
     j.task_panels = mha_divide_up(panels, j.groups); /* for example 3 + 3 panels, not 4 + 2 */
     mha_status status = MHA_OK;
@@ -681,6 +681,6 @@ mha_status mha_attend(const mha_attention *a)
         status = mha_parallel_for(a->threads, j.bundles * j.groups, attend_task, &j, a->stop);
     if (status != MHA_OK || !a->wanted)
         return status;
-    j.chunks = mha_divide_up(most_blocks(a), CHUNK_BLOCKS);
+    j.chunks = mha_divide_up(max_blocks(a), CHUNK_BLOCKS);
     return mha_parallel_for(a->threads, panels_of_averages(a) * j.chunks, second_pass_task, &j, a->stop);
 }

@@ -21,9 +21,9 @@
 #include "threads.h"
 
 enum {
-    CHUNK_BLOCKS = 8,      /* key blocks; with chunks, one query of one item keeps several threads busy */
+    CHUNK_BLOCKS = 8,                    /* key blocks; with chunks, one query of one item keeps several threads busy */
     MIN_FEATURES = MHA_MAX_VECTOR_LANES, /* of keys and values: rows of Wk are read in whole vectors */
-    CLEARLY = 2,           /* the path is chosen if it takes less than half of the operations */
+    MIN_GAIN = 2,                        /* the path is chosen if it takes less than half of the operations */
 };
 
 bool mha_few_queries_can(const mha_layer *layer, const mha_call *call)
@@ -42,7 +42,7 @@ bool mha_few_queries_pays(const mha_layer *layer, const mha_call *call, size_t l
     const double D = (double)w->D, Dv = (double)w->Dv, Ek = (double)w->Ek, Ev = (double)w->Ev;
     const double this_way = L * H * (S * (Ek + Ev) + D * Ek + Dv * Ev);
     const double other_way = S * Hkv * (D * Ek + Dv * Ev) + L * S * H * (D + Dv);
-    return (double)CLEARLY * this_way < other_way;
+    return (double)MIN_GAIN * this_way < other_way;
 }
 
 /* ---- The plan ---- */
@@ -112,8 +112,8 @@ static scratch_pieces take_scratch(const mha_few_queries *f, char *base, mha_lay
     const size_t scores = mha_reserve(layout, MHA_BLOCK_KEYS, P, size);
     const size_t bias = mha_reserve(layout, MHA_BLOCK_KEYS, P, size), factor = mha_reserve(layout, 1, P, size);
     const size_t slice = mha_reserve(layout, MHA_BLOCK_KEYS, slice_stride(kernels), size);
-    const size_t most_rows = H > f->call->L ? H : f->call->L;
-    const size_t rows = mha_reserve(layout, most_rows, MHA_BLOCK_KEYS > P ? MHA_BLOCK_KEYS : P, size);
+    const size_t max_rows = H > f->call->L ? H : f->call->L;
+    const size_t rows = mha_reserve(layout, max_rows, MHA_BLOCK_KEYS > P ? MHA_BLOCK_KEYS : P, size);
     return base ? (scratch_pieces){base + scores, base + bias, base + factor, base + slice, base + rows}
                 : (scratch_pieces){0};
 }
@@ -448,8 +448,8 @@ typedef struct {
     size_t n, l;
     const char *panels;            /* of the query's heads */
     const char *maximum, *sum;     /* of head 0 */
-    char *out;                     /* the query's row of probabilities for head 0 */
-    size_t out_stride;             /* bytes to the row of the next head; not used for averages */
+    char *out;         /* the query's row of probabilities for head 0 */
+    size_t out_stride; /* bytes to the row of the next head; not used for averages */
 } query_rows;
 
 static query_rows describe_query_rows(const few_tasks *j, size_t query)

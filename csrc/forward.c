@@ -23,12 +23,12 @@
 #include "workspace.h"
 
 enum {
-    LEAST_APART = 4, /* vectors; narrower heads are not kept apart, since a panel is cut at the ends of such a head */
+    MIN_APART = 4, /* vectors; narrower heads are not kept apart, since a panel is cut at the ends of such a head */
     /* queries or keys that a chunk has at least; with fewer, a projection reads its weights too often */
-    CHUNK_ROWS = 96,
-    SMALL_ROWS = 384,    /* one chunk per thread is enough if chunks have at most this many queries or keys */
-    CHUNKS_A_THREAD = 8, /* otherwise, so that threads end at about the same time; twice as many with padding */
-    MOST_MORE = 32,      /* one chunk per thread only if no thread gets more than 1 / MOST_MORE above its share */
+    MIN_CHUNK_ROWS = 96,
+    MAX_SMALL_CHUNK_ROWS = 384,    /* one chunk per thread is enough if chunks have at most this many queries or keys */
+    CHUNKS_PER_THREAD = 8, /* otherwise, so that threads end at about the same time; twice as many with padding */
+    MAX_EXCESS = 32,      /* one chunk per thread only if no thread gets more than 1 / MAX_EXCESS above its share */
 };
 
 /* Where the rows of all heads lie in the workspace: an offset in bytes, and the distances between rows and between
@@ -248,7 +248,7 @@ static matrix reserve_side_by_side(mha_layout *layout, const mha_kernels *kernel
 
 static matrix reserve_heads(mha_layout *layout, const mha_kernels *kernels, size_t rows, size_t heads, size_t width)
 {
-    if (heads == 1 || width % kernels->lanes > 0 || width < LEAST_APART * kernels->lanes)
+    if (heads == 1 || width % kernels->lanes > 0 || width < MIN_APART * kernels->lanes)
         return reserve_side_by_side(layout, kernels, rows, heads, width);
     return (matrix){.offset = mha_reserve(layout, rows, heads * width, kernels->size), .row = width,
                     .head = rows * width, .part = width};
@@ -449,16 +449,17 @@ typedef struct {
 } chunk_tasks;
 
 /* The least number of chunks with which threads end at about the same time, if there are to be `chunks`. */
-static size_t least_chunks(const pass *f, size_t chunks)
+static size_t min_chunks(const pass *f, size_t chunks)
 {
     const size_t N = f->call->N, threads = f->call->threads;
     if (threads == 1)
         return 2;
     if (f->live.index)
-        return 2 * CHUNKS_A_THREAD * threads;
+        return 2 * CHUNKS_PER_THREAD * threads;
     const size_t busiest = chunks / threads * (N / chunks) + mha_divide_up(N % chunks, threads);
     const size_t rows = mha_divide_up(N, chunks) * mha_larger(f->call->L, f->call->S);
-    return rows <= SMALL_ROWS && busiest * threads - N <= N / MOST_MORE ? threads : CHUNKS_A_THREAD * threads;
+    return rows <= MAX_SMALL_CHUNK_ROWS && busiest * threads - N <= N / MAX_EXCESS ? threads
+                                                                                   : CHUNKS_PER_THREAD * threads;
 }
 
 /* The number of chunks in which to run a call. 1: all items at once. A chunk writes its output while others read their
@@ -466,9 +467,9 @@ static size_t least_chunks(const pass *f, size_t chunks)
 static size_t choose_chunks(const pass *f)
 {
     const mha_call *call = f->call;
-    const size_t items = mha_divide_up(CHUNK_ROWS, mha_larger(call->L, call->S)), threads = call->threads;
+    const size_t items = mha_divide_up(MIN_CHUNK_ROWS, mha_larger(call->L, call->S)), threads = call->threads;
     const size_t chunks = call->N / items / threads * threads;
-    if (chunks == 0 || chunks < least_chunks(f, chunks) || (call->output && !call->output_is_apart))
+    if (chunks == 0 || chunks < min_chunks(f, chunks) || (call->output && !call->output_is_apart))
         return 1;
     for (size_t n = 0; n < call->N; n++)
         if (f->live.is_few[n])

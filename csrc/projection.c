@@ -24,16 +24,16 @@
 #include "workspace.h"
 
 enum {
-    BLOCK_ROWS = 128,     /* rows for which a slice of a panel is read once */
+    MAX_BLOCK_ROWS = 128, /* rows for which a slice of a panel is read once */
     /* of a slice of a block, which has to fit into the second-level cache; blocks of wide rows have fewer rows */
-    BLOCK_BYTES = 491520,
-    WHOLE_ROWS = 8,       /* blocks have whole multiples of this many rows, because most tiles have 8 or 4 rows */
-    SLICE_BYTES = 8192,   /* of one row; whole chains */
+    MAX_BLOCK_BYTES = 491520,
+    ROW_UNIT = 8,           /* blocks have whole multiples of this many rows, because most tiles have 8 or 4 rows */
+    MAX_SLICE_BYTES = 8192, /* of one row; whole chains */
     /* panels of a task if rows have several slices; each has a strip, which waits for the next slice */
-    SLICED_PANELS = 8,
-    TASKS_A_THREAD = 4,   /* so that threads end at about the same time */
-    PANELS_A_LOOK = 16,   /* between two polls */
-    SHORT_BYTES = 1600,   /* between rows that are read in place: some of them share a page */
+    MAX_SLICED_PANELS = 8,
+    TASKS_PER_THREAD = 4,   /* so that threads end at about the same time */
+    PANELS_PER_POLL = 16,   /* between two polls */
+    MAX_SHORT_BYTES = 1600, /* between rows that are read in place: some of them share a page */
 };
 
 typedef struct {
@@ -41,11 +41,11 @@ typedef struct {
     size_t depth, slice, slices;
     /* numbers that a row has in one chain of the block; the block holds one chain of all rows after the other */
     size_t chain;
-    size_t wholes, blocks; /* wholes: multiples of WHOLE_ROWS, which the blocks share evenly */
-    size_t block_rows;  /* of the largest block */
-    size_t panels;      /* of all targets */
-    size_t task_panels; /* of one task */
-    size_t runs;        /* tasks of a block */
+    size_t row_units, blocks; /* row_units: multiples of ROW_UNIT, which the blocks share evenly */
+    size_t block_rows;        /* of the largest block */
+    size_t panels;            /* of all targets */
+    size_t task_panels;       /* of one task */
+    size_t runs;              /* tasks of a block */
     /* blocks at which threads take turns, so that a thread's next task is usually on rows that it has copied */
     size_t abreast;
     size_t tasks;
@@ -66,7 +66,7 @@ typedef struct {
 } copied_slice;
 
 _Static_assert(sizeof(copied_slice) <= MHA_CACHE_LINE, "it lies in the first cache line");
-_Static_assert(SLICE_BYTES % (MHA_CHAIN * sizeof(double)) == 0, "a slice is whole chains");
+_Static_assert(MAX_SLICE_BYTES % (MHA_CHAIN * sizeof(double)) == 0, "a slice is whole chains");
 
 typedef struct {
     const mha_kernels *kernels;
@@ -79,9 +79,9 @@ typedef struct {
  * shortest time until the last thread is ready: if two threads share 11 equal tasks, one of them waits. */
 static size_t choose_runs(const blocking *p, size_t threads)
 {
-    const size_t least = mha_smaller(mha_divide_up(TASKS_A_THREAD * threads, p->blocks), p->panels);
-    size_t best = least, best_time = SIZE_MAX;
-    for (size_t runs = least; runs <= mha_smaller(2 * least + 1, p->panels); runs++) {
+    const size_t min_runs = mha_smaller(mha_divide_up(TASKS_PER_THREAD * threads, p->blocks), p->panels);
+    size_t best = min_runs, best_time = SIZE_MAX;
+    for (size_t runs = min_runs; runs <= mha_smaller(2 * min_runs + 1, p->panels); runs++) {
         const size_t turns = mha_divide_up(p->blocks * runs, threads);
         const size_t time = turns * mha_divide_up(p->panels, runs);
         if (time < best_time) {
@@ -95,22 +95,22 @@ static size_t choose_runs(const blocking *p, size_t threads)
 static blocking choose_blocking(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
 {
     const size_t depth = projection->target[0].panels->depth;
-    const size_t slice = SLICE_BYTES / kernels->size;
+    const size_t slice = MAX_SLICE_BYTES / kernels->size;
     blocking p = {.projection = projection, .depth = depth, .slice = mha_smaller(depth, slice)};
     p.chain = mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
     p.slices = depth ? mha_divide_up(depth, slice) : 1;
-    const size_t fit = BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->size) / WHOLE_ROWS * WHOLE_ROWS;
-    p.wholes = mha_divide_up(projection->rows, WHOLE_ROWS);
-    p.blocks = mha_divide_up(projection->rows, mha_smaller(BLOCK_ROWS, fit));
+    const size_t fit = MAX_BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->size) / ROW_UNIT * ROW_UNIT;
+    p.row_units = mha_divide_up(projection->rows, ROW_UNIT);
+    p.blocks = mha_divide_up(projection->rows, mha_smaller(MAX_BLOCK_ROWS, fit));
     if (p.blocks)
-        p.block_rows = mha_divide_up(p.wholes, p.blocks) * WHOLE_ROWS;
+        p.block_rows = mha_divide_up(p.row_units, p.blocks) * ROW_UNIT;
     for (size_t t = 0; t < projection->targets; t++)
         p.panels += projection->target[t].panels->split.panels;
     p.task_panels = p.panels;
     if (threads > 1 && p.blocks && p.panels)
         p.task_panels = mha_divide_up(p.panels, choose_runs(&p, threads));
-    if (p.slices > 1 && p.task_panels > SLICED_PANELS)
-        p.task_panels = SLICED_PANELS;
+    if (p.slices > 1 && p.task_panels > MAX_SLICED_PANELS)
+        p.task_panels = MAX_SLICED_PANELS;
     p.runs = p.panels ? mha_divide_up(p.panels, p.task_panels) : 0; /* an output may have no features */
     p.abreast = threads;
     p.tasks = p.blocks * p.runs;
@@ -129,21 +129,21 @@ static size_t strip_size(const mha_kernels *kernels, const blocking *p)
 
 static size_t waiting_strips(const blocking *p)
 {
-    return p->slices > 1 ? SLICED_PANELS : 1;
+    return p->slices > 1 ? MAX_SLICED_PANELS : 1;
 }
 
 size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *projections, size_t count)
 {
-    size_t most = 0;
+    size_t max_bytes = 0;
     for (size_t i = 0; i < count; i++) {
         const blocking p = choose_blocking(kernels, &projections[i], 1);
         mha_layout layout = {0};
         mha_reserve(&layout, 1, 1, sizeof(copied_slice));
         mha_reserve(&layout, block_size(&p), 1, kernels->size);
         mha_reserve(&layout, waiting_strips(&p), strip_size(kernels, &p), kernels->size);
-        most = mha_larger(most, layout.bytes);
+        max_bytes = mha_larger(max_bytes, layout.bytes);
     }
-    return most;
+    return max_bytes;
 }
 
 void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t size, char *to)
@@ -164,7 +164,7 @@ static size_t distance_of_rows(const blocking *p, size_t first_row, size_t rows,
 {
     const char *const *row = p->projection->row + first_row;
     const uintptr_t distance = rows > 1 ? (uintptr_t)row[1] - (uintptr_t)row[0] : p->depth * size;
-    if (p->projection->stride_e != (ptrdiff_t)size || distance > SHORT_BYTES || distance % size > 0 ||
+    if (p->projection->stride_e != (ptrdiff_t)size || distance > MAX_SHORT_BYTES || distance % size > 0 ||
         (uintptr_t)row[0] % size > 0)
         return 0;
     for (size_t r = 1; r < rows; r++)
@@ -182,7 +182,7 @@ static void prefetch_row(const char *x, size_t bytes)
 
 static size_t first_row_of(const blocking *p, size_t block)
 {
-    return mha_smaller(mha_first_of_part(p->wholes, p->blocks, block) * WHOLE_ROWS, p->projection->rows);
+    return mha_smaller(mha_first_of_part(p->row_units, p->blocks, block) * ROW_UNIT, p->projection->rows);
 }
 
 /* Copies a slice of some rows to a block. */
@@ -360,7 +360,7 @@ static void run_task(void *context, size_t task, size_t worker)
             char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * size;
             multiply_slice(j->kernels, p, target, mha_panel_at(&target->panels->split, in_target), first_row, first,
                            &x, strip);
-            if ((i - first_panel) % PANELS_A_LOOK == PANELS_A_LOOK - 1 && mha_is_stopped())
+            if ((i - first_panel) % PANELS_PER_POLL == PANELS_PER_POLL - 1 && mha_is_stopped())
                 return;
         }
     }

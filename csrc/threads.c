@@ -70,8 +70,8 @@ struct loop {
  * atomic. */
 static struct {
     atomic_bool busy;
-    unsigned workers;    /* the number of workers */
-    size_t cpus;         /* CPUs that the process could use when the last worker was created */
+    unsigned workers;     /* the number of workers */
+    size_t cpus;          /* CPUs that the process could use when the last worker was created */
     struct loop *current; /* workers inside the gate read it, too */
     alignas(CACHE_LINE) atomic_uint gate;
     alignas(CACHE_LINE) atomic_uint epoch; /* the number of loops so far; idle workers watch it */
@@ -477,7 +477,7 @@ static bool lists(const char *list, const char *name)
  * outside the container. Then only the root of it exists here, and the root is the right one. */
 static size_t cgroup_quota(void)
 {
-    size_t least = SIZE_MAX;
+    size_t min_quota = SIZE_MAX;
     char line[4096], directory[4096 + 32];
     FILE *file = fopen("/proc/self/cgroup", "re");
     while (file != NULL && fgets(line, sizeof line, file) != NULL) { /* number:controllers:path */
@@ -495,12 +495,12 @@ static size_t cgroup_quota(void)
             *end = '\0';
             snprintf(directory, sizeof directory, "/sys/fs/cgroup%s%s", version_2 ? "" : "/cpu", path);
             size_t quota = quota_of(directory);
-            least = quota < least ? quota : least;
+            min_quota = quota < min_quota ? quota : min_quota;
         }
     }
     if (file != NULL)
         fclose(file);
-    return least;
+    return min_quota;
 }
 
 size_t mha_usable_cpus(void)

@@ -14,9 +14,9 @@
 
 enum {
     HUGE_PAGE = 2 << 20,
-    SMALL = 1024,          /* bytes; up to this size malloc is several times faster than aligned_alloc */
-    LARGE = 128 << 10,     /* bytes; from this size on a spare workspace is kept apart from those of small calls */
-    MOST_SPARE = 64 << 20, /* bytes; the system may take back what a spare workspace has beyond this size */
+    SMALL = 1024,         /* bytes; up to this size malloc is several times faster than aligned_alloc */
+    LARGE = 128 << 10,    /* bytes; from this size on a spare workspace is kept apart from those of small calls */
+    MAX_SPARE = 64 << 20, /* bytes; the system may take back what a spare workspace has beyond this size */
 };
 
 /* Allocates aligned memory. Large blocks ask for huge pages: a call touches more small pages than the TLB holds. */
@@ -93,17 +93,17 @@ mha_status mha_take_workspace(const mha_layout *layout, char **block)
     return MHA_OK;
 }
 
-/* Offers the pages of a spare workspace beyond MOST_SPARE to the system, which may take them until they are written to
+/* Offers the pages of a spare workspace beyond MAX_SPARE to the system, which may take them until they are written to
  * again. Returns false where that is not possible. */
 static bool offer(char *memory)
 {
     const header *h = header_of(memory);
-    if (h->taken <= MOST_SPARE)
+    if (h->taken <= MAX_SPARE)
         return true; /* the last call did not write to those pages */
 #ifdef MADV_FREE
     /* Only whole huge pages are offered: to offer a part of one would split it. */
     const size_t end = (h->bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    return madvise(memory + MOST_SPARE, end - MOST_SPARE, MADV_FREE) == 0;
+    return madvise(memory + MAX_SPARE, end - MAX_SPARE, MADV_FREE) == 0;
 #else
     return false;
 #endif

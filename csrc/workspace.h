@@ -20,10 +20,10 @@ typedef struct {
  * because a call reserves about twenty pieces. */
 static inline size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t size)
 {
-    const size_t offset = layout->bytes, most = PTRDIFF_MAX / 2; /* leaves room for what allocation adds */
+    const size_t offset = layout->bytes, max_bytes = PTRDIFF_MAX / 2; /* leaves room for what allocation adds */
     size_t bytes;
-    if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, size, &bytes) || bytes > most ||
-        offset + bytes > most)
+    if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, size, &bytes) ||
+        bytes > max_bytes || offset + bytes > max_bytes)
         layout->too_large = true;
     else
         layout->bytes = offset + (bytes + MHA_CACHE_LINE - 1) / MHA_CACHE_LINE * MHA_CACHE_LINE;

@@ -23,7 +23,7 @@
 enum { MHA_CHAIN = 64, MHA_BLOCK_KEYS = 64 };
 
 /* The most numbers in a panel, and in a vector, on any instruction set. kernels.inc.h checks them. */
-enum { MHA_MOST_LANES = 48, MHA_MAX_VECTOR_LANES = 16 };
+enum { MHA_MAX_LANES = 48, MHA_MAX_VECTOR_LANES = 16 };
 
 /* Stands before a loop over an array of vectors. gcc keeps such an array in memory instead of registers unless the loop
  * is unrolled. */
@@ -73,8 +73,8 @@ typedef struct {
 /* What masks do to one block of scores: keys of the block by lanes of a panel. */
 typedef struct {
     /* the mask of each lane's query, at key 0 of the item; not read if attn_kind is NONE */
-    const char *attn[MHA_MOST_LANES];
-    size_t query[MHA_MOST_LANES];     /* the number of each lane's query; read if is_causal */
+    const char *attn[MHA_MAX_LANES];
+    size_t query[MHA_MAX_LANES]; /* the number of each lane's query; read if is_causal */
     const char *padding;                 /* the float key_padding_mask, at key 0; keys that it hides are not live */
     mha_mask_kind attn_kind, padding_kind;
     ptrdiff_t attn_s, padding_s; /* in bytes */
@@ -93,8 +93,8 @@ typedef struct {
  * four numbers and the key alone. */
 typedef struct {
     const uint32_t *key;  /* of mha_philox(); made from the seed and the number of the call */
-    uint64_t threshold;   /* (1 - p) * 2^32; a probability is kept if its random word is less */
-    double scale;         /* 1 / (1 - p), the factor of probabilities that are kept */
+    uint64_t threshold; /* (1 - p) * 2^32; a probability is kept if its random word is less */
+    double scale;       /* 1 / (1 - p), the factor of probabilities that are kept */
     size_t n, h, first_query;
     const size_t *index; /* as in mha_mask_block */
     size_t first_key;

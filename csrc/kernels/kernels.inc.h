@@ -83,7 +83,7 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 #ifndef ROWS_OF_MANY
 #define ROWS_OF_MANY {ROWS_1, ROWS_2, ROWS_3}
 #endif
-enum { MOST_ROWS = 8, FEW_ROWS = 8 };
+enum { MAX_ROWS = 8, MAX_FEW_ROWS = 8 };
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
 
@@ -142,7 +142,7 @@ static uint64_t hidden_keys(const mha_mask_block *block, size_t lane, size_t key
 #define VEC V(vec)
 #define LANES ((size_t)V(lanes))
 
-_Static_assert(LANES <= MHA_MAX_VECTOR_LANES && VECTORS * LANES <= MHA_MOST_LANES, "arrays are that long");
+_Static_assert(LANES <= MHA_MAX_VECTOR_LANES && VECTORS * LANES <= MHA_MAX_LANES, "arrays are that long");
 _Static_assert(MHA_BLOCK_KEYS % LANES == 0, "a row of a block of masks is whole vectors");
 
 /* ---- The tile: all multiplication happens here ---- */
@@ -164,7 +164,7 @@ typedef struct {
     const char *next;  /* several rows: the next one */
     size_t left, each; /* several rows: how many are left, and how many come before each tile */
     const char *ahead; /* a single row: the next byte */
-    size_t step;       /* a single row: bytes to advance with each k */
+    size_t step; /* a single row: bytes to advance with each k */
 } V(progress);
 
 INLINE void V(prefetch)(const mha_prefetch *prefetch, V(progress) *at)
@@ -280,18 +280,18 @@ EACH_TILE_3(COPY)
 static void V(product)(const mha_product *p)
 {
 #define NAME(r, v) V(tiles_##r##x##v),
-    static void (*const copies[VECTORS][MOST_ROWS])(const mha_product *, V(progress) *, size_t) = {
+    static void (*const copies[VECTORS][MAX_ROWS])(const mha_product *, V(progress) *, size_t) = {
         {EACH_TILE_1(NAME)}, {EACH_TILE_2(NAME)}, {EACH_TILE_3(NAME)}};
 #undef NAME
     static const size_t rows_of_few[VECTORS] = {ROWS_1, ROWS_2, ROWS_3}, rows_of_many[VECTORS] = ROWS_OF_MANY;
     if (p->rows == 0)
         return;
     /* A product of few rows waits for its panel, so it reads the panel as rarely as possible. */
-    const size_t most = (p->rows > FEW_ROWS ? rows_of_many : rows_of_few)[p->vectors - 1];
+    const size_t max_rows = (p->rows > MAX_FEW_ROWS ? rows_of_many : rows_of_few)[p->vectors - 1];
     /* Tiles share the rows evenly: 9 rows are 5 + 4, because a tile of one row has too few sums. */
     size_t tiles = 1, rows = p->rows, larger = 0;
-    if (p->rows > most) {
-        tiles = (p->rows - 1) / most + 1;
+    if (p->rows > max_rows) {
+        tiles = (p->rows - 1) / max_rows + 1;
         rows = p->rows / tiles;
         larger = p->rows % tiles;
     }
@@ -492,7 +492,7 @@ static bool V(is_hidden)(const REAL *bias, size_t P)
 static mha_visible V(read_masks)(void *bias_, size_t keys, size_t vectors, size_t count, const mha_mask_block *block)
 {
     enum { WORD_BITS = 8 * sizeof(REAL), WORDS = MHA_BLOCK_KEYS / WORD_BITS };
-    REAL *bias = bias_, hidden[WORDS][MHA_MOST_LANES];
+    REAL *bias = bias_, hidden[WORDS][MHA_MAX_LANES];
     const size_t P = vectors * LANES;
     const bool has_numbers = is_of_numbers(block->attn_kind) || block->padding_kind;
     uint64_t bits = 0, by_all = UINT64_MAX, by_any = 0;

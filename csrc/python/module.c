@@ -26,7 +26,7 @@
 #define OPERATIONS_WITH_THREADS 2.5e6
 
 /* Every thread has a share of the workspace. A number of threads beyond any machine's must not exhaust the memory. */
-enum { MOST_THREADS = 1024 };
+enum { MAX_THREADS = 1024 };
 
 /* How often a long call checks for signals. A person who presses Ctrl-C does not notice the delay. */
 #define SIGNAL_SECONDS 0.05
@@ -100,7 +100,7 @@ static int run_pinned(module_state *state, double operations, size_t *threads, m
         const size_t allowed = thread_count(state);
         if (allowed == 0)
             return -1;
-        *threads = allowed < MOST_THREADS ? allowed : MOST_THREADS;
+        *threads = allowed < MAX_THREADS ? allowed : MAX_THREADS;
     }
     const int watches_signals = is_main_thread(state);
     if (watches_signals < 0)

@@ -10,7 +10,7 @@
 #include "guarded.h"
 #include "numbers.h"
 
-enum { MOST_LANES = 64 }; /* of a panel, in any table */
+enum { MAX_LANES = 64 }; /* of a panel, in any table */
 
 typedef struct {
     const mha_kernels *k;

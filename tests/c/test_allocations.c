@@ -80,7 +80,7 @@ static const problem problems[] = {
     {.name = "few queries", .N = 2, .L = 1, .S = 1100, .w = RAGGED, .padding = MHA_MASK_HIDE},
     {.name = "no masks", .N = 1, .L = 3, .S = 4, .w = RAGGED},
 };
-enum { PROBLEMS = sizeof problems / sizeof *problems, MOST_ALLOCATIONS = 1000 };
+enum { PROBLEMS = sizeof problems / sizeof *problems, MAX_ALLOCATIONS = 1000 };
 
 /* Weights, made with ever more memory until they can be. */
 static mha_layer *make_layer(const problem *p, const parameters *given)
@@ -88,7 +88,7 @@ static mha_layer *make_layer(const problem *p, const parameters *given)
     mha_layer *layer = NULL;
     const long before = in_use();
     mha_status status = MHA_NO_MEMORY;
-    for (size_t n = 0; n < MOST_ALLOCATIONS && status != MHA_OK; n++) {
+    for (size_t n = 0; n < MAX_ALLOCATIONS && status != MHA_OK; n++) {
         DESCRIBE("'%s', weights, %zu allocations", p->name, n);
         allocations_left = n;
         status = pack_parameters(p, given, &layer);
@@ -116,7 +116,7 @@ static void test_problem(const problem *p, mha_dtype dtype, mha_wanted wanted)
     memcpy(complete, c.output, bytes);
     const long before = in_use();
     mha_status status = MHA_NO_MEMORY;
-    for (size_t n = 0; n < MOST_ALLOCATIONS && status != MHA_OK; n++) {
+    for (size_t n = 0; n < MAX_ALLOCATIONS && status != MHA_OK; n++) {
         DESCRIBE("'%s', %s, weights wanted %d, %zu allocations", p->name, dtype_name(dtype), (int)wanted, n);
         memset(c.output, CANARY, bytes);
         allocations_left = n;
@@ -151,7 +151,7 @@ static void test_parts(void)
     const long before = in_use();
     for (size_t part = 0; part < 3; part++) {
         mha_status status = MHA_NO_MEMORY;
-        for (size_t n = 0; n < MOST_ALLOCATIONS && status != MHA_OK; n++) {
+        for (size_t n = 0; n < MAX_ALLOCATIONS && status != MHA_OK; n++) {
             DESCRIBE("part %zu, %zu allocations", part, n);
             allocations_left = n;
             status = part == 0 ? mha_project_input(&input) : part == 1 ? mha_choose_paths(layer, &c, is_few)

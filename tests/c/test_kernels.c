@@ -12,7 +12,7 @@
 #include "bench.h"
 #include "philox.h"
 
-enum { MOST_ROWS = 97 };
+enum { MAX_ROWS = 97 };
 
 /* ---- product ---- */
 
@@ -133,7 +133,7 @@ static double expected_product(const bench *b, const mha_product *p, size_t r, s
 
 static void check_product(const bench *b, const product_case *c)
 {
-    static double expected[MOST_ROWS][MOST_LANES], bound[MOST_ROWS][MOST_LANES];
+    static double expected[MAX_ROWS][MAX_LANES], bound[MAX_ROWS][MAX_LANES];
     const mha_product p = fill_product(b, c);
     DESCRIBE("%s %s product, %zu vectors, %zu rows, depth %zu, layout %zu, addend %d, factor %d, gap %zu, at the %s",
              b->k->name, dtype_name(b->dtype), b->vectors, c->rows, c->depth, c->layout, (int)c->addend,
@@ -368,7 +368,7 @@ static void test_softmax_end(const bench *b)
     static const double sums[] = {0, 1, 3, 0.5, 1e10, NAN, INFINITY};
     describe(b, "softmax_end");
     for (int empty = 0; empty < 2; empty++) {
-        double before[MOST_LANES];
+        double before[MAX_LANES];
         void *sum = buffer(b, 0, b->P), *inverse = buffer(b, 1, b->P);
         for (size_t lane = 0; lane < b->P; lane++) {
             before[lane] = rounded(b->dtype, lane < 7 ? sums[lane] : 1 + fabs(random_number(b->dtype, 1, lane)));
@@ -433,7 +433,7 @@ static const uint32_t dropout_key[2] = {0x243f6a88, 0x85a308d3};
 
 /* The weights of `keys` keys by `count` queries after dropout, as multiples of what they were. */
 static void drop(const bench *b, size_t keys, size_t count, const mha_dropout_block *block,
-                 double result[MHA_BLOCK_KEYS][MOST_LANES])
+                 double result[MHA_BLOCK_KEYS][MAX_LANES])
 {
     void *weights = buffer(b, 0, keys * b->P);
     for (size_t i = 0; i < keys * b->P; i++)
@@ -450,7 +450,7 @@ static void drop(const bench *b, size_t keys, size_t count, const mha_dropout_bl
 /* Each weight is scaled or 0, in the right proportion, and its fate is its own: not the block's, not the lane's. */
 static void test_dropout(const bench *b)
 {
-    static double whole[MHA_BLOCK_KEYS][MOST_LANES], part[MHA_BLOCK_KEYS][MOST_LANES];
+    static double whole[MHA_BLOCK_KEYS][MAX_LANES], part[MHA_BLOCK_KEYS][MAX_LANES];
     static size_t index[MHA_BLOCK_KEYS];
     size_t kept = 0, all = 0;
     mha_dropout_block block = {.key = dropout_key, .threshold = 3u << 30, .scale = 4 / 3.0, .n = 2, .h = 3,

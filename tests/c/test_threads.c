@@ -22,7 +22,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PATIENCE_S = 300, MOST_TASKS = 1000, MOST_THREADS = 9 };
+enum { PATIENCE_S = 300, MAX_TASKS = 1000, MAX_THREADS = 9 };
 
 static const mha_stop NEVER = {0};
 static atomic_int failures;
@@ -71,8 +71,8 @@ static int stay_on(int cpu)
 
 struct watch {
     size_t threads;
-    atomic_uint runs[MOST_TASKS];
-    atomic_bool taken[MOST_THREADS]; /* worker numbers in use */
+    atomic_uint runs[MAX_TASKS];
+    atomic_bool taken[MAX_THREADS]; /* worker numbers in use */
     atomic_size_t running;
 };
 
@@ -159,16 +159,16 @@ static void in_child(void (*test)(void))
 
 static void every_task_runs_once(void)
 {
-    static const size_t tasks[] = {0, 1, 2, 3, 4, 7, 8, 9, 64, 65, MOST_TASKS};
+    static const size_t tasks[] = {0, 1, 2, 3, 4, 7, 8, 9, 64, 65, MAX_TASKS};
     for (size_t repeat = 0; repeat < 10; repeat++)
-        for (size_t threads = 1; threads <= MOST_THREADS; threads++)
+        for (size_t threads = 1; threads <= MAX_THREADS; threads++)
             for (size_t i = 0; i < sizeof tasks / sizeof *tasks; i++)
                 run_watched(threads, tasks[i]);
 }
 
 static void workers_take_part(void)
 {
-    for (size_t threads = 1; threads <= MOST_THREADS; threads++)
+    for (size_t threads = 1; threads <= MAX_THREADS; threads++)
         run_meeting(threads, NULL);
     run_meeting(2, NULL); /* fewer than there are by now */
 }
@@ -273,7 +273,7 @@ static void leave_some_to_the_caller(void *context, size_t task, size_t worker)
 {
     watched_task(context, task, worker);
     sleep_ms(1);
-    while (worker != 0 && task >= MOST_TASKS / 2 && !mha_is_stopped())
+    while (worker != 0 && task >= MAX_TASKS / 2 && !mha_is_stopped())
         sleep_ms(1);
 }
 
@@ -284,14 +284,14 @@ static void stopping(void)
         struct brake brake = {.caller = pthread_self(), .answer_at = 3};
         mha_stop stop = {.should_stop = stop_at, .context = &brake};
         size_t runs = 0;
-        CHECK(mha_parallel_for(threads, MOST_TASKS, leave_some_to_the_caller, &watch, stop) == MHA_STOPPED);
+        CHECK(mha_parallel_for(threads, MAX_TASKS, leave_some_to_the_caller, &watch, stop) == MHA_STOPPED);
         CHECK(atomic_load(&watch.running) == 0);
         CHECK(brake.asked == 3);
-        for (size_t task = 0; task < MOST_TASKS; task++) {
+        for (size_t task = 0; task < MAX_TASKS; task++) {
             CHECK(atomic_load(&watch.runs[task]) <= 1);
             runs += atomic_load(&watch.runs[task]);
         }
-        CHECK(runs >= 3 && runs < MOST_TASKS);
+        CHECK(runs >= 3 && runs < MAX_TASKS);
         CHECK(threads > 1 || runs == 3);
 
         brake.answer_at = SIZE_MAX;
@@ -456,7 +456,7 @@ static void report_cost(void)
 
 static void idle_workers_rest(void)
 {
-    static const size_t threads[] = {2, MOST_THREADS}; /* as a rule: spinning pays, does not pay */
+    static const size_t threads[] = {2, MAX_THREADS}; /* as a rule: spinning pays, does not pay */
     for (size_t i = 0; i < sizeof threads / sizeof *threads; i++) {
         run_meeting(threads[i], NULL);
         sleep_ms(20);

@@ -10,7 +10,7 @@
 #include "problems.h"
 #include "workspace.h"
 
-enum { MOST_NUMBERS = 1 << 15, MOST_OPERATIONS = 1 << 18 };
+enum { MAX_NUMBERS = 1 << 15, MAX_OPERATIONS = 1 << 18 };
 
 /* ---- Choices ---- */
 
@@ -138,8 +138,8 @@ static bool is_small(const problem *p)
 {
     const mha_widths *w = &p->w;
     const size_t rows = p->N * (p->L + p->S + 2), scores = p->N * w->H * p->L * (p->S + 2);
-    return rows * (w->H * (w->D + w->Dv) + 1) * (w->E + w->Ek + w->Ev + w->Eo + 1) < MOST_OPERATIONS &&
-           scores * (w->D + w->Dv) < MOST_OPERATIONS;
+    return rows * (w->H * (w->D + w->Dv) + 1) * (w->E + w->Ek + w->Ev + w->Eo + 1) < MAX_OPERATIONS &&
+           scores * (w->D + w->Dv) < MAX_OPERATIONS;
 }
 
 /* As in check_definition() of test_forward.c, except where nothing can be known. */
@@ -161,7 +161,7 @@ static void fuzz_forward(choices *c)
     const problem p = choose_problem(c);
     const uint64_t seed = choose(c, 1 << 16);
     const bool wild = choose(c, 4) == 3;
-    if (!is_small(&p) && p.N * (p.L + p.S) * (p.w.E + p.w.Ek + p.w.Ev) > MOST_NUMBERS)
+    if (!is_small(&p) && p.N * (p.L + p.S) * (p.w.E + p.w.Ek + p.w.Ev) > MAX_NUMBERS)
         return;
     parameters given = make_parameters(&p, dtype);
     mha_layer *layer = NULL;
@@ -283,7 +283,7 @@ static void fuzz_sdpa(choices *c)
     const uint64_t seed = choose(c, 1 << 16);
     const bool wild = choose(c, 4) == 3;
     const mha_mask_kind kind = (mha_mask_kind)choose(c, 5);
-    if (p.items * p.H * p.L * p.S * (p.D + p.Dv) > 32 * MOST_OPERATIONS)
+    if (p.items * p.H * p.L * p.S * (p.D + p.Dv) > 32 * MAX_OPERATIONS)
         return;
     block q = place_heads(c, p.items, p.H, p.L, p.D, dtype);
     block k = place_heads(c, choose(c, 2) ? p.items : 1, H[1], p.S, p.D, dtype);
@@ -315,7 +315,7 @@ static void fuzz_sdpa(choices *c)
              dtype_name(dtype), p.items, p.H, H[1], H[2], p.L, p.S, p.D, p.Dv, (int)kind);
     if (mha_sdpa(&call) != MHA_OK)
         abort();
-    if (!wild && call.dropout_p == 0 && p.items * p.H * p.L * p.S * (p.D + p.Dv) < MOST_OPERATIONS) {
+    if (!wild && call.dropout_p == 0 && p.items * p.H * p.L * p.S * (p.D + p.Dv) < MAX_OPERATIONS) {
         double *wanted = define_sdpa(&p, &call);
         compare("sdpa", dtype, call.output, wanted, p.items * p.H * p.L * p.Dv);
         free(wanted);
