@@ -285,12 +285,12 @@ static void pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel l
 
 static char *keys_of(const mha_attention *a, size_t n, const mha_key_block *block, size_t hkv)
 {
-    return row_at(a, block->is_extra ? &a->extra_k : &a->k, n, hkv, block->row);
+    return row_at(a, block->is_extra ? &a->extra_k : &a->k, n, hkv, block->first_row);
 }
 
 static char *values_of(const mha_attention *a, size_t n, const mha_key_block *block, size_t hkv)
 {
-    return row_at(a, block->is_extra ? &a->extra_v : &a->v, n, hkv, block->row);
+    return row_at(a, block->is_extra ? &a->extra_v : &a->v, n, hkv, block->first_row);
 }
 
 static mha_visible apply_rules(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,

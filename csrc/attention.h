@@ -19,11 +19,11 @@ typedef struct {
 typedef struct {
     const mha_kernels *kernels;
     size_t N, L, H, Hkv, D, Dv;
-    mha_split split; /* of the L queries of a head; set by mha_split_queries() */
+    mha_split split;   /* of the L queries of a head; set by mha_split_queries() */
     size_t first_item; /* the number of item 0 in the whole call; dropout depends on it */
-    double scale; /* of the scores */
+    double scale;      /* of the scores */
     mha_rows q, context;
-    mha_rows k, v;             /* row l is that of a live key (mha_key_block.row) */
+    mha_rows k, v;             /* row l is that of a live key (mha_key_block.first_row) */
     mha_rows extra_k, extra_v; /* the extra keys are the same for every item */
     const mha_live_keys *live;
     const mha_rules *rules;

@@ -34,8 +34,8 @@ enum {
 /* Where the rows of all heads lie in the workspace: an offset in bytes, and the distances between rows and between
  * heads in numbers. */
 typedef struct {
-    size_t offset, row, head;
-    size_t part; /* width of a head if each head has a matrix of its own; 0: all heads of a row are side by side */
+    size_t offset, row_stride, head_stride;
+    size_t head_width; /* of heads that have a matrix each; 0: all heads of a row are side by side */
 } matrix;
 
 /* Offsets into the workspace. Where heads are wide, each has a matrix of its own: its rows are read one after another,
@@ -43,7 +43,7 @@ typedef struct {
  * every item. The rows of the extra keys are kept apart. */
 typedef struct {
     matrix q, k, v, context, extra_k, extra_v;
-    size_t q_row, k_row, v_row, context_row; /* tables of row addresses */
+    size_t q_addresses, k_addresses, v_addresses, context_addresses; /* tables of row addresses */
     size_t maximum, sum;
     size_t scratch;
     size_t scratch_bytes;
@@ -114,10 +114,10 @@ static void set_target(const pass *f, const mha_panels *panels, const matrix *to
 {
     target->panels = panels;
     target->y = at_offset(f, to->offset);
-    target->stride = to->row;
-    target->part = to->part;
-    target->part_stride = to->head;
-    target->run = 0;
+    target->stride = to->row_stride;
+    target->head_width = to->head_width;
+    target->head_stride = to->head_stride;
+    target->group_rows = 0;
 }
 
 /* Describes the input projections. Inputs that are the same are joined into one projection. Returns the number of
@@ -131,13 +131,13 @@ static size_t describe_inputs(const pass *f, mha_projection projections[MHA_TARG
     const bool every_key = keys == call->N * call->S;
     const struct {
         const mha_array *x;
-        size_t rows, row;
+        size_t rows, addresses;
         const mha_panels *panels;
         const matrix *to;
     } inputs[MHA_TARGETS] = {
-        {&call->query, call->N * call->L, at->q_row, &w->q, &at->q},
-        {&call->key, call->static_k.data ? 0 : keys, at->k_row, &w->k, &at->k},
-        {&call->value, call->static_v.data ? 0 : keys, at->v_row, &w->v, &at->v},
+        {&call->query, call->N * call->L, at->q_addresses, &w->q, &at->q},
+        {&call->key, call->static_k.data ? 0 : keys, at->k_addresses, &w->k, &at->k},
+        {&call->value, call->static_v.data ? 0 : keys, at->v_addresses, &w->v, &at->v},
     };
     size_t count = 0;
     for (size_t i = 0; i < MHA_TARGETS; i++) {
@@ -147,7 +147,7 @@ static size_t describe_inputs(const pass *f, mha_projection projections[MHA_TARG
         mha_projection *p = &projections[as_before ? count - 1 : count++];
         if (!as_before) {
             p->rows = inputs[i].rows;
-            p->row = (const char *const *)(void *)at_offset(f, inputs[i].row);
+            p->row_address = (const char *const *)(void *)at_offset(f, inputs[i].addresses);
             p->stride_e = inputs[i].x->stride_e;
             p->targets = 0;
         }
@@ -169,17 +169,17 @@ static void describe_output(const pass *f, mha_projection *p)
     const size_t Eo = f->layer->widths.Eo;
     mha_target *output = p->target;
     p->rows = f->call->N * f->call->L;
-    p->row = (const char *const *)(void *)at_offset(f, f->at.context_row);
+    p->row_address = (const char *const *)(void *)at_offset(f, f->at.context_addresses);
     p->stride_e = (ptrdiff_t)f->layer->kernels->size;
     p->targets = 1;
     output->panels = &f->layer->out;
     output->y = f->call->output;
     output->stride = Eo;
-    output->part = output->run = 0;
+    output->head_width = output->group_rows = 0;
     if (is_interleaved(f)) {
         output->stride = f->items_in_all * Eo;
-        output->run = f->call->L;
-        output->run_stride = Eo;
+        output->group_rows = f->call->L;
+        output->group_stride = Eo;
     }
 }
 
@@ -187,22 +187,22 @@ static void list_input_rows(const pass *f)
 {
     const mha_call *call = f->call;
     char *block = f->block;
-    list_rows(&call->query, call->N, call->L, NULL, (const char **)(void *)(block + f->at.q_row));
+    list_rows(&call->query, call->N, call->L, NULL, (const char **)(void *)(block + f->at.q_addresses));
     if (!call->static_k.data)
-        list_rows(&call->key, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.k_row));
+        list_rows(&call->key, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.k_addresses));
     if (!call->static_v.data)
-        list_rows(&call->value, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.v_row));
+        list_rows(&call->value, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.v_addresses));
 }
 
 static void list_context_rows(const pass *f)
 {
     const mha_call *call = f->call;
-    const size_t stride = f->at.context.row * f->layer->kernels->size;
-    const char **context_row = (const char **)(void *)(f->block + f->at.context_row);
+    const size_t stride = f->at.context.row_stride * f->layer->kernels->size;
+    const char **context_addresses = (const char **)(void *)(f->block + f->at.context_addresses);
     const bool item_after_item = call->output_batch_first || is_interleaved(f);
     for (size_t r = 0; r < call->N * call->L; r++) {
         const size_t n_l = item_after_item ? r : r % call->N * call->L + r / call->N;
-        context_row[r] = f->block + f->at.context.offset + n_l * stride;
+        context_addresses[r] = f->block + f->at.context.offset + n_l * stride;
     }
 }
 
@@ -215,11 +215,12 @@ static void copy_projected(const pass *f, const mha_projected *x, size_t width, 
     const size_t size = f->layer->kernels->size;
     char *to = f->block + m->offset;
     for (size_t n = 0; n < live->N; n++)
-        for (size_t i = 0; i < mha_live_count(live, n); i++, to += m->row * size) {
+        for (size_t i = 0; i < mha_live_count(live, n); i++, to += m->row_stride * size) {
             const size_t s = live->index ? live->index[live->start[n] + i] : i;
             const char *from = (const char *)x->data + (ptrdiff_t)n * x->stride_n + (ptrdiff_t)s * x->stride_s;
             for (size_t h = 0; h < f->layer->widths.Hkv; h++)
-                mha_copy_row(from + (ptrdiff_t)h * x->stride_h, x->stride_d, width, size, to + h * m->head * size);
+                mha_copy_row(from + (ptrdiff_t)h * x->stride_h, x->stride_d, width, size,
+                             to + h * m->head_stride * size);
         }
 }
 
@@ -229,8 +230,8 @@ static void write_extra_keys(const pass *f)
     const mha_layer *w = f->layer;
     const size_t size = w->kernels->size, extra = f->live.extra;
     char *k = f->block + f->at.extra_k.offset, *v = f->block + f->at.extra_v.offset;
-    memset(k, 0, extra * f->at.extra_k.row * size);
-    memset(v, 0, extra * f->at.extra_v.row * size);
+    memset(k, 0, extra * f->at.extra_k.row_stride * size);
+    memset(v, 0, extra * f->at.extra_v.row_stride * size);
     if (w->bias_k) {
         memcpy(k, w->bias_k, w->widths.Hkv * w->widths.D * size);
         memcpy(v, w->bias_v, w->widths.Hkv * w->widths.Dv * size);
@@ -243,15 +244,15 @@ static matrix reserve_side_by_side(mha_layout *layout, const mha_kernels *kernel
                                    size_t width)
 {
     const size_t row = mha_row_stride(heads * width, kernels->lanes, kernels->size);
-    return (matrix){.offset = mha_reserve(layout, rows, row, kernels->size), .row = row, .head = width};
+    return (matrix){.offset = mha_reserve(layout, rows, row, kernels->size), .row_stride = row, .head_stride = width};
 }
 
 static matrix reserve_heads(mha_layout *layout, const mha_kernels *kernels, size_t rows, size_t heads, size_t width)
 {
     if (heads == 1 || width % kernels->lanes > 0 || width < MIN_APART * kernels->lanes)
         return reserve_side_by_side(layout, kernels, rows, heads, width);
-    return (matrix){.offset = mha_reserve(layout, rows, heads * width, kernels->size), .row = width,
-                    .head = rows * width, .part = width};
+    return (matrix){.offset = mha_reserve(layout, rows, heads * width, kernels->size), .row_stride = width,
+                    .head_stride = rows * width, .head_width = width};
 }
 
 /* Describes rows in the workspace. Item n begins at row n * length. If length is 0, rows are numbered through all
@@ -259,9 +260,9 @@ static matrix reserve_heads(mha_layout *layout, const mha_kernels *kernels, size
 static void set_rows(const pass *f, const matrix *m, size_t length, mha_rows *rows)
 {
     rows->data = at_offset(f, m->offset);
-    rows->stride_n = (ptrdiff_t)(length * m->row);
-    rows->stride_h = (ptrdiff_t)m->head;
-    rows->stride_l = (ptrdiff_t)m->row;
+    rows->stride_n = (ptrdiff_t)(length * m->row_stride);
+    rows->stride_h = (ptrdiff_t)m->head_stride;
+    rows->stride_l = (ptrdiff_t)m->row_stride;
     rows->item = NULL;
 }
 
@@ -308,10 +309,10 @@ static mha_few_queries describe_few_queries(const pass *f)
     mha_few_queries few = f->few;
     few.block = f->block;
     few.q = at_offset(f, f->at.q.offset);
-    few.q_stride = f->at.q.row;
-    few.q_head = f->at.q.head;
+    few.q_stride = f->at.q.row_stride;
+    few.q_head = f->at.q.head_stride;
     few.context = at_offset(f, f->at.context.offset);
-    few.context_stride = f->at.context.row;
+    few.context_stride = f->at.context.row_stride;
     return few;
 }
 
@@ -331,9 +332,10 @@ static void plan_workspace(pass *f, mha_layout *layout)
     at->extra_k = reserve_side_by_side(layout, kernels, f->live.extra, w->Hkv, w->D);
     at->extra_v = reserve_side_by_side(layout, kernels, f->live.extra, w->Hkv, w->Dv);
     /* the two tables are not needed at the same time */
-    at->q_row = at->context_row = mha_reserve(layout, queries, 1, sizeof(char *));
-    at->k_row = mha_reserve(layout, keys, 1, sizeof(char *));
-    at->v_row = same_input(&call->key, &call->value) ? at->k_row : mha_reserve(layout, keys, 1, sizeof(char *));
+    at->q_addresses = at->context_addresses = mha_reserve(layout, queries, 1, sizeof(char *));
+    at->k_addresses = mha_reserve(layout, keys, 1, sizeof(char *));
+    at->v_addresses = same_input(&call->key, &call->value) ? at->k_addresses
+                                                           : mha_reserve(layout, keys, 1, sizeof(char *));
     if (layout->too_large)
         return;
     mha_projection projections[MHA_TARGETS], output;
@@ -359,7 +361,7 @@ static void copy_context(const pass *f)
     const size_t size = f->layer->kernels->size, bytes = f->layer->widths.H * f->layer->widths.Dv * size;
     for (size_t row = 0; row < f->call->N * f->call->L; row++)
         memcpy((char *)f->call->context + row * bytes,
-               f->block + f->at.context.offset + row * f->at.context.row * size, bytes);
+               f->block + f->at.context.offset + row * f->at.context.row_stride * size, bytes);
 }
 
 /* Runs all steps. *given_up counts the items of few_queries.c that turned out to need their keys projected. If there
@@ -584,7 +586,7 @@ mha_status mha_project_input(const mha_input_projection *input)
     mha_status status = mha_take_workspace(&layout, &block);
     if (status == MHA_OK) {
         list_rows(&input->x, input->N, input->length, NULL, (const char **)(void *)(block + row));
-        projection.row = (const char *const *)(void *)(block + row);
+        projection.row_address = (const char *const *)(void *)(block + row);
         status = mha_project(w->kernels, &projection, 1, input->threads, block + scratch, scratch_bytes, input->stop);
     }
     mha_give_workspace(block);

@@ -68,7 +68,7 @@ mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *liv
     if (status != MHA_OK)
         return status;
     live->start = (size_t *)(void *)(live->block + start);
-    live->row = (size_t *)(void *)(live->block + row);
+    live->first_row = (size_t *)(void *)(live->block + row);
     live->is_few = memset(live->block + is_few, false, call->N);
     size_t *list = (size_t *)(void *)(live->block + index), total = 0;
     bool adds = false;
@@ -86,15 +86,15 @@ mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *liv
 
 void mha_number_rows(mha_live_keys *live)
 {
-    live->row[0] = 0;
+    live->first_row[0] = 0;
     for (size_t n = 0; n < live->N; n++)
-        live->row[n + 1] = live->row[n] + (live->is_few[n] ? 0 : mha_live_count(live, n));
+        live->first_row[n + 1] = live->first_row[n] + (live->is_few[n] ? 0 : mha_live_count(live, n));
 }
 
 mha_live_keys mha_live_keys_of(const mha_live_keys *live, size_t first, size_t count)
 {
     return (mha_live_keys){.N = count, .S = live->S, .extra = live->extra, .start = live->start + first,
-                           .index = live->index, .is_few = live->is_few + first, .row = live->row + first};
+                           .index = live->index, .is_few = live->is_few + first, .first_row = live->first_row + first};
 }
 
 mha_rules mha_rules_of(const mha_rules *rules, size_t first)
@@ -125,13 +125,13 @@ void mha_key_block_at(const mha_live_keys *live, size_t n, size_t i, mha_key_blo
     block->is_extra = i == blocks_of_live_keys(live, n);
     block->index = NULL;
     if (block->is_extra) {
-        block->row = 0;
+        block->first_row = 0;
         block->keys = live->extra;
         block->first_key = live->S;
         return;
     }
     const size_t before = i * MHA_BLOCK_KEYS, keys = mha_smaller(mha_live_count(live, n) - before, MHA_BLOCK_KEYS);
-    block->row = live->row[n] - live->row[0] + before;
+    block->first_row = live->first_row[n] - live->first_row[0] + before;
     block->keys = keys;
     block->first_key = before;
     if (live->index) {

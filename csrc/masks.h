@@ -21,16 +21,16 @@ typedef struct {
     size_t *index; /* [start[N]]: the numbers of the live keys; NULL: every key is live */
     bool *is_few;  /* [N]: few_queries.c computes the item, without projecting its keys; false until it is decided */
     /* [N + 1]: the row of the item's first projected key; differences count; filled by mha_number_rows() */
-    size_t *row;
-    char *block;   /* owns the arrays above; NULL: they belong to another mha_live_keys */
+    size_t *first_row;
+    char *block; /* owns the arrays above; NULL: they belong to another mha_live_keys */
 } mha_live_keys;
 
 /* At most MHA_BLOCK_KEYS keys that are computed together. */
 typedef struct {
     bool is_extra;
-    size_t row; /* row of the first key, among the projected keys of all items or among the extra keys */
+    size_t first_row; /* row of the first key, among the projected keys of all items or among the extra keys */
     size_t keys;
-    size_t first_key;    /* number of the first key */
+    size_t first_key; /* number of the first key */
     const size_t *index; /* numbers of the keys; NULL: first_key, first_key + 1, ... */
 } mha_key_block;
 
@@ -61,7 +61,7 @@ static inline size_t mha_live_count(const mha_live_keys *live, size_t n)
 /* The number of projected keys of all items. */
 static inline size_t mha_live_rows(const mha_live_keys *live)
 {
-    return live->row[live->N] - live->row[0];
+    return live->first_row[live->N] - live->first_row[0];
 }
 
 /* The number of key blocks of an item. */

@@ -2,8 +2,8 @@
  *
  * projection.c - multiplies rows by packed weights: blocks of rows, copies of them, bias, tasks.
  *
- * A task multiplies a block of rows by a run of panels. It copies its rows slice by slice, so that the numbers of a
- * chain are close together. Rows that are short and lie regularly are not copied, nor are rows that the thread has just
+ * A task multiplies a block of rows by some panels. It copies its rows slice by slice, so that the numbers of a chain
+ * are close together. Rows that are short and lie regularly are not copied, nor are rows that the thread has just
  * copied for another task. The slice is multiplied by the same slice of each panel. Sums go through a strip, which
  * stays in the cache:
  *
@@ -40,22 +40,22 @@ typedef struct {
     const mha_projection *projection;
     size_t depth, slice, slices;
     /* numbers that a row has in one chain of the block; the block holds one chain of all rows after the other */
-    size_t chain;
+    size_t chain_width;
     size_t row_units, blocks; /* row_units: multiples of ROW_UNIT, which the blocks share evenly */
     size_t block_rows;        /* of the largest block */
     size_t panels;            /* of all targets */
     size_t task_panels;       /* of one task */
-    size_t runs;              /* tasks of a block */
+    size_t tasks_per_block;
     /* blocks at which threads take turns, so that a thread's next task is usually on rows that it has copied */
-    size_t abreast;
+    size_t interleaved_blocks;
     size_t tasks;
 } blocking;
 
-/* A slice of some rows. `row` and `chain` are the distances between rows and between chains, in numbers. */
+/* A slice of some rows. row_stride and chain_stride are the distances between rows and between chains, in numbers. */
 typedef struct {
     const char *data;
     size_t rows;
-    ptrdiff_t row, chain;
+    ptrdiff_t row_stride, chain_stride;
 } sliced_rows;
 
 /* The slice that a thread has copied. It stands in the first cache line of the thread's scratch. The next task may need
@@ -75,17 +75,17 @@ typedef struct {
     size_t scratch_bytes;
 } projection_tasks;
 
-/* The number of runs into which the panels of a block are divided. It gives enough tasks to all threads, and the
- * shortest time until the last thread is ready: if two threads share 11 equal tasks, one of them waits. */
-static size_t choose_runs(const blocking *p, size_t threads)
+/* The number of tasks that share the panels of a block. It gives enough tasks to all threads, and the shortest time
+ * until the last thread is ready: if two threads share 11 equal tasks, one of them waits. */
+static size_t choose_tasks_per_block(const blocking *p, size_t threads)
 {
-    const size_t min_runs = mha_smaller(mha_divide_up(TASKS_PER_THREAD * threads, p->blocks), p->panels);
-    size_t best = min_runs, best_time = SIZE_MAX;
-    for (size_t runs = min_runs; runs <= mha_smaller(2 * min_runs + 1, p->panels); runs++) {
-        const size_t turns = mha_divide_up(p->blocks * runs, threads);
-        const size_t time = turns * mha_divide_up(p->panels, runs);
+    const size_t min_tasks = mha_smaller(mha_divide_up(TASKS_PER_THREAD * threads, p->blocks), p->panels);
+    size_t best = min_tasks, best_time = SIZE_MAX;
+    for (size_t tasks = min_tasks; tasks <= mha_smaller(2 * min_tasks + 1, p->panels); tasks++) {
+        const size_t turns = mha_divide_up(p->blocks * tasks, threads);
+        const size_t time = turns * mha_divide_up(p->panels, tasks);
         if (time < best_time) {
-            best = runs;
+            best = tasks;
             best_time = time;
         }
     }
@@ -97,7 +97,7 @@ static blocking choose_blocking(const mha_kernels *kernels, const mha_projection
     const size_t depth = projection->target[0].panels->depth;
     const size_t slice = MAX_SLICE_BYTES / kernels->size;
     blocking p = {.projection = projection, .depth = depth, .slice = mha_smaller(depth, slice)};
-    p.chain = mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
+    p.chain_width = mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
     p.slices = depth ? mha_divide_up(depth, slice) : 1;
     const size_t fit = MAX_BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->size) / ROW_UNIT * ROW_UNIT;
     p.row_units = mha_divide_up(projection->rows, ROW_UNIT);
@@ -108,18 +108,18 @@ static blocking choose_blocking(const mha_kernels *kernels, const mha_projection
         p.panels += projection->target[t].panels->split.panels;
     p.task_panels = p.panels;
     if (threads > 1 && p.blocks && p.panels)
-        p.task_panels = mha_divide_up(p.panels, choose_runs(&p, threads));
+        p.task_panels = mha_divide_up(p.panels, choose_tasks_per_block(&p, threads));
     if (p.slices > 1 && p.task_panels > MAX_SLICED_PANELS)
         p.task_panels = MAX_SLICED_PANELS;
-    p.runs = p.panels ? mha_divide_up(p.panels, p.task_panels) : 0; /* an output may have no features */
-    p.abreast = threads;
-    p.tasks = p.blocks * p.runs;
+    p.tasks_per_block = p.panels ? mha_divide_up(p.panels, p.task_panels) : 0; /* an output may have no features */
+    p.interleaved_blocks = threads;
+    p.tasks = p.blocks * p.tasks_per_block;
     return p;
 }
 
 static size_t block_size(const blocking *p)
 {
-    return p->block_rows * mha_divide_up(p->slice, MHA_CHAIN) * p->chain;
+    return p->block_rows * mha_divide_up(p->slice, MHA_CHAIN) * p->chain_width;
 }
 
 static size_t strip_size(const mha_kernels *kernels, const blocking *p)
@@ -162,7 +162,7 @@ void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t siz
  * cannot. */
 static size_t distance_of_rows(const blocking *p, size_t first_row, size_t rows, size_t size)
 {
-    const char *const *row = p->projection->row + first_row;
+    const char *const *row = p->projection->row_address + first_row;
     const uintptr_t distance = rows > 1 ? (uintptr_t)row[1] - (uintptr_t)row[0] : p->depth * size;
     if (p->projection->stride_e != (ptrdiff_t)size || distance > MAX_SHORT_BYTES || distance % size > 0 ||
         (uintptr_t)row[0] % size > 0)
@@ -190,14 +190,14 @@ static void copy_slice(const blocking *p, size_t first_row, size_t rows, size_t 
 {
     const ptrdiff_t stride_e = p->projection->stride_e;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
-    const size_t chain_bytes = p->block_rows * p->chain * size;
+    const size_t chain_bytes = p->block_rows * p->chain_width * size;
     const ptrdiff_t first = (ptrdiff_t)first_feature * stride_e;
-    const char *const *row = p->projection->row + first_row;
+    const char *const *row = p->projection->row_address + first_row;
     for (size_t r = 0; r < rows; r++) {
         const char *x = row[r] + first;
         if (r + 1 < rows && stride_e == (ptrdiff_t)size)
             prefetch_row(row[r + 1] + first, features * size);
-        char *to = block + r * p->chain * size;
+        char *to = block + r * p->chain_width * size;
         for (size_t k = 0; k < features; k += MHA_CHAIN, to += chain_bytes)
             mha_copy_row(x + (ptrdiff_t)k * stride_e, stride_e, mha_smaller(features - k, MHA_CHAIN), size, to);
     }
@@ -208,11 +208,11 @@ static sliced_rows take_slice(const blocking *p, size_t first_row, size_t rows, 
 {
     const size_t distance = p->slices > 1 ? 0 : distance_of_rows(p, first_row, rows, size);
     if (distance > 0)
-        return (sliced_rows){p->projection->row[first_row], rows, (ptrdiff_t)(distance / size), MHA_CHAIN};
+        return (sliced_rows){p->projection->row_address[first_row], rows, (ptrdiff_t)(distance / size), MHA_CHAIN};
     if (copied->blocking != p || copied->first_row != first_row || copied->first_feature != first_feature)
         copy_slice(p, first_row, rows, first_feature, size, block);
     *copied = (copied_slice){p, first_row, first_feature};
-    return (sliced_rows){block, rows, (ptrdiff_t)p->chain, (ptrdiff_t)(p->block_rows * p->chain)};
+    return (sliced_rows){block, rows, (ptrdiff_t)p->chain_width, (ptrdiff_t)(p->block_rows * p->chain_width)};
 }
 
 /* What is needed next of the panels. The weights are much larger than the caches near the core, and the hardware
@@ -229,24 +229,24 @@ static mha_prefetch next_weights(const mha_kernels *kernels, const mha_target *t
 /* Where row r of a target begins. */
 static char *row_of_y(const mha_target *target, size_t r, size_t size)
 {
-    const size_t at = target->run ? r / target->run * target->run_stride + r % target->run * target->stride
-                                  : r * target->stride;
+    const size_t group = target->group_rows;
+    const size_t at = group ? r / group * target->group_stride + r % group * target->stride : r * target->stride;
     return target->y + at * size;
 }
 
-/* Multiplies the last chain of a panel straight to y, for rows that are `stride` apart. Features of different parts are
- * multiplied one part after the other. */
-static void multiply_to_parts(const mha_kernels *kernels, const mha_target *target, mha_panel panel, char *y,
+/* Multiplies the last chain of a panel straight to y, for rows that are `stride` apart. Features of different heads are
+ * multiplied one head after the other. */
+static void multiply_to_heads(const mha_kernels *kernels, const mha_target *target, mha_panel panel, char *y,
                               mha_product *product)
 {
     const size_t lanes = kernels->lanes, size = kernels->size;
-    size_t part = target->part ? panel.first / target->part : 0, feature = panel.first - part * target->part;
-    size_t vectors = panel.vectors;
+    size_t head = target->head_width ? panel.first / target->head_width : 0;
+    size_t feature = panel.first - head * target->head_width, vectors = panel.vectors;
     product->c_row = target->stride;
     while (vectors > 0) {
-        const size_t here = target->part ? mha_smaller((target->part - feature) / lanes, vectors) : vectors;
+        const size_t here = target->head_width ? mha_smaller((target->head_width - feature) / lanes, vectors) : vectors;
         product->vectors = here;
-        product->c = y + (part * target->part_stride + feature) * size;
+        product->c = y + (head * target->head_stride + feature) * size;
         kernels->product(product);
         product->b = (const char *)product->b + here * lanes * size;
         if (product->addend)
@@ -254,7 +254,7 @@ static void multiply_to_parts(const mha_kernels *kernels, const mha_target *targ
         product->prefetch = NULL;
         vectors -= here;
         feature = 0;
-        part++;
+        head++;
     }
 }
 
@@ -262,19 +262,19 @@ static void multiply_to_parts(const mha_kernels *kernels, const mha_target *targ
 static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, mha_panel panel, size_t first_row,
                           mha_product *product)
 {
-    const size_t size = kernels->size, run = target->run;
+    const size_t size = kernels->size, group_rows = target->group_rows;
     mha_product some;
-    if (run == 0) {
-        multiply_to_parts(kernels, target, panel, row_of_y(target, first_row, size), product);
+    if (group_rows == 0) {
+        multiply_to_heads(kernels, target, panel, row_of_y(target, first_row, size), product);
         return;
     }
     for (size_t r = 0; r < product->rows; r += some.rows) {
         some = *product;
-        some.rows = mha_smaller(run - (first_row + r) % run, product->rows - r);
+        some.rows = mha_smaller(group_rows - (first_row + r) % group_rows, product->rows - r);
         some.a = (const char *)product->a + (ptrdiff_t)r * product->a_row * (ptrdiff_t)size;
         if (product->addend)
             some.addend = (const char *)product->addend + r * product->addend_row * size;
-        multiply_to_parts(kernels, target, panel, row_of_y(target, first_row + r, size), &some);
+        multiply_to_heads(kernels, target, panel, row_of_y(target, first_row + r, size), &some);
     }
 }
 
@@ -283,7 +283,7 @@ static void multiply_slice(const mha_kernels *kernels, const blocking *p, const 
                            size_t first_row, size_t first_feature, const sliced_rows *x, char *strip)
 {
     const size_t size = kernels->size, P = panel.vectors * kernels->lanes;
-    const bool fits = panel.count == P || (!target->run && panel.first + P <= target->stride);
+    const bool fits = panel.count == P || (!target->group_rows && panel.first + P <= target->stride);
     const char *b = target->panels->data + (panel.first * p->depth + first_feature * P) * size;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
     const char *addend = strip;
@@ -295,7 +295,8 @@ static void multiply_slice(const mha_kernels *kernels, const blocking *p, const 
     do {
         const mha_prefetch prefetch = next_weights(kernels, target, b + (k + MHA_CHAIN) * P * size);
         mha_product product = {.rows = x->rows, .depth = mha_smaller(features - k, MHA_CHAIN), .vectors = panel.vectors,
-                               .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * size) * x->chain, .a_row = x->row, .a_k = 1,
+                               .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * size) * x->chain_stride,
+                               .a_row = x->row_stride, .a_k = 1,
                                .b = b + k * P * size, .b_k = P, .addend = addend, .addend_row = addend_row,
                                .c = strip, .c_row = P, .prefetch = &prefetch};
         k += MHA_CHAIN;
@@ -328,14 +329,15 @@ static copied_slice *copied_by(const projection_tasks *j, size_t worker)
     return (copied_slice *)(void *)(j->scratch + worker * j->scratch_bytes);
 }
 
-/* The block of a task, and the first of its panels. Of `abreast` blocks, the first runs of all come before the second
- * runs. */
+/* The block of a task, and the first of its panels. Of interleaved blocks, the first tasks of all come before the
+ * second ones. */
 static size_t block_of_task(const blocking *p, size_t task, size_t *first_panel)
 {
-    const size_t together = p->abreast * p->runs, first_block = task / together * p->abreast;
-    const size_t abreast = mha_smaller(p->abreast, p->blocks - first_block);
-    *first_panel = task % together / abreast * p->task_panels;
-    return first_block + task % together % abreast;
+    const size_t together = p->interleaved_blocks * p->tasks_per_block;
+    const size_t first_block = task / together * p->interleaved_blocks;
+    const size_t blocks = mha_smaller(p->interleaved_blocks, p->blocks - first_block);
+    *first_panel = task % together / blocks * p->task_panels;
+    return first_block + task % together % blocks;
 }
 
 static void run_task(void *context, size_t task, size_t worker)

@@ -107,7 +107,7 @@ static void fill_workspace(sdpa *s)
     if (call->D == 0)
         memset(s->block + s->at.zeros, 0, s->kernels->size);
     /* Every item has an entry in the tables, so its keys are numbered from 0. */
-    memset(s->live.row, 0, (s->items + 1) * sizeof *s->live.row);
+    memset(s->live.first_row, 0, (s->items + 1) * sizeof *s->live.first_row);
 }
 
 /* ---- The plan ---- */
