@@ -28,7 +28,7 @@ enum {
     MAX_TASK_PANELS = 4,      /* panels that read keys and values, or the mask, together */
     MAX_PANEL_BYTES = 131072, /* of all panels of a task, unless a single panel is larger */
     MAX_KEPT_BYTES = 262144,  /* of the scores that a task keeps, and of the sums of probabilities made from them */
-    CHUNK_BLOCKS = 8,         /* key blocks whose probabilities the second pass collects before it writes them */
+    SEGMENT_BLOCKS = 8,       /* key blocks whose probabilities the second pass collects before it writes them */
     TASKS_PER_THREAD = 4,
     MANY_TASKS_PER_THREAD = 16, /* with so many it matters little that one thread gets one more */
     FEATURES_PER_POLL = 1024,   /* of keys and values that a task reads between two polls */
@@ -74,7 +74,7 @@ typedef struct {
     size_t bundles;     /* bundles of all items */
     size_t task_panels; /* panels of a task in the first pass */
     size_t groups;      /* tasks of a bundle, or of the heads whose probabilities are averaged */
-    size_t chunks;      /* tasks of a panel in the second pass */
+    size_t segments;    /* tasks of a panel in the second pass */
 } attention_tasks;
 
 /* Lanes of the widest panel of L queries. */
@@ -246,7 +246,7 @@ static void take_average(const mha_attention *a, char *base, mha_layout *layout,
     const size_t P = widest_panel(a), keys = max_block_keys(a);
     w->queries = take(a, base, layout, a->D, P);
     w->factor = take(a, base, layout, 1, P);
-    w->probabilities = take(a, base, layout, mha_smaller(CHUNK_BLOCKS, max_blocks(a)) * keys, P);
+    w->probabilities = take(a, base, layout, mha_smaller(SEGMENT_BLOCKS, max_blocks(a)) * keys, P);
     w->scores = take(a, base, layout, keys, P);
     w->bias = take(a, base, layout, keys, P);
     w->rows = take(a, base, layout, P, MHA_BLOCK_KEYS);
@@ -628,7 +628,7 @@ static void second_pass_task(void *context, size_t task, size_t worker)
     char *base = a->scratch + worker * a->scratch_bytes;
     mha_layout layout = {0};
     const size_t heads = averaged_heads(a);
-    const size_t chunk = task % j->chunks, panel = task / j->chunks;
+    const size_t segment = task % j->segments, panel = task / j->segments;
     average w = {
         .n = panel / a->split.panels / averages_of_item(a),
         .first_head = panel / a->split.panels % averages_of_item(a) * heads,
@@ -638,7 +638,8 @@ static void second_pass_task(void *context, size_t task, size_t worker)
     take_average(a, base, &layout, &w);
     if (a->live->is_few[w.n])
         return;
-    const size_t first = chunk * CHUNK_BLOCKS, end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(a->live, w.n));
+    const size_t first = segment * SEGMENT_BLOCKS;
+    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(a->live, w.n));
     for (size_t h = w.first_head; h < w.first_head + heads; h++) {
         pack_queries(a, w.n, h, w.lanes, w.queries);
         for (size_t b = first; b < end; b++) {
@@ -681,6 +682,6 @@ mha_status mha_attend(const mha_attention *a)
         status = mha_parallel_for(a->threads, j.bundles * j.groups, attend_task, &j, a->stop);
     if (status != MHA_OK || !a->wanted)
         return status;
-    j.chunks = mha_divide_up(max_blocks(a), CHUNK_BLOCKS);
-    return mha_parallel_for(a->threads, panels_of_averages(a) * j.chunks, second_pass_task, &j, a->stop);
+    j.segments = mha_divide_up(max_blocks(a), SEGMENT_BLOCKS);
+    return mha_parallel_for(a->threads, panels_of_averages(a) * j.segments, second_pass_task, &j, a->stop);
 }

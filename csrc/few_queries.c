@@ -3,13 +3,13 @@
  * few_queries.c - moves queries to the side of the keys' inputs, attends to the inputs, and moves the sums to the
  * values' side.
  *
- *      absorb        t = Wk_h^T q_h for every lane, then as panels                        task: item, head
- *      attend        softmax and sums over one chunk of keys                             task: item, panel, chunk
- *      merge         the chunks of a panel, in order                                     task: item, panel
- *      emit          context = Wv_h y + bv                                               task: item, head
- *      probabilities the probabilities, from scores that are computed again          task: item, query, chunk
+ *      absorb           t = Wk_h^T q_h for every lane, then as panels            task: item, head
+ *      attend           softmax and sums over one segment of keys                task: item, panel, segment
+ *      merge            the segments of a panel, in order                        task: item, panel
+ *      emit             context = Wv_h y + bv                                    task: item, head
+ *      probabilities    from scores that are computed again                      task: item, query, segment
  *
- * Owns: the order of additions along the keys: blocks as in attention.c, then chunks of CHUNK_BLOCKS blocks.
+ * Owns: the order of additions along the keys: blocks as in attention.c, then segments of SEGMENT_BLOCKS blocks.
  */
 #include "few_queries.h"
 
@@ -21,7 +21,7 @@
 #include "threads.h"
 
 enum {
-    CHUNK_BLOCKS = 8,                    /* key blocks; with chunks, one query of one item keeps several threads busy */
+    SEGMENT_BLOCKS = 8, /* key blocks; with segments, one query of one item keeps several threads busy */
     MIN_FEATURES = MHA_MAX_VECTOR_LANES, /* of keys and values: rows of Wk are read in whole vectors */
     MIN_GAIN = 2,                        /* the path is chosen if it takes less than half of the operations */
 };
@@ -67,13 +67,13 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
     const mha_widths *w = &f->layer->widths;
     const mha_kernels *kernels = f->layer->kernels;
     const size_t size = kernels->size;
-    f->items = f->chunks = 0;
+    f->items = f->segments = 0;
     for (size_t n = 0; n < f->call->N; n++) {
         if (!f->live->is_few[n])
             continue;
         f->items++;
-        const size_t chunks = mha_divide_up(mha_key_blocks(f->live, n), CHUNK_BLOCKS);
-        f->chunks = chunks > f->chunks ? chunks : f->chunks;
+        const size_t segments = mha_divide_up(mha_key_blocks(f->live, n), SEGMENT_BLOCKS);
+        f->segments = segments > f->segments ? segments : f->segments;
     }
     if (f->items == 0)
         return;
@@ -86,11 +86,11 @@ void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout)
     f->t_panels = mha_reserve(layout, f->items * padded, w->Ek, size);
     const size_t by_head = mha_split_width(kernels, w->H).vectors * kernels->lanes;
     f->query_panels = mha_reserve(layout, f->call->wanted ? f->items * f->call->L * by_head : 0, w->Ek, size);
-    f->sums = mha_reserve(layout, f->items * f->chunks * padded, w->Ev, size);
-    f->maximum = mha_reserve(layout, f->items * f->chunks * padded + widest, 1, size);
-    f->sum = mha_reserve(layout, f->items * f->chunks * padded + widest, 1, size);
+    f->sums = mha_reserve(layout, f->items * f->segments * padded, w->Ev, size);
+    f->maximum = mha_reserve(layout, f->items * f->segments * padded + widest, 1, size);
+    f->sum = mha_reserve(layout, f->items * f->segments * padded + widest, 1, size);
     f->y = mha_reserve(layout, rows, f->y_stride, size);
-    f->mass = mha_reserve(layout, f->items * padded, 1, size);
+    f->bias_factor = mha_reserve(layout, f->items * padded, 1, size);
     f->is_given_up = mha_reserve(layout, f->call->N, 1, sizeof(atomic_bool));
 }
 
@@ -144,17 +144,17 @@ static scratch_pieces scratch_of(const few_tasks *j, size_t worker)
 
 static size_t number_of_item(const mha_few_queries *f, size_t i)
 {
-    return ((const size_t *)(const void *)(f->block + f->item_numbers))[i];
+    return ((const size_t *)(const void *)(f->workspace + f->item_numbers))[i];
 }
 
 static char *numbers_at(const mha_few_queries *f, size_t offset, size_t index)
 {
-    return f->block + offset + index * f->layer->kernels->size;
+    return f->workspace + offset + index * f->layer->kernels->size;
 }
 
 static atomic_bool *is_given_up(const mha_few_queries *f, size_t n)
 {
-    return (atomic_bool *)(void *)(f->block + f->is_given_up) + n;
+    return (atomic_bool *)(void *)(f->workspace + f->is_given_up) + n;
 }
 
 static void give_up_unless_finite(const mha_few_queries *f, size_t n, const char *numbers, size_t count)
@@ -204,7 +204,7 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
 
 /* Checks that the constants q_h bk_h / sqrt(D) of a head's rows are finite. No score contains them, so a check of the
  * scores does not notice them. bk_h fills one lane of a panel. */
-static void look_at_constants(const mha_few_queries *f, size_t i, size_t h, const scratch_pieces *s)
+static void check_constants(const mha_few_queries *f, size_t i, size_t h, const scratch_pieces *s)
 {
     const mha_layer *layer = f->layer;
     const mha_widths *w = &layer->widths;
@@ -232,7 +232,7 @@ static void absorb_task(void *context, size_t task, size_t worker)
     const scratch_pieces s = scratch_of(j, worker);
     size_t e = 0;
     if (j->f->layer->k.bias)
-        look_at_constants(j->f, i, h, &s);
+        check_constants(j->f, i, h, &s);
     while (Ek - e >= kernels->lanes) {
         const size_t vectors = mha_smaller((Ek - e) / kernels->lanes, kernels->vectors);
         absorb_window(j->f, i, h, e, vectors);
@@ -305,17 +305,18 @@ static void attend_segment_task(void *context, size_t task, size_t worker)
     const mha_few_queries *f = j->f;
     const mha_kernels *kernels = f->layer->kernels;
     const scratch_pieces s = scratch_of(j, worker);
-    const size_t padded = padded_lanes(f), chunk = task % f->chunks, i = task / f->chunks / j->split.panels;
-    const size_t n = number_of_item(f, i), part = i * f->chunks + chunk;
-    const mha_panel panel = mha_panel_at(&j->split, task / f->chunks % j->split.panels);
+    const size_t padded = padded_lanes(f), segment = task % f->segments, i = task / f->segments / j->split.panels;
+    const size_t n = number_of_item(f, i), at_segment = i * f->segments + segment;
+    const mha_panel panel = mha_panel_at(&j->split, task / f->segments % j->split.panels);
     const size_t Ek = f->layer->widths.Ek, Ev = f->layer->widths.Ev, P = panel.vectors * kernels->lanes;
     const char *queries = numbers_at(f, f->t_panels, (i * padded + panel.first) * Ek);
-    char *sums = numbers_at(f, f->sums, (part * padded + panel.first) * Ev);
-    char *maximum = numbers_at(f, f->maximum, part * padded + panel.first);
-    char *sum = numbers_at(f, f->sum, part * padded + panel.first);
+    char *sums = numbers_at(f, f->sums, (at_segment * padded + panel.first) * Ev);
+    char *maximum = numbers_at(f, f->maximum, at_segment * padded + panel.first);
+    char *sum = numbers_at(f, f->sum, at_segment * padded + panel.first);
     kernels->softmax_begin(maximum, sum, panel.vectors);
     kernels->fill(sums, Ev * P, 0);
-    const size_t first = chunk * CHUNK_BLOCKS, end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(f->live, n));
+    const size_t first = segment * SEGMENT_BLOCKS;
+    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(f->live, n));
     for (size_t b = first; b < end; b++) {
         mha_key_block block;
         mha_key_block_at(f->live, n, b, &block);
@@ -342,17 +343,18 @@ static void merge_task(void *context, size_t task, size_t worker)
     const mha_kernels *kernels = f->layer->kernels;
     const size_t padded = padded_lanes(f), i = task / j->split.panels, Ev = f->layer->widths.Ev;
     const mha_panel panel = mha_panel_at(&j->split, task % j->split.panels);
-    const size_t at = i * f->chunks * padded + panel.first; /* chunk 0 collects the others */
+    const size_t at = i * f->segments * padded + panel.first; /* segment 0 collects the others */
     char *sums = numbers_at(f, f->sums, at * Ev), *maximum = numbers_at(f, f->maximum, at);
     char *sum = numbers_at(f, f->sum, at);
-    for (size_t chunk = 1; chunk < f->chunks; chunk++) {
-        const size_t part = (i * f->chunks + chunk) * padded + panel.first;
-        kernels->softmax_merge(sums, maximum, sum, numbers_at(f, f->sums, part * Ev),
-                               numbers_at(f, f->maximum, part), numbers_at(f, f->sum, part), Ev, panel.vectors);
+    for (size_t segment = 1; segment < f->segments; segment++) {
+        const size_t at_segment = (i * f->segments + segment) * padded + panel.first;
+        kernels->softmax_merge(sums, maximum, sum, numbers_at(f, f->sums, at_segment * Ev),
+                               numbers_at(f, f->maximum, at_segment), numbers_at(f, f->sum, at_segment), Ev,
+                               panel.vectors);
     }
-    char *mass = numbers_at(f, f->mass, i * padded + panel.first);
+    char *bias_factor = numbers_at(f, f->bias_factor, i * padded + panel.first);
     for (size_t lane = 0; lane < panel.count; lane++)
-        kernels->fill(mass + lane * kernels->size, 1, is_zero(kernels, sum + lane * kernels->size) ? 0 : 1);
+        kernels->fill(bias_factor + lane * kernels->size, 1, is_zero(kernels, sum + lane * kernels->size) ? 0 : 1);
     char *inverse = scratch_of(j, worker).factor;
     kernels->softmax_end(sum, inverse, panel.vectors, f->call->empty_row);
     kernels->unpack_panel(sums, panel.vectors, inverse, panel.count, Ev,
@@ -381,7 +383,7 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
     }
     if (layer->v.bias) {
         product.depth = 1;
-        product.a = numbers_at(f, f->mass, i * padded_lanes(f) + h);
+        product.a = numbers_at(f, f->bias_factor, i * padded_lanes(f) + h);
         product.a_row = (ptrdiff_t)w->H;
         product.b = layer->v.bias + panel.first * size;
         product.addend = strip;
@@ -397,13 +399,13 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
 
 /* Checks that the context of a head is finite. If a number in values, Wv or bv is not finite, nor is the context. A
  * query that sees no key may have NaN on purpose. */
-static void look_at_context(const mha_few_queries *f, size_t i, size_t h)
+static void check_context(const mha_few_queries *f, size_t i, size_t h)
 {
     const mha_widths *w = &f->layer->widths;
     const mha_kernels *kernels = f->layer->kernels;
     const size_t n = number_of_item(f, i);
     for (size_t l = 0; l < f->call->L; l++) {
-        const bool is_empty = is_zero(kernels, numbers_at(f, f->mass, i * padded_lanes(f) + l * w->H + h));
+        const bool is_empty = is_zero(kernels, numbers_at(f, f->bias_factor, i * padded_lanes(f) + l * w->H + h));
         if (!is_empty || f->call->empty_row != MHA_EMPTY_ROW_NAN)
             give_up_unless_finite(f, n, f->context + ((n * f->call->L + l) * f->context_stride + h * w->Dv) *
                                                          kernels->size, w->Dv);
@@ -422,7 +424,7 @@ static void emit_task(void *context, size_t task, size_t worker)
         if (panel.first < head + w->Dv && head < panel.first + panel.count)
             emit_panel(f, i, h, panel, scratch_of(j, worker).rows);
     }
-    look_at_context(f, i, h);
+    check_context(f, i, h);
 }
 
 /* ---- probabilities ---- */
@@ -463,8 +465,8 @@ static query_rows describe_query_rows(const few_tasks *j, size_t query)
     return (query_rows){
         .n = n, .l = l,
         .panels = numbers_at(f, f->query_panels, query * j->by_head.vectors * j->by_head.lanes * w->Ek),
-        .maximum = numbers_at(f, f->maximum, i * f->chunks * padded + l * w->H),
-        .sum = numbers_at(f, f->sum, i * f->chunks * padded + l * w->H),
+        .maximum = numbers_at(f, f->maximum, i * f->segments * padded + l * w->H),
+        .sum = numbers_at(f, f->sum, i * f->segments * padded + l * w->H),
         .out = (char *)call->attn_weights + (n * heads * call->L + l) * row_bytes,
         .out_stride = call->L * row_bytes,
     };
@@ -510,9 +512,9 @@ static void probabilities_task(void *context, size_t task, size_t worker)
     const few_tasks *j = context;
     const mha_live_keys *live = j->f->live;
     const scratch_pieces s = scratch_of(j, worker);
-    const query_rows w = describe_query_rows(j, task / j->f->chunks);
-    const size_t chunk = task % j->f->chunks, first = chunk * CHUNK_BLOCKS;
-    const size_t end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(live, w.n));
+    const query_rows w = describe_query_rows(j, task / j->f->segments);
+    const size_t segment = task % j->f->segments, first = segment * SEGMENT_BLOCKS;
+    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(live, w.n));
     for (size_t b = first; b < end; b++) {
         mha_key_block block;
         mha_key_block_at(live, w.n, b, &block);
@@ -520,7 +522,7 @@ static void probabilities_task(void *context, size_t task, size_t worker)
         for (size_t i = 0; i < block.keys; i++)
             write_probability(j, &w, i, mha_key_number(&block, i), &s);
     }
-    if (chunk == 0 && live->index) {
+    if (segment == 0 && live->index) {
         const mha_key_block one = {.keys = 1};
         probabilities_of_block(j, &w, &one, true, &s);
         for (size_t k = mha_next_removed(live, w.n, 0); k < live->S; k = mha_next_removed(live, w.n, k + 1))
@@ -537,7 +539,7 @@ static mha_status run_stage(const few_tasks *j, size_t tasks, mha_task task)
 
 static void number_items(const mha_few_queries *f)
 {
-    size_t *number = (size_t *)(void *)(f->block + f->item_numbers);
+    size_t *number = (size_t *)(void *)(f->workspace + f->item_numbers);
     for (size_t n = 0; n < f->call->N; n++)
         if (f->live->is_few[n])
             *number++ = n;
@@ -569,12 +571,12 @@ mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_
     } stages[] = {
         {f->items * H, absorb_task},
         {panels, pack_task},
-        {panels * f->chunks, attend_segment_task},
+        {panels * f->segments, attend_segment_task},
         {panels, merge_task},
         {f->items * H, emit_task},
         /* for the probabilities: */
         {queries, pack_query_task},
-        {queries * f->chunks, probabilities_task},
+        {queries * f->segments, probabilities_task},
     };
     enum { STAGES = sizeof stages / sizeof *stages, TO_CONTEXT = STAGES - 2 };
     mha_status status = MHA_OK;

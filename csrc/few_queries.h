@@ -26,20 +26,20 @@ typedef struct {
     size_t q_stride, q_head;
     char *context; /* rows in the same order; the stride is in numbers */
     size_t context_stride;
-    char *block; /* the workspace; the offsets below lead into it; NULL while it is planned */
+    char *workspace; /* the offsets below lead into it; NULL while it is planned */
 
-    size_t items;  /* items that are computed this way */
-    size_t chunks; /* the most chunks of keys of any of them */
-    size_t item_numbers;   /* [items]: their numbers */
-    size_t t, t_stride;       /* [items][L * H]: rows Wk_h^T q_h */
-    size_t t_panels;          /* [items]: the same rows as panels [Ek][P] */
-    size_t query_panels;      /* [items][L]: the same rows as panels of the heads of one query, for the probabilities */
-    size_t sums;              /* [items][chunks]: panels [Ev][P] of sums of p_s x_s */
-    /* [items][chunks][lanes]: softmax's results for a chunk; those of chunk 0 become those of all */
+    size_t items;        /* items that are computed this way */
+    size_t segments;     /* the most segments of keys of any of them */
+    size_t item_numbers; /* [items]: their numbers */
+    size_t t, t_stride;  /* [items][L * H]: rows Wk_h^T q_h */
+    size_t t_panels;     /* [items]: the same rows as panels [Ek][P] */
+    size_t query_panels; /* [items][L]: the same rows as panels of the heads of one query, for the probabilities */
+    size_t sums;         /* [items][segments]: panels [Ev][P] of sums of p_s x_s */
+    /* [items][segments][lanes]: softmax's results for a segment; those of segment 0 become those of all */
     size_t maximum, sum;
-    size_t y, y_stride;       /* [items][L * H]: rows sum_s p_s x_s, normalised */
-    size_t mass;              /* [items][lanes]: what bv is multiplied by: 1, or 0 if the query sees no key */
-    size_t is_given_up;       /* [N]: a number that is not finite was found */
+    size_t y, y_stride; /* [items][L * H]: rows sum_s p_s x_s, normalised */
+    size_t bias_factor; /* [items][lanes]: what bv is multiplied by: 1, or 0 if the query sees no key */
+    size_t is_given_up; /* [N]: a number that is not finite was found */
 } mha_few_queries;
 
 /* Whether the items of a call can be computed this way. */

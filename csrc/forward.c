@@ -59,13 +59,13 @@ typedef struct {
     mha_rules rules;
     mha_few_queries few;
     offsets at;
-    char *block; /* the workspace; NULL while it is planned */
+    char *workspace; /* NULL while it is planned */
 } pass;
 
 /* An address in the workspace. NULL while the workspace is planned. */
 static char *at_offset(const pass *f, size_t offset)
 {
-    return f->block ? f->block + offset : NULL;
+    return f->workspace ? f->workspace + offset : NULL;
 }
 
 size_t mha_extra_keys(const mha_layer *layer, const mha_call *call)
@@ -186,23 +186,23 @@ static void describe_output(const pass *f, mha_projection *p)
 static void list_input_rows(const pass *f)
 {
     const mha_call *call = f->call;
-    char *block = f->block;
-    list_rows(&call->query, call->N, call->L, NULL, (const char **)(void *)(block + f->at.q_addresses));
+    char *workspace = f->workspace;
+    list_rows(&call->query, call->N, call->L, NULL, (const char **)(void *)(workspace + f->at.q_addresses));
     if (!call->static_k.data)
-        list_rows(&call->key, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.k_addresses));
+        list_rows(&call->key, call->N, call->S, &f->live, (const char **)(void *)(workspace + f->at.k_addresses));
     if (!call->static_v.data)
-        list_rows(&call->value, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.v_addresses));
+        list_rows(&call->value, call->N, call->S, &f->live, (const char **)(void *)(workspace + f->at.v_addresses));
 }
 
 static void list_context_rows(const pass *f)
 {
     const mha_call *call = f->call;
     const size_t stride = f->at.context.row_stride * f->layer->kernels->size;
-    const char **context_addresses = (const char **)(void *)(f->block + f->at.context_addresses);
+    const char **context_addresses = (const char **)(void *)(f->workspace + f->at.context_addresses);
     const bool item_after_item = call->output_batch_first || is_interleaved(f);
     for (size_t r = 0; r < call->N * call->L; r++) {
         const size_t n_l = item_after_item ? r : r % call->N * call->L + r / call->N;
-        context_addresses[r] = f->block + f->at.context.offset + n_l * stride;
+        context_addresses[r] = f->workspace + f->at.context.offset + n_l * stride;
     }
 }
 
@@ -213,7 +213,7 @@ static void copy_projected(const pass *f, const mha_projected *x, size_t width, 
 {
     const mha_live_keys *live = &f->live;
     const size_t size = f->layer->kernels->size;
-    char *to = f->block + m->offset;
+    char *to = f->workspace + m->offset;
     for (size_t n = 0; n < live->N; n++)
         for (size_t i = 0; i < mha_live_count(live, n); i++, to += m->row_stride * size) {
             const size_t s = live->index ? live->index[live->start[n] + i] : i;
@@ -229,7 +229,7 @@ static void write_extra_keys(const pass *f)
 {
     const mha_layer *w = f->layer;
     const size_t size = w->kernels->size, extra = f->live.extra;
-    char *k = f->block + f->at.extra_k.offset, *v = f->block + f->at.extra_v.offset;
+    char *k = f->workspace + f->at.extra_k.offset, *v = f->workspace + f->at.extra_v.offset;
     memset(k, 0, extra * f->at.extra_k.row_stride * size);
     memset(v, 0, extra * f->at.extra_v.row_stride * size);
     if (w->bias_k) {
@@ -307,7 +307,7 @@ static void describe_attention(const pass *f, mha_attention *a)
 static mha_few_queries describe_few_queries(const pass *f)
 {
     mha_few_queries few = f->few;
-    few.block = f->block;
+    few.workspace = f->workspace;
     few.q = at_offset(f, f->at.q.offset);
     few.q_stride = f->at.q.row_stride;
     few.q_head = f->at.q.head_stride;
@@ -361,7 +361,7 @@ static void copy_context(const pass *f)
     const size_t size = f->layer->kernels->size, bytes = f->layer->widths.H * f->layer->widths.Dv * size;
     for (size_t row = 0; row < f->call->N * f->call->L; row++)
         memcpy((char *)f->call->context + row * bytes,
-               f->block + f->at.context.offset + row * f->at.context.row_stride * size, bytes);
+               f->workspace + f->at.context.offset + row * f->at.context.row_stride * size, bytes);
 }
 
 /* Runs all steps. *given_up counts the items of few_queries.c that turned out to need their keys projected. If there
@@ -427,12 +427,12 @@ static mha_status run_at_once(pass *f)
         mha_layout layout = {0};
         given_up = 0;
         mha_number_rows(&f->live);
-        f->block = NULL;
+        f->workspace = NULL;
         plan_workspace(f, &layout);
-        status = mha_take_workspace(&layout, &f->block);
+        status = mha_take_workspace(&layout, &f->workspace);
         if (status == MHA_OK)
             status = run_steps(f, &given_up);
-        mha_give_workspace(f->block);
+        mha_give_workspace(f->workspace);
     } while (status == MHA_OK && given_up > 0);
     return status;
 }
@@ -446,7 +446,7 @@ static mha_status run_at_once(pass *f)
 typedef struct {
     const pass *all;
     size_t chunks;
-    char *block; /* workspaces of all threads */
+    char *workspaces; /* of all threads */
     size_t bytes;
 } chunk_tasks;
 
@@ -518,14 +518,14 @@ static void run_chunk(void *context, size_t task, size_t worker)
     size_t given_up;
     pass f = describe_chunk(j, task, &call);
     plan_workspace(&f, &layout);
-    f.block = j->block + worker * j->bytes;
+    f.workspace = j->workspaces + worker * j->bytes;
     (void)run_steps(&f, &given_up); /* a chunk is stopped only together with the whole loop */
 }
 
 static mha_status run_in_chunks(pass *f, size_t chunks)
 {
     chunk_tasks j = {.all = f, .chunks = chunks};
-    mha_layout workspaces = {0};
+    mha_layout all = {0};
     mha_number_rows(&f->live);
     for (size_t i = 0; i < chunks; i++) {
         mha_call call;
@@ -533,13 +533,13 @@ static mha_status run_in_chunks(pass *f, size_t chunks)
         pass chunk = describe_chunk(&j, i, &call);
         plan_workspace(&chunk, &layout);
         j.bytes = mha_larger(j.bytes, layout.bytes);
-        workspaces.too_large |= layout.too_large;
+        all.too_large |= layout.too_large;
     }
-    mha_reserve(&workspaces, f->call->threads, j.bytes, 1);
-    mha_status status = mha_take_workspace(&workspaces, &j.block);
+    mha_reserve(&all, f->call->threads, j.bytes, 1);
+    mha_status status = mha_take_workspace(&all, &j.workspaces);
     if (status == MHA_OK)
         status = mha_parallel_for(f->call->threads, chunks, run_chunk, &j, f->call->stop);
-    mha_give_workspace(j.block);
+    mha_give_workspace(j.workspaces);
     return status;
 }
 
@@ -577,18 +577,19 @@ mha_status mha_project_input(const mha_input_projection *input)
     mha_projection projection = {.stride_e = input->x.stride_e, .targets = 1,
                                  .target = {{.panels = panels, .y = input->y, .stride = panels->split.width}}};
     mha_layout layout = {0};
-    char *block = NULL;
+    char *workspace = NULL;
     if (__builtin_mul_overflow(input->N, input->length, &projection.rows))
         return MHA_TOO_LARGE;
     const size_t row = mha_reserve(&layout, projection.rows, 1, sizeof(char *));
     const size_t scratch_bytes = mha_projection_scratch(w->kernels, &projection, 1);
     const size_t scratch = mha_reserve(&layout, input->threads, scratch_bytes, 1);
-    mha_status status = mha_take_workspace(&layout, &block);
+    mha_status status = mha_take_workspace(&layout, &workspace);
     if (status == MHA_OK) {
-        list_rows(&input->x, input->N, input->length, NULL, (const char **)(void *)(block + row));
-        projection.row_address = (const char *const *)(void *)(block + row);
-        status = mha_project(w->kernels, &projection, 1, input->threads, block + scratch, scratch_bytes, input->stop);
+        list_rows(&input->x, input->N, input->length, NULL, (const char **)(void *)(workspace + row));
+        projection.row_address = (const char *const *)(void *)(workspace + row);
+        status = mha_project(w->kernels, &projection, 1, input->threads, workspace + scratch, scratch_bytes,
+                             input->stop);
     }
-    mha_give_workspace(block);
+    mha_give_workspace(workspace);
     return status;
 }

@@ -12,7 +12,7 @@
 #include "cpu.h"
 #include "workspace.h"
 
-/* The offsets of a matrix and its bias in the block. */
+/* The offsets of a matrix and its bias in the layer's memory. */
 typedef struct {
     size_t data, bias;
 } offsets;
@@ -27,7 +27,7 @@ static offsets reserve_panels(mha_layout *layout, const mha_kernels *kernels, mh
                      .bias = mha_reserve(layout, padded, 1, kernels->size)};
 }
 
-static void pack_panels(const mha_kernels *kernels, mha_panels *panels, char *block, offsets at, const char *weight,
+static void pack_panels(const mha_kernels *kernels, mha_panels *panels, char *memory, offsets at, const char *weight,
                         const char *bias)
 {
     const mha_split *split = &panels->split;
@@ -35,19 +35,19 @@ static void pack_panels(const mha_kernels *kernels, mha_panels *panels, char *bl
     for (size_t i = 0; i < split->panels; i++) {
         const mha_panel panel = mha_panel_at(split, i);
         kernels->pack_panel(weight + panel.first * depth * size, depth, panel.count, depth, 1,
-                            block + at.data + panel.first * depth * size, panel.vectors);
+                            memory + at.data + panel.first * depth * size, panel.vectors);
     }
-    panels->data = block + at.data;
+    panels->data = memory + at.data;
     if (bias) {
-        memset(block + at.bias, 0, split->vectors * kernels->lanes * size);
-        memcpy(block + at.bias, bias, split->width * size);
-        panels->bias = block + at.bias;
+        memset(memory + at.bias, 0, split->vectors * kernels->lanes * size);
+        memcpy(memory + at.bias, bias, split->width * size);
+        panels->bias = memory + at.bias;
     }
 }
 
-static const char *copy(char *block, size_t offset, const void *from, size_t bytes)
+static const char *copy(char *memory, size_t offset, const void *from, size_t bytes)
 {
-    return from ? memcpy(block + offset, from, bytes) : NULL;
+    return from ? memcpy(memory + offset, from, bytes) : NULL;
 }
 
 mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *given,
@@ -66,19 +66,19 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
     const offsets v = reserve_panels(&layout, kernels, &made->v, w.Hkv * w.Dv, w.Ev);
     const offsets out = reserve_panels(&layout, kernels, &made->out, w.Eo, w.H * w.Dv);
     const size_t bias_k = mha_reserve(&layout, w.Hkv, w.D, size), bias_v = mha_reserve(&layout, w.Hkv, w.Dv, size);
-    status = mha_allocate(&layout, &made->block);
+    status = mha_allocate(&layout, &made->memory);
     if (status != MHA_OK)
         goto done;
     made->widths = w;
     made->kernels = kernels;
     made->bytes = layout.bytes;
     made->k_weight = given->k_weight;
-    pack_panels(kernels, &made->q, made->block, q, given->q_weight, given->q_bias);
-    pack_panels(kernels, &made->k, made->block, k, given->k_weight, given->k_bias);
-    pack_panels(kernels, &made->v, made->block, v, given->v_weight, given->v_bias);
-    pack_panels(kernels, &made->out, made->block, out, given->out_weight, given->out_bias);
-    made->bias_k = copy(made->block, bias_k, given->bias_k, w.Hkv * w.D * size);
-    made->bias_v = copy(made->block, bias_v, given->bias_v, w.Hkv * w.Dv * size);
+    pack_panels(kernels, &made->q, made->memory, q, given->q_weight, given->q_bias);
+    pack_panels(kernels, &made->k, made->memory, k, given->k_weight, given->k_bias);
+    pack_panels(kernels, &made->v, made->memory, v, given->v_weight, given->v_bias);
+    pack_panels(kernels, &made->out, made->memory, out, given->out_weight, given->out_bias);
+    made->bias_k = copy(made->memory, bias_k, given->bias_k, w.Hkv * w.D * size);
+    made->bias_v = copy(made->memory, bias_v, given->bias_v, w.Hkv * w.Dv * size);
 done:
     if (status != MHA_OK) {
         mha_layer_destroy(made);
@@ -91,6 +91,6 @@ done:
 void mha_layer_destroy(mha_layer *layer)
 {
     if (layer)
-        mha_release(layer->block);
+        mha_release(layer->memory);
     free(layer);
 }

@@ -13,8 +13,8 @@ struct mha_layer {
     mha_panels q, k, v, out;
     const char *bias_k, *bias_v; /* NULL: the layer has none */
     const void *k_weight;        /* as given: few_queries.c reads its rows */
-    char *block;                 /* owns everything above but k_weight */
-    size_t bytes;                /* size of the block */
+    char *memory; /* owns everything above but k_weight */
+    size_t bytes; /* of this memory */
 };
 
 #endif

@@ -64,13 +64,13 @@ mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *liv
     const size_t row = mha_reserve(&layout, call->N + 1, 1, sizeof(size_t));
     const size_t is_few = mha_reserve(&layout, call->N, 1, sizeof(bool));
     const size_t index = mha_reserve(&layout, padding->kind ? call->N : 0, call->S, sizeof(size_t));
-    const mha_status status = mha_allocate(&layout, &live->block);
+    const mha_status status = mha_allocate(&layout, &live->memory);
     if (status != MHA_OK)
         return status;
-    live->start = (size_t *)(void *)(live->block + start);
-    live->first_row = (size_t *)(void *)(live->block + row);
-    live->is_few = memset(live->block + is_few, false, call->N);
-    size_t *list = (size_t *)(void *)(live->block + index), total = 0;
+    live->start = (size_t *)(void *)(live->memory + start);
+    live->first_row = (size_t *)(void *)(live->memory + row);
+    live->is_few = memset(live->memory + is_few, false, call->N);
+    size_t *list = (size_t *)(void *)(live->memory + index), total = 0;
     bool adds = false;
     for (size_t n = 0; n < call->N; n++) {
         live->start[n] = total;
@@ -107,7 +107,7 @@ mha_rules mha_rules_of(const mha_rules *rules, size_t first)
 
 void mha_live_keys_release(mha_live_keys *live)
 {
-    mha_release(live->block);
+    mha_release(live->memory);
 }
 
 static size_t blocks_of_live_keys(const mha_live_keys *live, size_t n)

@@ -22,7 +22,7 @@ typedef struct {
     bool *is_few;  /* [N]: few_queries.c computes the item, without projecting its keys; false until it is decided */
     /* [N + 1]: the row of the item's first projected key; differences count; filled by mha_number_rows() */
     size_t *first_row;
-    char *block; /* owns the arrays above; NULL: they belong to another mha_live_keys */
+    char *memory; /* owns the arrays above; NULL: they belong to another mha_live_keys */
 } mha_live_keys;
 
 /* At most MHA_BLOCK_KEYS keys that are computed together. */

@@ -35,7 +35,7 @@ typedef struct {
     mha_live_keys live;
     mha_rules rules;
     offsets at;
-    char *block; /* the workspace */
+    char *workspace;
 } sdpa;
 
 double mha_sdpa_operations(const mha_sdpa_call *call)
@@ -72,7 +72,7 @@ static mha_status count_items(sdpa *s)
 
 static ptrdiff_t *table(const sdpa *s, size_t offset)
 {
-    return (ptrdiff_t *)(void *)(s->block + offset);
+    return (ptrdiff_t *)(void *)(s->workspace + offset);
 }
 
 /* Lists for every item the distance from the beginning of an array to the first row of the item's first head, in units
@@ -105,7 +105,7 @@ static void fill_workspace(sdpa *s)
         s->rules.attn_item = table(s, s->at.mask);
     }
     if (call->D == 0)
-        memset(s->block + s->at.zeros, 0, s->kernels->size);
+        memset(s->workspace + s->at.zeros, 0, s->kernels->size);
     /* Every item has an entry in the tables, so its keys are numbered from 0. */
     memset(s->live.first_row, 0, (s->items + 1) * sizeof *s->live.first_row);
 }
@@ -136,15 +136,15 @@ static mha_attention describe_attention(const sdpa *s)
         .threads = call->threads, .scratch_bytes = s->at.scratch_bytes, .stop = call->stop,
     };
     mha_split_queries(&attention);
-    if (!s->block)
+    if (!s->workspace)
         return attention;
     attention.q = describe_rows(s, &call->query, s->at.q);
     attention.k = describe_rows(s, &call->key, s->at.k);
     attention.v = describe_rows(s, &call->value, s->at.v);
-    attention.scratch = s->block + s->at.scratch;
+    attention.scratch = s->workspace + s->at.scratch;
     mha_dropout_key(call->dropout_seed, 0, attention.dropout_key);
     if (call->D == 0) { /* every score is 0, as with one feature that is always 0 */
-        attention.q = attention.k = (mha_rows){s->block + s->at.zeros, 0, 0, 0, NULL};
+        attention.q = attention.k = (mha_rows){s->workspace + s->at.zeros, 0, 0, 0, NULL};
         attention.D = 1;
         attention.scale = 1;
     }
@@ -164,7 +164,7 @@ static mha_status plan_workspace(sdpa *s)
     attention.D += attention.D == 0;
     at->scratch_bytes = mha_attention_scratch(&attention);
     at->scratch = mha_reserve(&layout, s->call->threads, at->scratch_bytes, 1);
-    return mha_take_workspace(&layout, &s->block);
+    return mha_take_workspace(&layout, &s->workspace);
 }
 
 mha_status mha_sdpa(const mha_sdpa_call *call)
@@ -184,7 +184,7 @@ mha_status mha_sdpa(const mha_sdpa_call *call)
     const mha_attention attention = describe_attention(&s);
     status = mha_attend(&attention);
 done:
-    mha_give_workspace(s.block);
+    mha_give_workspace(s.workspace);
     mha_live_keys_release(&s.live);
     return status;
 }

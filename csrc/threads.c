@@ -199,33 +199,33 @@ static void leave_cpu(int cpu)
 
 /* ---- Both sides of a loop ---- */
 
-/* A thread's part in a loop. `stop` is NULL for workers. */
-struct part {
+/* A thread's role in a loop. `stop` is NULL for workers. */
+struct role {
     struct loop *loop;
     const mha_stop *stop;
 };
 
-/* The part of this thread. NULL: it is in no loop, or there was no memory to remember one; then it polls less often. A
+/* The role of this thread. NULL: it is in no loop, or there was no memory to remember one; then it polls less often. A
  * _Thread_local variable would not do: the system allocates those of an extension module when a thread first uses one,
  * and ends the process if there is no memory. */
-static pthread_key_t part_key;
-static bool has_part_key;
+static pthread_key_t role_key;
+static bool has_role_key;
 
-static const struct part *part_of_thread(void)
+static const struct role *role_of_thread(void)
 {
-    return has_part_key ? pthread_getspecific(part_key) : NULL;
+    return has_role_key ? pthread_getspecific(role_key) : NULL;
 }
 
-static void set_part_of_thread(const struct part *part)
+static void set_role_of_thread(const struct role *role)
 {
-    if (has_part_key)
-        (void)pthread_setspecific(part_key, part);
+    if (has_role_key)
+        (void)pthread_setspecific(role_key, role);
 }
 
-static bool is_stopped(const struct part *part)
+static bool is_stopped(const struct role *role)
 {
-    struct loop *loop = part->loop;
-    const mha_stop *stop = part->stop;
+    struct loop *loop = role->loop;
+    const mha_stop *stop = role->stop;
     if (stop != NULL && stop->should_stop != NULL && !atomic_load_explicit(&loop->stopped, memory_order_relaxed) &&
         stop->should_stop(stop->context)) {
         atomic_store_explicit(&loop->stopped, true, memory_order_relaxed);
@@ -236,24 +236,24 @@ static bool is_stopped(const struct part *part)
 
 bool mha_is_stopped(void)
 {
-    const struct part *part = part_of_thread();
-    return part != NULL && is_stopped(part);
+    const struct role *role = role_of_thread();
+    return role != NULL && is_stopped(role);
 }
 
 /* Runs tasks until none is left or the loop is stopped. Returns whether it was stopped. Tickets need no memory order:
  * the gate orders the loop before its tasks, and the tasks before the caller's return. */
-static bool take_part(struct loop *loop, size_t worker, const mha_stop *stop)
+static bool run_tasks(struct loop *loop, size_t worker, const mha_stop *stop)
 {
-    const struct part *before = part_of_thread(); /* should_stop() may run a signal handler, and that another loop */
-    const struct part part = {loop, stop};
+    const struct role *before = role_of_thread(); /* should_stop() may run a signal handler, and that another loop */
+    const struct role role = {loop, stop};
     size_t task;
-    set_part_of_thread(&part);
+    set_role_of_thread(&role);
     while ((task = atomic_fetch_add_explicit(&loop->next, 1, memory_order_relaxed)) < loop->tasks) {
         loop->run(loop->context, task, worker);
-        if (is_stopped(&part))
+        if (is_stopped(&role))
             break;
     }
-    set_part_of_thread(before);
+    set_role_of_thread(before);
     return atomic_load_explicit(&loop->stopped, memory_order_relaxed);
 }
 
@@ -299,7 +299,7 @@ static void *work(void *unused)
         if (seat != 0) {
             leave_cpu(pool.current->cpu);
             fesetenv(&pool.current->environment);
-            take_part(pool.current, seat, NULL);
+            run_tasks(pool.current, seat, NULL);
             leave_gate();
         }
         await_epoch_after(seen);
@@ -322,8 +322,8 @@ static bool may_publish; /* the pool is told of a fork */
 
 static void prepare(void)
 {
-    has_part_key = pthread_key_create(&part_key, NULL) == 0;
-    may_publish = has_part_key && pthread_atfork(NULL, NULL, start_over_in_child) == 0;
+    has_role_key = pthread_key_create(&role_key, NULL) == 0;
+    may_publish = has_role_key && pthread_atfork(NULL, NULL, start_over_in_child) == 0;
 }
 
 /* Creates workers until there are `wanted`, or as many as the system allows. */
@@ -358,7 +358,7 @@ static void hire(unsigned wanted)
 /* Opens the gate to the loop for up to threads - 1 workers. Returns false if there can be none. */
 static bool publish(struct loop *loop, size_t threads)
 {
-    if (threads < 2 || !may_publish || part_of_thread() != NULL ||
+    if (threads < 2 || !may_publish || role_of_thread() != NULL ||
         atomic_exchange_explicit(&pool.busy, true, memory_order_acquire))
         return false;
 
@@ -420,7 +420,7 @@ mha_status mha_parallel_for(size_t threads, size_t tasks, mha_task run, void *co
     pthread_once(&once, prepare);
     unsigned forks_before = forks;
     bool published = publish(&loop, threads < tasks ? threads : tasks);
-    bool stopped = take_part(&loop, 0, &stop);
+    bool stopped = run_tasks(&loop, 0, &stop);
 
     if (published && forks != forks_before)
         return MHA_STOPPED; /* should_stop() forked; in the child the workers' tasks are lost, and the pool is new */

@@ -33,18 +33,18 @@ static char *allocate(size_t bytes)
     return memory;
 }
 
-mha_status mha_allocate(const mha_layout *layout, char **block)
+mha_status mha_allocate(const mha_layout *layout, char **memory)
 {
-    *block = NULL;
+    *memory = NULL;
     if (layout->too_large)
         return MHA_TOO_LARGE;
-    *block = allocate(layout->bytes ? layout->bytes : MHA_CACHE_LINE);
-    return *block ? MHA_OK : MHA_NO_MEMORY;
+    *memory = allocate(layout->bytes ? layout->bytes : MHA_CACHE_LINE);
+    return *memory ? MHA_OK : MHA_NO_MEMORY;
 }
 
-void mha_release(char *block)
+void mha_release(char *memory)
 {
-    free(block);
+    free(memory);
 }
 
 /* ---- The workspace of a call ---- */
@@ -71,9 +71,9 @@ static _Atomic(char *) *spare_of(size_t bytes)
     return &spares[bytes >= LARGE];
 }
 
-mha_status mha_take_workspace(const mha_layout *layout, char **block)
+mha_status mha_take_workspace(const mha_layout *layout, char **workspace)
 {
-    *block = NULL;
+    *workspace = NULL;
     if (layout->too_large)
         return MHA_TOO_LARGE;
     const size_t bytes = layout->bytes + MHA_CACHE_LINE;
@@ -89,7 +89,7 @@ mha_status mha_take_workspace(const mha_layout *layout, char **block)
         header_of(memory)->bytes = bytes;
     }
     header_of(memory)->taken = bytes;
-    *block = memory + MHA_CACHE_LINE;
+    *workspace = memory + MHA_CACHE_LINE;
     return MHA_OK;
 }
 
@@ -109,9 +109,9 @@ static bool offer(char *memory)
 #endif
 }
 
-void mha_give_workspace(char *block)
+void mha_give_workspace(char *workspace)
 {
-    char *memory = block ? block - MHA_CACHE_LINE : NULL;
+    char *memory = workspace ? workspace - MHA_CACHE_LINE : NULL;
     if (memory && offer(memory))
         memory = atomic_exchange(spare_of(header_of(memory)->bytes), memory);
     free(memory);
