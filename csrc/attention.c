@@ -187,7 +187,7 @@ void mha_split_queries(mha_attention *a)
 
 static char *row_at(const mha_attention *a, const mha_rows *rows, size_t n, size_t h, size_t l)
 {
-    const ptrdiff_t item = rows->item ? rows->item[n] : (ptrdiff_t)n * rows->stride_n;
+    const ptrdiff_t item = rows->items ? rows->items[n] : (ptrdiff_t)n * rows->stride_n;
     const ptrdiff_t at = item + (ptrdiff_t)h * rows->stride_h + (ptrdiff_t)l * rows->stride_l;
     return rows->data + at * (ptrdiff_t)a->kernels->size;
 }

@@ -9,11 +9,11 @@
 #include "panels.h"
 
 /* Rows of all heads. Strides are in numbers. Row l of head h of item n is at data + n * stride_n + h * stride_h + l *
- * stride_l. If `item` is not NULL, item[n] replaces n * stride_n. */
+ * stride_l. If `items` is not NULL, items[n] replaces n * stride_n. */
 typedef struct {
     char *data;
     ptrdiff_t stride_n, stride_h, stride_l;
-    const ptrdiff_t *item; /* [N] */
+    const ptrdiff_t *items; /* [N] */
 } mha_rows;
 
 typedef struct {

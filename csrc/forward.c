@@ -263,7 +263,7 @@ static void set_rows(const pass *f, const matrix *m, size_t length, mha_rows *ro
     rows->stride_n = (ptrdiff_t)(length * m->row_stride);
     rows->stride_h = (ptrdiff_t)m->head_stride;
     rows->stride_l = (ptrdiff_t)m->row_stride;
-    rows->item = NULL;
+    rows->items = NULL;
 }
 
 static void describe_attention(const pass *f, mha_attention *a)

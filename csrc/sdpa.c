@@ -78,14 +78,14 @@ static ptrdiff_t *table(const sdpa *s, size_t offset)
 /* Lists for every item the distance from the beginning of an array to the first row of the item's first head, in units
  * of `unit` bytes. */
 static void list_items(const sdpa *s, const ptrdiff_t *stride_axes, ptrdiff_t stride_h, size_t heads, size_t unit,
-                       ptrdiff_t *item)
+                       ptrdiff_t *items)
 {
     for (size_t i = 0; i < s->items; i++) {
         size_t rest = i / s->groups;
         ptrdiff_t at = (ptrdiff_t)(i % s->groups * heads / s->groups) * stride_h;
         for (size_t axis = s->call->axes; axis-- > 0; rest /= s->call->length[axis])
             at += (ptrdiff_t)(rest % s->call->length[axis]) * stride_axes[axis];
-        item[i] = at / (ptrdiff_t)unit;
+        items[i] = at / (ptrdiff_t)unit;
     }
 }
 
@@ -118,7 +118,7 @@ static mha_rows describe_rows(const sdpa *s, const mha_heads *x, size_t offset)
     return (mha_rows){.data = (char *)x->data, /* attention.c only reads it */
                       .stride_h = x->stride_h / size,
                       .stride_l = x->stride_l / size,
-                      .item = table(s, offset)};
+                      .items = table(s, offset)};
 }
 
 static mha_attention describe_attention(const sdpa *s)
