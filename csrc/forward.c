@@ -68,11 +68,6 @@ static char *at_offset(const pass *f, size_t offset)
     return f->workspace ? f->workspace + offset : NULL;
 }
 
-size_t mha_extra_keys(const mha_layer *layer, const mha_call *call)
-{
-    return (layer->bias_k != NULL) + (size_t)call->add_zero_attn;
-}
-
 double mha_forward_operations(const mha_layer *layer, const mha_call *call)
 {
     const mha_widths *w = &layer->widths;

@@ -94,3 +94,8 @@ void mha_layer_destroy(mha_layer *layer)
         mha_release(layer->memory);
     free(layer);
 }
+
+size_t mha_extra_keys(const mha_layer *layer, const mha_call *call)
+{
+    return (layer->bias_k != NULL) + (size_t)call->add_zero_attn;
+}

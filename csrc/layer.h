@@ -5,6 +5,7 @@
 #ifndef MHA_LAYER_H
 #define MHA_LAYER_H
 
+#include "mha.h"
 #include "panels.h"
 
 struct mha_layer {

@@ -11,7 +11,7 @@
 #define MHA_MASKS_H
 
 #include "kernels/kernels.h"
-#include "sizes.h"
+#include "mha.h"
 #include "workspace.h"
 
 typedef struct {

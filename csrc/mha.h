@@ -15,18 +15,7 @@
 #ifndef MHA_H
 #define MHA_H
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-
-typedef enum {
-    MHA_OK = 0,
-    MHA_NO_MEMORY, /* an allocation failed */
-    MHA_TOO_LARGE, /* a size in bytes does not fit size_t */
-    MHA_STOPPED,   /* should_stop() returned true; the output is undefined */
-} mha_status;
-
-typedef enum { MHA_FLOAT32 = 0, MHA_FLOAT64 = 1 } mha_dtype;
+#include "base.h"
 
 /* Every width of the layer. Query head h reads key/value head h / (H / Hkv). */
 typedef struct {
@@ -68,14 +57,6 @@ typedef struct {
     ptrdiff_t stride_n, stride_h, stride_s, stride_d;
 } mha_projected;
 
-typedef enum {
-    MHA_MASK_NONE = 0,
-    MHA_MASK_HIDE, /* one byte per element, hidden if not 0: the bool masks of torch.nn.MultiheadAttention */
-    MHA_MASK_SHOW, /* one byte per element, hidden if 0: the bool masks of scaled_dot_product_attention */
-    MHA_MASK_FLOAT32, /* added to the score, whatever the layer's dtype */
-    MHA_MASK_FLOAT64,
-} mha_mask_kind;
-
 /* A mask of shape (N, H, L, S). Strides are in bytes. A stride of 0 broadcasts. */
 typedef struct {
     const void *data;
@@ -89,17 +70,6 @@ typedef enum {
     MHA_WANT_PROBABILITIES,
     MHA_WANT_SCORES, /* the scores after the masks instead of probabilities; then there is no context and no output */
 } mha_wanted;
-
-/* What a query gets when every key is hidden: attention 0, or NaN as torch has it with need_weights=True. */
-typedef enum { MHA_EMPTY_ROW_ZERO = 0, MHA_EMPTY_ROW_NAN } mha_empty_row;
-
-/* Only the calling thread asks should_stop(), between its own tasks and within long ones. If the function is NULL, it
- * is never asked. */
-typedef struct {
-    bool (*should_stop)(void *context);
-    void *context;
-    bool with_task; /* a task of another loop makes this call: it runs in that task's thread, and stops with it */
-} mha_stop;
 
 typedef struct {
     size_t N, L, S;

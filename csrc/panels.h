@@ -9,7 +9,6 @@
 #define MHA_PANELS_H
 
 #include "kernels/kernels.h"
-#include "sizes.h"
 
 typedef struct {
     size_t width;   /* in numbers */

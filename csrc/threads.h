@@ -9,7 +9,7 @@
 #ifndef MHA_THREADS_H
 #define MHA_THREADS_H
 
-#include "mha.h"
+#include "base.h"
 
 /* Runs one task. `worker` is less than the loop's `threads`. Two tasks with the same `worker` never run at the same
  * time. */

@@ -5,7 +5,7 @@
 #ifndef MHA_WORKSPACE_H
 #define MHA_WORKSPACE_H
 
-#include "mha.h"
+#include "base.h"
 
 enum { MHA_CACHE_LINE = 64 };
 

@@ -15,7 +15,7 @@
 #ifndef MHA_KERNELS_H
 #define MHA_KERNELS_H
 
-#include "../mha.h"
+#include "../base.h"
 
 /* The most input features in a chain of fused multiply-adds, and the most keys in a block of attention. They are the
  * same on every instruction set, because the bits of results depend on them. Chains start at zero and are added in
