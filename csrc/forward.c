@@ -20,7 +20,7 @@
 #include "projection.h"
 #include "threads.h"
 #include "layer.h"
-#include "workspace.h"
+#include "spare.h"
 
 enum {
     MIN_APART = 4, /* vectors; narrower heads are not kept apart, since a panel is cut at the ends of such a head */

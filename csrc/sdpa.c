@@ -19,6 +19,7 @@
 #include "attention.h"
 #include "cpu.h"
 #include "philox.h"
+#include "spare.h"
 
 /* Offsets into the workspace. */
 typedef struct {

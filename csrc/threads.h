@@ -35,8 +35,4 @@ mha_status mha_parallel_for(size_t threads, size_t tasks, mha_task run, void *co
  * this asks should_stop(). */
 bool mha_is_stopped(void);
 
-/* The number of CPUs that this process may use: the smaller of its affinity mask and its cgroup quota, rounded up, at
- * least 1. Asks the system each time. */
-size_t mha_usable_cpus(void);
-
 #endif

@@ -1,33 +1,24 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * workspace.c - aligned memory, and the workspace that one call leaves to the next.
+ * workspace.c - aligned memory.
  *
- * Owns: two spare workspaces, which any thread may take and give back.
  * Assumes: C11's aligned_alloc.
  */
 #include "workspace.h"
 
-#include <stdatomic.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 
-enum {
-    HUGE_PAGE = 2 << 20,
-    SMALL = 1024,         /* bytes; up to this size malloc is several times faster than aligned_alloc */
-    LARGE = 128 << 10,    /* bytes; from this size on a spare workspace is kept apart from those of small calls */
-    MAX_SPARE = 64 << 20, /* bytes; the system may take back what a spare workspace has beyond this size */
-};
+enum { SMALL = 1024 }; /* bytes; up to this size malloc is several times faster than aligned_alloc */
 
-/* Allocates aligned memory. Large blocks ask for huge pages: a call touches more small pages than the TLB holds. */
-static char *allocate(size_t bytes)
+char *mha_allocate_bytes(size_t bytes)
 {
     if (bytes <= SMALL)
         return malloc(bytes);
-    const size_t alignment = bytes < 2 * HUGE_PAGE ? MHA_CACHE_LINE : HUGE_PAGE;
+    const size_t alignment = bytes < 2 * MHA_HUGE_PAGE ? MHA_CACHE_LINE : MHA_HUGE_PAGE;
     char *memory = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
 #ifdef MADV_HUGEPAGE
-    if (memory && alignment == HUGE_PAGE)
+    if (memory && alignment == MHA_HUGE_PAGE)
         (void)madvise(memory, bytes, MADV_HUGEPAGE); /* it is only advice */
 #endif
     return memory;
@@ -38,89 +29,13 @@ mha_status mha_allocate(const mha_layout *layout, char **memory)
     *memory = NULL;
     if (layout->too_large)
         return MHA_TOO_LARGE;
-    *memory = allocate(layout->bytes ? layout->bytes : MHA_CACHE_LINE);
+    *memory = mha_allocate_bytes(layout->bytes ? layout->bytes : MHA_CACHE_LINE);
     return *memory ? MHA_OK : MHA_NO_MEMORY;
 }
 
 void mha_release(char *memory)
 {
     free(memory);
-}
-
-/* ---- The workspace of a call ---- */
-
-/* The workspaces that the last calls left: a small one and a large one. Fresh memory would cost a page fault per page
- * in every call, and a second one in the host if a virtual machine's host reclaims free memory. */
-static _Atomic(char *) spares[2];
-
-/* Stands in the first cache line of a workspace. */
-typedef struct {
-    size_t bytes; /* of the whole block */
-    size_t taken; /* of these, those that the current or last call uses */
-} header;
-
-_Static_assert(sizeof(header) <= MHA_CACHE_LINE, "it lies in the first cache line");
-
-static header *header_of(char *memory)
-{
-    return (header *)(void *)memory;
-}
-
-static _Atomic(char *) *spare_of(size_t bytes)
-{
-    return &spares[bytes >= LARGE];
-}
-
-mha_status mha_take_workspace(const mha_layout *layout, char **workspace)
-{
-    *workspace = NULL;
-    if (layout->too_large)
-        return MHA_TOO_LARGE;
-    const size_t bytes = layout->bytes + MHA_CACHE_LINE;
-    char *memory = atomic_exchange(spare_of(bytes), NULL);
-    if (memory && header_of(memory)->bytes < bytes) {
-        free(memory);
-        memory = NULL;
-    }
-    if (!memory) {
-        memory = allocate(bytes);
-        if (!memory)
-            return MHA_NO_MEMORY;
-        header_of(memory)->bytes = bytes;
-    }
-    header_of(memory)->taken = bytes;
-    *workspace = memory + MHA_CACHE_LINE;
-    return MHA_OK;
-}
-
-/* Offers the pages of a spare workspace beyond MAX_SPARE to the system, which may take them until they are written to
- * again. Returns false where that is not possible. */
-static bool offer(char *memory)
-{
-    const header *h = header_of(memory);
-    if (h->taken <= MAX_SPARE)
-        return true; /* the last call did not write to those pages */
-#ifdef MADV_FREE
-    /* Only whole huge pages are offered: to offer a part of one would split it. */
-    const size_t end = (h->bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    return madvise(memory + MAX_SPARE, end - MAX_SPARE, MADV_FREE) == 0;
-#else
-    return false;
-#endif
-}
-
-void mha_give_workspace(char *workspace)
-{
-    char *memory = workspace ? workspace - MHA_CACHE_LINE : NULL;
-    if (memory && offer(memory))
-        memory = atomic_exchange(spare_of(header_of(memory)->bytes), memory);
-    free(memory);
-}
-
-void mha_free_spare(void)
-{
-    for (size_t i = 0; i < sizeof spares / sizeof *spares; i++)
-        free(atomic_exchange(&spares[i], NULL));
 }
 
 size_t mha_row_stride(size_t width, size_t lanes, size_t size)

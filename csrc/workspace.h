@@ -7,7 +7,7 @@
 
 #include "base.h"
 
-enum { MHA_CACHE_LINE = 64 };
+enum { MHA_CACHE_LINE = 64, MHA_HUGE_PAGE = 2 << 20 }; /* in bytes */
 
 /* A plan of a block. mha_reserve() returns offsets into it. mha_allocate() turns the plan into memory, and reports an
  * overflow that occurred on the way. Initialise with zeros. */
@@ -30,15 +30,12 @@ static inline size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns
     return offset;
 }
 
+/* Allocates aligned memory. Large blocks ask for huge pages: a call touches more small pages than the TLB holds. */
+char *mha_allocate_bytes(size_t bytes);
+
 /* Allocates the planned block, uninitialised. Release it with mha_release(). */
 mha_status mha_allocate(const mha_layout *layout, char **memory);
 void mha_release(char *memory); /* NULL is allowed */
-
-/* The same for the workspace of a call. It is kept for the next call. The system may take back most of a very large
- * one. */
-mha_status mha_take_workspace(const mha_layout *layout, char **workspace);
-void mha_give_workspace(char *workspace); /* NULL is allowed */
-void mha_free_spare(void);                /* frees the workspaces that were kept */
 
 /* The distance between rows of `width` numbers that kernels write in whole vectors. It is never a large power of two,
  * which would map all rows to the same set of the first-level cache. */

@@ -11,8 +11,8 @@
 #include <time.h>
 
 #include "../cpu.h"
-#include "../threads.h"
-#include "../workspace.h"
+#include "../processors.h"
+#include "../spare.h"
 #include "arguments.h"
 #include "arrays.h"
 #include "docstrings.h"

@@ -8,7 +8,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#include "../threads.h"
+#include "../processors.h"
 
 /* On some systems, finding the usable CPUs means reading files. That is too slow for every call, and they seldom
  * change. */

@@ -8,7 +8,7 @@
  * Also: sizes that no memory could hold, and a call that is asked to stop, at any moment.
  */
 #include "problems.h"
-#include "workspace.h"
+#include "spare.h"
 
 /* ---- Allocations, counted and refused ---- */
 

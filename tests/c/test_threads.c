@@ -3,11 +3,12 @@
  * test_threads.c - the pool's promises (csrc/threads.h), one function each; prints them, exits 0 if all are kept.
  *
  *     cc -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Wshadow -Icsrc tests/c/test_threads.c csrc/threads.c \
- *        -o test_threads -lpthread -lm && ./test_threads
+ *        csrc/processors.c -o test_threads -lpthread -lm && ./test_threads
  *
  * Also to be run with -fsanitize=thread, with -fsanitize=address,undefined and under `taskset -c 0`.
  * Assumes nothing about the number of CPUs. A hang ends by SIGALRM.
  */
+#include "processors.h"
 #include "threads.h"
 
 #include <fenv.h>

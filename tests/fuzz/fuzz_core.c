@@ -8,7 +8,7 @@
  */
 #include "cpu.h"
 #include "problems.h"
-#include "workspace.h"
+#include "spare.h"
 
 enum { MAX_NUMBERS = 1 << 15, MAX_OPERATIONS = 1 << 18 };
 
