@@ -25,14 +25,6 @@ enum { MHA_CHAIN = 64, MHA_BLOCK_KEYS = 64 };
 /* The most numbers in a panel, and in a vector, on any instruction set. kernels.inc.h checks them. */
 enum { MHA_MAX_LANES = 48, MHA_MAX_VECTOR_LANES = 16 };
 
-/* Stands before a loop over an array of vectors. gcc keeps such an array in memory instead of registers unless the loop
- * is unrolled. */
-#ifdef __clang__
-#define MHA_UNROLL _Pragma("unroll")
-#else
-#define MHA_UNROLL _Pragma("GCC unroll 64")
-#endif
-
 /* Memory that will be read soon: some rows, or none. A single row (packed weights) is prefetched evenly over the whole
  * product, so that a product of few rows never has many requests outstanding. Several rows (keys, values) are
  * prefetched a few at a time, before each tile. */

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * simd_avx512.h - the vector vocabulary (see simd_portable.h) for x86-64 with AVX-512 F, VL, BW and DQ: 32 registers
+ * simd_avx512.h - the vector vocabulary (see simd.h) for x86-64 with AVX-512 F, VL, BW and DQ: 32 registers
  * of 64 bytes.
  */
 #ifndef MHA_SIMD_AVX512_H
 #define MHA_SIMD_AVX512_H
 
-#include "powers.h"
+#include "simd.h"
 
 #define REGISTERS 32
 /* Many rows take tiles of four rows, not eight: a Zen 4 waits for the 24 stores at the end of such a tile. 12 chains

@@ -1,27 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * simd_portable.h - the vector vocabulary in C alone, for any CPU.
- *
- * Every simd_*.h defines this vocabulary for f32 and f64. The operators + - * / are the compiler's own.
- *   vec_f32                 lanes_f32 numbers
- *   load(p), store(p, v)    any alignment
- *   broadcast(p), splat(x)  one number in every lane, from memory or from a register
- *   fma(a, b, c)            a * b + c, rounded once (here alone it is rounded twice)
- *   max(a, b)               a or b if one of them is NaN
- *   power(v)                2^(k / 8) for f32, 2^k for f64; k, plus 8 * 127 or 1023, is the integer in v's low bits
- *   zero_below(v, t, x)     v, but 0 where t < x; NaN stays
- *   either(a, b), unlike(a, b)  bitwise or, exclusive or
- *   hide(words, i)          -inf where bit i of the lane's word is set, else 0
- *   transpose(v)            v[i] lane j <-> v[j] lane i, for as many vectors as lanes
- *   HOLD(v)                 keeps v in a register; gcc would load it again for each of two or three uses
- *   nonzero(p)              of no dtype: bit i says that byte i of 16 is not 0
- *   REGISTERS               how many vectors fit into registers: the sums, up to 3 vectors of a panel and 1 broadcast
- *   ROWS_OF_MANY            optional: the rows of tiles of 1, 2 and 3 vectors in products of many rows
+ * simd_portable.h - the vector vocabulary (see simd.h) in C alone, for any CPU.
  */
 #ifndef MHA_SIMD_PORTABLE_H
 #define MHA_SIMD_PORTABLE_H
 
-#include "powers.h"
+#include "simd.h"
 
 #define REGISTERS 16
 #define HOLD(v) ((void)0) /* register names are unknown here */
