@@ -19,17 +19,6 @@ mha_c = pytest.importorskip("mha_c")
 PACKAGE = Path(mha_c.__file__).parent
 CORE = REPOSITORY / "csrc"
 
-# Uses of what stands above in the map, which are still to be mended.
-UPWARD_INCLUDES = [
-    "python/arguments.h uses python/module.h", "python/arrays.h uses python/module.h",
-    "python/sdpa.h uses python/module.h", "python/stages.h uses python/module.h",
-    "python/thread_count.h uses python/module.h", "python/weights_type.h uses python/module.h"]
-UPWARD_CALLS = [
-    "python/arguments.c uses python/module.c", "python/arrays.c uses python/module.c",
-    "python/sdpa.c uses python/module.c", "python/stages.c uses python/module.c",
-    "python/thread_count.c uses python/module.c", "python/torch_checks.c uses python/module.c",
-    "python/weights_type.c uses python/module.c"]
-
 
 def test_python_modules_use_what_is_below_them():
     """import-linter reads the contracts in pyproject.toml; lazy imports and those for type checkers count, too."""
@@ -91,7 +80,7 @@ def test_c_files_include_what_is_below_them(levels):
         for name in re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE):
             used = (file.parent / name).resolve()
             uses.append((str(file.relative_to(CORE)), str(used.relative_to(CORE))))
-    assert upward(uses, levels) == UPWARD_INCLUDES
+    assert not upward(uses, levels)
 
 
 def test_c_files_call_what_is_below_them(levels, tmp_path):
@@ -111,4 +100,4 @@ def test_c_files_call_what_is_below_them(levels, tmp_path):
             elif kind.isupper():
                 defined[symbol] = name
     uses = [(user, defined[symbol]) for user, wanted in undefined.items() for symbol in wanted if symbol in defined]
-    assert upward(uses, levels) == UPWARD_CALLS
+    assert not upward(uses, levels)

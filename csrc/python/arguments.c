@@ -7,6 +7,7 @@
 #include "arguments.h"
 
 #include "arrays.h"
+#include "run.h"
 
 /* *array = the array that an object stands for. It stays NULL for None where None is allowed. */
 static int collect_array(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
@@ -273,6 +274,21 @@ int prepare_call(call_arguments *arguments)
     if ((!arguments->without_output && make_output(arguments) < 0) || make_attn_weights(arguments) < 0)
         return -1;
     return 0;
+}
+
+static mha_status start_forward(const void *call)
+{
+    const call_arguments *arguments = call;
+    return mha_forward(arguments->weights->packed, &arguments->call);
+}
+
+int run_forward(module_state *state, call_arguments *arguments)
+{
+    mha_call *call = &arguments->call;
+    PyArrayObject *const arrays[] = {arguments->query, arguments->key, arguments->value, arguments->key_padding_mask,
+                                     arguments->attn_mask, arguments->static_k, arguments->static_v, arguments->output};
+    return run_core(state, mha_forward_operations(arguments->weights->packed, call), &call->threads, &call->stop,
+                    arrays, sizeof arrays / sizeof *arrays, start_forward, arguments);
 }
 
 PyObject *hand_back(const call_arguments *arguments)

@@ -61,7 +61,6 @@ enum {
  * core starts no Python code runs, so the core reads what was checked. */
 int collect_arguments(const module_state *state, PyObject *const *objects, Py_ssize_t count,
                       call_arguments *arguments);
-int check_arguments(call_arguments *arguments); /* makes torch's checks in torch's order, and finds the shapes */
 int prepare_call(call_arguments *arguments);    /* allocates the results and completes `call` */
 
 /* Runs the core. Returns 0, or -1 with an exception. */

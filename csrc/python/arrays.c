@@ -7,6 +7,8 @@
 
 #include <string.h>
 
+#include "run.h"
+
 /* Whether the object has the attribute. -1 if looking it up raised anything but AttributeError. */
 static int has_attribute(PyObject *object, PyObject *name)
 {
@@ -191,31 +193,6 @@ mha_mask_kind mask_kind(PyArrayObject *mask)
     if (PyArray_ISBOOL(mask))
         return MHA_MASK_HIDE;
     return array_has_dtype(mask, MHA_FLOAT64) ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
-}
-
-/* The array that owns the memory of an array. It may be the array itself. */
-static PyObject *memory_owner(PyArrayObject *array)
-{
-    PyObject *base;
-    while ((base = PyArray_BASE(array)) != NULL && PyArray_Check(base))
-        array = (PyArrayObject *)base;
-    return (PyObject *)array;
-}
-
-PyObject *pin_memory(PyArrayObject *const *arrays, size_t count)
-{
-    const int collects_garbage = PyGC_Disable(); /* a finalizer might resize an array that is not pinned yet */
-    PyObject *pins = PyTuple_New((Py_ssize_t)count);
-    for (size_t i = 0; pins != NULL && i < count; i++) {
-        PyObject *pin = arrays[i] == NULL ? Py_NewRef(Py_None) : PyWeakref_NewRef(memory_owner(arrays[i]), NULL);
-        if (pin == NULL)
-            Py_CLEAR(pins);
-        else
-            PyTuple_SET_ITEM(pins, (Py_ssize_t)i, pin);
-    }
-    if (collects_garbage)
-        PyGC_Enable();
-    return pins;
 }
 
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype)

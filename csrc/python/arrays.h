@@ -32,11 +32,6 @@ bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape);
 /* Whether the memory of two arrays, from the first to the last byte, may overlap. False if one is NULL. */
 bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);
 
-/* A new reference that keeps the memory of some arrays in place, or NULL with an exception. An array may be NULL. A
- * reference to the array would not do: resize(refcheck=False) ignores references, but refuses an array with a weak
- * reference. */
-PyObject *pin_memory(PyArrayObject *const *arrays, size_t count);
-
 /* A new C-contiguous array. Raises MemoryError for a shape beyond all memory, for which NumPy raises ValueError. */
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype);
 

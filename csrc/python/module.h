@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * module.h - what the files of the extension module share: Python, NumPy's C-API and the state of the module.
- * Assumes: only this directory includes it. Only module.c defines MHA_IMPORT_NUMPY before.
+ * Assumes: only this directory includes it. Only run.c defines MHA_IMPORT_NUMPY before.
  */
 #ifndef MHA_PYTHON_MODULE_H
 #define MHA_PYTHON_MODULE_H
@@ -10,6 +10,7 @@
 #include <Python.h>
 
 #include <stdbool.h>
+#include <time.h>
 
 /* Built with the headers of NumPy 2, the module runs with NumPy 1.26 and with NumPy 2. */
 #define NPY_NO_DEPRECATED_API NPY_1_25_API_VERSION
@@ -37,16 +38,12 @@ typedef struct {
     double usable_cpus_time;
 } module_state;
 
-/* Raises the exception that a status stands for. 0 for MHA_OK, otherwise -1. */
-int raise_status(mha_status status);
-
-/* Runs start(call), which takes about `operations` operations. If it takes long, it runs without the GIL, and with
- * *threads and *stop set, which belong to the call. `arrays` (NULL: none) are all arrays whose memory the call uses.
- * The caller holds references to them. Returns 0, or -1 with an exception. */
-int run_core(module_state *state, double operations, size_t *threads, mha_stop *stop, PyArrayObject *const *arrays,
-             size_t count, mha_status (*start)(const void *call), const void *call);
-
 /* Seconds on a clock that never goes back. */
-double monotonic_seconds(void);
+static inline double monotonic_seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
 
 #endif

@@ -11,6 +11,7 @@
 #include <math.h>
 
 #include "arrays.h"
+#include "run.h"
 
 /* The positional arguments of _core.scaled_dot_product_attention(). */
 enum {

@@ -10,6 +10,8 @@
 
 #include "arguments.h"
 #include "arrays.h"
+#include "run.h"
+#include "torch_checks.h"
 
 /* ---- Whole calls without an output ---- */
 

@@ -6,9 +6,10 @@
  *
  * Every check returns 0, or -1 with an exception.
  */
+#include "torch_checks.h"
+
 #include <math.h>
 
-#include "arguments.h"
 #include "arrays.h"
 
 enum { LENGTH, BATCH, FEATURES }; /* of the shapes in call_arguments */

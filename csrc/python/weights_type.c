@@ -8,6 +8,7 @@
 #include "weights_type.h"
 
 #include "arrays.h"
+#include "run.h"
 
 /* Packing touches every number once. With more numbers than this, other threads may run meanwhile. */
 enum { PACK_WITHOUT_GIL = 1 << 16 };
