@@ -8,8 +8,11 @@
 #include "masks.h"
 #include "panels.h"
 
-/* Rows of all heads. Strides are in numbers. Row l of head h of item n is at data + n * stride_n + h * stride_h + l *
- * stride_l. If `items` is not NULL, items[n] replaces n * stride_n. */
+/* Rows of all heads. Strides are in numbers. Row l of head h of item n is at
+ *
+ *      data + n * stride_n + h * stride_h + l * stride_l
+ *
+ * If `items` is not NULL, items[n] replaces n * stride_n. */
 typedef struct {
     char *data;
     ptrdiff_t stride_n, stride_h, stride_l;

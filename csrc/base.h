@@ -21,8 +21,8 @@ typedef enum { MHA_FLOAT32 = 0, MHA_FLOAT64 = 1 } mha_dtype;
 /* What the elements of a mask are. */
 typedef enum {
     MHA_MASK_NONE = 0,
-    MHA_MASK_HIDE, /* one byte per element, hidden if not 0: the bool masks of torch.nn.MultiheadAttention */
-    MHA_MASK_SHOW, /* one byte per element, hidden if 0: the bool masks of scaled_dot_product_attention */
+    MHA_MASK_HIDE,    /* one byte per element, hidden if not 0: the bool masks of torch.nn.MultiheadAttention */
+    MHA_MASK_SHOW,    /* one byte per element, hidden if 0: the bool masks of scaled_dot_product_attention */
     MHA_MASK_FLOAT32, /* added to the score, whatever the layer's dtype */
     MHA_MASK_FLOAT64,
 } mha_mask_kind;

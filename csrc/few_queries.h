@@ -14,8 +14,8 @@
 #ifndef MHA_FEW_QUERIES_H
 #define MHA_FEW_QUERIES_H
 
-#include "masks.h"
 #include "layer.h"
+#include "masks.h"
 
 typedef struct {
     const mha_layer *layer;
@@ -44,6 +44,9 @@ typedef struct {
 
 /* Whether the items of a call can be computed this way. */
 bool mha_few_queries_can(const mha_layer *layer, const mha_call *call);
+
+/* Whether it pays for an item with so many live keys. It depends on nothing else, so that the bits of an item do not
+ * depend on the other items of its batch. */
 bool mha_few_queries_pays(const mha_layer *layer, const mha_call *call, size_t live_keys);
 
 /* Plans the workspace. `layer`, `call`, `live` and `rules` must be set. If no item is computed this way, f->items

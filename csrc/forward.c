@@ -16,19 +16,19 @@
 
 #include "attention.h"
 #include "few_queries.h"
+#include "layer.h"
 #include "philox.h"
 #include "projection.h"
-#include "threads.h"
-#include "layer.h"
 #include "spare.h"
+#include "threads.h"
 
 enum {
     MIN_APART = 4, /* vectors; narrower heads are not kept apart, since a panel is cut at the ends of such a head */
     /* queries or keys that a chunk has at least; with fewer, a projection reads its weights too often */
     MIN_CHUNK_ROWS = 96,
-    MAX_SMALL_CHUNK_ROWS = 384,    /* one chunk per thread is enough if chunks have at most this many queries or keys */
-    CHUNKS_PER_THREAD = 8, /* otherwise, so that threads end at about the same time; twice as many with padding */
-    MAX_EXCESS = 32,      /* one chunk per thread only if no thread gets more than 1 / MAX_EXCESS above its share */
+    MAX_SMALL_CHUNK_ROWS = 384, /* one chunk per thread is enough if chunks have at most this many queries or keys */
+    CHUNKS_PER_THREAD = 8,      /* otherwise, so that threads end at about the same time; twice as many with padding */
+    MAX_EXCESS = 32,            /* one chunk per thread unless a thread gets over 1 / MAX_EXCESS more than its share */
 };
 
 /* Where the rows of all heads lie in the workspace: an offset in bytes, and the distances between rows and between
@@ -120,7 +120,7 @@ static void set_target(const pass *f, const mha_panels *panels, const matrix *to
 static size_t describe_inputs(const pass *f, mha_projection projections[MHA_TARGETS])
 {
     const mha_call *call = f->call;
-    const mha_layer *w = f->layer;
+    const mha_layer *layer = f->layer;
     const offsets *at = &f->at;
     const size_t keys = mha_live_rows(&f->live);
     const bool every_key = keys == call->N * call->S;
@@ -130,9 +130,9 @@ static size_t describe_inputs(const pass *f, mha_projection projections[MHA_TARG
         const mha_panels *panels;
         const matrix *to;
     } inputs[MHA_TARGETS] = {
-        {&call->query, call->N * call->L, at->q_addresses, &w->q, &at->q},
-        {&call->key, call->static_k.data ? 0 : keys, at->k_addresses, &w->k, &at->k},
-        {&call->value, call->static_v.data ? 0 : keys, at->v_addresses, &w->v, &at->v},
+        {&call->query, call->N * call->L, at->q_addresses, &layer->q, &at->q},
+        {&call->key, call->static_k.data ? 0 : keys, at->k_addresses, &layer->k, &at->k},
+        {&call->value, call->static_v.data ? 0 : keys, at->v_addresses, &layer->v, &at->v},
     };
     size_t count = 0;
     for (size_t i = 0; i < MHA_TARGETS; i++) {
@@ -222,14 +222,14 @@ static void copy_projected(const pass *f, const mha_projected *x, size_t width, 
 /* The extra keys are bias_k and bias_v, then zeros. */
 static void write_extra_keys(const pass *f)
 {
-    const mha_layer *w = f->layer;
-    const size_t size = w->kernels->size, extra = f->live.extra;
+    const mha_layer *layer = f->layer;
+    const size_t size = layer->kernels->size, extra = f->live.extra;
     char *k = f->workspace + f->at.extra_k.offset, *v = f->workspace + f->at.extra_v.offset;
     memset(k, 0, extra * f->at.extra_k.row_stride * size);
     memset(v, 0, extra * f->at.extra_v.row_stride * size);
-    if (w->bias_k) {
-        memcpy(k, w->bias_k, w->widths.Hkv * w->widths.D * size);
-        memcpy(v, w->bias_v, w->widths.Hkv * w->widths.Dv * size);
+    if (layer->bias_k) {
+        memcpy(k, layer->bias_k, layer->widths.Hkv * layer->widths.D * size);
+        memcpy(v, layer->bias_v, layer->widths.Hkv * layer->widths.Dv * size);
     }
 }
 
@@ -567,8 +567,8 @@ mha_status mha_choose_paths(const mha_layer *layer, const mha_call *call, bool *
 
 mha_status mha_project_input(const mha_input_projection *input)
 {
-    const mha_layer *w = input->layer;
-    const mha_panels *panels = input->input == MHA_QUERY ? &w->q : input->input == MHA_KEY ? &w->k : &w->v;
+    const mha_layer *layer = input->layer;
+    const mha_panels *panels = input->input == MHA_QUERY ? &layer->q : input->input == MHA_KEY ? &layer->k : &layer->v;
     mha_projection projection = {.stride_e = input->x.stride_e, .targets = 1,
                                  .target = {{.panels = panels, .y = input->y, .stride = panels->split.width}}};
     mha_layout layout = {0};
@@ -576,13 +576,13 @@ mha_status mha_project_input(const mha_input_projection *input)
     if (__builtin_mul_overflow(input->N, input->length, &projection.rows))
         return MHA_TOO_LARGE;
     const size_t row = mha_reserve(&layout, projection.rows, 1, sizeof(char *));
-    const size_t scratch_bytes = mha_projection_scratch(w->kernels, &projection, 1);
+    const size_t scratch_bytes = mha_projection_scratch(layer->kernels, &projection, 1);
     const size_t scratch = mha_reserve(&layout, input->threads, scratch_bytes, 1);
     mha_status status = mha_take_workspace(&layout, &workspace);
     if (status == MHA_OK) {
         list_rows(&input->x, input->N, input->length, NULL, (const char **)(void *)(workspace + row));
         projection.row_address = (const char *const *)(void *)(workspace + row);
-        status = mha_project(w->kernels, &projection, 1, input->threads, workspace + scratch, scratch_bytes,
+        status = mha_project(layer->kernels, &projection, 1, input->threads, workspace + scratch, scratch_bytes,
                              input->stop);
     }
     mha_give_workspace(workspace);

@@ -20,7 +20,7 @@ typedef struct {
     size_t *start; /* [N + 1]: the number of live keys of all items before item n */
     size_t *index; /* [start[N]]: the numbers of the live keys; NULL: every key is live */
     bool *is_few;  /* [N]: few_queries.c computes the item, without projecting its keys; false until it is decided */
-    /* [N + 1]: the row of the item's first projected key; differences count; filled by mha_number_rows() */
+    /* [N + 1]: the row of the item's first projected key, counted from any number on */
     size_t *first_row;
     char *memory; /* owns the arrays above; NULL: they belong to another mha_live_keys */
 } mha_live_keys;
@@ -46,6 +46,7 @@ typedef struct {
 mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *live, mha_rules *rules);
 void mha_live_keys_release(mha_live_keys *live);
 
+/* Fills first_row, once is_few is decided. */
 void mha_number_rows(mha_live_keys *live);
 
 /* Live keys and rules of `count` items from item `first` on. They share the memory. The rules must not have
@@ -89,6 +90,6 @@ typedef struct {
 /* What the lanes see of a block. If the result is_biased, add bias [keys][P] to the scores of the visible keys.
  * Otherwise add nothing; the contents of bias are then undefined. */
 mha_visible mha_apply_rules(const mha_kernels *kernels, const mha_rules *rules, size_t n, const mha_lanes *lanes,
-                  const mha_key_block *block, void *bias);
+                            const mha_key_block *block, void *bias);
 
 #endif

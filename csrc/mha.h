@@ -73,14 +73,14 @@ typedef enum {
 
 typedef struct {
     size_t N, L, S;
-    mha_array query, key, value; /* inputs with equal data and strides are the same input and are read once */
+    mha_array query, key, value;      /* inputs with equal data and strides are the same input and are read once */
     mha_projected static_k, static_v; /* used in place of the projected keys and values */
     mha_mask attn_mask;
     mha_mask key_padding_mask; /* only stride_n and stride_s count */
     bool is_causal;            /* query l sees keys 0 to l only, in addition to the masks */
     bool add_zero_attn;        /* an additional key and value of zeros, which every query sees */
     mha_empty_row empty_row;
-    double dropout_p;          /* between 0 and 1; 0: no dropout */
+    double dropout_p; /* between 0 and 1; 0: no dropout */
     uint64_t dropout_seed, dropout_call;
 
     /* [N]: items that are computed without projecting their keys, where that is possible (few_queries.h). NULL: those
@@ -134,7 +134,7 @@ mha_status mha_project_input(const mha_input_projection *input);
  * bytes and multiples of the size of a number. A stride of 0 broadcasts. */
 typedef struct {
     const void *data;
-    size_t heads;                 /* divides H, the heads of the query; query head h reads head h / (H / heads) */
+    size_t heads; /* divides H, the heads of the query; query head h reads head h / (H / heads) */
     const ptrdiff_t *stride_axes; /* [axes] */
     ptrdiff_t stride_h, stride_l;
 } mha_heads;
@@ -147,12 +147,12 @@ typedef struct {
     mha_heads query, key, value; /* rows of the query ascend: its stride_l is not negative */
     mha_mask mask;               /* its stride_n is not used; mask_axes stands for it */
     const ptrdiff_t *mask_axes;  /* [axes]: the strides of the mask along the axes */
-    bool is_causal;              /* query l sees keys 0 to l only, in addition to the mask */
+    bool is_causal; /* query l sees keys 0 to l only, in addition to the mask */
     double scale;
     double dropout_p; /* between 0 and 1; 0: no dropout */
     uint64_t dropout_seed;
 
-    void *output; /* C-contiguous (axes, H, L, Dv); a query that sees no key gets 0 */
+    void *output;   /* C-contiguous (axes, H, L, Dv); a query that sees no key gets 0 */
     size_t threads; /* at least 1 */
     mha_stop stop;
 } mha_sdpa_call;
