@@ -21,7 +21,6 @@
 #include <math.h>
 #include <string.h>
 
-#include "threads.h"
 #include "workspace.h"
 
 enum {
@@ -148,7 +147,7 @@ static size_t panels_of_averages(const mha_attention *a)
 static size_t even_parts(const mha_attention *a, size_t min, size_t max)
 {
     size_t parts = min;
-    while (parts < max && averages_of_call(a) * parts % a->threads > 0)
+    while (parts < max && averages_of_call(a) * parts % a->team.threads > 0)
         parts++; /* with 11 tasks, one of two threads would wait */
     return parts;
 }
@@ -157,7 +156,7 @@ static size_t even_parts(const mha_attention *a, size_t min, size_t max)
 static bool are_panels_even(const mha_attention *a)
 {
     const size_t at_most = mha_divide_up(a->split.vectors, a->split.panels) * a->split.panels;
-    return panels_of_averages(a) % a->threads == 0 && at_most <= a->split.vectors * 7 / 5;
+    return panels_of_averages(a) % a->team.threads == 0 && at_most <= a->split.vectors * 7 / 5;
 }
 
 /* The most panels of a task that keeps its scores until probabilities are made from them, so that no score is computed
@@ -168,7 +167,7 @@ static size_t max_kept_panels(const mha_attention *a)
         return 0;
     const size_t fitting_blocks = MAX_KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->size);
     const size_t fit = fitting_blocks / mha_larger(max_blocks(a), 1);
-    if (panels_of_averages(a) < 2 * a->threads && !are_panels_even(a))
+    if (panels_of_averages(a) < 2 * a->team.threads && !are_panels_even(a))
         return 0;
     return mha_smaller(mha_smaller(MAX_TASK_PANELS, fit), a->split.panels);
 }
@@ -178,7 +177,7 @@ void mha_split_queries(mha_attention *a)
 {
     const mha_split fewest = mha_split_width(a->kernels, a->L);
     a->split = fewest;
-    if (!a->wanted || a->threads == 1 || panels_of_averages(a) >= MANY_TASKS_PER_THREAD * a->threads)
+    if (!a->wanted || a->team.threads == 1 || panels_of_averages(a) >= MANY_TASKS_PER_THREAD * a->team.threads)
         return;
     a->split.panels = even_parts(a, fewest.panels, fewest.vectors);
     if (!are_panels_even(a) || max_kept_panels(a) == 0)
@@ -308,18 +307,11 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
-    const char *keys = keys_of(a, n, block, hkv);
-    const char *addend = visible.is_biased && a->D <= MHA_CHAIN ? bias : NULL;
-    for (size_t d = 0; d < a->D; d += MHA_CHAIN) {
-        const mha_product product = {.rows = visible.keys, .depth = mha_smaller(a->D - d, MHA_CHAIN),
-                                     .vectors = lanes.vectors, .a = keys + d * kernels->size,
-                                     .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1,
-                                     .b = queries + d * P * kernels->size, .b_k = P,
-                                     .addend = addend, .addend_row = P, .c = scores, .c_row = P, .prefetch = prefetch};
-        kernels->product(&product);
-        addend = scores;
-        prefetch = NULL;
-    }
+    mha_product product = {.rows = visible.keys, .vectors = lanes.vectors, .a = keys_of(a, n, block, hkv),
+                           .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1, .b = queries, .b_k = P,
+                           .addend = visible.is_biased && a->D <= MHA_CHAIN ? bias : NULL, .addend_row = P,
+                           .c = scores, .c_row = P, .prefetch = prefetch};
+    mha_multiply_chained(kernels, &product, a->D);
     if (visible.is_biased && a->D > MHA_CHAIN)
         kernels->accumulate(scores, bias, visible.keys * P);
 }
@@ -464,7 +456,7 @@ static void attend_task(void *context, size_t task, size_t worker)
 {
     const attention_tasks *j = context;
     const mha_attention *a = j->a;
-    char *base = a->scratch + worker * a->scratch_bytes;
+    char *base = mha_scratch_of(&a->team, worker);
     state states[MAX_TASK_PANELS];
     /* The last queries come first, because under a causal mask they see the most keys. */
     const size_t group = j->groups - 1 - task / j->bundles, bundle = task % j->bundles;
@@ -582,7 +574,7 @@ static void attend_and_write_task(void *context, size_t task, size_t worker)
 {
     const attention_tasks *j = context;
     const mha_attention *a = j->a;
-    char *base = a->scratch + worker * a->scratch_bytes, *scores = base + j->at.scores;
+    char *base = mha_scratch_of(&a->team, worker), *scores = base + j->at.scores;
     const size_t heads = averaged_heads(a), averages = averages_of_call(a);
     const size_t n = task % averages / averages_of_item(a);
     const size_t first_head = task % averages % averages_of_item(a) * heads;
@@ -625,7 +617,7 @@ static void second_pass_task(void *context, size_t task, size_t worker)
 {
     const attention_tasks *j = context;
     const mha_attention *a = j->a;
-    char *base = a->scratch + worker * a->scratch_bytes;
+    char *base = mha_scratch_of(&a->team, worker);
     mha_layout layout = {0};
     const size_t heads = averaged_heads(a);
     const size_t segment = task % j->segments, panel = task / j->segments;
@@ -659,9 +651,10 @@ static void second_pass_task(void *context, size_t task, size_t worker)
 /* Computes context and probabilities together. */
 static mha_status attend_and_write(const mha_attention *a, attention_tasks *j)
 {
-    const size_t panels = a->split.panels, wanted = mha_divide_up(panels_of_averages(a), TASKS_PER_THREAD * a->threads);
+    const size_t panels = a->split.panels;
+    const size_t wanted = mha_divide_up(panels_of_averages(a), TASKS_PER_THREAD * a->team.threads);
     j->groups = even_parts(a, mha_divide_up(panels, mha_smaller(max_kept_panels(a), wanted)), panels);
-    return mha_parallel_for(a->threads, averages_of_call(a) * j->groups, attend_and_write_task, j, a->stop);
+    return mha_parallel_for(&a->team, averages_of_call(a) * j->groups, attend_and_write_task, j);
 }
 
 mha_status mha_attend(const mha_attention *a)
@@ -674,14 +667,14 @@ mha_status mha_attend(const mha_attention *a)
     j.bundles = a->N * a->H / j.heads;
     const size_t panels = j.heads * a->split.panels;
     j.task_panels = mha_smaller(max_task_panels(a),
-                                mha_divide_up(j.bundles * panels, TASKS_PER_THREAD * a->threads));
+                                mha_divide_up(j.bundles * panels, TASKS_PER_THREAD * a->team.threads));
     j.groups = mha_divide_up(panels, j.task_panels);
     j.task_panels = mha_divide_up(panels, j.groups); /* for example 3 + 3 panels, not 4 + 2 */
     mha_status status = MHA_OK;
     if (a->wanted != MHA_WANT_SCORES)
-        status = mha_parallel_for(a->threads, j.bundles * j.groups, attend_task, &j, a->stop);
+        status = mha_parallel_for(&a->team, j.bundles * j.groups, attend_task, &j);
     if (status != MHA_OK || !a->wanted)
         return status;
     j.segments = mha_divide_up(max_blocks(a), SEGMENT_BLOCKS);
-    return mha_parallel_for(a->threads, panels_of_averages(a) * j.segments, second_pass_task, &j, a->stop);
+    return mha_parallel_for(&a->team, panels_of_averages(a) * j.segments, second_pass_task, &j);
 }

@@ -7,6 +7,7 @@
 
 #include "masks.h"
 #include "panels.h"
+#include "threads.h"
 
 /* Rows of all heads. Strides are in numbers. Row l of head h of item n is at
  *
@@ -41,10 +42,7 @@ typedef struct {
      * wanted. */
     char *maximum, *sum;
 
-    size_t threads;
-    char *scratch; /* scratch_bytes for each thread */
-    size_t scratch_bytes;
-    mha_stop stop;
+    mha_team team;
 } mha_attention;
 
 /* Divides the queries of a head into panels. All other members except addresses must be set before. */

@@ -35,7 +35,6 @@ typedef enum { MHA_EMPTY_ROW_ZERO = 0, MHA_EMPTY_ROW_NAN } mha_empty_row;
 typedef struct {
     bool (*should_stop)(void *context);
     void *context;
-    bool with_task; /* a task of another loop makes this call: it runs in that task's thread, and stops with it */
 } mha_stop;
 
 /* ---- Sizes ---- */

@@ -18,7 +18,6 @@
 #include <string.h>
 
 #include "projection.h"
-#include "threads.h"
 
 enum {
     SEGMENT_BLOCKS = 8, /* key blocks; with segments, one query of one item keeps several threads busy */
@@ -132,14 +131,13 @@ typedef struct {
     const mha_few_queries *f;
     mha_split split;   /* of the lanes of an item */
     mha_split by_head; /* of the heads of one query */
-    char *scratch;
-    size_t scratch_bytes;
+    const mha_team *team;
 } few_tasks;
 
 static scratch_pieces scratch_of(const few_tasks *j, size_t worker)
 {
     mha_layout layout = {0};
-    return take_scratch(j->f, j->scratch + worker * j->scratch_bytes, &layout);
+    return take_scratch(j->f, mha_scratch_of(j->team, worker), &layout);
 }
 
 static size_t number_of_item(const mha_few_queries *f, size_t i)
@@ -191,15 +189,9 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
     const char *q = f->q + (n * f->call->L * f->q_stride + h * f->q_head) * size;
     const char *Wk = (const char *)layer->k_weight + (hkv * w->D * w->Ek + first) * size;
     char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
-    mha_product product = {.rows = f->call->L, .vectors = vectors, .a_row = (ptrdiff_t)f->q_stride, .a_k = 1,
-                           .b_k = w->Ek, .addend_row = w->H * f->t_stride, .c = t, .c_row = w->H * f->t_stride};
-    for (size_t d = 0; d < w->D; d += MHA_CHAIN) {
-        product.depth = mha_smaller(w->D - d, MHA_CHAIN);
-        product.a = q + d * size;
-        product.b = Wk + d * w->Ek * size;
-        product.addend = d ? t : NULL;
-        layer->kernels->product(&product);
-    }
+    mha_product product = {.rows = f->call->L, .vectors = vectors, .a = q, .a_row = (ptrdiff_t)f->q_stride,
+                           .a_k = 1, .b = Wk, .b_k = w->Ek, .c = t, .c_row = w->H * f->t_stride};
+    mha_multiply_chained(layer->kernels, &product, w->D);
 }
 
 /* Checks that the constants q_h bk_h / sqrt(D) of a head's rows are finite. No score contains them, so a check of the
@@ -372,15 +364,10 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
     const size_t size = kernels->size, P = panel.vectors * kernels->lanes, n = number_of_item(f, i);
     const char *y = numbers_at(f, f->y, (i * lanes_of(f) + h) * f->y_stride);
     const char *Wv = layer->v.data + panel.first * w->Ev * size;
-    mha_product product = {.rows = f->call->L, .vectors = panel.vectors, .a_row = (ptrdiff_t)(w->H * f->y_stride),
-                           .a_k = 1, .b_k = P, .addend_row = P, .c = strip, .c_row = P};
-    for (size_t e = 0; e < w->Ev; e += MHA_CHAIN) {
-        product.depth = mha_smaller(w->Ev - e, MHA_CHAIN);
-        product.a = y + e * size;
-        product.b = Wv + e * P * size;
-        product.addend = e ? strip : NULL;
-        kernels->product(&product);
-    }
+    mha_product product = {.rows = f->call->L, .vectors = panel.vectors, .a = y,
+                           .a_row = (ptrdiff_t)(w->H * f->y_stride), .a_k = 1, .b = Wv, .b_k = P,
+                           .addend_row = P, .c = strip, .c_row = P};
+    mha_multiply_chained(kernels, &product, w->Ev);
     if (layer->v.bias) {
         product.depth = 1;
         product.a = numbers_at(f, f->bias_factor, i * padded_lanes(f) + h);
@@ -534,7 +521,7 @@ static void probabilities_task(void *context, size_t task, size_t worker)
 
 static mha_status run_stage(const few_tasks *j, size_t tasks, mha_task task)
 {
-    return mha_parallel_for(j->f->call->threads, tasks, task, (void *)j, j->f->call->stop);
+    return mha_parallel_for(j->team, tasks, task, (void *)j);
 }
 
 static void number_items(const mha_few_queries *f)
@@ -556,14 +543,14 @@ static size_t take_out_given_up(const mha_few_queries *f)
     return count;
 }
 
-mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_t scratch_bytes, size_t *given_up)
+mha_status mha_few_queries_attend(const mha_few_queries *f, const mha_team *team, size_t *given_up)
 {
     *given_up = 0;
     if (f->items == 0)
         return MHA_OK;
     const size_t H = f->layer->widths.H;
     const few_tasks j = {.f = f, .split = split_of(f), .by_head = mha_split_width(f->layer->kernels, H),
-                         .scratch = scratch, .scratch_bytes = scratch_bytes};
+                         .team = team};
     const size_t panels = f->items * j.split.panels, queries = f->items * f->call->L;
     const struct {
         size_t tasks;

@@ -16,6 +16,7 @@
 
 #include "layer.h"
 #include "masks.h"
+#include "threads.h"
 
 typedef struct {
     const mha_layer *layer;
@@ -57,6 +58,6 @@ size_t mha_few_queries_scratch(const mha_few_queries *f); /* bytes for each thre
 /* Fills the context of these items, and their probabilities if they are wanted. *given_up counts the items that were
  * given up. They are then no longer marked in live->is_few, and the call must be planned again. In that case only the
  * context has been written. */
-mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_t scratch_bytes, size_t *given_up);
+mha_status mha_few_queries_attend(const mha_few_queries *f, const mha_team *team, size_t *given_up);
 
 #endif

@@ -46,7 +46,6 @@ typedef struct {
     size_t q_addresses, k_addresses, v_addresses, context_addresses; /* tables of row addresses */
     size_t maximum, sum;
     size_t scratch;
-    size_t scratch_bytes;
 } offsets;
 
 /* A call for all its items, or for some of them. If for some, `call` describes these alone. Only its masks still begin
@@ -59,6 +58,7 @@ typedef struct {
     mha_rules rules;
     mha_few_queries few;
     offsets at;
+    mha_team team;
     char *workspace; /* NULL while it is planned */
 } pass;
 
@@ -291,10 +291,7 @@ static void describe_attention(const pass *f, mha_attention *a)
     a->probabilities = call->attn_weights;
     a->maximum = at_offset(f, at->maximum);
     a->sum = at_offset(f, at->sum);
-    a->threads = call->threads;
-    a->scratch = at_offset(f, at->scratch);
-    a->scratch_bytes = at->scratch_bytes;
-    a->stop = call->stop;
+    a->team = f->team;
     mha_split_queries(a);
 }
 
@@ -342,10 +339,10 @@ static void plan_workspace(pass *f, mha_layout *layout)
     at->maximum = mha_reserve(layout, statistics, 1, size);
     at->sum = mha_reserve(layout, statistics, 1, size);
     mha_few_queries_plan(&f->few, layout);
-    at->scratch_bytes = mha_larger(mha_larger(mha_attention_scratch(&attention), mha_few_queries_scratch(&f->few)),
+    f->team.scratch_bytes = mha_larger(mha_larger(mha_attention_scratch(&attention), mha_few_queries_scratch(&f->few)),
                                mha_larger(mha_projection_scratch(kernels, projections, inputs),
                                       mha_projection_scratch(kernels, &output, 1)));
-    at->scratch = mha_reserve(layout, call->threads, at->scratch_bytes, 1);
+    at->scratch = mha_reserve(layout, f->team.threads, f->team.scratch_bytes, 1);
 }
 
 /* ---- The pass ---- */
@@ -361,12 +358,12 @@ static void copy_context(const pass *f)
 
 /* Runs all steps. *given_up counts the items of few_queries.c that turned out to need their keys projected. If there
  * are any, nothing has been written to the output. */
-static mha_status run_steps(const pass *f, size_t *given_up)
+static mha_status run_steps(pass *f, size_t *given_up)
 {
     const mha_call *call = f->call;
     const mha_kernels *kernels = f->layer->kernels;
-    char *scratch = at_offset(f, f->at.scratch);
     mha_projection projections[MHA_TARGETS];
+    f->team.scratch = f->workspace + f->at.scratch;
     list_input_rows(f);
     write_extra_keys(f);
     if (call->static_k.data)
@@ -375,8 +372,7 @@ static mha_status run_steps(const pass *f, size_t *given_up)
         copy_projected(f, &call->static_v, f->layer->widths.Dv, &f->at.v);
 
     const size_t inputs = describe_inputs(f, projections);
-    mha_status status =
-        mha_project(kernels, projections, inputs, call->threads, scratch, f->at.scratch_bytes, call->stop);
+    mha_status status = mha_project(kernels, projections, inputs, &f->team);
     if (status != MHA_OK)
         return status;
 
@@ -386,7 +382,7 @@ static mha_status run_steps(const pass *f, size_t *given_up)
     if (status != MHA_OK)
         return status;
     const mha_few_queries few = describe_few_queries(f);
-    status = mha_few_queries_attend(&few, scratch, f->at.scratch_bytes, given_up);
+    status = mha_few_queries_attend(&few, &f->team, given_up);
     if (status != MHA_OK || *given_up > 0)
         return status;
 
@@ -396,7 +392,7 @@ static mha_status run_steps(const pass *f, size_t *given_up)
         return MHA_OK;
     list_context_rows(f);
     describe_output(f, projections);
-    return mha_project(kernels, projections, 1, call->threads, scratch, f->at.scratch_bytes, call->stop);
+    return mha_project(kernels, projections, 1, &f->team);
 }
 
 /* Reads the masks, and decides which items few_queries.c computes. */
@@ -448,7 +444,7 @@ typedef struct {
 /* The least number of chunks with which threads end at about the same time, if there are to be `chunks`. */
 static size_t min_chunks(const pass *f, size_t chunks)
 {
-    const size_t N = f->call->N, threads = f->call->threads;
+    const size_t N = f->call->N, threads = f->team.threads;
     if (threads == 1)
         return 2;
     if (f->live.index)
@@ -464,7 +460,7 @@ static size_t min_chunks(const pass *f, size_t chunks)
 static size_t choose_chunks(const pass *f)
 {
     const mha_call *call = f->call;
-    const size_t items = mha_divide_up(MIN_CHUNK_ROWS, mha_larger(call->L, call->S)), threads = call->threads;
+    const size_t items = mha_divide_up(MIN_CHUNK_ROWS, mha_larger(call->L, call->S)), threads = f->team.threads;
     const size_t chunks = call->N / items / threads * threads;
     if (chunks == 0 || chunks < min_chunks(f, chunks) || (call->output && !call->output_is_apart))
         return 1;
@@ -486,8 +482,6 @@ static pass describe_chunk(const chunk_tasks *j, size_t i, mha_call *call)
     const ptrdiff_t n = (ptrdiff_t)first;
     *call = *all->call;
     call->N = count;
-    call->threads = 1;
-    call->stop = (mha_stop){.with_task = true};
     call->query.data = (const char *)call->query.data + n * call->query.stride_n;
     call->key.data = (const char *)call->key.data + n * call->key.stride_n;
     call->value.data = (const char *)call->value.data + n * call->value.stride_n;
@@ -501,7 +495,8 @@ static pass describe_chunk(const chunk_tasks *j, size_t i, mha_call *call)
         call->attn_weights = (char *)call->attn_weights + first * heads * L * keys * size;
     if (call->context)
         call->context = (char *)call->context + first * L * w->H * w->Dv * size;
-    return (pass){.layer = all->layer, .call = call, .first_item = first, .items_in_all = all->call->N,
+    return (pass){.layer = all->layer, .call = call, .team = {.threads = 1, .in_task = true}, .first_item = first,
+                  .items_in_all = all->call->N,
                   .live = mha_live_keys_of(&all->live, first, count), .rules = mha_rules_of(&all->rules, first)};
 }
 
@@ -530,17 +525,18 @@ static mha_status run_in_chunks(pass *f, size_t chunks)
         j.bytes = mha_larger(j.bytes, layout.bytes);
         all.too_large |= layout.too_large;
     }
-    mha_reserve(&all, f->call->threads, j.bytes, 1);
+    mha_reserve(&all, f->team.threads, j.bytes, 1);
     mha_status status = mha_take_workspace(&all, &j.workspaces);
     if (status == MHA_OK)
-        status = mha_parallel_for(f->call->threads, chunks, run_chunk, &j, f->call->stop);
+        status = mha_parallel_for(&f->team, chunks, run_chunk, &j);
     mha_give_workspace(j.workspaces);
     return status;
 }
 
 mha_status mha_forward(const mha_layer *layer, const mha_call *call)
 {
-    pass f = {.layer = layer, .call = call, .items_in_all = call->N};
+    pass f = {.layer = layer, .call = call, .items_in_all = call->N,
+              .team = {.threads = call->threads, .stop = call->stop}};
     if (call->N == 0 || call->L == 0)
         return MHA_OK; /* there are no results */
     mha_status status = read_masks(layer, call, &f.live, &f.rules);
@@ -576,14 +572,15 @@ mha_status mha_project_input(const mha_input_projection *input)
     if (__builtin_mul_overflow(input->N, input->length, &projection.rows))
         return MHA_TOO_LARGE;
     const size_t row = mha_reserve(&layout, projection.rows, 1, sizeof(char *));
-    const size_t scratch_bytes = mha_projection_scratch(layer->kernels, &projection, 1);
-    const size_t scratch = mha_reserve(&layout, input->threads, scratch_bytes, 1);
+    mha_team team = {.threads = input->threads, .stop = input->stop,
+                     .scratch_bytes = mha_projection_scratch(layer->kernels, &projection, 1)};
+    const size_t scratch = mha_reserve(&layout, team.threads, team.scratch_bytes, 1);
     mha_status status = mha_take_workspace(&layout, &workspace);
     if (status == MHA_OK) {
         list_rows(&input->x, input->N, input->length, NULL, (const char **)(void *)(workspace + row));
         projection.row_address = (const char *const *)(void *)(workspace + row);
-        status = mha_project(layer->kernels, &projection, 1, input->threads, workspace + scratch, scratch_bytes,
-                             input->stop);
+        team.scratch = workspace + scratch;
+        status = mha_project(layer->kernels, &projection, 1, &team);
     }
     mha_give_workspace(workspace);
     return status;

@@ -20,7 +20,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "threads.h"
 #include "workspace.h"
 
 enum {
@@ -71,8 +70,7 @@ _Static_assert(MAX_SLICE_BYTES % (MHA_CHAIN * sizeof(double)) == 0, "a slice is 
 typedef struct {
     const mha_kernels *kernels;
     blocking blockings[MHA_TARGETS];
-    char *scratch;
-    size_t scratch_bytes;
+    const mha_team *team;
 } projection_tasks;
 
 /* The number of tasks that share the panels of a block. It gives enough tasks to all threads, and the shortest time
@@ -326,7 +324,7 @@ static const mha_target *find_target(const mha_projection *projection, size_t *p
 
 static copied_slice *copied_by(const projection_tasks *j, size_t worker)
 {
-    return (copied_slice *)(void *)(j->scratch + worker * j->scratch_bytes);
+    return (copied_slice *)(void *)mha_scratch_of(j->team, worker);
 }
 
 /* The block of a task, and the first of its panels. Of interleaved blocks, the first tasks of all come before the
@@ -368,16 +366,16 @@ static void run_task(void *context, size_t task, size_t worker)
     }
 }
 
-mha_status mha_project(const mha_kernels *kernels, const mha_projection *projections, size_t count, size_t threads,
-                       char *scratch, size_t scratch_bytes, mha_stop stop)
+mha_status mha_project(const mha_kernels *kernels, const mha_projection *projections, size_t count,
+                       const mha_team *team)
 {
-    projection_tasks j = {.kernels = kernels, .scratch = scratch, .scratch_bytes = scratch_bytes};
+    projection_tasks j = {.kernels = kernels, .team = team};
     size_t tasks = 0;
     for (size_t i = 0; i < count; i++) {
-        j.blockings[i] = choose_blocking(kernels, &projections[i], threads);
+        j.blockings[i] = choose_blocking(kernels, &projections[i], team->threads);
         tasks += j.blockings[i].tasks;
     }
-    for (size_t worker = 0; worker < threads; worker++)
+    for (size_t worker = 0; worker < team->threads; worker++)
         copied_by(&j, worker)->blocking = NULL;
-    return mha_parallel_for(threads, tasks, run_task, &j, stop);
+    return mha_parallel_for(team, tasks, run_task, &j);
 }

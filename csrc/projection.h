@@ -6,6 +6,7 @@
 #define MHA_PROJECTION_H
 
 #include "panels.h"
+#include "threads.h"
 
 enum { MHA_TARGETS = 3 };
 
@@ -41,8 +42,8 @@ void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t siz
 /* Bytes of scratch that each thread needs for any of these projections. */
 size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *projections, size_t count);
 
-/* Runs `count` projections together. `scratch` has scratch_bytes for each thread. */
-mha_status mha_project(const mha_kernels *kernels, const mha_projection *projections, size_t count, size_t threads,
-                       char *scratch, size_t scratch_bytes, mha_stop stop);
+/* Runs `count` projections together. */
+mha_status mha_project(const mha_kernels *kernels, const mha_projection *projections, size_t count,
+                       const mha_team *team);
 
 #endif

@@ -133,7 +133,7 @@ static mha_attention describe_attention(const sdpa *s)
         .scale = call->scale,
         .live = &s->live, .rules = &s->rules, .empty_row = MHA_EMPTY_ROW_ZERO,
         .dropout_p = call->dropout_p,
-        .threads = call->threads, .scratch_bytes = s->at.scratch_bytes, .stop = call->stop,
+        .team = {.threads = call->threads, .stop = call->stop, .scratch_bytes = s->at.scratch_bytes},
     };
     mha_split_queries(&attention);
     if (!s->workspace)
@@ -142,7 +142,7 @@ static mha_attention describe_attention(const sdpa *s)
     attention.k = describe_rows(s, &call->key, s->at.k);
     attention.v = describe_rows(s, &call->value, s->at.v);
     attention.context = describe_rows(s, &call->output, s->at.context);
-    attention.scratch = s->workspace + s->at.scratch;
+    attention.team.scratch = s->workspace + s->at.scratch;
     mha_dropout_key(call->dropout_seed, 0, attention.dropout_key);
     if (call->D == 0) { /* every score is 0, as with one feature that is always 0 */
         attention.q = attention.k = (mha_rows){s->workspace + s->at.zeros, 0, 0, 0, NULL};
