@@ -286,9 +286,13 @@ def random_module(torch, module):
     return module
 
 
+def transformers_library():
+    pytest.importorskip("torchvision_operators")  # before transformers, which needs them
+    return pytest.importorskip("transformers")
+
+
 def configuration(name, **arguments):
-    transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, name)(**arguments)
+    config = getattr(transformers_library(), name)(**arguments)
     config._attn_implementation = "eager"
     return config
 
@@ -454,12 +458,11 @@ def test_the_loaded_layer_computes_what_the_model_does(torch, name):
 @pytest.mark.parametrize("name", ["ViT", "DeiT", "Dinov2"])
 def test_vision_models_of_hugging_face(torch, tmp_path, name):
     """From the file that save_pretrained writes, with its config.json; and from the model, whose names differ."""
-    transformers = pytest.importorskip("transformers")
     config = configuration(
         f"{name}Config", hidden_size=E, num_attention_heads=H, num_hidden_layers=2, intermediate_size=8, image_size=8,
         patch_size=4,
     )  # fmt: skip
-    model = random_module(torch, getattr(transformers, f"{name}Model")(config))
+    model = random_module(torch, getattr(transformers_library(), f"{name}Model")(config))
     attention = [module for path, module in model.named_modules() if path.endswith("1.attention")][0]
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
