@@ -400,53 +400,59 @@ def sam(torch):
     return module, config, lambda x: module(x[:, :, None])[0][:, :, 0]
 
 
-def clip_pool(torch):
-    """CLIP's attention pool as OpenAI published it, asked for each token instead of for their mean."""
-
-    class AttentionPool2d(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.positional_embedding = torch.nn.Parameter(torch.zeros(6, E))
-            self.k_proj, self.q_proj, self.v_proj = (torch.nn.Linear(E, E) for _ in range(3))
-            self.c_proj = torch.nn.Linear(E, 10)
-
-        def forward(self, x):
-            x = x.transpose(0, 1)
-            return torch.nn.functional.multi_head_attention_forward(
-                x, x, x, E, H, None, torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias]), None, None,
-                False, 0, self.c_proj.weight, self.c_proj.bias, use_separate_proj_weight=True, training=False,
-                need_weights=False, q_proj_weight=self.q_proj.weight, k_proj_weight=self.k_proj.weight,
-                v_proj_weight=self.v_proj.weight,
-            )[0].transpose(0, 1)  # fmt: skip
-
-    module = AttentionPool2d()
-    return module, None, module
+def xlm(torch):
+    config = configuration("XLMConfig", emb_dim=E, n_heads=H)
+    module = attention_class("xlm", "MultiHeadAttention")(H, E, config)
+    return module, config, lambda x: module(x, torch.ones(2, 5))[0]
 
 
-def by_heads(torch, q, k, v):
-    """softmax(q kᵀ / sqrt(head_dim)) v, for each of H heads."""
-    q, k, v = (x.unflatten(-1, (H, -1)).transpose(1, 2) for x in (q, k, v))
-    weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
-    return (weights @ v).transpose(1, 2).flatten(2)
-
-
-def of_linears(torch, bias, **widths):
-    """The forward of lucidrains' modules: projections, attention, output."""
-    module = torch.nn.Module()
-    for name, out in widths.items():
-        linear = torch.nn.Linear(E, out, bias=bias or name == "to_out")
-        setattr(module, name, torch.nn.Sequential(linear, torch.nn.Dropout(0.0)) if name == "to_out" else linear)
-
-    def forward(x):
-        projected = torch.cat([getattr(module, name)(x) for name in widths if name != "to_out"], -1)
-        return module.to_out(by_heads(torch, *projected.chunk(3, -1)))
-
-    return module, None, forward
+def grounding_dino(torch):
+    config = configuration("GroundingDinoConfig", d_model=E, encoder_attention_heads=H, decoder_attention_heads=H)
+    module = attention_class("grounding_dino", "GroundingDinoMultiheadAttention")(config, num_attention_heads=H)
+    return module, config, lambda x: module(x, x, x)[0]
 
 
 def timm(torch):
-    module = torch.nn.ModuleDict({"qkv": torch.nn.Linear(E, 3 * E, bias=False), "proj": torch.nn.Linear(E, E)})
-    return module, None, lambda x: module["proj"](by_heads(torch, *module["qkv"](x).chunk(3, -1)))
+    module = pytest.importorskip("timm.layers").Attention(E, H)
+    return module, None, module
+
+
+def pvt(torch):
+    module = pytest.importorskip("timm.models.pvt_v2").Attention(E, H)
+    return module, None, lambda x: module(x, (1, 5))
+
+
+def x_transformers(torch):
+    module = pytest.importorskip("x_transformers.x_transformers").Attention(E, dim_head=5, heads=H)
+    return module, None, module
+
+
+def vit_pytorch(torch):
+    pytest.importorskip("torchvision_operators")
+    module = pytest.importorskip("vit_pytorch.vit").Attention(E, H, 5)
+    without_norm = copy.copy(module)
+    without_norm._modules = {**module._modules, "norm": torch.nn.Identity()}
+    return module, None, without_norm
+
+
+def diffusers(torch):
+    pytest.importorskip("torchvision_operators")
+    module = pytest.importorskip("diffusers.models.attention_processor").Attention(E, heads=H, dim_head=5)
+    return module, None, module
+
+
+def conformer(torch):
+    """Without its relative positions, which are refused."""
+    module = pytest.importorskip("conformer.conformer").Attention(E, heads=H, dim_head=5)
+    without = torch.nn.Module()
+    without.to_q, without.to_kv, without.to_out = module.to_q, module.to_kv, module.to_out
+
+    def forward(x):
+        with torch.no_grad():
+            module.double().rel_pos_emb.weight.zero_()
+        return module(x)
+
+    return without, None, forward
 
 
 MODELS = {
@@ -464,11 +470,14 @@ MODELS = {
     "BLIP": lambda torch: vision(torch, "blip", "BlipAttention", "BlipVisionConfig"),
     "SAM": sam,
     "GPT-2": gpt2,
-    "CLIP's pool": clip_pool,
-    "vit-pytorch": lambda torch: of_linears(torch, False, to_qkv=3 * E, to_out=E),
-    "x-transformers": lambda torch: of_linears(torch, False, to_q=E, to_k=E, to_v=E, to_out=E),
-    "conformer": lambda torch: of_linears(torch, True, to_q=E, to_kv=2 * E, to_out=E),
+    "XLM": xlm,
+    "Grounding DINO": grounding_dino,
     "timm": timm,
+    "PVT": pvt,
+    "x-transformers": x_transformers,
+    "vit-pytorch": vit_pytorch,
+    "diffusers": diffusers,
+    "conformer": conformer,
 }
 
 
@@ -513,6 +522,39 @@ def test_vision_models_of_hugging_face(torch, tmp_path, name):
         assert_computes_the_same(torch, loaded, lambda x: attention(x)[0])
 
 
+def test_the_attention_pool_of_clip(torch):
+    """Its query is the mean of all tokens, and its output has a width of its own."""
+    pytest.importorskip("torchvision_operators")
+    module = pytest.importorskip("open_clip.modified_resnet").AttentionPool2d(2, E, H, 10)
+    loaded = from_state_dict(random_module(torch, module).state_dict(), num_heads=H).eval()
+    image = normal((3, E, 2, 2), "float64")
+    tokens = image.reshape(3, E, 4).transpose(2, 0, 1)
+    tokens = np.concatenate([tokens.mean(0, keepdims=True), tokens])
+    tokens = tokens + module.positional_embedding.detach().numpy()[:, None]
+    expected = module(torch.from_numpy(image)).detach()
+    np.testing.assert_allclose(loaded(tokens[:1], tokens, tokens)[0][0], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_keras(torch, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    for bias in True, False:
+        module = keras.layers.MultiHeadAttention(H, 5, value_dim=7, use_bias=bias, output_shape=10, dtype="float64")
+        module.build((2, 5, E), (2, 6, E), (2, 6, E))
+        for n, weight in enumerate(module.weights):
+            weight.assign(normal(tuple(weight.shape), "float64", n) / math.sqrt(E))
+        loaded = from_state_dict({w.path: w.value for w in module.weights}, batch_first=True).eval()
+        x, y, z = normal((2, 5, E), "float64"), normal((2, 6, E), "float64", 1), normal((2, 6, E), "float64", 2)
+        expected = module(x, value=z, key=y).detach()
+        np.testing.assert_allclose(loaded(x, y, z)[0], expected, rtol=0, atol=4 * np.finfo("float32").eps)
+
+
+def test_conformers_are_refused(torch):
+    module = pytest.importorskip("conformer.conformer").Attention(E, heads=H, dim_head=5)
+    kind, words = error_of(module.state_dict(), num_heads=H)
+    assert kind is NotImplementedError and "(bias: " in words
+
+
 def test_models_whose_positions_are_left_out(torch):
     """Models that are refused, with the rotations and biases that this version lacks set to none."""
     llama = configuration("LlamaConfig", hidden_size=E, num_attention_heads=H, num_key_value_heads=2)
@@ -521,12 +563,15 @@ def test_models_whose_positions_are_left_out(torch):
     falcon = configuration("FalconConfig", hidden_size=E, num_attention_heads=H, num_kv_heads=2, alibi=True, bias=True,
                            new_decoder_architecture=True)
     mpt = configuration("MptConfig", d_model=E, n_heads=H)
-    still = {width: (torch.ones(1, 5, width).double(), torch.zeros(1, 5, width).double()) for width in (2, 6)}
+    phi = configuration("PhiConfig", hidden_size=E, num_attention_heads=H)
+    phi3 = configuration("Phi3Config", hidden_size=E, num_attention_heads=H, num_key_value_heads=2, pad_token_id=0)
+    modern = configuration("ModernBertConfig", hidden_size=E, num_attention_heads=H)
+    still = {width: (torch.ones(1, 5, width).double(), torch.zeros(1, 5, width).double()) for width in (2, 3, 6)}
     nothing, no_alibi = torch.zeros(2, 5, E).double(), torch.zeros(2 * H, 1, 5).double()
     hidden = torch.zeros(2, 1, 5, 5).double()
-    fused = {"names": ("query_key_value", "dense"), "layout": "per_head", "strict": False}
+    fused = {"names": ("query_key_value", "dense"), "layout": "per_head"}
     for module, more, forward in (
-        (attention_class("llama", "LlamaAttention")(llama, layer_idx=0), {"names": table(DOUBTFUL)[0], "strict": False},
+        (attention_class("llama", "LlamaAttention")(llama, layer_idx=0), {"names": table(DOUBTFUL)[0]},
          lambda m, x: m(x, position_embeddings=still[6], attention_mask=None)[0]),
         (attention_class("gpt_neox", "GPTNeoXAttention")(neox, layer_idx=0), fused,
          lambda m, x: m(x, attention_mask=None, position_embeddings=still[2])[0]),
@@ -534,11 +579,18 @@ def test_models_whose_positions_are_left_out(torch):
          lambda m, x: m(x, nothing, no_alibi, hidden)[0]),
         (attention_class("falcon", "FalconAttention")(falcon, layer_idx=0), {**fused, "num_kv_heads": 2},
          lambda m, x: m(x, no_alibi, hidden)[0]),
-        (attention_class("mpt", "MptAttention")(mpt), {"names": ("Wqkv", "out_proj"), "strict": False},
+        (attention_class("mpt", "MptAttention")(mpt), {"names": ("Wqkv", "out_proj")},
          lambda m, x: m(x, torch.zeros(H, 5, 5).double())[0]),
+        (attention_class("phi", "PhiAttention")(phi, layer_idx=0), {"names": table(DOUBTFUL)[1]},
+         lambda m, x: m(x, position_embeddings=still[3], attention_mask=None)[0]),
+        (attention_class("phi3", "Phi3Attention")(phi3, layer_idx=0), {"names": ("qkv_proj", "o_proj")},
+         lambda m, x: m(x, position_embeddings=still[6], attention_mask=None)[0]),
+        (attention_class("modernbert", "ModernBertAttention")(modern, layer_idx=0), {"names": ("Wqkv", "Wo")},
+         lambda m, x: m(x, position_embeddings=still[6])[0]),
     ):  # fmt: skip
         module = random_module(torch, module)
-        loaded = from_state_dict(module.state_dict(), num_heads=H, batch_first=True, **more)
+        assert error_of(module.state_dict(), num_heads=H, layout="per_head")[0] is NotImplementedError
+        loaded = from_state_dict(module.state_dict(), num_heads=H, strict=False, batch_first=True, **more)
         assert_computes_the_same(torch, loaded, lambda x: forward(module, x))
 
 
