@@ -67,7 +67,8 @@ class _Parameter(property):
         def replace(layer: "MultiheadAttention", value: Any) -> None:
             layer._assign(name, value)
 
-        super().__init__(read, replace, doc=doc)
+        super().__init__(read, replace)
+        self.__doc__ = doc  # before Python 3.12, property's own argument for it does nothing in a subclass
 
     if TYPE_CHECKING:
 
