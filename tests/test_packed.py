@@ -101,6 +101,8 @@ def test_another_tensor_in_the_same_memory():
     assert other._version == weight._version == 1 and other.data_ptr() == weight.data_ptr()
     source = packed._kept.sources["in_proj_weight"]
     assert source.is_now(weight) and not source.is_now(other)
+    weight.data = weight.data.view(torch.int32)
+    assert not source.is_now(weight)
 
 
 def test_what_cannot_be_packed():
