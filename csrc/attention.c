@@ -21,8 +21,6 @@
 #include <math.h>
 #include <string.h>
 
-#include "workspace.h"
-
 enum {
     MAX_TASK_PANELS = 4,      /* panels that read keys and values, or the mask, together */
     MAX_PANEL_BYTES = 131072, /* of all panels of a task, unless a single panel is larger */
@@ -46,14 +44,6 @@ typedef struct {
     char *kept;    /* [keys of all blocks][P]: the scores, if probabilities are made from them; otherwise NULL */
 } state;
 
-/* Offsets into a thread's scratch, in bytes. There is a state for each panel. */
-typedef struct {
-    size_t scores, bias; /* [block][P] */
-    size_t rows;         /* [P][block] */
-    size_t states, queries, out, maximum, sum, factor, kept, probabilities, state_bytes;
-    size_t end;
-} scratch_offsets;
-
 /* What the probabilities of some key blocks are made with, for one panel of queries. */
 typedef struct {
     size_t n, first_head, heads;
@@ -64,17 +54,6 @@ typedef struct {
     char *bias;          /* [block][P]: what masks add to the scores */
     char *rows;          /* [P][block]: transposed probabilities */
 } average;
-
-typedef struct {
-    const mha_attention *a;
-    scratch_offsets at;
-    size_t shared;      /* query heads per key/value head */
-    size_t heads;       /* heads of a bundle: tasks share out their panels */
-    size_t bundles;     /* bundles of all items */
-    size_t task_panels; /* panels of a task in the first pass */
-    size_t groups;      /* tasks of a bundle, or of the heads whose probabilities are averaged */
-    size_t segments;    /* tasks of a panel in the second pass */
-} attention_tasks;
 
 /* Lanes of the widest panel of L queries. */
 static size_t widest_panel(const mha_attention *a)
@@ -106,12 +85,12 @@ static size_t max_task_panels(const mha_attention *a)
 /* Keys of the largest possible block. S is an upper bound of the live keys of an item. */
 static size_t max_block_keys(const mha_attention *a)
 {
-    return mha_smaller(MHA_BLOCK_KEYS, a->live->S > a->live->extra ? a->live->S : a->live->extra);
+    return mha_smaller(MHA_BLOCK_KEYS, mha_larger(a->batch->S, a->batch->extra));
 }
 
 static size_t max_blocks(const mha_attention *a)
 {
-    return mha_divide_up(a->live->S, MHA_BLOCK_KEYS) + (a->live->extra > 0);
+    return mha_divide_up(a->batch->S, MHA_BLOCK_KEYS) + (a->batch->extra > 0);
 }
 
 /* The number of heads whose probabilities are averaged. */
@@ -133,7 +112,7 @@ static size_t block_bytes(const mha_attention *a, size_t vectors)
 
 static size_t averages_of_call(const mha_attention *a)
 {
-    return a->N * averages_of_item(a);
+    return a->batch->count * averages_of_item(a);
 }
 
 /* Panels of the whole call, where a task takes a panel through all heads that are averaged. */
@@ -147,7 +126,7 @@ static size_t panels_of_averages(const mha_attention *a)
 static size_t even_parts(const mha_attention *a, size_t min, size_t max)
 {
     size_t parts = min;
-    while (parts < max && averages_of_call(a) * parts % a->team.threads > 0)
+    while (parts < max && averages_of_call(a) * parts % a->team->threads > 0)
         parts++; /* with 11 tasks, one of two threads would wait */
     return parts;
 }
@@ -156,7 +135,7 @@ static size_t even_parts(const mha_attention *a, size_t min, size_t max)
 static bool are_panels_even(const mha_attention *a)
 {
     const size_t at_most = mha_divide_up(a->split.vectors, a->split.panels) * a->split.panels;
-    return panels_of_averages(a) % a->team.threads == 0 && at_most <= a->split.vectors * 7 / 5;
+    return panels_of_averages(a) % a->team->threads == 0 && at_most <= a->split.vectors * 7 / 5;
 }
 
 /* The most panels of a task that keeps its scores until probabilities are made from them, so that no score is computed
@@ -167,28 +146,23 @@ static size_t max_kept_panels(const mha_attention *a)
         return 0;
     const size_t fitting_blocks = MAX_KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->size);
     const size_t fit = fitting_blocks / mha_larger(max_blocks(a), 1);
-    if (panels_of_averages(a) < 2 * a->team.threads && !are_panels_even(a))
+    if (panels_of_averages(a) < 2 * a->team->threads && !are_panels_even(a))
         return 0;
     return mha_smaller(mha_smaller(MAX_TASK_PANELS, fit), a->split.panels);
 }
 
 /* There are as few panels as possible, unless more of them make the tasks even. */
-void mha_split_queries(mha_attention *a)
+static void split_queries(mha_attention *a)
 {
     const mha_split fewest = mha_split_width(a->kernels, a->L);
     a->split = fewest;
-    if (!a->wanted || a->team.threads == 1 || panels_of_averages(a) >= MANY_TASKS_PER_THREAD * a->team.threads)
+    a->kept_panels = max_kept_panels(a);
+    if (!a->wanted || a->team->threads == 1 || panels_of_averages(a) >= MANY_TASKS_PER_THREAD * a->team->threads)
         return;
     a->split.panels = even_parts(a, fewest.panels, fewest.vectors);
     if (!are_panels_even(a) || max_kept_panels(a) == 0)
         a->split = fewest;
-}
-
-static char *row_at(const mha_attention *a, const mha_rows *rows, size_t n, size_t h, size_t l)
-{
-    const ptrdiff_t item = rows->items ? rows->items[n] : (ptrdiff_t)n * rows->stride_n;
-    const ptrdiff_t at = item + (ptrdiff_t)h * rows->stride_h + (ptrdiff_t)l * rows->stride_l;
-    return rows->data + at * (ptrdiff_t)a->kernels->size;
+    a->kept_panels = max_kept_panels(a);
 }
 
 /* ---- Scratch ---- */
@@ -200,34 +174,36 @@ static char *take(const mha_attention *a, char *base, mha_layout *layout, size_t
     return base ? base + offset : NULL;
 }
 
-static scratch_offsets plan_scratch(const mha_attention *a)
+/* Plans the scratch of the first pass, and returns its size. */
+static size_t plan_scratch(mha_attention *a)
 {
     const size_t P = widest_panel(a), keys = max_block_keys(a), size = a->kernels->size;
+    const size_t kept_keys = a->kept_panels > 0 ? max_blocks(a) * keys : 0;
+    mha_attention_scratch *at = &a->at;
     mha_layout layout = {0}, one = {0};
-    const size_t kept_panels = max_kept_panels(a), kept_keys = kept_panels > 0 ? max_blocks(a) * keys : 0;
-    scratch_offsets at = {.scores = mha_reserve(&layout, keys, P, size), .bias = mha_reserve(&layout, keys, P, size)};
-    at.rows = mha_reserve(&layout, kept_panels > 0 ? P : 0, MHA_BLOCK_KEYS, size);
-    at.states = layout.bytes;
-    at.queries = mha_reserve(&one, a->D, P, size);
-    at.out = mha_reserve(&one, a->Dv, P, size);
-    at.maximum = mha_reserve(&one, 1, P, size);
-    at.sum = mha_reserve(&one, 1, P, size);
-    at.factor = mha_reserve(&one, 1, P, size);
-    at.kept = mha_reserve(&one, kept_keys, P, size);
-    at.probabilities = mha_reserve(&one, kept_keys, P, size);
-    at.state_bytes = one.bytes;
-    mha_reserve(&layout, kept_panels > 0 ? kept_panels : max_task_panels(a), one.bytes, 1);
-    at.end = layout.bytes;
-    return at;
+    at->scores = mha_reserve(&layout, keys, P, size);
+    at->bias = mha_reserve(&layout, keys, P, size);
+    at->rows = mha_reserve(&layout, a->kept_panels > 0 ? P : 0, MHA_BLOCK_KEYS, size);
+    at->states = layout.bytes;
+    at->queries = mha_reserve(&one, a->D, P, size);
+    at->out = mha_reserve(&one, a->Dv, P, size);
+    at->maximum = mha_reserve(&one, 1, P, size);
+    at->sum = mha_reserve(&one, 1, P, size);
+    at->factor = mha_reserve(&one, 1, P, size);
+    at->kept = mha_reserve(&one, kept_keys, P, size);
+    at->probabilities = mha_reserve(&one, kept_keys, P, size);
+    at->state_bytes = one.bytes;
+    mha_reserve(&layout, a->kept_panels > 0 ? a->kept_panels : max_task_panels(a), one.bytes, 1);
+    return layout.bytes;
 }
 
-static char *memory_of_state(const scratch_offsets *at, char *scratch, size_t i)
+static char *memory_of_state(const mha_attention_scratch *at, char *scratch, size_t i)
 {
     return scratch + at->states + i * at->state_bytes;
 }
 
 /* The state is filled in where it stays: a copy would wait for the stores to reach the cache. */
-static void set_up_state(const scratch_offsets *at, char *scratch, size_t i, state *s)
+static void set_up_state(const mha_attention_scratch *at, char *scratch, size_t i, state *s)
 {
     char *base = memory_of_state(at, scratch, i);
     s->queries = base + at->queries;
@@ -251,22 +227,9 @@ static void take_average(const mha_attention *a, char *base, mha_layout *layout,
     w->rows = take(a, base, layout, P, MHA_BLOCK_KEYS);
 }
 
-size_t mha_attention_scratch(const mha_attention *a)
-{
-    mha_layout second = {0};
-    if (a->wanted && max_kept_panels(a) == 0)
-        take_average(a, NULL, &second, &(average){0});
-    return mha_larger(plan_scratch(a).end, second.bytes);
-}
-
 static size_t statistics_of_a_head(const mha_attention *a)
 {
     return a->split.vectors * a->kernels->lanes;
-}
-
-size_t mha_attention_statistics(const mha_attention *a)
-{
-    return a->N * a->H * statistics_of_a_head(a);
 }
 
 static size_t statistics_offset(const mha_attention *a, size_t n, size_t h, mha_panel lanes)
@@ -278,25 +241,25 @@ static size_t statistics_offset(const mha_attention *a, size_t n, size_t h, mha_
 
 static void pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel lanes, char *queries)
 {
-    a->kernels->pack_panel(row_at(a, &a->q, n, h, lanes.first), (size_t)a->q.stride_l, lanes.count, a->D, a->scale,
-                           queries, lanes.vectors);
+    a->kernels->pack_panel(mha_row_at(&a->q, n, h, lanes.first), (size_t)mha_row_numbers(&a->q), lanes.count, a->D,
+                           a->rules->scale, queries, lanes.vectors);
 }
 
-static char *keys_of(const mha_attention *a, size_t n, const mha_key_block *block, size_t hkv)
+static const mha_rows *keys_of(const mha_attention *a, const mha_key_block *block)
 {
-    return row_at(a, block->is_extra ? &a->extra_k : &a->k, n, hkv, block->first_row);
+    return block->is_extra ? &a->extra_k : &a->k;
 }
 
-static char *values_of(const mha_attention *a, size_t n, const mha_key_block *block, size_t hkv)
+static const mha_rows *values_of(const mha_attention *a, const mha_key_block *block)
 {
-    return row_at(a, block->is_extra ? &a->extra_v : &a->v, n, hkv, block->first_row);
+    return block->is_extra ? &a->extra_v : &a->v;
 }
 
 static mha_visible apply_rules(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
                                char *bias)
 {
     const mha_lanes of_head = {h, 1, lanes.first, lanes.count, lanes.vectors};
-    return mha_apply_rules(a->kernels, a->rules, n, &of_head, block, bias);
+    return mha_apply_rules(a->kernels, a->rules, mha_number_of(a->batch, n), &of_head, block, bias);
 }
 
 /* scores[key][lane] of the visible keys. The bias is added last, if there is one. Chains have at most MHA_CHAIN
@@ -307,8 +270,9 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
-    mha_product product = {.rows = visible.keys, .vectors = lanes.vectors, .a = keys_of(a, n, block, hkv),
-                           .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1, .b = queries, .b_k = P,
+    const mha_rows *keys = keys_of(a, block);
+    mha_product product = {.rows = visible.keys, .vectors = lanes.vectors, .a = mha_row_at(keys, n, hkv, block->first),
+                           .a_row = mha_row_numbers(keys), .a_k = 1, .b = queries, .b_k = P,
                            .addend = visible.is_biased && a->D <= MHA_CHAIN ? bias : NULL, .addend_row = P,
                            .c = scores, .c_row = P, .prefetch = prefetch};
     mha_multiply_chained(kernels, &product, a->D);
@@ -329,10 +293,10 @@ static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes
                      size_t keys, char *probabilities)
 {
     const mha_dropout_block dropout = {
-        .key = a->dropout_key,
-        .threshold = (uint64_t)((1 - a->dropout_p) * 4294967296.0),
-        .scale = 1 / (1 - a->dropout_p),
-        .n = a->first_item + n, .h = h, .first_query = lanes.first,
+        .key = a->rules->dropout_key,
+        .threshold = (uint64_t)((1 - a->rules->dropout_p) * 4294967296.0),
+        .scale = 1 / (1 - a->rules->dropout_p),
+        .n = mha_number_of(a->batch, n), .h = h, .first_query = lanes.first,
         .index = block->index, .first_key = block->first_key,
     };
     a->kernels->dropout(probabilities, keys, lanes.vectors, lanes.count, &dropout);
@@ -346,14 +310,13 @@ static void begin(const mha_attention *a, size_t n, state *s)
     a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
 }
 
-/* What the product of this panel prefetches of the next block: its share of the rows that begin at `first`. The
- * hardware would start too late, or not at all where rows are on different pages. */
-static mha_prefetch prefetch_share(const mha_attention *a, const state *s, const mha_rows *x, const char *first,
-                                   size_t rows, size_t width)
+/* What the product of this panel prefetches of the next block of x: its share of the rows. The hardware would start too
+ * late, or not at all where rows are on different pages. */
+static mha_prefetch prefetch_share(const mha_attention *a, const state *s, const mha_rows *x, size_t n,
+                                   const mha_key_block *next, size_t width)
 {
-    const ptrdiff_t stride = x->stride_l * (ptrdiff_t)a->kernels->size;
-    const size_t begin = rows * s->share / s->sharers, end = rows * (s->share + 1) / s->sharers;
-    return (mha_prefetch){first + (ptrdiff_t)begin * stride, end - begin, width * a->kernels->size, stride};
+    const size_t begin = next->keys * s->share / s->sharers, end = next->keys * (s->share + 1) / s->sharers;
+    return (mha_prefetch){mha_row_at(x, n, s->hkv, next->first + begin), end - begin, width * a->kernels->size, x->row};
 }
 
 static void step(const mha_attention *a, size_t n, state *s, const mha_key_block *block, const mha_key_block *next,
@@ -367,16 +330,17 @@ static void step(const mha_attention *a, size_t n, state *s, const mha_key_block
     if (visible.keys == 0) /* hidden keys would change nothing: their probability is 0, and the maximum stays */
         return;
     if (next) {
-        prefetch_keys = prefetch_share(a, s, &a->k, keys_of(a, n, next, s->hkv), next->keys, a->D);
-        prefetch_values = prefetch_share(a, s, &a->v, values_of(a, n, next, s->hkv), next->keys, a->Dv);
+        prefetch_keys = prefetch_share(a, s, keys_of(a, next), n, next, a->D);
+        prefetch_values = prefetch_share(a, s, values_of(a, next), n, next, a->Dv);
     }
     score(a, n, s->hkv, s->lanes, block, visible, s->queries, bias, scores, next ? &prefetch_keys : NULL);
     kernels->softmax_step(scores, visible.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
-    if (a->dropout_p > 0)
+    if (a->rules->dropout_p > 0)
         drop_out(a, n, s->h, s->lanes, block, visible.keys, exps);
+    const mha_rows *values = values_of(a, block);
     const mha_product product = {.rows = a->Dv, .depth = visible.keys, .vectors = s->lanes.vectors,
-                                 .a = values_of(a, n, block, s->hkv), .a_row = 1,
-                                 .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = exps, .b_k = P,
+                                 .a = mha_row_at(values, n, s->hkv, block->first), .a_row = 1,
+                                 .a_k = mha_row_numbers(values), .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
                                  .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
     kernels->product(&product);
@@ -388,12 +352,12 @@ static void finish(const mha_attention *a, size_t n, const state *s)
     const mha_kernels *kernels = a->kernels;
     char *inverse = s->factor;
     /* An item without any key gives 0, as in torch. NaN is for keys that are all hidden. */
-    const mha_empty_row empty_row = a->live->S + a->live->extra > 0 ? a->empty_row : MHA_EMPTY_ROW_ZERO;
+    const mha_empty_row empty_row = a->batch->S + a->batch->extra > 0 ? a->rules->empty_row : MHA_EMPTY_ROW_ZERO;
     if (s->is_empty)
         kernels->fill(s->out, a->Dv * s->lanes.vectors * kernels->lanes, 0);
     kernels->softmax_end(s->sum, inverse, s->lanes.vectors, empty_row);
     kernels->unpack_panel(s->out, s->lanes.vectors, inverse, s->lanes.count, a->Dv,
-                          row_at(a, &a->context, n, s->h, s->lanes.first), (size_t)a->context.stride_l);
+                          mha_row_at(&a->context, n, s->h, s->lanes.first), (size_t)mha_row_numbers(&a->context));
     if (a->wanted) {
         const size_t at = statistics_offset(a, n, s->h, s->lanes);
         const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->size;
@@ -418,7 +382,7 @@ static void count_sharers(state *states, size_t panels)
  * is to be stopped. */
 static bool attend(const mha_attention *a, size_t n, state *states, size_t panels, char *exps, char *bias)
 {
-    const size_t blocks = mha_key_blocks(a->live, n);
+    const size_t blocks = mha_key_blocks(a->batch, n);
     if (blocks > 1) /* otherwise no block is prefetched */
         count_sharers(states, panels);
     for (size_t i = 0; i < panels; i++)
@@ -427,11 +391,11 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
     size_t features = 0; /* since the last poll */
     mha_key_block two[2];
     if (blocks > 0)
-        mha_key_block_at(a->live, n, 0, &two[0]);
+        mha_key_block_at(a->batch, n, 0, &two[0]);
     for (size_t b = 0; b < blocks; b++) {
         const mha_key_block *block = &two[b % 2], *next = NULL;
         if (b + 1 < blocks) {
-            mha_key_block_at(a->live, n, b + 1, &two[(b + 1) % 2]);
+            mha_key_block_at(a->batch, n, b + 1, &two[(b + 1) % 2]);
             next = &two[(b + 1) % 2];
         }
         mha_visible visible = {0};
@@ -454,29 +418,26 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
 
 static void attend_task(void *context, size_t task, size_t worker)
 {
-    const attention_tasks *j = context;
-    const mha_attention *a = j->a;
-    char *base = mha_scratch_of(&a->team, worker);
+    const mha_attention *a = context;
+    char *base = mha_scratch_of(a->team, worker);
     state states[MAX_TASK_PANELS];
     /* The last queries come first, because under a causal mask they see the most keys. */
-    const size_t group = j->groups - 1 - task / j->bundles, bundle = task % j->bundles;
-    const size_t first_head = bundle * j->heads % a->H, n = bundle * j->heads / a->H;
-    if (a->live->is_few[n])
-        return;
-    const size_t first = group * j->task_panels;
-    const size_t panels = mha_smaller(j->task_panels, j->heads * a->split.panels - first);
-    size_t head = first % j->heads, panel = first / j->heads;
+    const size_t group = a->groups - 1 - task / a->bundles, bundle = task % a->bundles;
+    const size_t first_head = bundle * a->heads % a->H, n = bundle * a->heads / a->H;
+    const size_t first = group * a->task_panels;
+    const size_t panels = mha_smaller(a->task_panels, a->heads * a->split.panels - first);
+    size_t head = first % a->heads, panel = first / a->heads;
     for (size_t i = 0; i < panels; i++) {
-        set_up_state(&j->at, base, i, &states[i]);
+        set_up_state(&a->at, base, i, &states[i]);
         states[i].h = first_head + head;
-        states[i].hkv = states[i].h / j->shared;
+        states[i].hkv = states[i].h / (a->H / a->Hkv);
         states[i].lanes = mha_panel_at(&a->split, panel);
-        if (++head == j->heads) {
+        if (++head == a->heads) {
             head = 0;
             panel++;
         }
     }
-    attend(a, n, states, panels, base + j->at.scores, base + j->at.bias);
+    attend(a, n, states, panels, base + a->at.scores, base + a->at.bias);
 }
 
 /* ---- Probabilities ----
@@ -484,11 +445,6 @@ static void attend_task(void *context, size_t task, size_t worker)
  * Once maximum and sum are known, scores become probabilities. The probabilities of all heads are added in order, so
  * that a matrix (N, H, L, S) does not exist where averages are wanted. The scores are those that the first pass kept.
  * If it could not keep them, a second pass computes them again, to the same bits. */
-
-static size_t probability_columns(const mha_attention *a)
-{
-    return a->live->S + a->live->extra;
-}
 
 /* Turns scores of one head and block into probabilities, and adds them to the probabilities of the heads before, unless
  * both are the same array. If scores are wanted, they stay as they are. */
@@ -500,7 +456,7 @@ static void add_probabilities(const mha_attention *a, const average *w, size_t h
         return;
     const size_t at = statistics_offset(a, w->n, h, w->lanes);
     kernels->softmax_probabilities(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
-    if (a->dropout_p > 0)
+    if (a->rules->dropout_p > 0)
         drop_out(a, w->n, h, w->lanes, block, block->keys, scores);
     if (scores != probabilities)
         kernels->accumulate(probabilities, scores, block->keys * w->lanes.vectors * kernels->lanes);
@@ -516,8 +472,7 @@ static void score_again(const mha_attention *a, const average *w, size_t h, cons
 
 static char *probabilities_row(const mha_attention *a, const average *w, size_t lane)
 {
-    const size_t row = (w->n * averages_of_item(a) + w->first_head / w->heads) * a->L + w->lanes.first + lane;
-    return a->probabilities + row * probability_columns(a) * a->kernels->size;
+    return mha_row_at(&a->probabilities, w->n, w->first_head / w->heads, w->lanes.first + lane);
 }
 
 static void write_probabilities(const mha_attention *a, const average *w, const mha_key_block *block,
@@ -527,7 +482,7 @@ static void write_probabilities(const mha_attention *a, const average *w, const 
     const size_t size = kernels->size;
     if (!block->index) {
         kernels->unpack_panel(probabilities, w->lanes.vectors, w->factor, w->lanes.count, block->keys,
-                              probabilities_row(a, w, 0) + block->first_key * size, probability_columns(a));
+                              probabilities_row(a, w, 0) + block->first_key * size, (size_t)mha_row_numbers(&a->probabilities));
         return;
     }
     kernels->unpack_panel(probabilities, w->lanes.vectors, w->factor, w->lanes.count, block->keys, w->rows,
@@ -550,7 +505,7 @@ static void write_removed(const mha_attention *a, const average *w)
         add_probabilities(a, w, h, &one, scores, w->probabilities);
     }
     kernels->unpack_panel(w->probabilities, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
-    for (size_t s = mha_next_removed(a->live, w->n, 0); s < a->live->S; s = mha_next_removed(a->live, w->n, s + 1))
+    for (size_t s = mha_next_removed(a->batch, w->n, 0); s < a->batch->S; s = mha_next_removed(a->batch, w->n, s + 1))
         for (size_t lane = 0; lane < w->lanes.count; lane++)
             memcpy(probabilities_row(a, w, lane) + s * kernels->size, w->rows + lane * kernels->size, kernels->size);
 }
@@ -562,47 +517,44 @@ static void write_blocks(const mha_attention *a, const average *w, size_t first,
     a->kernels->fill(w->factor, w->lanes.vectors * a->kernels->lanes, 1 / (double)w->heads);
     for (size_t b = first; b < end; b++) {
         mha_key_block block;
-        mha_key_block_at(a->live, w->n, b, &block);
+        mha_key_block_at(a->batch, w->n, b, &block);
         write_probabilities(a, w, &block, w->probabilities + (b - first) * block_bytes(a, w->lanes.vectors));
     }
-    if (first == 0 && a->live->index)
+    if (first == 0 && a->batch->index)
         write_removed(a, w);
 }
 
 /* Takes some panels of an item through all heads that are averaged: their context, then their probabilities. */
 static void attend_and_write_task(void *context, size_t task, size_t worker)
 {
-    const attention_tasks *j = context;
-    const mha_attention *a = j->a;
-    char *base = mha_scratch_of(&a->team, worker), *scores = base + j->at.scores;
+    const mha_attention *a = context;
+    char *base = mha_scratch_of(a->team, worker), *scores = base + a->at.scores;
     const size_t heads = averaged_heads(a), averages = averages_of_call(a);
     const size_t n = task % averages / averages_of_item(a);
     const size_t first_head = task % averages % averages_of_item(a) * heads;
-    const size_t group = j->groups - 1 - task / averages, first = group * a->split.panels / j->groups;
-    const size_t panels = (group + 1) * a->split.panels / j->groups - first, blocks = mha_key_blocks(a->live, n);
+    const size_t group = a->groups - 1 - task / averages, first = group * a->split.panels / a->groups;
+    const size_t panels = (group + 1) * a->split.panels / a->groups - first, blocks = mha_key_blocks(a->batch, n);
     state states[MAX_TASK_PANELS];
     average w[MAX_TASK_PANELS];
-    if (a->live->is_few[n])
-        return;
     for (size_t i = 0; i < panels; i++) {
-        char *memory = memory_of_state(&j->at, base, i);
+        char *memory = memory_of_state(&a->at, base, i);
         w[i] = (average){.n = n, .first_head = first_head, .heads = heads,
-                         .lanes = mha_panel_at(&a->split, first + i), .factor = memory + j->at.factor,
-                         .probabilities = memory + j->at.probabilities, .scores = scores, .rows = base + j->at.rows};
+                         .lanes = mha_panel_at(&a->split, first + i), .factor = memory + a->at.factor,
+                         .probabilities = memory + a->at.probabilities, .scores = scores, .rows = base + a->at.rows};
     }
     for (size_t h = first_head; h < first_head + heads; h++) {
         for (size_t i = 0; i < panels; i++) {
-            set_up_state(&j->at, base, i, &states[i]);
+            set_up_state(&a->at, base, i, &states[i]);
             states[i].h = h;
             states[i].hkv = h / (a->H / a->Hkv);
             states[i].lanes = w[i].lanes;
-            states[i].kept = h == first_head ? w[i].probabilities : memory_of_state(&j->at, base, i) + j->at.kept;
+            states[i].kept = h == first_head ? w[i].probabilities : memory_of_state(&a->at, base, i) + a->at.kept;
         }
-        if (!attend(a, n, states, panels, scores, base + j->at.bias))
+        if (!attend(a, n, states, panels, scores, base + a->at.bias))
             return;
         for (size_t b = 0; b < blocks; b++) {
             mha_key_block block;
-            mha_key_block_at(a->live, n, b, &block);
+            mha_key_block_at(a->batch, n, b, &block);
             for (size_t i = 0; i < panels; i++) {
                 const size_t at = b * block_bytes(a, states[i].lanes.vectors);
                 add_probabilities(a, &w[i], h, &block, states[i].kept + at, w[i].probabilities + at);
@@ -615,12 +567,11 @@ static void attend_and_write_task(void *context, size_t task, size_t worker)
 
 static void second_pass_task(void *context, size_t task, size_t worker)
 {
-    const attention_tasks *j = context;
-    const mha_attention *a = j->a;
-    char *base = mha_scratch_of(&a->team, worker);
+    const mha_attention *a = context;
+    char *base = mha_scratch_of(a->team, worker);
     mha_layout layout = {0};
     const size_t heads = averaged_heads(a);
-    const size_t segment = task % j->segments, panel = task / j->segments;
+    const size_t segment = task % a->segments, panel = task / a->segments;
     average w = {
         .n = panel / a->split.panels / averages_of_item(a),
         .first_head = panel / a->split.panels % averages_of_item(a) * heads,
@@ -628,15 +579,13 @@ static void second_pass_task(void *context, size_t task, size_t worker)
         .lanes = mha_panel_at(&a->split, panel % a->split.panels),
     };
     take_average(a, base, &layout, &w);
-    if (a->live->is_few[w.n])
-        return;
     const size_t first = segment * SEGMENT_BLOCKS;
-    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(a->live, w.n));
+    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(a->batch, w.n));
     for (size_t h = w.first_head; h < w.first_head + heads; h++) {
         pack_queries(a, w.n, h, w.lanes, w.queries);
         for (size_t b = first; b < end; b++) {
             mha_key_block block;
-            mha_key_block_at(a->live, w.n, b, &block);
+            mha_key_block_at(a->batch, w.n, b, &block);
             char *probabilities = w.probabilities + (b - first) * block_bytes(a, w.lanes.vectors);
             char *scores = h == w.first_head ? probabilities : w.scores;
             score_again(a, &w, h, &block, scores);
@@ -648,33 +597,49 @@ static void second_pass_task(void *context, size_t task, size_t worker)
 
 /* ---- Both passes ---- */
 
-/* Computes context and probabilities together. */
-static mha_status attend_and_write(const mha_attention *a, attention_tasks *j)
+static void choose_tasks(mha_attention *a)
 {
-    const size_t panels = a->split.panels;
-    const size_t wanted = mha_divide_up(panels_of_averages(a), TASKS_PER_THREAD * a->team.threads);
-    j->groups = even_parts(a, mha_divide_up(panels, mha_smaller(max_kept_panels(a), wanted)), panels);
-    return mha_parallel_for(&a->team, averages_of_call(a) * j->groups, attend_and_write_task, j);
+    const size_t threads = a->team->threads;
+    if (a->kept_panels > 0) {
+        const size_t panels = a->split.panels;
+        const size_t wanted = mha_divide_up(panels_of_averages(a), TASKS_PER_THREAD * threads);
+        a->groups = even_parts(a, mha_divide_up(panels, mha_smaller(a->kept_panels, wanted)), panels);
+        return;
+    }
+    a->heads = bundled_heads(a);
+    a->bundles = a->batch->count * a->H / a->heads;
+    const size_t panels = a->heads * a->split.panels;
+    a->task_panels = mha_smaller(max_task_panels(a), mha_divide_up(a->bundles * panels, TASKS_PER_THREAD * threads));
+    a->groups = mha_divide_up(panels, a->task_panels);
+    a->task_panels = mha_divide_up(panels, a->groups); /* for example 3 + 3 panels, not 4 + 2 */
+    a->segments = mha_divide_up(max_blocks(a), SEGMENT_BLOCKS);
+}
+
+size_t mha_plan_attention(mha_attention *a, mha_plan *plan)
+{
+    mha_layout second = {0};
+    split_queries(a);
+    choose_tasks(a);
+    const size_t first_pass = plan_scratch(a);
+    if (a->wanted) {
+        const size_t statistics = a->batch->count * a->H * statistics_of_a_head(a);
+        mha_place(plan, &a->maximum, statistics, 1, a->kernels->size);
+        mha_place(plan, &a->sum, statistics, 1, a->kernels->size);
+        if (a->kept_panels == 0)
+            take_average(a, NULL, &second, &(average){0});
+    }
+    return mha_larger(first_pass, second.bytes);
 }
 
 mha_status mha_attend(const mha_attention *a)
 {
-    attention_tasks j = {.a = a, .at = plan_scratch(a)};
-    if (max_kept_panels(a) > 0)
-        return attend_and_write(a, &j);
-    j.shared = a->H / a->Hkv;
-    j.heads = bundled_heads(a);
-    j.bundles = a->N * a->H / j.heads;
-    const size_t panels = j.heads * a->split.panels;
-    j.task_panels = mha_smaller(max_task_panels(a),
-                                mha_divide_up(j.bundles * panels, TASKS_PER_THREAD * a->team.threads));
-    j.groups = mha_divide_up(panels, j.task_panels);
-    j.task_panels = mha_divide_up(panels, j.groups); /* for example 3 + 3 panels, not 4 + 2 */
+    void *context = (void *)a;
+    if (a->kept_panels > 0)
+        return mha_parallel_for(a->team, averages_of_call(a) * a->groups, attend_and_write_task, context);
     mha_status status = MHA_OK;
     if (a->wanted != MHA_WANT_SCORES)
-        status = mha_parallel_for(&a->team, j.bundles * j.groups, attend_task, &j);
+        status = mha_parallel_for(a->team, a->bundles * a->groups, attend_task, context);
     if (status != MHA_OK || !a->wanted)
         return status;
-    j.segments = mha_divide_up(max_blocks(a), SEGMENT_BLOCKS);
-    return mha_parallel_for(&a->team, panels_of_averages(a) * j.segments, second_pass_task, &j);
+    return mha_parallel_for(a->team, panels_of_averages(a) * a->segments, second_pass_task, context);
 }
