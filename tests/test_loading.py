@@ -195,7 +195,7 @@ def test_names_of_models_that_compute_something_else(names):
     ids=str,
 )
 def test_where_models_use_the_names_of_others(names, prefix, option):
-    """GPT-J, GPT-Neo, Qwen2-VL and RoFormer have plain names, and nothing in a state dict but the place of the layer."""
+    """The names of GPT-J, GPT-Neo, Qwen2-VL and RoFormer are plain: only the place of the layer tells."""
     state = stored(layer(8, 4), names, prefix)
     for more in ({}, {"names": names}):
         kind, words = error_of(state, prefix, num_heads=4, **more)
