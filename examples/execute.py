@@ -22,6 +22,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar: it needs a running kernel
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
@@ -36,6 +37,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
     )
     client.execute()
     for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = smaller(output.data["image/png"])
