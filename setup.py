@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one extension module; everything else about the package stands in pyproject.toml.
+"""The extension module. All else about the package is in pyproject.toml.
 
-No flag names an instruction set: each file under csrc/kernels opens its own target region, and the module chooses
-among them when it is imported. Contraction stays off, so that every compiler gives the same bits. Without SLP
-vectorisation, structs are read as they were written: two words stored one by one and then loaded as one vector wait
-for the store to reach the cache, which was 5 % of a tiny call.
+No flag names an instruction set: each file under csrc/kernels opens a target region of its own, and the module chooses
+among them when it is imported. Contraction is off, so that every compiler gives the same bits. SLP vectorisation is
+off: otherwise gcc copies small structs with vector loads right after writing them member by member, and such loads
+cannot be forwarded from the store buffer.
 """
 
 import os

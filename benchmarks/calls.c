@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static size_t item_of(mha_dtype dtype)
+static size_t size_of(mha_dtype dtype)
 {
     return dtype == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
 }
@@ -23,7 +23,7 @@ void *allocate(size_t bytes)
 
 void *numbers(mha_dtype dtype, size_t count)
 {
-    void *x = allocate(count * item_of(dtype));
+    void *x = allocate(count * size_of(dtype));
     for (size_t i = 0; i < count; i++) {
         const double value = (double)(i * 2654435761u % 2001) / 1000 - 1;
         if (dtype == MHA_FLOAT32)
@@ -36,18 +36,18 @@ void *numbers(mha_dtype dtype, size_t count)
 
 static mha_array input(const described_call *c, size_t length, size_t features)
 {
-    const ptrdiff_t item = (ptrdiff_t)item_of(c->dtype), row = (ptrdiff_t)features * item;
-    return (mha_array){numbers(c->dtype, c->N * length * features), (ptrdiff_t)length * row, row, item};
+    const ptrdiff_t size = (ptrdiff_t)size_of(c->dtype), row = (ptrdiff_t)features * size;
+    return (mha_array){numbers(c->dtype, c->N * length * features), (ptrdiff_t)length * row, row, size};
 }
 
 static mha_mask attention_mask(const described_call *c)
 {
     if (c->attn == MHA_MASK_NONE)
         return (mha_mask){0};
-    const ptrdiff_t item = c->attn == MHA_MASK_FLOAT32 ? (ptrdiff_t)sizeof(float) : 1;
-    const ptrdiff_t row = (ptrdiff_t)c->S * item, matrix = (ptrdiff_t)c->L * row;
+    const ptrdiff_t size = c->attn == MHA_MASK_FLOAT32 ? (ptrdiff_t)sizeof(float) : 1;
+    const ptrdiff_t row = (ptrdiff_t)c->S * size, matrix = (ptrdiff_t)c->L * row;
     const size_t count = (c->per_head ? c->N * c->H : 1) * c->L * c->S;
-    mha_mask mask = {.kind = c->attn, .stride_l = row, .stride_s = item};
+    mha_mask mask = {.kind = c->attn, .stride_l = row, .stride_s = size};
     if (c->per_head) {
         mask.stride_n = (ptrdiff_t)c->H * matrix;
         mask.stride_h = matrix;
@@ -67,7 +67,7 @@ static mha_mask padding_mask(const described_call *c)
 {
     if (c->live[0] == 0)
         return (mha_mask){0};
-    if (c->N > MOST_ITEMS)
+    if (c->N > MAX_ITEMS)
         abort();
     char *hidden = allocate(c->N * c->S);
     for (size_t n = 0; n < c->N; n++)
@@ -75,7 +75,7 @@ static mha_mask padding_mask(const described_call *c)
     return (mha_mask){hidden, MHA_MASK_HIDE, (ptrdiff_t)c->S, 0, 0, 1};
 }
 
-static mha_weights *make_weights(const described_call *c)
+static mha_layer *make_layer(const described_call *c)
 {
     const size_t D = c->E / c->H, kv = c->Hkv * D;
     const mha_widths widths = {c->H, c->Hkv, D, D, c->E, c->Ek, c->Ev, c->E};
@@ -85,10 +85,10 @@ static mha_weights *make_weights(const described_call *c)
         .k_bias = numbers(c->dtype, kv), .v_bias = numbers(c->dtype, kv),
         .out_weight = numbers(c->dtype, c->E * c->E), .out_bias = numbers(c->dtype, c->E),
     };
-    mha_weights *weights = NULL;
-    if (mha_weights_create(&widths, c->dtype, &parameters, &weights) != MHA_OK)
+    mha_layer *layer = NULL;
+    if (mha_layer_create(&widths, c->dtype, &parameters, &layer) != MHA_OK)
         abort();
-    return weights;
+    return layer;
 }
 
 prepared_call prepare_call(const described_call *c)
@@ -99,9 +99,9 @@ prepared_call prepare_call(const described_call *c)
     const mha_call call = {
         .N = c->N, .L = c->L, .S = c->S, .query = query, .key = key, .value = value,
         .attn_mask = attention_mask(c), .key_padding_mask = padding_mask(c), .is_causal = c->is_causal,
-        .dropout_p = c->dropout_p, .output = allocate(c->N * c->L * c->E * item_of(c->dtype)),
-        .output_batch_first = true, .output_is_apart = true, .weights_wanted = c->wanted,
-        .attn_weights = allocate(c->N * c->L * c->S * item_of(c->dtype)), .threads = 1,
+        .dropout_p = c->dropout_p, .output = allocate(c->N * c->L * c->E * size_of(c->dtype)),
+        .output_batch_first = true, .output_is_apart = true, .wanted = c->wanted,
+        .attn_weights = allocate(c->N * c->L * c->S * size_of(c->dtype)), .threads = 1,
     };
-    return (prepared_call){make_weights(c), call};
+    return (prepared_call){make_layer(c), call};
 }

@@ -7,16 +7,16 @@
 
 #include "mha.h"
 
-enum { MOST_ITEMS = 64 };
+enum { MAX_ITEMS = 64 };
 
 typedef struct {
     size_t N, L, S, E, Ek, Ev, H, Hkv;
     mha_dtype dtype;
     mha_mask_kind attn; /* numbers, or one key of seven hidden; */
     bool per_head;      /* (N, H, L, S), else (L, S) */
-    size_t live[MOST_ITEMS]; /* keys of each item, a key_padding_mask hides the rest; first 0: no such mask */
+    size_t live[MAX_ITEMS]; /* keys of each item, a key_padding_mask hides the rest; first 0: no such mask */
     bool is_causal;
-    mha_weights_wanted wanted;
+    mha_wanted wanted;
     double dropout_p;
 } described_call;
 
@@ -29,7 +29,7 @@ void *numbers(mha_dtype dtype, size_t count);
 /* Inputs of a layer of its own, and the pass, on one thread. Query is key where L is S and the widths agree, and key is
  * value where the widths agree. Nothing is released: the process is about to end. */
 typedef struct {
-    mha_weights *weights;
+    mha_layer *layer;
     mha_call call;
 } prepared_call;
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from cases import Case, select
 from compiler import NoCompiler
 from peak import Peak
 from problem import make, reference, relative_error
-from workers import PeerError, Worker
+from workers import PeerError, Worker, one_cpu
 
 from mha_c.display.progress import progress, say
 
@@ -130,7 +128,7 @@ def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: E
             for threads in thread_counts:
                 with ExitStack() as stack:
                     if threads == 1:
-                        stack.enter_context(_one_cpu())
+                        stack.enter_context(one_cpu())
                     workers = _start(names, threads, stack, results)
                     for case in progress(cases, "case", f"{threads} thread{'s' * (threads > 1)}"):
                         done = measure_case(case, workers, threads, level, peak, effort)
@@ -140,20 +138,6 @@ def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: E
         except KeyboardInterrupt:
             results["interrupted"] = True
     return results
-
-
-@contextmanager
-def _one_cpu() -> Iterator[None]:
-    """Keeps this process and those that it starts on one CPU: neighbours can slow down one CPU and not the next."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    cpus = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cpus)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cpus)
 
 
 def _peak(level: str, folder: Path) -> Peak | None:

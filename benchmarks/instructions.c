@@ -16,7 +16,7 @@ static const struct {
     described_call call;
 } calls[] = {
     {"tiny", {3, 5, 5, 8, 8, 8, 4, 4, .dtype = MHA_FLOAT32}},
-    {"tiny with weights", {1, 16, 16, 64, 64, 64, 4, 4, .wanted = MHA_WEIGHTS_AVERAGED}},
+    {"tiny with weights", {1, 16, 16, 64, 64, 64, 4, 4, .wanted = MHA_WANT_AVERAGES}},
     {"short, 32 to a head", {1, 32, 32, 384, 384, 384, 12, 12, .dtype = MHA_FLOAT32}},
     {"encoder, 64 to a head", {1, 128, 128, 384, 384, 384, 6, 6, .dtype = MHA_FLOAT32}},
     {"ragged, 24 to a head", {3, 77, 77, 120, 120, 120, 5, 5, .dtype = MHA_FLOAT32}},
@@ -26,7 +26,7 @@ static const struct {
     {"float mask", {1, 128, 128, 128, 128, 128, 2, 2, .attn = MHA_MASK_FLOAT32}},
     {"boolean mask", {1, 128, 128, 128, 128, 128, 2, 2, .attn = MHA_MASK_HIDE}},
     {"few queries", {1, 1, 512, 256, 256, 256, 4, 4, .dtype = MHA_FLOAT32}},
-    {"averaged weights", {2, 64, 64, 128, 128, 128, 2, 2, .wanted = MHA_WEIGHTS_AVERAGED}},
+    {"averaged weights", {2, 64, 64, 128, 128, 128, 2, 2, .wanted = MHA_WANT_AVERAGES}},
     {"grouped heads", {1, 128, 128, 256, 256, 256, 4, 1, .dtype = MHA_FLOAT32}},
     {"dropout", {1, 64, 64, 128, 128, 128, 2, 2, .dropout_p = 0.1}},
     {"float64", {1, 96, 96, 128, 128, 128, 2, 2, .dtype = MHA_FLOAT64}},
@@ -36,7 +36,7 @@ enum { CALLS = sizeof calls / sizeof *calls };
 static mha_status make_call(const described_call *described)
 {
     const prepared_call prepared = prepare_call(described);
-    return mha_forward(prepared.weights, &prepared.call);
+    return mha_forward(prepared.layer, &prepared.call);
 }
 
 int main(int count, char **words)

@@ -42,7 +42,7 @@ static void run_softmax_step(const void *what)
 static void run_pack_panel(const void *what)
 {
     const bench *b = what;
-    b->k->pack_panel(b->matrix, mha_row_stride(b->depth, b->k->lanes, b->k->item), lanes(b), b->depth, 0.125,
+    b->k->pack_panel(b->matrix, mha_row_stride(b->depth, b->k->lanes, b->k->size), lanes(b), b->depth, 0.125,
                      b->panel, b->vectors);
 }
 
@@ -50,7 +50,7 @@ static void run_unpack_panel(const void *what)
 {
     const bench *b = what;
     b->k->unpack_panel(b->panel, b->vectors, b->factor, lanes(b), b->depth, b->matrix,
-                       mha_row_stride(b->depth, b->k->lanes, b->k->item));
+                       mha_row_stride(b->depth, b->k->lanes, b->k->size));
 }
 
 static void print_time(const bench *b, const char *kernel, const char *what, void (*run)(const void *), double flops,
@@ -66,7 +66,7 @@ static void time_product(const mha_kernels *k, const char *use, size_t rows, siz
                          bool rows_are_features)
 {
     bench b = {.k = k, .rows = rows, .depth = depth, .vectors = vectors};
-    const size_t stride = mha_row_stride(rows_are_features ? rows : depth, k->lanes, k->item);
+    const size_t stride = mha_row_stride(rows_are_features ? rows : depth, k->lanes, k->size);
     const size_t P = lanes(&b);
     b.matrix = numbers(k->dtype, (rows_are_features ? depth : rows) * stride);
     b.panel = numbers(k->dtype, depth * P);
@@ -100,7 +100,7 @@ static void time_rest(const mha_kernels *k)
 {
     bench b = {.k = k, .rows = MHA_BLOCK_KEYS, .depth = 64, .vectors = k->vectors};
     const size_t P = lanes(&b);
-    b.matrix = numbers(k->dtype, P * mha_row_stride(b.depth, k->lanes, k->item));
+    b.matrix = numbers(k->dtype, P * mha_row_stride(b.depth, k->lanes, k->size));
     b.panel = numbers(k->dtype, b.depth * P);
     b.result = numbers(k->dtype, b.rows * P);
     b.maximum = numbers(k->dtype, P);

@@ -18,7 +18,7 @@
 #include "cpu.h"
 #include "stopwatch.h"
 
-enum { SIZES = 9, OPERANDS = 6, MOST_RECORDS = 1024, PASSES = 15 };
+enum { SIZES = 9, OPERANDS = 6, MAX_RECORDS = 1024, PASSES = 15 };
 
 /* Calls of one kernel with the same sizes. */
 typedef struct {
@@ -34,7 +34,7 @@ typedef struct {
     mha_dropout_block dropout;
 } record;
 
-static record records[MOST_RECORDS];
+static record records[MAX_RECORDS];
 static size_t record_count;
 static const mha_kernels *real;
 
@@ -44,7 +44,7 @@ static record *count(const char *kernel, void (*run)(const void *), const size_t
     size_t i = 0;
     while (i < record_count && (records[i].run != run || memcmp(records[i].size, size, sizeof records[i].size) != 0))
         i++;
-    if (i == MOST_RECORDS)
+    if (i == MAX_RECORDS)
         abort();
     if (i == record_count) {
         records[record_count++] = (record){.kernel = kernel, .run = run};
@@ -98,7 +98,7 @@ static void product(const mha_product *p)
                       p->c_row, (size_t)in_place + (p->factor ? 2 : 0));
     if (r->calls == 1 && p->rows > 0) {
         r->product = *p;
-        r->product.next = NULL;
+        r->product.prefetch = NULL;
         r->product.a = room((p->rows - 1) * a_row + p->depth * a_k + P);
         r->product.b = room(p->depth * p->b_k + P);
         r->product.c = room((p->rows - 1) * p->c_row + P);
@@ -152,19 +152,19 @@ static void again_read_masks(const void *what)
 }
 
 /* Reads the masks of the first such block again. */
-static mha_view read_masks(void *bias, size_t keys, size_t vectors, size_t used, const mha_mask_block *masks)
+static mha_visible read_masks(void *bias, size_t keys, size_t vectors, size_t used, const mha_mask_block *masks)
 {
     const double begin = seconds_now();
-    const mha_view view = real->read_masks(bias, keys, vectors, used, masks);
+    const mha_visible visible = real->read_masks(bias, keys, vectors, used, masks);
     const double seconds = seconds_now() - begin;
-    record *r = COUNT(read_masks, keys, vectors, used, masks->attn_kind, masks->keys_kind, masks->is_causal,
-                      masks->index != NULL, view.keys, view.is_biased);
+    record *r = COUNT(read_masks, keys, vectors, used, masks->attn_kind, masks->padding_kind, masks->is_causal,
+                      masks->index != NULL, visible.keys, visible.is_biased);
     r->seconds += seconds;
     if (r->calls == 1) {
         r->operand[0] = room(keys * lanes(vectors));
         r->masks = *masks;
     }
-    return view;
+    return visible;
 }
 
 static void again_softmax_begin(const void *what)
@@ -236,21 +236,21 @@ static void softmax_end(void *sum, void *inverse, size_t vectors, mha_empty_row 
     TIMED(r, real->softmax_end(sum, inverse, vectors, empty_row));
 }
 
-static void again_softmax_weights(const void *what)
+static void again_softmax_probabilities(const void *what)
 {
     const record *r = what;
-    real->softmax_weights(r->operand[0], r->size[0], r->size[1], r->operand[1], r->operand[2]);
+    real->softmax_probabilities(r->operand[0], r->size[0], r->size[1], r->operand[1], r->operand[2]);
 }
 
-static void softmax_weights(void *scores, size_t keys, size_t vectors, const void *maximum, const void *sum)
+static void softmax_probabilities(void *scores, size_t keys, size_t vectors, const void *maximum, const void *sum)
 {
-    record *r = COUNT(softmax_weights, keys, vectors);
+    record *r = COUNT(softmax_probabilities, keys, vectors);
     if (r->calls == 1) {
         r->operand[0] = room(keys * lanes(vectors));
         r->operand[1] = ones(vectors);
         r->operand[2] = ones(vectors);
     }
-    TIMED(r, real->softmax_weights(scores, keys, vectors, maximum, sum));
+    TIMED(r, real->softmax_probabilities(scores, keys, vectors, maximum, sum));
 }
 
 static void again_accumulate(const void *what)
@@ -305,14 +305,14 @@ static void again_dropout(const void *what)
     real->dropout(r->operand[0], r->size[0], r->size[1], r->size[2], &r->dropout);
 }
 
-static void dropout(void *weights, size_t keys, size_t vectors, size_t used, const mha_dropout_block *block)
+static void dropout(void *probabilities, size_t keys, size_t vectors, size_t used, const mha_dropout_block *block)
 {
     record *r = COUNT(dropout, keys, vectors, used);
     if (r->calls == 1) {
         r->operand[0] = room(keys * lanes(vectors));
         r->dropout = *block;
     }
-    TIMED(r, real->dropout(weights, keys, vectors, used, block));
+    TIMED(r, real->dropout(probabilities, keys, vectors, used, block));
 }
 
 /* ---- The pass ---- */
@@ -325,11 +325,11 @@ const mha_kernels *__wrap_mha_cpu_kernels(mha_dtype dtype)
     static mha_kernels recording;
     real = __real_mha_cpu_kernels(dtype);
     recording = (mha_kernels){
-        .name = real->name, .dtype = real->dtype, .item = real->item, .lanes = real->lanes, .vectors = real->vectors,
+        .name = real->name, .dtype = real->dtype, .size = real->size, .lanes = real->lanes, .vectors = real->vectors,
         .product = product, .pack_panel = pack_panel, .unpack_panel = unpack_panel, .read_masks = read_masks,
         .softmax_begin = softmax_begin, .softmax_step = softmax_step, .softmax_merge = softmax_merge,
-        .softmax_end = softmax_end, .softmax_weights = softmax_weights, .accumulate = accumulate, .fill = fill,
-        .is_finite = is_finite, .dropout = dropout,
+        .softmax_end = softmax_end, .softmax_probabilities = softmax_probabilities, .accumulate = accumulate,
+        .fill = fill, .is_finite = is_finite, .dropout = dropout,
     };
     return &recording;
 }
@@ -341,10 +341,10 @@ static described_call parse(char **words)
         at[i] = strtoull(words[i], NULL, 10);
     described_call c = {
         .N = at[0], .L = at[1], .S = at[2], .E = at[3], .Ek = at[4], .Ev = at[5], .H = at[6], .Hkv = at[7],
-        .dtype = (mha_dtype)at[8], .is_causal = at[9] != 0, .wanted = (mha_weights_wanted)at[10],
+        .dtype = (mha_dtype)at[8], .is_causal = at[9] != 0, .wanted = (mha_wanted)at[10],
         .attn = at[11] == 1 ? MHA_MASK_FLOAT32 : at[11] == 2 ? MHA_MASK_HIDE : MHA_MASK_NONE, .per_head = at[11] == 2,
     };
-    for (size_t n = 0; n < c.N && n < MOST_ITEMS && words[12 + n]; n++)
+    for (size_t n = 0; n < c.N && n < MAX_ITEMS && words[12 + n]; n++)
         c.live[n] = strtoull(words[12 + n], NULL, 10);
     return c;
 }
@@ -381,7 +381,7 @@ int main(int words, char **word)
     record_count = 0; /* packing the weights is none of the pass */
     double least = INFINITY;
     for (size_t pass = 0; pass < PASSES; pass++) {
-        if (mha_forward(prepared.weights, &prepared.call) != MHA_OK)
+        if (mha_forward(prepared.layer, &prepared.call) != MHA_OK)
             return 1;
         least = keep_least(least);
     }

@@ -16,7 +16,7 @@
 #define CHAINS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 #endif
 #define COUNT(i) +1
-enum { CHAIN_COUNT = 0 CHAINS(COUNT), STEPS = 20000, MOST_THREADS = 256 };
+enum { CHAIN_COUNT = 0 CHAINS(COUNT), STEPS = 20000, MAX_THREADS = 256 };
 
 typedef struct {
     int is_double, threads;
@@ -84,12 +84,12 @@ static void *measure(void *argument)
 /* Operations per second of all threads together, 0 if a thread cannot be started. */
 double peak_rate(int threads, double seconds, int is_double)
 {
-    pthread_t id[MOST_THREADS];
-    job jobs[MOST_THREADS];
+    pthread_t id[MAX_THREADS];
+    job jobs[MAX_THREADS];
     atomic_int arrived = 0;
     int started = 1;
-    if (threads > MOST_THREADS)
-        threads = MOST_THREADS;
+    if (threads > MAX_THREADS)
+        threads = MAX_THREADS;
     for (int i = 0; i < threads; i++)
         jobs[i] = (job){is_double, threads, seconds, 0, &arrived};
     while (started < threads && pthread_create(&id[started], NULL, measure, &jobs[started]) == 0)

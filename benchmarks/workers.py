@@ -15,8 +15,12 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import peers
@@ -33,9 +37,25 @@ class PeerError(Exception):
     """A peer cannot do what was asked; the text says why. It may be asked for something else."""
 
 
-def serve(connection: Connection, name: str, threads: int) -> None:
+@contextmanager
+def one_cpu() -> Iterator[None]:
+    """Keeps this process and those that it starts on one CPU: neighbours can slow down one CPU and not the next."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cpus)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cpus)
+
+
+def serve(connection: Connection, name: str, threads: int, packages: Path | None) -> None:
     """The other process: answers ("prepare", case) and ("measure", calls, calls beforehand) until it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, which then kills this one
+    if packages is not None:
+        sys.path.insert(0, str(packages))
     try:
         peer = peers.create(name, threads)
         connection.send(("ok", peer.version))
@@ -82,10 +102,13 @@ def _trial(call: Any) -> float:
 
 
 class Worker:
-    """One peer in its process, stopped unless it is asked something. Use as a context manager."""
+    """One peer in its process, stopped unless it is asked something. Use as a context manager.
 
-    def __init__(self, name: str, threads: int) -> None:
-        self.name, self.threads = name, threads
+    Its library is imported from the folder `packages`, if one is given, and else from where Python finds it.
+    """
+
+    def __init__(self, name: str, threads: int, packages: Path | None = None) -> None:
+        self.name, self.threads, self.packages = name, threads, packages
         self.version = ""
 
     def __enter__(self) -> Worker:
@@ -97,7 +120,7 @@ class Worker:
 
     def _start(self) -> None:
         self._connection, theirs = _spawn.Pipe()
-        self._process = _spawn.Process(target=serve, args=(theirs, self.name, self.threads), daemon=True)
+        self._process = _spawn.Process(target=serve, args=(theirs, self.name, self.threads, self.packages), daemon=True)
         self._process.start()
         theirs.close()
         try:

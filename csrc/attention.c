@@ -1,122 +1,123 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * attention.c - the fused pass over the keys, and the weights, from its scores or in a second pass.
+ * attention.c - attention in one pass over the keys. Probabilities are made from its scores, or in a second pass.
  *
- * Queries are the lanes: a panel holds up to P queries of one head, transposed, and every step of softmax runs down the
- * keys without looking from lane to lane. A task takes some panels of the query heads that share one key/value head, or
- * a mask, and leads them together over the blocks of keys:
+ * Queries are the lanes. A panel holds up to P queries of one head, transposed. Every step of softmax runs down the
+ * keys, and no lane looks at another. A task takes a few panels of query heads that share a key/value head or a mask.
+ * It leads them together over the blocks of keys:
  *
  *      panel [D][P]        scores [64][P]        out [Dv][P]
  *      +---------+         +---------+           +---------+
  *      | queries |  -K->   | keys    |  -V^T->   | context |    out = out * factor + V^T exp(scores - maximum)
  *      +---------+         +---------+           +---------+
  *
- * So nothing of size L x S exists. (The online softmax: Milakov and Gimelshein, "Online normalizer calculation for
- * softmax", 2018; blocked over queries and keys: Dao et al., "FlashAttention", 2022.)
+ * So no matrix of size L x S exists. (The online softmax: Milakov and Gimelshein, "Online normalizer calculation for
+ * softmax", 2018. In blocks of queries and keys: Dao et al., "FlashAttention", 2022.)
  *
- * Owns: the order of additions along the keys, in blocks of MHA_BLOCK_KEYS live keys, whatever the task.
+ * Owns: the order of additions along the keys, in blocks of MHA_BLOCK_KEYS live keys. It does not depend on tasks.
  */
 #include "attention.h"
 
 #include <math.h>
 #include <string.h>
 
-#include "threads.h"
 #include "workspace.h"
 
 enum {
-    TASK_PANELS = 4,      /* share one reading of keys and values, or of the mask */
-    PANEL_BYTES = 131072, /* of all panels of a task, unless one alone is larger */
-    KEPT_BYTES = 262144,  /* of scores that a task keeps to make weights of them, and of their averages */
-    CHUNK_BLOCKS = 8,     /* blocks of keys whose weights the second pass collects before it writes them */
-    TASKS_A_THREAD = 4,
-    MANY_TASKS = 16, /* a thread: it matters little who gets one more */
-    FEATURES_A_LOOK = 1024, /* of keys and values, of one block after the other, between two looks whether to stop */
+    MAX_TASK_PANELS = 4,      /* panels that read keys and values, or the mask, together */
+    MAX_PANEL_BYTES = 131072, /* of all panels of a task, unless a single panel is larger */
+    MAX_KEPT_BYTES = 262144,  /* of the scores that a task keeps, and of the sums of probabilities made from them */
+    SEGMENT_BLOCKS = 8,       /* key blocks whose probabilities the second pass collects before it writes them */
+    TASKS_PER_THREAD = 4,
+    MANY_TASKS_PER_THREAD = 16, /* with so many it matters little that one thread gets one more */
+    FEATURES_PER_POLL = 1024,   /* of keys and values that a task reads between two polls */
 };
 
 /* What a task holds for one panel. */
 typedef struct {
-    char *queries;               /* [D][P], scaled */
-    char *out;                   /* [Dv][P], once a block of keys was visible */
+    char *queries;                /* [D][P], scaled */
+    char *out;                    /* [Dv][P]; undefined until a block has a visible key */
     char *maximum, *sum, *factor; /* [P] */
-    size_t h, hkv; /* its head, and that of keys and values, */
-    size_t share, sharers; /* which that many panels of the task read, this one as number `share` */
+    size_t h, hkv;                /* h: query head. hkv: its key/value head. */
+    /* sharers: panels of this task with the same hkv. share: the number of this panel among them. */
+    size_t share, sharers;
     mha_panel lanes;
     bool is_empty; /* no key was visible so far */
-    char *kept;    /* [keys of all blocks][P], the scores, where weights are to be made of them; else NULL */
+    char *kept;    /* [keys of all blocks][P]: the scores, if probabilities are made from them; otherwise NULL */
 } state;
 
-/* Where all that lies in a thread's scratch, in bytes; a state for each panel. */
+/* Offsets into a thread's scratch, in bytes. There is a state for each panel. */
 typedef struct {
     size_t scores, bias; /* [block][P] */
     size_t rows;         /* [P][block] */
-    size_t states, queries, out, maximum, sum, factor, kept, weights, state_bytes;
+    size_t states, queries, out, maximum, sum, factor, kept, probabilities, state_bytes;
     size_t end;
-} places;
+} scratch_offsets;
 
-/* What the weights of some blocks of keys are made with, for one panel of queries. */
+/* What the probabilities of some key blocks are made with, for one panel of queries. */
 typedef struct {
     size_t n, first_head, heads;
     mha_panel lanes;
     char *queries, *factor;
-    char *weights; /* [keys of all its blocks][P] */
-    char *scores;  /* [block][P], of one head, */
-    char *bias;    /* and what the masks add to them */
-    char *rows;    /* [P][block], transposed */
-} weighing;
+    char *probabilities; /* [keys of these blocks][P] */
+    char *scores;        /* [block][P], of one head */
+    char *bias;          /* [block][P]: what masks add to the scores */
+    char *rows;          /* [P][block]: transposed probabilities */
+} average;
 
 typedef struct {
     const mha_attention *a;
-    places at;
-    size_t shared;      /* query heads of a key/value head */
-    size_t heads;       /* of a bundle, whose panels tasks share out among them */
-    size_t bundles;     /* of all items */
-    size_t task_panels; /* panels of a task of the first pass */
-    size_t groups;      /* tasks of a bundle, or of the heads of an item whose weights are averaged */
-    size_t chunks;      /* tasks of a panel in the second pass */
-} job;
+    scratch_offsets at;
+    size_t shared;      /* query heads per key/value head */
+    size_t heads;       /* heads of a bundle: tasks share out their panels */
+    size_t bundles;     /* bundles of all items */
+    size_t task_panels; /* panels of a task in the first pass */
+    size_t groups;      /* tasks of a bundle, or of the heads whose probabilities are averaged */
+    size_t segments;    /* tasks of a panel in the second pass */
+} attention_tasks;
 
-/* Lanes of the widest panel that L queries make. */
+/* Lanes of the widest panel of L queries. */
 static size_t widest_panel(const mha_attention *a)
 {
     return a->kernels->lanes * mha_smaller(a->split.vectors, a->kernels->vectors);
 }
 
-/* Whether queries of one number see the same keys in all heads. */
+/* Whether a query sees the same keys in all heads. */
 static bool is_mask_shared(const mha_attention *a)
 {
-    return a->masks->attn.kind && a->masks->attn.stride_h == 0;
+    return a->rules->attn.kind && a->rules->attn.stride_h == 0;
 }
 
-/* Heads whose panels are shared out together: reading a mask costs more than reading keys and values, and a task of one
- * panel, all that few queries make of a head, more than it does. */
+/* The number of heads whose panels are shared out together. They are all heads if they share a mask, because reading a
+ * mask costs more than reading keys and values. They are all heads, too, if each has one panel only, because a task
+ * would be too small. */
 static size_t bundled_heads(const mha_attention *a)
 {
     return is_mask_shared(a) || a->split.panels == 1 ? a->H : a->H / a->Hkv;
 }
 
-static size_t most_task_panels(const mha_attention *a)
+static size_t max_task_panels(const mha_attention *a)
 {
-    const size_t fit = PANEL_BYTES / (widest_panel(a) * (a->D + a->Dv) * a->kernels->item);
-    const size_t wanted = mha_smaller(TASK_PANELS, bundled_heads(a) * a->split.panels);
+    const size_t fit = MAX_PANEL_BYTES / (widest_panel(a) * (a->D + a->Dv) * a->kernels->size);
+    const size_t wanted = mha_smaller(MAX_TASK_PANELS, bundled_heads(a) * a->split.panels);
     return fit < 1 ? 1 : mha_smaller(fit, wanted);
 }
 
-/* Keys of the largest block, and blocks of the largest item; S stands for the live keys of any of them. */
-static size_t most_block_keys(const mha_attention *a)
+/* Keys of the largest possible block. S is an upper bound of the live keys of an item. */
+static size_t max_block_keys(const mha_attention *a)
 {
     return mha_smaller(MHA_BLOCK_KEYS, a->live->S > a->live->extra ? a->live->S : a->live->extra);
 }
 
-static size_t most_blocks(const mha_attention *a)
+static size_t max_blocks(const mha_attention *a)
 {
     return mha_divide_up(a->live->S, MHA_BLOCK_KEYS) + (a->live->extra > 0);
 }
 
-/* Heads whose weights become one. */
+/* The number of heads whose probabilities are averaged. */
 static size_t averaged_heads(const mha_attention *a)
 {
-    return a->weights_wanted == MHA_WEIGHTS_AVERAGED ? a->H : 1;
+    return a->wanted == MHA_WANT_AVERAGES ? a->H : 1;
 }
 
 static size_t averages_of_item(const mha_attention *a)
@@ -124,10 +125,10 @@ static size_t averages_of_item(const mha_attention *a)
     return a->H / averaged_heads(a);
 }
 
-/* Bytes of a block's scores or weights. */
+/* Bytes of the scores or probabilities of a block. */
 static size_t block_bytes(const mha_attention *a, size_t vectors)
 {
-    return most_block_keys(a) * vectors * a->kernels->lanes * a->kernels->item;
+    return max_block_keys(a) * vectors * a->kernels->lanes * a->kernels->size;
 }
 
 static size_t averages_of_call(const mha_attention *a)
@@ -135,97 +136,98 @@ static size_t averages_of_call(const mha_attention *a)
     return a->N * averages_of_item(a);
 }
 
-/* Where context and weights are made at once, a task takes such a panel, or some, through all heads. */
-static size_t weighed_panels(const mha_attention *a)
+/* Panels of the whole call, where a task takes a panel through all heads that are averaged. */
+static size_t panels_of_averages(const mha_attention *a)
 {
     return averages_of_call(a) * a->split.panels;
 }
 
-/* In how many parts, from `least` on, an average's panels are cut for threads to get as many; `most` if in none. */
-static size_t even_parts(const mha_attention *a, size_t least, size_t most)
+/* The smallest number of parts from `min` to `max` that gives every thread the same number of tasks. `max` if there is
+ * none. */
+static size_t even_parts(const mha_attention *a, size_t min, size_t max)
 {
-    size_t parts = least;
-    while (parts < most && averages_of_call(a) * parts % a->threads > 0)
-        parts++; /* 11 tasks would leave one of two threads waiting */
+    size_t parts = min;
+    while (parts < max && averages_of_call(a) * parts % a->team.threads > 0)
+        parts++; /* with 11 tasks, one of two threads would wait */
     return parts;
 }
 
-/* Whether threads get as many of them, and none much more to do. */
-static bool is_weighing_even(const mha_attention *a)
+/* Whether every thread gets the same number of panels, and equal panels waste at most 40 % of their lanes. */
+static bool are_panels_even(const mha_attention *a)
 {
     const size_t at_most = mha_divide_up(a->split.vectors, a->split.panels) * a->split.panels;
-    return weighed_panels(a) % a->threads == 0 && at_most <= a->split.vectors * 7 / 5;
+    return panels_of_averages(a) % a->team.threads == 0 && at_most <= a->split.vectors * 7 / 5;
 }
 
-/* Panels of a task that keeps its scores until the weights are made, so that none is computed twice. 0: too many keys
- * for that, or too few tasks for the threads. */
-static size_t most_weighing_panels(const mha_attention *a)
+/* The most panels of a task that keeps its scores until probabilities are made from them, so that no score is computed
+ * twice. 0: there are too many keys, or too few tasks for the threads. */
+static size_t max_kept_panels(const mha_attention *a)
 {
-    if (!a->weights_wanted || a->weights_wanted == MHA_SCORES_PER_HEAD)
+    if (!a->wanted || a->wanted == MHA_WANT_SCORES)
         return 0;
-    const size_t fitting_blocks = KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->item);
-    const size_t fit = fitting_blocks / mha_larger(most_blocks(a), 1);
-    if (weighed_panels(a) < 2 * a->threads && !is_weighing_even(a))
+    const size_t fitting_blocks = MAX_KEPT_BYTES / (2 * MHA_BLOCK_KEYS * widest_panel(a) * a->kernels->size);
+    const size_t fit = fitting_blocks / mha_larger(max_blocks(a), 1);
+    if (panels_of_averages(a) < 2 * a->team.threads && !are_panels_even(a))
         return 0;
-    return mha_smaller(mha_smaller(TASK_PANELS, fit), a->split.panels);
+    return mha_smaller(mha_smaller(MAX_TASK_PANELS, fit), a->split.panels);
 }
 
-/* As few panels as there can be, or as many as make weighing even. */
+/* There are as few panels as possible, unless more of them make the tasks even. */
 void mha_split_queries(mha_attention *a)
 {
     const mha_split fewest = mha_split_width(a->kernels, a->L);
     a->split = fewest;
-    if (!a->weights_wanted || a->threads == 1 || weighed_panels(a) >= MANY_TASKS * a->threads)
+    if (!a->wanted || a->team.threads == 1 || panels_of_averages(a) >= MANY_TASKS_PER_THREAD * a->team.threads)
         return;
     a->split.panels = even_parts(a, fewest.panels, fewest.vectors);
-    if (!is_weighing_even(a) || most_weighing_panels(a) == 0)
+    if (!are_panels_even(a) || max_kept_panels(a) == 0)
         a->split = fewest;
 }
 
 static char *row_at(const mha_attention *a, const mha_rows *rows, size_t n, size_t h, size_t l)
 {
-    const ptrdiff_t item = rows->item ? rows->item[n] : (ptrdiff_t)n * rows->stride_n;
+    const ptrdiff_t item = rows->items ? rows->items[n] : (ptrdiff_t)n * rows->stride_n;
     const ptrdiff_t at = item + (ptrdiff_t)h * rows->stride_h + (ptrdiff_t)l * rows->stride_l;
-    return rows->data + at * (ptrdiff_t)a->kernels->item;
+    return rows->data + at * (ptrdiff_t)a->kernels->size;
 }
 
 /* ---- Scratch ---- */
 
-/* Takes the next `numbers` from a thread's scratch; with base NULL it only counts. */
+/* Takes the next piece of a thread's scratch. With base NULL it only counts. */
 static char *take(const mha_attention *a, char *base, mha_layout *layout, size_t rows, size_t numbers)
 {
-    const size_t offset = mha_reserve(layout, rows, numbers, a->kernels->item);
+    const size_t offset = mha_reserve(layout, rows, numbers, a->kernels->size);
     return base ? base + offset : NULL;
 }
 
-static places place_states(const mha_attention *a)
+static scratch_offsets plan_scratch(const mha_attention *a)
 {
-    const size_t P = widest_panel(a), keys = most_block_keys(a), item = a->kernels->item;
+    const size_t P = widest_panel(a), keys = max_block_keys(a), size = a->kernels->size;
     mha_layout layout = {0}, one = {0};
-    const size_t weighing_panels = most_weighing_panels(a), kept_keys = weighing_panels > 0 ? most_blocks(a) * keys : 0;
-    places at = {.scores = mha_reserve(&layout, keys, P, item), .bias = mha_reserve(&layout, keys, P, item)};
-    at.rows = mha_reserve(&layout, weighing_panels > 0 ? P : 0, MHA_BLOCK_KEYS, item);
+    const size_t kept_panels = max_kept_panels(a), kept_keys = kept_panels > 0 ? max_blocks(a) * keys : 0;
+    scratch_offsets at = {.scores = mha_reserve(&layout, keys, P, size), .bias = mha_reserve(&layout, keys, P, size)};
+    at.rows = mha_reserve(&layout, kept_panels > 0 ? P : 0, MHA_BLOCK_KEYS, size);
     at.states = layout.bytes;
-    at.queries = mha_reserve(&one, a->D, P, item);
-    at.out = mha_reserve(&one, a->Dv, P, item);
-    at.maximum = mha_reserve(&one, 1, P, item);
-    at.sum = mha_reserve(&one, 1, P, item);
-    at.factor = mha_reserve(&one, 1, P, item);
-    at.kept = mha_reserve(&one, kept_keys, P, item);
-    at.weights = mha_reserve(&one, kept_keys, P, item);
+    at.queries = mha_reserve(&one, a->D, P, size);
+    at.out = mha_reserve(&one, a->Dv, P, size);
+    at.maximum = mha_reserve(&one, 1, P, size);
+    at.sum = mha_reserve(&one, 1, P, size);
+    at.factor = mha_reserve(&one, 1, P, size);
+    at.kept = mha_reserve(&one, kept_keys, P, size);
+    at.probabilities = mha_reserve(&one, kept_keys, P, size);
     at.state_bytes = one.bytes;
-    mha_reserve(&layout, weighing_panels > 0 ? weighing_panels : most_task_panels(a), one.bytes, 1);
+    mha_reserve(&layout, kept_panels > 0 ? kept_panels : max_task_panels(a), one.bytes, 1);
     at.end = layout.bytes;
     return at;
 }
 
-static char *memory_of_state(const places *at, char *scratch, size_t i)
+static char *memory_of_state(const scratch_offsets *at, char *scratch, size_t i)
 {
     return scratch + at->states + i * at->state_bytes;
 }
 
-/* In place, since a copy of what has just been written would wait for it. */
-static void set_up_state(const places *at, char *scratch, size_t i, state *s)
+/* The state is filled in where it stays: a copy would wait for the stores to reach the cache. */
+static void set_up_state(const scratch_offsets *at, char *scratch, size_t i, state *s)
 {
     char *base = memory_of_state(at, scratch, i);
     s->queries = base + at->queries;
@@ -237,13 +239,13 @@ static void set_up_state(const places *at, char *scratch, size_t i, state *s)
     s->kept = NULL;
 }
 
-/* Room for the weights of a chunk, and for what one block of one head needs. */
-static void take_weighing(const mha_attention *a, char *base, mha_layout *layout, weighing *w)
+/* Takes room for the probabilities of some blocks, and for one block of one head. */
+static void take_average(const mha_attention *a, char *base, mha_layout *layout, average *w)
 {
-    const size_t P = widest_panel(a), keys = most_block_keys(a);
+    const size_t P = widest_panel(a), keys = max_block_keys(a);
     w->queries = take(a, base, layout, a->D, P);
     w->factor = take(a, base, layout, 1, P);
-    w->weights = take(a, base, layout, mha_smaller(CHUNK_BLOCKS, most_blocks(a)) * keys, P);
+    w->probabilities = take(a, base, layout, mha_smaller(SEGMENT_BLOCKS, max_blocks(a)) * keys, P);
     w->scores = take(a, base, layout, keys, P);
     w->bias = take(a, base, layout, keys, P);
     w->rows = take(a, base, layout, P, MHA_BLOCK_KEYS);
@@ -251,10 +253,10 @@ static void take_weighing(const mha_attention *a, char *base, mha_layout *layout
 
 size_t mha_attention_scratch(const mha_attention *a)
 {
-    mha_layout weigh = {0};
-    if (a->weights_wanted && most_weighing_panels(a) == 0)
-        take_weighing(a, NULL, &weigh, &(weighing){0});
-    return mha_larger(place_states(a).end, weigh.bytes);
+    mha_layout second = {0};
+    if (a->wanted && max_kept_panels(a) == 0)
+        take_average(a, NULL, &second, &(average){0});
+    return mha_larger(plan_scratch(a).end, second.bytes);
 }
 
 static size_t statistics_of_a_head(const mha_attention *a)
@@ -269,7 +271,7 @@ size_t mha_attention_statistics(const mha_attention *a)
 
 static size_t statistics_offset(const mha_attention *a, size_t n, size_t h, mha_panel lanes)
 {
-    return ((n * a->H + h) * statistics_of_a_head(a) + lanes.first) * a->kernels->item;
+    return ((n * a->H + h) * statistics_of_a_head(a) + lanes.first) * a->kernels->size;
 }
 
 /* ---- Scores of one panel against one block, shared by both passes ---- */
@@ -282,54 +284,49 @@ static void pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel l
 
 static char *keys_of(const mha_attention *a, size_t n, const mha_key_block *block, size_t hkv)
 {
-    return row_at(a, block->is_extra ? &a->extra_k : &a->k, n, hkv, block->row);
+    return row_at(a, block->is_extra ? &a->extra_k : &a->k, n, hkv, block->first_row);
 }
 
 static char *values_of(const mha_attention *a, size_t n, const mha_key_block *block, size_t hkv)
 {
-    return row_at(a, block->is_extra ? &a->extra_v : &a->v, n, hkv, block->row);
+    return row_at(a, block->is_extra ? &a->extra_v : &a->v, n, hkv, block->first_row);
 }
 
-static mha_view look(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                     char *bias)
+static mha_visible apply_rules(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
+                               char *bias)
 {
     const mha_lanes of_head = {h, 1, lanes.first, lanes.count, lanes.vectors};
-    return mha_look(a->kernels, a->masks, n, &of_head, block, bias);
+    return mha_apply_rules(a->kernels, a->rules, n, &of_head, block, bias);
 }
 
-/* scores[key][lane] of the keys in view, plus bias where they have one; it comes last. Chains of at most MHA_CHAIN
- * features, as in the projections. */
+/* scores[key][lane] of the visible keys. The bias is added last, if there is one. Chains have at most MHA_CHAIN
+ * features, as in projections. */
 static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes, const mha_key_block *block,
-                  mha_view view, const char *queries, const char *bias, char *scores, const mha_next *next)
+                  mha_visible visible, const char *queries, const char *bias, char *scores,
+                  const mha_prefetch *prefetch)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
-    const char *keys = keys_of(a, n, block, hkv);
-    const char *addend = view.is_biased && a->D <= MHA_CHAIN ? bias : NULL;
-    for (size_t d = 0; d < a->D; d += MHA_CHAIN) {
-        const mha_product product = {.rows = view.keys, .depth = mha_smaller(a->D - d, MHA_CHAIN),
-                                     .vectors = lanes.vectors, .a = keys + d * kernels->item,
-                                     .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1,
-                                     .b = queries + d * P * kernels->item, .b_k = P,
-                                     .addend = addend, .addend_row = P, .c = scores, .c_row = P, .next = next};
-        kernels->product(&product);
-        addend = scores;
-        next = NULL;
-    }
-    if (view.is_biased && a->D > MHA_CHAIN)
-        kernels->accumulate(scores, bias, view.keys * P);
+    mha_product product = {.rows = visible.keys, .vectors = lanes.vectors, .a = keys_of(a, n, block, hkv),
+                           .a_row = (block->is_extra ? a->extra_k : a->k).stride_l, .a_k = 1, .b = queries, .b_k = P,
+                           .addend = visible.is_biased && a->D <= MHA_CHAIN ? bias : NULL, .addend_row = P,
+                           .c = scores, .c_row = P, .prefetch = prefetch};
+    mha_multiply_chained(kernels, &product, a->D);
+    if (visible.is_biased && a->D > MHA_CHAIN)
+        kernels->accumulate(scores, bias, visible.keys * P);
 }
 
-/* Weights are made of the scores of a whole block. */
-static void hide_rest(const mha_attention *a, mha_panel lanes, const mha_key_block *block, mha_view view, char *scores)
+/* Sets the scores of keys that are not visible to -inf. Weights are made from the scores of a whole block. */
+static void hide_rest(const mha_attention *a, mha_panel lanes, const mha_key_block *block, mha_visible visible,
+                      char *scores)
 {
     const size_t P = lanes.vectors * a->kernels->lanes;
-    a->kernels->fill(scores + view.keys * P * a->kernels->item, (block->keys - view.keys) * P, -INFINITY);
+    a->kernels->fill(scores + visible.keys * P * a->kernels->size, (block->keys - visible.keys) * P, -INFINITY);
 }
 
-/* The weights of the block's first `keys` keys. */
+/* Applies dropout to the probabilities of the first `keys` keys of a block. */
 static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                     size_t keys, char *weights)
+                     size_t keys, char *probabilities)
 {
     const mha_dropout_block dropout = {
         .key = a->dropout_key,
@@ -338,7 +335,7 @@ static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes
         .n = a->first_item + n, .h = h, .first_query = lanes.first,
         .index = block->index, .first_key = block->first_key,
     };
-    a->kernels->dropout(weights, keys, lanes.vectors, lanes.count, &dropout);
+    a->kernels->dropout(probabilities, keys, lanes.vectors, lanes.count, &dropout);
 }
 
 /* ---- First pass: context ---- */
@@ -349,39 +346,39 @@ static void begin(const mha_attention *a, size_t n, state *s)
     a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
 }
 
-/* The part of the next block's rows, from `first` on, that this panel's product fetches ahead of their use. Hardware
- * would begin with them too late, or not at all where they lie a page apart. */
-static mha_next share_of(const mha_attention *a, const state *s, const mha_rows *x, const char *first, size_t rows,
-                         size_t width)
+/* What the product of this panel prefetches of the next block: its share of the rows that begin at `first`. The
+ * hardware would start too late, or not at all where rows are on different pages. */
+static mha_prefetch prefetch_share(const mha_attention *a, const state *s, const mha_rows *x, const char *first,
+                                   size_t rows, size_t width)
 {
-    const ptrdiff_t stride = x->stride_l * (ptrdiff_t)a->kernels->item;
+    const ptrdiff_t stride = x->stride_l * (ptrdiff_t)a->kernels->size;
     const size_t begin = rows * s->share / s->sharers, end = rows * (s->share + 1) / s->sharers;
-    return (mha_next){first + (ptrdiff_t)begin * stride, end - begin, width * a->kernels->item, stride};
+    return (mha_prefetch){first + (ptrdiff_t)begin * stride, end - begin, width * a->kernels->size, stride};
 }
 
 static void step(const mha_attention *a, size_t n, state *s, const mha_key_block *block, const mha_key_block *next,
-                 mha_view view, char *scores, char *exps, const char *bias)
+                 mha_visible visible, char *scores, char *exps, const char *bias)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = s->lanes.vectors * kernels->lanes;
-    mha_next next_keys, next_values;
+    mha_prefetch prefetch_keys, prefetch_values;
     if (s->kept)
-        hide_rest(a, s->lanes, block, view, scores);
-    if (view.keys == 0) /* others would change nothing: their weight is 0 and the maximum stays */
+        hide_rest(a, s->lanes, block, visible, scores);
+    if (visible.keys == 0) /* hidden keys would change nothing: their probability is 0, and the maximum stays */
         return;
     if (next) {
-        next_keys = share_of(a, s, &a->k, keys_of(a, n, next, s->hkv), next->keys, a->D);
-        next_values = share_of(a, s, &a->v, values_of(a, n, next, s->hkv), next->keys, a->Dv);
+        prefetch_keys = prefetch_share(a, s, &a->k, keys_of(a, n, next, s->hkv), next->keys, a->D);
+        prefetch_values = prefetch_share(a, s, &a->v, values_of(a, n, next, s->hkv), next->keys, a->Dv);
     }
-    score(a, n, s->hkv, s->lanes, block, view, s->queries, bias, scores, next ? &next_keys : NULL);
-    kernels->softmax_step(scores, view.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
+    score(a, n, s->hkv, s->lanes, block, visible, s->queries, bias, scores, next ? &prefetch_keys : NULL);
+    kernels->softmax_step(scores, visible.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
     if (a->dropout_p > 0)
-        drop_out(a, n, s->h, s->lanes, block, view.keys, exps);
-    const mha_product product = {.rows = a->Dv, .depth = view.keys, .vectors = s->lanes.vectors,
+        drop_out(a, n, s->h, s->lanes, block, visible.keys, exps);
+    const mha_product product = {.rows = a->Dv, .depth = visible.keys, .vectors = s->lanes.vectors,
                                  .a = values_of(a, n, block, s->hkv), .a_row = 1,
                                  .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
-                                 .c = s->out, .c_row = P, .next = next ? &next_values : NULL};
+                                 .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
     kernels->product(&product);
     s->is_empty = false;
 }
@@ -390,16 +387,16 @@ static void finish(const mha_attention *a, size_t n, const state *s)
 {
     const mha_kernels *kernels = a->kernels;
     char *inverse = s->factor;
-    /* A sum over no key at all is 0, as torch has it; NaN is for keys that are there and hidden. */
+    /* An item without any key gives 0, as in torch. NaN is for keys that are all hidden. */
     const mha_empty_row empty_row = a->live->S + a->live->extra > 0 ? a->empty_row : MHA_EMPTY_ROW_ZERO;
     if (s->is_empty)
         kernels->fill(s->out, a->Dv * s->lanes.vectors * kernels->lanes, 0);
     kernels->softmax_end(s->sum, inverse, s->lanes.vectors, empty_row);
     kernels->unpack_panel(s->out, s->lanes.vectors, inverse, s->lanes.count, a->Dv,
                           row_at(a, &a->context, n, s->h, s->lanes.first), (size_t)a->context.stride_l);
-    if (a->weights_wanted) {
+    if (a->wanted) {
         const size_t at = statistics_offset(a, n, s->h, s->lanes);
-        const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->item;
+        const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->size;
         memcpy(a->maximum + at, s->maximum, bytes);
         memcpy(a->sum + at, s->sum, bytes);
     }
@@ -417,17 +414,17 @@ static void count_sharers(state *states, size_t panels)
     }
 }
 
-/* Leads some panels together over the keys of their heads; `exps` and `bias` hold one block. False: the call is to be
- * stopped. */
+/* Leads some panels together over the keys of their heads. `exps` and `bias` hold one block. Returns false if the call
+ * is to be stopped. */
 static bool attend(const mha_attention *a, size_t n, state *states, size_t panels, char *exps, char *bias)
 {
     const size_t blocks = mha_key_blocks(a->live, n);
-    if (blocks > 1) /* else nothing is fetched for a block after the first */
+    if (blocks > 1) /* otherwise no block is prefetched */
         count_sharers(states, panels);
     for (size_t i = 0; i < panels; i++)
         begin(a, n, &states[i]);
     const bool is_shared = is_mask_shared(a);
-    size_t features = 0; /* since the last look */
+    size_t features = 0; /* since the last poll */
     mha_key_block two[2];
     if (blocks > 0)
         mha_key_block_at(a->live, n, 0, &two[0]);
@@ -437,18 +434,18 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
             mha_key_block_at(a->live, n, b + 1, &two[(b + 1) % 2]);
             next = &two[(b + 1) % 2];
         }
-        mha_view view = {0};
+        mha_visible visible = {0};
         for (size_t i = 0; i < panels; i++) {
             state *s = &states[i];
             if (i == 0 || !is_shared || s->lanes.first != states[i - 1].lanes.first)
-                view = look(a, n, s->h, s->lanes, block, bias);
+                visible = apply_rules(a, n, s->h, s->lanes, block, bias);
             char *scores = s->kept ? s->kept + b * block_bytes(a, s->lanes.vectors) : exps;
-            step(a, n, s, block, next, view, scores, exps, bias);
+            step(a, n, s, block, next, visible, scores, exps, bias);
         }
         features += a->D + a->Dv;
-        if (features >= FEATURES_A_LOOK && mha_is_stopped())
+        if (features >= FEATURES_PER_POLL && mha_is_stopped())
             return false;
-        features = features < FEATURES_A_LOOK ? features : 0;
+        features = features < FEATURES_PER_POLL ? features : 0;
     }
     for (size_t i = 0; i < panels; i++)
         finish(a, n, &states[i]);
@@ -457,11 +454,11 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
 
 static void attend_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const attention_tasks *j = context;
     const mha_attention *a = j->a;
-    char *base = a->scratch + worker * a->scratch_bytes;
-    state states[TASK_PANELS];
-    /* The last queries first: under a causal mask they see the most keys. */
+    char *base = mha_scratch_of(&a->team, worker);
+    state states[MAX_TASK_PANELS];
+    /* The last queries come first, because under a causal mask they see the most keys. */
     const size_t group = j->groups - 1 - task / j->bundles, bundle = task % j->bundles;
     const size_t first_head = bundle * j->heads % a->H, n = bundle * j->heads / a->H;
     if (a->live->is_few[n])
@@ -482,113 +479,116 @@ static void attend_task(void *context, size_t task, size_t worker)
     attend(a, n, states, panels, base + j->at.scores, base + j->at.bias);
 }
 
-/* ---- Weights ----
+/* ---- Probabilities ----
  *
- * Once maximum and sum are known, scores become weights; those of all heads are added in order, so that averaged
- * weights never exist as (N, H, L, S). The scores are those that the first pass kept, where few keys and many queries
- * let it, or are computed again, to the same bits, in a second pass. */
+ * Once maximum and sum are known, scores become probabilities. The probabilities of all heads are added in order, so
+ * that a matrix (N, H, L, S) does not exist where averages are wanted. The scores are those that the first pass kept.
+ * If it could not keep them, a second pass computes them again, to the same bits. */
 
-static size_t weight_columns(const mha_attention *a)
+static size_t probability_columns(const mha_attention *a)
 {
     return a->live->S + a->live->extra;
 }
 
-/* Turns scores of one head for one block into weights, and adds them to those of the heads before, unless they stand
- * there already. Scores that are wanted themselves stay as they are. */
-static void add_weights(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block, char *scores,
-                        char *weights)
+/* Turns scores of one head and block into probabilities, and adds them to the probabilities of the heads before, unless
+ * both are the same array. If scores are wanted, they stay as they are. */
+static void add_probabilities(const mha_attention *a, const average *w, size_t h, const mha_key_block *block,
+                              char *scores, char *probabilities)
 {
     const mha_kernels *kernels = a->kernels;
-    if (a->weights_wanted == MHA_SCORES_PER_HEAD)
+    if (a->wanted == MHA_WANT_SCORES)
         return;
     const size_t at = statistics_offset(a, w->n, h, w->lanes);
-    kernels->softmax_weights(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
+    kernels->softmax_probabilities(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
     if (a->dropout_p > 0)
         drop_out(a, w->n, h, w->lanes, block, block->keys, scores);
-    if (scores != weights)
-        kernels->accumulate(weights, scores, block->keys * w->lanes.vectors * kernels->lanes);
+    if (scores != probabilities)
+        kernels->accumulate(probabilities, scores, block->keys * w->lanes.vectors * kernels->lanes);
 }
 
-/* Computes the scores of one head for one block again; keys that no query sees get -inf. */
-static void score_again(const mha_attention *a, const weighing *w, size_t h, const mha_key_block *block, char *scores)
+/* Computes the scores of one head and block again. Keys that are not visible get -inf. */
+static void score_again(const mha_attention *a, const average *w, size_t h, const mha_key_block *block, char *scores)
 {
-    const mha_view view = look(a, w->n, h, w->lanes, block, w->bias);
-    score(a, w->n, h / (a->H / a->Hkv), w->lanes, block, view, w->queries, w->bias, scores, NULL);
-    hide_rest(a, w->lanes, block, view, scores);
+    const mha_visible visible = apply_rules(a, w->n, h, w->lanes, block, w->bias);
+    score(a, w->n, h / (a->H / a->Hkv), w->lanes, block, visible, w->queries, w->bias, scores, NULL);
+    hide_rest(a, w->lanes, block, visible, scores);
 }
 
-static char *weights_row(const mha_attention *a, const weighing *w, size_t lane)
+static char *probabilities_row(const mha_attention *a, const average *w, size_t lane)
 {
     const size_t row = (w->n * averages_of_item(a) + w->first_head / w->heads) * a->L + w->lanes.first + lane;
-    return a->attn_weights + row * weight_columns(a) * a->kernels->item;
+    return a->probabilities + row * probability_columns(a) * a->kernels->size;
 }
 
-static void write_weights(const mha_attention *a, const weighing *w, const mha_key_block *block, const char *weights)
+static void write_probabilities(const mha_attention *a, const average *w, const mha_key_block *block,
+                                const char *probabilities)
 {
     const mha_kernels *kernels = a->kernels;
-    const size_t item = kernels->item;
+    const size_t size = kernels->size;
     if (!block->index) {
-        kernels->unpack_panel(weights, w->lanes.vectors, w->factor, w->lanes.count, block->keys,
-                              weights_row(a, w, 0) + block->first_key * item, weight_columns(a));
+        kernels->unpack_panel(probabilities, w->lanes.vectors, w->factor, w->lanes.count, block->keys,
+                              probabilities_row(a, w, 0) + block->first_key * size, probability_columns(a));
         return;
     }
-    kernels->unpack_panel(weights, w->lanes.vectors, w->factor, w->lanes.count, block->keys, w->rows, MHA_BLOCK_KEYS);
+    kernels->unpack_panel(probabilities, w->lanes.vectors, w->factor, w->lanes.count, block->keys, w->rows,
+                          MHA_BLOCK_KEYS);
     for (size_t lane = 0; lane < w->lanes.count; lane++)
         for (size_t i = 0; i < block->keys; i++)
-            memcpy(weights_row(a, w, lane) + block->index[i] * item, w->rows + (lane * MHA_BLOCK_KEYS + i) * item,
-                   item);
+            memcpy(probabilities_row(a, w, lane) + block->index[i] * size, w->rows + (lane * MHA_BLOCK_KEYS + i) * size,
+                   size);
 }
 
-/* The columns of keys that are not live: all alike, so one stands for all, and takes the place of the weights. Its
- * score is -inf, whose weight is 0, or NaN in a row that sees nothing at all. */
-static void write_removed(const mha_attention *a, const weighing *w)
+/* Writes the columns of keys that are not live. They are all equal, so one column is computed. Its score is -inf. Its
+ * probability is 0, or NaN if the query sees no key. w->probabilities is overwritten. */
+static void write_removed(const mha_attention *a, const average *w)
 {
     const mha_kernels *kernels = a->kernels;
     const mha_key_block one = {.keys = 1};
     for (size_t h = w->first_head; h < w->first_head + w->heads; h++) {
-        char *scores = h == w->first_head ? w->weights : w->scores;
+        char *scores = h == w->first_head ? w->probabilities : w->scores;
         kernels->fill(scores, w->lanes.vectors * kernels->lanes, -INFINITY);
-        add_weights(a, w, h, &one, scores, w->weights);
+        add_probabilities(a, w, h, &one, scores, w->probabilities);
     }
-    kernels->unpack_panel(w->weights, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
+    kernels->unpack_panel(w->probabilities, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
     for (size_t s = mha_next_removed(a->live, w->n, 0); s < a->live->S; s = mha_next_removed(a->live, w->n, s + 1))
         for (size_t lane = 0; lane < w->lanes.count; lane++)
-            memcpy(weights_row(a, w, lane) + s * kernels->item, w->rows + lane * kernels->item, kernels->item);
+            memcpy(probabilities_row(a, w, lane) + s * kernels->size, w->rows + lane * kernels->size, kernels->size);
 }
 
-/* What stands in w->weights: blocks `first` to `end`, and with the first of all the keys that are not live. */
-static void write_blocks(const mha_attention *a, const weighing *w, size_t first, size_t end)
+/* Writes the probabilities of blocks `first` to `end`. The columns of keys that are not live are written with the first
+ * block. */
+static void write_blocks(const mha_attention *a, const average *w, size_t first, size_t end)
 {
     a->kernels->fill(w->factor, w->lanes.vectors * a->kernels->lanes, 1 / (double)w->heads);
     for (size_t b = first; b < end; b++) {
         mha_key_block block;
         mha_key_block_at(a->live, w->n, b, &block);
-        write_weights(a, w, &block, w->weights + (b - first) * block_bytes(a, w->lanes.vectors));
+        write_probabilities(a, w, &block, w->probabilities + (b - first) * block_bytes(a, w->lanes.vectors));
     }
     if (first == 0 && a->live->index)
         write_removed(a, w);
 }
 
-/* Some panels of an item over the keys of every head whose weights become one: context, then weights. */
-static void attend_and_weigh_task(void *context, size_t task, size_t worker)
+/* Takes some panels of an item through all heads that are averaged: their context, then their probabilities. */
+static void attend_and_write_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const attention_tasks *j = context;
     const mha_attention *a = j->a;
-    char *base = a->scratch + worker * a->scratch_bytes, *scores = base + j->at.scores;
+    char *base = mha_scratch_of(&a->team, worker), *scores = base + j->at.scores;
     const size_t heads = averaged_heads(a), averages = averages_of_call(a);
     const size_t n = task % averages / averages_of_item(a);
     const size_t first_head = task % averages % averages_of_item(a) * heads;
     const size_t group = j->groups - 1 - task / averages, first = group * a->split.panels / j->groups;
     const size_t panels = (group + 1) * a->split.panels / j->groups - first, blocks = mha_key_blocks(a->live, n);
-    state states[TASK_PANELS];
-    weighing w[TASK_PANELS];
+    state states[MAX_TASK_PANELS];
+    average w[MAX_TASK_PANELS];
     if (a->live->is_few[n])
         return;
     for (size_t i = 0; i < panels; i++) {
         char *memory = memory_of_state(&j->at, base, i);
-        w[i] = (weighing){.n = n, .first_head = first_head, .heads = heads,
-                          .lanes = mha_panel_at(&a->split, first + i), .factor = memory + j->at.factor,
-                          .weights = memory + j->at.weights, .scores = scores, .rows = base + j->at.rows};
+        w[i] = (average){.n = n, .first_head = first_head, .heads = heads,
+                         .lanes = mha_panel_at(&a->split, first + i), .factor = memory + j->at.factor,
+                         .probabilities = memory + j->at.probabilities, .scores = scores, .rows = base + j->at.rows};
     }
     for (size_t h = first_head; h < first_head + heads; h++) {
         for (size_t i = 0; i < panels; i++) {
@@ -596,7 +596,7 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
             states[i].h = h;
             states[i].hkv = h / (a->H / a->Hkv);
             states[i].lanes = w[i].lanes;
-            states[i].kept = h == first_head ? w[i].weights : memory_of_state(&j->at, base, i) + j->at.kept;
+            states[i].kept = h == first_head ? w[i].probabilities : memory_of_state(&j->at, base, i) + j->at.kept;
         }
         if (!attend(a, n, states, panels, scores, base + j->at.bias))
             return;
@@ -605,7 +605,7 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
             mha_key_block_at(a->live, n, b, &block);
             for (size_t i = 0; i < panels; i++) {
                 const size_t at = b * block_bytes(a, states[i].lanes.vectors);
-                add_weights(a, &w[i], h, &block, states[i].kept + at, w[i].weights + at);
+                add_probabilities(a, &w[i], h, &block, states[i].kept + at, w[i].probabilities + at);
             }
         }
     }
@@ -613,33 +613,34 @@ static void attend_and_weigh_task(void *context, size_t task, size_t worker)
         write_blocks(a, &w[i], 0, blocks);
 }
 
-static void weigh_task(void *context, size_t task, size_t worker)
+static void second_pass_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
+    const attention_tasks *j = context;
     const mha_attention *a = j->a;
-    char *base = a->scratch + worker * a->scratch_bytes;
+    char *base = mha_scratch_of(&a->team, worker);
     mha_layout layout = {0};
     const size_t heads = averaged_heads(a);
-    const size_t chunk = task % j->chunks, panel = task / j->chunks;
-    weighing w = {
+    const size_t segment = task % j->segments, panel = task / j->segments;
+    average w = {
         .n = panel / a->split.panels / averages_of_item(a),
         .first_head = panel / a->split.panels % averages_of_item(a) * heads,
         .heads = heads,
         .lanes = mha_panel_at(&a->split, panel % a->split.panels),
     };
-    take_weighing(a, base, &layout, &w);
+    take_average(a, base, &layout, &w);
     if (a->live->is_few[w.n])
         return;
-    const size_t first = chunk * CHUNK_BLOCKS, end = mha_smaller(first + CHUNK_BLOCKS, mha_key_blocks(a->live, w.n));
+    const size_t first = segment * SEGMENT_BLOCKS;
+    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(a->live, w.n));
     for (size_t h = w.first_head; h < w.first_head + heads; h++) {
         pack_queries(a, w.n, h, w.lanes, w.queries);
         for (size_t b = first; b < end; b++) {
             mha_key_block block;
             mha_key_block_at(a->live, w.n, b, &block);
-            char *weights = w.weights + (b - first) * block_bytes(a, w.lanes.vectors);
-            char *scores = h == w.first_head ? weights : w.scores;
+            char *probabilities = w.probabilities + (b - first) * block_bytes(a, w.lanes.vectors);
+            char *scores = h == w.first_head ? probabilities : w.scores;
             score_again(a, &w, h, &block, scores);
-            add_weights(a, &w, h, &block, scores, weights);
+            add_probabilities(a, &w, h, &block, scores, probabilities);
         }
     }
     write_blocks(a, &w, first, end);
@@ -647,32 +648,33 @@ static void weigh_task(void *context, size_t task, size_t worker)
 
 /* ---- Both passes ---- */
 
-/* Context and weights at once. */
-static mha_status attend_and_weigh(const mha_attention *a, job *j)
+/* Computes context and probabilities together. */
+static mha_status attend_and_write(const mha_attention *a, attention_tasks *j)
 {
-    const size_t panels = a->split.panels, wanted = mha_divide_up(weighed_panels(a), TASKS_A_THREAD * a->threads);
-    j->groups = even_parts(a, mha_divide_up(panels, mha_smaller(most_weighing_panels(a), wanted)), panels);
-    return mha_parallel_for(a->threads, averages_of_call(a) * j->groups, attend_and_weigh_task, j, a->stop);
+    const size_t panels = a->split.panels;
+    const size_t wanted = mha_divide_up(panels_of_averages(a), TASKS_PER_THREAD * a->team.threads);
+    j->groups = even_parts(a, mha_divide_up(panels, mha_smaller(max_kept_panels(a), wanted)), panels);
+    return mha_parallel_for(&a->team, averages_of_call(a) * j->groups, attend_and_write_task, j);
 }
 
 mha_status mha_attend(const mha_attention *a)
 {
-    job j = {.a = a, .at = place_states(a)};
-    if (most_weighing_panels(a) > 0)
-        return attend_and_weigh(a, &j);
+    attention_tasks j = {.a = a, .at = plan_scratch(a)};
+    if (max_kept_panels(a) > 0)
+        return attend_and_write(a, &j);
     j.shared = a->H / a->Hkv;
     j.heads = bundled_heads(a);
     j.bundles = a->N * a->H / j.heads;
     const size_t panels = j.heads * a->split.panels;
-    j.task_panels = mha_smaller(most_task_panels(a),
-                                mha_divide_up(j.bundles * panels, TASKS_A_THREAD * a->threads));
+    j.task_panels = mha_smaller(max_task_panels(a),
+                                mha_divide_up(j.bundles * panels, TASKS_PER_THREAD * a->team.threads));
     j.groups = mha_divide_up(panels, j.task_panels);
-    j.task_panels = mha_divide_up(panels, j.groups); /* 6 panels are 3 + 3, not 4 + 2 */
+    j.task_panels = mha_divide_up(panels, j.groups); /* for example 3 + 3 panels, not 4 + 2 */
     mha_status status = MHA_OK;
-    if (a->weights_wanted != MHA_SCORES_PER_HEAD)
-        status = mha_parallel_for(a->threads, j.bundles * j.groups, attend_task, &j, a->stop);
-    if (status != MHA_OK || !a->weights_wanted)
+    if (a->wanted != MHA_WANT_SCORES)
+        status = mha_parallel_for(&a->team, j.bundles * j.groups, attend_task, &j);
+    if (status != MHA_OK || !a->wanted)
         return status;
-    j.chunks = mha_divide_up(most_blocks(a), CHUNK_BLOCKS);
-    return mha_parallel_for(a->threads, weighed_panels(a) * j.chunks, weigh_task, &j, a->stop);
+    j.segments = mha_divide_up(max_blocks(a), SEGMENT_BLOCKS);
+    return mha_parallel_for(&a->team, panels_of_averages(a) * j.segments, second_pass_task, &j);
 }

@@ -2,8 +2,8 @@
  *
  * cpu.c - which kernels this process runs: what the CPU has, what the operating system saves, what the user asked for.
  *
- * Owns: the list of levels, and the choice, made once.
- * Assumes: nothing. An instruction set counts only if the operating system saves its registers, too (XGETBV).
+ * Owns: the list of levels, and the choice, which is made once. An instruction set counts only if the operating system
+ * also saves its registers (XGETBV).
  */
 #include "cpu.h"
 
@@ -18,7 +18,7 @@
 
 enum { AVX2 = 1, AVX512 = 2, NEON = 4 };
 
-/* Best first. A level's name is that of its kernels. */
+/* Best first. The name of a level is that of its kernels. */
 static const struct {
     const mha_kernels *kernels;
     unsigned needs;
@@ -36,12 +36,12 @@ enum { LEVELS = sizeof levels / sizeof *levels };
 
 static const mha_kernels *supported[LEVELS]; /* best first */
 static size_t supported_count;
-static const mha_kernels *chosen; /* NULL: see `refusal` */
+static const mha_kernels *chosen; /* NULL: `refusal` says why */
 static char refusal[256];
 
 #if defined(__x86_64__)
 
-/* Are all bits of `mask` set? */
+/* Whether all bits of `mask` are set. */
 static bool has(unsigned bits, unsigned mask)
 {
     return (bits & mask) == mask;
@@ -49,8 +49,8 @@ static bool has(unsigned bits, unsigned mask)
 
 static unsigned detect(void)
 {
-    /* Which registers the system saves: XMM 0x02, YMM 0x04, opmask 0x20, upper halves of ZMM 0x40, ZMM16-31 0x80.
-     * (macOS reports the last three only after their first use: there AVX-512 stays off.) */
+    /* Registers that the system saves: XMM 0x02, YMM 0x04, opmask 0x20, upper halves of ZMM 0x40, ZMM16-31 0x80. macOS
+     * reports the last three only after their first use, so AVX-512 stays off there. */
     const unsigned ymm_state = 0x06, zmm_state = 0xe6;
     const unsigned avx512 = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
     unsigned eax, ebx, ecx, edx, saved, saved_high;

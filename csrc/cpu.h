@@ -9,19 +9,21 @@
 
 #include "kernels/kernels.h"
 
-/* Chooses the kernels once: the best level that CPU and operating system support, or the one that the environment
- * variable MHA_C_CPU names. Returns false when MHA_C_CPU names no level of this build, or one that this CPU lacks;
- * *reason is then a sentence to show (static storage). Later calls repeat the first answer. */
+/* Chooses the kernels once: the best level that CPU and operating system support, or the level that the environment
+ * variable MHA_C_CPU names. If this build or this CPU does not have that level, returns false and sets *reason to a
+ * sentence in static storage. Later calls repeat the first answer. */
 bool mha_cpu_init(const char **reason);
 
-/* The chosen table; mha_cpu_init() must have returned true. */
+/* The chosen table. mha_cpu_init() must have returned true. */
 const mha_kernels *mha_cpu_kernels(mha_dtype dtype);
 
-/* The name of the chosen level, and of level i of those that this CPU can run, best first (NULL past the last). */
+/* The name of the chosen level. */
 const char *mha_cpu_name(void);
+
+/* The name of level i of those that this CPU can run, best first. NULL past the last. */
 const char *mha_cpu_supported(size_t i);
 
-/* The table of a supported level by name, for tests; NULL if there is none. */
+/* The table of a supported level by its name, for tests. NULL if there is none. */
 const mha_kernels *mha_cpu_kernels_named(const char *name, mha_dtype dtype);
 
 #endif

@@ -8,82 +8,80 @@
  *
  * (Vaswani et al., "Attention Is All You Need", 2017; torch.nn.MultiheadAttention.)
  *
- * Owns: the plan of a call, that is where everything lies in its workspace; and whether a batch goes through all that
- * at once or some items after others, each such chunk in one thread.
+ * Owns: the plan of a call, which says where everything lies in its workspace. It also decides whether the whole batch
+ * goes through these steps at once, or in chunks of items, each in one thread.
  */
 #include <math.h>
 #include <string.h>
 
 #include "attention.h"
 #include "few_queries.h"
+#include "layer.h"
 #include "philox.h"
 #include "projection.h"
+#include "spare.h"
 #include "threads.h"
-#include "weights.h"
-#include "workspace.h"
 
 enum {
-    LEAST_APART = 4,     /* vectors of a head that lies apart: at its ends panels are cut into pieces */
-    CHUNK_ROWS = 96,     /* of queries or keys, at least: for fewer, a projection reads its weights too often */
-    SMALL_ROWS = 384,    /* of a chunk that takes so little time that one a thread may do, */
-    CHUNKS_A_THREAD = 8, /* else so many, so that threads end at about the same time; twice that with padding */
-    MOST_MORE = 32,      /* a thread may have one part in so many more to do than its share */
+    MIN_APART = 4, /* vectors; narrower heads are not kept apart, since a panel is cut at the ends of such a head */
+    /* queries or keys that a chunk has at least; with fewer, a projection reads its weights too often */
+    MIN_CHUNK_ROWS = 96,
+    MAX_SMALL_CHUNK_ROWS = 384, /* one chunk per thread is enough if chunks have at most this many queries or keys */
+    CHUNKS_PER_THREAD = 8,      /* otherwise, so that threads end at about the same time; twice as many with padding */
+    MAX_EXCESS = 32,            /* one chunk per thread unless a thread gets over 1 / MAX_EXCESS more than its share */
 };
 
-/* Heads in the workspace: the offset in bytes, and numbers between rows and between heads. */
+/* Where the rows of all heads lie in the workspace: an offset in bytes, and the distances between rows and between
+ * heads in numbers. */
 typedef struct {
-    size_t offset, row, head;
-    size_t part; /* width of a head that lies apart from the others; 0: all heads of a row lie side by side */
+    size_t offset, row_stride, head_stride;
+    size_t head_width; /* of heads that have a matrix each; 0: all heads of a row are side by side */
 } matrix;
 
-/* Projected rows stand one after another, as a rule those of each head apart, since they are read together: else every
- * row would be on a page of its own. Keys and values have a row for every live key of every item, then, apart, rows for
- * the extra keys. */
+/* Offsets into the workspace. Where heads are wide, each has a matrix of its own: its rows are read one after another,
+ * and with all heads side by side each row would be on another page. Keys and values have a row for every live key of
+ * every item. The rows of the extra keys are kept apart. */
 typedef struct {
     matrix q, k, v, context, extra_k, extra_v;
-    size_t q_row, k_row, v_row, context_row; /* offsets of the tables of row addresses, */
+    size_t q_addresses, k_addresses, v_addresses, context_addresses; /* tables of row addresses */
     size_t maximum, sum;
     size_t scratch;
-    size_t scratch_bytes;
-} plan;
+} offsets;
 
-/* All items of a call, or some of them: then call describes these alone, but for the masks, which `masks` has. */
+/* A call for all its items, or for some of them. If for some, `call` describes these alone. Only its masks still begin
+ * with the first item of the batch, and `rules` is used in their place. */
 typedef struct {
-    const mha_weights *weights;
+    const mha_layer *layer;
     const mha_call *call;
     size_t first_item, items_in_all;
     mha_live_keys live;
-    mha_masks masks;
+    mha_rules rules;
     mha_few_queries few;
-    plan at;
-    char *block; /* the workspace */
-} forward;
+    offsets at;
+    mha_team team;
+    char *workspace; /* NULL while it is planned */
+} pass;
 
-/* While the workspace is only planned there is no block: addresses are then NULL. */
-static char *at_offset(const forward *f, size_t offset)
+/* An address in the workspace. NULL while the workspace is planned. */
+static char *at_offset(const pass *f, size_t offset)
 {
-    return f->block ? f->block + offset : NULL;
+    return f->workspace ? f->workspace + offset : NULL;
 }
 
-size_t mha_extra_keys(const mha_weights *weights, const mha_call *call)
+double mha_forward_operations(const mha_layer *layer, const mha_call *call)
 {
-    return (weights->bias_k != NULL) + (size_t)call->add_zero_attn;
-}
-
-double mha_forward_operations(const mha_weights *weights, const mha_call *call)
-{
-    const mha_widths *w = &weights->widths;
+    const mha_widths *w = &layer->widths;
     const double N = (double)call->N, L = (double)call->L, S = (double)call->S;
     const double H = (double)w->H, Hkv = (double)w->Hkv, D = (double)w->D, Dv = (double)w->Dv;
     const double in = L * H * D * (double)w->E + S * Hkv * (D * (double)w->Ek + Dv * (double)w->Ev);
     const double out = L * H * Dv * (double)w->Eo;
-    const double attention = L * S * H * (D + Dv + (call->weights_wanted ? D : 0));
+    const double attention = L * S * H * (D + Dv + (call->wanted ? D : 0));
     return 2 * N * (in + attention + out);
 }
 
 /* ---- Rows ---- */
 
-/* The address of every row of an input: of all positions, or of the live keys alone that are projected. */
+/* Lists the address of every row of an input. With `only` these are the live keys of items that project their keys. */
 static void list_rows(const mha_array *x, size_t N, size_t length, const mha_live_keys *only, const char **row)
 {
     for (size_t n = 0; n < N; n++) {
@@ -105,34 +103,36 @@ static bool same_input(const mha_array *a, const mha_array *b)
            a->stride_e == b->stride_e;
 }
 
-/* Plans are written where they stay: a copy of what has just been written would wait for it (ARCHITECTURE.md). */
-static void set_target(const forward *f, const mha_panels *panels, const matrix *to, mha_target *target)
+/* Structs are filled in where they stay. gcc would copy a struct with vector loads right after its members were
+ * written, and such loads wait until the stores have reached the cache. */
+static void set_target(const pass *f, const mha_panels *panels, const matrix *to, mha_target *target)
 {
     target->panels = panels;
     target->y = at_offset(f, to->offset);
-    target->stride = to->row;
-    target->part = to->part;
-    target->part_stride = to->head;
-    target->run = 0;
+    target->stride = to->row_stride;
+    target->head_width = to->head_width;
+    target->head_stride = to->head_stride;
+    target->group_rows = 0;
 }
 
-/* Describes the input projections, inputs that are the same joined into one. Returns their number. */
-static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGETS])
+/* Describes the input projections. Inputs that are the same are joined into one projection. Returns the number of
+ * projections. */
+static size_t describe_inputs(const pass *f, mha_projection projections[MHA_TARGETS])
 {
     const mha_call *call = f->call;
-    const mha_weights *w = f->weights;
-    const plan *at = &f->at;
+    const mha_layer *layer = f->layer;
+    const offsets *at = &f->at;
     const size_t keys = mha_live_rows(&f->live);
     const bool every_key = keys == call->N * call->S;
     const struct {
         const mha_array *x;
-        size_t rows, row;
+        size_t rows, addresses;
         const mha_panels *panels;
         const matrix *to;
     } inputs[MHA_TARGETS] = {
-        {&call->query, call->N * call->L, at->q_row, &w->q, &at->q},
-        {&call->key, call->static_k.data ? 0 : keys, at->k_row, &w->k, &at->k},
-        {&call->value, call->static_v.data ? 0 : keys, at->v_row, &w->v, &at->v},
+        {&call->query, call->N * call->L, at->q_addresses, &layer->q, &at->q},
+        {&call->key, call->static_k.data ? 0 : keys, at->k_addresses, &layer->k, &at->k},
+        {&call->value, call->static_v.data ? 0 : keys, at->v_addresses, &layer->v, &at->v},
     };
     size_t count = 0;
     for (size_t i = 0; i < MHA_TARGETS; i++) {
@@ -142,7 +142,7 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
         mha_projection *p = &projections[as_before ? count - 1 : count++];
         if (!as_before) {
             p->rows = inputs[i].rows;
-            p->row = (const char *const *)(void *)at_offset(f, inputs[i].row);
+            p->row_address = (const char *const *)(void *)at_offset(f, inputs[i].addresses);
             p->stride_e = inputs[i].x->stride_e;
             p->targets = 0;
         }
@@ -151,83 +151,85 @@ static size_t plan_inputs(const forward *f, mha_projection projections[MHA_TARGE
     return count;
 }
 
-/* Whether the rows of these items are not together in the output, but with those of others. */
-static bool is_interleaved(const forward *f)
+/* Whether rows of other items lie between the rows of these items in the output. */
+static bool is_interleaved(const pass *f)
 {
     return !f->call->output_batch_first && f->items_in_all > f->call->N;
 }
 
-/* Rows of the output in the order in which they lie there; item after item where they are interleaved. */
-static void plan_output(const forward *f, mha_projection *p)
+/* Describes the output projection. Its rows are in the order of the output. If they are interleaved with others, they
+ * are listed item after item. */
+static void describe_output(const pass *f, mha_projection *p)
 {
-    const size_t Eo = f->weights->widths.Eo;
+    const size_t Eo = f->layer->widths.Eo;
     mha_target *output = p->target;
     p->rows = f->call->N * f->call->L;
-    p->row = (const char *const *)(void *)at_offset(f, f->at.context_row);
-    p->stride_e = (ptrdiff_t)f->weights->kernels->item;
+    p->row_address = (const char *const *)(void *)at_offset(f, f->at.context_addresses);
+    p->stride_e = (ptrdiff_t)f->layer->kernels->size;
     p->targets = 1;
-    output->panels = &f->weights->out;
+    output->panels = &f->layer->out;
     output->y = f->call->output;
     output->stride = Eo;
-    output->part = output->run = 0;
+    output->head_width = output->group_rows = 0;
     if (is_interleaved(f)) {
         output->stride = f->items_in_all * Eo;
-        output->run = f->call->L;
-        output->run_stride = Eo;
+        output->group_rows = f->call->L;
+        output->group_stride = Eo;
     }
 }
 
-static void list_input_rows(const forward *f)
+static void list_input_rows(const pass *f)
 {
     const mha_call *call = f->call;
-    char *block = f->block;
-    list_rows(&call->query, call->N, call->L, NULL, (const char **)(void *)(block + f->at.q_row));
+    char *workspace = f->workspace;
+    list_rows(&call->query, call->N, call->L, NULL, (const char **)(void *)(workspace + f->at.q_addresses));
     if (!call->static_k.data)
-        list_rows(&call->key, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.k_row));
+        list_rows(&call->key, call->N, call->S, &f->live, (const char **)(void *)(workspace + f->at.k_addresses));
     if (!call->static_v.data)
-        list_rows(&call->value, call->N, call->S, &f->live, (const char **)(void *)(block + f->at.v_row));
+        list_rows(&call->value, call->N, call->S, &f->live, (const char **)(void *)(workspace + f->at.v_addresses));
 }
 
-static void list_context_rows(const forward *f)
+static void list_context_rows(const pass *f)
 {
     const mha_call *call = f->call;
-    const size_t stride = f->at.context.row * f->weights->kernels->item;
-    const char **context_row = (const char **)(void *)(f->block + f->at.context_row);
+    const size_t stride = f->at.context.row_stride * f->layer->kernels->size;
+    const char **context_addresses = (const char **)(void *)(f->workspace + f->at.context_addresses);
     const bool item_after_item = call->output_batch_first || is_interleaved(f);
     for (size_t r = 0; r < call->N * call->L; r++) {
         const size_t n_l = item_after_item ? r : r % call->N * call->L + r / call->N;
-        context_row[r] = f->block + f->at.context.offset + n_l * stride;
+        context_addresses[r] = f->workspace + f->at.context.offset + n_l * stride;
     }
 }
 
 /* ---- Keys that are not projected ---- */
 
-/* Copies the live ones to where projection would have put them. */
-static void copy_projected(const forward *f, const mha_projected *x, size_t width, const matrix *m)
+/* Copies the live keys or values to where a projection would have written them. */
+static void copy_projected(const pass *f, const mha_projected *x, size_t width, const matrix *m)
 {
     const mha_live_keys *live = &f->live;
-    const size_t item = f->weights->kernels->item;
-    char *to = f->block + m->offset;
+    const size_t size = f->layer->kernels->size;
+    char *to = f->workspace + m->offset;
     for (size_t n = 0; n < live->N; n++)
-        for (size_t i = 0; i < mha_live_count(live, n); i++, to += m->row * item) {
+        for (size_t i = 0; i < mha_live_count(live, n); i++, to += m->row_stride * size) {
             const size_t s = live->index ? live->index[live->start[n] + i] : i;
             const char *from = (const char *)x->data + (ptrdiff_t)n * x->stride_n + (ptrdiff_t)s * x->stride_s;
-            for (size_t h = 0; h < f->weights->widths.Hkv; h++)
-                mha_copy_row(from + (ptrdiff_t)h * x->stride_h, x->stride_d, width, item, to + h * m->head * item);
+            for (size_t h = 0; h < f->layer->widths.Hkv; h++)
+                mha_copy_row(from + (ptrdiff_t)h * x->stride_h, x->stride_d, width, size,
+                             to + h * m->head_stride * size);
         }
 }
 
-/* bias_k and bias_v first, then zeros. */
-static void write_extra_keys(const forward *f)
+/* The extra keys are bias_k and bias_v, then zeros. */
+static void write_extra_keys(const pass *f)
 {
-    const mha_weights *w = f->weights;
-    const size_t item = w->kernels->item, extra = f->live.extra;
-    char *k = f->block + f->at.extra_k.offset, *v = f->block + f->at.extra_v.offset;
-    memset(k, 0, extra * f->at.extra_k.row * item);
-    memset(v, 0, extra * f->at.extra_v.row * item);
-    if (w->bias_k) {
-        memcpy(k, w->bias_k, w->widths.Hkv * w->widths.D * item);
-        memcpy(v, w->bias_v, w->widths.Hkv * w->widths.Dv * item);
+    const mha_layer *layer = f->layer;
+    const size_t size = layer->kernels->size, extra = f->live.extra;
+    char *k = f->workspace + f->at.extra_k.offset, *v = f->workspace + f->at.extra_v.offset;
+    memset(k, 0, extra * f->at.extra_k.row_stride * size);
+    memset(v, 0, extra * f->at.extra_v.row_stride * size);
+    if (layer->bias_k) {
+        memcpy(k, layer->bias_k, layer->widths.Hkv * layer->widths.D * size);
+        memcpy(v, layer->bias_v, layer->widths.Hkv * layer->widths.Dv * size);
     }
 }
 
@@ -236,34 +238,35 @@ static void write_extra_keys(const forward *f)
 static matrix reserve_side_by_side(mha_layout *layout, const mha_kernels *kernels, size_t rows, size_t heads,
                                    size_t width)
 {
-    const size_t row = mha_row_stride(heads * width, kernels->lanes, kernels->item);
-    return (matrix){.offset = mha_reserve(layout, rows, row, kernels->item), .row = row, .head = width};
+    const size_t row = mha_row_stride(heads * width, kernels->lanes, kernels->size);
+    return (matrix){.offset = mha_reserve(layout, rows, row, kernels->size), .row_stride = row, .head_stride = width};
 }
 
 static matrix reserve_heads(mha_layout *layout, const mha_kernels *kernels, size_t rows, size_t heads, size_t width)
 {
-    if (heads == 1 || width % kernels->lanes > 0 || width < LEAST_APART * kernels->lanes)
+    if (heads == 1 || width % kernels->lanes > 0 || width < MIN_APART * kernels->lanes)
         return reserve_side_by_side(layout, kernels, rows, heads, width);
-    return (matrix){.offset = mha_reserve(layout, rows, heads * width, kernels->item), .row = width,
-                    .head = rows * width, .part = width};
+    return (matrix){.offset = mha_reserve(layout, rows, heads * width, kernels->size), .row_stride = width,
+                    .head_stride = rows * width, .head_width = width};
 }
 
-/* `length` rows of an item after those of the one before; 0: rows are counted through all items. */
-static void set_rows(const forward *f, const matrix *m, size_t length, mha_rows *rows)
+/* Describes rows in the workspace. Item n begins at row n * length. If length is 0, rows are numbered through all
+ * items. */
+static void set_rows(const pass *f, const matrix *m, size_t length, mha_rows *rows)
 {
     rows->data = at_offset(f, m->offset);
-    rows->stride_n = (ptrdiff_t)(length * m->row);
-    rows->stride_h = (ptrdiff_t)m->head;
-    rows->stride_l = (ptrdiff_t)m->row;
-    rows->item = NULL;
+    rows->stride_n = (ptrdiff_t)(length * m->row_stride);
+    rows->stride_h = (ptrdiff_t)m->head_stride;
+    rows->stride_l = (ptrdiff_t)m->row_stride;
+    rows->items = NULL;
 }
 
-static void describe_attention(const forward *f, mha_attention *a)
+static void describe_attention(const pass *f, mha_attention *a)
 {
     const mha_call *call = f->call;
-    const mha_widths *w = &f->weights->widths;
-    const plan *at = &f->at;
-    a->kernels = f->weights->kernels;
+    const mha_widths *w = &f->layer->widths;
+    const offsets *at = &f->at;
+    a->kernels = f->layer->kernels;
     a->N = call->N;
     a->L = call->L;
     a->H = w->H;
@@ -279,98 +282,97 @@ static void describe_attention(const forward *f, mha_attention *a)
     set_rows(f, &at->extra_k, 0, &a->extra_k);
     set_rows(f, &at->extra_v, 0, &a->extra_v);
     a->live = &f->live;
-    a->masks = &f->masks;
+    a->rules = &f->rules;
     a->empty_row = call->empty_row;
     a->dropout_p = call->dropout_p;
     if (call->dropout_p > 0)
         mha_dropout_key(call->dropout_seed, call->dropout_call, a->dropout_key);
-    a->weights_wanted = call->weights_wanted;
-    a->attn_weights = call->attn_weights;
+    a->wanted = call->wanted;
+    a->probabilities = call->attn_weights;
     a->maximum = at_offset(f, at->maximum);
     a->sum = at_offset(f, at->sum);
-    a->threads = call->threads;
-    a->scratch = at_offset(f, at->scratch);
-    a->scratch_bytes = at->scratch_bytes;
-    a->stop = call->stop;
+    a->team = f->team;
     mha_split_queries(a);
 }
 
-/* Completes the plan of few_queries.c with the addresses that it shares with the rest. */
-static mha_few_queries describe_few_queries(const forward *f)
+/* Completes the plan of few_queries.c with the addresses that it shares with the other steps. */
+static mha_few_queries describe_few_queries(const pass *f)
 {
     mha_few_queries few = f->few;
-    few.block = f->block;
+    few.workspace = f->workspace;
     few.q = at_offset(f, f->at.q.offset);
-    few.q_stride = f->at.q.row;
-    few.q_head = f->at.q.head;
+    few.q_stride = f->at.q.row_stride;
+    few.q_head = f->at.q.head_stride;
     few.context = at_offset(f, f->at.context.offset);
-    few.context_stride = f->at.context.row;
+    few.context_stride = f->at.context.row_stride;
     return few;
 }
 
-/* Lays everything out, from the start of `layout` on, which must be empty. */
-static void lay_out(forward *f, mha_layout *layout)
+/* Plans the workspace. The layout must be empty. */
+static void plan_workspace(pass *f, mha_layout *layout)
 {
     const mha_call *call = f->call;
-    const mha_widths *w = &f->weights->widths;
-    const mha_kernels *kernels = f->weights->kernels;
-    const size_t item = kernels->item, queries = call->N * call->L, keys = mha_live_rows(&f->live);
-    plan *at = &f->at;
-    f->few = (mha_few_queries){.weights = f->weights, .call = call, .live = &f->live, .masks = &f->masks};
+    const mha_widths *w = &f->layer->widths;
+    const mha_kernels *kernels = f->layer->kernels;
+    const size_t size = kernels->size, queries = call->N * call->L, keys = mha_live_rows(&f->live);
+    offsets *at = &f->at;
+    f->few = (mha_few_queries){.layer = f->layer, .call = call, .live = &f->live, .rules = &f->rules};
     at->q = reserve_heads(layout, kernels, queries, w->H, w->D);
     at->k = reserve_heads(layout, kernels, keys, w->Hkv, w->D);
     at->v = reserve_heads(layout, kernels, keys, w->Hkv, w->Dv);
     at->context = reserve_side_by_side(layout, kernels, queries, w->H, w->Dv);
     at->extra_k = reserve_side_by_side(layout, kernels, f->live.extra, w->Hkv, w->D);
     at->extra_v = reserve_side_by_side(layout, kernels, f->live.extra, w->Hkv, w->Dv);
-    at->q_row = at->context_row = mha_reserve(layout, queries, 1, sizeof(char *)); /* one after the other */
-    at->k_row = mha_reserve(layout, keys, 1, sizeof(char *));
-    at->v_row = same_input(&call->key, &call->value) ? at->k_row : mha_reserve(layout, keys, 1, sizeof(char *));
+    /* the two tables are not needed at the same time */
+    at->q_addresses = at->context_addresses = mha_reserve(layout, queries, 1, sizeof(char *));
+    at->k_addresses = mha_reserve(layout, keys, 1, sizeof(char *));
+    at->v_addresses = same_input(&call->key, &call->value) ? at->k_addresses
+                                                           : mha_reserve(layout, keys, 1, sizeof(char *));
     if (layout->too_large)
         return;
     mha_projection projections[MHA_TARGETS], output;
     mha_attention attention;
     describe_attention(f, &attention);
-    const size_t inputs = plan_inputs(f, projections);
-    plan_output(f, &output);
-    const size_t statistics = call->weights_wanted ? mha_attention_statistics(&attention) : 0;
-    at->maximum = mha_reserve(layout, statistics, 1, item);
-    at->sum = mha_reserve(layout, statistics, 1, item);
+    const size_t inputs = describe_inputs(f, projections);
+    describe_output(f, &output);
+    const size_t statistics = call->wanted ? mha_attention_statistics(&attention) : 0;
+    at->maximum = mha_reserve(layout, statistics, 1, size);
+    at->sum = mha_reserve(layout, statistics, 1, size);
     mha_few_queries_plan(&f->few, layout);
-    at->scratch_bytes = mha_larger(mha_larger(mha_attention_scratch(&attention), mha_few_queries_scratch(&f->few)),
+    f->team.scratch_bytes = mha_larger(mha_larger(mha_attention_scratch(&attention), mha_few_queries_scratch(&f->few)),
                                mha_larger(mha_projection_scratch(kernels, projections, inputs),
                                       mha_projection_scratch(kernels, &output, 1)));
-    at->scratch = mha_reserve(layout, call->threads, at->scratch_bytes, 1);
+    at->scratch = mha_reserve(layout, f->team.threads, f->team.scratch_bytes, 1);
 }
 
 /* ---- The pass ---- */
 
-/* Its rows, which are padded in the workspace. */
-static void copy_context(const forward *f)
+/* Copies the context without the padding that its rows have in the workspace. */
+static void copy_context(const pass *f)
 {
-    const size_t item = f->weights->kernels->item, bytes = f->weights->widths.H * f->weights->widths.Dv * item;
+    const size_t size = f->layer->kernels->size, bytes = f->layer->widths.H * f->layer->widths.Dv * size;
     for (size_t row = 0; row < f->call->N * f->call->L; row++)
         memcpy((char *)f->call->context + row * bytes,
-               f->block + f->at.context.offset + row * f->at.context.row * item, bytes);
+               f->workspace + f->at.context.offset + row * f->at.context.row_stride * size, bytes);
 }
 
-/* Where some items turn out to need their keys projected, these are counted, and nothing is left in the output. */
-static mha_status run(const forward *f, size_t *given_up)
+/* Runs all steps. *given_up counts the items of few_queries.c that turned out to need their keys projected. If there
+ * are any, nothing has been written to the output. */
+static mha_status run_steps(pass *f, size_t *given_up)
 {
     const mha_call *call = f->call;
-    const mha_kernels *kernels = f->weights->kernels;
-    char *scratch = at_offset(f, f->at.scratch);
+    const mha_kernels *kernels = f->layer->kernels;
     mha_projection projections[MHA_TARGETS];
+    f->team.scratch = f->workspace + f->at.scratch;
     list_input_rows(f);
     write_extra_keys(f);
     if (call->static_k.data)
-        copy_projected(f, &call->static_k, f->weights->widths.D, &f->at.k);
+        copy_projected(f, &call->static_k, f->layer->widths.D, &f->at.k);
     if (call->static_v.data)
-        copy_projected(f, &call->static_v, f->weights->widths.Dv, &f->at.v);
+        copy_projected(f, &call->static_v, f->layer->widths.Dv, &f->at.v);
 
-    const size_t inputs = plan_inputs(f, projections);
-    mha_status status =
-        mha_project(kernels, projections, inputs, call->threads, scratch, f->at.scratch_bytes, call->stop);
+    const size_t inputs = describe_inputs(f, projections);
+    mha_status status = mha_project(kernels, projections, inputs, &f->team);
     if (status != MHA_OK)
         return status;
 
@@ -380,7 +382,7 @@ static mha_status run(const forward *f, size_t *given_up)
     if (status != MHA_OK)
         return status;
     const mha_few_queries few = describe_few_queries(f);
-    status = mha_few_queries_attend(&few, scratch, f->at.scratch_bytes, given_up);
+    status = mha_few_queries_attend(&few, &f->team, given_up);
     if (status != MHA_OK || *given_up > 0)
         return status;
 
@@ -389,26 +391,26 @@ static mha_status run(const forward *f, size_t *given_up)
     if (!call->output)
         return MHA_OK;
     list_context_rows(f);
-    plan_output(f, projections);
-    return mha_project(kernels, projections, 1, call->threads, scratch, f->at.scratch_bytes, call->stop);
+    describe_output(f, projections);
+    return mha_project(kernels, projections, 1, &f->team);
 }
 
-/* What the masks leave, and which items few_queries.c takes. */
-static mha_status read_masks(const mha_weights *weights, const mha_call *call, mha_live_keys *live, mha_masks *masks)
+/* Reads the masks, and decides which items few_queries.c computes. */
+static mha_status read_masks(const mha_layer *layer, const mha_call *call, mha_live_keys *live, mha_rules *rules)
 {
     size_t positions;
     if (__builtin_mul_overflow(call->N, call->L, &positions) || __builtin_mul_overflow(call->N, call->S, &positions))
         return MHA_TOO_LARGE;
-    const mha_status status = mha_read_masks(call, mha_extra_keys(weights, call), live, masks);
-    const bool can = mha_few_queries_can(weights, call);
+    const mha_status status = mha_read_masks(call, mha_extra_keys(layer, call), live, rules);
+    const bool can = mha_few_queries_can(layer, call);
     for (size_t n = 0; status == MHA_OK && n < call->N; n++)
         live->is_few[n] = can && (call->is_few ? call->is_few[n]
-                                               : mha_few_queries_pays(weights, call, mha_live_count(live, n)));
+                                               : mha_few_queries_pays(layer, call, mha_live_count(live, n)));
     return status;
 }
 
-/* All items side by side, step by step. */
-static mha_status run_at_once(forward *f)
+/* Runs all items together, step by step. */
+static mha_status run_at_once(pass *f)
 {
     mha_status status;
     size_t given_up;
@@ -416,49 +418,51 @@ static mha_status run_at_once(forward *f)
         mha_layout layout = {0};
         given_up = 0;
         mha_number_rows(&f->live);
-        f->block = NULL;
-        lay_out(f, &layout);
-        status = mha_take_workspace(&layout, &f->block);
+        f->workspace = NULL;
+        plan_workspace(f, &layout);
+        status = mha_take_workspace(&layout, &f->workspace);
         if (status == MHA_OK)
-            status = run(f, &given_up);
-        mha_give_workspace(f->block);
+            status = run_steps(f, &given_up);
+        mha_give_workspace(f->workspace);
     } while (status == MHA_OK && given_up > 0);
     return status;
 }
 
-/* ---- Chunk after chunk ----
+/* ---- Chunks ----
  *
- * What one step of a chunk hands on to the next is still in the cache near the core, and the workspace is no larger
- * than a chunk for every thread needs. */
+ * Chunks of items go through all steps, each in one thread. What a step hands on to the next is then still in the
+ * second-level cache. The threads do not wait for each other between steps. The workspace holds a chunk for every
+ * thread, however large the batch is. */
 
 typedef struct {
-    const forward *all;
+    const pass *all;
     size_t chunks;
-    char *block; /* a workspace for every thread */
+    char *workspaces; /* of all threads */
     size_t bytes;
-} chunk_job;
+} chunk_tasks;
 
-/* How many of these chunks there must be, so that threads share them out without waiting long for each other. */
-static size_t least_chunks(const forward *f, size_t chunks)
+/* The least number of chunks with which threads end at about the same time, if there are to be `chunks`. */
+static size_t min_chunks(const pass *f, size_t chunks)
 {
-    const size_t N = f->call->N, threads = f->call->threads;
+    const size_t N = f->call->N, threads = f->team.threads;
     if (threads == 1)
         return 2;
     if (f->live.index)
-        return 2 * CHUNKS_A_THREAD * threads;
+        return 2 * CHUNKS_PER_THREAD * threads;
     const size_t busiest = chunks / threads * (N / chunks) + mha_divide_up(N % chunks, threads);
     const size_t rows = mha_divide_up(N, chunks) * mha_larger(f->call->L, f->call->S);
-    return rows <= SMALL_ROWS && busiest * threads - N <= N / MOST_MORE ? threads : CHUNKS_A_THREAD * threads;
+    return rows <= MAX_SMALL_CHUNK_ROWS && busiest * threads - N <= N / MAX_EXCESS ? threads
+                                                                                   : CHUNKS_PER_THREAD * threads;
 }
 
-/* In how many chunks to run a call; 1: at once. A chunk runs in one thread, so that there must be enough of them. The
- * output of one may be written while others read their inputs. */
-static size_t choose_chunks(const forward *f)
+/* The number of chunks in which to run a call. 1: all items at once. A chunk writes its output while others read their
+ * inputs, so that an output that overlaps an input rules chunks out. */
+static size_t choose_chunks(const pass *f)
 {
     const mha_call *call = f->call;
-    const size_t items = mha_divide_up(CHUNK_ROWS, mha_larger(call->L, call->S)), threads = call->threads;
+    const size_t items = mha_divide_up(MIN_CHUNK_ROWS, mha_larger(call->L, call->S)), threads = f->team.threads;
     const size_t chunks = call->N / items / threads * threads;
-    if (chunks == 0 || chunks < least_chunks(f, chunks) || (call->output && !call->output_is_apart))
+    if (chunks == 0 || chunks < min_chunks(f, chunks) || (call->output && !call->output_is_apart))
         return 1;
     for (size_t n = 0; n < call->N; n++)
         if (f->live.is_few[n])
@@ -466,20 +470,18 @@ static size_t choose_chunks(const forward *f)
     return chunks;
 }
 
-/* The i-th chunk; `call` is written, too, and must last as long. */
-static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
+/* Describes chunk i. `call` is filled in as well, and must live as long as the result. */
+static pass describe_chunk(const chunk_tasks *j, size_t i, mha_call *call)
 {
-    const forward *all = j->all;
-    const mha_widths *w = &all->weights->widths;
+    const pass *all = j->all;
+    const mha_widths *w = &all->layer->widths;
     const size_t first = mha_first_of_part(all->call->N, j->chunks, i);
     const size_t count = mha_first_of_part(all->call->N, j->chunks, i + 1) - first;
-    const size_t item = all->weights->kernels->item, L = all->call->L, keys = all->call->S + all->live.extra;
-    const size_t heads = all->call->weights_wanted == MHA_WEIGHTS_AVERAGED ? 1 : w->H;
+    const size_t size = all->layer->kernels->size, L = all->call->L, keys = all->call->S + all->live.extra;
+    const size_t heads = all->call->wanted == MHA_WANT_AVERAGES ? 1 : w->H;
     const ptrdiff_t n = (ptrdiff_t)first;
     *call = *all->call;
     call->N = count;
-    call->threads = 1;
-    call->stop = (mha_stop){.with_task = true};
     call->query.data = (const char *)call->query.data + n * call->query.stride_n;
     call->key.data = (const char *)call->key.data + n * call->key.stride_n;
     call->value.data = (const char *)call->value.data + n * call->value.stride_n;
@@ -488,54 +490,56 @@ static forward describe_chunk(const chunk_job *j, size_t i, mha_call *call)
     if (call->static_v.data)
         call->static_v.data = (const char *)call->static_v.data + n * call->static_v.stride_n;
     if (call->output)
-        call->output = (char *)call->output + first * (call->output_batch_first ? L : 1) * w->Eo * item;
+        call->output = (char *)call->output + first * (call->output_batch_first ? L : 1) * w->Eo * size;
     if (call->attn_weights)
-        call->attn_weights = (char *)call->attn_weights + first * heads * L * keys * item;
+        call->attn_weights = (char *)call->attn_weights + first * heads * L * keys * size;
     if (call->context)
-        call->context = (char *)call->context + first * L * w->H * w->Dv * item;
-    return (forward){.weights = all->weights, .call = call, .first_item = first, .items_in_all = all->call->N,
-                     .live = mha_live_keys_of(&all->live, first, count), .masks = mha_masks_of(&all->masks, first)};
+        call->context = (char *)call->context + first * L * w->H * w->Dv * size;
+    return (pass){.layer = all->layer, .call = call, .team = {.threads = 1, .in_task = true}, .first_item = first,
+                  .items_in_all = all->call->N,
+                  .live = mha_live_keys_of(&all->live, first, count), .rules = mha_rules_of(&all->rules, first)};
 }
 
 static void run_chunk(void *context, size_t task, size_t worker)
 {
-    const chunk_job *j = context;
+    const chunk_tasks *j = context;
     mha_call call;
     mha_layout layout = {0};
     size_t given_up;
-    forward f = describe_chunk(j, task, &call);
-    lay_out(&f, &layout);
-    f.block = j->block + worker * j->bytes;
-    (void)run(&f, &given_up); /* it may have been stopped, and then the whole loop is */
+    pass f = describe_chunk(j, task, &call);
+    plan_workspace(&f, &layout);
+    f.workspace = j->workspaces + worker * j->bytes;
+    (void)run_steps(&f, &given_up); /* a chunk is stopped only together with the whole loop */
 }
 
-static mha_status run_in_chunks(forward *f, size_t chunks)
+static mha_status run_in_chunks(pass *f, size_t chunks)
 {
-    chunk_job j = {.all = f, .chunks = chunks};
-    mha_layout workspaces = {0};
+    chunk_tasks j = {.all = f, .chunks = chunks};
+    mha_layout all = {0};
     mha_number_rows(&f->live);
     for (size_t i = 0; i < chunks; i++) {
         mha_call call;
         mha_layout layout = {0};
-        forward chunk = describe_chunk(&j, i, &call);
-        lay_out(&chunk, &layout);
+        pass chunk = describe_chunk(&j, i, &call);
+        plan_workspace(&chunk, &layout);
         j.bytes = mha_larger(j.bytes, layout.bytes);
-        workspaces.too_large |= layout.too_large;
+        all.too_large |= layout.too_large;
     }
-    mha_reserve(&workspaces, f->call->threads, j.bytes, 1);
-    mha_status status = mha_take_workspace(&workspaces, &j.block);
+    mha_reserve(&all, f->team.threads, j.bytes, 1);
+    mha_status status = mha_take_workspace(&all, &j.workspaces);
     if (status == MHA_OK)
-        status = mha_parallel_for(f->call->threads, chunks, run_chunk, &j, f->call->stop);
-    mha_give_workspace(j.block);
+        status = mha_parallel_for(&f->team, chunks, run_chunk, &j);
+    mha_give_workspace(j.workspaces);
     return status;
 }
 
-mha_status mha_forward(const mha_weights *weights, const mha_call *call)
+mha_status mha_forward(const mha_layer *layer, const mha_call *call)
 {
-    forward f = {.weights = weights, .call = call, .items_in_all = call->N};
+    pass f = {.layer = layer, .call = call, .items_in_all = call->N,
+              .team = {.threads = call->threads, .stop = call->stop}};
     if (call->N == 0 || call->L == 0)
-        return MHA_OK; /* no result, however many of the other */
-    mha_status status = read_masks(weights, call, &f.live, &f.masks);
+        return MHA_OK; /* there are no results */
+    mha_status status = read_masks(layer, call, &f.live, &f.rules);
     if (status == MHA_OK) {
         const size_t chunks = choose_chunks(&f);
         status = chunks > 1 ? run_in_chunks(&f, chunks) : run_at_once(&f);
@@ -544,13 +548,13 @@ mha_status mha_forward(const mha_weights *weights, const mha_call *call)
     return status;
 }
 
-/* ---- Parts of the pass, for whoever looks at it step by step ---- */
+/* ---- Parts of the pass, for mha_c.explain ---- */
 
-mha_status mha_choose_paths(const mha_weights *weights, const mha_call *call, bool *is_few)
+mha_status mha_choose_paths(const mha_layer *layer, const mha_call *call, bool *is_few)
 {
     mha_live_keys live = {0};
-    mha_masks masks;
-    const mha_status status = read_masks(weights, call, &live, &masks);
+    mha_rules rules;
+    const mha_status status = read_masks(layer, call, &live, &rules);
     if (status == MHA_OK)
         memcpy(is_few, live.is_few, call->N * sizeof *is_few);
     mha_live_keys_release(&live);
@@ -559,23 +563,25 @@ mha_status mha_choose_paths(const mha_weights *weights, const mha_call *call, bo
 
 mha_status mha_project_input(const mha_input_projection *input)
 {
-    const mha_weights *w = input->weights;
-    const mha_panels *panels = input->input == MHA_QUERY ? &w->q : input->input == MHA_KEY ? &w->k : &w->v;
+    const mha_layer *layer = input->layer;
+    const mha_panels *panels = input->input == MHA_QUERY ? &layer->q : input->input == MHA_KEY ? &layer->k : &layer->v;
     mha_projection projection = {.stride_e = input->x.stride_e, .targets = 1,
                                  .target = {{.panels = panels, .y = input->y, .stride = panels->split.width}}};
     mha_layout layout = {0};
-    char *block = NULL;
+    char *workspace = NULL;
     if (__builtin_mul_overflow(input->N, input->length, &projection.rows))
         return MHA_TOO_LARGE;
     const size_t row = mha_reserve(&layout, projection.rows, 1, sizeof(char *));
-    const size_t scratch_bytes = mha_projection_scratch(w->kernels, &projection, 1);
-    const size_t scratch = mha_reserve(&layout, input->threads, scratch_bytes, 1);
-    mha_status status = mha_take_workspace(&layout, &block);
+    mha_team team = {.threads = input->threads, .stop = input->stop,
+                     .scratch_bytes = mha_projection_scratch(layer->kernels, &projection, 1)};
+    const size_t scratch = mha_reserve(&layout, team.threads, team.scratch_bytes, 1);
+    mha_status status = mha_take_workspace(&layout, &workspace);
     if (status == MHA_OK) {
-        list_rows(&input->x, input->N, input->length, NULL, (const char **)(void *)(block + row));
-        projection.row = (const char *const *)(void *)(block + row);
-        status = mha_project(w->kernels, &projection, 1, input->threads, block + scratch, scratch_bytes, input->stop);
+        list_rows(&input->x, input->N, input->length, NULL, (const char **)(void *)(workspace + row));
+        projection.row_address = (const char *const *)(void *)(workspace + row);
+        team.scratch = workspace + scratch;
+        status = mha_project(layer->kernels, &projection, 1, &team);
     }
-    mha_give_workspace(block);
+    mha_give_workspace(workspace);
     return status;
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * masks.c - key padding becomes a list of live keys, everything else a summary per block.
+ * masks.c - turns key padding into a list of live keys, and the other rules into what a panel sees of a block.
  *
  * Owns: the list of live keys.
  */
@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* What a mask of any kind but NONE does to one key, as a number that is added to its score. */
+/* What a mask of any kind but NONE adds to the score of one key. */
 static double mask_value(mha_mask_kind kind, const char *at)
 {
     float f;
@@ -33,12 +33,13 @@ static const char *mask_at(const mha_mask *mask, size_t n, size_t h, size_t l)
            (ptrdiff_t)l * mask->stride_l;
 }
 
-static const char *attn_at(const mha_masks *masks, size_t n, size_t h, size_t l)
+static const char *attn_at(const mha_rules *rules, size_t n, size_t h, size_t l)
 {
-    return masks->attn_item ? mask_at(&masks->attn, 0, h, l) + masks->attn_item[n] : mask_at(&masks->attn, n, h, l);
+    return rules->attn_item ? mask_at(&rules->attn, 0, h, l) + rules->attn_item[n] : mask_at(&rules->attn, n, h, l);
 }
 
-/* Lists an item's live keys and counts them. *adds says whether the mask still adds to one of them. */
+/* Lists the live keys of an item and returns their number. Sets *adds if the mask adds a number other than 0 to one of
+ * them. */
 static size_t list_live_keys(const mha_mask *mask, size_t n, size_t S, size_t *index, bool *adds)
 {
     const char *at = mask_at(mask, n, 0, 0);
@@ -53,23 +54,23 @@ static size_t list_live_keys(const mha_mask *mask, size_t n, size_t S, size_t *i
     return live;
 }
 
-mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *live, mha_masks *masks)
+mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *live, mha_rules *rules)
 {
     const mha_mask *padding = &call->key_padding_mask;
     mha_layout layout = {0};
     *live = (mha_live_keys){.N = call->N, .S = call->S, .extra = extra};
-    *masks = (mha_masks){.attn = call->attn_mask, .is_causal = call->is_causal};
+    *rules = (mha_rules){.attn = call->attn_mask, .is_causal = call->is_causal};
     const size_t start = mha_reserve(&layout, call->N + 1, 1, sizeof(size_t));
     const size_t row = mha_reserve(&layout, call->N + 1, 1, sizeof(size_t));
     const size_t is_few = mha_reserve(&layout, call->N, 1, sizeof(bool));
     const size_t index = mha_reserve(&layout, padding->kind ? call->N : 0, call->S, sizeof(size_t));
-    const mha_status status = mha_allocate(&layout, &live->block);
+    const mha_status status = mha_allocate(&layout, &live->memory);
     if (status != MHA_OK)
         return status;
-    live->start = (size_t *)(void *)(live->block + start);
-    live->row = (size_t *)(void *)(live->block + row);
-    live->is_few = memset(live->block + is_few, false, call->N);
-    size_t *list = (size_t *)(void *)(live->block + index), total = 0;
+    live->start = (size_t *)(void *)(live->memory + start);
+    live->first_row = (size_t *)(void *)(live->memory + row);
+    live->is_few = memset(live->memory + is_few, false, call->N);
+    size_t *list = (size_t *)(void *)(live->memory + index), total = 0;
     bool adds = false;
     for (size_t n = 0; n < call->N; n++) {
         live->start[n] = total;
@@ -79,34 +80,34 @@ mha_status mha_read_masks(const mha_call *call, size_t extra, mha_live_keys *liv
     if (total < call->N * call->S)
         live->index = list;
     if (adds)
-        masks->keys = *padding;
+        rules->padding = *padding;
     return MHA_OK;
 }
 
 void mha_number_rows(mha_live_keys *live)
 {
-    live->row[0] = 0;
+    live->first_row[0] = 0;
     for (size_t n = 0; n < live->N; n++)
-        live->row[n + 1] = live->row[n] + (live->is_few[n] ? 0 : mha_live_count(live, n));
+        live->first_row[n + 1] = live->first_row[n] + (live->is_few[n] ? 0 : mha_live_count(live, n));
 }
 
 mha_live_keys mha_live_keys_of(const mha_live_keys *live, size_t first, size_t count)
 {
     return (mha_live_keys){.N = count, .S = live->S, .extra = live->extra, .start = live->start + first,
-                           .index = live->index, .is_few = live->is_few + first, .row = live->row + first};
+                           .index = live->index, .is_few = live->is_few + first, .first_row = live->first_row + first};
 }
 
-mha_masks mha_masks_of(const mha_masks *masks, size_t first)
+mha_rules mha_rules_of(const mha_rules *rules, size_t first)
 {
-    mha_masks of = *masks;
-    of.attn.data = masks->attn.kind ? mask_at(&masks->attn, first, 0, 0) : NULL;
-    of.keys.data = masks->keys.kind ? mask_at(&masks->keys, first, 0, 0) : NULL;
+    mha_rules of = *rules;
+    of.attn.data = rules->attn.kind ? mask_at(&rules->attn, first, 0, 0) : NULL;
+    of.padding.data = rules->padding.kind ? mask_at(&rules->padding, first, 0, 0) : NULL;
     return of;
 }
 
 void mha_live_keys_release(mha_live_keys *live)
 {
-    mha_release(live->block);
+    mha_release(live->memory);
 }
 
 static size_t blocks_of_live_keys(const mha_live_keys *live, size_t n)
@@ -124,26 +125,27 @@ void mha_key_block_at(const mha_live_keys *live, size_t n, size_t i, mha_key_blo
     block->is_extra = i == blocks_of_live_keys(live, n);
     block->index = NULL;
     if (block->is_extra) {
-        block->row = 0;
+        block->first_row = 0;
         block->keys = live->extra;
         block->first_key = live->S;
         return;
     }
     const size_t before = i * MHA_BLOCK_KEYS, keys = mha_smaller(mha_live_count(live, n) - before, MHA_BLOCK_KEYS);
-    block->row = live->row[n] - live->row[0] + before;
+    block->first_row = live->first_row[n] - live->first_row[0] + before;
     block->keys = keys;
     block->first_key = before;
     if (live->index) {
         const size_t *index = live->index + live->start[n] + before;
         block->first_key = index[0];
-        if (index[keys - 1] - index[0] != keys - 1) /* not a run: padding is, usually */
+        /* usually padding is at one end, and the live keys are consecutive */
+        if (index[keys - 1] - index[0] != keys - 1)
             block->index = index;
     }
 }
 
 size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s)
 {
-    /* Of the keys before s, as many are live as stand before it in the sorted list. */
+    /* The number of live keys before s, by bisection. */
     const size_t *index = live->index + live->start[n], live_keys = mha_live_count(live, n);
     size_t low = 0, high = live_keys;
     while (low < high) {
@@ -160,47 +162,48 @@ size_t mha_next_removed(const mha_live_keys *live, size_t n, size_t s)
     return s;
 }
 
-/* As far as it shows without reading the masks. */
-static mha_view view_by_numbers(const mha_masks *masks, size_t first_query, size_t last_query,
-                                const mha_key_block *block)
+/* What the numbers of queries and keys say without the masks. */
+static mha_visible visible_by_numbers(const mha_rules *rules, size_t first_query, size_t last_query,
+                                      const mha_key_block *block)
 {
     if (block->is_extra)
-        return (mha_view){block->keys, false};
+        return (mha_visible){block->keys, false};
     size_t keys = block->keys;
     bool crosses = false;
-    if (masks->is_causal) {
+    if (rules->is_causal) {
         if (block->first_key > last_query)
-            return (mha_view){0, false};
+            return (mha_visible){0, false};
         while (mha_key_number(block, keys - 1) > last_query)
             keys--;
         crosses = mha_key_number(block, keys - 1) > first_query;
     }
-    return (mha_view){keys, masks->attn.kind || masks->keys.kind || crosses};
+    return (mha_visible){keys, rules->attn.kind || rules->padding.kind || crosses};
 }
 
-mha_view mha_look(const mha_kernels *kernels, const mha_masks *masks, size_t n, const mha_lanes *lanes,
-                  const mha_key_block *block, void *bias)
+mha_visible mha_apply_rules(const mha_kernels *kernels, const mha_rules *rules, size_t n, const mha_lanes *lanes,
+                            const mha_key_block *block, void *bias)
 {
     size_t query = lanes->first / lanes->heads, h = lanes->first % lanes->heads;
-    const mha_view view = view_by_numbers(masks, query, (lanes->first + lanes->count - 1) / lanes->heads, block);
-    if (view.keys == 0 || !view.is_biased)
-        return view;
+    const mha_visible visible = visible_by_numbers(rules, query, (lanes->first + lanes->count - 1) / lanes->heads,
+                                                   block);
+    if (visible.keys == 0 || !visible.is_biased)
+        return visible;
     mha_mask_block of;
-    of.attn_kind = masks->attn.kind;
-    of.attn_s = masks->attn.stride_s;
-    of.keys = masks->keys.kind ? mask_at(&masks->keys, n, 0, 0) : NULL;
-    of.keys_kind = masks->keys.kind;
-    of.keys_s = masks->keys.stride_s;
+    of.attn_kind = rules->attn.kind;
+    of.attn_s = rules->attn.stride_s;
+    of.padding = rules->padding.kind ? mask_at(&rules->padding, n, 0, 0) : NULL;
+    of.padding_kind = rules->padding.kind;
+    of.padding_s = rules->padding.stride_s;
     of.index = block->index;
     of.first_key = block->first_key;
-    of.is_causal = masks->is_causal;
+    of.is_causal = rules->is_causal;
     for (size_t lane = 0; lane < lanes->count; lane++) {
-        of.attn[lane] = masks->attn.kind ? attn_at(masks, n, lanes->first_head + h, query) : NULL;
+        of.attn[lane] = rules->attn.kind ? attn_at(rules, n, lanes->first_head + h, query) : NULL;
         of.query[lane] = query;
         if (++h == lanes->heads) {
             h = 0;
             query++;
         }
     }
-    return kernels->read_masks(bias, view.keys, lanes->vectors, lanes->count, &of);
+    return kernels->read_masks(bias, visible.keys, lanes->vectors, lanes->count, &of);
 }

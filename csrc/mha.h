@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * mha.h - the core's whole interface: what attention is told, and what it answers.
+ * mha.h - the core's whole interface: what a call says, and the functions that run one.
  *
- * Owns: the types that cross from the Python binding to the core, and three verbs: pack the weights once,
- * estimate a call, run a call. A call is that of a whole layer, or attention alone. The core knows nothing of Python,
- * and never modifies what it is given.
+ * Owns: the types that the Python binding hands to the core. Parameters are packed once. A call can be estimated and
+ * run. It is a call of a whole layer, or attention alone. The core knows nothing of Python. It never modifies what it
+ * is given.
  *
- * The letters, used in every file (torch's own; ARCHITECTURE.md explains them):
+ * The letters are torch's own and the same in every file (ARCHITECTURE.md explains them):
  *   N batch items   L queries of an item   S keys of an item   H heads   Hkv key/value heads
  *   D width of a query or key head   Dv width of a value head
  *   E, Ek, Ev features of the query, key and value inputs   Eo features of the output
@@ -15,66 +15,49 @@
 #ifndef MHA_H
 #define MHA_H
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-
-typedef enum {
-    MHA_OK = 0,
-    MHA_NO_MEMORY, /* an allocation failed */
-    MHA_TOO_LARGE, /* a size in bytes does not fit size_t */
-    MHA_STOPPED,   /* should_stop() answered true; the output is undefined */
-} mha_status;
-
-typedef enum { MHA_FLOAT32 = 0, MHA_FLOAT64 = 1 } mha_dtype;
+#include "base.h"
 
 /* Every width of the layer. Query head h reads key/value head h / (H / Hkv). */
 typedef struct {
     size_t H, Hkv;    /* Hkv divides H */
-    size_t D, Dv;     /* may differ; H * D need not be E */
+    size_t D, Dv;     /* may differ; H * D need not equal E */
     size_t E, Ek, Ev; /* input features */
     size_t Eo;        /* output features */
 } mha_widths;
 
-/* The parameters as torch stores them: C-contiguous, in the layer's dtype, rows are output features. A bias is NULL
- * where the layer has none. */
+/* The parameters as torch stores them: C-contiguous, in the layer's dtype, with a row for each output feature. A bias
+ * that the layer does not have is NULL. */
 typedef struct {
     const void *q_weight, *k_weight, *v_weight; /* (H*D, E), (Hkv*D, Ek), (Hkv*Dv, Ev) */
     const void *q_bias, *k_bias, *v_bias;       /* (H*D), (Hkv*D), (Hkv*Dv) */
-    const void *bias_k, *bias_v;                /* (Hkv*D), (Hkv*Dv): one more key and value, never projected */
+    const void *bias_k, *bias_v; /* (Hkv*D), (Hkv*Dv): an additional key and value, which are not projected */
     const void *out_weight, *out_bias;          /* (Eo, H*Dv), (Eo) */
 } mha_parameters;
 
-/* Parameters packed for the kernels of this CPU: immutable, usable from any number of threads. k_weight must stay
- * where it is, unchanged, as long as they live; nothing else of the mha_parameters is referenced afterwards. */
-typedef struct mha_weights mha_weights;
+/* Parameters packed for the kernels of this CPU. They are immutable, and any number of threads may use them. The array
+ * k_weight has to stay where it is, unchanged, as long as they live. Nothing else of mha_parameters is referenced
+ * afterwards. */
+typedef struct mha_layer mha_layer;
 
-mha_status mha_weights_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *parameters,
-                              mha_weights **weights);
-void mha_weights_destroy(mha_weights *weights); /* NULL is allowed */
+mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *parameters,
+                            mha_layer **layer);
+void mha_layer_destroy(mha_layer *layer); /* NULL is allowed */
 
-/* An input of shape (N, length, features), native byte order, of the layer's dtype. Strides are in bytes and may be
- * anything: negative, zero, no multiple of the item size. */
+/* An input of shape (N, length, features), in native byte order and of the layer's dtype. Strides are in bytes. They
+ * may be negative, zero, or not a multiple of the size of a number. */
 typedef struct {
     const void *data;
     ptrdiff_t stride_n, stride_l, stride_e;
 } mha_array;
 
-/* Keys or values that need no projection, of shape (N, Hkv, S, features); data NULL: none. Strides as in mha_array. */
+/* Keys or values that are not projected, of shape (N, Hkv, S, features). Strides are as in mha_array. If data is NULL,
+ * there are none. */
 typedef struct {
     const void *data;
     ptrdiff_t stride_n, stride_h, stride_s, stride_d;
 } mha_projected;
 
-typedef enum {
-    MHA_MASK_NONE = 0,
-    MHA_MASK_HIDE, /* one byte per element, non-zero = this key is hidden: torch.nn.MultiheadAttention's bool masks */
-    MHA_MASK_SHOW, /* the same the other way round: scaled_dot_product_attention's */
-    MHA_MASK_FLOAT32, /* added to the score, whatever the layer's dtype */
-    MHA_MASK_FLOAT64,
-} mha_mask_kind;
-
-/* A mask of shape (N, H, L, S), strides in bytes; a stride of 0 broadcasts. */
+/* A mask of shape (N, H, L, S). Strides are in bytes. A stride of 0 broadcasts. */
 typedef struct {
     const void *data;
     mha_mask_kind kind;
@@ -82,64 +65,59 @@ typedef struct {
 } mha_mask;
 
 typedef enum {
-    MHA_WEIGHTS_NONE = 0,
-    MHA_WEIGHTS_AVERAGED,
-    MHA_WEIGHTS_PER_HEAD,
-    MHA_SCORES_PER_HEAD, /* in their place the scores that they come from, after the masks; no context, no output */
-} mha_weights_wanted;
-
-/* What a query gets that may see no key at all: attention 0, or NaN (torch's own answer with need_weights=True). */
-typedef enum { MHA_EMPTY_ROW_ZERO = 0, MHA_EMPTY_ROW_NAN } mha_empty_row;
-
-/* Asked now and then by the calling thread alone, between its own tasks. NULL function: never. */
-typedef struct {
-    bool (*should_stop)(void *context);
-    void *context;
-    bool with_task; /* the call is made by a task of another: it runs in that one's thread, and stops with it */
-} mha_stop;
+    MHA_WANT_NONE = 0,
+    MHA_WANT_AVERAGES,
+    MHA_WANT_PROBABILITIES,
+    MHA_WANT_SCORES, /* the scores after the masks instead of probabilities; then there is no context and no output */
+} mha_wanted;
 
 typedef struct {
     size_t N, L, S;
-    mha_array query, key, value; /* equal data and strides mean "the same input", projected in one pass */
-    mha_projected static_k, static_v; /* taken in place of what key and value would become */
+    mha_array query, key, value;      /* inputs with equal data and strides are the same input and are read once */
+    mha_projected static_k, static_v; /* used in place of the projected keys and values */
     mha_mask attn_mask;
     mha_mask key_padding_mask; /* only stride_n and stride_s count */
-    bool is_causal;            /* query l sees keys 0..l, on top of the masks */
-    bool add_zero_attn;        /* one more key and value, all zero, that every query sees */
+    bool is_causal;            /* query l sees keys 0 to l only, in addition to the masks */
+    bool add_zero_attn;        /* an additional key and value of zeros, which every query sees */
     mha_empty_row empty_row;
-    double dropout_p;          /* in [0, 1]; 0 = none */
+    double dropout_p; /* between 0 and 1; 0: no dropout */
     uint64_t dropout_seed, dropout_call;
 
-    const bool *is_few; /* [N]: items to treat without projecting their keys, where that is possible at all; NULL: those
-                           for which it pays (mha_choose_paths) */
+    /* [N]: items that are computed without projecting their keys, where that is possible (few_queries.h). NULL: those
+     * for which it pays, as mha_choose_paths() says. */
+    const bool *is_few;
 
-    void *output; /* (N, L, Eo): features adjacent, and either (N, L) or (L, N) order without gaps; NULL: not wanted */
+    void *output; /* (N, L, Eo): features are adjacent, in (N, L) or (L, N) order without gaps. NULL: not wanted. */
     bool output_batch_first;
-    bool output_is_apart; /* from the inputs and masks; else it is written last, when nothing else is read any more */
-    mha_weights_wanted weights_wanted;
-    void *attn_weights; /* C-contiguous (N, L, S') or (N, H, L, S'); S' = S + mha_extra_keys() */
-    void *context; /* C-contiguous (N, L, H * Dv): what the output is projected from; NULL: not wanted */
+    /* The output does not overlap inputs or masks. If it does, it is written last, when they are no longer read. */
+    bool output_is_apart;
+    mha_wanted wanted;
+    void *attn_weights; /* C-contiguous (N, L, S') or (N, H, L, S'), where S' = S + mha_extra_keys() */
+    /* C-contiguous (N, L, H * Dv): the heads' results, from which the output is projected. NULL: not wanted. */
+    void *context;
 
     size_t threads; /* at least 1 */
     mha_stop stop;
 } mha_call;
 
-/* Keys that bias_k and add_zero_attn append to every item: 0, 1 or 2. */
-size_t mha_extra_keys(const mha_weights *weights, const mha_call *call);
+/* The number of keys that bias_k and add_zero_attn append to every item: 0, 1 or 2. */
+size_t mha_extra_keys(const mha_layer *layer, const mha_call *call);
 
-/* Floating-point operations of a call, roughly, for decisions that need no exactness; saturates. */
-double mha_forward_operations(const mha_weights *weights, const mha_call *call);
+/* About how many floating-point operations a call takes. It decides about threads, so it need not be exact. It cannot
+ * overflow. */
+double mha_forward_operations(const mha_layer *layer, const mha_call *call);
 
-mha_status mha_forward(const mha_weights *weights, const mha_call *call);
+mha_status mha_forward(const mha_layer *layer, const mha_call *call);
 
-/* Fills is_few [N]: whether forward treats an item without projecting its keys (few_queries.h). */
-mha_status mha_choose_paths(const mha_weights *weights, const mha_call *call, bool *is_few);
+/* Fills is_few [N]: whether forward computes an item without projecting its keys (few_queries.h). */
+mha_status mha_choose_paths(const mha_layer *layer, const mha_call *call, bool *is_few);
 
 typedef enum { MHA_QUERY = 0, MHA_KEY, MHA_VALUE } mha_input;
 
-/* One of forward's first steps alone: x (N, length, features) projected to y, C-contiguous (N, length, Hkv * D). */
+/* One input projection alone: x (N, length, features) is projected to y, C-contiguous (N, length, width). The width is
+ * H * D for a query, Hkv * D for a key and Hkv * Dv for a value. */
 typedef struct {
-    const mha_weights *weights;
+    const mha_layer *layer;
     mha_input input;
     size_t N, length;
     mha_array x;
@@ -152,11 +130,11 @@ mha_status mha_project_input(const mha_input_projection *input);
 
 /* ---- Attention alone: softmax(scale q k^T + mask) v, torch's scaled_dot_product_attention ---- */
 
-/* Rows of some heads, of items that a number of axes lead to. The features of a row are adjacent and aligned; strides
- * are in bytes, multiples of the size of a number, and 0 where one stands for all. */
+/* An array (axes..., heads, rows, features) that is read in place. Features are adjacent and aligned. Strides are in
+ * bytes and multiples of the size of a number. A stride of 0 broadcasts. */
 typedef struct {
     const void *data;
-    size_t heads;                 /* query head h reads head h / (H / heads); divides the query's own, H */
+    size_t heads; /* divides H, the heads of the query; query head h reads head h / (H / heads) */
     const ptrdiff_t *stride_axes; /* [axes] */
     ptrdiff_t stride_h, stride_l;
 } mha_heads;
@@ -166,15 +144,15 @@ typedef struct {
     size_t axes;
     const size_t *length; /* [axes] */
     size_t L, S, D, Dv;
-    mha_heads query, key, value; /* rows of the query ascend: stride_l is not negative */
-    mha_mask mask;               /* its stride_n does not count, */
-    const ptrdiff_t *mask_axes;  /* [axes]: these strides do */
-    bool is_causal;              /* query l sees keys 0..l, on top of the mask */
+    mha_heads query, key, value; /* rows of the query ascend: its stride_l is not negative */
+    mha_mask mask;               /* its stride_n is not used; mask_axes stands for it */
+    const ptrdiff_t *mask_axes;  /* [axes]: the strides of the mask along the axes */
+    bool is_causal; /* query l sees keys 0 to l only, in addition to the mask */
     double scale;
-    double dropout_p; /* in [0, 1]; 0 = none */
+    double dropout_p; /* between 0 and 1; 0: no dropout */
     uint64_t dropout_seed;
 
-    mha_heads output; /* rows of the result, H heads; a query that may see no key gets 0 */
+    mha_heads output; /* H heads; rows of a query that sees no key are 0 */
     size_t threads; /* at least 1 */
     mha_stop stop;
 } mha_sdpa_call;

@@ -1,26 +1,25 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * panels.h - how a row of numbers is cut into panels, and a matrix packed that way.
+ * panels.h - how a width is divided into panels, and a matrix packed as panels.
  *
- * A width becomes whole vectors, and these are shared out evenly: 64 vectors are 20 panels of 3 and 2 of 2, since a
- * panel of 1 would leave the multiply-add units waiting for its few accumulators.
+ * A width is rounded up to whole vectors. Panels share the vectors evenly: 64 vectors are 20 panels of 3 vectors and 2
+ * panels of 2. A panel of 1 vector would have too few sums to keep the multiply-add units busy.
  */
 #ifndef MHA_PANELS_H
 #define MHA_PANELS_H
 
 #include "kernels/kernels.h"
-#include "sizes.h"
 
 typedef struct {
-    size_t width;   /* numbers that count */
-    size_t lanes;   /* of a vector */
-    size_t vectors; /* in all */
+    size_t width;   /* in numbers */
+    size_t lanes;   /* in a vector */
+    size_t vectors; /* in all panels */
     size_t panels;
 } mha_split;
 
 typedef struct {
-    size_t first;   /* number of lane 0 */
-    size_t count;   /* lanes that count */
+    size_t first;   /* the number in lane 0 */
+    size_t count;   /* lanes in use */
     size_t vectors; /* P = vectors * lanes */
 } mha_panel;
 
@@ -51,7 +50,7 @@ typedef struct {
     mha_split split; /* of the features */
     size_t depth;
     const char *data;
-    const char *bias; /* padded to whole vectors; NULL: none */
+    const char *bias; /* padded with zeros to whole vectors; NULL: none */
 } mha_panels;
 
 #endif

@@ -3,8 +3,9 @@
  * philox.h - the counter-based random generator of dropout: Philox4x32-10, from Salmon, Moraes, Dror and Shaw,
  * "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
  *
- * Owns nothing: a block of four random words is a pure function of key and counter, so that no thread, no order of
- * tasks and no choice of path can change the stream.
+ * A block of four random words depends on the key and the counter alone. So the stream does not depend on threads, on
+ * the order of tasks or on the path of a call. The counter of probability (n, h, l, s) is (n, h, l, s / 4), and its
+ * word is s % 4: one block serves four keys.
  */
 #ifndef MHA_PHILOX_H
 #define MHA_PHILOX_H
@@ -15,7 +16,7 @@ typedef struct {
     uint32_t word[4];
 } mha_philox_block;
 
-/* The counter's words are taken modulo 2^32. */
+/* The words of the counter are taken modulo 2^32. */
 static inline mha_philox_block mha_philox(const uint32_t key[2], uint64_t w0, uint64_t w1, uint64_t w2, uint64_t w3)
 {
     uint32_t c0 = (uint32_t)w0, c1 = (uint32_t)w1, c2 = (uint32_t)w2, c3 = (uint32_t)w3;
@@ -32,7 +33,7 @@ static inline mha_philox_block mha_philox(const uint32_t key[2], uint64_t w0, ui
     return (mha_philox_block){{c0, c1, c2, c3}};
 }
 
-/* The key of one call's stream, by one more block. */
+/* The key of a call's stream. It is a block of the generator with the seed as its key. */
 static inline void mha_dropout_key(uint64_t seed, uint64_t call, uint32_t key[2])
 {
     const uint32_t seed_words[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};

@@ -1,146 +1,154 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * projection.c - blocking, packing of rows, bias, tasks.
+ * projection.c - multiplies rows by packed weights: blocks of rows, copies of them, bias, tasks.
  *
- * A task is a block of rows by a run of panels. It copies its rows, a slice of features at a time, so that what belongs
- * to one chain lies together (unless they are short and lie well, or its thread has just copied them for another task),
- * and multiplies that slice with the same slice of each panel; sums go through a strip that stays in the cache:
+ * A task multiplies a block of rows by some panels. It copies its rows slice by slice, so that the numbers of a chain
+ * are close together. Rows that are short and lie regularly are not copied, nor are rows that the thread has just
+ * copied for another task. The slice is multiplied by the same slice of each panel. Sums go through a strip, which
+ * stays in the cache:
  *
  *          slice                    panel          strip
  *        +-------+---             +-------+      +-------+
- *   rows | block |  (x)     slice |  P    |      |  P    | rows   = addend + chain, chain after chain,
- *        +-------+---             +-------+      +-------+          the last one going straight to y
+ *   rows | block |  (x)     slice |  P    |      |  P    | rows   = addend + chain, chain after chain;
+ *        +-------+---             +-------+      +-------+          the last chain goes straight to y
  *
- * Owns: the order of additions, which no blocking may change: bias, then chains of MHA_CHAIN features in order.
+ * Owns: the order of additions: bias, then chains of MHA_CHAIN features in order. It does not depend on the
+ * blocking.
  */
 #include "projection.h"
 
 #include <stdint.h>
 #include <string.h>
 
-#include "threads.h"
 #include "workspace.h"
 
 enum {
-    BLOCK_ROWS = 128,     /* a slice of a panel is read once for so many rows */
-    BLOCK_BYTES = 491520, /* of a slice of them, for the second-level cache; fewer rows where they are wide */
-    WHOLE_ROWS = 8,       /* blocks get whole numbers of them: most tiles have 8 or 4 rows */
-    SLICE_BYTES = 8192,   /* of a row; a whole number of chains */
-    SLICED_PANELS = 8,    /* panels whose strips wait at once for the next slice */
-    TASKS_A_THREAD = 4,   /* so that the last ones to finish differ by little */
-    PANELS_A_LOOK = 16,   /* panels between two looks whether the call is to be stopped */
-    SHORT_BYTES = 1600,   /* between rows that are read where they lie: some of them share a page */
+    MAX_BLOCK_ROWS = 128, /* rows for which a slice of a panel is read once */
+    /* of a slice of a block, which has to fit into the second-level cache; blocks of wide rows have fewer rows */
+    MAX_BLOCK_BYTES = 491520,
+    ROW_UNIT = 8,           /* blocks have whole multiples of this many rows, because most tiles have 8 or 4 rows */
+    MAX_SLICE_BYTES = 8192, /* of one row; whole chains */
+    /* panels of a task if rows have several slices; each has a strip, which waits for the next slice */
+    MAX_SLICED_PANELS = 8,
+    TASKS_PER_THREAD = 4,   /* so that threads end at about the same time */
+    PANELS_PER_POLL = 16,   /* between two polls */
+    MAX_SHORT_BYTES = 1600, /* between rows that are read in place: some of them share a page */
 };
 
 typedef struct {
     const mha_projection *projection;
     size_t depth, slice, slices;
-    size_t chain; /* numbers of a row in the block, which holds one chain of all rows after the other */
-    size_t wholes, blocks; /* WHOLE_ROWS, and blocks, among which these are shared out evenly */
-    size_t block_rows;  /* of the largest block */
-    size_t panels;      /* of all targets */
-    size_t task_panels; /* of a task */
-    size_t runs;        /* tasks of a block */
-    size_t abreast;     /* blocks at which threads take turns, so that each copies few of their rows */
+    /* numbers that a row has in one chain of the block; the block holds one chain of all rows after the other */
+    size_t chain_width;
+    size_t row_units, blocks; /* row_units: multiples of ROW_UNIT, which the blocks share evenly */
+    size_t block_rows;        /* of the largest block */
+    size_t panels;            /* of all targets */
+    size_t task_panels;       /* of one task */
+    size_t tasks_per_block;
+    /* blocks at which threads take turns, so that a thread's next task is usually on rows that it has copied */
+    size_t interleaved_blocks;
     size_t tasks;
-} plan;
+} blocking;
 
-/* A slice of some rows: strides in numbers between rows, and from a chain to the next. */
+/* A slice of some rows. row_stride and chain_stride are the distances between rows and between chains, in numbers. */
 typedef struct {
     const char *data;
     size_t rows;
-    ptrdiff_t row, chain;
+    ptrdiff_t row_stride, chain_stride;
 } sliced_rows;
 
-/* The slice that a thread has copied, in the first cache line of its scratch; its next task may be about the same. */
+/* The slice that a thread has copied. It stands in the first cache line of the thread's scratch. The next task may need
+ * the same slice. */
 typedef struct {
-    const plan *plan; /* NULL: none */
+    const blocking *blocking; /* NULL: none */
     size_t first_row, first_feature;
 } copied_slice;
 
+_Static_assert(sizeof(copied_slice) <= MHA_CACHE_LINE, "it lies in the first cache line");
+_Static_assert(MAX_SLICE_BYTES % (MHA_CHAIN * sizeof(double)) == 0, "a slice is whole chains");
+
 typedef struct {
     const mha_kernels *kernels;
-    plan plans[MHA_TARGETS];
-    char *scratch;
-    size_t scratch_bytes;
-} job;
+    blocking blockings[MHA_TARGETS];
+    const mha_team *team;
+} projection_tasks;
 
-/* In how many runs of panels a block is cut: tasks enough for all threads, and a number of them that leaves none waiting
- * long for the others. */
-static size_t choose_runs(const plan *p, size_t threads)
+/* The number of tasks that share the panels of a block. It gives enough tasks to all threads, and the shortest time
+ * until the last thread is ready: if two threads share 11 equal tasks, one of them waits. */
+static size_t choose_tasks_per_block(const blocking *p, size_t threads)
 {
-    const size_t least = mha_smaller(mha_divide_up(TASKS_A_THREAD * threads, p->blocks), p->panels);
-    size_t best = least, best_time = SIZE_MAX;
-    for (size_t runs = least; runs <= mha_smaller(2 * least + 1, p->panels); runs++) {
-        const size_t turns = mha_divide_up(p->blocks * runs, threads);
-        const size_t time = turns * mha_divide_up(p->panels, runs);
+    const size_t min_tasks = mha_smaller(mha_divide_up(TASKS_PER_THREAD * threads, p->blocks), p->panels);
+    size_t best = min_tasks, best_time = SIZE_MAX;
+    for (size_t tasks = min_tasks; tasks <= mha_smaller(2 * min_tasks + 1, p->panels); tasks++) {
+        const size_t turns = mha_divide_up(p->blocks * tasks, threads);
+        const size_t time = turns * mha_divide_up(p->panels, tasks);
         if (time < best_time) {
-            best = runs;
+            best = tasks;
             best_time = time;
         }
     }
     return best;
 }
 
-static plan make_plan(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
+static blocking choose_blocking(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
 {
     const size_t depth = projection->target[0].panels->depth;
-    const size_t slice = SLICE_BYTES / kernels->item;
-    plan p = {.projection = projection, .depth = depth, .slice = mha_smaller(depth, slice)};
-    p.chain = mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
+    const size_t slice = MAX_SLICE_BYTES / kernels->size;
+    blocking p = {.projection = projection, .depth = depth, .slice = mha_smaller(depth, slice)};
+    p.chain_width = mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
     p.slices = depth ? mha_divide_up(depth, slice) : 1;
-    const size_t fit = BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->item) / WHOLE_ROWS * WHOLE_ROWS;
-    p.wholes = mha_divide_up(projection->rows, WHOLE_ROWS);
-    p.blocks = mha_divide_up(projection->rows, mha_smaller(BLOCK_ROWS, fit));
+    const size_t fit = MAX_BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->size) / ROW_UNIT * ROW_UNIT;
+    p.row_units = mha_divide_up(projection->rows, ROW_UNIT);
+    p.blocks = mha_divide_up(projection->rows, mha_smaller(MAX_BLOCK_ROWS, fit));
     if (p.blocks)
-        p.block_rows = mha_divide_up(p.wholes, p.blocks) * WHOLE_ROWS;
+        p.block_rows = mha_divide_up(p.row_units, p.blocks) * ROW_UNIT;
     for (size_t t = 0; t < projection->targets; t++)
         p.panels += projection->target[t].panels->split.panels;
     p.task_panels = p.panels;
     if (threads > 1 && p.blocks && p.panels)
-        p.task_panels = mha_divide_up(p.panels, choose_runs(&p, threads));
-    if (p.slices > 1 && p.task_panels > SLICED_PANELS)
-        p.task_panels = SLICED_PANELS;
-    p.runs = p.panels ? mha_divide_up(p.panels, p.task_panels) : 0; /* the output may have no features */
-    p.abreast = threads;
-    p.tasks = p.blocks * p.runs;
+        p.task_panels = mha_divide_up(p.panels, choose_tasks_per_block(&p, threads));
+    if (p.slices > 1 && p.task_panels > MAX_SLICED_PANELS)
+        p.task_panels = MAX_SLICED_PANELS;
+    p.tasks_per_block = p.panels ? mha_divide_up(p.panels, p.task_panels) : 0; /* an output may have no features */
+    p.interleaved_blocks = threads;
+    p.tasks = p.blocks * p.tasks_per_block;
     return p;
 }
 
-static size_t block_size(const plan *p)
+static size_t block_size(const blocking *p)
 {
-    return p->block_rows * mha_divide_up(p->slice, MHA_CHAIN) * p->chain;
+    return p->block_rows * mha_divide_up(p->slice, MHA_CHAIN) * p->chain_width;
 }
 
-static size_t strip_size(const mha_kernels *kernels, const plan *p)
+static size_t strip_size(const mha_kernels *kernels, const blocking *p)
 {
     return p->block_rows * kernels->vectors * kernels->lanes;
 }
 
-static size_t waiting_strips(const plan *p)
+static size_t waiting_strips(const blocking *p)
 {
-    return p->slices > 1 ? SLICED_PANELS : 1;
+    return p->slices > 1 ? MAX_SLICED_PANELS : 1;
 }
 
 size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *projections, size_t count)
 {
-    size_t most = 0;
+    size_t max_bytes = 0;
     for (size_t i = 0; i < count; i++) {
-        const plan p = make_plan(kernels, &projections[i], 1);
+        const blocking p = choose_blocking(kernels, &projections[i], 1);
         mha_layout layout = {0};
         mha_reserve(&layout, 1, 1, sizeof(copied_slice));
-        mha_reserve(&layout, block_size(&p), 1, kernels->item);
-        mha_reserve(&layout, waiting_strips(&p), strip_size(kernels, &p), kernels->item);
-        most = mha_larger(most, layout.bytes);
+        mha_reserve(&layout, block_size(&p), 1, kernels->size);
+        mha_reserve(&layout, waiting_strips(&p), strip_size(kernels, &p), kernels->size);
+        max_bytes = mha_larger(max_bytes, layout.bytes);
     }
-    return most;
+    return max_bytes;
 }
 
-void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t item, char *to)
+void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t size, char *to)
 {
-    if (stride_e == (ptrdiff_t)item)
-        memcpy(to, x, features * item);
-    else if (item == sizeof(float))
+    if (stride_e == (ptrdiff_t)size)
+        memcpy(to, x, features * size);
+    else if (size == sizeof(float))
         for (size_t e = 0; e < features; e++)
             memcpy(to + e * sizeof(float), x + (ptrdiff_t)e * stride_e, sizeof(float));
     else
@@ -148,14 +156,14 @@ void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t ite
             memcpy(to + e * sizeof(double), x + (ptrdiff_t)e * stride_e, sizeof(double));
 }
 
-/* The distance in bytes between rows that are as good as copied ones: short, aligned, one like the other; 0: they are
- * not. */
-static size_t distance_of_rows(const plan *p, size_t first_row, size_t rows, size_t item)
+/* The distance in bytes between rows that can be read in place: they are short, aligned and equally spaced. 0 if they
+ * cannot. */
+static size_t distance_of_rows(const blocking *p, size_t first_row, size_t rows, size_t size)
 {
-    const char *const *row = p->projection->row + first_row;
-    const uintptr_t distance = rows > 1 ? (uintptr_t)row[1] - (uintptr_t)row[0] : p->depth * item;
-    if (p->projection->stride_e != (ptrdiff_t)item || distance > SHORT_BYTES || distance % item > 0 ||
-        (uintptr_t)row[0] % item > 0)
+    const char *const *row = p->projection->row_address + first_row;
+    const uintptr_t distance = rows > 1 ? (uintptr_t)row[1] - (uintptr_t)row[0] : p->depth * size;
+    if (p->projection->stride_e != (ptrdiff_t)size || distance > MAX_SHORT_BYTES || distance % size > 0 ||
+        (uintptr_t)row[0] % size > 0)
         return 0;
     for (size_t r = 1; r < rows; r++)
         if ((uintptr_t)row[r] - (uintptr_t)row[r - 1] != distance)
@@ -163,131 +171,132 @@ static size_t distance_of_rows(const plan *p, size_t first_row, size_t rows, siz
     return distance;
 }
 
-/* Rows lie too far apart for hardware to see the next one coming. */
-static void fetch_ahead(const char *x, size_t bytes)
+/* Prefetches a row. Rows are too far apart for the hardware to foresee the next one. */
+static void prefetch_row(const char *x, size_t bytes)
 {
     for (size_t i = 0; i < bytes; i += MHA_CACHE_LINE)
         __builtin_prefetch(x + i, 0, 2);
 }
 
-static size_t first_row_of(const plan *p, size_t block)
+static size_t first_row_of(const blocking *p, size_t block)
 {
-    return mha_smaller(mha_first_of_part(p->wholes, p->blocks, block) * WHOLE_ROWS, p->projection->rows);
+    return mha_smaller(mha_first_of_part(p->row_units, p->blocks, block) * ROW_UNIT, p->projection->rows);
 }
 
 /* Copies a slice of some rows to a block. */
-static void copy_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item, char *block)
+static void copy_slice(const blocking *p, size_t first_row, size_t rows, size_t first_feature, size_t size, char *block)
 {
     const ptrdiff_t stride_e = p->projection->stride_e;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
-    const size_t chain_bytes = p->block_rows * p->chain * item;
+    const size_t chain_bytes = p->block_rows * p->chain_width * size;
     const ptrdiff_t first = (ptrdiff_t)first_feature * stride_e;
-    const char *const *row = p->projection->row + first_row;
+    const char *const *row = p->projection->row_address + first_row;
     for (size_t r = 0; r < rows; r++) {
         const char *x = row[r] + first;
-        if (r + 1 < rows && stride_e == (ptrdiff_t)item)
-            fetch_ahead(row[r + 1] + first, features * item);
-        char *to = block + r * p->chain * item;
+        if (r + 1 < rows && stride_e == (ptrdiff_t)size)
+            prefetch_row(row[r + 1] + first, features * size);
+        char *to = block + r * p->chain_width * size;
         for (size_t k = 0; k < features; k += MHA_CHAIN, to += chain_bytes)
-            mha_copy_row(x + (ptrdiff_t)k * stride_e, stride_e, mha_smaller(features - k, MHA_CHAIN), item, to);
+            mha_copy_row(x + (ptrdiff_t)k * stride_e, stride_e, mha_smaller(features - k, MHA_CHAIN), size, to);
     }
 }
 
-static sliced_rows take_slice(const plan *p, size_t first_row, size_t rows, size_t first_feature, size_t item,
+static sliced_rows take_slice(const blocking *p, size_t first_row, size_t rows, size_t first_feature, size_t size,
                               copied_slice *copied, char *block)
 {
-    const size_t distance = p->slices > 1 ? 0 : distance_of_rows(p, first_row, rows, item);
+    const size_t distance = p->slices > 1 ? 0 : distance_of_rows(p, first_row, rows, size);
     if (distance > 0)
-        return (sliced_rows){p->projection->row[first_row], rows, (ptrdiff_t)(distance / item), MHA_CHAIN};
-    if (copied->plan != p || copied->first_row != first_row || copied->first_feature != first_feature)
-        copy_slice(p, first_row, rows, first_feature, item, block);
+        return (sliced_rows){p->projection->row_address[first_row], rows, (ptrdiff_t)(distance / size), MHA_CHAIN};
+    if (copied->blocking != p || copied->first_row != first_row || copied->first_feature != first_feature)
+        copy_slice(p, first_row, rows, first_feature, size, block);
     *copied = (copied_slice){p, first_row, first_feature};
-    return (sliced_rows){block, rows, (ptrdiff_t)p->chain, (ptrdiff_t)(p->block_rows * p->chain)};
+    return (sliced_rows){block, rows, (ptrdiff_t)p->chain_width, (ptrdiff_t)(p->block_rows * p->chain_width)};
 }
 
-/* What of the panels comes next: the weights are many times larger than the caches near the core, and the hardware
- * sees too late that the next chain is needed. */
-static mha_next following(const mha_kernels *kernels, const mha_target *target, const char *b)
+/* What is needed next of the panels. The weights are much larger than the caches near the core, and the hardware
+ * notices too late that the next chain is needed. */
+static mha_prefetch next_weights(const mha_kernels *kernels, const mha_target *target, const char *b)
 {
     const mha_split *split = &target->panels->split;
-    const char *end = target->panels->data + split->vectors * split->lanes * target->panels->depth * kernels->item;
-    const size_t chain = MHA_CHAIN * kernels->vectors * kernels->lanes * kernels->item;
+    const char *end = target->panels->data + split->vectors * split->lanes * target->panels->depth * kernels->size;
+    const size_t chain = MHA_CHAIN * kernels->vectors * kernels->lanes * kernels->size;
     const size_t bytes = b < end ? mha_smaller((size_t)(end - b), chain) : 0;
-    return (mha_next){.data = b, .rows = bytes > 0, .bytes = bytes};
+    return (mha_prefetch){.data = b, .rows = bytes > 0, .bytes = bytes};
 }
 
 /* Where row r of a target begins. */
-static char *row_of_y(const mha_target *target, size_t r, size_t item)
+static char *row_of_y(const mha_target *target, size_t r, size_t size)
 {
-    const size_t at = target->run ? r / target->run * target->run_stride + r % target->run * target->stride
-                                  : r * target->stride;
-    return target->y + at * item;
+    const size_t group = target->group_rows;
+    const size_t at = group ? r / group * target->group_stride + r % group * target->stride : r * target->stride;
+    return target->y + at * size;
 }
 
-/* The last chain of a panel for rows that are `stride` apart, straight to y. What belongs to different parts is
- * multiplied one after the other. */
-static void multiply_to_parts(const mha_kernels *kernels, const mha_target *target, mha_panel panel, char *y,
+/* Multiplies the last chain of a panel straight to y, for rows that are `stride` apart. Features of different heads are
+ * multiplied one head after the other. */
+static void multiply_to_heads(const mha_kernels *kernels, const mha_target *target, mha_panel panel, char *y,
                               mha_product *product)
 {
-    const size_t lanes = kernels->lanes, item = kernels->item;
-    size_t part = target->part ? panel.first / target->part : 0, feature = panel.first - part * target->part;
-    size_t vectors = panel.vectors;
+    const size_t lanes = kernels->lanes, size = kernels->size;
+    size_t head = target->head_width ? panel.first / target->head_width : 0;
+    size_t feature = panel.first - head * target->head_width, vectors = panel.vectors;
     product->c_row = target->stride;
     while (vectors > 0) {
-        const size_t here = target->part ? mha_smaller((target->part - feature) / lanes, vectors) : vectors;
+        const size_t here = target->head_width ? mha_smaller((target->head_width - feature) / lanes, vectors) : vectors;
         product->vectors = here;
-        product->c = y + (part * target->part_stride + feature) * item;
+        product->c = y + (head * target->head_stride + feature) * size;
         kernels->product(product);
-        product->b = (const char *)product->b + here * lanes * item;
+        product->b = (const char *)product->b + here * lanes * size;
         if (product->addend)
-            product->addend = (const char *)product->addend + here * lanes * item;
-        product->next = NULL;
+            product->addend = (const char *)product->addend + here * lanes * size;
+        product->prefetch = NULL;
         vectors -= here;
         feature = 0;
-        part++;
+        head++;
     }
 }
 
-/* The same for any rows; `product` is written. */
+/* The same for rows in groups as well. Overwrites `product`. */
 static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, mha_panel panel, size_t first_row,
                           mha_product *product)
 {
-    const size_t item = kernels->item, run = target->run;
+    const size_t size = kernels->size, group_rows = target->group_rows;
     mha_product some;
-    if (run == 0) {
-        multiply_to_parts(kernels, target, panel, row_of_y(target, first_row, item), product);
+    if (group_rows == 0) {
+        multiply_to_heads(kernels, target, panel, row_of_y(target, first_row, size), product);
         return;
     }
     for (size_t r = 0; r < product->rows; r += some.rows) {
         some = *product;
-        some.rows = mha_smaller(run - (first_row + r) % run, product->rows - r);
-        some.a = (const char *)product->a + (ptrdiff_t)r * product->a_row * (ptrdiff_t)item;
+        some.rows = mha_smaller(group_rows - (first_row + r) % group_rows, product->rows - r);
+        some.a = (const char *)product->a + (ptrdiff_t)r * product->a_row * (ptrdiff_t)size;
         if (product->addend)
-            some.addend = (const char *)product->addend + r * product->addend_row * item;
-        multiply_to_parts(kernels, target, panel, row_of_y(target, first_row + r, item), &some);
+            some.addend = (const char *)product->addend + r * product->addend_row * size;
+        multiply_to_heads(kernels, target, panel, row_of_y(target, first_row + r, size), &some);
     }
 }
 
-/* Adds one slice of one panel to its strip; the last slice of all ends in y. */
-static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_target *target, mha_panel panel,
+/* Adds one slice of one panel to its strip. The last slice goes to y. */
+static void multiply_slice(const mha_kernels *kernels, const blocking *p, const mha_target *target, mha_panel panel,
                            size_t first_row, size_t first_feature, const sliced_rows *x, char *strip)
 {
-    const size_t item = kernels->item, P = panel.vectors * kernels->lanes;
-    const bool fits = panel.count == P || (!target->run && panel.first + P <= target->stride);
-    const char *b = target->panels->data + (panel.first * p->depth + first_feature * P) * item;
+    const size_t size = kernels->size, P = panel.vectors * kernels->lanes;
+    const bool fits = panel.count == P || (!target->group_rows && panel.first + P <= target->stride);
+    const char *b = target->panels->data + (panel.first * p->depth + first_feature * P) * size;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
     const char *addend = strip;
     size_t addend_row = P, k = 0;
     if (first_feature == 0) {
-        addend = target->panels->bias ? target->panels->bias + panel.first * item : NULL;
+        addend = target->panels->bias ? target->panels->bias + panel.first * size : NULL;
         addend_row = 0;
     }
     do {
-        const mha_next next = following(kernels, target, b + (k + MHA_CHAIN) * P * item);
+        const mha_prefetch prefetch = next_weights(kernels, target, b + (k + MHA_CHAIN) * P * size);
         mha_product product = {.rows = x->rows, .depth = mha_smaller(features - k, MHA_CHAIN), .vectors = panel.vectors,
-                               .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * item) * x->chain, .a_row = x->row, .a_k = 1,
-                               .b = b + k * P * item, .b_k = P, .addend = addend, .addend_row = addend_row,
-                               .c = strip, .c_row = P, .next = &next};
+                               .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * size) * x->chain_stride,
+                               .a_row = x->row_stride, .a_k = 1,
+                               .b = b + k * P * size, .b_k = P, .addend = addend, .addend_row = addend_row,
+                               .c = strip, .c_row = P, .prefetch = &prefetch};
         k += MHA_CHAIN;
         if (fits && first_feature + k >= p->depth) {
             multiply_to_y(kernels, target, panel, first_row, &product);
@@ -299,11 +308,12 @@ static void multiply_slice(const mha_kernels *kernels, const plan *p, const mha_
     } while (k < features);
     if (first_feature + k >= p->depth)
         for (size_t r = 0; r < x->rows; r++)
-            memcpy(row_of_y(target, first_row + r, item) + panel.first * item, strip + r * P * item,
-                   panel.count * item);
+            memcpy(row_of_y(target, first_row + r, size) + panel.first * size, strip + r * P * size,
+                   panel.count * size);
 }
 
-/* Panels are numbered through all targets. */
+/* Finds the target of a panel. On entry, *panel counts the panels of all targets. On return, it counts those of this
+ * target. */
 static const mha_target *find_target(const mha_projection *projection, size_t *panel)
 {
     const mha_target *target = projection->target;
@@ -312,59 +322,60 @@ static const mha_target *find_target(const mha_projection *projection, size_t *p
     return target;
 }
 
-static copied_slice *copied_by(const job *j, size_t worker)
+static copied_slice *copied_by(const projection_tasks *j, size_t worker)
 {
-    return (copied_slice *)(void *)(j->scratch + worker * j->scratch_bytes);
+    return (copied_slice *)(void *)mha_scratch_of(j->team, worker);
 }
 
-/* The block that a task is about, and the first of its panels. Of the blocks abreast all first runs come before the
+/* The block of a task, and the first of its panels. Of interleaved blocks, the first tasks of all come before the
  * second ones. */
-static size_t block_of_task(const plan *p, size_t task, size_t *first_panel)
+static size_t block_of_task(const blocking *p, size_t task, size_t *first_panel)
 {
-    const size_t together = p->abreast * p->runs, first_block = task / together * p->abreast;
-    const size_t abreast = mha_smaller(p->abreast, p->blocks - first_block);
-    *first_panel = task % together / abreast * p->task_panels;
-    return first_block + task % together % abreast;
+    const size_t together = p->interleaved_blocks * p->tasks_per_block;
+    const size_t first_block = task / together * p->interleaved_blocks;
+    const size_t blocks = mha_smaller(p->interleaved_blocks, p->blocks - first_block);
+    *first_panel = task % together / blocks * p->task_panels;
+    return first_block + task % together % blocks;
 }
 
 static void run_task(void *context, size_t task, size_t worker)
 {
-    const job *j = context;
-    const plan *p = j->plans;
+    const projection_tasks *j = context;
+    const blocking *p = j->blockings;
     while (task >= p->tasks)
         task -= (p++)->tasks;
-    const size_t item = j->kernels->item;
+    const size_t size = j->kernels->size;
     size_t first_panel;
     const size_t block_number = block_of_task(p, task, &first_panel), first_row = first_row_of(p, block_number);
     const size_t rows = first_row_of(p, block_number + 1) - first_row;
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
     copied_slice *copied = copied_by(j, worker);
-    char *block = (char *)copied + MHA_CACHE_LINE, *strips = block + block_size(p) * item;
+    char *block = (char *)copied + MHA_CACHE_LINE, *strips = block + block_size(p) * size;
     for (size_t s = 0; s < p->slices; s++) {
         const size_t first = s * p->slice;
-        const sliced_rows x = take_slice(p, first_row, rows, first, item, copied, block);
+        const sliced_rows x = take_slice(p, first_row, rows, first, size, copied, block);
         for (size_t i = first_panel; i < end; i++) {
             size_t in_target = i;
             const mha_target *target = find_target(p->projection, &in_target);
-            char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * item;
+            char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * size;
             multiply_slice(j->kernels, p, target, mha_panel_at(&target->panels->split, in_target), first_row, first,
                            &x, strip);
-            if ((i - first_panel) % PANELS_A_LOOK == PANELS_A_LOOK - 1 && mha_is_stopped())
+            if ((i - first_panel) % PANELS_PER_POLL == PANELS_PER_POLL - 1 && mha_is_stopped())
                 return;
         }
     }
 }
 
-mha_status mha_project(const mha_kernels *kernels, const mha_projection *projections, size_t count, size_t threads,
-                       char *scratch, size_t scratch_bytes, mha_stop stop)
+mha_status mha_project(const mha_kernels *kernels, const mha_projection *projections, size_t count,
+                       const mha_team *team)
 {
-    job j = {.kernels = kernels, .scratch = scratch, .scratch_bytes = scratch_bytes};
+    projection_tasks j = {.kernels = kernels, .team = team};
     size_t tasks = 0;
     for (size_t i = 0; i < count; i++) {
-        j.plans[i] = make_plan(kernels, &projections[i], threads);
-        tasks += j.plans[i].tasks;
+        j.blockings[i] = choose_blocking(kernels, &projections[i], team->threads);
+        tasks += j.blockings[i].tasks;
     }
-    for (size_t worker = 0; worker < threads; worker++)
-        copied_by(&j, worker)->plan = NULL;
-    return mha_parallel_for(threads, tasks, run_task, &j, stop);
+    for (size_t worker = 0; worker < team->threads; worker++)
+        copied_by(&j, worker)->blocking = NULL;
+    return mha_parallel_for(team, tasks, run_task, &j);
 }

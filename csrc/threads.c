@@ -1,23 +1,21 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * threads.c - the pool: idle threads that help whoever runs a parallel loop.
+ * threads.c - the thread pool: idle threads help a caller that runs a parallel loop.
  *
- * Owns: the workers and the one static `pool` through which they are reached; nothing here is allocated or freed.
- * Assumes: lock-free atomics, and that tasks do not fork (should_stop may).
+ * Owns: the workers, and the one static `pool` through which they are reached. Nothing here is allocated or freed.
+ * Assumes: lock-free atomics, and that tasks do not fork. should_stop() may fork.
  *
- * The caller never needs a worker. It puts its loop, a `job` on its own stack, behind a gate with threads - 1 free
- * seats and starts on the tasks itself. Workers that come in time take a seat, help, and leave; when the tasks have run
- * out the caller closes the gate and waits for those still inside. A worker that wakes up late finds the gate closed
- * and touches nothing, so no loop waits for a thread that the system has not scheduled yet - or that did not survive a
- * fork.
+ * The caller never needs a worker. It puts its loop, which is on its own stack, behind a gate with threads - 1 free
+ * seats, and starts on the tasks itself. Workers that come in time take a seat, help, and leave. When the tasks have
+ * run out, the caller closes the gate and waits for the workers inside. A worker that wakes up late finds the gate
+ * closed and touches nothing. So no loop waits for a thread that the system has not scheduled yet, or that did not
+ * survive a fork.
  *
- * Workers are detached and never end: between jobs they spin or sleep on the static pool, hold no lock and own nothing,
- * so that neither a forked child nor the exit of the process has anything to wait for or to clean up.
+ * Workers are detached and never end. Between loops they spin or sleep on the static pool. They hold no lock and own
+ * nothing. So neither a forked child nor the end of the process has anything to wait for or to clean up.
+ *
+ * Workers take over the caller's floating-point environment. Nothing here sets flush-to-zero.
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE /* sched_getaffinity */
-#endif
-
 #include "threads.h"
 
 #include <fenv.h>
@@ -25,56 +23,59 @@
 #include <signal.h>
 #include <stdalign.h>
 #include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
 #if defined(__linux__)
-#include <sched.h>
 #include <sys/syscall.h>
 #endif
+
+#include "processors.h"
 
 enum {
     MAX_THREADS = 1024,
 #if defined(__linux__)
-    FUTEX_WAIT_PRIVATE = 128, /* from <linux/futex.h>, which musl does not bring along */
+    FUTEX_WAIT_PRIVATE = 128, /* from <linux/futex.h>, which musl lacks */
     FUTEX_WAKE_PRIVATE = 129,
-    CPU_SETS = 8, /* for 8192 CPUs, the most that Linux can be built for */
 #endif
-    CACHE_LINE = 128, /* what one writes and others watch has a line of its own (64 bytes, fetched in pairs, or 128) */
-    SPIN_NS = 200000, /* a few times what waking a thread takes; virtual machines may take milliseconds */
+    /* variables that one thread writes and others watch are on lines of their own: 64 bytes in pairs, or 128 */
+    CACHE_LINE = 128,
+    SPIN_NS = 200000, /* some times longer than waking a thread takes; on virtual machines that can be milliseconds */
 };
 
-/* pool.gate: free seats in the upper half; below them, who is inside and whether the caller sleeps until they left. */
+/* pool.gate: free seats in the upper half. Below them, the number of workers inside, and whether the caller sleeps
+ * until they have left. */
 enum { INSIDE = 0x7fff, CALLER_SLEEPS = 0x8000, SEAT = 0x10000 };
 
-struct job {
+_Static_assert((int)MAX_THREADS <= (int)INSIDE, "every thread can be counted in the gate");
+
+struct loop {
     mha_task run;
     void *context;
     size_t tasks;
-    fenv_t environment; /* the caller's rounding mode and the like */
-    int cpu;            /* is the caller's, which workers leave to it; -1: there are too few for that */
-    atomic_bool stopped;      /* by should_stop() */
-    alignas(CACHE_LINE) atomic_size_t next; /* the next ticket: the number of a task */
+    fenv_t environment; /* the caller's rounding mode and exception flags */
+    int cpu;            /* the caller's CPU, which workers leave; -1: there are too few CPUs for that */
+    atomic_bool stopped;      /* should_stop() returned true */
+    alignas(CACHE_LINE) atomic_size_t next; /* the next ticket, which is the number of a task */
 };
 
-/* All zero in a fresh process, and again in a forked child. Who holds `busy` owns the fields that are not atomic. */
+/* All zero in a fresh process, and again in a forked child. The caller that holds `busy` owns the fields that are not
+ * atomic. */
 static struct {
     atomic_bool busy;
-    unsigned workers;    /* that exist */
-    size_t cpus;         /* that the process could use when the last worker was created */
-    struct job *current; /* also read by whoever is inside the gate */
+    unsigned workers;     /* the number of workers */
+    size_t cpus;          /* CPUs that the process could use when the last worker was created */
+    struct loop *current; /* workers inside the gate read it, too */
     alignas(CACHE_LINE) atomic_uint gate;
-    alignas(CACHE_LINE) atomic_uint epoch; /* counts the jobs: what idle workers watch */
+    alignas(CACHE_LINE) atomic_uint epoch; /* the number of loops so far; idle workers watch it */
     atomic_bool spinning_pays;
-    alignas(CACHE_LINE) atomic_uint sleeping; /* workers that need a wake-up call to notice a new epoch */
+    alignas(CACHE_LINE) atomic_uint sleeping; /* workers that have to be woken to notice a new epoch */
 } pool;
 
-static unsigned forks; /* between the first process and this one */
+static unsigned forks; /* the number of forks between the first process and this one */
 
-/* ---- Waiting: sleep_while() may return for no reason; wake() is called after *word has changed. ---- */
+/* ---- Waiting. sleep_while() may return without a reason. wake() is called after *word has changed. ---- */
 
 #if defined(__linux__)
 
@@ -107,13 +108,13 @@ static void sleep_while(atomic_uint *word, unsigned value)
 
 static void wake(atomic_uint *word, unsigned threads)
 {
-    (void)word, (void)threads; /* one condition serves all words, so everybody looks */
+    (void)word, (void)threads; /* one condition serves all words, so every sleeper checks its own */
     pthread_mutex_lock(&sleep_mutex);
     pthread_cond_broadcast(&sleep_condition);
     pthread_mutex_unlock(&sleep_mutex);
 }
 
-/* In a forked child: those who slept, or held the mutex, are gone. */
+/* In a forked child the sleepers, and the holder of the mutex, do not exist. */
 static void forget_sleepers(void)
 {
     sleep_mutex = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
@@ -138,7 +139,7 @@ static int64_t nanoseconds(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Watches *word for a short while; returns true as soon as it differs from `value`. */
+/* Watches *word for a short time. Returns true as soon as it differs from `value`. */
 static bool changes_soon(atomic_uint *word, unsigned value)
 {
     int64_t end = nanoseconds() + SPIN_NS;
@@ -150,107 +151,69 @@ static bool changes_soon(atomic_uint *word, unsigned value)
     return false;
 }
 
-/* ---- Where a thread runs ----
- *
- * Linux wakes a thread where its waker runs, though another CPU is idle, if all were busy a moment ago; it may see that
- * tens of milliseconds later. Meanwhile both do the work of one, and each waits for the other to be suspended. */
+/* ---- Both sides of a loop ---- */
 
-#if defined(__linux__)
-
-static int current_cpu(void)
-{
-    return sched_getcpu();
-}
-
-/* Moves this thread elsewhere if it is on that CPU; -1 is none. */
-static void leave_cpu(int cpu)
-{
-    cpu_set_t allowed[CPU_SETS], others[CPU_SETS];
-    if (cpu < 0 || sched_getcpu() != cpu || sched_getaffinity(0, sizeof allowed, allowed) != 0)
-        return;
-    memcpy(others, allowed, sizeof others);
-    CPU_CLR_S((size_t)cpu, sizeof others, others);
-    if (sched_setaffinity(0, sizeof others, others) == 0) /* it moves at once; fails if there is no other */
-        (void)sched_setaffinity(0, sizeof allowed, allowed);
-}
-
-#else
-
-static int current_cpu(void)
-{
-    return -1;
-}
-
-static void leave_cpu(int cpu)
-{
-    (void)cpu;
-}
-
-#endif
-
-/* ---- Both sides of a job ---- */
-
-/* What a thread takes part in; stop is NULL for workers. */
-struct part {
-    struct job *job;
+/* A thread's role in a loop. `stop` is NULL for workers. */
+struct role {
+    struct loop *loop;
     const mha_stop *stop;
 };
 
-/* The part of this thread; NULL: it is in no loop, or has no room to remember one, and then looks less often whether to
- * stop. Not a _Thread_local variable: the system allocates those of an extension module when a thread first uses one,
- * and ends the process if it has no memory for them. */
-static pthread_key_t part_key;
-static bool has_part_key;
+/* The role of this thread. NULL: it is in no loop, or there was no memory to remember one; then it polls less often. A
+ * _Thread_local variable would not do: the system allocates those of an extension module when a thread first uses one,
+ * and ends the process if there is no memory. */
+static pthread_key_t role_key;
+static bool has_role_key;
 
-static const struct part *part_of_thread(void)
+static const struct role *role_of_thread(void)
 {
-    return has_part_key ? pthread_getspecific(part_key) : NULL;
+    return has_role_key ? pthread_getspecific(role_key) : NULL;
 }
 
-static void set_part_of_thread(const struct part *part)
+static void set_role_of_thread(const struct role *role)
 {
-    if (has_part_key)
-        (void)pthread_setspecific(part_key, part);
+    if (has_role_key)
+        (void)pthread_setspecific(role_key, role);
 }
 
-static bool is_stopped(const struct part *part)
+static bool is_stopped(const struct role *role)
 {
-    struct job *job = part->job;
-    const mha_stop *stop = part->stop;
-    if (stop != NULL && stop->should_stop != NULL && !atomic_load_explicit(&job->stopped, memory_order_relaxed) &&
+    struct loop *loop = role->loop;
+    const mha_stop *stop = role->stop;
+    if (stop != NULL && stop->should_stop != NULL && !atomic_load_explicit(&loop->stopped, memory_order_relaxed) &&
         stop->should_stop(stop->context)) {
-        atomic_store_explicit(&job->stopped, true, memory_order_relaxed);
-        atomic_store_explicit(&job->next, job->tasks, memory_order_relaxed);
+        atomic_store_explicit(&loop->stopped, true, memory_order_relaxed);
+        atomic_store_explicit(&loop->next, loop->tasks, memory_order_relaxed);
     }
-    return atomic_load_explicit(&job->stopped, memory_order_relaxed);
+    return atomic_load_explicit(&loop->stopped, memory_order_relaxed);
 }
 
 bool mha_is_stopped(void)
 {
-    const struct part *part = part_of_thread();
-    return part != NULL && is_stopped(part);
+    const struct role *role = role_of_thread();
+    return role != NULL && is_stopped(role);
 }
 
-/* Runs tasks until none is left or, for the caller, until should_stop() says so; returns whether it did. The tickets
- * need no order among themselves: the gate orders the job before its tasks, and those before the caller's return. */
-static bool take_part(struct job *job, size_t worker, const mha_stop *stop)
+/* Runs tasks until none is left or the loop is stopped. Returns whether it was stopped. Tickets need no memory order:
+ * the gate orders the loop before its tasks, and the tasks before the caller's return. */
+static bool run_tasks(struct loop *loop, size_t worker, const mha_stop *stop)
 {
-    const struct part *before = part_of_thread(); /* should_stop() may lead, by a signal handler, to another loop */
-    const struct part part = {job, stop};
+    const struct role *before = role_of_thread(); /* should_stop() may run a signal handler, and that another loop */
+    const struct role role = {loop, stop};
     size_t task;
-    set_part_of_thread(&part);
-    while ((task = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed)) < job->tasks) {
-        job->run(job->context, task, worker);
-        if (is_stopped(&part))
+    set_role_of_thread(&role);
+    while ((task = atomic_fetch_add_explicit(&loop->next, 1, memory_order_relaxed)) < loop->tasks) {
+        loop->run(loop->context, task, worker);
+        if (is_stopped(&role))
             break;
     }
-    set_part_of_thread(before);
-    return atomic_load_explicit(&job->stopped, memory_order_relaxed);
+    set_role_of_thread(before);
+    return atomic_load_explicit(&loop->stopped, memory_order_relaxed);
 }
 
 /* ---- The workers' side ---- */
 
-/* Takes a seat and returns its number, or 0 if none is free. */
+/* Takes a seat and returns its number. 0 if none is free. */
 static unsigned enter_gate(void)
 {
     unsigned gate = atomic_load_explicit(&pool.gate, memory_order_relaxed);
@@ -271,7 +234,8 @@ static void await_epoch_after(unsigned seen)
 {
     if (changes_soon(&pool.epoch, seen))
         return;
-    /* Sequentially consistent, as in publish(): either it counts this sleeper, or this sees its new epoch. */
+    /* Sequentially consistent, as in publish(): either publish() counts this sleeper, or this thread sees the new
+     * epoch. */
     atomic_fetch_add(&pool.sleeping, 1);
     while (atomic_load(&pool.epoch) == seen)
         sleep_while(&pool.epoch, seen);
@@ -282,13 +246,14 @@ static void *work(void *unused)
 {
     (void)unused;
     for (;;) {
-        /* In this order: a job that opens the gate too late for enter_gate() changes the epoch later still. */
+        /* The epoch is read first: a loop that opens the gate too late for enter_gate() changes the epoch
+         * afterwards. */
         unsigned seen = atomic_load_explicit(&pool.epoch, memory_order_acquire);
         unsigned seat = enter_gate();
         if (seat != 0) {
-            leave_cpu(pool.current->cpu);
+            mha_leave_cpu(pool.current->cpu);
             fesetenv(&pool.current->environment);
-            take_part(pool.current, seat, NULL);
+            run_tasks(pool.current, seat, NULL);
             leave_gate();
         }
         await_epoch_after(seen);
@@ -298,8 +263,8 @@ static void *work(void *unused)
 
 /* ---- The caller's side ---- */
 
-/* Runs in a forked child, where the forking thread is alone and the pool may be frozen in any state. Nothing was locked
- * before the fork, so forking waits for nobody. */
+/* Runs in a forked child. The forking thread is alone there, and the pool may have been copied in any state. Nothing is
+ * locked before a fork, so forking waits for no other thread. */
 static void start_over_in_child(void)
 {
     memset(&pool, 0, sizeof pool);
@@ -307,15 +272,15 @@ static void start_over_in_child(void)
     forks++;
 }
 
-static bool may_publish; /* a fork would be noticed */
+static bool may_publish; /* the pool is told of a fork */
 
 static void prepare(void)
 {
-    has_part_key = pthread_key_create(&part_key, NULL) == 0;
-    may_publish = has_part_key && pthread_atfork(NULL, NULL, start_over_in_child) == 0;
+    has_role_key = pthread_key_create(&role_key, NULL) == 0;
+    may_publish = has_role_key && pthread_atfork(NULL, NULL, start_over_in_child) == 0;
 }
 
-/* Brings the pool to `wanted` workers, or as near as the system lets it. */
+/* Creates workers until there are `wanted`, or as many as the system allows. */
 static void hire(unsigned wanted)
 {
     pthread_attr_t attributes;
@@ -323,8 +288,8 @@ static void hire(unsigned wanted)
         return;
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 
-    /* A new thread inherits the mask. The process's signals are not for workers; those that a thread raises by its own
-     * fault cannot go to another, and blocking them would only keep a crash reporter from speaking. */
+    /* A new thread inherits the signal mask. Workers do not handle the signals of the process. Signals that a thread
+     * raises by its own fault stay unblocked, since no other thread can take them and a crash reporter needs them. */
     static const int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
     sigset_t blocked, before;
     sigfillset(&blocked);
@@ -344,10 +309,10 @@ static void hire(unsigned wanted)
     pool.workers = workers;
 }
 
-/* Opens the gate to the job for up to threads - 1 workers. False: it has to do without. */
-static bool publish(struct job *job, size_t threads)
+/* Opens the gate to the loop for up to threads - 1 workers. Returns false if there can be none. */
+static bool publish(struct loop *loop, size_t threads)
 {
-    if (threads < 2 || !may_publish || part_of_thread() != NULL ||
+    if (threads < 2 || !may_publish || role_of_thread() != NULL ||
         atomic_exchange_explicit(&pool.busy, true, memory_order_acquire))
         return false;
 
@@ -361,20 +326,20 @@ static bool publish(struct job *job, size_t threads)
         return false;
     }
 
-    fegetenv(&job->environment);
-    pool.current = job;
+    fegetenv(&loop->environment);
+    pool.current = loop;
     const bool has_a_cpu_each = seats < pool.cpus;
-    job->cpu = has_a_cpu_each ? current_cpu() : -1;
+    loop->cpu = has_a_cpu_each ? mha_current_cpu() : -1;
     atomic_store_explicit(&pool.spinning_pays, has_a_cpu_each, memory_order_relaxed);
     atomic_store_explicit(&pool.gate, seats * SEAT, memory_order_release);
     atomic_fetch_add(&pool.epoch, 1);
-    unsigned awake = pool.workers - atomic_load(&pool.sleeping); /* they see the new epoch without being told */
+    unsigned awake = pool.workers - atomic_load(&pool.sleeping); /* they see the new epoch without being woken */
     if (awake < seats)
         wake(&pool.epoch, seats - awake);
     return true;
 }
 
-/* Closes the gate behind the last worker and gives the pool back. */
+/* Closes the gate, waits for the workers inside, and releases the pool. */
 static void withdraw(void)
 {
     unsigned gate = atomic_fetch_and_explicit(&pool.gate, INSIDE, memory_order_acquire) & INSIDE;
@@ -390,7 +355,7 @@ static void withdraw(void)
     atomic_store_explicit(&pool.busy, false, memory_order_release);
 }
 
-static mha_status run_with_task(size_t tasks, mha_task run, void *context)
+static mha_status run_in_task(size_t tasks, mha_task run, void *context)
 {
     for (size_t task = 0; task < tasks; task++) {
         run(context, task, 0);
@@ -400,115 +365,20 @@ static mha_status run_with_task(size_t tasks, mha_task run, void *context)
     return MHA_OK;
 }
 
-mha_status mha_parallel_for(size_t threads, size_t tasks, mha_task run, void *context, mha_stop stop)
+mha_status mha_parallel_for(const mha_team *team, size_t tasks, mha_task run, void *context)
 {
-    if (stop.with_task)
-        return run_with_task(tasks, run, context);
+    if (team->in_task)
+        return run_in_task(tasks, run, context);
     static pthread_once_t once = PTHREAD_ONCE_INIT;
-    struct job job = {.run = run, .context = context, .tasks = tasks};
+    struct loop loop = {.run = run, .context = context, .tasks = tasks};
     pthread_once(&once, prepare);
     unsigned forks_before = forks;
-    bool published = publish(&job, threads < tasks ? threads : tasks);
-    bool stopped = take_part(&job, 0, &stop);
+    bool published = publish(&loop, team->threads < tasks ? team->threads : tasks);
+    bool stopped = run_tasks(&loop, 0, &team->stop);
 
     if (published && forks != forks_before)
-        return MHA_STOPPED; /* should_stop() forked: in this child the workers' tasks are lost, and the pool is new */
+        return MHA_STOPPED; /* should_stop() forked; in the child the workers' tasks are lost, and the pool is new */
     if (published)
         withdraw();
     return stopped ? MHA_STOPPED : MHA_OK;
 }
-
-/* ---- How many CPUs there are to use ---- */
-
-#if defined(__linux__)
-
-static bool read_line(const char *directory, const char *name, char *line, int size)
-{
-    char path[4096 + 64];
-    snprintf(path, sizeof path, "%s/%s", directory, name);
-    FILE *file = fopen(path, "re");
-    bool read = file != NULL && fgets(line, size, file) != NULL;
-    if (file != NULL)
-        fclose(file);
-    return read;
-}
-
-/* The quota of one cgroup in CPUs, rounded up; SIZE_MAX if it has none. Version 2 says "quota period" or "max period"
- * in one file, version 1 uses two files and a quota of -1. */
-static size_t quota_of(const char *directory)
-{
-    char first[64], second[64], *rest;
-    long long quota = 0, period = 0;
-    if (read_line(directory, "cpu.max", first, sizeof first)) {
-        quota = strtoll(first, &rest, 10);
-        period = strtoll(rest, NULL, 10);
-    } else if (read_line(directory, "cpu.cfs_quota_us", first, sizeof first) &&
-               read_line(directory, "cpu.cfs_period_us", second, sizeof second)) {
-        quota = strtoll(first, NULL, 10);
-        period = strtoll(second, NULL, 10);
-    }
-    return quota > 0 && period > 0 ? (size_t)((quota - 1) / period + 1) : SIZE_MAX;
-}
-
-/* Is `name` in this comma-separated list? */
-static bool lists(const char *list, const char *name)
-{
-    size_t length = strlen(name);
-    for (; list != NULL; list = strchr(list, ',')) {
-        list += *list == ',';
-        if (strncmp(list, name, length) == 0 && (list[length] == ',' || list[length] == '\0'))
-            return true;
-    }
-    return false;
-}
-
-/* The least quota among the cgroups of this process and those around them. The path that the system reports may begin
- * outside the container that it is read in; then only its root exists here, and is the right one. */
-static size_t cgroup_quota(void)
-{
-    size_t least = SIZE_MAX;
-    char line[4096], directory[4096 + 32];
-    FILE *file = fopen("/proc/self/cgroup", "re");
-    while (file != NULL && fgets(line, sizeof line, file) != NULL) { /* number:controllers:path */
-        line[strcspn(line, "\n")] = '\0';
-        char *controllers = strchr(line, ':');
-        char *path = controllers != NULL ? strchr(controllers + 1, ':') : NULL;
-        if (path == NULL)
-            continue;
-        *controllers++ = '\0';
-        *path++ = '\0';
-        bool version_2 = *controllers == '\0';
-        if (!version_2 && !lists(controllers, "cpu"))
-            continue;
-        for (char *end = path + strlen(path); end != NULL; end = strrchr(path, '/')) {
-            *end = '\0';
-            snprintf(directory, sizeof directory, "/sys/fs/cgroup%s%s", version_2 ? "" : "/cpu", path);
-            size_t quota = quota_of(directory);
-            least = quota < least ? quota : least;
-        }
-    }
-    if (file != NULL)
-        fclose(file);
-    return least;
-}
-
-size_t mha_usable_cpus(void)
-{
-    cpu_set_t allowed[CPU_SETS];
-    size_t cpus = 0;
-    if (sched_getaffinity(0, sizeof allowed, allowed) == 0)
-        cpus = (size_t)CPU_COUNT_S(sizeof allowed, allowed);
-    size_t quota = cgroup_quota();
-    cpus = quota < cpus ? quota : cpus;
-    return cpus > 1 ? cpus : 1;
-}
-
-#else
-
-size_t mha_usable_cpus(void)
-{
-    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
-    return cpus > 1 ? (size_t)cpus : 1;
-}
-
-#endif

@@ -1,131 +1,48 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * workspace.c - aligned memory, and the workspace that one call leaves to the next.
+ * workspace.c - aligned memory.
  *
- * Owns: two spare blocks, which any thread may take and give back.
- * Assumes C11's aligned_alloc.
+ * Assumes: C11's aligned_alloc.
  */
 #include "workspace.h"
 
-#include <stdatomic.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 
-enum {
-    HUGE_PAGE = 2 << 20,
-    SMALL = 1024,          /* bytes up to which malloc is several times as quick as aligned_alloc */
-    LARGE = 128 << 10,     /* from which on a spare block is not wasted on small calls */
-    MOST_SPARE = 64 << 20, /* what is beyond stays only as long as nobody else needs it */
-};
+enum { SMALL = 1024 }; /* bytes; up to this size malloc is several times faster than aligned_alloc */
 
-/* Aligned memory, in huge pages where it fills some: a call reads more small ones than the processor remembers the
- * addresses of. */
-static char *allocate(size_t bytes)
+char *mha_allocate_bytes(size_t bytes)
 {
     if (bytes <= SMALL)
         return malloc(bytes);
-    const size_t alignment = bytes < 2 * HUGE_PAGE ? MHA_CACHE_LINE : HUGE_PAGE;
+    const size_t alignment = bytes < 2 * MHA_HUGE_PAGE ? MHA_CACHE_LINE : MHA_HUGE_PAGE;
     char *memory = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
 #ifdef MADV_HUGEPAGE
-    if (memory && alignment == HUGE_PAGE)
-        (void)madvise(memory, bytes, MADV_HUGEPAGE); /* only advice */
+    if (memory && alignment == MHA_HUGE_PAGE)
+        (void)madvise(memory, bytes, MADV_HUGEPAGE); /* it is only advice */
 #endif
     return memory;
 }
 
-mha_status mha_allocate(const mha_layout *layout, char **block)
+mha_status mha_allocate(const mha_layout *layout, char **memory)
 {
-    *block = NULL;
+    *memory = NULL;
     if (layout->too_large)
         return MHA_TOO_LARGE;
-    *block = allocate(layout->bytes ? layout->bytes : MHA_CACHE_LINE);
-    return *block ? MHA_OK : MHA_NO_MEMORY;
+    *memory = mha_allocate_bytes(layout->bytes ? layout->bytes : MHA_CACHE_LINE);
+    return *memory ? MHA_OK : MHA_NO_MEMORY;
 }
 
-void mha_release(char *block)
+void mha_release(char *memory)
 {
-    free(block);
-}
-
-/* ---- The workspace of a call ---- */
-
-/* Blocks that the last calls left: a small one and a large one. Fresh memory costs a page fault for every page, in
- * every call. */
-static _Atomic(char *) spares[2];
-
-/* In the first cache line of a workspace. */
-typedef struct {
-    size_t bytes; /* of all of it */
-    size_t taken; /* of these, by the call that has it */
-} header;
-
-static header *header_of(char *memory)
-{
-    return (header *)(void *)memory;
-}
-
-static _Atomic(char *) *spare_of(size_t bytes)
-{
-    return &spares[bytes >= LARGE];
-}
-
-mha_status mha_take_workspace(const mha_layout *layout, char **block)
-{
-    *block = NULL;
-    if (layout->too_large)
-        return MHA_TOO_LARGE;
-    const size_t bytes = layout->bytes + MHA_CACHE_LINE;
-    char *memory = atomic_exchange(spare_of(bytes), NULL);
-    if (memory && header_of(memory)->bytes < bytes) {
-        free(memory);
-        memory = NULL;
-    }
-    if (!memory) {
-        memory = allocate(bytes);
-        if (!memory)
-            return MHA_NO_MEMORY;
-        header_of(memory)->bytes = bytes;
-    }
-    header_of(memory)->taken = bytes;
-    *block = memory + MHA_CACHE_LINE;
-    return MHA_OK;
-}
-
-/* Offers the pages of a spare block beyond MOST_SPARE to the system, which may take them until they are written to
- * again. False where that is not possible. */
-static bool offer(char *memory)
-{
-    const header *h = header_of(memory);
-    if (h->taken <= MOST_SPARE)
-        return true; /* none of them was written to since */
-#ifdef MADV_FREE
-    /* Whole pages: to offer a part of one would split it. */
-    const size_t end = (h->bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    return madvise(memory + MOST_SPARE, end - MOST_SPARE, MADV_FREE) == 0;
-#else
-    return false;
-#endif
-}
-
-void mha_give_workspace(char *block)
-{
-    char *memory = block ? block - MHA_CACHE_LINE : NULL;
-    if (memory && offer(memory))
-        memory = atomic_exchange(spare_of(header_of(memory)->bytes), memory);
     free(memory);
 }
 
-void mha_free_spare(void)
+size_t mha_row_stride(size_t width, size_t lanes, size_t size)
 {
-    for (size_t i = 0; i < sizeof spares / sizeof *spares; i++)
-        free(atomic_exchange(&spares[i], NULL));
-}
-
-size_t mha_row_stride(size_t width, size_t lanes, size_t item)
-{
-    const size_t line = MHA_CACHE_LINE / item;
+    const size_t line = MHA_CACHE_LINE / size;
     const size_t whole = (width + lanes - 1) / lanes * lanes;
     const size_t lines = (whole + line - 1) / line;
-    return (lines + (lines % 2 == 0)) * line; /* an odd number of cache lines: rows visit every set in turn */
+    /* with an odd number of cache lines, successive rows use all sets of the cache */
+    return (lines + (lines % 2 == 0)) * line;
 }

@@ -1,47 +1,44 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * workspace.h - the memory of one call: sizes that cannot overflow unnoticed, and one aligned block for all of them.
+ * workspace.h - the memory of a call: checked sizes, and one aligned block for all of them.
  */
 #ifndef MHA_WORKSPACE_H
 #define MHA_WORKSPACE_H
 
-#include "mha.h"
+#include "base.h"
 
-enum { MHA_CACHE_LINE = 64 };
+enum { MHA_CACHE_LINE = 64, MHA_HUGE_PAGE = 2 << 20 }; /* in bytes */
 
-/* Plans a block: reserve() hands out offsets into it, until allocate() turns the plan into memory. An overflow on the
- * way is remembered and reported by allocate(). Zero-initialise. */
+/* A plan of a block. mha_reserve() returns offsets into it. mha_allocate() turns the plan into memory, and reports an
+ * overflow that occurred on the way. Initialise with zeros. */
 typedef struct {
     size_t bytes;
     bool too_large;
 } mha_layout;
 
-/* The offset of rows * columns items of `item` bytes, on a cache line of its own. Here, since a call reserves some twenty
- * pieces. */
-static inline size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t item)
+/* Reserves rows * columns elements of `size` bytes, aligned to a cache line, and returns their offset. It is inline
+ * because a call reserves about twenty pieces. */
+static inline size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns, size_t size)
 {
-    const size_t offset = layout->bytes, most = PTRDIFF_MAX / 2; /* leaves room for what allocation adds */
+    const size_t offset = layout->bytes, max_bytes = PTRDIFF_MAX / 2; /* leaves room for what allocation adds */
     size_t bytes;
-    if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, item, &bytes) || bytes > most ||
-        offset + bytes > most)
+    if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, size, &bytes) ||
+        bytes > max_bytes || offset + bytes > max_bytes)
         layout->too_large = true;
     else
         layout->bytes = offset + (bytes + MHA_CACHE_LINE - 1) / MHA_CACHE_LINE * MHA_CACHE_LINE;
     return offset;
 }
 
-/* The planned block, uninitialised; release with mha_release(). */
-mha_status mha_allocate(const mha_layout *layout, char **block);
-void mha_release(char *block); /* NULL is allowed */
+/* Allocates aligned memory. Large blocks ask for huge pages: a call touches more small pages than the TLB holds. */
+char *mha_allocate_bytes(size_t bytes);
 
-/* The same for the workspace of a call, which is kept for the next call; the system may take back most of a very large
- * one. */
-mha_status mha_take_workspace(const mha_layout *layout, char **block);
-void mha_give_workspace(char *block); /* NULL is allowed */
-void mha_free_spare(void);            /* what was kept */
+/* Allocates the planned block, uninitialised. Release it with mha_release(). */
+mha_status mha_allocate(const mha_layout *layout, char **memory);
+void mha_release(char *memory); /* NULL is allowed */
 
-/* The distance between rows of `width` numbers that the kernels write in whole vectors: never a large power of two,
- * which would map all rows to one set of the first-level cache. */
-size_t mha_row_stride(size_t width, size_t lanes, size_t item);
+/* The distance between rows of `width` numbers that kernels write in whole vectors. It is never a large power of two,
+ * which would map all rows to the same set of the first-level cache. */
+size_t mha_row_stride(size_t width, size_t lanes, size_t size);
 
 #endif

@@ -1176,8 +1176,10 @@ def _describe_module(module: Any) -> str:
     if torch is None or not isinstance(module, torch.nn.Module):
         return described
     names = [name for name, part in module.named_modules() if isinstance(part, torch.nn.MultiheadAttention)]
+    if not names:
+        return described
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{described}. It holds {', '.join(names[:3])}{more}: pass one of them" if names else described
+    return f"{described}. It holds {', '.join(names[:3])}{more}: pass {'one of them' if len(names) > 1 else 'that layer'}"
 
 
 def _check_device(device: Any) -> None:

@@ -2,9 +2,14 @@
 """The map of ARCHITECTURE.md is true: what uses what."""
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+
+import numpy as np
 
 import pytest
 from helpers import REPOSITORY
@@ -12,6 +17,7 @@ from helpers import REPOSITORY
 mha_c = pytest.importorskip("mha_c")
 
 PACKAGE = Path(mha_c.__file__).parent
+CORE = REPOSITORY / "csrc"
 
 
 def test_python_modules_use_what_is_below_them():
@@ -32,3 +38,66 @@ def test_nothing_uses_the_package_itself():
                 assert {alias.name for alias in node.names} <= modules, path
             if isinstance(node, ast.Import) and path != PACKAGE / "__init__.py":
                 assert all(alias.name.split(".")[0] != "mha_c" for alias in node.names), path
+
+
+# ------------------------------------------------------------------------------------------- C files
+
+
+def read_map():
+    """The line of the map on which each C file stands, by its path below csrc/. A header without a line of its own stands
+    where the source of its name does."""
+    lines = [line.split()[0].removeprefix("csrc/") for line in (REPOSITORY / "ARCHITECTURE.md").read_text().splitlines()
+             if line.startswith("csrc/")]
+    found = {}
+    for number, line in enumerate(lines):
+        before, _, rest = line.partition("{")
+        names, _, after = rest.partition("}")
+        for name in names.split(","):
+            for file in CORE.glob(before + name + after):
+                assert found.setdefault(str(file.relative_to(CORE)), number) == number, f"{file} stands twice in the map"
+    for file in [file for file in found if file.endswith(".c")]:
+        found.setdefault(f"{file[:-2]}.h", found[file])
+    return found
+
+
+@pytest.fixture(scope="module")
+def levels():
+    """read_map(), in which no file is missing."""
+    found = read_map()
+    missing = {str(file.relative_to(CORE)) for file in CORE.rglob("*.[ch]")} - found.keys()
+    assert not missing, f"not in the map of ARCHITECTURE.md: {missing}"
+    return found
+
+
+def upward(uses, levels):
+    """The uses that lead from a file to one that stands above it in the map, in words."""
+    return sorted({f"{user} uses {used}" for user, used in uses if levels[user] > levels[used]})
+
+
+def test_c_files_include_what_is_below_them(levels):
+    uses = []
+    for file in CORE.rglob("*.[ch]"):
+        for name in re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE):
+            used = (file.parent / name).resolve()
+            uses.append((str(file.relative_to(CORE)), str(used.relative_to(CORE))))
+    assert not upward(uses, levels)
+
+
+def test_c_files_call_what_is_below_them(levels, tmp_path):
+    """What the object of each file leaves undefined is defined by a file below it."""
+    compiler = next(filter(shutil.which, ["gcc", "clang", "cc"]), None)
+    if compiler is None or shutil.which("nm") is None:
+        pytest.skip("no C compiler, or no nm")
+    defined, undefined = {}, {}
+    for file in CORE.rglob("*.c"):
+        name, made = str(file.relative_to(CORE)), tmp_path / f"{file.parent.name}_{file.stem}.o"
+        subprocess.run([compiler, "-std=c11", "-D_GNU_SOURCE", "-O0", "-w", '-DMHA_C_NUMPY_VERSION="2"',
+                        f"-I{np.get_include()}", f"-I{sysconfig.get_path('include')}", "-c", file, "-o", made], check=True)
+        symbols = subprocess.run(["nm", "-P", made], check=True, capture_output=True, text=True).stdout
+        for symbol, kind, *_ in map(str.split, symbols.splitlines()):
+            if kind == "U":
+                undefined.setdefault(name, set()).add(symbol)
+            elif kind.isupper():
+                defined[symbol] = name
+    uses = [(user, defined[symbol]) for user, wanted in undefined.items() for symbol in wanted if symbol in defined]
+    assert not upward(uses, levels)

@@ -77,7 +77,7 @@ class Workshop:
     def program(self, compiler, name):
         """A program of tests/c, as the command that runs it."""
         path = self.folder / compiler / f"test_{name}"
-        objects = [made for made in self.core(compiler) if name != "threads" or made.stem == "core_threads"]
+        objects = [made for made in self.core(compiler) if name != "threads" or made.stem in ("core_threads", "core_processors")]
         if not path.exists():
             options = [*(WRAP if name == "allocations" else []), *(["-static"] if compiler == CROSS else [])]
             execute([compiler, *self.flags, REPOSITORY / "tests" / "c" / f"test_{name}.c", *objects, "-o", path, *options,
@@ -166,6 +166,6 @@ def test_equal_bits_everywhere(workshop, name):
 
 @pytest.mark.parametrize("compiler", NATIVE)
 def test_threads(workshop, compiler):
-    """The pool stands alone: its test needs nothing else of the core."""
+    """The pool stands alone: but for the CPUs, its test needs nothing else of the core."""
     need(compiler)
     execute(workshop.program(compiler, "threads"))

@@ -580,10 +580,13 @@ def module_without_dropout(module):
 
 def test_errors():
     module, x, _ = question("plain", "none")
-    with pytest.raises(TypeError, match="mha_c.MultiheadAttention or torch.nn.MultiheadAttention, not torch.nn.*Linear"):
+    says = "layer must be a mha_c.MultiheadAttention or a torch.nn.MultiheadAttention, but got torch.nn"
+    with pytest.raises(TypeError, match=f"{says}.*Linear$"):
         mha_c.explain(torch.nn.Linear(8, 2), *x)
+    with pytest.raises(TypeError, match=f"{says}.*TransformerEncoderLayer. It holds self_attn: pass that layer$"):
+        mha_c.explain(torch.nn.TransformerEncoderLayer(8, 2), *x)
     for name, right in (("head", "heads"), ("stage", "stages"), ("attn_masks", "attn_mask")):
-        with pytest.raises(TypeError, match=f"argument '{name}'. Write {right}= instead of {name}=."):
+        with pytest.raises(TypeError, match=f"argument '{name}'. Write {right}=0 instead of {name}=0."):
             mha_c.explain(module, *x, **{name: 0})
     with pytest.raises(TypeError, match="unexpected keyword argument 'xyz'$"):
         mha_c.explain(module, *x, xyz=0)

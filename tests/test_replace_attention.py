@@ -15,6 +15,7 @@ import mha_c
 import numpy as np
 import pytest
 from helpers import outcome
+from mha_c.display.coverage import Calls
 
 torch = pytest.importorskip("torch")
 from mha_c.torch import ReplacedAttention, coverage, replace_attention, restore_attention  # noqa: E402
@@ -41,12 +42,11 @@ def fused_path():
 def computed_by_mha_c(monkeypatch):
     """Calls a function without gradients, and tells how many calls of attention mha_c computed in it."""
     calls = []
-    original = ReplacedAttention.forward_in_mha_c
+    original = Calls.add
 
-    def counting(self, *args):
-        result = original(self, *args)
-        calls.append(not isinstance(result, str))
-        return result
+    def counting(self, reason="", count=1):
+        original(self, reason, count)
+        calls.append(not reason)
 
     def count(function):
         calls.clear()
@@ -54,7 +54,7 @@ def computed_by_mha_c(monkeypatch):
             function()
         return sum(calls)
 
-    monkeypatch.setattr(ReplacedAttention, "forward_in_mha_c", counting)
+    monkeypatch.setattr(Calls, "add", counting)
     return count
 
 

@@ -16,7 +16,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision_operators")
 transformers = pytest.importorskip("transformers")
 from hugging_face import CASES, REFUSED, build, decode, encode, examine, padding, register_definition, tokens  # noqa: E402
-from mha_c.torch import register_transformers  # noqa: E402
+from mha_c import _core  # noqa: E402
+from mha_c.torch import attention, register_transformers  # noqa: E402
 
 TIMES_TORCHS_ERROR = 3
 TIMES_THE_TOLERANCE = 1000
@@ -165,6 +166,41 @@ def test_half_precision_is_torchs(coverage):
             results.append(encode(ready(transformers.BertModel, name).bfloat16()))
     assert torch.equal(*results)
     assert {row.reason for row in coverage.rows} == {"bfloat16"} and coverage.here == 0
+
+
+@pytest.mark.parametrize(("reason", "context"), [
+    ("", torch.inference_mode), ("bfloat16", lambda: torch.autocast("cpu")), ("tensors on meta", lambda: torch.device("meta"))])
+def test_contexts(reason, context, coverage):
+    with torch.no_grad(), context():
+        model = transformers.BertModel(case_of(transformers.BertModel).config).eval()
+        model.set_attn_implementation("mha_c")
+        output = model(input_ids=tokens().to(model.device))[0]
+    assert output.shape == (3, 12, 32) and {row.reason for row in coverage.rows} == {reason}
+    assert (coverage.here, coverage.left) == ((0, 2) if reason else (2, 0))
+
+
+def test_inside_a_block(coverage):
+    """The layer's own call is the innermost, and counts; what it leaves to torch reaches the block."""
+    with torch.no_grad(), attention() as block:
+        encode(ready(transformers.BertModel))
+        encode(ready(transformers.BertModel).bfloat16())
+    assert (coverage.here, coverage.left) == (2, 2) and (block.here, block.left) == (0, 2)
+
+
+def test_errors_after_the_checks_are_not_hidden(coverage, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a fault in the kernels")
+
+    model = ready(transformers.BertModel)
+    with torch.no_grad(), monkeypatch.context() as planted:
+        planted.setattr(_core, "scaled_dot_product_attention", fail)
+        with pytest.raises(RuntimeError, match="a fault in the kernels"):
+            encode(model)
+    assert (coverage.here, coverage.left) == (0, 0)
+    with torch.no_grad():
+        encode(model)
+        assert (coverage.here, coverage.left) == (2, 0)
+        assert not torch.overrides._get_current_function_mode_stack()
 
 
 def test_a_compiled_model_computes_with_torch():

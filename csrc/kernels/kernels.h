@@ -1,53 +1,47 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * kernels.h - everything that differs from one instruction set to another: a table of sizes and functions.
+ * kernels.h - everything that differs between instruction sets: a table of sizes and functions.
  *
- * Each instruction set exports one table per dtype, made from the one source kernels.inc.h. All arithmetic on real
- * numbers happens behind this table, so that the rest of the core is the same for float32 and float64.
+ * Each instruction set exports a table per dtype. All are made from one source, kernels.inc.h. All arithmetic on real
+ * numbers is behind these tables, so that the rest of the core is the same for float32 and float64.
  *
- * Words: a *vector* holds `lanes` numbers; a *panel* is a matrix stored as [k][P] whose P = vectors * lanes columns
- * are computed side by side. Every operation here is *vertical*: no lane ever looks at another. So the bits of a
- * result do not depend on the lane or the panel that computed it, nor on how wide either is.
+ * A *vector* holds `lanes` numbers. A *panel* is a matrix [k][P] whose P = vectors * lanes columns are computed side by
+ * side. Every operation is *vertical*: no lane looks at another. So the bits of a result do not depend on the lane or
+ * the panel that computed it, nor on the width of either.
  *
- * No pointer needs more alignment than its type. Panels are padded to whole vectors; what stands in unused lanes is
- * computed like the rest and never read. Strides and sizes count numbers, not bytes, unless a name says so.
+ * No pointer needs more alignment than its type. Panels are padded to whole vectors. Unused lanes are computed like the
+ * others and never read. Strides and sizes count numbers unless a name says bytes.
  */
 #ifndef MHA_KERNELS_H
 #define MHA_KERNELS_H
 
-#include "../mha.h"
+#include "../base.h"
 
-/* An FMA chain covers at most this many input features, an attention block this many keys. They are constants of the
- * project, the same on every instruction set: changing them changes the bits of results. */
+/* The most input features in a chain of fused multiply-adds, and the most keys in a block of attention. They are the
+ * same on every instruction set, because the bits of results depend on them. Chains start at zero and are added in
+ * order, which is more accurate than one long chain. */
 enum { MHA_CHAIN = 64, MHA_BLOCK_KEYS = 64 };
 
-enum { MHA_MOST_LANES = 48 }; /* of a panel, on any instruction set */
+/* The most numbers in a panel, and in a vector, on any instruction set. kernels.inc.h checks them. */
+enum { MHA_MAX_LANES = 48, MHA_MAX_VECTOR_LANES = 16 };
 
-/* Before a loop over the vectors of an array, as many as a constant says: unless it is unrolled, gcc keeps them in memory
- * instead of registers. */
-#ifdef __clang__
-#define MHA_UNROLL _Pragma("unroll")
-#else
-#define MHA_UNROLL _Pragma("GCC unroll 64")
-#endif
-
-/* Memory that is about to be read: rows of so many bytes, or none. One row is fetched little by little all through the
- * product, so that even a product of few rows, which waits for memory only, never asks for much at once, or not at all
- * where hardware does as well; of several rows some are fetched before each tile. */
+/* Memory that will be read soon: some rows, or none. A single row (packed weights) is prefetched evenly over the whole
+ * product, so that a product of few rows never has many requests outstanding. Several rows (keys, values) are
+ * prefetched a few at a time, before each tile. */
 typedef struct {
     const char *data;
     size_t rows, bytes;
     ptrdiff_t stride; /* bytes between rows */
-} mha_next;
+} mha_prefetch;
 
-/* C[rows][P] = chain                       when addend is NULL,
- *            = addend + chain              when factor is NULL,
+/* C[rows][P] = chain                       if addend is NULL
+ *            = addend + chain              if factor is NULL
  *            = addend * factor + chain     (fused) otherwise, where
- * chain[r][lane] = sum over k < depth of a[r * a_row + k * a_k] * b[k * b_k + lane], one FMA after another from zero.
+ *   chain[r][lane] = sum over k < depth of a[r * a_row + k * a_k] * b[k * b_k + lane], one FMA after another from zero.
  *
- * addend is [rows][P] with stride addend_row (0 repeats one row, as for a bias) and may be c itself; factor is [P].
- * Nothing else overlaps. P = vectors * lanes with 1 <= vectors <= mha_kernels.vectors; any rows, any depth.
- * Meanwhile `next`, what the caller is going to read after this, is fetched into the cache; NULL: nothing.
+ * addend is [rows][P] with stride addend_row, and may be c itself. A stride of 0 repeats one row, as for a bias. factor
+ * is [P]. Nothing else may overlap. 1 <= vectors <= mha_kernels.vectors. Rows and depth may be any, 0 included. `next`
+ * is prefetched meanwhile; NULL: nothing.
  *
  *            k ->             b (panel)                    c
  *         +---------+       k +----------+        r +----------+
@@ -65,44 +59,45 @@ typedef struct {
     const void *factor;
     void *c;
     size_t c_row;
-    const mha_next *next;
+    const mha_prefetch *prefetch;
 } mha_product;
 
-/* The part of the masks that one block of scores needs: keys of the block by lanes of the panel. */
+/* What masks do to one block of scores: keys of the block by lanes of a panel. */
 typedef struct {
-    const char *attn[MHA_MOST_LANES]; /* of each lane's query, at key 0 of the whole item; kind NONE: not read */
-    size_t query[MHA_MOST_LANES];     /* the lane's query by its number; read where is_causal */
-    const char *keys;                 /* key_padding_mask at key 0: numbers; keys it hides are gone */
-    mha_mask_kind attn_kind, keys_kind;
-    ptrdiff_t attn_s, keys_s; /* strides in bytes */
-    const size_t *index; /* the block's keys by their number in the item; NULL: first_key, first_key + 1, ... */
+    /* the mask of each lane's query, at key 0 of the item; not read if attn_kind is NONE */
+    const char *attn[MHA_MAX_LANES];
+    size_t query[MHA_MAX_LANES]; /* the number of each lane's query; read if is_causal */
+    const char *padding;                 /* the float key_padding_mask, at key 0; keys that it hides are not live */
+    mha_mask_kind attn_kind, padding_kind;
+    ptrdiff_t attn_s, padding_s; /* in bytes */
+    const size_t *index; /* numbers of the block's keys; NULL: first_key, first_key + 1, ... */
     size_t first_key;
     bool is_causal;
 } mha_mask_block;
 
 /* What the lanes of a panel see of a block. */
 typedef struct {
-    size_t keys;    /* the first so many: no lane sees one after them; 0: none is seen */
-    bool is_biased; /* the masks add something to their scores */
-} mha_view;
+    size_t keys;    /* the first `keys` keys of the block; no lane sees the others */
+    bool is_biased; /* masks add something to the scores of these keys */
+} mha_visible;
 
-/* Where a block of attention weights stands in the random stream: what happens to the weight of (n, h, l, s) depends
- * on these four and on the key alone. */
+/* Where a block of probabilities is in the random stream. What happens to probability (n, h, l, s) depends on these
+ * four numbers and the key alone. */
 typedef struct {
-    const uint32_t *key;  /* of mha_philox(): two words made from the seed and the number of the call */
-    uint64_t threshold;   /* a weight stays when its random word is below: (1 - p) * 2^32 */
-    double scale;         /* 1 / (1 - p), for those that stay */
+    const uint32_t *key;  /* of mha_philox(); made from the seed and the number of the call */
+    uint64_t threshold; /* (1 - p) * 2^32; a probability is kept if its random word is less */
+    double scale;       /* 1 / (1 - p), the factor of probabilities that are kept */
     size_t n, h, first_query;
     const size_t *index; /* as in mha_mask_block */
     size_t first_key;
 } mha_dropout_block;
 
 typedef struct mha_kernels {
-    const char *name; /* of the instruction set: what MHA_C_CPU may say */
+    const char *name; /* of the instruction set, as in MHA_C_CPU */
     mha_dtype dtype;
-    size_t item;    /* bytes of a number */
+    size_t size;    /* bytes of a number */
     size_t lanes;   /* numbers in a vector */
-    size_t vectors; /* the most vectors of a panel */
+    size_t vectors; /* in a panel, at most */
 
     void (*product)(const mha_product *product);
 
@@ -114,43 +109,61 @@ typedef struct mha_kernels {
     void (*unpack_panel)(const void *panel, size_t vectors, const void *factor, size_t count, size_t width,
                          void *rows, size_t row_stride);
 
-    /* bias[key][lane] = what the masks add to a score (torch's order: they are added to each other first), -inf where
-     * they hide the key, for the keys in view; not written where the view has no bias, which is where all add 0. Lanes
-     * from `count` on are like the last one. */
-    mha_view (*read_masks)(void *bias, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks);
+    /* bias[key][lane] = what masks add to the score of a visible key: the sum of all masks, -inf if one of them hides
+     * the key. Masks are added to each other first, as in torch. If the result is not biased, all would add 0, and the
+     * bias is undefined. Lanes from `count` on are like the last one. */
+    mha_visible (*read_masks)(void *bias, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks);
 
-    /* One step of the online softmax: exps[keys][P] = exp(score - maximum), in the place of the scores or elsewhere,
-     * with the running maximum [P] and sum [P] brought up to date and factor [P] = exp(old maximum - new maximum).
-     * softmax_begin() sets maximum and sum for no keys at all. */
+    /* One step of the online softmax: exps[key][lane] = exp(score - maximum). The running maximum [P] and sum [P] are
+     * updated. factor [P] = exp(old maximum - new maximum). exps may be the same array as scores. softmax_begin() sets
+     * maximum and sum before the first key. */
     void (*softmax_begin)(void *maximum, void *sum, size_t vectors);
     void (*softmax_step)(const void *scores, size_t keys, size_t vectors, void *exps, void *maximum, void *sum,
                          void *factor);
 
-    /* Joins what two runs over different keys left: sums [width][P] of values, maximum and sum [P]. The first three
-     * take in the other three. */
+    /* Adds the results for some keys to those for other keys: sums [width][P] of values, maximum [P] and sum [P]. The
+     * first three arrays are updated. */
     void (*softmax_merge)(void *sums, void *maximum, void *sum, const void *sums_2, const void *maximum_2,
                           const void *sum_2, size_t width, size_t vectors);
 
-    /* What to divide by, once all keys are through. Where sum is 0 (no key was visible: one that is adds at least the
-     * exp(0) of the maximum) it becomes NaN or 1, as `empty_row` says; inverse [P] = 1 / sum. */
+    /* inverse [P] = 1 / sum after the last key. If no key was visible, the sum is 0 and becomes NaN or 1, as
+     * `empty_row` says. Otherwise it is at least 1, because the key with the maximum adds exp(0). */
     void (*softmax_end)(void *sum, void *inverse, size_t vectors, mha_empty_row empty_row);
 
-    /* scores[key][lane] becomes exp(score - maximum[lane]) / sum[lane]: the attention weights themselves, once
-     * maximum and sum are final. */
-    void (*softmax_weights)(void *scores, size_t keys, size_t vectors, const void *maximum, const void *sum);
+    /* scores[key][lane] becomes the probability exp(score - maximum[lane]) / sum[lane]. Maximum and sum must be
+     * final. */
+    void (*softmax_probabilities)(void *scores, size_t keys, size_t vectors, const void *maximum, const void *sum);
 
     void (*accumulate)(void *total, const void *x, size_t n); /* total[i] += x[i]; n is a multiple of lanes */
     void (*fill)(void *x, size_t n, double value);
     bool (*is_finite)(const void *x, size_t n); /* no number is NaN or infinite */
 
-    /* weights[key][lane] is multiplied by 0 or by dropout->scale, for lane < count. */
-    void (*dropout)(void *weights, size_t keys, size_t vectors, size_t count, const mha_dropout_block *dropout);
+    /* probabilities[key][lane] is multiplied by 0 or by dropout->scale, for lane < count. */
+    void (*dropout)(void *probabilities, size_t keys, size_t vectors, size_t count, const mha_dropout_block *dropout);
 } mha_kernels;
 
-/* One table per dtype, indexed by mha_dtype; cpu.c knows which of them this CPU can run. */
+/* One table per dtype, indexed by mha_dtype. cpu.c knows which of them this CPU can run. */
 extern const mha_kernels mha_kernels_portable[2];
 extern const mha_kernels mha_kernels_avx2[2];
 extern const mha_kernels mha_kernels_avx512[2];
 extern const mha_kernels mha_kernels_neon[2];
+
+/* The product of a whole depth, in chains of MHA_CHAIN. `product` describes the first chain, except for its depth. */
+static inline void mha_multiply_chained(const mha_kernels *kernels, mha_product *product, size_t depth)
+{
+    const ptrdiff_t a_chain = MHA_CHAIN * product->a_k * (ptrdiff_t)kernels->size;
+    const size_t b_chain = MHA_CHAIN * product->b_k * kernels->size;
+    for (; depth > MHA_CHAIN; depth -= MHA_CHAIN) {
+        product->depth = MHA_CHAIN;
+        kernels->product(product);
+        product->a = (const char *)product->a + a_chain;
+        product->b = (const char *)product->b + b_chain;
+        product->addend = product->c;
+        product->addend_row = product->c_row;
+        product->prefetch = NULL;
+    }
+    product->depth = depth;
+    kernels->product(product);
+}
 
 #endif

@@ -12,7 +12,7 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
-#ifndef __clang__ /* gcc would schedule the broadcasts ahead of their use, and spill accumulators for them */
+#ifndef __clang__ /* gcc would load the broadcasts too early, and spill sums for them */
 #pragma GCC push_options
 #pragma GCC optimize("no-schedule-insns")
 #endif

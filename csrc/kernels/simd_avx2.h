@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * simd_avx2.h - the vector vocabulary (see simd_portable.h) for x86-64 with AVX2 and FMA: 16 registers of 32 bytes.
+ * simd_avx2.h - the vector vocabulary (see simd.h) for x86-64 with AVX2 and FMA: 16 registers of 32 bytes.
  */
 #ifndef MHA_SIMD_AVX2_H
 #define MHA_SIMD_AVX2_H
 
-#include "powers.h"
+#include "simd.h"
 
 #define REGISTERS 16
 #define HOLD(v) __asm__("" : "+x"(v))

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * simd_avx512.h - the vector vocabulary (see simd_portable.h) for x86-64 with AVX-512 F, VL, BW and DQ: 32 registers
+ * simd_avx512.h - the vector vocabulary (see simd.h) for x86-64 with AVX-512 F, VL, BW and DQ: 32 registers
  * of 64 bytes.
  */
 #ifndef MHA_SIMD_AVX512_H
 #define MHA_SIMD_AVX512_H
 
-#include "powers.h"
+#include "simd.h"
 
 #define REGISTERS 32
-/* A tile ends by storing its accumulators. A Zen 4 waited for 24 stores of 64 bytes, 3 % of the time, not for 16 or
- * fewer; 12 chains are still enough for two multiply-add units. */
+/* Many rows take tiles of four rows, not eight: a Zen 4 waits for the 24 stores at the end of such a tile. 12 chains
+ * are still enough for two multiply-add units. */
 #define ROWS_OF_MANY {8, 6, 4}
 #define HOLD(v) __asm__("" : "+v"(v))
 enum { lanes_f32 = 16, lanes_f64 = 8 };
@@ -76,7 +76,7 @@ static inline uint64_t nonzero(const char *p)
     return _mm_test_epi8_mask(bytes, bytes);
 }
 
-/* Both are too large for gcc to inline by itself, and v would go through memory. */
+/* Both transpositions are too large for gcc to inline by itself, and then v would go through memory. */
 static inline __attribute__((always_inline)) void transpose_f64(vec_f64 v[8])
 {
     vec_f64 pair[8], quad[8];

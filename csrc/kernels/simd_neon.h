@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * simd_neon.h - the vector vocabulary (see simd_portable.h) for aarch64: 32 registers of 16 bytes.
+ * simd_neon.h - the vector vocabulary (see simd.h) for aarch64: 32 registers of 16 bytes.
  */
 #ifndef MHA_SIMD_NEON_H
 #define MHA_SIMD_NEON_H
 
-#include "powers.h"
+#include "simd.h"
 
 #define REGISTERS 32
 #define HOLD(v) __asm__("" : "+w"(v))

@@ -1,33 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * simd_portable.h - the vector vocabulary in C alone, for any CPU.
- *
- * The vocabulary, which every simd_*.h defines for f32 and f64 alike (the operators + - * are the compiler's own):
- *   vec_f32                 lanes_f32 numbers
- *   load(p), store(p, v)    any alignment
- *   broadcast(p), splat(x)  one number in every lane, from memory or from a register
- *   fma(a, b, c)            a * b + c rounded once (here alone it is rounded twice)
- *   max(a, b)               either one where a or b is NaN
- *   power(v)                2^(k / 8) for f32, 2^k for f64: k, plus 8 * 127 or 1023, is the integer in v's low bits
- *   zero_below(v, t, x)     v, but 0 where t < x; NaN stays
- *   either(a, b), unlike(a, b)  bitwise or, exclusive or
- *   hide(words, i)          -inf where bit i of the lane's word is set, else 0
- *   transpose(v)            v[i] lane j <-> v[j] lane i, for as many vectors as lanes
- *   HOLD(v)                 keeps v in a register: gcc rather loads it anew for each of two or three uses
- * and, of no dtype, nonzero(p), whose bit i says that byte i of 16 is not 0. REGISTERS says how many vectors they are:
- * accumulators, up to 3 vectors of a panel and 1 broadcast have to fit; ROWS_OF_MANY, where rows are not to be as many
- * as fit, how many a tile of 1, 2 and 3 vectors has where a product has many.
+ * simd_portable.h - the vector vocabulary (see simd.h) in C alone, for any CPU.
  */
 #ifndef MHA_SIMD_PORTABLE_H
 #define MHA_SIMD_PORTABLE_H
 
-#include "powers.h"
+#include "simd.h"
 
 #define REGISTERS 16
-#define HOLD(v) ((void)0) /* what a register is called is unknown here */
+#define HOLD(v) ((void)0) /* register names are unknown here */
 enum { lanes_f32 = 4, lanes_f64 = 2 };
 
-/* GCC's vector extension: 16 bytes are a register on every CPU this is likely to meet, and correct on the others. */
+/* GCC's vector extension. Most CPUs have registers of 16 bytes. The others give the same results. */
 typedef float vec_f32 __attribute__((vector_size(16)));
 typedef double vec_f64 __attribute__((vector_size(16)));
 typedef int32_t bits_f32 __attribute__((vector_size(16)));

@@ -2,13 +2,14 @@
  *
  * arguments.c - Python objects to mha_call, the arrays that hold the results, and the way back.
  *
- * Owns: the references in call_arguments. What the caller passed is never written to, except out=.
+ * Owns: the references in call_arguments. Arrays of the caller are not written to, except out=.
  */
 #include "arguments.h"
 
 #include "arrays.h"
+#include "run.h"
 
-/* *array = the array that an object stands for; it stays NULL for None where that is allowed. */
+/* *array = the array that an object stands for. It stays NULL for None where None is allowed. */
 static int collect_array(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
 {
     *array = array_from_object(state, object, name);
@@ -65,7 +66,7 @@ static int collect_number(PyObject *object, uint64_t *number)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* Which answer an empty row gets: torch's depends on the way it goes, and need_weights decides about that. */
+/* What a query gets that sees no key. torch's answer depends on its code path, and need_weights decides about that. */
 static int collect_masked_rows(PyObject *object, bool need_weights, mha_empty_row *empty_row)
 {
     if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "torch") == 0)
@@ -73,7 +74,8 @@ static int collect_masked_rows(PyObject *object, bool need_weights, mha_empty_ro
     else if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "zero") == 0)
         *empty_row = MHA_EMPTY_ROW_ZERO;
     else if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "nan") == 0)
-        *empty_row = MHA_EMPTY_ROW_NAN; /* as with weights, when parts of such a call are computed without them */
+        /* as with weights, for parts of such a call that are computed without weights */
+        *empty_row = MHA_EMPTY_ROW_NAN;
     else {
         PyErr_Format(PyExc_ValueError, "masked_rows must be 'torch' or 'zero', not %R", object);
         return -1;
@@ -128,7 +130,8 @@ static mha_array describe_input(const call_arguments *arguments, PyArrayObject *
         .data = data, .stride_n = strides[n_axis], .stride_l = strides[1 - n_axis], .stride_e = strides[2]};
 }
 
-/* (N * Hkv, S, features), heads within batch items; unsigned, as an empty array may say any stride. */
+/* (N * Hkv, S, features): heads within batch items. The product is unsigned, because an empty array may have any
+ * stride. */
 static mha_projected describe_projected(const call_arguments *arguments, PyArrayObject *array)
 {
     if (array == NULL)
@@ -152,7 +155,8 @@ static void describe_masks(call_arguments *arguments)
         mask->data = PyArray_DATA(arguments->attn_mask);
         mask->stride_s = strides[ndim - 1];
         mask->stride_l = strides[ndim - 2];
-        if (ndim == 3) { /* (N * H, L, S), heads within batch items; unsigned, as an empty mask may say any stride */
+        /* (N * H, L, S): heads within batch items; unsigned, because an empty mask may have any stride */
+        if (ndim == 3) {
             mask->stride_h = strides[0];
             mask->stride_n = (ptrdiff_t)((size_t)strides[0] * arguments->weights->widths.H);
         }
@@ -179,7 +183,7 @@ static bool is_apart_from_inputs(const call_arguments *arguments)
     return true;
 }
 
-/* Without a batch axis for an input that has none. In out= itself, where the core could write it. */
+/* Makes the output, without a batch axis if the inputs have none. It is out= itself if the core can write to it. */
 static int make_output(call_arguments *arguments)
 {
     const mha_widths *widths = &arguments->weights->widths;
@@ -219,7 +223,7 @@ static int make_attn_weights(call_arguments *arguments)
     if (arguments->attn_weights == NULL)
         return -1;
     call->attn_weights = PyArray_DATA(arguments->attn_weights);
-    call->weights_wanted = arguments->average_attn_weights ? MHA_WEIGHTS_AVERAGED : MHA_WEIGHTS_PER_HEAD;
+    call->wanted = arguments->average_attn_weights ? MHA_WANT_AVERAGES : MHA_WANT_PROBABILITIES;
     return 0;
 }
 
@@ -234,11 +238,27 @@ int prepare_call(call_arguments *arguments)
     call->value = describe_input(arguments, arguments->value);
     call->static_k = describe_projected(arguments, arguments->static_k);
     call->static_v = describe_projected(arguments, arguments->static_v);
-    call->dropout_p = arguments->dropout_p > 0 ? arguments->dropout_p : 0; /* below 0 torch drops nothing */
+    /* torch drops nothing for a negative number */
+    call->dropout_p = arguments->dropout_p > 0 ? arguments->dropout_p : 0;
     describe_masks(arguments);
     if ((!arguments->without_output && make_output(arguments) < 0) || make_attn_weights(arguments) < 0)
         return -1;
     return 0;
+}
+
+static mha_status start_forward(const void *call)
+{
+    const call_arguments *arguments = call;
+    return mha_forward(arguments->weights->packed, &arguments->call);
+}
+
+int run_forward(module_state *state, call_arguments *arguments)
+{
+    mha_call *call = &arguments->call;
+    PyArrayObject *const arrays[] = {arguments->query, arguments->key, arguments->value, arguments->key_padding_mask,
+                                     arguments->attn_mask, arguments->static_k, arguments->static_v, arguments->output};
+    return run_core(state, mha_forward_operations(arguments->weights->packed, call), &call->threads, &call->stop,
+                    arrays, sizeof arrays / sizeof *arrays, start_forward, arguments);
 }
 
 PyObject *hand_back(const call_arguments *arguments)
@@ -246,7 +266,8 @@ PyObject *hand_back(const call_arguments *arguments)
     PyArrayObject *output = copy_to_out(arguments->output, arguments->out);
     if (output == NULL)
         return NULL;
-    return PyTuple_Pack(2, (PyObject *)output, arguments->attn_weights == NULL ? Py_None : (PyObject *)arguments->attn_weights);
+    PyObject *attn_weights = arguments->attn_weights == NULL ? Py_None : (PyObject *)arguments->attn_weights;
+    return PyTuple_Pack(2, (PyObject *)output, attn_weights);
 }
 
 void release_arguments(call_arguments *arguments)

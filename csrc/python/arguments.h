@@ -2,7 +2,7 @@
  *
  * arguments.h - the arguments of a forward call: from Python objects to the core's mha_call, and back.
  *
- * Owns: every reference that a call needs, in one struct that one function releases.
+ * Owns: every reference that a call needs, in one struct, which one function releases.
  *
  *     collect_arguments  ->  check_arguments  ->  prepare_call  ->  (the core)  ->  hand_back
  */
@@ -13,22 +13,22 @@
 #include "weights_type.h"
 
 typedef struct {
-    const weights_object *weights; /* borrowed from the caller's arguments, as is out */
-    PyArrayObject *out;            /* NULL: no out= */
+    const weights_object *weights; /* borrowed from the caller's arguments */
+    PyArrayObject *out;            /* borrowed, too; NULL: no out= */
 
-    PyArrayObject *query, *key, *value;           /* the same array where the same object was passed */
+    PyArrayObject *query, *key, *value;           /* the same array if the same object was passed */
     PyArrayObject *key_padding_mask, *attn_mask;  /* NULL: none */
     PyArrayObject *static_k, *static_v;           /* NULL: none */
-    PyArrayObject *output;                        /* what the core writes; may be out itself */
+    PyArrayObject *output;                        /* what the core writes; may be out */
     PyArrayObject *attn_weights;                  /* NULL: not wanted */
 
     bool is_batched, batch_first, need_weights, average_attn_weights;
-    bool without_output; /* parts of the pass are wanted alone: stages.c */
+    bool without_output; /* only parts of the pass are wanted (stages.c) */
     double dropout_p; /* as given */
 
-    /* (length, batch, features) of the inputs, torch's order inside, whatever batch_first says. */
+    /* (length, batch, features) of the inputs: torch's internal order, whatever batch_first says. */
     npy_intp query_shape[3], key_shape[3], value_shape[3];
-    npy_intp S; /* keys that are attended to: those of static_k, where there is one */
+    npy_intp S; /* keys that are attended to: those of static_k, if it is given */
 
     mha_call call;
 } call_arguments;
@@ -51,20 +51,19 @@ enum {
     ARGUMENT_DROPOUT_P,
     ARGUMENT_DROPOUT_SEED,
     ARGUMENT_DROPOUT_CALL,
-    ARGUMENT_STATIC_K, /* these two may be missing */
+    ARGUMENT_STATIC_K, /* this argument and the next may be missing */
     ARGUMENT_STATIC_V,
     ARGUMENT_COUNT
 };
 
-/* These return 0, or -1 with an exception. `arguments` starts as all zeros. Collecting runs the code of others - protocol
- * methods, warnings, other threads - which may change arrays already collected; from the checks on nobody else runs
- * before the core does, so what was checked is what it reads. */
+/* These functions return 0, or -1 with an exception. `arguments` starts as all zeros. Collecting runs Python code:
+ * protocol methods, warnings, other threads. It may change arrays that were collected before. From the checks until the
+ * core starts no Python code runs, so the core reads what was checked. */
 int collect_arguments(const module_state *state, PyObject *const *objects, Py_ssize_t count,
                       call_arguments *arguments);
-int check_arguments(call_arguments *arguments); /* torch's checks, in torch's order; finds the shapes as well */
-int prepare_call(call_arguments *arguments);    /* makes the arrays for the results, and completes `call` */
+int prepare_call(call_arguments *arguments);    /* allocates the results and completes `call` */
 
-/* The core's part: 0, or -1 with an exception. */
+/* Runs the core. Returns 0, or -1 with an exception. */
 int run_forward(module_state *state, call_arguments *arguments);
 
 /* The tuple that forward() returns. */

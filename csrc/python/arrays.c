@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * arrays.c - Python objects to NumPy arrays, and questions about arrays.
- *
+ * arrays.c - makes NumPy arrays of Python objects, and answers questions about arrays.
  * Assumes: the GIL is held.
  */
 #include "arrays.h"
 
 #include <string.h>
 
-/* Whether the object has the attribute; -1 if looking it up raised anything but AttributeError. */
+#include "run.h"
+
+/* Whether the object has the attribute. -1 if looking it up raised anything but AttributeError. */
 static int has_attribute(PyObject *object, PyObject *name)
 {
     PyObject *attribute = PyObject_GetAttr(object, name);
@@ -45,7 +46,7 @@ static PyArrayObject *raise_not_an_array(PyObject *object, const char *name)
 
 static PyArrayObject *array_from_protocol(const module_state *state, PyObject *object, const char *name)
 {
-    /* NumPy would turn these into arrays too, but they are numbers, text and classes, not arrays. */
+    /* NumPy would make arrays of these, too, but they are numbers, text and classes. */
     if (PyArray_IsScalar(object, Generic) || PyBytes_Check(object) || PyType_Check(object))
         return raise_not_an_array(object, name);
 
@@ -66,7 +67,7 @@ static PyArrayObject *array_from_protocol(const module_state *state, PyObject *o
     if (array == NULL)
         return NULL;
 
-    /* A lone object is what NumPy makes of something whose protocol came to nothing. */
+    /* NumPy makes an array of one object if a protocol did not give an array. */
     if (!PyArray_Check(array) ||
         (PyArray_NDIM((PyArrayObject *)array) == 0 && PyArray_TYPE((PyArrayObject *)array) == NPY_OBJECT)) {
         Py_DECREF(array);
@@ -75,8 +76,8 @@ static PyArrayObject *array_from_protocol(const module_state *state, PyObject *o
     return (PyArrayObject *)array;
 }
 
-/* Both functions take over the reference to the array, and may return it as it is. A masked array of numpy.ma is
- * refused: what its mask hides would be read. */
+/* Both functions take over the reference to the array, and may return the same array. A masked array of numpy.ma is
+ * refused, because its mask would be ignored. */
 static PyArrayObject *to_base_class(const module_state *state, PyArrayObject *array, const char *name)
 {
     if (PyArray_CheckExact(array))
@@ -122,7 +123,7 @@ PyArrayObject *array_from_object(const module_state *state, PyObject *object, co
 
 bool array_has_dtype(PyArrayObject *array, mha_dtype dtype)
 {
-    /* By size, not by name: where long double is no wider than double, it is a double. */
+    /* The size decides, not the name: where long double is no wider than double, it is a double. */
     const size_t item_size = dtype == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
     return PyTypeNum_ISFLOAT(PyArray_TYPE(array)) && (size_t)PyArray_ITEMSIZE(array) == item_size;
 }
@@ -130,7 +131,7 @@ bool array_has_dtype(PyArrayObject *array, mha_dtype dtype)
 bool array_is_floating(PyArrayObject *array)
 {
     const int type = PyArray_TYPE(array);
-    if (PyTypeNum_ISUSERDEF(type)) /* such types have no kind of their own, but speaking names */
+    if (PyTypeNum_ISUSERDEF(type)) /* such types have no kind of their own, so the name has to tell */
         return strstr(PyArray_DESCR(array)->typeobj->tp_name, "float") != NULL;
     return PyTypeNum_ISFLOAT(type);
 }
@@ -159,7 +160,7 @@ bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape)
     return PyArray_NDIM(array) == ndim && PyArray_CompareLists(PyArray_DIMS(array), shape, ndim);
 }
 
-/* Addresses as numbers, since those of different objects cannot be compared. */
+/* Addresses are compared as numbers, because C does not compare pointers to different objects. */
 static void find_bounds(PyArrayObject *array, uintptr_t *begin, uintptr_t *end)
 {
     *begin = (uintptr_t)PyArray_DATA(array);
@@ -201,31 +202,6 @@ mha_mask_kind mask_kind(PyArrayObject *mask)
     if (PyArray_ISBOOL(mask))
         return MHA_MASK_HIDE;
     return array_has_dtype(mask, MHA_FLOAT64) ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
-}
-
-/* The array whose memory another one shows; itself, if it is no view. */
-static PyObject *memory_owner(PyArrayObject *array)
-{
-    PyObject *base;
-    while ((base = PyArray_BASE(array)) != NULL && PyArray_Check(base))
-        array = (PyArrayObject *)base;
-    return (PyObject *)array;
-}
-
-PyObject *pin_memory(PyArrayObject *const *arrays, size_t count)
-{
-    const int collects_garbage = PyGC_Disable(); /* a finalizer might resize what is not pinned yet */
-    PyObject *pins = PyTuple_New((Py_ssize_t)count);
-    for (size_t i = 0; pins != NULL && i < count; i++) {
-        PyObject *pin = arrays[i] == NULL ? Py_NewRef(Py_None) : PyWeakref_NewRef(memory_owner(arrays[i]), NULL);
-        if (pin == NULL)
-            Py_CLEAR(pins);
-        else
-            PyTuple_SET_ITEM(pins, (Py_ssize_t)i, pin);
-    }
-    if (collects_garbage)
-        PyGC_Enable();
-    return pins;
 }
 
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype)

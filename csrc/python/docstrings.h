@@ -5,7 +5,7 @@
 #ifndef MHA_PYTHON_DOCSTRINGS_H
 #define MHA_PYTHON_DOCSTRINGS_H
 
-/* The arguments of one call of a layer, as arguments.h numbers them. */
+/* The arguments of a call of a layer, in the order of arguments.h. */
 #define CALL_ARGUMENTS                                                                                                \
     "weights, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, out, "   \
     "batch_first, add_zero_attn, masked_rows, dropout_p, dropout_seed, dropout_call"

@@ -1,161 +1,24 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * module.c - the module mha_c._core: its functions, its state, its birth and its end.
+ * module.c - the module mha_c._core: its functions, its state, its initialisation and its end.
  *
- * Owns: the forward call from Python to the core and back, with the one place where the GIL is released for it; the
- * one switch that turns a status of the core into an exception.
+ * Owns: the forward call from Python to the core and back.
  */
-#define MHA_IMPORT_NUMPY
 #include "module.h"
 
-#include <time.h>
-
 #include "../cpu.h"
-#include "../threads.h"
-#include "../workspace.h"
+#include "../processors.h"
+#include "../spare.h"
 #include "advised_function.h"
 #include "arguments.h"
 #include "arrays.h"
 #include "docstrings.h"
+#include "run.h"
 #include "sample.h"
 #include "sdpa.h"
 #include "stages.h"
 #include "thread_count.h"
-
-/* A call that takes about 20 us keeps the GIL: giving it away and waiting for it again may cost more. Above about
- * 50 us it may use threads: waking one takes that order of time. (Small calls run at some 20, others at 50 GFLOP/s.) */
-#define OPERATIONS_WITHOUT_GIL 4e5
-#define OPERATIONS_WITH_THREADS 2.5e6
-
-/* Every thread has its share of the workspace: a number beyond any machine's must not exhaust the memory. */
-enum { MOST_THREADS = 1024 };
-
-/* How often a long call looks for signals: soon enough for whoever presses Ctrl-C. */
-#define SIGNAL_SECONDS 0.05
-
-double monotonic_seconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-int raise_status(mha_status status)
-{
-    switch (status) {
-    case MHA_OK:
-        return 0;
-    case MHA_STOPPED: /* by check_signals(), which has set the exception, or in a child that a signal handler forked */
-        if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_RuntimeError, "this process was forked in the middle of the call, and the threads "
-                                                "that were helping stayed behind: call again");
-        break;
-    case MHA_NO_MEMORY:
-        PyErr_NoMemory();
-        break;
-    case MHA_TOO_LARGE:
-        PyErr_SetString(PyExc_MemoryError, "the sizes of these arrays exceed the address space");
-        break;
-    }
-    return -1;
-}
-
-void mark_refused(void)
-{
-    PyObject *type, *exception, *traceback;
-    PyErr_Fetch(&type, &exception, &traceback);
-    PyErr_NormalizeException(&type, &exception, &traceback);
-    if (PyObject_SetAttrString(exception, "refused", Py_True) < 0)
-        PyErr_Clear(); /* without the mark it is still the right exception */
-    PyErr_Restore(type, exception, traceback);
-}
-
-typedef struct {
-    PyThreadState *thread; /* of the caller, while it does without the GIL */
-    double next_look;
-} signal_watch;
-
-/* mha_stop.should_stop: true once a signal handler has raised an exception, KeyboardInterrupt as a rule. */
-static bool check_signals(void *context)
-{
-    signal_watch *watch = context;
-    const double now = monotonic_seconds();
-    if (now < watch->next_look)
-        return false;
-    watch->next_look = now + SIGNAL_SECONDS;
-    PyEval_RestoreThread(watch->thread);
-    const bool raised = PyErr_CheckSignals() < 0;
-    watch->thread = PyEval_SaveThread();
-    return raised;
-}
-
-/* Only Python's main thread handles signals: 1, 0, or -1 with an exception. */
-static int is_main_thread(const module_state *state)
-{
-    PyObject *ident = NULL;
-    unsigned long main_ident = 0;
-    PyObject *thread = PyObject_CallNoArgs(state->main_thread);
-    if (thread != NULL)
-        ident = PyObject_GetAttr(thread, state->ident_name);
-    if (ident != NULL)
-        main_ident = PyLong_AsUnsignedLong(ident);
-    Py_XDECREF(thread);
-    Py_XDECREF(ident);
-    return PyErr_Occurred() ? -1 : main_ident == PyThread_get_thread_ident();
-}
-
-/* Between the checks and here nobody else's code ran; __index__, signal handlers and other threads do from now on. */
-static int run_pinned(module_state *state, double operations, size_t *threads, mha_stop *stop,
-                      mha_status (*start)(const void *call), const void *call)
-{
-    if (operations >= OPERATIONS_WITH_THREADS) {
-        const size_t allowed = thread_count(state);
-        if (allowed == 0)
-            return -1;
-        *threads = allowed < MOST_THREADS ? allowed : MOST_THREADS;
-    }
-    const int watches_signals = is_main_thread(state);
-    if (watches_signals < 0)
-        return -1;
-
-    signal_watch watch = {.next_look = monotonic_seconds() + SIGNAL_SECONDS};
-    if (watches_signals)
-        *stop = (mha_stop){.should_stop = check_signals, .context = &watch};
-    watch.thread = PyEval_SaveThread();
-    const mha_status status = start(call);
-    PyEval_RestoreThread(watch.thread);
-    *stop = (mha_stop){.should_stop = NULL};
-    return raise_status(status);
-}
-
-int run_core(module_state *state, double operations, size_t *threads, mha_stop *stop, PyArrayObject *const *arrays,
-             size_t count, mha_status (*start)(const void *call), const void *call)
-{
-    *threads = 1;
-    if (operations < OPERATIONS_WITHOUT_GIL)
-        return raise_status(start(call));
-    PyObject *pins = pin_memory(arrays, count);
-    if (pins == NULL)
-        return -1;
-    const int result = run_pinned(state, operations, threads, stop, start, call);
-    Py_DECREF(pins);
-    return result;
-}
-
-static mha_status start_forward(const void *call)
-{
-    const call_arguments *arguments = call;
-    return mha_forward(arguments->weights->packed, &arguments->call);
-}
-
-int run_forward(module_state *state, call_arguments *arguments)
-{
-    mha_call *call = &arguments->call;
-    PyArrayObject *const arrays[] = {arguments->query, arguments->key, arguments->value, arguments->key_padding_mask,
-                                     arguments->attn_mask, arguments->static_k, arguments->static_v, arguments->output};
-    return run_core(state, mha_forward_operations(arguments->weights->packed, call), &call->threads, &call->stop,
-                    arrays, sizeof arrays / sizeof *arrays, start_forward, arguments);
-}
+#include "torch_checks.h"
 
 static PyObject *forward(PyObject *module, PyObject *const *objects, Py_ssize_t count)
 {
@@ -254,7 +117,7 @@ static int module_exec(PyObject *module)
 {
     module_state *state = PyModule_GetState(module);
     const char *reason = NULL;
-    if (PyArray_ImportNumPyAPI() < 0)
+    if (import_numpy() < 0)
         return -1;
     if (!mha_cpu_init(&reason)) {
         PyErr_SetString(PyExc_ImportError, reason);
@@ -312,11 +175,11 @@ static void module_free(void *module)
 static PyModuleDef_Slot module_slots[] = {
     {Py_mod_exec, module_exec},
 #ifdef Py_mod_multiple_interpreters
-    /* NumPy's C-API lives in one table per process, and NumPy itself runs in the main interpreter only. */
+    /* NumPy's C-API is one table per process, and NumPy runs in the main interpreter only. */
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
 #endif
 #ifdef Py_mod_gil
-    /* The GIL guards the counts of threads in the state, and keeps arrays from changing shape between the checks and
+    /* The GIL protects the numbers of threads in the state. It also keeps arrays from changing between the checks and
      * the call. */
     {Py_mod_gil, Py_MOD_GIL_USED},
 #endif

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * module.h - what the files of the extension module share: Python, NumPy's C-API and the state of the module.
- *
- * Assumes: only this directory includes it; module.c defines MHA_IMPORT_NUMPY before doing so, the others do not.
+ * Assumes: only this directory includes it. Only run.c defines MHA_IMPORT_NUMPY before.
  */
 #ifndef MHA_PYTHON_MODULE_H
 #define MHA_PYTHON_MODULE_H
@@ -11,8 +10,9 @@
 #include <Python.h>
 
 #include <stdbool.h>
+#include <time.h>
 
-/* Built with the headers of NumPy 2, the module runs with NumPy 1.26 as well as with 2. */
+/* Built with the headers of NumPy 2, the module runs with NumPy 1.26 and with NumPy 2. */
 #define NPY_NO_DEPRECATED_API NPY_1_25_API_VERSION
 #define NPY_TARGET_VERSION NPY_1_25_API_VERSION
 #define PY_ARRAY_UNIQUE_SYMBOL mha_numpy_api
@@ -32,25 +32,18 @@ typedef struct {
     /* Interned names of attributes. */
     PyObject *array_name, *array_interface_name, *array_struct_name, *dlpack_name, *filled_name, *ident_name;
 
-    size_t chosen_threads;      /* by set_num_threads(); 0: none */
-    size_t environment_threads; /* by MHA_C_NUM_THREADS or OMP_NUM_THREADS; 0: none */
-    size_t usable_cpus;         /* as of usable_cpus_time; 0: never asked */
+    size_t chosen_threads;      /* by set_num_threads(); 0: not set */
+    size_t environment_threads; /* by MHA_C_NUM_THREADS or OMP_NUM_THREADS; 0: not set */
+    size_t usable_cpus;         /* as of usable_cpus_time; 0: not known yet */
     double usable_cpus_time;
 } module_state;
 
-/* 0 for MHA_OK, else -1 with the exception that the status stands for. */
-int raise_status(mha_status status);
-
-/* Gives the exception that is set the attribute `refused`: it is about the arguments, and nothing was computed. */
-void mark_refused(void);
-
-/* Runs start(call), which takes about so many operations: without the GIL and with *threads and *stop, which are the
- * call's own, set for it, where that is worth while. `arrays` (NULL: none) are all those whose memory the call uses; the
- * caller holds references to them. 0, or -1 with an exception. */
-int run_core(module_state *state, double operations, size_t *threads, mha_stop *stop, PyArrayObject *const *arrays,
-             size_t count, mha_status (*start)(const void *call), const void *call);
-
 /* Seconds on a clock that never goes back. */
-double monotonic_seconds(void);
+static inline double monotonic_seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
 
 #endif

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * sdpa.c - torch.nn.functional.scaled_dot_product_attention: its arguments, its checks in its order and words, and the
- * way to the core. Leading axes are broadcast by strides of 0; an array is copied where the core could not read it.
+ * sdpa.c - torch.nn.functional.scaled_dot_product_attention: its arguments, its checks in torch's order and words, and
+ * the call of the core. Leading axes are broadcast by strides of 0. An array that the core cannot read is copied.
  *
- * Owns: every reference that a call needs, in one struct that one function releases. The functions that return an int
+ * Owns: every reference that a call needs, in one struct, which one function releases. Functions that return an int
  * return 0, or -1 with an exception.
  */
 #include "sdpa.h"
@@ -11,6 +11,7 @@
 #include <math.h>
 
 #include "arrays.h"
+#include "run.h"
 
 /* The positional arguments of _core.scaled_dot_product_attention(). */
 enum {
@@ -92,7 +93,7 @@ static bool has_our_dtype(PyArrayObject *array)
     return array_has_dtype(array, MHA_FLOAT32) || array_has_dtype(array, MHA_FLOAT64);
 }
 
-/* Whether the core can read the rows of an array where they are; true of what it has not to read, too. */
+/* Whether the core can read the rows of an array in place. Also true of arrays that it does not read. */
 static bool is_readable(PyArrayObject *array, bool ascends)
 {
     const int ndim = PyArray_NDIM(array);
@@ -116,12 +117,14 @@ static int make_readable(sdpa_arguments *arguments)
         if (copy == NULL)
             return -1;
         Py_SETREF(*arrays[i], copy);
-        i = 0; /* nobody else knows the copy, but meanwhile others may have changed what needed none */
+        /* no other code has a reference to the copy, but other threads may have changed an array that needed no copy
+         * before */
+        i = 0;
     }
     return 0;
 }
 
-/* As collect_arguments() of a layer: this runs the code of others, and nothing does from here until the core starts. */
+/* Collecting runs Python code. None runs between the end of this function and the start of the core. */
 static int collect(const module_state *state, PyObject *const *objects, sdpa_arguments *arguments)
 {
     mha_sdpa_call *call = &arguments->call;
@@ -151,7 +154,7 @@ static int collect(const module_state *state, PyObject *const *objects, sdpa_arg
 
 /* ---- torch's checks ---- */
 
-/* The type of the numbers as C++ has it: some of torch's messages say it this way. */
+/* The name of the dtype in C++, as some of torch's messages have it. */
 static const char *cpp_type_name(PyArrayObject *array)
 {
     static const struct {
@@ -234,7 +237,7 @@ static int check_groups(const sdpa_arguments *arguments)
     return 0;
 }
 
-/* torch's fused kernel, which it takes for these inputs alone, looks at two axes of any mask. */
+/* torch's fused kernel reads two axes of any mask. torch takes it for these inputs only. */
 static int check_mask_rank(const sdpa_arguments *arguments)
 {
     PyArrayObject *query = arguments->query, *key = arguments->key, *value = arguments->value;
@@ -255,7 +258,7 @@ static int check_mask_rank(const sdpa_arguments *arguments)
 
 /* ---- Shapes ---- */
 
-/* a becomes the shape that both broadcast to. */
+/* a becomes the shape to which both are broadcast. */
 static int broadcast(shape *a, const shape *b)
 {
     const int ndim = a->ndim > b->ndim ? a->ndim : b->ndim;
@@ -284,7 +287,7 @@ static shape whole_shape(PyArrayObject *array)
     return s;
 }
 
-/* All axes but the last two, with the heads of keys and values repeated where they are grouped. */
+/* All axes but the last two. Grouped heads of keys and values are repeated. */
 static shape leading_shape(const sdpa_arguments *arguments, PyArrayObject *array)
 {
     shape s = whole_shape(array);
@@ -300,7 +303,8 @@ static void append(shape *s, npy_intp rows, npy_intp columns)
     s->dims[s->ndim++] = columns;
 }
 
-/* What torch says when the rows of one matrix do not fit the columns of another. `lead` as both were broadcast to. */
+/* What torch says if the rows of one matrix do not fit the columns of another. `lead` is the leading shape of both
+ * after broadcasting. */
 static int check_product(const shape *lead, npy_intp rows, npy_intp depth, npy_intp other_depth, npy_intp columns)
 {
     if (depth == other_depth)
@@ -373,21 +377,21 @@ static int find_shapes(sdpa_arguments *arguments)
 
 /* ---- The call ---- */
 
-/* The stride of an axis, counted from the last one, which is 1; 0 where the array is broadcast along it. */
+/* The stride of an axis, counted from the last axis, which is 1. It is 0 if the array is broadcast along it. */
 static ptrdiff_t stride_of(PyArrayObject *array, int axis)
 {
     const int ndim = PyArray_NDIM(array);
     return axis > ndim || from_end(array, axis) == 1 ? 0 : PyArray_STRIDE(array, ndim - axis);
 }
 
-/* The strides of the axes that lead to the heads, of which there are so many. */
+/* Lists the strides of the axes before the heads. */
 static void list_strides(PyArrayObject *array, size_t axes, ptrdiff_t *strides)
 {
     for (size_t i = 0; i < axes; i++)
         strides[i] = stride_of(array, 3 + (int)(axes - i));
 }
 
-/* Grouped heads may be none at all; then there are no keys either. */
+/* There may be no grouped heads at all. Then there are no keys either. */
 static bool has_heads(const sdpa_arguments *arguments, PyArrayObject *array)
 {
     return !arguments->enable_gqa || from_end(array, 3) > 0;
@@ -415,7 +419,7 @@ static void describe_mask(sdpa_arguments *arguments)
         return;
     call->mask.kind = mask_kind(arguments->attn_mask);
     if (call->mask.kind == MHA_MASK_HIDE)
-        call->mask.kind = MHA_MASK_SHOW; /* the other convention */
+        call->mask.kind = MHA_MASK_SHOW; /* the opposite convention */
     PyArrayObject *mask = arguments->attn_mask;
     list_strides(mask, call->axes, arguments->mask_axes);
     call->mask_axes = arguments->mask_axes;
@@ -463,10 +467,10 @@ static int prepare(sdpa_arguments *arguments)
     call->Dv = (size_t)from_end(arguments->value, 1);
     if (!arguments->has_scale)
         call->scale = 1 / sqrt((double)call->D);
-    call->dropout_p = arguments->dropout_p > 0 ? arguments->dropout_p : 0; /* below 0, and NaN, drop nothing */
+    call->dropout_p = arguments->dropout_p > 0 ? arguments->dropout_p : 0; /* negative numbers and NaN drop nothing */
     describe_mask(arguments);
     call->query = describe_heads(arguments, arguments->query, arguments->query_axes);
-    call->query.heads = H; /* broadcast, too */
+    call->query.heads = H; /* also if the query is broadcast */
     call->key = describe_heads(arguments, arguments->key, arguments->key_axes);
     call->value = describe_heads(arguments, arguments->value, arguments->value_axes);
     arguments->output = make_output(arguments);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * stages.c - what the forward pass computes on its way: projections, scores, the heads' results, the path of each item.
+ * stages.c - intermediate results of the forward pass: projections, scores, the heads' results, the path of each item.
  *
- * Owns: nothing; each function is one call of the core, whose references call_arguments holds.
+ * Owns: nothing. Each function is one call of the core, and call_arguments holds its references.
  */
 #include "stages.h"
 
@@ -10,10 +10,12 @@
 
 #include "arguments.h"
 #include "arrays.h"
+#include "run.h"
+#include "torch_checks.h"
 
-/* ---- Whole calls, of which not the output is wanted ---- */
+/* ---- Whole calls without an output ---- */
 
-/* From the arguments of forward() to a call of the core without an output: 0, or -1 with an exception. */
+/* Makes a call of the core without an output from the arguments of forward(). Returns 0, or -1 with an exception. */
 static int prepare(module_state *state, PyObject *const *objects, Py_ssize_t count, Py_ssize_t expected,
                    call_arguments *arguments)
 {
@@ -35,11 +37,11 @@ PyObject *scores(PyObject *module, PyObject *const *objects, Py_ssize_t count)
     PyObject *result = NULL;
     if (prepare(state, objects, count, ARGUMENT_STATIC_K, &arguments) < 0)
         goto done;
-    if (arguments.call.weights_wanted != MHA_WEIGHTS_PER_HEAD) {
+    if (arguments.call.wanted != MHA_WANT_PROBABILITIES) {
         PyErr_SetString(PyExc_ValueError, "scores are those of each head: they stand in for its weights");
         goto done;
     }
-    arguments.call.weights_wanted = MHA_SCORES_PER_HEAD;
+    arguments.call.wanted = MHA_WANT_SCORES;
     if (run_forward(state, &arguments) == 0)
         result = Py_NewRef((PyObject *)arguments.attn_weights);
 done:
@@ -47,7 +49,7 @@ done:
     return result;
 }
 
-/* call.is_few = what an array of N booleans holds: 0, or -1 with an exception. */
+/* Sets call.is_few from an array of N booleans. Returns 0, or -1 with an exception. */
 static int read_paths(PyObject *object, call_arguments *arguments)
 {
     const npy_intp N = (npy_intp)arguments->call.N;
@@ -117,7 +119,7 @@ static int read_input(PyObject *object, mha_input *input)
     return -1;
 }
 
-/* Completes `job` and makes its result, (N, length, features) or (length, features); NULL with an exception. */
+/* Completes `job` and allocates its result, (N, length, features) or (length, features). NULL with an exception. */
 static PyArrayObject *prepare_projection(PyArrayObject *x, bool batch_first, const weights_object *weights,
                                          mha_input_projection *job)
 {
@@ -133,7 +135,7 @@ static PyArrayObject *prepare_projection(PyArrayObject *x, bool batch_first, con
     PyArrayObject *y = new_array(ndim, shape + 3 - ndim, weights->dtype);
     if (y == NULL)
         return NULL;
-    job->weights = weights->packed;
+    job->layer = weights->packed;
     job->N = (size_t)shape[0];
     job->length = (size_t)shape[1];
     job->x = (mha_array){.data = PyArray_DATA(x), .stride_n = n < 0 ? 0 : PyArray_STRIDE(x, n),

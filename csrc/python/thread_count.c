@@ -1,20 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * thread_count.c - how many threads a call may use.
- *
- * Assumes: the GIL is held, which also guards the counts in the module's state.
+ * Assumes: the GIL is held. It also protects the counts in the module's state.
  */
 #include "thread_count.h"
 
 #include <errno.h>
 #include <stdlib.h>
 
-#include "../threads.h"
+#include "../processors.h"
 
-/* Asking for the usable CPUs reads files on some systems: too slow for every call, and they seldom change. */
+/* On some systems, finding the usable CPUs means reading files. That is too slow for every call, and they seldom
+ * change. */
 #define USABLE_CPUS_SECONDS 1.0
 
-/* A positive number at the start of a text, followed by its end or by `separator`; 0 if there is none. */
+/* A positive number at the start of a text, followed by its end or by `separator`. 0 if there is none. */
 static size_t parse_count(const char *text, char separator)
 {
     char *end;
@@ -41,7 +41,7 @@ int thread_count_init(module_state *state)
     return state->num_threads == NULL ? -1 : 0;
 }
 
-/* The number of threads that an object names, in torch's words if it names none: 0 with an exception. */
+/* The number of threads that an object stands for. If it is none, returns 0 with an exception in torch's words. */
 static size_t count_from_object(PyObject *object)
 {
     if (PyBool_Check(object) || !PyIndex_Check(object)) {

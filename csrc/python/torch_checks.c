@@ -1,26 +1,27 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * torch_checks.c - the checks that torch.nn.MultiheadAttention.forward makes, in its order, with its exceptions and
- * its words. A shape is printed as a tuple. Where our layers are wider than torch's (head_dim, num_kv_heads, ...),
- * the message names the width that torch would have computed from embed_dim.
+ * torch_checks.c - the checks of torch.nn.MultiheadAttention.forward, in torch's order, with its exceptions and its
+ * words. Shapes are printed as tuples. Where a layer has widths that torch's cannot have (head_dim, num_kv_heads and
+ * others), a message names the width that torch would have computed from embed_dim.
  *
  * Every check returns 0, or -1 with an exception.
  */
+#include "torch_checks.h"
+
 #include <math.h>
 
-#include "arguments.h"
 #include "arrays.h"
 
 enum { LENGTH, BATCH, FEATURES }; /* of the shapes in call_arguments */
 
-/* The product of two sizes, or the largest size: no array has that many elements, so it matches none. */
+/* The product of two sizes. If it overflows, the largest size, which no array has. */
 static npy_intp product(npy_intp a, npy_intp b)
 {
     npy_intp result;
     return __builtin_mul_overflow(a, b, &result) ? NPY_MAX_INTP : result;
 }
 
-/* `format` has two %R, for the two shapes in this order. */
+/* Raises an exception. `format` has two %R, for the two shapes in this order. */
 static int raise_shapes(PyObject *exception, const char *format, int a_ndim, const npy_intp *a, int b_ndim,
                         const npy_intp *b)
 {
@@ -85,7 +86,7 @@ static int check_ranks(const call_arguments *arguments)
     return 0;
 }
 
-/* Needs the ranks to be right. An input without a batch axis is a batch of one. */
+/* The ranks must be right. An input without a batch axis is a batch of one. */
 static void find_shape(const call_arguments *arguments, PyArrayObject *array, npy_intp shape[3])
 {
     const npy_intp *dims = PyArray_DIMS(array);
@@ -108,7 +109,7 @@ static int check_unbatched_attn_mask(const call_arguments *arguments)
                         PyArray_DIMS(mask));
 }
 
-/* Whether torch would hold in_proj_weight, and not three separate weights. */
+/* Whether torch would have in_proj_weight instead of three separate weights. */
 static bool is_packed(const mha_widths *widths)
 {
     return widths->Ek == widths->E && widths->Ev == widths->E;
@@ -139,7 +140,7 @@ static int check_features(const call_arguments *arguments)
                                           : "key's sequence and batch dims %R do not match value's %R",
                             compared, key, compared, value);
     if (is_packed(widths))
-        return 0; /* a wrong width is for check_projections() to find, as it is for torch */
+        return 0; /* as in torch, check_projections() finds a wrong width */
     if (check_separate_width("key", widths->Hkv * widths->D, widths->Ek, key[FEATURES]) < 0)
         return -1;
     return check_separate_width("value", widths->Hkv * widths->Dv, widths->Ev, value[FEATURES]);
@@ -154,7 +155,7 @@ static int check_dtype(const call_arguments *arguments, PyArrayObject *array)
     return -1;
 }
 
-/* What the three matrix products would complain of, one after the other. */
+/* The complaints of the three matrix products, one after the other. */
 static int check_projections(const call_arguments *arguments)
 {
     const mha_widths *widths = &arguments->weights->widths;
@@ -162,7 +163,8 @@ static int check_projections(const call_arguments *arguments)
         return -1;
     const npy_intp *key = arguments->key_shape;
     if (key[FEATURES] != (npy_intp)widths->Ek) {
-        /* torch multiplies once for both where key is value, which its own batch axis makes it forget. */
+        /* torch multiplies once for both if key is value. Without a batch axis it adds one to each, and they are no
+         * longer the same. */
         const bool is_shared = arguments->key == arguments->value && arguments->is_batched;
         const size_t columns = widths->Hkv * (is_shared ? widths->D + widths->Dv : widths->D);
         PyErr_Format(PyExc_RuntimeError, "mat1 and mat2 shapes cannot be multiplied (%zdx%zd and %zux%zu)",
@@ -189,7 +191,7 @@ static int check_attn_mask(const call_arguments *arguments)
                         ndim, PyArray_DIMS(mask), ndim, expected + 3 - ndim);
 }
 
-/* key and value agree with each other by now. Nobody minds their batch where static ones stand in for both. */
+/* Key and value agree with each other here. torch does not check their batch if static ones replace both. */
 static int check_batch(const call_arguments *arguments)
 {
     const mha_widths *widths = &arguments->weights->widths;
@@ -203,7 +205,7 @@ static int check_batch(const call_arguments *arguments)
                      key[BATCH], N);
         return -1;
     }
-    if (key[LENGTH] == 0) /* torch does not mind: there is nothing to disagree about */
+    if (key[LENGTH] == 0) /* torch accepts this, because there are no keys that could disagree */
         return 0;
     PyErr_Format(PyExc_RuntimeError, "shape '[%zd, %zd, %zu]' is invalid for input of size %zd", key[LENGTH],
                  product(N, (npy_intp)widths->Hkv), widths->D,
@@ -237,7 +239,7 @@ static int check_static(const call_arguments *arguments, PyArrayObject *array, c
     return -1;
 }
 
-/* static_k and static_v stand in for projected keys and values; arguments->S becomes theirs. */
+/* static_k and static_v replace projected keys and values. arguments->S becomes their number. */
 static int check_statics(call_arguments *arguments)
 {
     const mha_widths *widths = &arguments->weights->widths;
@@ -254,7 +256,7 @@ static int check_statics(call_arguments *arguments)
     return 0;
 }
 
-/* What torch finds when it multiplies: keys, values and attn_mask of different lengths, which static keys can cause. */
+/* Complaints of torch's multiplications. With static keys, keys, values and attn_mask can differ in length. */
 static int check_lengths(const call_arguments *arguments)
 {
     const npy_intp S = arguments->S, given = arguments->key_shape[LENGTH], L = arguments->query_shape[LENGTH];
@@ -301,7 +303,7 @@ static int check_key_padding_mask(const call_arguments *arguments)
     const npy_intp mask_S = PyArray_DIM(mask, PyArray_NDIM(mask) - 1);
     if (mask_N == N && mask_S == S)
         return 0;
-    /* By the time it looks, torch has appended a column to the mask for each extra key. */
+    /* torch appends a column for each extra key to the mask before this check. */
     const int axis = mask_N != N ? 0 : 1;
     PyErr_Format(PyExc_AssertionError, "Expected key_padded_mask.shape[%d] to be %zd, but got %zd", axis,
                  axis == 0 ? N : S + extra, axis == 0 ? mask_N : mask_S + extra);
@@ -314,7 +316,7 @@ static int check_dropout(const call_arguments *arguments)
     if (p <= 1)
         return 0;
     static const char format[] = "dropout probability has to be between 0 and 1, but got %s";
-    /* Two ways through torch: the one without weights raises another exception, and prints as C++ does. */
+    /* torch has two code paths. The one without weights raises another exception and prints as C++ does. */
     const bool is_python = arguments->need_weights || isnan(p);
     char *text = PyOS_double_to_string(p, is_python ? 'r' : 'g', is_python ? 0 : 6, is_python ? Py_DTSF_ADD_DOT_0 : 0,
                                        NULL);

@@ -1,24 +1,25 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * weights_type.c - Weights: checks the parameters of a layer and has the core pack them.
+ * weights_type.c - Weights: checks the parameters of a layer and lets the core pack them.
  *
- * Owns: the packed parameters, and a reference to the key weights, which the core also reads as they were given. The
- * other arrays it is made from are read once and not kept.
+ * Owns: the packed parameters, and a reference to the key weights, which the core also reads unpacked. The other arrays
+ * are read once and not kept.
  */
 #include "weights_type.h"
 
 #include "arrays.h"
+#include "run.h"
 
-/* Packing touches every number once; with more numbers than this, other threads may run meanwhile. */
+/* Packing touches every number once. With more numbers than this, other threads may run meanwhile. */
 enum { PACK_WITHOUT_GIL = 1 << 16 };
 
-/* What the constructor is given; the references are borrowed from its arguments. */
+/* The arguments of the constructor. References are borrowed. */
 typedef struct {
     Py_ssize_t H, Hkv, D, Dv;
     PyObject *q_weight, *k_weight, *v_weight, *in_bias, *bias_k, *bias_v, *out_weight, *out_bias;
 } weights_arguments;
 
-/* One array of them, and what it has to be. */
+/* An array among them, and what it has to be. */
 typedef struct {
     PyObject *object;
     const char *name;
@@ -41,7 +42,7 @@ static int check_counts(const weights_arguments *given)
                      given->Hkv);
         return -1;
     }
-    /* So that the sum of the three widths below fits as well. */
+    /* Then the sum of the three widths below cannot overflow either. */
     if (given->H > NPY_MAX_INTP / 3 / given->D || given->H > NPY_MAX_INTP / 3 / given->Dv) {
         PyErr_SetString(PyExc_ValueError, "num_heads * head_dim is too large");
         return -1;
@@ -53,7 +54,7 @@ static int raise_shape(const parameter *expected, PyArrayObject *array)
 {
     const int ndim = PyArray_NDIM(array);
     npy_intp shape[3];
-    for (int i = 0; i < expected->ndim; i++) /* no complaint about a length that may be any */
+    for (int i = 0; i < expected->ndim; i++) /* a length that may be any is shown as it is */
         shape[i] = expected->shape[i] == -1 && ndim == expected->ndim ? PyArray_DIM(array, i) : expected->shape[i];
 
     PyObject *expected_tuple = PyArray_IntTupleFromIntp(expected->ndim, shape);
@@ -90,7 +91,7 @@ static int check_parameter(const parameter *expected, mha_dtype dtype)
     return fits ? 0 : raise_shape(expected, array);
 }
 
-/* float64 if that is what the first weight says; check_parameter() rejects whatever is neither. */
+/* float64 if the first weight is, otherwise float32. check_parameter() refuses any other dtype. */
 static mha_dtype dtype_of(PyObject *object)
 {
     const bool is_double = PyArray_Check(object) && array_has_dtype((PyArrayObject *)object, MHA_FLOAT64);
@@ -134,7 +135,7 @@ static int check_parameters(const weights_arguments *given, mha_dtype dtype, siz
     return 0;
 }
 
-/* The arrays are read without the GIL, and the key weights as long as `packed` lives. */
+/* The arrays are read without the GIL. The key weights are read as long as `packed` lives. */
 static PyObject *pin_parameters(const weights_arguments *given)
 {
     PyObject *const objects[] = {given->q_weight, given->k_weight, given->v_weight,   given->in_bias,
@@ -169,11 +170,11 @@ static mha_status pack(weights_object *self, const weights_arguments *given)
         .out_bias = numbers(given->out_bias),
     };
     if (self->nbytes / item <= PACK_WITHOUT_GIL)
-        return mha_weights_create(widths, self->dtype, &parameters, &self->packed);
+        return mha_layer_create(widths, self->dtype, &parameters, &self->packed);
 
     mha_status status;
     Py_BEGIN_ALLOW_THREADS;
-    status = mha_weights_create(widths, self->dtype, &parameters, &self->packed);
+    status = mha_layer_create(widths, self->dtype, &parameters, &self->packed);
     Py_END_ALLOW_THREADS;
     return status;
 }
@@ -221,7 +222,7 @@ static void weights_dealloc(PyObject *object)
 {
     weights_object *self = (weights_object *)object;
     PyTypeObject *type = Py_TYPE(object);
-    mha_weights_destroy(self->packed);
+    mha_layer_destroy(self->packed);
     Py_XDECREF(self->k_weight);
     Py_XDECREF(self->pins);
     type->tp_free(object);

@@ -1,22 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * weights_type.h - Weights: the Python object that owns one packed set of parameters.
+ * weights_type.h - Weights: the Python object that owns one set of packed parameters.
  */
 #ifndef MHA_PYTHON_WEIGHTS_TYPE_H
 #define MHA_PYTHON_WEIGHTS_TYPE_H
 
 #include "module.h"
 
-/* Immutable once made, so that any number of calls may use it at once. */
+/* Immutable, so that any number of calls may use it at the same time. */
 typedef struct {
     PyObject_HEAD
-    mha_weights *packed;
-    PyObject *k_weight; /* what packed refers to, */
-    PyObject *pins;     /* and what keeps its memory where it is */
+    mha_layer *packed;
+    PyObject *k_weight; /* the array that `packed` refers to */
+    PyObject *pins;     /* keep its memory in place */
     mha_widths widths;
     mha_dtype dtype;
     bool has_bias_kv;
-    size_t nbytes; /* of the parameters it was made from */
+    size_t nbytes; /* of the parameters that it was made from */
 } weights_object;
 
 extern PyType_Spec weights_type_spec;

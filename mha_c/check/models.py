@@ -22,8 +22,8 @@ __all__ = ["model"]
 def model(model: Any, *inputs: Any, **call: Any) -> Report:
     """Run a model of torch as it is and with its attention replaced, and measure both, layer by layer.
 
-    Copies of the model are run in evaluation mode, one after another, from the same random numbers. The model itself,
-    be its attention replaced already or not, stays as it is.
+    Copies of the model are run in evaluation mode, one after another, from the same random numbers. The model itself
+    stays as it is. Its attention may be replaced already.
 
     Parameters
     ----------

@@ -120,6 +120,6 @@ def explain(
 def _copy_of_torchs(layer: Any) -> MultiheadAttention:
     try:
         return MultiheadAttention.from_torch(layer).eval()
-    except TypeError:
-        name = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        raise TypeError(f"layer must be mha_c.MultiheadAttention or torch.nn.MultiheadAttention, not {name}") from None
+    except TypeError as error:
+        said = str(error).replace("from_torch takes a", "layer must be a mha_c.MultiheadAttention or a", 1)
+        raise TypeError(said) from None

@@ -105,7 +105,8 @@ def infer_layer(
         raise ValueError(f'layout must be "stacked" or "per_head", but got {layout!r}')
     place = _find(layer_name, state_dict, prefix, SCHEMES if names is None else schemes_named(names))
     told = Config() if config is None else read_config(config, place.start)
-    _refuse_more(place, told, has_names=names is not None, has_config=config is not None)
+    is_vouched = names is not None and not strict  # by the caller: names are as they should be
+    _refuse_more(place, told, has_config=config is not None, is_vouched=is_vouched)
     given = (None if number is None else operator.index(number) for number in (num_heads, num_kv_heads, head_dim))
     heads = _agree(_Heads(*given), "config", _Heads(told.num_heads, told.num_kv_heads, told.head_dim))
     if place.scheme.kind:
@@ -113,6 +114,8 @@ def infer_layer(
     else:
         arrays = {name: _read(place.part, name) for name in _PARAMETERS if name in place.part}
     widths = _infer_widths({name: array.shape for name, array in arrays.items()}, heads)
+    if place.scheme.interleaves and not is_vouched and 1 < widths.num_kv_heads < widths.num_heads:
+        raise refusal({"kv_heads": f"it has {widths.num_kv_heads} of them for {widths.num_heads} heads"})
     if num_heads is None and told.embed_dim not in (None, widths.embed_dim):
         raise ValueError(
             f"config tells the heads of layers with {told.embed_dim} features, but this one has {widths.embed_dim}: "
@@ -237,16 +240,17 @@ def _kind(value: Any) -> str:
     return value.name if isinstance(value, Opaque) else type(value).__name__
 
 
-def _refuse_more(place: _Place, told: Config, has_names: bool, has_config: bool) -> None:
-    """Refuse a model that computes more than a layer, as far as its config and, unless given, its names show it."""
-    shown = {**told.shown, **({} if has_names else options_shown_by_names(place.state_dict, place.start))}
+def _refuse_more(place: _Place, told: Config, has_config: bool, is_vouched: bool) -> None:
+    """Refuse a model that computes more than a layer, as far as its config and its names show it."""
+    shown = {**told.shown, **({} if is_vouched else options_shown_by_names(place.state_dict, place.start))}
     if shown:
         raise refusal(shown)
     scheme = place.scheme
-    if scheme.options and not has_config:
+    if scheme.options and not has_config and not is_vouched:
         raise NotImplementedError(
-            f"a model that calls its projections {', '.join(scheme.names)} {usual(scheme.options)}, which this version "
-            f"of mha_c does not compute. If this one does not, pass names={scheme.names}, or its config.json as config="
+            f"the layer with {quoted([place.start + scheme.weights[0]])} looks like those of {scheme.models}, whose "
+            f"attention {usual(scheme.options)}, which this version of mha_c does not compute. If this is another "
+            f"model, pass its config.json as config=, or names={scheme.names} and strict=False"
         )
 
 
@@ -322,8 +326,6 @@ def _read_foreign(
         arrays["in_proj_bias"] = np.concatenate(_inputs(complete, order))
         arrays["out_proj.bias"] = complete[-1]
     arrays |= {name: _read(part, name) for name in _EXTRA_KEY if name in part}
-    if scheme.interleaves and len(inputs) == 3 and len(inputs[1]) * _known(heads) > len(inputs[0]) > len(inputs[1]):
-        raise refusal({"kv_heads": f"{scheme.names[1]} has fewer rows than {scheme.names[0]}"})
     return arrays, heads
 
 

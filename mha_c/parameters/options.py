@@ -26,18 +26,20 @@ _OPTIONS: Final = {
     "approximation": "approximates attention",
 }
 
+_ROPE: Final = r"rotary|inv_freq|freqs_cis|(^|[._])rope([._]|$)"
+
 # Names beside the projections, and names in a module that contains the layer.
 _BESIDE: Final = {
-    "rope": r"rotary|inv_freq|freqs_cis|(^|[._])rope([._]|$)",
+    "rope": _ROPE,
     "qk_norm": r"(^|[._])((qk?|k|query|key)_?(layer_?)?(norm|ln)|(layer_?)?(norm|ln)_?[qk])([._]|$)",
     "alibi": r"alibi",
     "bias": r"relative_|rel_pos|rel_attn|distance_embedding|position_bias|pos_bias|linear_pos",
     "sinks": r"(^|[._])sinks?([._]|$)",
 }
 _ABOVE: Final = {
-    "rope": r"rotary|inv_freq|freqs_cis",
+    "rope": _ROPE,
     "alibi": r"alibi",
-    "bias": r"rel_pos|relative_(attention|position)_bias",
+    "bias": r"rel_pos|relative_(attention|position)_bias|embed_positions\.pe_k",
 }
 
 # Entries of a Hugging Face config.json, written as name=value. What is null, zero or empty is written as False, and a

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from mha_c import _core
 from mha_c.display.coverage import Coverage
-from mha_c.torch.attend import MISFIT, Answer, Call, array_of, attend, resolve_hint, threads_of_both, why_not_readable
+from mha_c.torch.attend import Answer, Call, array_of, ask_core, attend, resolve_hint, why_not_readable
 from mha_c.torch.packed import PackedByWeight
 from mha_c.torch.reasons import HARMLESS_MODES, why_torch
 
@@ -146,10 +146,6 @@ class AttentionMode(TorchFunctionMode):
         is_causal: bool = False,
     ) -> Answer | str:
         """What multi_head_attention_forward returns, or why torch is to compute it."""
-        if training and dropout_p != 0:
-            return "dropout"
-        if static_k is not None or static_v is not None:
-            return "static keys or values"
         parameters = {"in_proj_weight": in_proj_weight}
         if use_separate_proj_weight:
             parameters = {"q_proj_weight": q_proj_weight, "k_proj_weight": k_proj_weight, "v_proj_weight": v_proj_weight}
@@ -158,10 +154,15 @@ class AttentionMode(TorchFunctionMode):
         tensors = {name: tensor for name, tensor in parameters.items() if tensor is not None}
         packed = self._packed.of(out_proj_weight)
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
-        reason = why_torch((query, key, value), masks, list(tensors.values()))
+        if training and dropout_p != 0:
+            reason = "dropout"
+        elif static_k is not None or static_v is not None:
+            reason = "static keys or values"
+        else:
+            reason = why_torch((query, key, value), masks, list(tensors.values()))
+        if reason in ("dropout", "gradients"):  # these are for training, which changes the parameters
+            packed.drop()
         if reason:
-            if reason == "gradients":  # they are asked for by what changes the parameters
-                packed.drop()
             return reason
         hint = resolve_hint(is_causal, need_weights, key_padding_mask, attn_mask, "bias_k" in tensors or add_zero_attn)
         if isinstance(hint, str):
@@ -223,11 +224,5 @@ def _attend(
     options = (dropout_p, is_causal)
     kernel = torch._fused_sdp_choice(query, key, value, attn_mask, *options, scale=scale, enable_gqa=enable_gqa)
     out = torch.empty_like(query).numpy() if kernel == _FLASH else None
-    try:
-        with threads_of_both():
-            output = _core.scaled_dot_product_attention(*arrays, mask, *options, scale, enable_gqa, 0, out)
-    except Exception as error:
-        if getattr(error, "refused", False):
-            return MISFIT
-        raise
-    return torch.from_numpy(output)
+    answer = ask_core(_core.scaled_dot_product_attention, *arrays, mask, *options, scale, enable_gqa, 0, out)
+    return answer if isinstance(answer, str) else torch.from_numpy(answer)

@@ -20,15 +20,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mha_c import _core
 from mha_c.parameters.sets import ParameterSet, Widths
+from mha_c.torch.reasons import DTYPES, PLAIN_TENSORS
 
 __all__ = ["PackedByWeight", "PackedParameters"]
 
 _Arguments: TypeAlias = tuple[int, int, int | None, int | None]  # embed_dim, num_heads, kdim, vdim
 
-_DTYPES = (torch.float32, torch.float64)
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-
 
 _last_step = object()  # another one after each step of any optimiser
 
@@ -198,8 +196,8 @@ def _pack(
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether NumPy can read the tensor where it lies, and torch counts its changes."""
     return (
-        type(tensor) in _PLAIN_TENSORS
-        and tensor.dtype in _DTYPES
+        type(tensor) in PLAIN_TENSORS
+        and tensor.dtype in DTYPES
         and tensor.is_cpu
         and tensor.layout == torch.strided
         and not tensor.is_inference()

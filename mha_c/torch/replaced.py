@@ -55,10 +55,11 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         return LayerState()
 
     def refresh(self) -> None:
-        """Read the parameters anew at the next call, after a change that was not noticed.
+        """Read the parameters anew at the next call, after a change that would not be noticed.
 
-        Every call looks for changes of the parameters. It may miss one of single numbers that torch does not count:
-        through ``parameter.data``, NumPy or shared memory.
+        Every call checks whether the parameters have changed. It can miss one kind of change: some numbers of a
+        parameter, but not all, written in a way that torch does not count, which is through ``parameter.data``, NumPy
+        or shared memory. After such a change, call this.
 
         Examples
         --------

@@ -10,7 +10,7 @@
 #include "guarded.h"
 #include "numbers.h"
 
-enum { MOST_LANES = 64 }; /* of a panel, in any table */
+enum { MAX_LANES = 64 }; /* of a panel, in any table */
 
 typedef struct {
     const mha_kernels *k;
@@ -40,7 +40,7 @@ static inline void on_every_bench(void (*test)(const bench *))
 
 static inline void *buffer(const bench *b, size_t slot, size_t numbers)
 {
-    return guarded_buffer(slot, numbers * b->k->item, b->side);
+    return guarded_buffer(slot, numbers * b->k->size, b->side);
 }
 
 static inline void *random_buffer(const bench *b, size_t slot, size_t numbers, uint64_t seed)

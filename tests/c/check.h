@@ -9,7 +9,7 @@
 
 #include <stdio.h>
 
-enum { MOST_SHOWN = 20 };
+enum { MAX_SHOWN = 20 };
 
 static char check_case[256]; /* set by DESCRIBE, shown with every failure */
 static unsigned long check_count, check_failures;
@@ -19,7 +19,7 @@ static unsigned long check_count, check_failures;
 #define CHECK(condition, ...) \
     do { \
         check_count++; \
-        if (!(condition) && ++check_failures <= MOST_SHOWN) { \
+        if (!(condition) && ++check_failures <= MAX_SHOWN) { \
             fprintf(stderr, "%s:%d: failed: %s\n    case: %s\n    ", __FILE__, __LINE__, #condition, check_case); \
             fprintf(stderr, __VA_ARGS__); \
             fputc('\n', stderr); \

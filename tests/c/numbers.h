@@ -15,7 +15,7 @@
 
 #include "mha.h"
 
-static inline size_t item_of(mha_dtype dtype)
+static inline size_t size_of(mha_dtype dtype)
 {
     return dtype == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
 }
@@ -74,12 +74,12 @@ static inline void put_at(mha_dtype dtype, void *at, double x)
 
 static inline double get(mha_dtype dtype, const void *x, ptrdiff_t i)
 {
-    return get_at(dtype, (const char *)x + i * (ptrdiff_t)item_of(dtype));
+    return get_at(dtype, (const char *)x + i * (ptrdiff_t)size_of(dtype));
 }
 
 static inline void put(mha_dtype dtype, void *x, ptrdiff_t i, double value)
 {
-    put_at(dtype, (char *)x + i * (ptrdiff_t)item_of(dtype), value);
+    put_at(dtype, (char *)x + i * (ptrdiff_t)size_of(dtype), value);
 }
 
 /* The same bits; any two NaNs are alike. */

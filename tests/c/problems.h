@@ -28,7 +28,7 @@ typedef struct {
 /* How a call is made; no result may depend on it. */
 typedef struct {
     size_t threads;
-    mha_weights_wanted wanted;
+    mha_wanted wanted;
     bool output_l_first;
     size_t layout; /* of inputs and masks: below LAYOUTS */
     guarded_side side;
@@ -62,12 +62,13 @@ static inline char *element(const array4 *a, size_t n, size_t h, size_t l, size_
 
 /* An array in a guarded slot. Layouts: 0 C order, 1 Fortran order, 2 unaligned, 3 backwards, 4 the first axis inside
  * the third, as torch has batches, 5 gaps between rows. */
-static inline array4 place_array(size_t slot, const size_t size[4], size_t item, size_t layout, guarded_side side)
+static inline array4 place_array(size_t slot, const size_t size[4], size_t number_size, size_t layout,
+                                 guarded_side side)
 {
     static const int orders[LAYOUTS][4] = {{3, 2, 1, 0}, {0, 1, 2, 3}, {3, 2, 1, 0},
                                            {3, 2, 1, 0}, {3, 1, 0, 2}, {3, 2, 1, 0}};
     array4 a = {.size = {size[0], size[1], size[2], size[3]}};
-    ptrdiff_t step = (ptrdiff_t)item + (layout == 2), lowest = 0, highest = 0;
+    ptrdiff_t step = (ptrdiff_t)number_size + (layout == 2), lowest = 0, highest = 0;
     bool is_empty = false;
     for (int i = 0; i < 4; i++) {
         const int axis = orders[layout][i];
@@ -75,9 +76,9 @@ static inline array4 place_array(size_t slot, const size_t size[4], size_t item,
         is_empty |= size[axis] == 0;
         a.stride[axis] = layout == 3 ? -step : step;
         *(layout == 3 ? &lowest : &highest) += (length - 1) * a.stride[axis];
-        step = step * length + (layout == 5 && i == 0 ? 5 * (ptrdiff_t)item : 0);
+        step = step * length + (layout == 5 && i == 0 ? 5 * (ptrdiff_t)number_size : 0);
     }
-    a.data = (char *)guarded_buffer(slot, is_empty ? 0 : (size_t)(highest - lowest) + item, side) - lowest;
+    a.data = (char *)guarded_buffer(slot, is_empty ? 0 : (size_t)(highest - lowest) + number_size, side) - lowest;
     return a;
 }
 
@@ -100,7 +101,7 @@ static inline double mask_number(mha_mask_kind kind, const char *at)
     return get_at(kind == MHA_MASK_FLOAT32 ? MHA_FLOAT32 : MHA_FLOAT64, at);
 }
 
-static inline size_t mask_item(mha_mask_kind kind)
+static inline size_t mask_size(mha_mask_kind kind)
 {
     return kind == MHA_MASK_FLOAT64 ? sizeof(double) : kind == MHA_MASK_FLOAT32 ? sizeof(float) : 1;
 }
@@ -180,7 +181,7 @@ static inline parameters make_parameters(const problem *p, mha_dtype dtype)
     parameter_shapes(p, rows, columns);
     for (size_t i = 0; i < PARAMETERS; i++) {
         if (i < Q_BIAS || (i < BIAS_K ? p->has_bias : p->has_bias_kv))
-            made.array[i] = malloc(rows[i] * columns[i] * item_of(dtype) + 1);
+            made.array[i] = malloc(rows[i] * columns[i] * size_of(dtype) + 1);
         for (size_t j = 0; made.array[i] && j < rows[i] * columns[i]; j++)
             put(dtype, made.array[i], (ptrdiff_t)j,
                 rounded(dtype, random_number(dtype, i, j) * (i < Q_BIAS ? 2 / sqrt((double)columns[i]) : 1)));
@@ -194,7 +195,7 @@ static inline void free_parameters(parameters *given)
         free(given->array[i]);
 }
 
-static inline mha_status pack_parameters(const problem *p, const parameters *given, mha_weights **weights)
+static inline mha_status pack_parameters(const problem *p, const parameters *given, mha_layer **layer)
 {
     void *const *a = given->array;
     const mha_parameters packed = {
@@ -202,7 +203,7 @@ static inline mha_status pack_parameters(const problem *p, const parameters *giv
         .q_bias = a[Q_BIAS], .k_bias = a[K_BIAS], .v_bias = a[V_BIAS], .out_bias = a[OUT_BIAS],
         .bias_k = a[BIAS_K], .bias_v = a[BIAS_V],
     };
-    return mha_weights_create(&p->w, given->dtype, &packed, weights);
+    return mha_layer_create(&p->w, given->dtype, &packed, layer);
 }
 
 /* ---- A call ---- */
@@ -226,35 +227,36 @@ static inline mha_mask as_mask(const array4 *a, mha_mask_kind kind)
 /* Places inputs, masks and results of a call. */
 static inline mha_call make_call(const problem *p, mha_dtype dtype, const manner *m)
 {
-    const size_t item = item_of(dtype), lengths[3] = {p->L, p->S, p->S}, features[3] = {p->w.E, p->w.Ek, p->w.Ev};
-    const size_t heads = m->wanted == MHA_WEIGHTS_PER_HEAD ? p->w.H : m->wanted == MHA_WEIGHTS_AVERAGED;
+    const size_t number_size = size_of(dtype);
+    const size_t lengths[3] = {p->L, p->S, p->S}, features[3] = {p->w.E, p->w.Ek, p->w.Ev};
+    const size_t heads = m->wanted == MHA_WANT_PROBABILITIES ? p->w.H : m->wanted == MHA_WANT_AVERAGES;
     mha_array inputs[3];
     for (size_t i = 0; i < 3; i++) {
         const size_t size[4] = {p->N, 1, lengths[i], features[i]};
         const array4 a = i > 0 && p->is_self ? (array4){.data = NULL}
-                                             : place_array(INPUTS + i, size, item, m->layout, m->side);
+                                             : place_array(INPUTS + i, size, number_size, m->layout, m->side);
         put_random(&a, dtype, SEED + 10 + i);
         inputs[i] = i > 0 && p->is_self ? inputs[0] : as_input(&a);
     }
     mha_call call = {.N = p->N, .L = p->L, .S = p->S, .query = inputs[0], .key = inputs[1], .value = inputs[2],
                      .is_causal = p->is_causal, .add_zero_attn = p->add_zero_attn, .empty_row = p->empty_row,
-                     .dropout_p = p->dropout_p, .dropout_seed = 5, .dropout_call = 7, .weights_wanted = m->wanted,
+                     .dropout_p = p->dropout_p, .dropout_seed = 5, .dropout_call = 7, .wanted = m->wanted,
                      .output_batch_first = !m->output_l_first, .output_is_apart = true,
                      .threads = m->threads};
     if (p->attn) {
         const size_t size[4] = {p->attn_per_head ? p->N : 1, p->attn_per_head ? p->w.H : 1, p->L, p->S};
-        const array4 a = place_array(MASKS, size, mask_item(p->attn), m->layout, m->side);
+        const array4 a = place_array(MASKS, size, mask_size(p->attn), m->layout, m->side);
         put_mask(&a, p->attn, true);
         call.attn_mask = as_mask(&a, p->attn);
     }
     if (p->padding) {
         const size_t size[4] = {p->N, 1, 1, p->S};
-        const array4 a = place_array(MASKS + 1, size, mask_item(p->padding), m->layout, m->side);
+        const array4 a = place_array(MASKS + 1, size, mask_size(p->padding), m->layout, m->side);
         put_mask(&a, p->padding, false);
         call.key_padding_mask = as_mask(&a, p->padding);
     }
-    call.output = guarded_buffer(OUTPUT, p->N * p->L * p->w.Eo * item, m->side);
-    call.attn_weights = guarded_buffer(WEIGHTS, p->N * heads * p->L * columns_of(p) * item, m->side);
+    call.output = guarded_buffer(OUTPUT, p->N * p->L * p->w.Eo * number_size, m->side);
+    call.attn_weights = guarded_buffer(WEIGHTS, p->N * heads * p->L * columns_of(p) * number_size, m->side);
     return call;
 }
 

@@ -8,7 +8,7 @@
  * Also: sizes that no memory could hold, and a call that is asked to stop, at any moment.
  */
 #include "problems.h"
-#include "workspace.h"
+#include "spare.h"
 
 /* ---- Allocations, counted and refused ---- */
 
@@ -80,54 +80,54 @@ static const problem problems[] = {
     {.name = "few queries", .N = 2, .L = 1, .S = 1100, .w = RAGGED, .padding = MHA_MASK_HIDE},
     {.name = "no masks", .N = 1, .L = 3, .S = 4, .w = RAGGED},
 };
-enum { PROBLEMS = sizeof problems / sizeof *problems, MOST_ALLOCATIONS = 1000 };
+enum { PROBLEMS = sizeof problems / sizeof *problems, MAX_ALLOCATIONS = 1000 };
 
 /* Weights, made with ever more memory until they can be. */
-static mha_weights *make_weights(const problem *p, const parameters *given)
+static mha_layer *make_layer(const problem *p, const parameters *given)
 {
-    mha_weights *weights = NULL;
+    mha_layer *layer = NULL;
     const long before = in_use();
     mha_status status = MHA_NO_MEMORY;
-    for (size_t n = 0; n < MOST_ALLOCATIONS && status != MHA_OK; n++) {
+    for (size_t n = 0; n < MAX_ALLOCATIONS && status != MHA_OK; n++) {
         DESCRIBE("'%s', weights, %zu allocations", p->name, n);
         allocations_left = n;
-        status = pack_parameters(p, given, &weights);
+        status = pack_parameters(p, given, &layer);
         allocations_left = SIZE_MAX;
         CHECK(status == MHA_OK || status == MHA_NO_MEMORY, "status %d", (int)status);
-        CHECK((weights != NULL) == (status == MHA_OK), "status %d and weights %p", (int)status, (void *)weights);
+        CHECK((layer != NULL) == (status == MHA_OK), "status %d and weights %p", (int)status, (void *)layer);
         CHECK(status == MHA_OK || in_use() == before, "%ld allocations leaked", live - before);
         CHECK(n > 0 || status == MHA_NO_MEMORY, "needs no memory");
     }
     CHECK(status == MHA_OK, "never enough memory");
-    return weights;
+    return layer;
 }
 
 /* The same for a call; what it gives in the end is what it gives at once. */
-static void test_problem(const problem *p, mha_dtype dtype, mha_weights_wanted wanted)
+static void test_problem(const problem *p, mha_dtype dtype, mha_wanted wanted)
 {
     parameters given = make_parameters(p, dtype);
     const long at_first = in_use();
-    mha_weights *weights = make_weights(p, &given);
+    mha_layer *layer = make_layer(p, &given);
     const manner m = {.threads = 2, .wanted = wanted};
     const mha_call c = make_call(p, dtype, &m);
-    const size_t bytes = p->N * p->L * p->w.Eo * item_of(dtype);
+    const size_t bytes = p->N * p->L * p->w.Eo * size_of(dtype);
     char *complete = malloc(bytes);
-    CHECK(mha_forward(weights, &c) == MHA_OK, "no answer");
+    CHECK(mha_forward(layer, &c) == MHA_OK, "no answer");
     memcpy(complete, c.output, bytes);
     const long before = in_use();
     mha_status status = MHA_NO_MEMORY;
-    for (size_t n = 0; n < MOST_ALLOCATIONS && status != MHA_OK; n++) {
+    for (size_t n = 0; n < MAX_ALLOCATIONS && status != MHA_OK; n++) {
         DESCRIBE("'%s', %s, weights wanted %d, %zu allocations", p->name, dtype_name(dtype), (int)wanted, n);
         memset(c.output, CANARY, bytes);
         allocations_left = n;
-        status = mha_forward(weights, &c);
+        status = mha_forward(layer, &c);
         allocations_left = SIZE_MAX;
         CHECK(status == MHA_OK || status == MHA_NO_MEMORY, "status %d", (int)status);
         CHECK(in_use() == before, "%ld allocations leaked", live - before);
     }
     CHECK(status == MHA_OK && memcmp(complete, c.output, bytes) == 0, "status %d, or another answer", (int)status);
     free(complete);
-    mha_weights_destroy(weights);
+    mha_layer_destroy(layer);
     CHECK(in_use() == at_first, "%ld allocations leaked", live - at_first);
     free_parameters(&given);
 }
@@ -140,22 +140,22 @@ static void test_parts(void)
                        .E = WIDTH, .Ek = WIDTH, .Ev = WIDTH, .Eo = WIDTH}, .padding = MHA_MASK_HIDE};
     const ptrdiff_t row = WIDTH * (ptrdiff_t)sizeof(float), none[] = {0};
     parameters given = make_parameters(&p, MHA_FLOAT32);
-    mha_weights *weights = make_weights(&p, &given);
+    mha_layer *layer = make_layer(&p, &given);
     const mha_call c = make_call(&p, MHA_FLOAT32, &(manner){.threads = 2});
     const mha_heads heads = {c.key.data, 1, none, 0, row};
     char *y = guarded_buffer(OUTPUT + 2, OUTPUT_BYTES, AT_END);
     const mha_heads output = {y, 1, none, 0, row};
     bool is_few[N];
-    mha_input_projection input = {weights, MHA_KEY, N, LENGTH, c.key, y, 2, {0}};
+    mha_input_projection input = {layer, MHA_KEY, N, LENGTH, c.key, y, 2, {0}};
     mha_sdpa_call sdpa = {.dtype = MHA_FLOAT32, .axes = 1, .length = &(size_t){1}, .L = LENGTH, .S = LENGTH, .D = WIDTH,
                           .Dv = WIDTH, .query = heads, .key = heads, .value = heads, .output = output, .threads = 2};
     const long before = in_use();
     for (size_t part = 0; part < 3; part++) {
         mha_status status = MHA_NO_MEMORY;
-        for (size_t n = 0; n < MOST_ALLOCATIONS && status != MHA_OK; n++) {
+        for (size_t n = 0; n < MAX_ALLOCATIONS && status != MHA_OK; n++) {
             DESCRIBE("part %zu, %zu allocations", part, n);
             allocations_left = n;
-            status = part == 0 ? mha_project_input(&input) : part == 1 ? mha_choose_paths(weights, &c, is_few)
+            status = part == 0 ? mha_project_input(&input) : part == 1 ? mha_choose_paths(layer, &c, is_few)
                                                                        : mha_sdpa(&sdpa);
             allocations_left = SIZE_MAX;
             CHECK(status == (n ? MHA_OK : MHA_NO_MEMORY) || (part == 2 && n == 1), "status %d", (int)status);
@@ -171,7 +171,7 @@ static void test_parts(void)
     input.N = 1;
     CHECK(mha_project_input(&input) == MHA_TOO_LARGE, "no address space has so many rows");
     CHECK(in_use() == before, "%ld allocations leaked", live - before);
-    mha_weights_destroy(weights);
+    mha_layer_destroy(layer);
     free_parameters(&given);
 }
 
@@ -225,14 +225,14 @@ static void test_workspaces(void)
 
 /* ---- Too large, and stopped ---- */
 
-static void expect_too_large(const char *what, const mha_weights *weights, mha_call c, size_t N, size_t L, size_t S)
+static void expect_too_large(const char *what, const mha_layer *layer, mha_call c, size_t N, size_t L, size_t S)
 {
     const long before = in_use();
     DESCRIBE("N %zu, L %zu, S %zu: %s", N, L, S, what);
     c.N = N;
     c.L = L;
     c.S = S;
-    const mha_status status = mha_forward(weights, &c);
+    const mha_status status = mha_forward(layer, &c);
     CHECK(status == MHA_TOO_LARGE || status == MHA_NO_MEMORY, "status %d", (int)status);
     CHECK(in_use() == before, "%ld allocations leaked", live - before);
 }
@@ -243,17 +243,17 @@ static void test_sizes(void)
     const problem p = {.name = "huge", .N = 1, .L = 1, .S = 1, .w = RAGGED};
     const size_t huge = SIZE_MAX / 4 + 1;
     parameters given = make_parameters(&p, MHA_FLOAT32);
-    mha_weights *weights = make_weights(&p, &given);
+    mha_layer *layer = make_layer(&p, &given);
     const manner m = {.threads = 1};
     mha_call c = make_call(&p, MHA_FLOAT32, &m);
     c.query.stride_n = c.query.stride_l = c.key.stride_n = c.key.stride_l = c.value.stride_n = c.value.stride_l = 0;
-    expect_too_large("queries", weights, c, 1, huge, 1);
-    expect_too_large("keys", weights, c, 1, 1, huge);
-    expect_too_large("items", weights, c, huge, 1, 1);
-    expect_too_large("N * L overflows", weights, c, 4, huge, 1);
+    expect_too_large("queries", layer, c, 1, huge, 1);
+    expect_too_large("keys", layer, c, 1, 1, huge);
+    expect_too_large("items", layer, c, huge, 1, 1);
+    expect_too_large("N * L overflows", layer, c, 4, huge, 1);
     c.output_is_apart = false; /* else each item would be refused by itself */
-    expect_too_large("N * S overflows", weights, c, 4, 1, huge);
-    mha_weights_destroy(weights);
+    expect_too_large("N * S overflows", layer, c, 4, 1, huge);
+    mha_layer_destroy(layer);
     free_parameters(&given);
 }
 
@@ -271,22 +271,22 @@ static bool is_impatient(void *context)
 static void stop_everywhere(const problem *p, size_t threads)
 {
     parameters given = make_parameters(p, MHA_FLOAT32);
-    mha_weights *weights = make_weights(p, &given);
+    mha_layer *layer = make_layer(p, &given);
     const long before = in_use();
-    const manner m = {.threads = threads, .wanted = MHA_WEIGHTS_AVERAGED};
+    const manner m = {.threads = threads, .wanted = MHA_WANT_AVERAGES};
     mha_call c = make_call(p, MHA_FLOAT32, &m);
     mha_status status = MHA_STOPPED;
     for (size_t patience = 0; patience < 10000 && status != MHA_OK; patience += 1 + patience / 8) {
         questions q = {.patience = patience};
         c.stop = (mha_stop){.should_stop = is_impatient, .context = &q};
         DESCRIBE("'%s', %zu threads, stopped after %zu questions", p->name, threads, patience);
-        status = mha_forward(weights, &c);
+        status = mha_forward(layer, &c);
         CHECK(status == (q.asked > patience ? MHA_STOPPED : MHA_OK), "asked %zu times, status %d", q.asked,
               (int)status);
         CHECK(in_use() == before, "%ld allocations leaked", live - before);
     }
     CHECK(status == MHA_OK, "never got through");
-    mha_weights_destroy(weights);
+    mha_layer_destroy(layer);
     free_parameters(&given);
 }
 
@@ -310,7 +310,7 @@ int main(void)
     for (size_t i = 0; i < PROBLEMS; i++)
         for (int dtype = 0; dtype < 2; dtype++)
             for (int wanted = 0; wanted < 3; wanted++)
-                test_problem(&problems[i], (mha_dtype)dtype, (mha_weights_wanted)wanted);
+                test_problem(&problems[i], (mha_dtype)dtype, (mha_wanted)wanted);
     test_parts();
     test_layouts();
     test_workspaces();

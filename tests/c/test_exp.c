@@ -6,7 +6,7 @@
  *     ./test_exp            a sample of all float32, a sample of float64
  *     ./test_exp every      and every float32 in [-128, 0], by the levels with FMA
  *
- * softmax_weights() with maximum 0 and sum 1 is exp(x). The portable level has no FMA, so that what rounding does
+ * softmax_probabilities() with maximum 0 and sum 1 is exp(x). The portable level has no FMA, so that what rounding does
  * to a multiple of ln(2) stays: about |x| ulp more. The sample's hash is printed: it must be the same on every CPU with
  * FMA.
  */
@@ -14,7 +14,7 @@
 
 static const long double ln_2 = 0.6931471805599453094172L;
 
-enum { BLOCK = 1 << 14, MOST_LEVELS = 4, STRIDE = 1009, SAMPLES = 1 << 17, PANEL_ROWS = 64 };
+enum { BLOCK = 1 << 14, MAX_LEVELS = 4, STRIDE = 1009, SAMPLES = 1 << 17, PANEL_ROWS = 64 };
 
 /* x[i] = exp(x[i]) for i < BLOCK. */
 static void exp_of(const mha_kernels *k, void *x)
@@ -23,9 +23,9 @@ static void exp_of(const mha_kernels *k, void *x)
     double zero[8] = {0}, one[8]; /* a vector of either dtype */
     for (size_t i = 0; i < k->lanes; i++)
         put(k->dtype, one, (ptrdiff_t)i, 1);
-    const size_t bytes = PANEL_ROWS * k->lanes * k->item;
-    for (; row < (char *)x + BLOCK * k->item; row += bytes)
-        k->softmax_weights(row, PANEL_ROWS, 1, zero, one);
+    const size_t bytes = PANEL_ROWS * k->lanes * k->size;
+    for (; row < (char *)x + BLOCK * k->size; row += bytes)
+        k->softmax_probabilities(row, PANEL_ROWS, 1, zero, one);
 }
 
 /* ---- float32 ---- */
@@ -58,7 +58,7 @@ typedef struct {
     double ulps, x;
 } level;
 
-static level levels[MOST_LEVELS];
+static level levels[MAX_LEVELS];
 static size_t level_count;
 
 static bool has_fma(const level *l)
@@ -118,7 +118,7 @@ static void measure_f64(level *l, const void *x_, const void *p_)
 static void run_block(mha_dtype dtype, void *x)
 {
     static double first[BLOCK], p[BLOCK];
-    const size_t bytes = BLOCK * item_of(dtype);
+    const size_t bytes = BLOCK * size_of(dtype);
     bool has_first = false;
     for (size_t i = 0; i < level_count; i++) {
         memcpy(p, x, bytes);

@@ -82,12 +82,12 @@ enum { PROBLEMS = sizeof problems / sizeof *problems };
 
 /* ---- One call ---- */
 
-static const manner plainly = {.threads = 1, .wanted = MHA_WEIGHTS_PER_HEAD};
+static const manner plainly = {.threads = 1, .wanted = MHA_WANT_PROBABILITIES};
 
 /* The output in the order (N, L, Eo) whatever the call's, and the weights as they are. */
 static answer read_results(const problem *p, mha_dtype dtype, const mha_call *c)
 {
-    const size_t heads = c->weights_wanted == MHA_WEIGHTS_PER_HEAD ? p->w.H : c->weights_wanted != MHA_WEIGHTS_NONE;
+    const size_t heads = c->wanted == MHA_WANT_PROBABILITIES ? p->w.H : c->wanted != MHA_WANT_NONE;
     const size_t Eo = p->w.Eo;
     answer a = {read_numbers(dtype, c->output, c->N * c->L * Eo),
                 read_numbers(dtype, c->attn_weights, c->N * heads * c->L * columns_of(p))};
@@ -98,19 +98,19 @@ static answer read_results(const problem *p, mha_dtype dtype, const mha_call *c)
     return a;
 }
 
-static answer call_forward(const problem *p, const mha_weights *weights, mha_dtype dtype, const mha_call *c)
+static answer call_forward(const problem *p, const mha_layer *layer, mha_dtype dtype, const mha_call *c)
 {
-    const mha_status status = mha_forward(weights, c);
+    const mha_status status = mha_forward(layer, c);
     CHECK(status == MHA_OK, "status %d", (int)status);
     for (size_t slot = 0; slot <= WEIGHTS; slot++)
         CHECK(!guarded_slots[slot].first || guarded_intact(slot), "wrote beside array %zu", slot);
     return read_results(p, dtype, c);
 }
 
-static answer run(const problem *p, const mha_weights *weights, mha_dtype dtype, const manner *m)
+static answer run(const problem *p, const mha_layer *layer, mha_dtype dtype, const manner *m)
 {
     const mha_call c = make_call(p, dtype, m);
-    return call_forward(p, weights, dtype, &c);
+    return call_forward(p, layer, dtype, &c);
 }
 
 /* ---- Against the definition ---- */
@@ -138,13 +138,13 @@ static void check_averages(const problem *p, mha_dtype dtype, const double *aver
     }
 }
 
-static void check_manners(const problem *p, const mha_weights *weights, mha_dtype dtype, const answer *plain)
+static void check_manners(const problem *p, const mha_layer *layer, mha_dtype dtype, const answer *plain)
 {
     static const manner manners[] = {
-        {1, MHA_WEIGHTS_NONE, false, 0, AT_END},       {2, MHA_WEIGHTS_NONE, false, 4, AT_START},
-        {3, MHA_WEIGHTS_NONE, true, 1, AT_END},        {1, MHA_WEIGHTS_AVERAGED, false, 2, AT_END},
-        {3, MHA_WEIGHTS_AVERAGED, true, 3, AT_START},  {2, MHA_WEIGHTS_PER_HEAD, false, 5, AT_START},
-        {3, MHA_WEIGHTS_PER_HEAD, false, 2, AT_START}, {1, MHA_WEIGHTS_PER_HEAD, true, 0, AT_END},
+        {1, MHA_WANT_NONE, false, 0, AT_END},       {2, MHA_WANT_NONE, false, 4, AT_START},
+        {3, MHA_WANT_NONE, true, 1, AT_END},        {1, MHA_WANT_AVERAGES, false, 2, AT_END},
+        {3, MHA_WANT_AVERAGES, true, 3, AT_START},  {2, MHA_WANT_PROBABILITIES, false, 5, AT_START},
+        {3, MHA_WANT_PROBABILITIES, false, 2, AT_START}, {1, MHA_WANT_PROBABILITIES, true, 0, AT_END},
     };
     double *averaged = NULL;
     for (size_t i = 0; i < sizeof manners / sizeof *manners; i++) {
@@ -152,15 +152,15 @@ static void check_manners(const problem *p, const mha_weights *weights, mha_dtyp
         DESCRIBE("%s %s '%s', %zu threads, weights %d, L first %d, layout %zu, guarded at the %s", mha_cpu_name(),
                  dtype_name(dtype), p->name, m->threads, (int)m->wanted, m->output_l_first, m->layout,
                  m->side == AT_END ? "end" : "start");
-        answer a = run(p, weights, dtype, m);
+        answer a = run(p, layer, dtype, m);
         check_identical("output", a.output, plain->output, p->N * p->L * p->w.Eo);
-        if (m->wanted == MHA_WEIGHTS_PER_HEAD)
+        if (m->wanted == MHA_WANT_PROBABILITIES)
             check_identical("weights", a.weights, plain->weights, p->N * p->w.H * p->L * columns_of(p));
-        if (m->wanted == MHA_WEIGHTS_AVERAGED && !averaged) {
+        if (m->wanted == MHA_WANT_AVERAGES && !averaged) {
             check_averages(p, dtype, a.weights, plain->weights);
             averaged = a.weights;
             a.weights = NULL;
-        } else if (m->wanted == MHA_WEIGHTS_AVERAGED) {
+        } else if (m->wanted == MHA_WANT_AVERAGES) {
             check_identical("averages", a.weights, averaged, p->N * p->L * columns_of(p));
         }
         free_answer(&a);
@@ -169,9 +169,9 @@ static void check_manners(const problem *p, const mha_weights *weights, mha_dtyp
 }
 
 /* The output over the beginning of an input, and over its end. */
-static void check_in_place(const problem *p, const mha_weights *weights, mha_dtype dtype, const answer *plain)
+static void check_in_place(const problem *p, const mha_layer *layer, mha_dtype dtype, const answer *plain)
 {
-    const size_t bytes = p->N * p->L * p->w.Eo * item_of(dtype);
+    const size_t bytes = p->N * p->L * p->w.Eo * size_of(dtype);
     for (size_t i = 0; i < (p->is_self ? 2 : 6); i++) {
         mha_call c = make_call(p, dtype, &plainly);
         const guarded *slot = &guarded_slots[INPUTS + i / 2];
@@ -181,7 +181,7 @@ static void check_in_place(const problem *p, const mha_weights *weights, mha_dty
         c.output_is_apart = false;
         DESCRIBE("%s %s '%s', output over input %zu, %s", mha_cpu_name(), dtype_name(dtype), p->name, i / 2,
                  i % 2 ? "its end" : "its beginning");
-        answer a = call_forward(p, weights, dtype, &c);
+        answer a = call_forward(p, layer, dtype, &c);
         check_identical("output", a.output, plain->output, p->N * p->L * p->w.Eo);
         check_identical("weights", a.weights, plain->weights, p->N * p->w.H * p->L * columns_of(p));
         free_answer(&a);
@@ -189,7 +189,7 @@ static void check_in_place(const problem *p, const mha_weights *weights, mha_dty
 }
 
 /* Item n of a call, by itself. */
-static void check_items_alone(const problem *p, const mha_weights *weights, mha_dtype dtype, const answer *plain)
+static void check_items_alone(const problem *p, const mha_layer *layer, mha_dtype dtype, const answer *plain)
 {
     const size_t output = p->L * p->w.Eo, of_weights = p->w.H * p->L * columns_of(p);
     for (size_t n = 0; n < p->N; n++) {
@@ -202,7 +202,7 @@ static void check_items_alone(const problem *p, const mha_weights *weights, mha_
             masks[i]->data = masks[i]->kind ? (const char *)masks[i]->data + (ptrdiff_t)n * masks[i]->stride_n : NULL;
         c.N = 1;
         DESCRIBE("%s %s '%s', item %zu alone", mha_cpu_name(), dtype_name(dtype), p->name, n);
-        answer a = call_forward(p, weights, dtype, &c);
+        answer a = call_forward(p, layer, dtype, &c);
         check_identical("output", a.output, plain->output + n * output, output);
         check_identical("weights", a.weights, plain->weights + n * of_weights, of_weights);
         free_answer(&a);
@@ -212,23 +212,23 @@ static void check_items_alone(const problem *p, const mha_weights *weights, mha_
 static void test_problem(const problem *p, mha_dtype dtype, uint64_t *hash)
 {
     parameters given = make_parameters(p, dtype);
-    mha_weights *weights = NULL;
+    mha_layer *layer = NULL;
     DESCRIBE("%s %s '%s'", mha_cpu_name(), dtype_name(dtype), p->name);
-    const mha_status status = pack_parameters(p, &given, &weights);
+    const mha_status status = pack_parameters(p, &given, &layer);
     CHECK(status == MHA_OK, "status %d", (int)status);
-    if (!weights)
+    if (!layer)
         return;
-    answer plain = run(p, weights, dtype, &plainly);
+    answer plain = run(p, layer, dtype, &plainly);
     check_definition(p, &given, &plain);
     for (size_t i = 0; i < p->N * p->L * p->w.Eo; i++)
         hash_number(hash, plain.output[i]);
     for (size_t i = 0; i < p->N * p->w.H * p->L * columns_of(p); i++)
         hash_number(hash, plain.weights[i]);
-    check_manners(p, weights, dtype, &plain);
-    check_in_place(p, weights, dtype, &plain);
-    check_items_alone(p, weights, dtype, &plain);
+    check_manners(p, layer, dtype, &plain);
+    check_in_place(p, layer, dtype, &plain);
+    check_items_alone(p, layer, dtype, &plain);
     free_answer(&plain);
-    mha_weights_destroy(weights);
+    mha_layer_destroy(layer);
     free_parameters(&given);
 }
 
@@ -241,22 +241,22 @@ static void test_padding(mha_dtype dtype)
     problem longer = shorter;
     longer.S = 200;
     parameters given = make_parameters(&shorter, dtype);
-    mha_weights *weights = NULL;
+    mha_layer *layer = NULL;
     DESCRIBE("%s %s padding", mha_cpu_name(), dtype_name(dtype));
-    CHECK(pack_parameters(&shorter, &given, &weights) == MHA_OK, "no weights");
+    CHECK(pack_parameters(&shorter, &given, &layer) == MHA_OK, "no weights");
     const manner m = {.threads = 1};
-    answer wanted = run(&shorter, weights, dtype, &m);
+    answer wanted = run(&shorter, layer, dtype, &m);
     mha_call c = make_call(&longer, dtype, &m); /* the first numbers are the same: one item, in C order */
     char *hidden = guarded_buffer(MASKS + 1, longer.S, AT_END);
     for (size_t s = 0; s < longer.S; s++)
         hidden[s] = s >= shorter.S;
     c.key_padding_mask = (mha_mask){hidden, MHA_MASK_HIDE, 0, 0, 0, 1};
     put_at(dtype, (char *)guarded_slots[INPUTS + 1].data + shorter.S * (size_t)c.key.stride_l, NAN);
-    answer got = call_forward(&longer, weights, dtype, &c);
+    answer got = call_forward(&longer, layer, dtype, &c);
     check_identical("output", got.output, wanted.output, shorter.L * shorter.w.Eo);
     free_answer(&wanted);
     free_answer(&got);
-    mha_weights_destroy(weights);
+    mha_layer_destroy(layer);
     free_parameters(&given);
 }
 
@@ -269,10 +269,10 @@ static void test_dropout(mha_dtype dtype)
                      .padding = MHA_MASK_HIDE, .is_causal = i == 1, .dropout_p = rates[i]};
         const size_t count = p.N * p.w.H * p.L * p.S;
         parameters given = make_parameters(&p, dtype);
-        mha_weights *weights = NULL;
+        mha_layer *layer = NULL;
         DESCRIBE("%s %s dropout %g", mha_cpu_name(), dtype_name(dtype), p.dropout_p);
-        CHECK(pack_parameters(&p, &given, &weights) == MHA_OK, "no weights");
-        answer got = run(&p, weights, dtype, &plainly);
+        CHECK(pack_parameters(&p, &given, &layer) == MHA_OK, "no weights");
+        answer got = run(&p, layer, dtype, &plainly);
         const mha_call c = make_call(&p, dtype, &plainly);
         answer wanted = define(&p, &given, &c, got.weights);
         check_close("output", dtype, got.output, wanted.output, p.N * p.L * p.w.Eo);
@@ -288,10 +288,10 @@ static void test_dropout(mha_dtype dtype)
         check_close("weights", dtype, got.weights, wanted.weights, count);
         const double sigma = sqrt(p.dropout_p * (1 - p.dropout_p) * (double)visible);
         CHECK(fabs((double)kept - (1 - p.dropout_p) * (double)visible) <= 5 * sigma, "%zu of %zu kept", kept, visible);
-        check_manners(&p, weights, dtype, &got);
+        check_manners(&p, layer, dtype, &got);
         free_answer(&got);
         free_answer(&wanted);
-        mha_weights_destroy(weights);
+        mha_layer_destroy(layer);
         free_parameters(&given);
     }
 }

@@ -12,7 +12,7 @@
 #include "bench.h"
 #include "philox.h"
 
-enum { MOST_ROWS = 97 };
+enum { MAX_ROWS = 97 };
 
 /* ---- product ---- */
 
@@ -68,7 +68,7 @@ static void *fill_a(const bench *b, const product_case *c, strides a)
     char *data = buffer(b, 0, is_empty ? 0 : (size_t)(highest - lowest + 1));
     if (is_empty)
         return data;
-    data -= lowest * (ptrdiff_t)b->k->item;
+    data -= lowest * (ptrdiff_t)b->k->size;
     for (size_t r = 0; r < c->rows; r++)
         for (size_t k = 0; k < c->depth; k++)
             put(b->dtype, data, (ptrdiff_t)r * a.row + (ptrdiff_t)k * a.k, operand(b->dtype, 1, r * c->depth + k));
@@ -92,9 +92,9 @@ static mha_product fill_product(const bench *b, const product_case *c)
     const size_t stride = b->P + c->gap;
     mha_product p = {.rows = c->rows, .depth = c->depth, .vectors = b->vectors, .a_row = a.row, .a_k = a.k,
                      .b_k = stride, .c_row = stride};
-    static mha_next next;
-    next = (mha_next){.data = (const char *)(uintptr_t)64, .rows = c->rows / 2, .bytes = 130, .stride = 4096};
-    p.next = &next; /* only a hint */
+    static mha_prefetch prefetch;
+    prefetch = (mha_prefetch){.data = (const char *)(uintptr_t)64, .rows = c->rows / 2, .bytes = 130, .stride = 4096};
+    p.prefetch = &prefetch; /* only a hint */
     p.a = fill_a(b, c, a);
     p.b = fill_rows(b, 1, c->depth, c->gap, 2);
     if (c->addend == IN_PLACE) {
@@ -133,7 +133,7 @@ static double expected_product(const bench *b, const mha_product *p, size_t r, s
 
 static void check_product(const bench *b, const product_case *c)
 {
-    static double expected[MOST_ROWS][MOST_LANES], bound[MOST_ROWS][MOST_LANES];
+    static double expected[MAX_ROWS][MAX_LANES], bound[MAX_ROWS][MAX_LANES];
     const mha_product p = fill_product(b, c);
     DESCRIBE("%s %s product, %zu vectors, %zu rows, depth %zu, layout %zu, addend %d, factor %d, gap %zu, at the %s",
              b->k->name, dtype_name(b->dtype), b->vectors, c->rows, c->depth, c->layout, (int)c->addend,
@@ -152,7 +152,7 @@ static void check_product(const bench *b, const product_case *c)
                       expected[r][lane], bound[r][lane]);
         }
         if (r + 1 < c->rows)
-            CHECK(all_canaries((unsigned char *)p.c + (r * p.c_row + b->P) * b->k->item, c->gap * b->k->item),
+            CHECK(all_canaries((unsigned char *)p.c + (r * p.c_row + b->P) * b->k->size, c->gap * b->k->size),
                   "wrote between rows %zu and %zu", r, r + 1);
     }
     for (size_t slot = 0; slot < 5; slot++)
@@ -214,7 +214,7 @@ static void check_unpack(const bench *b, size_t count, size_t width, size_t gap)
             CHECK_SAME(get(t, rows, (ptrdiff_t)(lane * stride + d)), rounded(t, x * f), lane, d);
         }
         if (lane + 1 < count)
-            CHECK(all_canaries((unsigned char *)rows + (lane * stride + width) * b->k->item, gap * b->k->item),
+            CHECK(all_canaries((unsigned char *)rows + (lane * stride + width) * b->k->size, gap * b->k->size),
                   "wrote behind row %zu", lane);
     }
     CHECK(guarded_intact(0) && guarded_intact(1) && guarded_intact(2), "wrote beside a buffer");
@@ -268,7 +268,7 @@ static size_t key_number(const mha_mask_block *m, size_t i)
 static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t lanes, size_t keys, const mha_mask_block *m,
                       bool uniform)
 {
-    const size_t item = mask->kind == MHA_MASK_FLOAT64 ? 8 : mask->kind == MHA_MASK_FLOAT32 ? 4 : 1;
+    const size_t size = mask->kind == MHA_MASK_FLOAT64 ? 8 : mask->kind == MHA_MASK_FLOAT32 ? 4 : 1;
     ptrdiff_t lowest = PTRDIFF_MAX, highest = PTRDIFF_MIN;
     for (size_t l = 0; l < lanes; l++)
         for (size_t i = 0; i < keys; i++) {
@@ -276,7 +276,7 @@ static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t lanes
             lowest = at < lowest ? at : lowest;
             highest = at > highest ? at : highest;
         }
-    char *data = (char *)guarded_buffer(slot, (size_t)(highest - lowest) + item, b->side) - lowest;
+    char *data = (char *)guarded_buffer(slot, (size_t)(highest - lowest) + size, b->side) - lowest;
     for (size_t l = 0; l < lanes; l++)
         for (size_t i = 0; i < keys; i++)
             put_mask_number(mask->kind,
@@ -291,9 +291,9 @@ static double expected_bias(const bench *b, const mha_mask_block *m, size_t i, s
     double bias = 0;
     if (m->attn_kind)
         bias = rounded(b->dtype, mask_number(m->attn_kind, m->attn[lane] + (ptrdiff_t)s * m->attn_s));
-    if (m->keys_kind)
-        bias = rounded(b->dtype, bias + rounded(b->dtype, mask_number(m->keys_kind, m->keys + (ptrdiff_t)s *
-                                                                                                  m->keys_s)));
+    if (m->padding_kind)
+        bias = rounded(b->dtype, bias + rounded(b->dtype, mask_number(m->padding_kind, m->padding + (ptrdiff_t)s *
+                                                                                                  m->padding_s)));
     return m->is_causal && s > m->query[lane] ? -INFINITY : bias;
 }
 
@@ -308,27 +308,27 @@ static void check_masks(const bench *b, size_t keys, size_t count, mha_mask_bloc
     make_mask(b, 1, &attn, count, keys, &m, uniform);
     make_mask(b, 2, &of_keys, 1, keys, &m, uniform);
     m.attn_kind = attn.kind;
-    m.keys_kind = of_keys.kind;
+    m.padding_kind = of_keys.kind;
     m.attn_s = attn.stride_s;
-    m.keys_s = of_keys.stride_s;
-    m.keys = of_keys.data;
+    m.padding_s = of_keys.stride_s;
+    m.padding = of_keys.data;
     for (size_t lane = 0; lane < count; lane++) {
         m.attn[lane] = attn.data + (ptrdiff_t)lane * attn.stride_lane;
         m.query[lane] += lane / 3 * 7;
     }
     void *bias = buffer(b, 0, MHA_BLOCK_KEYS * b->P);
-    const mha_view view = b->k->read_masks(bias, keys, b->vectors, count, &m);
+    const mha_visible visible = b->k->read_masks(bias, keys, b->vectors, count, &m);
     for (size_t i = 0; i < keys; i++)
         for (size_t lane = 0; lane < b->P; lane++) {
             const double wanted = expected_bias(b, &m, i, lane < count ? lane : count - 1);
-            if (i < view.keys) /* no bias stands for 0 */
-                CHECK_SAME(view.is_biased ? get(b->dtype, bias, (ptrdiff_t)(i * b->P + lane)) : 0, wanted, i, lane);
+            if (i < visible.keys) /* no bias stands for 0 */
+                CHECK_SAME(visible.is_biased ? get(b->dtype, bias, (ptrdiff_t)(i * b->P + lane)) : 0, wanted, i, lane);
             if (wanted != -INFINITY)
                 wanted_keys = i + 1;
             zeros += wanted == 0;
         }
-    CHECK(view.keys == wanted_keys, "%zu keys in view instead of %zu", view.keys, wanted_keys);
-    CHECK(zeros < keys * b->P || !view.is_biased, "zeros are a bias");
+    CHECK(visible.keys == wanted_keys, "%zu keys in view instead of %zu", visible.keys, wanted_keys);
+    CHECK(zeros < keys * b->P || !visible.is_biased, "zeros are a bias");
     CHECK(guarded_intact(0) && guarded_intact(1) && guarded_intact(2), "wrote beside a buffer");
 }
 
@@ -368,7 +368,7 @@ static void test_softmax_end(const bench *b)
     static const double sums[] = {0, 1, 3, 0.5, 1e10, NAN, INFINITY};
     describe(b, "softmax_end");
     for (int empty = 0; empty < 2; empty++) {
-        double before[MOST_LANES];
+        double before[MAX_LANES];
         void *sum = buffer(b, 0, b->P), *inverse = buffer(b, 1, b->P);
         for (size_t lane = 0; lane < b->P; lane++) {
             before[lane] = rounded(b->dtype, lane < 7 ? sums[lane] : 1 + fabs(random_number(b->dtype, 1, lane)));
@@ -433,7 +433,7 @@ static const uint32_t dropout_key[2] = {0x243f6a88, 0x85a308d3};
 
 /* The weights of `keys` keys by `count` queries after dropout, as multiples of what they were. */
 static void drop(const bench *b, size_t keys, size_t count, const mha_dropout_block *block,
-                 double result[MHA_BLOCK_KEYS][MOST_LANES])
+                 double result[MHA_BLOCK_KEYS][MAX_LANES])
 {
     void *weights = buffer(b, 0, keys * b->P);
     for (size_t i = 0; i < keys * b->P; i++)
@@ -450,7 +450,7 @@ static void drop(const bench *b, size_t keys, size_t count, const mha_dropout_bl
 /* Each weight is scaled or 0, in the right proportion, and its fate is its own: not the block's, not the lane's. */
 static void test_dropout(const bench *b)
 {
-    static double whole[MHA_BLOCK_KEYS][MOST_LANES], part[MHA_BLOCK_KEYS][MOST_LANES];
+    static double whole[MHA_BLOCK_KEYS][MAX_LANES], part[MHA_BLOCK_KEYS][MAX_LANES];
     static size_t index[MHA_BLOCK_KEYS];
     size_t kept = 0, all = 0;
     mha_dropout_block block = {.key = dropout_key, .threshold = 3u << 30, .scale = 4 / 3.0, .n = 2, .h = 3,

@@ -60,11 +60,11 @@ typedef struct {
 } made_call;
 
 /* An array of both axes, heads, rows and features; the axes' strides. */
-static array4 place_heads(const sdpa_problem *p, size_t slot, const size_t size[3], bool is_shared, size_t item,
+static array4 place_heads(const sdpa_problem *p, size_t slot, const size_t size[3], bool is_shared, size_t number_size,
                           size_t layout, guarded_side side, ptrdiff_t strides[AXES])
 {
     const size_t all[4] = {(is_shared ? 1 : p->axes[0]) * p->axes[1], size[0], size[1], size[2]};
-    const array4 a = place_array(slot, all, item, layout, side);
+    const array4 a = place_array(slot, all, number_size, layout, side);
     strides[0] = is_shared ? 0 : (ptrdiff_t)p->axes[1] * a.stride[0];
     strides[1] = a.stride[0];
     return a;
@@ -77,16 +77,17 @@ static mha_heads as_heads(const array4 *a, size_t heads, const ptrdiff_t *stride
 
 static void make_sdpa_call(const sdpa_problem *p, mha_dtype dtype, const sdpa_manner *m, made_call *made)
 {
-    const size_t item = item_of(dtype);
+    const size_t number_size = size_of(dtype);
     const size_t sizes[3][3] = {{p->H, p->L, p->D}, {p->key_heads, p->S, p->D}, {p->value_heads, p->S, p->Dv}};
     array4 inputs[3];
     for (size_t i = 0; i < 3; i++) {
-        inputs[i] = place_heads(p, INPUTS + i, sizes[i], i > 0 && p->shares_keys, item, m->layout, m->side,
+        inputs[i] = place_heads(p, INPUTS + i, sizes[i], i > 0 && p->shares_keys, number_size, m->layout, m->side,
                                 made->strides[i]);
         put_random(&inputs[i], dtype, SEED + 30 + i);
     }
-    const array4 output = place_heads(p, OUTPUT, (const size_t[]){p->H, p->L, p->Dv}, false, item, m->layout, m->side,
-                                      made->strides[4]);
+    const size_t output_size[3] = {p->H, p->L, p->Dv};
+    const array4 output =
+        place_heads(p, OUTPUT, output_size, false, number_size, m->layout, m->side, made->strides[4]);
     made->output_count = output.size[0] * output.size[1] * output.size[2] * output.size[3];
     made->call = (mha_sdpa_call){
         .dtype = dtype, .axes = AXES, .length = p->axes, .L = p->L, .S = p->S, .D = p->D, .Dv = p->Dv,
@@ -98,7 +99,7 @@ static void make_sdpa_call(const sdpa_problem *p, mha_dtype dtype, const sdpa_ma
     };
     if (p->mask) {
         const size_t size[3] = {p->mask_per_head ? p->H : 1, p->L, p->S};
-        const array4 a = place_heads(p, MASKS, size, p->shares_keys, mask_item(p->mask), m->mask_layout, m->side,
+        const array4 a = place_heads(p, MASKS, size, p->shares_keys, mask_size(p->mask), m->mask_layout, m->side,
                                      made->strides[3]);
         put_mask(&a, p->mask, true);
         made->call.mask = as_mask(&a, p->mask);

@@ -9,19 +9,19 @@
  */
 #include "bench.h"
 
-enum { COLUMNS = 50, MOST_BLOCKS = 4, MASKED_COLUMN = 0, LOWEST_COLUMN = 1, LATE_COLUMN = 2 };
+enum { COLUMNS = 50, MAX_BLOCKS = 4, MASKED_COLUMN = 0, LOWEST_COLUMN = 1, LATE_COLUMN = 2 };
 
 typedef struct {
-    size_t keys[MOST_BLOCKS]; /* of each block; at most MHA_BLOCK_KEYS */
+    size_t keys[MAX_BLOCKS]; /* of each block; at most MHA_BLOCK_KEYS */
     size_t blocks;
     double spread; /* scores are in [-spread, spread) */
 } softmax_case;
 
 /* All numbers of a run: inputs, and what they become. */
 typedef struct {
-    double score[MOST_BLOCKS][MHA_BLOCK_KEYS][COLUMNS];
-    double p[MOST_BLOCKS][MHA_BLOCK_KEYS][COLUMNS];
-    double maximum[MOST_BLOCKS][COLUMNS], sum[MOST_BLOCKS][COLUMNS], factor[MOST_BLOCKS][COLUMNS];
+    double score[MAX_BLOCKS][MHA_BLOCK_KEYS][COLUMNS];
+    double p[MAX_BLOCKS][MHA_BLOCK_KEYS][COLUMNS];
+    double maximum[MAX_BLOCKS][COLUMNS], sum[MAX_BLOCKS][COLUMNS], factor[MAX_BLOCKS][COLUMNS];
     double divisor[1][COLUMNS], weight[MHA_BLOCK_KEYS][COLUMNS]; /* of the last block */
 } softmax_run;
 
@@ -80,7 +80,7 @@ static void run_panel(const bench *b, const softmax_case *c, softmax_run *run, s
     }
     b->k->softmax_end(sum, inverse, b->vectors, MHA_EMPTY_ROW_ZERO);
     void *scores = panel_of(b, 0, c->keys[last], run->score[last], first);
-    b->k->softmax_weights(scores, c->keys[last], b->vectors, maximum, sum);
+    b->k->softmax_probabilities(scores, c->keys[last], b->vectors, maximum, sum);
     read_panel(b, sum, 1, run->divisor, first);
     read_panel(b, scores, c->keys[last], run->weight, first);
     for (size_t slot = 0; slot < 5; slot++)

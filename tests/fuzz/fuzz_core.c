@@ -8,9 +8,9 @@
  */
 #include "cpu.h"
 #include "problems.h"
-#include "workspace.h"
+#include "spare.h"
 
-enum { MOST_NUMBERS = 1 << 15, MOST_OPERATIONS = 1 << 18 };
+enum { MAX_NUMBERS = 1 << 15, MAX_OPERATIONS = 1 << 18 };
 
 /* ---- Choices ---- */
 
@@ -49,12 +49,12 @@ typedef struct {
 } block;
 
 /* Any strides: dense, with gaps, zero, backwards and, where `unit` is 1, unaligned. */
-static block place_anywhere(choices *c, const size_t size[4], size_t item, size_t unit)
+static block place_anywhere(choices *c, const size_t size[4], size_t number_size, size_t unit)
 {
     static const ptrdiff_t widen[] = {1, 1, 1, 2, 0, -1, -2, 1};
     block b = {.view = {.size = {size[0], size[1], size[2], size[3]}}};
     const size_t first = choose(c, 4);
-    ptrdiff_t step = (ptrdiff_t)item, lowest = 0, highest = 0;
+    ptrdiff_t step = (ptrdiff_t)number_size, lowest = 0, highest = 0;
     bool is_empty = false;
     for (size_t i = 0; i < 4; i++) {
         const size_t axis = (first + 4 - i) % 4, length = size[axis] > 0 ? size[axis] : 1;
@@ -66,7 +66,7 @@ static block place_anywhere(choices *c, const size_t size[4], size_t item, size_
         *(reach < 0 ? &lowest : &highest) += reach;
         step = wider ? (stride < 0 ? -stride : stride) * (ptrdiff_t)length : step; /* numbers overlap wholly or not */
     }
-    b.memory = malloc(is_empty ? 1 : (size_t)(highest - lowest) + item);
+    b.memory = malloc(is_empty ? 1 : (size_t)(highest - lowest) + number_size);
     b.view.data = b.memory - lowest;
     return b;
 }
@@ -87,7 +87,7 @@ static void put_numbers(const array4 *a, mha_dtype dtype, uint64_t seed, bool wi
 
 static block place_mask(choices *c, const size_t size[4], mha_mask_kind kind, uint64_t seed)
 {
-    const block b = place_anywhere(c, size, mask_item(kind), 1);
+    const block b = place_anywhere(c, size, mask_size(kind), 1);
     const uint64_t density = choose(c, 4);
     uint64_t i = 0;
     for (size_t n = 0; n < size[0]; n++)
@@ -138,8 +138,8 @@ static bool is_small(const problem *p)
 {
     const mha_widths *w = &p->w;
     const size_t rows = p->N * (p->L + p->S + 2), scores = p->N * w->H * p->L * (p->S + 2);
-    return rows * (w->H * (w->D + w->Dv) + 1) * (w->E + w->Ek + w->Ev + w->Eo + 1) < MOST_OPERATIONS &&
-           scores * (w->D + w->Dv) < MOST_OPERATIONS;
+    return rows * (w->H * (w->D + w->Dv) + 1) * (w->E + w->Ek + w->Ev + w->Eo + 1) < MAX_OPERATIONS &&
+           scores * (w->D + w->Dv) < MAX_OPERATIONS;
 }
 
 /* As in check_definition() of test_forward.c, except where nothing can be known. */
@@ -149,7 +149,7 @@ static void check_answer(const problem *p, const parameters *given, const mha_ca
     compare("output", given->dtype, call->output, wanted.output, 0);
     if (call->output_batch_first)
         compare("output", given->dtype, call->output, wanted.output, p->N * p->L * p->w.Eo);
-    if (call->weights_wanted == MHA_WEIGHTS_PER_HEAD)
+    if (call->wanted == MHA_WANT_PROBABILITIES)
         compare("weights", given->dtype, call->attn_weights, wanted.weights, p->N * p->w.H * p->L * columns_of(p));
     free_answer(&wanted);
 }
@@ -157,15 +157,15 @@ static void check_answer(const problem *p, const parameters *given, const mha_ca
 static void fuzz_forward(choices *c)
 {
     const mha_dtype dtype = (mha_dtype)choose(c, 2);
-    const size_t item = item_of(dtype);
+    const size_t number_size = size_of(dtype);
     const problem p = choose_problem(c);
     const uint64_t seed = choose(c, 1 << 16);
     const bool wild = choose(c, 4) == 3;
-    if (!is_small(&p) && p.N * (p.L + p.S) * (p.w.E + p.w.Ek + p.w.Ev) > MOST_NUMBERS)
+    if (!is_small(&p) && p.N * (p.L + p.S) * (p.w.E + p.w.Ek + p.w.Ev) > MAX_NUMBERS)
         return;
     parameters given = make_parameters(&p, dtype);
-    mha_weights *weights = NULL;
-    if (pack_parameters(&p, &given, &weights) != MHA_OK)
+    mha_layer *layer = NULL;
+    if (pack_parameters(&p, &given, &layer) != MHA_OK)
         abort();
     const size_t lengths[3] = {p.L, p.S, p.S}, features[3] = {p.w.E, p.w.Ek, p.w.Ev};
     block inputs[3] = {{.memory = NULL}}, masks[2] = {{.memory = NULL}};
@@ -173,7 +173,7 @@ static void fuzz_forward(choices *c)
     for (size_t i = 0; i < 3; i++) {
         const size_t size[4] = {p.N, 1, lengths[i], features[i]};
         if (i == 0 || !p.is_self) {
-            inputs[i] = place_anywhere(c, size, item, 1);
+            inputs[i] = place_anywhere(c, size, number_size, 1);
             put_numbers(&inputs[i].view, dtype, seed + i, wild);
         }
         x[i] = i > 0 && p.is_self ? x[0] : as_input(&inputs[i].view);
@@ -182,9 +182,9 @@ static void fuzz_forward(choices *c)
     mha_call call = {.N = p.N, .L = p.L, .S = p.S, .query = x[0], .key = x[1], .value = x[2], .is_causal = p.is_causal,
                      .add_zero_attn = p.add_zero_attn, .empty_row = p.empty_row, .dropout_p = p.dropout_p,
                      .dropout_seed = seed, .output_batch_first = choose(c, 2),
-                     .weights_wanted = (mha_weights_wanted)choose(c, 3), .threads = 1 + choose(c, 4)};
+                     .wanted = (mha_wanted)choose(c, 3), .threads = 1 + choose(c, 4)};
     if (choose(c, 16) == 15)
-        call.stop = (mha_stop){sometimes, &asked};
+        call.stop = (mha_stop){.should_stop = sometimes, .context = &asked};
     if (p.attn) {
         const size_t size[4] = {p.attn_per_head ? p.N : 1, p.attn_per_head ? p.w.H : 1, p.L, p.S};
         masks[0] = place_mask(c, size, p.attn, seed + 3);
@@ -196,15 +196,15 @@ static void fuzz_forward(choices *c)
         call.key_padding_mask = as_mask(&masks[1].view, p.padding);
     }
     const size_t heads =
-        call.weights_wanted == MHA_WEIGHTS_PER_HEAD ? p.w.H : call.weights_wanted == MHA_WEIGHTS_AVERAGED;
-    call.output = malloc(p.N * p.L * p.w.Eo * item + 1);
-    call.attn_weights = malloc(p.N * heads * p.L * columns_of(&p) * item + 1);
+        call.wanted == MHA_WANT_PROBABILITIES ? p.w.H : call.wanted == MHA_WANT_AVERAGES;
+    call.output = malloc(p.N * p.L * p.w.Eo * number_size + 1);
+    call.attn_weights = malloc(p.N * heads * p.L * columns_of(&p) * number_size + 1);
     DESCRIBE("%s, N %zu, L %zu, S %zu, H %zu, Hkv %zu, D %zu, Dv %zu, E %zu, Ek %zu, Ev %zu, Eo %zu, attn %d (%d), "
              "padding %d, extra %d%d, causal %d, self %d, threads %zu, weights %d",
              dtype_name(dtype), p.N, p.L, p.S, p.w.H, p.w.Hkv, p.w.D, p.w.Dv, p.w.E, p.w.Ek, p.w.Ev, p.w.Eo,
              (int)p.attn, p.attn_per_head, (int)p.padding, p.has_bias_kv, p.add_zero_attn, p.is_causal, p.is_self,
-             call.threads, (int)call.weights_wanted);
-    const mha_status status = mha_forward(weights, &call);
+             call.threads, (int)call.wanted);
+    const mha_status status = mha_forward(layer, &call);
     if (status != MHA_OK && !(status == MHA_STOPPED && asked))
         abort();
     if (status == MHA_OK && !wild && p.dropout_p == 0 && is_small(&p))
@@ -215,7 +215,7 @@ static void fuzz_forward(choices *c)
         free(inputs[i].memory);
     for (size_t i = 0; i < 2; i++)
         free(masks[i].memory);
-    mha_weights_destroy(weights);
+    mha_layer_destroy(layer);
     free_parameters(&given);
 }
 
@@ -259,10 +259,10 @@ static double *define_sdpa(const sdpa_problem *p, const mha_sdpa_call *call)
 /* The core wants adjacent features and, of the query, rows that ascend. */
 static block place_heads(choices *c, size_t items, size_t heads, size_t rows, size_t features, mha_dtype dtype)
 {
-    const size_t item = item_of(dtype), size[4] = {items, heads, rows, 1};
-    block b = place_anywhere(c, size, features ? features * item : item, item);
+    const size_t number_size = size_of(dtype), size[4] = {items, heads, rows, 1};
+    block b = place_anywhere(c, size, features ? features * number_size : number_size, number_size);
     b.view.size[3] = features;
-    b.view.stride[3] = (ptrdiff_t)item;
+    b.view.stride[3] = (ptrdiff_t)number_size;
     return b;
 }
 
@@ -283,7 +283,7 @@ static void fuzz_sdpa(choices *c)
     const uint64_t seed = choose(c, 1 << 16);
     const bool wild = choose(c, 4) == 3;
     const mha_mask_kind kind = (mha_mask_kind)choose(c, 5);
-    if (p.items * p.H * p.L * p.S * (p.D + p.Dv) > 32 * MOST_OPERATIONS)
+    if (p.items * p.H * p.L * p.S * (p.D + p.Dv) > 32 * MAX_OPERATIONS)
         return;
     block q = place_heads(c, p.items, p.H, p.L, p.D, dtype);
     block k = place_heads(c, choose(c, 2) ? p.items : 1, H[1], p.S, p.D, dtype);
@@ -310,12 +310,12 @@ static void fuzz_sdpa(choices *c)
             abort();
     }
     p.q = q.view, p.k = k.view, p.v = v.view, p.mask = mask.view;
-    call.output = malloc(p.items * p.H * p.L * p.Dv * item_of(dtype) + 1);
+    call.output = malloc(p.items * p.H * p.L * p.Dv * size_of(dtype) + 1);
     DESCRIBE("%s, %zu items, H %zu, %zu, %zu, L %zu, S %zu, D %zu, Dv %zu, mask %d",
              dtype_name(dtype), p.items, p.H, H[1], H[2], p.L, p.S, p.D, p.Dv, (int)kind);
     if (mha_sdpa(&call) != MHA_OK)
         abort();
-    if (!wild && call.dropout_p == 0 && p.items * p.H * p.L * p.S * (p.D + p.Dv) < MOST_OPERATIONS) {
+    if (!wild && call.dropout_p == 0 && p.items * p.H * p.L * p.S * (p.D + p.Dv) < MAX_OPERATIONS) {
         double *wanted = define_sdpa(&p, &call);
         compare("sdpa", dtype, call.output, wanted, p.items * p.H * p.L * p.Dv);
         free(wanted);

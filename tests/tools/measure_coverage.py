@@ -12,9 +12,9 @@ their functions are copied for constant numbers of rows and vectors, and only -O
 Left out are instruction sets that this CPU lacks.
 
 What stays untested, and why: answers of CPUs and systems that are not at hand (cpu.c: no AVX2, registers not saved;
-threads.c: quotas of cgroups, no key or handler for the pool); a second allocation that fails right after the first one
-that did (both tuples of an error's text); conditions that only C can bring about where Python asks (an index that the
-interpreter has checked, numbers of threads beyond 1023).
+processors.c: quotas of cgroups; threads.c: no key or handler for the pool); a second allocation that fails right after
+the first one that did (both tuples of an error's text); conditions that only C can bring about where Python asks (an
+index that the interpreter has checked, numbers of threads beyond 1023).
 """
 
 import json

@@ -42,10 +42,7 @@ class Workbench:
         self.objects = folder / "objects"
         self.package = folder / "package"
         self.objects.mkdir(parents=True)
-        (self.package / "mha_c").mkdir(parents=True)
-        for file in (REPOSITORY / "mha_c").iterdir():
-            if file.suffix in (".py", ".pyi", ".typed"):
-                shutil.copy(file, self.package / "mha_c")
+        shutil.copytree(REPOSITORY / "mha_c", self.package / "mha_c", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         for file in sorted(source.rglob("*.c")):
             self.compile(file)
 
@@ -53,9 +50,9 @@ class Workbench:
         """Where a source file's object lies."""
         return self.objects / ("_".join(file.relative_to(self.source).parts)[:-2] + ".o")
 
-    def compile(self, file, flags=()):
+    def compile(self, file, flags=(), stderr=None):
         """Compiles one file; these flags come last."""
-        subprocess.run(["gcc", *self.flags, *flags, "-c", file, "-o", self.object_of(file)], check=True)
+        subprocess.run(["gcc", *self.flags, *flags, "-c", file, "-o", self.object_of(file)], check=True, stderr=stderr)
 
     def link_extension(self):
         """mha_c._core, from the objects as they are now."""
@@ -66,8 +63,11 @@ class Workbench:
     def link_program(self, name):
         """A program of tests/c, from the objects as they are now; where it lies."""
         program = self.objects / f"test_{name}"
+        if not program.with_suffix(".test").exists():
+            subprocess.run(["gcc", *self.flags, "-c", TESTS / "c" / f"test_{name}.c", "-o", program.with_suffix(".test")],
+                           check=True)
         core = [made for made in sorted(self.objects.glob("*.o")) if not made.name.startswith("python_")]
-        subprocess.run(["gcc", *self.flags, TESTS / "c" / f"test_{name}.c", *core, "-o", program,
+        subprocess.run(["gcc", *self.flags, program.with_suffix(".test"), *core, "-o", program,
                         *(WRAP if name == "allocations" else []), "-lm"], check=True)
         return program
 

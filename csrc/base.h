@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * base.h - what every file of the core may use: types, and arithmetic on sizes that cannot overflow.
+ */
+#ifndef MHA_BASE_H
+#define MHA_BASE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef enum {
+    MHA_OK = 0,
+    MHA_NO_MEMORY, /* an allocation failed */
+    MHA_TOO_LARGE, /* a size in bytes does not fit size_t */
+    MHA_STOPPED,   /* should_stop() returned true; the output is undefined */
+} mha_status;
+
+typedef enum { MHA_FLOAT32 = 0, MHA_FLOAT64 = 1 } mha_dtype;
+
+/* What the elements of a mask are. */
+typedef enum {
+    MHA_MASK_NONE = 0,
+    MHA_MASK_HIDE,    /* one byte per element, hidden if not 0: the bool masks of torch.nn.MultiheadAttention */
+    MHA_MASK_SHOW,    /* one byte per element, hidden if 0: the bool masks of scaled_dot_product_attention */
+    MHA_MASK_FLOAT32, /* added to the score, whatever the layer's dtype */
+    MHA_MASK_FLOAT64,
+} mha_mask_kind;
+
+/* What a query gets when every key is hidden: attention 0, or NaN as torch has it with need_weights=True. */
+typedef enum { MHA_EMPTY_ROW_ZERO = 0, MHA_EMPTY_ROW_NAN } mha_empty_row;
+
+/* Only the calling thread asks should_stop(), between its own tasks and within long ones. If the function is NULL, it
+ * is never asked. */
+typedef struct {
+    bool (*should_stop)(void *context);
+    void *context;
+} mha_stop;
+
+/* ---- Sizes ---- */
+
+static inline size_t mha_divide_up(size_t a, size_t b)
+{
+    return (a + b - 1) / b;
+}
+
+static inline size_t mha_smaller(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+static inline size_t mha_larger(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
+/* The first element of part i when `total` elements are divided among `parts` as evenly as possible, larger parts
+ * first. For i = parts it is `total`. */
+static inline size_t mha_first_of_part(size_t total, size_t parts, size_t i)
+{
+    return total / parts * i + mha_smaller(i, total % parts);
+}
+
+#endif

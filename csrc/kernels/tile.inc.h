@@ -1,0 +1,200 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * tile.inc.h - the tile: all multiplication happens here (kernels.inc.h includes it).
+ */
+
+#ifndef MHA_TILE_INC_H
+#define MHA_TILE_INC_H
+
+enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
+enum { LINE_BYTES = 64 };
+
+/* Makes the compiler forget how a pointer was computed. Otherwise gcc keeps the addresses of all rows of a tile at
+ * once. There are more of them than registers, so it moves some to vector registers, where they wait behind the
+ * multiplications. */
+#define FORGET(pointer) __asm__("" : "+r"(pointer))
+
+/* Rows of a full tile of V vectors: enough sums to keep the multiply-add units busy, and few enough for the
+ * registers. */
+#if REGISTERS == 16
+enum { ROWS_1 = 8, ROWS_2 = 6, ROWS_3 = 4 };
+#define EACH_TILE_1(X) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+#define EACH_TILE_2(X) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2)
+#define EACH_TILE_3(X) X(1, 3) X(2, 3) X(3, 3) X(4, 3)
+#else
+enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
+#define EACH_TILE_1(X) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+#define EACH_TILE_2(X) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2)
+#define EACH_TILE_3(X) X(1, 3) X(2, 3) X(3, 3) X(4, 3) X(5, 3) X(6, 3) X(7, 3) X(8, 3)
+#endif
+#ifndef ROWS_OF_MANY
+#define ROWS_OF_MANY {ROWS_1, ROWS_2, ROWS_3}
+#endif
+enum { MAX_ROWS = 8, MAX_FEW_ROWS = 8 };
+#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
+
+#endif
+
+/* Ends a chain. `end` is a constant in every copy. */
+INLINE void V(finish)(const int end, VEC chain, const REAL *addend, const REAL *factor, REAL *c, size_t lane)
+{
+    if (end == RESCALE)
+        chain = V(fma)(V(load)(addend + lane), V(load)(factor + lane), chain);
+    else if (end == ADD)
+        chain = V(load)(addend + lane) + chain;
+    V(store)(c + lane, chain);
+}
+
+/* The rows of a product that are left, and what remains to be prefetched: several rows, or a single one. */
+typedef struct {
+    const REAL *a, *addend; /* addend may be NULL */
+    REAL *c;
+    const char *next;  /* several rows: the next one */
+    size_t left, each; /* several rows: how many are left, and how many come before each tile */
+    const char *ahead; /* a single row: the next byte */
+    size_t step; /* a single row: bytes to advance with each k */
+} V(progress);
+
+INLINE void V(prefetch)(const mha_prefetch *prefetch, V(progress) *at)
+{
+    for (size_t i = at->each; i > 0 && at->left > 0; i--) {
+        for (size_t byte = 0; byte < prefetch->bytes; byte += LINE_BYTES)
+            __builtin_prefetch(at->next + byte, 0, 2);
+        at->next += prefetch->stride;
+        at->left--;
+    }
+}
+
+/* Computes one tile. `rows` and `vectors` are constants in every copy.
+ *
+ * Each sum is a variable of its own, because gcc would keep an array of them in memory. Broadcasts are not loaded
+ * before they are used: that would need more registers than there are. Rows of a are addressed from every fourth row,
+ * by one, two or three strides.
+ *
+ * Each step prefetches weights for the next tile. Tiles of four to eight rows prefetch every cache line that a step
+ * reads of the panel. Tiles of one to three rows prefetch one line per step and leave the rest to the hardware, except
+ * where lines are 96 bytes apart (three AVX2 vectors): there they prefetch nothing, because it would confuse the
+ * hardware prefetcher. */
+INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *p, V(progress) *at)
+{
+    const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = p->a_k;
+    const size_t b_k = p->b_k, step = at->step;
+    const REAL *a_0 = at->a, *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0, *b = p->b;
+    const char *ahead = at->ahead;
+    const VEC zero = V(splat)(0);
+    if (rows > 4)
+        FORGET(a_4);
+#define DECLARE(r) VEC c##r##_0 = zero, c##r##_1 = zero, c##r##_2 = zero;
+    EACH_ROW(DECLARE)
+    for (size_t k = p->depth; k > 0; k--) {
+        VEC b_0 = V(load)(b);
+        VEC b_1 = vectors > 1 ? V(load)(b + LANES) : zero;
+        VEC b_2 = vectors > 2 ? V(load)(b + 2 * LANES) : zero;
+        if (rows == 2 || rows == 3) {
+            HOLD(b_0);
+            if (vectors > 1)
+                HOLD(b_1);
+            if (vectors > 2)
+                HOLD(b_2);
+        }
+#define ACCUMULATE(r) \
+    if (r < rows) { \
+        const VEC a_r = V(broadcast)((r < 4 ? a_0 : a_4) + (r % 4 == 3 ? a_rows_3 : r % 4 * a_row)); \
+        c##r##_0 = V(fma)(a_r, b_0, c##r##_0); \
+        if (vectors > 1) \
+            c##r##_1 = V(fma)(a_r, b_1, c##r##_1); \
+        if (vectors > 2) \
+            c##r##_2 = V(fma)(a_r, b_2, c##r##_2); \
+    }
+        EACH_ROW(ACCUMULATE)
+        if (rows > 3 || vectors * sizeof(VEC) % LINE_BYTES == 0)
+            __builtin_prefetch(ahead, 0, 2);
+        if (rows > 3 && vectors * sizeof(VEC) > LINE_BYTES)
+            __builtin_prefetch(ahead + LINE_BYTES, 0, 2);
+        if (rows > 3 && vectors * sizeof(VEC) > 2 * LINE_BYTES)
+            __builtin_prefetch(ahead + 2 * LINE_BYTES, 0, 2);
+        ahead += step;
+        a_0 += a_k;
+        a_4 += a_k;
+        b += b_k;
+    }
+    at->ahead = ahead;
+    const REAL *addend = at->addend, *factor = p->factor;
+    REAL *c = at->c;
+    const size_t addend_row = p->addend_row, c_row = p->c_row;
+#define FINISH(r, end) \
+    if (r < rows) { \
+        V(finish)(end, c##r##_0, addend, factor, c, 0); \
+        if (vectors > 1) \
+            V(finish)(end, c##r##_1, addend, factor, c, LANES); \
+        if (vectors > 2) \
+            V(finish)(end, c##r##_2, addend, factor, c, 2 * LANES); \
+        if (end != STORE) { \
+            addend += addend_row; \
+            FORGET(addend); \
+        } \
+        c += c_row; \
+        FORGET(c); \
+    }
+    if (!addend) {
+        EACH_ROW_AND(FINISH, STORE)
+    } else if (!factor) {
+        EACH_ROW_AND(FINISH, ADD)
+    } else {
+        EACH_ROW_AND(FINISH, RESCALE)
+    }
+#undef DECLARE
+#undef ACCUMULATE
+#undef FINISH
+    at->a += (ptrdiff_t)rows * p->a_row;
+    at->addend = addend;
+    at->c = c;
+}
+
+/* The copies are not inlined, so that the registers of one do not disturb those of another. */
+#define COPY(r, v) \
+    NOINLINE void V(tiles_##r##x##v)(const mha_product *p, V(progress) *at, size_t tiles) \
+    { \
+        for (; tiles > 0; tiles--) { \
+            V(prefetch)(p->prefetch, at); \
+            V(tile)(r, v, p, at); \
+        } \
+    }
+EACH_TILE_1(COPY)
+EACH_TILE_2(COPY)
+EACH_TILE_3(COPY)
+#undef COPY
+
+static void V(product)(const mha_product *p)
+{
+#define NAME(r, v) V(tiles_##r##x##v),
+    static void (*const copies[VECTORS][MAX_ROWS])(const mha_product *, V(progress) *, size_t) = {
+        {EACH_TILE_1(NAME)}, {EACH_TILE_2(NAME)}, {EACH_TILE_3(NAME)}};
+#undef NAME
+    static const size_t rows_of_few[VECTORS] = {ROWS_1, ROWS_2, ROWS_3}, rows_of_many[VECTORS] = ROWS_OF_MANY;
+    if (p->rows == 0)
+        return;
+    /* A product of few rows waits for its panel, so it reads the panel as rarely as possible. */
+    const size_t max_rows = (p->rows > MAX_FEW_ROWS ? rows_of_many : rows_of_few)[p->vectors - 1];
+    /* Tiles share the rows evenly: 9 rows are 5 + 4, because a tile of one row has too few sums. */
+    size_t tiles = 1, rows = p->rows, larger = 0;
+    if (p->rows > max_rows) {
+        tiles = (p->rows - 1) / max_rows + 1;
+        rows = p->rows / tiles;
+        larger = p->rows % tiles;
+    }
+    const mha_prefetch *prefetch = p->prefetch;
+    V(progress) at = {.a = p->a, .addend = p->addend, .c = p->c, .ahead = p->a};
+    if (prefetch && prefetch->rows == 1 && p->depth > 0) {
+        at.ahead = prefetch->data;
+        at.step = (prefetch->bytes + tiles * p->depth - 1) / (tiles * p->depth);
+    } else if (prefetch) {
+        at.next = prefetch->data;
+        at.left = prefetch->rows;
+        at.each = (prefetch->rows + tiles - 1) / tiles;
+    }
+    if (larger > 0)
+        copies[p->vectors - 1][rows](p, &at, larger);
+    copies[p->vectors - 1][rows - 1](p, &at, tiles - larger);
+}

@@ -1,0 +1,21 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * layer.h - the packed parameters of a layer, as the core sees them.
+ */
+#ifndef MHA_LAYER_H
+#define MHA_LAYER_H
+
+#include "mha.h"
+#include "panels.h"
+
+struct mha_layer {
+    mha_widths widths;
+    const mha_kernels *kernels;
+    mha_panels q, k, v, out;
+    const char *bias_k, *bias_v; /* NULL: the layer has none */
+    const void *k_weight;        /* as given: few_queries.c reads its rows */
+    char *memory; /* owns everything above but k_weight */
+    size_t bytes; /* of this memory */
+};
+
+#endif
