@@ -277,7 +277,7 @@ class MultiheadAttention:
         size = sum(math.prod(shape) for shape in shapes.values()) * real.itemsize
         if size > sys.maxsize:
             raise MemoryError(f"the parameters would take {size:,} bytes, with embed_dim={widths.embed_dim:,}")
-        arrays = initial_parameters(shapes, real, None if seed is None else integer("seed", seed))
+        arrays = initial_parameters(shapes, real, seed)
         parameters = ParameterSet(widths, arrays, real)
         self._set_up(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
