@@ -138,7 +138,7 @@ def schemes_named(names: Sequence[str]) -> tuple[Scheme, ...]:
     >>> schemes_named(["attn.qkv", "attn.proj"])[0].layout
     'stacked'
     """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names must be a sequence of strings, but got {names!r}")
     if len(names) not in (2, 3, 4):
         raise ValueError(
