@@ -18,7 +18,7 @@ mha_c = pytest.importorskip("mha_c")
 DOCS = REPOSITORY / "docs"
 
 
-@pytest.mark.parametrize("page", ["getting_started.md", "guide.md", "models.md"])
+@pytest.mark.parametrize("page", ["getting_started.md", "guide.md", "loading.md", "models.md"])
 def test_pages(page, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     if page == "models.md":

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import mha_c
 import numpy as np
 import pytest
-from helpers import bits, layer, normal, outcome
+from helpers import REPOSITORY, bits, layer, normal, outcome
 from mha_c.parameters import options, schemes
 
 from_state_dict = mha_c.MultiheadAttention.from_state_dict
@@ -63,6 +63,17 @@ DOUBTFUL = """
     qkv_proj o_proj
     query_key_value dense
 """
+
+
+def test_every_scheme_is_documented():
+    """Its models and its names are a row of the table in docs/loading.md."""
+    rows = (REPOSITORY / "docs" / "loading.md").read_text().splitlines()
+    for scheme in schemes.FOREIGN:
+        if not scheme.where:
+            found = [row for row in rows if row.startswith("| ") and all(f"`{name}`" in row for name in scheme.names)]
+            assert found, scheme
+    for option in options._OPTIONS:
+        assert any(row.startswith(f"| `{option}` |") for row in rows), option
 
 
 def table(text):
@@ -195,7 +206,7 @@ def test_names_of_models_that_compute_something_else(names):
     ids=str,
 )
 def test_where_models_use_the_names_of_others(names, prefix, option):
-    """GPT-J, GPT-Neo, Qwen2-VL and RoFormer have plain names, and nothing in a state dict but the place of the layer."""
+    """The names of GPT-J, GPT-Neo, Qwen2-VL and RoFormer are plain: only the place of the layer tells."""
     state = stored(layer(8, 4), names, prefix)
     for more in ({}, {"names": names}):
         kind, words = error_of(state, prefix, num_heads=4, **more)

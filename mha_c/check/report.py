@@ -118,4 +118,7 @@ class Report:
         return "".join(table._repr_html_() for table in self._tables())
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield from self._tables()
+        for number, table in enumerate(self._tables()):
+            if number > 0:
+                yield ""
+            yield table

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mha_c.advice.calls import decoding_advice
 from mha_c.parameters.arrays import as_array
 
 __all__ = ["MaskEffect", "Masks", "look_at_masks"]
@@ -100,7 +101,8 @@ def look_at_masks(
     if causal is not None:
         seen = int(np.count_nonzero(causal))
         says = (f"is_causal: query l sees the keys 0..l, {_percent(seen, causal.size)} of all pairs.",)
-        warnings = _causal_warnings(length, source_length) if length and alive[:, length:].any() else ()
+        is_cut = length and alive[:, length:].any()
+        warnings = (f"{decoding_advice(length, source_length)}.",) if is_cut else ()
         effects.append(MaskEffect("is_causal", str(causal.shape), causal.size - seen, causal.size, says, warnings))
     visible, blind, blind_count = _count_visible(alive, attn, causal, heads, length, dtype)
     pairs = batch * heads * length * source_length
@@ -220,16 +222,6 @@ def _effect(name: str, values: NDArray[Any], content: _Content, says: str, warni
         size=values.size,
         says=(f"{description}: {says}", *content.says(name)),
         warnings=(*warnings, *content.warnings(name)),
-    )
-
-
-def _causal_warnings(length: int, source_length: int) -> tuple[str, ...]:
-    """What goes wrong if there are more keys than queries, and the queries are the last positions of the sequence."""
-    more = source_length - length
-    return (
-        f"is_causal lets query l see the keys 0 to l, so that the last {more} of {source_length} keys are never seen. If "
-        "the queries are the last positions of the sequence, as in decoding, leave out is_causal and pass "
-        f"attn_mask=np.tri({length}, {source_length}, {more}) == 0.",
     )
 
 

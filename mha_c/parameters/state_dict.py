@@ -263,7 +263,8 @@ def missing_keys(names: Iterable[str]) -> str:
 
 
 def quoted(names: Iterable[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
+    """Names as torch prints them; those of a file could hold codes that a terminal would obey."""
+    return ", ".join(map(json.dumps, names))
 
 
 def loading_error(layer_name: str, errors: Iterable[str]) -> RuntimeError:

@@ -65,7 +65,7 @@ def attention() -> Iterator[Coverage]:
     Calls of attention: 1 computed by mha_c, 1 left to torch
     <BLANKLINE>
     module  class                         here  left  reason
-            scaled_dot_product_attention     1     1  dropout
+    -       scaled_dot_product_attention     1     1  dropout
     """
     coverage = Coverage()
     with AttentionMode(coverage):

@@ -29,7 +29,8 @@ def replace_attention(model: _Model) -> _Model:
 
     Each layer becomes a `ReplacedAttention`, which computes with mha_c in evaluation mode, on the CPU, in float32 and
     float64, where nothing needs a gradient. torch computes every other call, as before. Parameters, buffers, hooks and
-    names stay, and with them state dicts, optimisers and device moves. Calling this again on the same model refreshes it.
+    names stay, and with them state dicts, optimisers and device moves. Calling this again on the same model refreshes
+    it.
 
     Parameters
     ----------

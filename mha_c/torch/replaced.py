@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from mha_c.torch.attend import (
+    MISFIT,
     Answer,
     Call,
     LayerState,
@@ -182,6 +183,8 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         out_proj: Any = self._modules["out_proj"]  # faster than as an attribute
         if "parametrizations" in self._modules or "parametrizations" in out_proj._modules:
             return "parametrized weights"
+        if not (isinstance(need_weights, bool) and isinstance(average_attn_weights, bool)):
+            return MISFIT
         tensors = self._tensors(out_proj)
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
         reason = why_torch((query, key, value), masks, tuple(tensors.values()))
@@ -197,9 +200,9 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
             key,
             value,
             key_padding_mask,
-            bool(need_weights),
+            need_weights,
             attn_mask,
-            bool(average_attn_weights),
+            average_attn_weights,
             is_causal,
             self.embed_dim,
             self.num_heads,
