@@ -58,7 +58,7 @@ def model_folder() -> Path:
 
 
 class SentenceEncoder:
-    """The model. It turns sentences into unit vectors; the dot product of two vectors says how similar the sentences are.
+    """The model. It turns sentences into unit vectors, whose dot products say how similar the sentences are.
 
     Attributes
     ----------

@@ -16,8 +16,8 @@ __all__ = ["CRITERION", "Comparison", "Error"]
 #: factor of up to 5; a wrong or missing term causes an error of thousands of units. The four units allow for a torch
 #: result that happens to be exact.
 CRITERION = (
-    "A result agrees if its shape, dtype, NaN and infinities are torch's, and if its largest error is at most "
-    "8 times torch's plus 4 units in the last place."
+    "A result agrees if its shape, dtype, NaN and infinities are the same as torch's, and if its largest error is at "
+    "most 8 times torch's plus 4 units in the last place."
 )
 
 
