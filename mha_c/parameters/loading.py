@@ -217,9 +217,9 @@ def _what_there_is(
     under = set(Part(flat, prefix))
     begun = max(schemes, key=lambda scheme: len(under.intersection(scheme.weights)))
     if len(under.intersection(begun.weights)) > 1 or len(schemes) < len(SCHEMES):
-        yield missing_keys(weight for weight in begun.weights if weight not in under).strip()
+        yield missing_keys(prefix + weight for weight in begun.weights if weight not in under).strip()
     else:
-        yield missing_keys([f"{prefix}in_proj_weight"]).strip()
+        yield missing_keys([prefix + "in_proj_weight"]).strip()
     elsewhere = found or sorted(find_layers(flat), key=lambda start: not start.startswith(prefix))
     if elsewhere:
         yield f"It has layers with {_listed((f'prefix={quoted([start])}' for start in elsewhere), 3)}."
@@ -316,7 +316,7 @@ def _read_foreign(
     lengths = {name: weight.shape[:1] for name, weight in zip(scheme.biases, weights)}
     biases, _ = match_state_dict(layer_name, lengths, biases, strict=False)
     if strict and (missing := _missing_biases(scheme.biases, biases)):
-        raise loading_error(layer_name, [missing_keys(missing), _ADVICE])
+        raise loading_error(layer_name, [missing_keys(place.start + name for name in missing), _ADVICE])
 
     order = _order(scheme.weights[-2], weights, layout, heads)
     inputs = _inputs(weights, order)
