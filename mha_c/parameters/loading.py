@@ -106,7 +106,7 @@ def infer_layer(
         raise ValueError(f'layout must be "stacked" or "per_head", but got {layout!r}')
     place = _find(layer_name, state_dict, prefix, SCHEMES if names is None else schemes_named(names))
     told = Config() if config is None else read_config(config, place.start)
-    is_vouched = names is not None and not strict  # by the caller: names are as they should be
+    is_vouched = names is not None and not strict  # the caller says that the model computes nothing besides
     _refuse_more(place, told, has_config=config is not None, is_vouched=is_vouched)
     given = zip(_Heads._fields, (num_heads, num_kv_heads, head_dim))
     heads = _Heads(*(None if number is None else positive(name, number) for name, number in given))
