@@ -47,7 +47,14 @@ def test_the_figures_are_those_of_the_summary(tmp_path):
 ACCEPTED = {"ES01", "GL01", "GL02", "GL03", "PR08", "PR09", "RT03", "RT04", "RT05", "SA01", "SA03", "SS05", "SS06"}
 
 MODULES = ("check", "functional", "heads", "plot", "threads", "torch")
-CLASSES = ("layer.OutputProjection", "explanation.Explanation", "explanation.Stage", "explanation.MaskEffect")
+CLASSES = (
+    "layer.OutputProjection",
+    "explanation.Explanation",
+    "explanation.Stage",
+    "explanation.MaskEffect",
+    "display.coverage.Coverage",
+    "display.coverage.CoverageRow",
+)
 
 
 def names_of(item):

@@ -198,6 +198,20 @@ def test_other_dtypes_and_objects_meet_torchs_errors():
         assert type(results[1].error) is type(results[0].error) and str(results[1].error) == str(results[0].error)
 
 
+@pytest.mark.parametrize("garbage", [None, 0, 1, "no", 0.5, torch.tensor(False), torch.ones(2), np.ones(2)], ids=repr)
+@pytest.mark.parametrize("flag", ["need_weights", "average_attn_weights", "is_causal"])
+def test_flags_that_are_no_bools(flag, garbage):
+    """torch asks for the truth of some only where it needs it."""
+    theirs, ours = pair(8, 2)
+    x = torch.randn(5, 3, 8)
+    for call in ({}, {"need_weights": False}, {"attn_mask": torch.zeros(5, 5), "need_weights": False}):
+        with torch.no_grad():
+            expected, got = (outcome(lambda: module(x, x, x, **{**call, flag: garbage})) for module in (theirs, ours))
+        assert type(got.error) is type(expected.error) and str(got.error) == str(expected.error)
+        if expected.error is None:
+            assert_same(got.result, expected.result)
+
+
 @pytest.mark.parametrize("error", [AssertionError, IndexError, RuntimeError, TypeError, ValueError, MemoryError])
 def test_errors_of_ours_are_not_hidden(error, monkeypatch):
     """torch is asked where the checks refuse a call; what fails after them, or before, is for all to see."""

@@ -135,6 +135,11 @@ def test_weights_where_they_are_asked_for(coverage):
     assert coverage.here == 6 and coverage.left == 0  # not counted twice
 
 
+def test_weights_are_those_before_dropout(coverage):
+    weights = attention_of_a_layer(dropout=0.5, output_attentions=True)[1]
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 4, 4)) and coverage.rows[0].reason == "dropout"
+
+
 def test_rows_of_the_coverage(coverage):
     with torch.no_grad():
         encode(ready(transformers.BertModel))
@@ -209,9 +214,17 @@ def test_a_compiled_model_computes_with_torch():
     with torch.no_grad():
         want = encode(model)
         here = coverage.here
-        got = encode(torch.compile(model, backend="eager"))
+        got = encode(torch.compile(model, backend="eager", fullgraph=True))
     assert torch.allclose(got, want, atol=1e-5)
     assert here == coverage.here == 2
+
+
+def test_one_query_in_a_graph(coverage):
+    function, query, key = transformers.AttentionInterface()["mha_c"], torch.randn(2, 4, 1, 8), torch.randn(2, 4, 6, 8)
+    with torch.no_grad():
+        compiled = torch.compile(function, backend="eager", fullgraph=True)(torch.nn.Identity(), query, key, key, None)
+        assert coverage.left == 0
+        assert torch.equal(compiled[0], function(torch.nn.Identity(), query, key, key, None)[0])
 
 
 def test_each_name_counts_by_itself():
@@ -262,7 +275,7 @@ def test_a_name_is_a_string():
 
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"needs transformers, which is not installed: `pip install 'mha_c\[models\]'`"):
+    with pytest.raises(ImportError, match=r"needs transformers, which is not installed: `pip install transformers`"):
         register_transformers()
 
 

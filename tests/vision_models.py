@@ -4,6 +4,7 @@
 import copy
 import importlib
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -61,13 +62,6 @@ def of_timm(name, *traits, size=32, calls=2, **options):
     return Case("timm", name, make, images(size), traits, calls)
 
 
-def _clip(vision):
-    def make(open_clip):
-        text = {"context_length": 16, "vocab_size": 90, "width": 64, "heads": 4, "layers": 2}
-        return open_clip.CLIP(32, {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 16, **vision}, text)
-    return make
-
-
 class Text(torch.nn.Module):
     """The text tower of CLIP."""
 
@@ -79,21 +73,27 @@ class Text(torch.nn.Module):
         return self.model.encode_text(tokens)
 
 
+def of_clip(name, part, x, *traits, calls=2, layers=2):
+    def make(open_clip):
+        vision = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 16, "layers": layers}
+        text = {"context_length": 16, "vocab_size": 90, "width": 64, "heads": 4, "layers": 2}
+        return part(open_clip.CLIP(32, vision, text))
+    return Case("open_clip", name, make, x, traits, calls)
+
+
 CASES = [
     of_timm("vit_tiny_patch16_224", "scale"),
     of_timm("deit_tiny_distilled_patch16_224", "scale"),
     of_timm("vit_medium_patch16_reg4_gap_256", "scale"),
     of_timm("beit_base_patch16_224", "mask", "scale"),
     of_timm("eva02_tiny_patch14_224", "scale"),
-    of_timm("swin_tiny_patch4_window7_224", "mask", "scale", size=64, calls=4, embed_dim=32, depths=(2, 2), num_heads=(2, 4),
-            window_size=4),
+    of_timm("swin_tiny_patch4_window7_224", "mask", "scale", size=64, calls=4, embed_dim=32, depths=(2, 2),
+            num_heads=(2, 4), window_size=4),
     Case("torchvision", "VisionTransformer", lambda torchvision: torchvision.models.VisionTransformer(
         image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128), images(32), ("biases",), 2),
-    Case("open_clip", "CLIP, images by a residual network", lambda open_clip: _clip({"layers": [1, 1, 1, 1]})(open_clip).visual,
-         images(32), ("biases",), 1),
-    Case("open_clip", "CLIP, images", lambda open_clip: _clip({"layers": 2})(open_clip).visual, images(32), ("biases",), 2),
-    Case("open_clip", "CLIP, text", lambda open_clip: Text(_clip({"layers": 2})(open_clip)), torch.arange(1, 17)[None],
-         ("mask", "biases"), 2),
+    of_clip("CLIP, images by a residual network", attrgetter("visual"), images(32), "biases", calls=1, layers=[1, 1, 1, 1]),
+    of_clip("CLIP, images", attrgetter("visual"), images(32), "biases"),
+    of_clip("CLIP, text", Text, torch.arange(1, 17)[None], "mask", "biases"),
 ]
 
 

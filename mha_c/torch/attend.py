@@ -115,9 +115,10 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
     --------
     >>> tensors = {"in_proj_weight": torch.ones(24, 8), "out_proj.weight": torch.ones(8, 8)}
     >>> x = torch.ones(5, 3, 8)
-    >>> attend(PackedParameters(), tensors, Call(x, x, x, None, True, None, True, False, 8, 2, 8, 8, False, False))[1].shape
+    >>> call = Call(x, x, x, None, True, None, True, False, 8, 2, 8, 8, False, False)
+    >>> attend(PackedParameters(), tensors, call)[1].shape
     torch.Size([3, 5, 5])
-    >>> attend(PackedParameters(), tensors, Call(x, x, x, None, True, None, True, False, 8, 3, 8, 8, False, False))
+    >>> attend(PackedParameters(), tensors, call._replace(num_heads=3))
     'unusual parameters'
     """
     query, key, value = call.query, call.key, call.value
@@ -159,7 +160,7 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
     return torch.from_numpy(output), None if weights is None else torch.from_numpy(weights)
 
 
-# Where torch.compile gives up a graph, its compiler looks at every function that is called, which this one is not for.
+# Where torch.compile gives up a graph, it traces the functions that are called. It must not trace this one.
 attend_apart_from_compiler = _disable_dynamo(attend)
 
 

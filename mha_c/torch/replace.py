@@ -29,7 +29,8 @@ def replace_attention(model: _Model) -> _Model:
 
     Each layer becomes a `ReplacedAttention`, which computes with mha_c in evaluation mode, on the CPU, in float32 and
     float64, where nothing needs a gradient. torch computes every other call, as before. Parameters, buffers, hooks and
-    names stay, and with them state dicts, optimisers and device moves. Calling this again on the same model refreshes it.
+    names stay, and with them state dicts, optimisers and device moves. Calling this again on the same model refreshes
+    it.
 
     Parameters
     ----------
@@ -132,7 +133,9 @@ def restore_attention(model: _Model) -> _Model:
 
 
 def coverage(model: torch.nn.Module) -> Coverage:
-    """Which attention of a model was computed by mha_c since it was replaced, and why the rest was not.
+    """Return which calls of a model's attention mha_c computed, which it left to torch, and why.
+
+    The calls are counted from `replace_attention` on.
 
     Parameters
     ----------
