@@ -685,9 +685,11 @@ class MultiheadAttention:
         names : sequence of str, optional
             What the query, key, value and output projections are called, each with a ``.weight`` and perhaps a
             ``.bias``. Two names if one weight holds query, key and value; three if one holds key and value. None: they
-            are found by the names of torch, BERT, GPT-2, Llama, T5, timm, x-transformers, Flax, Keras and others.
+            are found by the names of torch, BERT, GPT-2, timm, x-transformers, Flax, Keras and others.
         strict : bool, default True
             Whether it is an error if arrays stand beside the projections that are not known, or a bias is missing.
+            False takes zeros for the bias. Given `names` too, it also takes your word that the model computes nothing
+            besides.
         dropout, add_zero_attn, batch_first
             As for the constructor.
         dtype : optional
@@ -714,9 +716,9 @@ class MultiheadAttention:
         RuntimeError
             In torch's words, if names or shapes differ; it says what there is instead.
         NotImplementedError
-            If names or `config` show that the model computes something else, such as rotary positions, normalised
-            queries, biases by relative position; and for names that only such models use, unless `names` or `config` is
-            given.
+            If the model computes something that a layer does not, such as rotary positions, normalised queries, biases
+            by relative position: `config` or names in the state dict show it, or it is usual in models that use these
+            names, such as Llama and T5. The error names what is missing.
         ValueError
             If no layer of `num_heads` heads has such shapes, arguments contradict `config` or each other, a layout has
             to be given, or a file is incomplete, damaged or of another kind.
@@ -730,8 +732,8 @@ class MultiheadAttention:
         Notes
         -----
         A state dict says nothing of `batch_first`, of dropout, of masks, nor of the path from a model's input to its
-        attention. A layer computes softmax(Q Kᵀ / sqrt(head_dim)) V and no more. What some models add to it has no
-        parameters, such as rotary positions: `config` shows it, names may not.
+        attention. A layer computes softmax(Q Kᵀ / sqrt(head_dim)) V and no more. What some models do besides has no
+        parameters, and their names may be those of models that do not: only `config` shows it then.
 
         Examples
         --------

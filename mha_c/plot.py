@@ -816,7 +816,7 @@ def _shorten(word: str) -> str:
 
 
 def _colorbar(image: Any, axes: Sequence[Axes] | NDArray[Any], meaning: str) -> None:
-    """A colour scale beside the axes, in the colour of their text: the current style may differ from that of the axes."""
+    """A colour scale beside the axes, in the colour of their text: the current style may differ from theirs."""
     ink = _ink(axes[0])
     figure = axes[0].figure
     assert isinstance(figure, Figure)

@@ -480,7 +480,7 @@ def test_decoding_with_is_causal():
         module.forward(query, x, x, is_causal=True)
     here = inspect.currentframe().f_lineno
     assert [(w.filename, here - w.lineno) for w in caught] == [(__file__, 2), (__file__, 1)]
-    code = re.search(r"pass attn_mask=(.+?) instead", str(caught[0].message))[1]
+    code = re.search(r"pass attn_mask=(.+?), for L queries", str(caught[0].message))[1]
     mask = evaluated(code, {"L": 3, "S": 10})
     want = module(x, x, x, is_causal=True)[0][:, -3:]
     np.testing.assert_allclose(module(query, x, x, attn_mask=mask)[0], want, rtol=1e-5, atol=1e-6)

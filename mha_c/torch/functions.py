@@ -28,12 +28,12 @@ _FUNCTIONS = {multi_head_attention_forward, scaled_dot_product_attention}
 
 @contextmanager
 def attention() -> Iterator[Coverage]:
-    """Let torch's functions of attention compute with mha_c within a block.
+    """Make torch's functions of attention compute with mha_c within a block.
 
-    They are ``torch.nn.functional.scaled_dot_product_attention`` and ``multi_head_attention_forward``, which
-    ``torch.nn.MultiheadAttention`` calls. They compute here on the CPU, in float32 and float64, where nothing needs a
-    gradient. Other calls are torch's, and are counted with the reason. Results mean what torch's mean, errors are
-    torch's, and a result is laid out in memory as torch's is.
+    The functions are ``torch.nn.functional.scaled_dot_product_attention`` and ``multi_head_attention_forward``, which
+    ``torch.nn.MultiheadAttention`` calls. mha_c computes calls on the CPU in float32 and float64 that need no gradient.
+    torch computes the others, which are counted with the reason. Results have torch's meaning and memory layout, and
+    errors are torch's.
 
     Yields
     ------
@@ -43,17 +43,16 @@ def attention() -> Iterator[Coverage]:
     Notes
     -----
     The block is a ``torch.overrides.TorchFunctionMode``: nothing is patched, and it is active in the thread that
-    entered it. Of blocks within each other, the innermost computes and counts a call; what it leaves to torch reaches
-    the next one. Layers of `replace_attention` compute and count by themselves.
+    entered it. In nested blocks, the innermost one computes and counts a call; if it leaves the call to torch, the call
+    reaches the next block. Layers of `replace_attention` count their own calls.
 
-    Graphs are not reached: those of ``torch.compile``, ``torch.export`` and ``torch.jit`` hold torch's attention. Inside
-    the block, as inside any such mode, torch takes its ordinary path: it neither makes nested tensors nor fuses encoder
-    layers.
+    Graphs made by ``torch.compile``, ``torch.export`` or ``torch.jit`` hold torch's attention and are not changed. Inside
+    the block, torch takes its ordinary path, without nested tensors and fused encoder layers, as in any such mode.
 
-    A call of one query and several keys, as in generation, is left to torch, which is faster at it so far.
+    A call with one query and several keys, as in generation, is left to torch, which is still faster at it.
 
-    Parameters are packed for the kernels once in a block, and again after a change; `ReplacedAttention` says which
-    changes are noticed. So a block around many calls is faster than a block around each.
+    Parameters are packed for the kernels once in a block, and again after a change; see `ReplacedAttention.refresh`. So
+    one block around many calls is faster than one around each call.
 
     Examples
     --------

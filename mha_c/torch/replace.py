@@ -133,7 +133,9 @@ def restore_attention(model: _Model) -> _Model:
 
 
 def coverage(model: torch.nn.Module) -> Coverage:
-    """Which attention of a model was computed by mha_c since it was replaced, and why the rest was not.
+    """Return which calls of a model's attention mha_c computed, which it left to torch, and why.
+
+    The calls are counted from `replace_attention` on.
 
     Parameters
     ----------

@@ -55,7 +55,7 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         return LayerState()
 
     def refresh(self) -> None:
-        """Read the parameters anew at the next call, after a change that would not be noticed.
+        """Read the parameters again at the next call, after a change that would not be noticed.
 
         Every call checks whether the parameters have changed. It can miss one kind of change: some numbers of a
         parameter, but not all, written in a way that torch does not count, which is through ``parameter.data``, NumPy
@@ -82,7 +82,7 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> Answer:
-        """As ``torch.nn.MultiheadAttention.forward``: with mha_c where it can, else with torch.
+        """Compute ``torch.nn.MultiheadAttention.forward`` with mha_c if it can, or else with torch.
 
         Parameters
         ----------
@@ -137,7 +137,7 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool,
         is_causal: bool,
     ) -> Answer | str:
-        """What forward returns, or in a few words why torch is to answer.
+        """Return what `forward` returns, or if torch has to compute it, the reason in a few words.
 
         Parameters
         ----------
@@ -219,12 +219,12 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def train(self, mode: bool = True) -> ReplacedAttention:
-        """As torch's. What is packed is dropped: training changes it.
+        """Switch training mode on or off, as in torch. Packed parameters are dropped, since training changes them.
 
         Parameters
         ----------
         mode : bool, default True
-            Whether the layer is to be in training mode.
+            True for training mode, False for evaluation mode.
 
         Returns
         -------

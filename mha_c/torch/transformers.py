@@ -25,16 +25,16 @@ _names: set[str] = set()  # registered here
 
 
 def register_transformers(name: str = "mha_c") -> Coverage:
-    """Make ``attn_implementation="mha_c"`` a choice for the models of Hugging Face's transformers.
+    """Let the models of Hugging Face's transformers use ``attn_implementation="mha_c"``.
 
-    A layer's attention then computes with mha_c on the CPU, in float32 and float64, where nothing needs a gradient. Other
-    calls are left to the function that transformers has for torch's attention, ``"sdpa"``, and are counted with the
-    reason. All results mean what that function's mean, in the version that is installed.
+    mha_c then computes the calls on the CPU in float32 and float64 that need no gradient. Other calls are left to
+    transformers' own function for torch's attention, ``"sdpa"``, and are counted with the reason. All results have the
+    meaning that they have with this function, in the installed version.
 
     Parameters
     ----------
     name : str, default "mha_c"
-        What `attn_implementation` is to be.
+        The name of the attention, for `attn_implementation`.
 
     Returns
     -------
@@ -47,17 +47,17 @@ def register_transformers(name: str = "mha_c") -> Coverage:
     ImportError
         If transformers is not installed, or is older than 4.57.
     TypeError, ValueError
-        If `name` is not an identifier, or means something to transformers already.
+        If `name` is not an identifier, or already has a meaning in transformers.
 
     Notes
     -----
-    A call raises NotImplementedError, and says what to do, where mha_c would have to ignore what a model asks for: soft
-    caps, attention sinks, any other keyword that is not known, and models that transformers does not let use ``"sdpa"``.
+    A call raises NotImplementedError, and says what to do, if mha_c would have to ignore something that the model asks
+    for: soft caps, attention sinks, any unknown keyword, and models for which transformers does not allow ``"sdpa"``.
 
-    ``output_attentions=True`` is computed as well: attention to the rows of an identity matrix gives the weights. A query
-    that sees no key has weights of 0. They are those before dropout.
+    ``output_attentions=True`` is computed as well: attention to the rows of an identity matrix gives the weights, as they
+    are before dropout. A query that sees no key has weights of 0.
 
-    A call of one query and several keys, as in generation, is left to torch, which is faster at it so far.
+    A call with one query and several keys, as in generation, is left to torch, which is still faster at it.
 
     Examples
     --------
