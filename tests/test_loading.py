@@ -244,7 +244,7 @@ def test_given_names_that_are_wrong():
     for names in (["qkv"], ["q"] * 5):
         with pytest.raises(ValueError, match=r"names are \(query, key, value, output\), .* but got \["):
             from_state_dict(state, num_heads=4, names=names)
-    for names in ("qkv", [1, 2], 3):
+    for names in ("qkv", [1, 2], 3, {"q": 1, "k": 2}):
         with pytest.raises(TypeError):
             from_state_dict(state, num_heads=4, names=names)
     kind, words = error_of(state, num_heads=4, names=["to_qkv", "proj"])
@@ -272,7 +272,7 @@ def test_projections_head_by_head(num_kv_heads, head_dim):
     assert bits(loaded.state_dict()) == bits(module.state_dict())
     with pytest.raises(ValueError, match='layout must be "stacked" or "per_head"'):
         from_state_dict(state, **given, layout="heads")
-    for wrong in ({"num_heads": 5}, {"num_kv_heads": 3}, {"num_heads": 0}, {"num_heads": -4}):
+    for wrong in ({"num_heads": 5}, {"num_kv_heads": 3}):
         with pytest.raises(ValueError, match="rows, which do not fit"):
             from_state_dict(state, **{**given, **wrong}, layout="per_head")
 
@@ -783,7 +783,7 @@ def test_where_a_config_has_the_heads(config, start, expected):
 def test_configs_that_do_not_tell(tmp_path):
     state = stored(layer(8, 4), PLAIN)
     for more in ({}, {"config": {}}, {"config": {"num_heads": [3, 6]}}):
-        with pytest.raises(TypeError, match="needs num_heads, which no shape tells, or the model's config.json"):
+        with pytest.raises(TypeError, match="needs num_heads, which no shape tells, or config="):
             from_state_dict(state, **more)
     clip = {"text_config": {"num_attention_heads": 4}, "vision_config": {"num_attention_heads": 2}, "dim": 3}
     with pytest.raises(ValueError, match=r"pass config\['text_config'\] or config\['vision_config'\]"):
@@ -927,10 +927,49 @@ def test_the_error_says_what_there_is():
     assert error_of(known, "layers.", num_heads=4)[1].endswith('It has layers with prefix="layers.0.".')
     begun = {f"attn.{name}_proj.weight": w for name in "qk"}
     words = error_of(begun, "attn.", num_heads=4)[1]
-    assert 'Missing key(s) in state_dict: "v_proj.weight", "out_proj.weight".' in words
+    assert 'Missing key(s) in state_dict: "attn.v_proj.weight", "attn.out_proj.weight".' in words
     words = error_of({"epoch": 3, "model": {}}, num_heads=4)[1]
     assert 'It holds no arrays, but "epoch" (int), "model" (dict).' in words
     assert "It holds no arrays." in error_of({}, num_heads=4)[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"num_heads": 3}, "num_heads=3 does not fit qkv.weight (24, 8) and proj.weight (8, 8): take num_heads, and"),
+        ({"num_heads": 2, "num_kv_heads": 1}, "num_heads=2, num_kv_heads=1 does not fit qkv.weight (24, 8) and"),
+        ({"num_heads": 2, "head_dim": 3}, "num_heads=2, head_dim=3 does not fit qkv.weight (24, 8) and proj.weight"),
+        ({"num_heads": 0}, "num_heads must be greater than 0, but got 0"),
+        ({"num_heads": -1}, "num_heads must be greater than 0, but got -1"),
+        ({"num_heads": 2, "num_kv_heads": 0}, "num_kv_heads must be greater than 0, but got 0"),
+        ({"num_heads": "2"}, "num_heads must be an int, but got '2'"),
+        ({"num_heads": 2.0}, "num_heads must be an int, but got 2.0"),
+        ({"num_heads": 2, "prefix": None}, "prefix must be a string, but got None"),
+        ({"num_heads": 2, "prefix": 3}, "prefix must be a string, but got 3"),
+        ({}, "from_state_dict() needs num_heads, which no shape tells, or config=, the model's config.json"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_numbers(arguments, words):
+    """The error has the names and the shapes of the file."""
+    kind, said = error_of(stored(layer(8, 4), ("qkv", "proj")), **arguments)
+    assert kind in (ValueError, TypeError) and said.startswith(words)
+
+
+def test_widths_that_no_layer_has():
+    module = layer(8, 2)
+    state = {**module.state_dict(), "out_proj.weight": np.ones((8, 6))}
+    assert "num_heads=2 does not fit in_proj_weight (24, 8) and out_proj.weight (8, 6)" in error_of(state, num_heads=2)[1]
+    state = stored(layer(8, 2, bias=False), PLAIN)
+    state |= {"k_proj.weight": np.ones((3, 8)), "v_proj.weight": np.ones((3, 8))}
+    assert "k_proj.weight (3, 8) and" in error_of(state, num_heads=2)[1]
+
+
+def test_modules_instead_of_state_dicts(torch):
+    kind, words = error_of(torch.nn.MultiheadAttention(8, 2), num_heads=2)
+    assert kind is TypeError and words.endswith("activation.MultiheadAttention'>. Pass its state_dict().")
+    kind, words = error_of([1], num_heads=2)
+    assert kind is TypeError and words == "Expected state_dict to be dict-like, got <class 'list'>."
 
 
 def test_a_transposed_weight_is_recognised():

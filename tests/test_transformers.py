@@ -275,7 +275,7 @@ def test_a_name_is_a_string():
 
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"needs transformers, which is not installed: `pip install 'mha_c\[models\]'`"):
+    with pytest.raises(ImportError, match=r"needs transformers, which is not installed: `pip install transformers`"):
         register_transformers()
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.options import Config, options_shown_by_names, read_config, refusal, usual
 from mha_c.parameters.schemes import SCHEMES, Layout, Scheme, find_layers, schemes_named
-from mha_c.parameters.sets import Widths
+from mha_c.parameters.sets import Widths, positive
 from mha_c.parameters.state_dict import Part, check_names, loading_error, match_state_dict, missing_keys, quoted
 from mha_c.parameters.stored import Opaque, StoredArray
 
@@ -101,19 +100,22 @@ def infer_layer(
     (2, {'in_proj_weight': (12, 4), 'out_proj.weight': (4, 4)})
     """
     check_names(state_dict)
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, but got {prefix!r}")
     if layout not in (None, "stacked", "per_head"):
         raise ValueError(f'layout must be "stacked" or "per_head", but got {layout!r}')
     place = _find(layer_name, state_dict, prefix, SCHEMES if names is None else schemes_named(names))
     told = Config() if config is None else read_config(config, place.start)
-    is_vouched = names is not None and not strict  # by the caller: names are as they should be
+    is_vouched = names is not None and not strict  # the caller says that the model computes nothing besides
     _refuse_more(place, told, has_config=config is not None, is_vouched=is_vouched)
-    given = (None if number is None else operator.index(number) for number in (num_heads, num_kv_heads, head_dim))
-    heads = _agree(_Heads(*given), "config", _Heads(told.num_heads, told.num_kv_heads, told.head_dim))
+    given = zip(_Heads._fields, (num_heads, num_kv_heads, head_dim))
+    heads = _Heads(*(None if number is None else positive(name, number) for name, number in given))
+    heads = _agree(heads, "config", _Heads(told.num_heads, told.num_kv_heads, told.head_dim))
     if place.scheme.kind:
         arrays, heads = _read_foreign(layer_name, place, layout or place.scheme.layout, heads, strict)
     else:
         arrays = {name: _read(place.part, name) for name in _PARAMETERS if name in place.part}
-    widths = _infer_widths({name: array.shape for name, array in arrays.items()}, heads)
+    widths = _infer_widths(place, {name: array.shape for name, array in arrays.items()}, heads)
     if place.scheme.interleaves and not is_vouched and 1 < widths.num_kv_heads < widths.num_heads:
         raise refusal({"kv_heads": f"it has {widths.num_kv_heads} of them for {widths.num_heads} heads"})
     if num_heads is None and told.embed_dim not in (None, widths.embed_dim):
@@ -215,9 +217,9 @@ def _what_there_is(
     under = set(Part(flat, prefix))
     begun = max(schemes, key=lambda scheme: len(under.intersection(scheme.weights)))
     if len(under.intersection(begun.weights)) > 1 or len(schemes) < len(SCHEMES):
-        yield missing_keys(weight for weight in begun.weights if weight not in under).strip()
+        yield missing_keys(prefix + weight for weight in begun.weights if weight not in under).strip()
     else:
-        yield missing_keys([f"{prefix}in_proj_weight"]).strip()
+        yield missing_keys([prefix + "in_proj_weight"]).strip()
     elsewhere = found or sorted(find_layers(flat), key=lambda start: not start.startswith(prefix))
     if elsewhere:
         yield f"It has layers with {_listed((f'prefix={quoted([start])}' for start in elsewhere), 3)}."
@@ -278,7 +280,7 @@ def _agree(ours: _Heads, source: str, theirs: _Heads) -> _Heads:
 def _known(heads: _Heads) -> int:
     """The number of heads."""
     if heads.num_heads is None:
-        raise TypeError("from_state_dict() needs num_heads, which no shape tells, or the model's config.json as config")
+        raise TypeError("from_state_dict() needs num_heads, which no shape tells, or config=, the model's config.json")
     return heads.num_heads
 
 
@@ -314,7 +316,7 @@ def _read_foreign(
     lengths = {name: weight.shape[:1] for name, weight in zip(scheme.biases, weights)}
     biases, _ = match_state_dict(layer_name, lengths, biases, strict=False)
     if strict and (missing := _missing_biases(scheme.biases, biases)):
-        raise loading_error(layer_name, [missing_keys(missing), _ADVICE])
+        raise loading_error(layer_name, [missing_keys(place.start + name for name in missing), _ADVICE])
 
     order = _order(scheme.weights[-2], weights, layout, heads)
     inputs = _inputs(weights, order)
@@ -381,7 +383,7 @@ def _order(
         return None
     num_heads = _known(heads)
     queries = num_heads if len(weights) == 2 else 0
-    head_dim = features // max(num_heads, 1)
+    head_dim = features // num_heads
     num_kv_heads = (rows // max(head_dim, 1) - queries) // 2
     fits = rows == (queries + 2 * num_kv_heads) * head_dim and features == num_heads * head_dim
     if not fits or num_kv_heads <= 0 or num_heads % num_kv_heads or heads.num_kv_heads not in (None, num_kv_heads):
@@ -398,19 +400,27 @@ def _inputs(arrays: Sequence[NDArray[Any]], order: NDArray[Any] | None) -> list[
     return [*first, *np.split(several, 2)] if len(first) == 1 else [*first, several]
 
 
-def _infer_widths(shapes: Mapping[str, tuple[int, ...]], heads: _Heads) -> Widths:
+def _shapes(place: _Place) -> str:
+    """The weights of a layer, as they are called and stored."""
+    names = place.scheme.weights if place.scheme.kind else [name for name in _PARAMETERS if name.endswith("weight")]
+    return " and ".join(f"{name} {_read(place.part, name).shape}" for name in names if name in place.part)
+
+
+def _infer_widths(place: _Place, shapes: Mapping[str, tuple[int, ...]], heads: _Heads) -> Widths:
     """The widths of a layer with parameters of these shapes; what they leave open is as in torch."""
     num_heads, num_kv_heads, head_dim = _known(heads), heads.num_kv_heads, heads.head_dim
 
     def share(total: int, parts: int) -> int:
-        if total <= 0 or parts <= 0 or total % parts:
-            if out_dim == rows < embed_dim and "in_proj_weight" in shapes:
-                raise ValueError(f"in_proj_weight has the shape {(rows, embed_dim)}: it is transposed, so pass its .T")
-            raise ValueError(
-                f"{num_heads} heads do not fit parameters of the shapes {dict(shapes)}; if heads have a width of their "
-                "own, or keys and values have fewer heads, head_dim or num_kv_heads may say so"
-            )
-        return total // parts
+        if total > 0 and total % parts == 0:
+            return total // parts
+        name = place.scheme.weights[0]
+        if out_dim == rows < embed_dim and "in_proj_weight" in shapes:
+            raise ValueError(f"{name} has the shape {(rows, embed_dim)}: it is transposed, so pass its .T")
+        given = ", ".join(f"{name}={number}" for name, number in zip(_Heads._fields, heads) if number is not None)
+        raise ValueError(
+            f"{given} does not fit {_shapes(place)}: take num_heads, and where the model has them num_kv_heads and "
+            "head_dim, from its configuration"
+        )
 
     for name in ("in_proj_weight", *_INPUTS, "out_proj.weight"):
         if len(shapes.get(name, (0, 0))) != 2:
@@ -432,4 +442,6 @@ def _infer_widths(shapes: Mapping[str, tuple[int, ...]], heads: _Heads) -> Width
         key_rows, kdim = shapes.get("k_proj_weight", (rows, embed_dim))
         _, vdim = shapes.get("v_proj_weight", (rows, embed_dim))
         num_kv_heads = share(key_rows, head_dim) if num_kv_heads is None else num_kv_heads
+    if heads.num_kv_heads is None:
+        share(num_heads, num_kv_heads)
     return Widths.from_arguments(embed_dim, num_heads, kdim, vdim, head_dim, v_head_dim, out_dim, num_kv_heads)

@@ -138,7 +138,7 @@ def schemes_named(names: Sequence[str]) -> tuple[Scheme, ...]:
     >>> schemes_named(["attn.qkv", "attn.proj"])[0].layout
     'stacked'
     """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names must be a sequence of strings, but got {names!r}")
     if len(names) not in (2, 3, 4):
         raise ValueError(
@@ -187,9 +187,8 @@ def find_layers(names: Collection[str], prefix: str = "", schemes: Iterable[Sche
         for name in by_ending.get(_ending(first), ()):
             start = name.removesuffix(first)
             weights = {start + weight for weight in scheme.weights}
-            fits = start != name and f".{start}".endswith(f".{prefix}")
-            fits = fits and re.search(scheme.where, name)
-            if fits and taken.isdisjoint(weights) and all(weight in names for weight in weights):
+            is_place = start != name and f".{start}".endswith(f".{prefix}") and re.search(scheme.where, name)
+            if is_place and taken.isdisjoint(weights) and all(weight in names for weight in weights):
                 found[start] = scheme
                 taken |= weights
     return found

@@ -80,7 +80,7 @@ def register_transformers(name: str = "mha_c") -> Coverage:
         if error.name != "transformers":
             raise
         raise ImportError(
-            "register_transformers needs transformers, which is not installed: `pip install 'mha_c[models]'`"
+            "register_transformers needs transformers, which is not installed: `pip install transformers`"
         ) from error
     try:
         from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
