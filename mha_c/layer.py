@@ -870,8 +870,8 @@ class MultiheadAttention:
         module_class = getattr(type(module), "_torch_class", type(module))
         if "forward" in vars(module) or module_class.forward is not torch.nn.MultiheadAttention.forward:
             raise TypeError(
-                f"from_torch takes a torch.nn.MultiheadAttention, but this {module_class.__name__} has a forward of "
-                "its own, which could compute anything. If it computes torch's attention, write "
+                f"from_torch takes a torch.nn.MultiheadAttention, but this {module_class.__name__} overrides forward, "
+                "which could compute anything. If it computes torch's attention, write "
                 "MultiheadAttention.from_state_dict(module.state_dict(), num_heads=module.num_heads)"
             )
         out_dim = len(module.out_proj.weight)
