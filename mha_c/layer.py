@@ -48,9 +48,9 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 class _Width(property):
     """A width of the layer as an attribute; all widths are fixed at construction."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, doc: str) -> None:
         super().__init__(operator.attrgetter(f"_parameters.widths.{name}"))
-        self.__doc__ = f"{name}, fixed at construction."
+        self.__doc__ = f"{doc}, fixed at construction."
 
     if TYPE_CHECKING:
 
@@ -78,12 +78,12 @@ class _Parameter(property):
 class _Option(property, Generic[_Value]):
     """An argument of the constructor as an attribute, which is checked whenever it is assigned."""
 
-    def __init__(self, name: str, check: Callable[[str, Any], _Value]) -> None:
+    def __init__(self, name: str, check: Callable[[str, Any], _Value], doc: str) -> None:
         def assign(layer: "MultiheadAttention", value: Any) -> None:
             setattr(layer, f"_{name}", check(name, value))
 
         super().__init__(operator.attrgetter(f"_{name}"), assign)
-        self.__doc__ = f"{name}, which may be changed; a change takes effect at the next call."
+        self.__doc__ = f"{doc}; a change takes effect at the next call."
 
     if TYPE_CHECKING:
 
@@ -211,14 +211,14 @@ class MultiheadAttention:
     MultiheadAttention(embed_dim=10, num_heads=4, head_dim=2, out_dim=8, dtype=float32, training=True)
     """
 
-    embed_dim = _Width("embed_dim")
-    kdim = _Width("kdim")
-    vdim = _Width("vdim")
-    num_heads = _Width("num_heads")
-    num_kv_heads = _Width("num_kv_heads")
-    head_dim = _Width("head_dim")
-    v_head_dim = _Width("v_head_dim")
-    out_dim = _Width("out_dim")
+    embed_dim = _Width("embed_dim", "Features of the query")
+    kdim = _Width("kdim", "Features of the key")
+    vdim = _Width("vdim", "Features of the value")
+    num_heads = _Width("num_heads", "Number of query heads")
+    num_kv_heads = _Width("num_kv_heads", "Number of key and value heads")
+    head_dim = _Width("head_dim", "Features of a query head and of a key head")
+    v_head_dim = _Width("v_head_dim", "Features of a value head")
+    out_dim = _Width("out_dim", "Features of the output")
 
     in_proj_weight = _Parameter(
         "in_proj_weight", "The query, key and value projections, stacked, if kdim = vdim = embed_dim; else None."
@@ -232,12 +232,12 @@ class MultiheadAttention:
     bias_k = _Parameter("bias_k", "The learned key of `add_bias_kv`, (1, 1, features); else None.")
     bias_v = _Parameter("bias_v", "The learned value of `add_bias_kv`, (1, 1, features); else None.")
 
-    dropout = _Option("dropout", number)
-    batch_first = _Option("batch_first", _flag)
-    add_zero_attn = _Option("add_zero_attn", _flag)
-    masked_rows = _Option("masked_rows", _masked_rows)
-    training = _Option("training", _flag)
-    dropout_seed = _Option("dropout_seed", _seed)
+    dropout = _Option("dropout", number, "Probability of dropping an attention weight, in training mode only")
+    batch_first = _Option("batch_first", _flag, "Whether inputs are (N, L, E) rather than (L, N, E)")
+    add_zero_attn = _Option("add_zero_attn", _flag, "Whether to append one key and value of zeros")
+    masked_rows = _Option("masked_rows", _masked_rows, "What a query gets if every key is hidden from it")
+    training = _Option("training", _flag, "Whether the layer is in training mode")
+    dropout_seed = _Option("dropout_seed", _seed, "Seed of the dropped weights")
 
     _dropout: float  # where these are kept: each call reads them, and a property takes longer
     _batch_first: bool
@@ -668,72 +668,73 @@ class MultiheadAttention:
         config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
         layout: Layout | None = None,
     ) -> Self:
-        """A layer with parameters from anywhere, whose shapes say how wide it is.
+        """Make a layer from trained parameters: those of one layer in a state dict or a file.
+
+        The shapes of the parameters determine the widths of the layer.
 
         Parameters
         ----------
         state_dict : mapping of str to array or tensor, or str or path-like
-            The parameters of the layer, or of a whole model, or a file of them: of torch (.pt, .pth, .bin, .ckpt),
-            safetensors, .npz, or the index of several files (``model.safetensors.index.json``). The content tells the
-            kind. Only the layer is read from it, and nothing in it is executed. Mappings may hold others, such as
-            ``{"model": ..., "epoch": 3}``.
+            The parameters of the layer or of a whole model, or a file of them: of torch (.pt, .pth, .bin, .ckpt),
+            safetensors, .npz, or the index of several files (``model.safetensors.index.json``). The kind of a file is
+            recognised by its content. Only the layer is read, and nothing in the file is executed. Mappings may be
+            nested, such as ``{"model": ..., "epoch": 3}``.
         prefix : str, default ""
-            What precedes the layer's names, the dot included, such as ``"encoder.layers.0.self_attn."``. More may
-            precede them, such as ``"model."``, if there is only one such layer.
+            The beginning of the layer's names, including the dot, such as ``"encoder.layers.0.self_attn."``. More may
+            precede it, such as ``"model."``, if there is only one such layer.
         num_heads : int, optional
-            Heads. Needed unless `config` tells it, or the shape of Flax's or Keras's kernels.
+            Number of heads. It is needed unless `config`, or the shape of Flax's or Keras's kernels, gives it.
         names : sequence of str, optional
-            What the query, key, value and output projections are called, each with a ``.weight`` and perhaps a
-            ``.bias``. Two names if one weight holds query, key and value; three if one holds key and value. None: they
-            are found by the names of torch, BERT, GPT-2, timm, x-transformers, Flax, Keras and others.
+            The names of the query, key, value and output projections, each with a ``.weight`` and perhaps a ``.bias``.
+            Two names if one weight holds query, key and value; three if one weight holds key and value. None: the names
+            of torch, BERT, GPT-2, timm, x-transformers, Flax, Keras and others are tried.
         strict : bool, default True
-            Whether it is an error if arrays stand beside the projections that are not known, or a bias is missing.
-            False takes zeros for the bias. Given `names` too, it also takes your word that the model computes nothing
-            besides.
+            Whether unknown arrays beside the projections, or a missing bias, are an error. If False, a missing bias is
+            zero. With `names`, False also states that the model computes nothing else.
         dropout, add_zero_attn, batch_first
-            As for the constructor.
+            As for the constructor. A state dict does not record them.
         dtype : optional
             float32 or float64, to which the parameters are cast. None: float64 for float64 weights, else float32.
         dropout_seed, masked_rows
             As for the constructor.
         head_dim, num_kv_heads : int, optional
-            Only needed where one weight holds query, key and value, and value heads are not as wide as key heads: then
-            one of them tells the other.
+            Only needed if one weight holds query, key and value, and value heads and key heads differ in width. One of
+            the two is then enough.
         config : mapping of str to object, or str or path-like, optional
-            The configuration of a Hugging Face model, or its ``config.json``. It tells `num_heads`, `num_kv_heads` and
-            `head_dim`, and whether the model computes something that this layer does not.
+            The configuration of a Hugging Face model, or its ``config.json``. It gives `num_heads`, `num_kv_heads` and
+            `head_dim`, and shows whether the model computes something that this layer does not.
         layout : {"stacked", "per_head"}, optional
-            How one weight holds several projections: one below the other, as timm and GPT-2 have it; or head by head,
-            as GPT-NeoX, BLOOM and Falcon have it. Needed if the weight's name does not tell.
+            How one weight holds several projections: "stacked", one below the other, as in timm and GPT-2; "per_head",
+            head by head, as in GPT-NeoX, BLOOM and Falcon. It is needed if the name of the weight does not show it.
 
         Returns
         -------
         MultiheadAttention
-            In training mode, as a new layer is.
+            The layer, in training mode like any new layer.
 
         Raises
         ------
         RuntimeError
-            In torch's words, if names or shapes differ; it says what there is instead.
+            If names or shapes do not fit. The message has torch's words and says what the state dict holds.
         NotImplementedError
-            If the model computes something that a layer does not, such as rotary positions, normalised queries, biases
-            by relative position: `config` or names in the state dict show it, or it is usual in models that use these
-            names, such as Llama and T5. The error names what is missing.
+            If the model computes something that this layer does not, such as rotary positions, normalised queries or
+            biases by relative position: if `config` or names in the state dict show it, or if models with these names
+            usually do so, such as Llama and T5. The message names the difference.
         ValueError
-            If no layer of `num_heads` heads has such shapes, arguments contradict `config` or each other, a layout has
-            to be given, or a file is incomplete, damaged or of another kind.
+            If no layer of `num_heads` heads has such shapes; if arguments contradict `config` or each other; if
+            `layout` is needed; or if a file is incomplete, damaged or of another kind.
         TypeError
-            If `state_dict` is neither a mapping nor a path, or nothing tells the number of heads.
+            If `state_dict` is neither a mapping nor a path, or if the number of heads is not known.
         ImportError
-            If numbers in float8 are to be read and ml_dtypes is not installed.
+            If there are float8 numbers to read, and ml_dtypes is not installed.
         OSError
             If the file cannot be opened.
 
         Notes
         -----
-        A state dict says nothing of `batch_first`, of dropout, of masks, nor of the path from a model's input to its
-        attention. A layer computes softmax(Q Kᵀ / sqrt(head_dim)) V and no more. What some models do besides has no
-        parameters, and their names may be those of models that do not: only `config` shows it then.
+        A state dict does not record `batch_first`, dropout, masks, or what a model does before its attention. A layer
+        computes softmax(Q Kᵀ / sqrt(head_dim)) V and nothing else. If a model computes more, without parameters and
+        under common names, only `config` shows it.
 
         Examples
         --------
@@ -869,8 +870,8 @@ class MultiheadAttention:
         module_class = getattr(type(module), "_torch_class", type(module))
         if "forward" in vars(module) or module_class.forward is not torch.nn.MultiheadAttention.forward:
             raise TypeError(
-                f"from_torch takes a torch.nn.MultiheadAttention, but this {module_class.__name__} has a forward of "
-                "its own, which could compute anything. If it computes torch's attention, write "
+                f"from_torch takes a torch.nn.MultiheadAttention, but this {module_class.__name__} overrides forward, "
+                "which could compute anything. If it computes torch's attention, write "
                 "MultiheadAttention.from_state_dict(module.state_dict(), num_heads=module.num_heads)"
             )
         out_dim = len(module.out_proj.weight)

@@ -451,7 +451,7 @@ def test_the_function_has_no_layer():
     call(*[x.swapaxes(0, 1)] * 3, attn_mask=np.zeros((3, 3), bool))
     assert "np.repeat(attn_mask, 2, axis=0)" in refusal(lambda: call(x, x, x, attn_mask=np.zeros((3, 6, 6), bool)))
     narrow = normal((6, 3, 5))
-    assert "use_separate_proj_weight=True has other widths" in refusal(lambda: call(x, narrow, narrow))
+    assert "use_separate_proj_weight=True allows other widths" in refusal(lambda: call(x, narrow, narrow))
     assert "query has 5 features, but embed_dim is 8" in refusal(lambda: call(narrow, x, x))
     words = refusal(lambda: multi_head_attention_forward(
         x, x, x, 8, 2, module.in_proj_weight, None, None, None, False, 0.0, np.zeros((8, 8)), None))

@@ -307,7 +307,7 @@ def test_models_that_write_to_their_inputs_and_draw_random_numbers():
 
 
 def test_coverage():
-    """What is never called, has a forward of its own, or is called as a function, does not go unmentioned."""
+    """What is never called, overrides forward, or is called as a function, does not go unmentioned."""
     class Own(torch.nn.MultiheadAttention):
         def forward(self, x):
             return super().forward(x, x, x)
@@ -320,11 +320,11 @@ def test_coverage():
     report = check.model(model, torch.randn(5, 3, 16))
     report.assert_close()
     assert report.coverage.rows == (
-        ("attention", "MultiheadAttention", 1, 0, ""), ("own", "Own", 0, 1, "a forward of its own"),
+        ("attention", "MultiheadAttention", 1, 0, ""), ("own", "Own", 0, 1, "overrides forward"),
         ("never", "MultiheadAttention", 0, 0, "never called"),
         ("", "scaled_dot_product_attention", 0, 1, "called as a function"))
     for shown in (str(report), report._repr_html_()):
-        assert "1 computed by mha_c, 2 left to torch" in shown and "a forward of its own" in shown
+        assert "1 computed by mha_c, 2 left to torch" in shown and "overrides forward" in shown
 
 
 def test_coverage_is_not_shown_if_all_is_computed_here():

@@ -37,10 +37,10 @@ def test_unusual_layers(kind, tmp_path):
 def test_a_forward_of_its_own_is_refused():
     for module in (unusual_layers.OwnForward(8, 2), torch.nn.MultiheadAttention(8, 2)):
         module.forward = module.forward  # as wrappers are put around it
-        with pytest.raises(TypeError, match=r"this (OwnForward|MultiheadAttention) has a forward of its own.*"
+        with pytest.raises(TypeError, match=r"this (OwnForward|MultiheadAttention) overrides forward.*"
                                             r"from_state_dict\(module.state_dict\(\), num_heads=module.num_heads\)"):
             MultiheadAttention.from_torch(module)
-    with pytest.raises(TypeError, match="this OwnForward has a forward of its own"):
+    with pytest.raises(TypeError, match="this OwnForward overrides forward"):
         MultiheadAttention.from_torch(unusual_layers.OwnForward(8, 2))
 
 

@@ -293,7 +293,7 @@ def test_convolutions_of_gpt2(bias):
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 @pytest.mark.parametrize("output", ["out", "attention_output"])
 def test_kernels_with_an_axis_for_the_heads(output, num_kv_heads):
-    """Flax and Keras: the shape tells the heads, and names may have slashes, or be in a mapping of mappings."""
+    """Flax and Keras: the shape shows the heads, and names may have slashes, or be in a mapping of mappings."""
     module = layer(10, 4, head_dim=3, v_head_dim=5, out_dim=6, num_kv_heads=num_kv_heads)
     weights, biases = parts(module)
     shapes = [(10, 4, 3), (10, num_kv_heads, 3), (10, num_kv_heads, 5), (4, 5, 6)]
@@ -783,7 +783,7 @@ def test_where_a_config_has_the_heads(config, start, expected):
 def test_configs_that_do_not_tell(tmp_path):
     state = stored(layer(8, 4), PLAIN)
     for more in ({}, {"config": {}}, {"config": {"num_heads": [3, 6]}}):
-        with pytest.raises(TypeError, match="needs num_heads, which no shape tells, or config="):
+        with pytest.raises(TypeError, match="needs num_heads, which the shapes do not show, or config="):
             from_state_dict(state, **more)
     clip = {"text_config": {"num_attention_heads": 4}, "vision_config": {"num_attention_heads": 2}, "dim": 3}
     with pytest.raises(ValueError, match=r"pass config\['text_config'\] or config\['vision_config'\]"):
@@ -946,7 +946,7 @@ def test_the_error_says_what_there_is():
         ({"num_heads": 2.0}, "num_heads must be an int, but got 2.0"),
         ({"num_heads": 2, "prefix": None}, "prefix must be a string, but got None"),
         ({"num_heads": 2, "prefix": 3}, "prefix must be a string, but got 3"),
-        ({}, "from_state_dict() needs num_heads, which no shape tells, or config=, the model's config.json"),
+        ({}, "from_state_dict() needs num_heads, which the shapes do not show, or config=, the model's config.json"),
     ],
     ids=str,
 )  # fmt: skip

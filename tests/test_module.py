@@ -535,7 +535,7 @@ def test_to_torch_and_back(options):
     back = mha_c.MultiheadAttention.from_torch(theirs)
     assert pickle.dumps(back.state_dict()) == pickle.dumps(ours.state_dict())
     assert all(getattr(back, name) == getattr(ours, name) for name in ATTRIBUTES)
-    with pytest.raises(ValueError, match="no such widths"):
+    with pytest.raises(ValueError, match="no such layer"):
         mha_c.torch.to_torch(mha_c.MultiheadAttention(8, 2, out_dim=4))
 
 

@@ -715,9 +715,9 @@ def test_a_forward_of_its_own_is_left_alone():
     wrapped.forward = lambda *args, **kwargs: inner(*args, **kwargs)
     model = replace_attention(nn.ModuleList([own, wrapped, nn.MultiheadAttention(16, 2)]))
     assert [type(layer) for layer in model] == [OwnForward, nn.MultiheadAttention, ReplacedAttention]
-    assert [row.reason for row in coverage(model).rows] == ["a forward of its own"] * 2 + ["never called"]
-    with pytest.raises(ValueError, match=r"no attention of this Sequential can be replaced, because all of it has a forward "
-                                         r"of its own, .*: 0 \(OwnForward\), 1 \(MultiheadAttention\)$"):
+    assert [row.reason for row in coverage(model).rows] == ["overrides forward"] * 2 + ["never called"]
+    with pytest.raises(ValueError, match=r"no attention of this Sequential can be replaced, because all of it overrides "
+                                         r"forward, .*: 0 \(OwnForward\), 1 \(MultiheadAttention\)$"):
         replace_attention(nn.Sequential(own, wrapped))
     with pytest.raises(ValueError, match=r"no attention of this OwnForward can be replaced.*: \(OwnForward\)$"):
         replace_attention(own)
@@ -735,7 +735,7 @@ def test_coverage():
 
     model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": Own(8, 2), "c": nn.MultiheadAttention(8, 2)})
     assert coverage(model).rows == (
-        ("a", "MultiheadAttention", 0, 0, "not replaced"), ("b", "Own", 0, 0, "a forward of its own"),
+        ("a", "MultiheadAttention", 0, 0, "not replaced"), ("b", "Own", 0, 0, "overrides forward"),
         ("c", "MultiheadAttention", 0, 0, "not replaced"))
     replace_attention(model).eval()
     x = torch.zeros(5, 3, 8)
@@ -745,7 +745,7 @@ def test_coverage():
             model["a"](x, x, x)
     model["a"](x, x, x), model["a"](x, x, x)
     assert coverage(model).rows == (
-        ("a", "MultiheadAttention", 2, 3, "gradients (2), autocast (1)"), ("b", "Own", 0, 0, "a forward of its own"),
+        ("a", "MultiheadAttention", 2, 3, "gradients (2), autocast (1)"), ("b", "Own", 0, 0, "overrides forward"),
         ("c", "MultiheadAttention", 0, 0, "never called"))
     assert (coverage(model).here, coverage(model).left) == (2, 3)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model["a"]))):

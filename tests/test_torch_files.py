@@ -335,7 +335,7 @@ def test_damaged_files(tmp_path, content):
 def test_the_format_of_old(tmp_path):
     for value in (torch.nn.MultiheadAttention(8, 2).state_dict(), {"a": 1}):
         torch.save(value, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-        with pytest.raises(ValueError, match=r"old\.bin: it is in the format that torch had before version 1\.6"):
+        with pytest.raises(ValueError, match=r"old\.bin: it is in the format of torch before version 1\.6"):
             from_state_dict(tmp_path / "old.bin", num_heads=2)
 
 

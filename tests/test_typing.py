@@ -81,7 +81,7 @@ def test_python_functions_describe_themselves():
     assert list(signature.parameters)[:3] == ["embed_dim", "num_heads", "dropout"]
     assert inspect.signature(mha_c.MultiheadAttention.__call__) == inspect.signature(mha_c.MultiheadAttention.forward)
     assert mha_c.MultiheadAttention.__call__ is mha_c.MultiheadAttention.forward
-    assert inspect.getdoc(mha_c.MultiheadAttention.embed_dim) == "embed_dim, fixed at construction."
+    assert inspect.getdoc(mha_c.MultiheadAttention.embed_dim) == "Features of the query, fixed at construction."
 
 
 def test_signatures_are_readable():

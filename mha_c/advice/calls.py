@@ -239,7 +239,9 @@ class _Call:
             return
         found = ", and ".join(f"{one.name} has {one.shape[-1]} features, but {name} is {w}" for name, one, w in wrong)
         widths = listed(f"{name}={one.shape[-1]}" for name, one, _ in wrong)
-        cure = "use_separate_proj_weight=True has other widths" if self.is_function else f"make the layer with {widths}"
+        cure = f"make the layer with {widths}"
+        if self.is_function:
+            cure = "use_separate_proj_weight=True allows other widths"
         yield Advice(f"{found}: {cure}", leads=True)
 
     def _on_dtypes(self) -> Iterator[Advice]:

@@ -79,9 +79,9 @@ class CoverageRow(NamedTuple):
 
 
 class Coverage:
-    """Calls of attention, counted by module; printing it, or showing it in a notebook, gives a table.
+    """Calls of attention, counted by module. Printing it gives a table, and so does a notebook.
 
-    It is counted while calls are made, by any number of threads.
+    Calls are counted as they are made, by any number of threads.
 
     Examples
     --------
@@ -98,16 +98,16 @@ class Coverage:
         self._calls: dict[tuple[str, str], Calls] = {}
 
     def add(self, module: str, class_name: str, reason: str = "", calls: int = 1) -> None:
-        """Count calls of a module: computed here, unless there is a reason why they are left to torch.
+        """Count calls of a module: computed by mha_c, or with a reason, left to torch.
 
         Parameters
         ----------
         module, class_name : str
             As in `CoverageRow`.
         reason : str, default ""
-            Why torch computes them.
+            Why torch computes them; "" if mha_c does.
         calls : int, default 1
-            How many they are. 0 lists the module without a call; the reason then says why there is none.
+            The number of calls. 0 lists the module without a call; the reason then says why there is none.
 
         Examples
         --------
@@ -120,7 +120,7 @@ class Coverage:
 
     @property
     def rows(self) -> tuple[CoverageRow, ...]:
-        """One row for every module, in the order of their first calls."""
+        """The rows, one for every module, in the order of their first calls."""
         rows = []
         for key, calls in list(self._calls.items()):
             left = calls.by_reason
@@ -139,7 +139,7 @@ class Coverage:
         return sum(row.left for row in self.rows)
 
     def table(self) -> Table:
-        """The rows as a table.
+        """Return the rows as a table.
 
         Returns
         -------

@@ -54,7 +54,7 @@ _SAFETENSORS: Final = {
 # How files of other kinds begin, and what can be done about them.
 _OTHER_KINDS: Final = {
     b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.": (
-        "in the format that torch had before version 1.6: torch.load reads it, and torch.save writes the one of today"
+        "in the format of torch before version 1.6: torch.load reads it, and torch.save writes the current one"
     ),
     b"\x80": "a pickle, which may execute anything: load it where you trust it, and pass the state dict",
     b"\x89HDF": "an HDF5 file: open it with h5py, and pass a mapping of names to arrays",
@@ -164,7 +164,7 @@ def _read(path: str, file: BufferedReader) -> Checkpoint:
     if len(beginning) < 32:
         raise ValueError(f"cannot read {path}, which is empty or incomplete: it has {len(beginning)} bytes")
     kinds = (kind for start, kind in _OTHER_KINDS.items() if beginning.startswith(start))
-    raise ValueError(f"cannot read {path}: it is {next(kinds, 'of no kind that is known')}")
+    raise ValueError(f"cannot read {path}: it is {next(kinds, 'of an unknown kind')}")
 
 
 def _read_zip(path: str, file: BufferedReader) -> Checkpoint:
@@ -240,7 +240,7 @@ def _read_index(path: str, file: BufferedReader, files: ExitStack) -> Checkpoint
     with damage_is_value_error(path):
         shards = json.load(file).get("weight_map")
         if shards is None:
-            raise ValueError("it is JSON, but no index of files; config= takes a model's config.json")
+            raise ValueError("it is JSON, but not an index of files; config= takes a model's config.json")
         if any(os.path.basename(shard) != shard for shard in shards.values()):
             raise ValueError("it names files in other folders")
 
@@ -317,7 +317,7 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def _suffix(path: str | os.PathLike[str]) -> str:
     suffix = os.path.splitext(path)[1]
     if suffix not in (".safetensors", ".npz"):
-        raise ValueError(f"the name of a file to be saved ends in .safetensors or .npz, but got {os.fspath(path)!r}")
+        raise ValueError(f"the name of a saved file must end in .safetensors or .npz, but got {os.fspath(path)!r}")
     return suffix
 
 

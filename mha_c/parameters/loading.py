@@ -120,7 +120,7 @@ def infer_layer(
         raise refusal({"kv_heads": f"it has {widths.num_kv_heads} of them for {widths.num_heads} heads"})
     if num_heads is None and told.embed_dim not in (None, widths.embed_dim):
         raise ValueError(
-            f"config tells the heads of layers with {told.embed_dim} features, but this one has {widths.embed_dim}: "
+            f"config is for layers with {told.embed_dim} features, but this one has {widths.embed_dim}: "
             "pass num_heads"
         )
 
@@ -280,7 +280,9 @@ def _agree(ours: _Heads, source: str, theirs: _Heads) -> _Heads:
 def _known(heads: _Heads) -> int:
     """The number of heads."""
     if heads.num_heads is None:
-        raise TypeError("from_state_dict() needs num_heads, which no shape tells, or config=, the model's config.json")
+        raise TypeError(
+            "from_state_dict() needs num_heads, which the shapes do not show, or config=, the model's config.json"
+        )
     return heads.num_heads
 
 

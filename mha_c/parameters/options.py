@@ -114,7 +114,7 @@ def read_config(source: Any, start: str) -> Config:
         parts = [name for name, value in source.items() if isinstance(value, Mapping) and _number(value, _HEADS)]
         if parts:
             which = " or ".join(f"config[{name!r}]" for name in parts)
-            raise ValueError(f"config tells the heads of the parts of the model: pass {which}")
+            raise ValueError(f"config has the heads of several parts of the model: pass {which}")
     is_multi_query = source.get("multi_query") and not source.get("new_decoder_architecture")
     kv_heads = 1 if is_multi_query else _number(source, _KV_HEADS)
     shown = _options_shown_by_config(source)

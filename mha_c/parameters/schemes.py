@@ -187,7 +187,7 @@ def find_layers(names: Collection[str], prefix: str = "", schemes: Iterable[Sche
         for name in by_ending.get(_ending(first), ()):
             start = name.removesuffix(first)
             weights = {start + weight for weight in scheme.weights}
-            is_place = start != name and f".{start}".endswith(f".{prefix}") and re.search(scheme.where, name)
+            is_place = start != name and f".{start}".endswith(f".{prefix}") and bool(re.search(scheme.where, name))
             if is_place and taken.isdisjoint(weights) and all(weight in names for weight in weights):
                 found[start] = scheme
                 taken |= weights

@@ -30,7 +30,7 @@ def torch_class_of(layer: torch.nn.MultiheadAttention) -> type[torch.nn.Multihea
 def why_left_alone(layer: torch.nn.MultiheadAttention) -> str:
     """Why another class cannot stand in for that of the layer, or ""."""
     is_torchs = "forward" not in vars(layer) and torch_class_of(layer).forward is torch.nn.MultiheadAttention.forward
-    return "" if is_torchs else "a forward of its own"
+    return "" if is_torchs else "overrides forward"
 
 
 def class_over(

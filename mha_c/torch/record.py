@@ -84,7 +84,7 @@ class ModelRuns(NamedTuple):
 
 
 def run_both_ways(model: torch.nn.Module, inputs: Sequence[Any], call: Mapping[str, Any]) -> ModelRuns:
-    """Run copies of a model with its own attention and with ours, from the same random numbers.
+    """Run copies of a model with torch's attention and with mha_c's, with the same random numbers.
 
     Parameters
     ----------

@@ -48,7 +48,7 @@ def replace_attention(model: _Model) -> _Model:
     TypeError
         If `model` is not a torch module.
     ValueError
-        If the model has no ``torch.nn.MultiheadAttention``, or only layers with a forward of their own. These may
+        If the model has no ``torch.nn.MultiheadAttention``, or only layers that override forward. These may
         compute anything, and are left alone.
 
     Notes
@@ -84,8 +84,8 @@ def replace_attention(model: _Model) -> _Model:
     if not replaceable:
         named = ", ".join(f"{name} ({torch_class_of(layer).__name__})".lstrip() for name, layer in layers)
         raise ValueError(
-            f"no attention of this {type(model).__name__} can be replaced, because all of it has a forward of its own, "
-            f"which may compute anything: {named}"
+            f"no attention of this {type(model).__name__} can be replaced, because all of it overrides forward, which "
+            f"may compute anything: {named}"
         )
     for layer in replaceable:
         set_class(layer, class_over(torch_class_of(layer), ReplacedAttention))

@@ -31,7 +31,7 @@ _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight", *_OWN)
 
 
 class ReplacedAttention(torch.nn.MultiheadAttention):
-    """A ``torch.nn.MultiheadAttention`` whose inference is computed by mha_c; `replace_attention` makes them.
+    """A ``torch.nn.MultiheadAttention`` whose inference mha_c computes. `replace_attention` makes such layers.
 
     A layer of a subclass, whose forward is torch's, becomes an instance of a subclass of both.
 
