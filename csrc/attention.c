@@ -19,6 +19,7 @@
 #include "attention.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "threads.h"
@@ -43,13 +44,16 @@ typedef struct {
     /* sharers: panels of this task with the same hkv. share: the number of this panel among them. */
     size_t share, sharers;
     mha_panel lanes;
-    bool is_empty; /* no key was visible so far */
+    bool is_empty;   /* no key was visible so far */
+    bool is_careful; /* hidden keys or values are not finite; see "Hidden numbers" */
+    char *values;    /* [block][Dv]: values with 0 for numbers that are not finite; the panels of a task share it */
     char *kept;    /* [keys of all blocks][P]: the scores, if probabilities are made from them; otherwise NULL */
 } state;
 
 /* Offsets into a thread's scratch, in bytes. There is a state for each panel. */
 typedef struct {
     size_t scores, bias; /* [block][P] */
+    size_t values;       /* [block][Dv] */
     size_t rows;         /* [P][block] */
     size_t states, queries, out, maximum, sum, factor, kept, probabilities, state_bytes;
     size_t end;
@@ -59,6 +63,7 @@ typedef struct {
 typedef struct {
     size_t n, first_head, heads;
     mha_panel lanes;
+    bool is_careful;
     char *queries, *factor;
     char *probabilities; /* [keys of these blocks][P] */
     char *scores;        /* [block][P], of one head */
@@ -75,6 +80,7 @@ typedef struct {
     size_t task_panels; /* panels of a task in the first pass */
     size_t groups;      /* tasks of a bundle, or of the heads whose probabilities are averaged */
     size_t segments;    /* tasks of a panel in the second pass */
+    atomic_bool is_careful; /* some panel was led over the keys with care, as the second pass must be */
 } attention_tasks;
 
 /* Lanes of the widest panel of L queries. */
@@ -95,6 +101,12 @@ static bool is_mask_shared(const mha_attention *a)
 static size_t bundled_heads(const mha_attention *a)
 {
     return is_mask_shared(a) || a->split.panels == 1 ? a->H : a->H / a->Hkv;
+}
+
+/* Whether a query may see fewer keys than its item has. */
+static bool can_hide(const mha_attention *a)
+{
+    return a->rules->attn.kind || a->rules->padding.kind || a->rules->is_causal;
 }
 
 static size_t max_task_panels(const mha_attention *a)
@@ -207,6 +219,7 @@ static scratch_offsets plan_scratch(const mha_attention *a)
     mha_layout layout = {0}, one = {0};
     const size_t kept_panels = max_kept_panels(a), kept_keys = kept_panels > 0 ? max_blocks(a) * keys : 0;
     scratch_offsets at = {.scores = mha_reserve(&layout, keys, P, size), .bias = mha_reserve(&layout, keys, P, size)};
+    at.values = mha_reserve(&layout, can_hide(a) ? keys : 0, a->Dv, size);
     at.rows = mha_reserve(&layout, kept_panels > 0 ? P : 0, MHA_BLOCK_KEYS, size);
     at.states = layout.bytes;
     at.queries = mha_reserve(&one, a->D, P, size);
@@ -237,6 +250,8 @@ static void set_up_state(const scratch_offsets *at, char *scratch, size_t i, sta
     s->sum = base + at->sum;
     s->factor = base + at->factor;
     s->is_empty = true;
+    s->is_careful = false;
+    s->values = scratch + at->values;
     s->kept = NULL;
 }
 
@@ -346,6 +361,54 @@ static void drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes
     a->kernels->dropout(probabilities, keys, lanes.vectors, lanes.count, &dropout);
 }
 
+/* ---- Hidden numbers ----
+ *
+ * A hidden key gets the probability 0, which removes its value, unless its score is NaN or its value is not finite. Then
+ * the context of the panel is not finite, and the panel is led over the keys once more, with care: the scores of hidden
+ * keys become -inf, and numbers of values that are not finite are added only where their keys are visible. The result
+ * has the bits that it has with zeros in hidden keys. */
+
+static const char *value_at(const mha_attention *a, size_t n, const state *s, const mha_key_block *block, size_t key)
+{
+    return values_of(a, n, block, s->hkv) +
+           (ptrdiff_t)(key * a->kernels->size) * (block->is_extra ? a->extra_v : a->v).stride_l;
+}
+
+static void copy_finite_values(const mha_attention *a, size_t n, const state *s, const mha_key_block *block,
+                               mha_visible visible)
+{
+    const mha_kernels *kernels = a->kernels;
+    const size_t size = kernels->size;
+    for (size_t key = 0; key < visible.keys; key++) {
+        char *copy = s->values + key * a->Dv * size;
+        memcpy(copy, value_at(a, n, s, block, key), a->Dv * size);
+        for (size_t d = 0; d < a->Dv; d++)
+            if (!kernels->is_finite(copy + d * size, 1))
+                kernels->fill(copy + d * size, 1, 0);
+    }
+}
+
+/* Adds the numbers that copy_finite_values() left out. Their order does not matter: the sums become infinite or NaN. */
+static void add_other_values(const mha_attention *a, size_t n, const state *s, const mha_key_block *block,
+                             mha_visible visible, const char *exps, const char *bias)
+{
+    const mha_kernels *kernels = a->kernels;
+    const size_t P = s->lanes.vectors * kernels->lanes, size = kernels->size;
+    for (size_t key = 0; key < visible.keys; key++) {
+        const char *value = value_at(a, n, s, block, key), *of_key = visible.is_biased ? bias + key * P * size : NULL;
+        for (size_t d = 0; d < a->Dv; d++)
+            if (!kernels->is_finite(value + d * size, 1))
+                kernels->add_visible(s->out + d * P * size, exps + key * P * size, value + d * size, of_key, P);
+    }
+}
+
+/* Whether the panel has to be led over the keys once more. */
+static bool needs_care(const mha_attention *a, const state *s)
+{
+    return can_hide(a) && !s->is_careful && !s->is_empty &&
+           !a->kernels->is_finite(s->out, a->Dv * s->lanes.vectors * a->kernels->lanes);
+}
+
 /* ---- First pass: context ---- */
 
 static void begin(const mha_attention *a, size_t n, state *s)
@@ -379,15 +442,24 @@ static void step(const mha_attention *a, size_t n, state *s, const mha_key_block
         prefetch_values = prefetch_share(a, s, &a->v, values_of(a, n, next, s->hkv), next->keys, a->Dv);
     }
     score(a, n, s->hkv, s->lanes, block, visible, s->queries, bias, scores, next ? &prefetch_keys : NULL);
+    if (s->is_careful && visible.is_biased)
+        kernels->hide(scores, bias, visible.keys * P, -INFINITY);
     kernels->softmax_step(scores, visible.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
     if (a->dropout_p > 0)
         drop_out(a, n, s->h, s->lanes, block, visible.keys, exps);
-    const mha_product product = {.rows = a->Dv, .depth = visible.keys, .vectors = s->lanes.vectors,
-                                 .a = values_of(a, n, block, s->hkv), .a_row = 1,
-                                 .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = exps, .b_k = P,
-                                 .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
-                                 .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
+    mha_product product = {.rows = a->Dv, .depth = visible.keys, .vectors = s->lanes.vectors,
+                           .a = values_of(a, n, block, s->hkv), .a_row = 1,
+                           .a_k = (block->is_extra ? a->extra_v : a->v).stride_l, .b = exps, .b_k = P,
+                           .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
+                           .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
+    if (s->is_careful) {
+        copy_finite_values(a, n, s, block, visible);
+        product.a = s->values;
+        product.a_k = (ptrdiff_t)a->Dv;
+    }
     kernels->product(&product);
+    if (s->is_careful)
+        add_other_values(a, n, s, block, visible, exps, bias);
     s->is_empty = false;
 }
 
@@ -455,14 +527,21 @@ static bool attend(const mha_attention *a, size_t n, state *states, size_t panel
             return false;
         features = features < FEATURES_PER_POLL ? features : 0;
     }
-    for (size_t i = 0; i < panels; i++)
-        finish(a, n, &states[i]);
+    for (size_t i = 0; i < panels; i++) {
+        if (needs_care(a, &states[i])) {
+            states[i].is_careful = states[i].is_empty = true;
+            if (!attend(a, n, &states[i], 1, exps, bias))
+                return false;
+        } else {
+            finish(a, n, &states[i]);
+        }
+    }
     return true;
 }
 
 static void attend_task(void *context, size_t task, size_t worker)
 {
-    const attention_tasks *j = context;
+    attention_tasks *j = context;
     const mha_attention *a = j->a;
     char *base = a->scratch + worker * a->scratch_bytes;
     state states[MAX_TASK_PANELS];
@@ -485,6 +564,9 @@ static void attend_task(void *context, size_t task, size_t worker)
         }
     }
     attend(a, n, states, panels, base + j->at.scores, base + j->at.bias);
+    for (size_t i = 0; i < panels; i++)
+        if (states[i].is_careful)
+            atomic_store_explicit(&j->is_careful, true, memory_order_relaxed);
 }
 
 /* ---- Probabilities ----
@@ -519,6 +601,8 @@ static void score_again(const mha_attention *a, const average *w, size_t h, cons
 {
     const mha_visible visible = apply_rules(a, w->n, h, w->lanes, block, w->bias);
     score(a, w->n, h / (a->H / a->Hkv), w->lanes, block, visible, w->queries, w->bias, scores, NULL);
+    if (w->is_careful && visible.is_biased)
+        a->kernels->hide(scores, w->bias, visible.keys * w->lanes.vectors * a->kernels->lanes, -INFINITY);
     hide_rest(a, w->lanes, block, visible, scores);
 }
 
@@ -634,6 +718,7 @@ static void second_pass_task(void *context, size_t task, size_t worker)
         .first_head = panel / a->split.panels % averages_of_item(a) * heads,
         .heads = heads,
         .lanes = mha_panel_at(&a->split, panel % a->split.panels),
+        .is_careful = a->wanted == MHA_WANT_SCORES || atomic_load_explicit(&j->is_careful, memory_order_relaxed),
     };
     take_average(a, base, &layout, &w);
     if (a->live->is_few[w.n])

@@ -257,9 +257,9 @@ static void pack_task(void *context, size_t task, size_t worker)
 
 /* ---- attend ---- */
 
-/* Computes the masked scores of a panel for the first keys of a block, and returns for how many keys. No lane sees the
- * others. `first` is the number of lane 0 in the item. */
-static size_t score_inputs(const mha_few_queries *f, size_t n, size_t first, mha_panel panel,
+/* Computes the masked scores of a panel for the visible keys of a block. `first` is the number of lane 0 in the item. A
+ * visible score that is not finite gives the item up. */
+static mha_visible score_inputs(const mha_few_queries *f, size_t n, size_t first, mha_panel panel,
                            const mha_key_block *block, const char *queries, const scratch_pieces *s)
 {
     const mha_kernels *kernels = f->layer->kernels;
@@ -276,29 +276,95 @@ static size_t score_inputs(const mha_few_queries *f, size_t n, size_t first, mha
         product.addend = e ? s->scores : NULL;
         kernels->product(&product);
     }
-    give_up_unless_finite(f, n, s->scores, visible.keys * P); /* before the masks are added, which may be infinite */
+    if (!kernels->is_finite(s->scores, visible.keys * P)) { /* before the masks are added, which may be infinite */
+        if (visible.is_biased)
+            kernels->hide(s->scores, s->bias, visible.keys * P, 0);
+        give_up_unless_finite(f, n, s->scores, visible.keys * P);
+    }
     if (visible.is_biased)
         kernels->accumulate(s->scores, s->bias, visible.keys * P);
-    return visible.keys;
+    return visible;
 }
 
-/* sums = sums * factor + x^T exps, for a slice of features at a time. */
-static void add_values(const mha_few_queries *f, size_t n, mha_panel panel, const mha_key_block *block,
-                       const scratch_pieces *s, char *sums)
+/* One panel and one segment of the keys of an item. */
+typedef struct {
+    size_t n, first_block, end_block;
+    mha_panel panel;
+    const char *queries;
+    char *sums; /* [Ev][P] */
+    char *maximum, *sum;
+} few_segment;
+
+static void zero_other_numbers(const mha_few_queries *f, const mha_key_block *block, size_t features, char *slice)
 {
     const mha_kernels *kernels = f->layer->kernels;
-    const size_t P = panel.vectors * kernels->lanes, Ev = f->layer->widths.Ev;
-    mha_product product = {.depth = block->keys, .vectors = panel.vectors, .a = s->slice, .a_row = 1,
+    for (size_t i = 0; i < block->keys; i++)
+        for (size_t e = 0; e < features; e++) {
+            char *number = slice + (i * slice_stride(kernels) + e) * kernels->size;
+            if (!kernels->is_finite(number, 1))
+                kernels->fill(number, 1, 0);
+        }
+}
+
+/* Adds the numbers of a slice that are not finite, where their keys are visible. `bias` is NULL if all are. */
+static void add_other_numbers(const mha_few_queries *f, const mha_key_block *block, size_t features, const char *bias,
+                              const scratch_pieces *s, mha_panel panel, char *sums)
+{
+    const mha_kernels *kernels = f->layer->kernels;
+    const size_t size = kernels->size, row = panel.vectors * kernels->lanes * size;
+    for (size_t i = 0; i < block->keys; i++)
+        for (size_t e = 0; e < features; e++) {
+            const char *number = s->slice + (i * slice_stride(kernels) + e) * size;
+            if (!kernels->is_finite(number, 1))
+                kernels->add_visible(sums + e * row, s->scores + i * row, number, bias ? bias + i * row : NULL,
+                                     row / size);
+        }
+}
+
+/* sums = sums * factor + x^T exps, for a slice of features at a time. With care, hidden numbers that are not finite
+ * count as 0. */
+static void add_values(const mha_few_queries *f, const few_segment *g, const mha_key_block *block, bool is_biased,
+                       const scratch_pieces *s, bool is_careful)
+{
+    const mha_kernels *kernels = f->layer->kernels;
+    const size_t P = g->panel.vectors * kernels->lanes, Ev = f->layer->widths.Ev;
+    mha_product product = {.depth = block->keys, .vectors = g->panel.vectors, .a = s->slice, .a_row = 1,
                            .a_k = (ptrdiff_t)slice_stride(kernels), .b = s->scores, .b_k = P, .addend_row = P,
                            .factor = s->factor, .c_row = P};
     for (size_t e = 0; e < Ev; e += MHA_CHAIN) {
+        char *sums = g->sums + e * P * kernels->size;
         product.rows = mha_smaller(Ev - e, MHA_CHAIN);
-        copy_inputs(f, &f->call->value, n, block, e, product.rows, s->slice);
-        product.addend = product.c = sums + e * P * kernels->size;
+        copy_inputs(f, &f->call->value, g->n, block, e, product.rows, s->slice);
+        if (is_careful)
+            zero_other_numbers(f, block, product.rows, s->slice);
+        product.addend = product.c = sums;
         kernels->product(&product);
+        if (is_careful) {
+            copy_inputs(f, &f->call->value, g->n, block, e, product.rows, s->slice);
+            add_other_numbers(f, block, product.rows, is_biased ? s->bias : NULL, s, g->panel, sums);
+        }
     }
 }
 
+static void attend_segment(const mha_few_queries *f, const few_segment *g, const scratch_pieces *s, bool is_careful)
+{
+    const mha_kernels *kernels = f->layer->kernels;
+    const size_t vectors = g->panel.vectors;
+    kernels->softmax_begin(g->maximum, g->sum, vectors);
+    kernels->fill(g->sums, f->layer->widths.Ev * vectors * kernels->lanes, 0);
+    for (size_t b = g->first_block; b < g->end_block; b++) {
+        mha_key_block block;
+        mha_key_block_at(f->live, g->n, b, &block);
+        const mha_visible visible = score_inputs(f, g->n, g->panel.first, g->panel, &block, g->queries, s);
+        block.keys = visible.keys;
+        if (block.keys == 0)
+            continue;
+        kernels->softmax_step(s->scores, block.keys, vectors, s->scores, g->maximum, g->sum, s->factor);
+        add_values(f, g, &block, visible.is_biased, s, is_careful);
+    }
+}
+
+/* As in attention.c, sums that are not finite are computed once more, with care, because the cause may be hidden. */
 static void attend_segment_task(void *context, size_t task, size_t worker)
 {
     const few_tasks *j = context;
@@ -308,24 +374,18 @@ static void attend_segment_task(void *context, size_t task, size_t worker)
     const size_t padded = padded_lanes(f), segment = task % f->segments, i = task / f->segments / j->split.panels;
     const size_t n = number_of_item(f, i), at_segment = i * f->segments + segment;
     const mha_panel panel = mha_panel_at(&j->split, task / f->segments % j->split.panels);
-    const size_t Ek = f->layer->widths.Ek, Ev = f->layer->widths.Ev, P = panel.vectors * kernels->lanes;
-    const char *queries = numbers_at(f, f->t_panels, (i * padded + panel.first) * Ek);
-    char *sums = numbers_at(f, f->sums, (at_segment * padded + panel.first) * Ev);
-    char *maximum = numbers_at(f, f->maximum, at_segment * padded + panel.first);
-    char *sum = numbers_at(f, f->sum, at_segment * padded + panel.first);
-    kernels->softmax_begin(maximum, sum, panel.vectors);
-    kernels->fill(sums, Ev * P, 0);
-    const size_t first = segment * SEGMENT_BLOCKS;
-    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(f->live, n));
-    for (size_t b = first; b < end; b++) {
-        mha_key_block block;
-        mha_key_block_at(f->live, n, b, &block);
-        block.keys = score_inputs(f, n, panel.first, panel, &block, queries, &s);
-        if (block.keys == 0)
-            continue;
-        kernels->softmax_step(s.scores, block.keys, panel.vectors, s.scores, maximum, sum, s.factor);
-        add_values(f, n, panel, &block, &s, sums);
-    }
+    const size_t first = segment * SEGMENT_BLOCKS, Ev = f->layer->widths.Ev;
+    const few_segment g = {
+        .n = n, .panel = panel,
+        .first_block = first, .end_block = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(f->live, n)),
+        .queries = numbers_at(f, f->t_panels, (i * padded + panel.first) * f->layer->widths.Ek),
+        .sums = numbers_at(f, f->sums, (at_segment * padded + panel.first) * Ev),
+        .maximum = numbers_at(f, f->maximum, at_segment * padded + panel.first),
+        .sum = numbers_at(f, f->sum, at_segment * padded + panel.first),
+    };
+    attend_segment(f, &g, &s, false);
+    if (!kernels->is_finite(g.sums, Ev * panel.vectors * kernels->lanes))
+        attend_segment(f, &g, &s, true);
 }
 
 /* ---- merge ---- */
@@ -485,7 +545,7 @@ static void probabilities_of_block(const few_tasks *j, const query_rows *w, cons
         const mha_panel panel = mha_panel_at(&j->by_head, p);
         const size_t P = panel.vectors * kernels->lanes;
         const char *queries = w->panels + panel.first * f->layer->widths.Ek * size;
-        const size_t seen = is_hidden ? 0 : score_inputs(f, w->n, w->l * H + panel.first, panel, block, queries, s);
+        const size_t seen = is_hidden ? 0 : score_inputs(f, w->n, w->l * H + panel.first, panel, block, queries, s).keys;
         kernels->fill(s->scores + seen * P * size, (block->keys - seen) * P, -INFINITY);
         kernels->softmax_probabilities(s->scores, block->keys, panel.vectors, w->maximum + panel.first * size,
                                        w->sum + panel.first * size);
