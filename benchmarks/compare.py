@@ -3,8 +3,7 @@
 
 Turns are taken round-robin, one sample of every peer a round, so that a drift of the machine (clock, neighbours, heat)
 hits all alike; what is reported are medians over rounds of ratios within a round. The peak is one more member of the
-round. What our kernels take alone is measured once. Every peer's answer is checked against float64, and one that is
-wrong is left out.
+round. Every peer's answer is checked against float64, and one that is wrong is left out.
 """
 
 from __future__ import annotations
@@ -16,25 +15,21 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import machine
 import peers
 import report
 from cases import Case, select
 from compiler import NoCompiler
-from limits import Limits
 from peak import Peak
 from problem import make, reference, relative_error
 from workers import PeerError, Worker, one_cpu
 
 from mha_c.display.progress import progress, say
-
-Compiled = TypeVar("Compiled")
 
 # Relative rms error of a right answer: a few hundred times the unit in the last place. bfloat16 would be at 1e-2.
 TOLERANCE = {"float32": 3e-5, "float64": 1e-13}
@@ -60,10 +55,9 @@ def measure_case(
     threads: int,
     level: str,
     peak: Peak | None,
-    alone: float | None,
     effort: Effort,
 ) -> dict[str, Any]:
-    """Everything known about one case, for the JSON file. `alone`: seconds that our kernels take by themselves."""
+    """Everything known about one case, for the JSON file."""
     problem = make(case)
     expected = reference(problem)
     taking_part: list[tuple[Worker, float]] = []
@@ -86,10 +80,8 @@ def measure_case(
         "level": level,
         "name": case.name,
         "case": dataclasses.asdict(case),
-        "nominal_flops": case.nominal_flops,
         "needed_flops": case.needed_flops,
         "peak": peaks,
-        "alone": alone,
         "seconds": times,
         "errors": errors,
         "left_out": left_out,
@@ -131,9 +123,7 @@ def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: E
     results["interrupted"] = False
     with tempfile.TemporaryDirectory() as folder:
         level = results["machine"]["level"]
-        peak = _compiled(Peak, level, Path(folder))
-        limits = _compiled(Limits, level, Path(folder))
-        alone: dict[Case, float] = {}  # once for all numbers of threads
+        peak = _peak(level, Path(folder))
         try:
             for threads in thread_counts:
                 with ExitStack() as stack:
@@ -141,9 +131,7 @@ def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: E
                         stack.enter_context(one_cpu())
                     workers = _start(names, threads, stack, results)
                     for case in progress(cases, "case", f"{threads} thread{'s' * (threads > 1)}"):
-                        if limits is not None and case not in alone:
-                            alone[case] = sum(kernel.alone for kernel in limits.measure(case).values())
-                        done = measure_case(case, workers, threads, level, peak, alone.get(case), effort)
+                        done = measure_case(case, workers, threads, level, peak, effort)
                         results["runs"].append(done)
                         file.write_text(json.dumps(results, indent=1))
                         say(report.line(done))
@@ -152,12 +140,12 @@ def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: E
     return results
 
 
-def _compiled(measurement: Callable[[str, Path], Compiled], level: str, folder: Path) -> Compiled | None:
-    """Peak or Limits; None where it cannot be compiled."""
+def _peak(level: str, folder: Path) -> Peak | None:
+    """What measures the peak; None where it cannot be compiled."""
     try:
-        return measurement(level, folder)
+        return Peak(level, folder)
     except NoCompiler as error:
-        print(f"The page will lack the peak, or what kernels take alone: {error}", file=sys.stderr)
+        print(f"The page will lack shares of the peak: {error}", file=sys.stderr)
         return None
 
 
@@ -195,11 +183,10 @@ def main() -> int:
     if options.seconds:
         effort = dataclasses.replace(effort, case=options.seconds)
     names = [name for name in peers.NAMES if not options.peers or name in (peers.OURS, *options.peers)]
-    folder = options.output / "performance"
-    folder.mkdir(parents=True, exist_ok=True)
-    results = run(cases, names, options.threads, effort, folder / "results.json")
+    options.output.mkdir(parents=True, exist_ok=True)
+    results = run(cases, names, options.threads, effort, options.output / "results.json")
     if results["runs"]:
-        print(f"\n{report.write(results, options.output)} has it all.")
+        print(f"\n{report.write(report.summarize(results), options.output)} has it all.")
     if results["interrupted"]:
         print("interrupted", file=sys.stderr)
         return 130

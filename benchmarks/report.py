@@ -1,109 +1,148 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the measurements say: one line a case, and a page with tables and plots.
+"""What the measurements say: a line for each case, a summary of all, and from the summary a page and the README's table.
 
-    python benchmarks/report.py results.json --output DIR
+    python benchmarks/report.py FILE --output DIR [--readme README.md]
 
-makes the page again from the file that compare.py wrote.
+FILE is results.json, as compare.py writes it, or a summary made from it, performance.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import chart
+from cases import WORKLOADS
 from peers import OURS
 
-LEAST_WINS = 8  # how many shapes to name on which we win least
+LEVELS = {"avx2": "AVX2", "avx512": "AVX-512", "neon": "NEON", "portable": "portable C"}
+README_BLOCK = re.compile(r"(?<=<!-- speed -->\n).*?(?=\n<!-- end of speed -->)", re.S)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case at one number of threads. A library's ratio is its time over ours, so above 1 we are faster."""
+
+    threads: int
+    shape: str
+    seconds: float  # median of our time
+    share: float | None  # of the peak of the multiply-add units
+    ratios: dict[str, float]  # by library, called in the way that is its fastest here: medians over rounds
+
+    @property
+    def fastest(self) -> str:
+        """The fastest of the other libraries."""
+        return min(self.ratios, key=self.ratios.__getitem__)
+
+    @property
+    def ratio(self) -> float:
+        return self.ratios[self.fastest]
+
+    @property
+    def words(self) -> str:
+        return WORKLOADS.get(self.shape, self.shape)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One case at one number of threads. A ratio is a peer's time over ours, so above 1 we are faster."""
+    """What is kept of a comparison, in performance.json."""
 
-    group: str
-    name: str
-    threads: int
-    seconds: dict[str, float]  # medians
-    fastest: str | None  # of the peers; None if none of them took part
-    ratio: tuple[float, float, float] | None  # lower quartile, median, upper quartile
-    rate: float  # operations that are needed, a second
-    share: float | None  # of the peak
-    nominal_share: float | None
-    bound: float | None  # the ratio that our kernels alone would give
-    goal: dict[str, float | None]
+    machine: dict[str, Any]
+    versions: dict[str, str]  # by library
+    command: str
+    rows: list[Row]
 
     @property
-    def ours(self) -> float:
-        return self.seconds[OURS]
+    def threads(self) -> list[int]:
+        """The numbers of threads that were measured, the largest first."""
+        return sorted({row.threads for row in self.rows}, reverse=True)
 
-    def meets_goal(self) -> bool | None:
-        """Whether every part of the goal that could be measured is met; None without one."""
-        met = []
-        if self.goal["ratio"] and self.ratio:
-            met.append(self.ratio[1] >= self.goal["ratio"])
-        if self.goal["share"] and self.share:
-            met.append(self.share >= self.goal["share"])
-        if self.goal["microseconds"]:
-            met.append(self.ours * 1e6 < self.goal["microseconds"])
-        return all(met) if met else None
+    @property
+    def libraries(self) -> list[str]:
+        """The others that took part."""
+        return [name for name in self.versions if name != OURS]
 
-    def goal_text(self) -> str:
-        parts = [f"≥ {self.goal['ratio']:g}"] if self.goal["ratio"] else []
-        parts += [f"≥ {self.goal['share']:.0%}"] if self.goal["share"] else []
-        parts += [f"< {self.goal['microseconds']:g} µs"] if self.goal["microseconds"] else []
-        return ", ".join(parts)
+    @property
+    def has_torch_among_others(self) -> bool:
+        return "torch" in self.libraries and len(self.libraries) > 1
+
+    def compared(self, threads: int) -> list[Row]:
+        """The cases that another library took part in."""
+        return [row for row in self.rows if row.threads == threads and row.ratios]
+
+    def workloads(self) -> list[Row]:
+        """Those of them that have a name, with the most threads that were measured, in the order of their names."""
+        found = {row.shape: row for row in self.compared(self.threads[0])}
+        return [found[shape] for shape in WORKLOADS if shape in found]
 
 
-def summarize(run: dict[str, Any]) -> Summary | None:
-    """The summary of one measured case; None where our own answer was missing or wrong."""
-    times = run["seconds"]
-    if OURS not in times:
-        return None
-    seconds = {name: statistics.median(samples) for name, samples in times.items()}
-    fastest = min((name for name in seconds if name != OURS), key=seconds.__getitem__, default=None)
-    ratio = None
-    if fastest is not None:
-        ratios = [theirs / ours for theirs, ours in zip(times[fastest], times[OURS], strict=True)]
-        lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-        ratio = lower, middle, upper
-    peak = statistics.median(run["peak"]) if run["peak"] else None
-    # Alone they were measured at their best, so slowed down as much as the peak was in the median round.
-    alone = run["alone"] / run["threads"] * max(run["peak"]) / peak if peak and run.get("alone") else None
-    rate = run["needed_flops"] / seconds[OURS]
-    goal = dict(run["case"]["goal"])
-    if run["level"] != "avx2":  # the goals for shares are those of AVX2; elsewhere shares are reported
-        goal["share"] = None
-    return Summary(
-        run["case"]["group"],
-        run["name"],
-        run["threads"],
-        seconds,
-        fastest,
-        ratio,
-        rate,
-        rate / peak if peak else None,
-        run["nominal_flops"] / seconds[OURS] / peak if peak else None,
-        seconds[fastest] / alone if alone and fastest is not None else None,
-        goal,
-    )
+def summarize(results: dict[str, Any]) -> Summary:
+    """The summary of results.json; cases for which our own answer is missing are left out."""
+    libraries = {name: version.split("+")[0].rpartition(" ")[::2] for name, version in results["versions"].items()}
+    rows = []
+    for run in results["runs"]:
+        if OURS not in run["seconds"]:
+            continue
+        ratios: dict[str, float] = {}
+        for name in run["seconds"].keys() - {OURS}:
+            library, ratio = libraries[name][0], _rounded(statistics.median(_ratios(run, name)))
+            ratios[library] = min(ratio, ratios.get(library, ratio))
+        seconds, share = _ours(run)
+        ordered = dict(sorted(ratios.items(), key=lambda item: item[1]))
+        rows.append(Row(run["threads"], run["name"], _rounded(seconds), share and _rounded(share), ordered))
+    return Summary(results["machine"], dict(libraries.values()), results["command"], rows)
+
+
+def _ours(run: dict[str, Any]) -> tuple[float, float | None]:
+    """The median of our time, and the share of the peak that it is."""
+    seconds = statistics.median(run["seconds"][OURS])
+    return seconds, run["needed_flops"] / seconds / statistics.median(run["peak"]) if run["peak"] else None
+
+
+def _ratios(run: dict[str, Any], name: str) -> list[float]:
+    """A peer's time over ours in each round."""
+    return [theirs / ours for theirs, ours in zip(run["seconds"][name], run["seconds"][OURS], strict=True)]
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.6g}")
+
+
+def load(text: str) -> Summary:
+    """A summary from the text of either file."""
+    read = json.loads(text)
+    return summarize(read) if "runs" in read else Summary(**{**read, "rows": [Row(**row) for row in read["rows"]]})
+
+
+def dump(summary: Summary) -> str:
+    """The text of performance.json: a line for each row."""
+    head = {key: value for key, value in asdict(summary).items() if key != "rows"}
+    rows = ",\n".join(f"  {json.dumps(asdict(row))}" for row in summary.rows)
+    return json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n'
+
+
+# ---------------------------------------------------------------------------------------------------------- in words
 
 
 def line(run: dict[str, Any]) -> str:
-    """One case in one line, for the terminal."""
-    summary = summarize(run)
+    """One case in one line, for the terminal, with the quartiles of its ratio to the fastest peer."""
     words = [f"{run['threads']} thr", f"{run['case']['group']:<11}", f"{run['name']:<36}"]
-    if summary is None:
+    if OURS not in run["seconds"]:
         return " ".join([*words, f"mha_c: {run['left_out'].get(OURS, 'missing')}"])
-    words += [f"{time_text(summary.ours):>9}", f"{summary.rate / 1e9:6.1f} GFLOP/s", percent(summary.share).rjust(5)]
-    if summary.ratio is not None:
-        lower, middle, upper = summary.ratio
-        words += [f"{middle:6.2f}x [{lower:.2f}-{upper:.2f}] {summary.fastest}"]
-    if summary.goal_text():
-        words += [f"(goal {summary.goal_text()}{'' if summary.meets_goal() else ': MISSED'})"]
+    seconds, share = _ours(run)
+    words += [f"{time_text(seconds):>9}", f"{run['needed_flops'] / seconds / 1e9:6.1f} GFLOP/s", f"{percent(share):>5}"]
+    quartiles = {
+        name: statistics.quantiles(_ratios(run, name), n=4, method="inclusive") for name in run["seconds"].keys() - {OURS}
+    }
+    if quartiles:
+        fastest = min(quartiles, key=lambda name: quartiles[name][1])
+        lower, middle, upper = quartiles[fastest]
+        words += [f"{middle:6.2f}x [{lower:.2f}-{upper:.2f}] {fastest}"]
     return " ".join(words)
 
 
@@ -118,150 +157,174 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
-def write(results: dict[str, Any], output: Path) -> Path:
-    """Writes performance.md into `output`, and plots into its folder performance."""
-    import plots  # here, because every process of a peer imports this module, too
+def headline(summary: Summary) -> str:
+    """How fast it is, in three sentences."""
+    compared = summary.compared(summary.threads[0])
+    if not compared:
+        return "No other library took part."
+    ranked = sorted(compared, key=lambda row: row.ratio)
+    most, least, slower = ranked[-1], ranked[0], sum(row.ratio < 1 for row in ranked)
+    others = _fastest_of([f"{name} {summary.versions[name]}" for name in summary.libraries])
+    conditions = [_threads(summary.threads[0]), summary.machine["cpu"].split(" (")[0], LEVELS[summary.machine["level"]]]
+    sentences = [
+        f"In the median of {len(ranked)} shapes, mha_c is {_median(ranked)} times as fast as {others} ({', '.join(conditions)}).",
+        f"It is {_median(ranked, 'torch')} times as fast as torch alone." if summary.has_torch_among_others else "",
+        f"It wins most at “{most.words}” ({chart.times(most.ratio)}) and least at “{least.words}” ({chart.times(least.ratio)});"
+        f" it is slower than the fastest other in {slower} of the {len(ranked)} shapes.",
+    ]
+    return "\n".join(filter(None, sentences))
 
-    summaries = [summary for run in results["runs"] if (summary := summarize(run))]
-    pictures = plots.draw(summaries, output / "performance")
-    sections = [_introduction(results)]
-    for threads in dict.fromkeys(summary.threads for summary in summaries):
-        chosen = [summary for summary in summaries if summary.threads == threads]
-        sections += [f"## {_threads(threads)}", *_pictures(pictures, threads), _table(chosen), _least(chosen)]
-    sections += ["## Every implementation", _all_times(summaries), _left_out(results), _method()]
-    page = output / "performance.md"
-    page.write_text("\n\n".join(section for section in sections if section) + "\n")
-    return page
+
+def _median(rows: list[Row], library: str | None = None) -> str:
+    ratios = [row.ratios[library] if library else row.ratio for row in rows if not library or library in row.ratios]
+    return f"{statistics.median(ratios):.2f}"
+
+
+def _fastest_of(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"the fastest of {', '.join(names[:-1])} and {names[-1]}"
 
 
 def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
+    return "one thread" if count == 1 else f"{count} threads"
 
 
-def _introduction(results: dict[str, Any]) -> str:
-    machine, versions = results["machine"], results["versions"]
-    lines = {
-        "CPU": f"{machine['cpu']}, {machine['cpus']} of them usable",
-        "Instruction set that mha_c used": machine["level"],
-        "System": f"{machine['system']}, Python {machine['python']}, NumPy {machine['numpy']}",
-        "Compiler of mha_c": machine["compiler"],
-        "Versions": ", ".join(dict.fromkeys(versions.values())),
-        "Date": machine["date"],
-    }
-    return "\n".join(
-        [
-            "# Performance",
-            "",
-            "How long one call of the whole layer takes, input and output projections included, beside the fastest",
-            "other implementation on the same CPU with the same number of threads.",
-            "",
-            *(f"- {name}: {value}" for name, value in lines.items()),
-            "",
-            "To measure it again, with a C compiler on the path:",
-            "",
-            "```",
-            'pip install ".[benchmark]"',
-            results["command"],
-            "```",
-        ]
-    )
-
-
-def _pictures(pictures: dict[tuple[str, int], str], threads: int) -> list[str]:
-    titles = {
-        "ratio": "The fastest peer's time over ours; the mark is the goal",
-        "share": "Share of the peak of the multiply-add units",
-        "lengths": "Time of a call against L",
-    }
-    return [
-        f"![{title}, {_threads(threads)}](performance/{pictures[kind, threads]})"
-        for kind, title in titles.items()
-        if (kind, threads) in pictures
-    ]
-
-
-def _rows(header: list[str], rows: list[list[str]]) -> str:
+def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
-def _table(summaries: list[Summary]) -> str:
-    rows = []
-    for s in summaries:
-        ratio = "" if s.ratio is None else f"**{s.ratio[1]:.2f}** ({s.ratio[0]:.2f}–{s.ratio[2]:.2f})"
-        share = percent(s.share)
-        if s.share and s.nominal_share and s.nominal_share > 1.001 * s.share:
-            share += f" (nominal {percent(s.nominal_share)})"
-        verdict = {True: "✓", False: "✗", None: ""}[s.meets_goal()]
-        goal = f"{s.goal_text()} {verdict}".strip()
-        bound = "" if s.bound is None else f"{s.bound:.2f}"
-        rows.append([s.group, s.name, time_text(s.ours), ratio, s.fastest or "", goal, f"{s.rate / 1e9:.0f}", share, bound])
-    header = ["class", "N,L,E,H", "mha_c", "ratio (quartiles)", "fastest peer", "goal", "GFLOP/s", "of peak", "at most"]
-    return _rows(header, rows)
+_TIMES = ["mha_c takes", "the fastest other takes", "torch takes"]
 
 
-def _least(summaries: list[Summary]) -> str:
-    ranked = sorted((s for s in summaries if s.ratio), key=lambda s: s.ratio[1] if s.ratio else 0)[:LEAST_WINS]
-    items = [f"- {s.group} {s.name}: {s.ratio[1]:.2f}, against {s.fastest}" for s in ranked if s.ratio]
-    return "\n".join(["Where we win least:", "", *items]) if items else ""
+def _cells(row: Row) -> list[str]:
+    fastest = f"{chart.times(row.ratio)} ({row.fastest})" if row.ratios else ""
+    return [time_text(row.seconds), fastest, chart.times(row.ratios["torch"]) if "torch" in row.ratios else ""]
 
 
-def _all_times(summaries: list[Summary]) -> str:
-    names = list(dict.fromkeys(name for summary in summaries for name in summary.seconds))
-    rows = []
-    for s in summaries:
-        cells = [time_text(s.seconds[name]) if name in s.seconds else "" for name in names]
-        rows.append([str(s.threads), f"{s.group} {s.name}", *cells])
-    return _rows(["threads", "case", *names], rows)
+def readme(summary: Summary) -> str:
+    """What the README says of speed."""
+    cells = [[row.words, *_cells(row)] for row in summary.workloads()]
+    return f"\n{headline(summary)}\n\n{_table(['one call of the layer', *_TIMES], cells)}\n"
 
 
-def _left_out(results: dict[str, Any]) -> str:
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for run in results["runs"]:
-        for name, reason in run["left_out"].items():
-            cases = reasons.setdefault((name, reason.splitlines()[0]), [])
-            cases += [] if run["name"] in cases else [run["name"]]
-    items = [f"- {name}: {reason} ({'; '.join(cases)})" for (name, reason), cases in reasons.items()]
-    items += [f"- {name}: {reason}" for name, reason in results["missing"].items()]
-    return "\n".join(["An empty cell, and why:", "", *items]) if items else ""
+# -------------------------------------------------------------------------------------------------------------- files
 
 
-def _method() -> str:
-    return """## How it is measured
+def picture(summary: Summary) -> str:
+    """The chart of the workloads that have a name."""
+    series = {f"as {_fastest_of(summary.libraries)}": [row.ratio for row in summary.workloads()]}
+    if summary.has_torch_among_others:
+        series["as torch alone"] = [row.ratios["torch"] for row in summary.workloads()]
+    return chart.draw("How many times as fast is mha_c?", [row.words for row in summary.workloads()], series)
 
-- Each implementation runs in a process of its own, with the same weights, inputs and number of threads. While one is
-  measured the others are stopped, so that threads that spin between calls do not disturb it; each turn starts with a
-  warm-up. With one thread all take their turns on the same CPU, since neighbours may slow down one and not the next.
-- A round takes one sample of each, and a sample is the mean of as many calls as fill some milliseconds. The ratio is
-  the median over rounds of the ratio within a round; in parentheses are the quartiles.
-- Every answer is compared with float64 arithmetic; an implementation whose answer is wrong is left out.
-- Each library is called in its fastest way: tensors made beforehand; ONNX Runtime and OpenVINO with inputs and outputs
-  bound beforehand and masks already converted; OpenVINO told to keep float32. mha_c gets NumPy arrays and makes its
-  output anew in each call, as its users see it. *ORT* is ONNX Runtime: with `MultiHeadAttention` and `Attention` of
-  com.microsoft, with ONNX's own `Attention`, and with MatMul and Softmax. OpenVINO gets MatMul and Softmax, or its own
-  ScaledDotProductAttention compiled for one length or for any.
-- The peak is measured in each round, with chains of multiply-adds in registers, for the instruction set that mha_c
-  uses and the same number of threads. GFLOP/s and shares count the operations that are needed: projections of queries
-  and live keys, scores and values of live keys on or below a causal diagonal, the output projection. *Nominal* counts
-  what is written down: all keys, all scores. For boolean masks and few queries the two are the same; a share above
-  100 % says that a call did less than is written down. Scores that are computed twice because the weights are wanted
-  count once, softmax and masks not at all.
-- *At most* is the ratio that a call would reach which did nothing but call its kernels, one after the other, with all
-  that they need in the nearest cache, and shared out evenly among the threads: `benchmarks/limits.py` writes down what
-  a pass asks of each kernel and times these calls alone. Against medians it counts as slowed down as the peak was in
-  the median round beside its best one. A goal above it is out of reach for these kernels (`benchmarks/kernels.py` says
-  how near to the peak they are); what a real call loses beyond that, it loses to weights, inputs and outputs in farther
-  caches, to copies of rows, to its threads, and in tiny calls to Python.
 
-[benchmarks/README.md](benchmarks/README.md) says how to measure another machine."""
+_METHOD = """## How it is measured
+
+- A call is the whole layer: the projections of query, key and value, attention, and the output projection.
+- Each library runs in a process of its own, with the same weights, inputs and number of threads. While one is measured, the
+  others are stopped. Each turn begins with a warm-up. With one thread, all take turns on the same CPU.
+- In each round, every library gives one sample: the mean of as many calls as fill some milliseconds. A ratio is the median over
+  rounds of the ratio within a round, so that a slower moment of the machine affects both sides.
+- Every result is compared with float64 arithmetic. A library whose result is wrong is left out.
+- Each library is called in its fastest way, and the fastest of several ways counts, separately for each shape. For torch these
+  are its ordinary path and its fast path; for ONNX Runtime, its operators `MultiHeadAttention` and `Attention`, ONNX's own
+  `Attention`, and plain MatMul and Softmax; for OpenVINO, MatMul and Softmax, or `ScaledDotProductAttention`, compiled for one
+  length or for any. Tensors, bound inputs and outputs, and converted masks are prepared beforehand. OpenVINO is told to keep
+  float32. mha_c gets NumPy arrays and makes a new output in each call.
+- The peak is measured in each round, by chains of multiply-adds in registers, with the same instruction set and number of
+  threads. Its share counts the operations that the result needs, in the cheaper order of the products: neither padded keys nor
+  scores above the causal diagonal, nor softmax and masks.
+
+## On your machine
+
+In a clone, with a C compiler:
+"""
+
+
+def page(summary: Summary) -> str:
+    """The page, which shows the picture from a file beside it."""
+    threads, *fewer = summary.threads
+    bars = [f"{row.words} {chart.times(row.ratio)}" for row in summary.workloads()]
+    shown = f"![How many times as fast mha_c is: {'; '.join(bars)}](performance.svg)" if bars else ""
+    rows = [row for row in summary.rows if row.threads == threads]
+    also = [
+        f"With {_threads(count)}, the median is {_median(chosen)}"
+        + (f" ({_median(chosen, 'torch')} beside torch alone)" if summary.has_torch_among_others else "")
+        + f", and the lowest ratio is {min(row.ratio for row in chosen):.2f}."
+        for count in fewer
+        if (chosen := summary.compared(count))
+    ]
+    cells = [
+        [f"`{row.shape}`" + (f": {row.words}" if row.shape in WORKLOADS else ""), *_cells(row), percent(row.share)]
+        for row in rows
+    ]
+    table = _table(["shape", *_TIMES, "of the peak"], cells)
+    machine = summary.machine
+    lines = {
+        "CPU": f"{machine['cpu']}, {machine['cpus']} of them usable",
+        "Instruction set of mha_c": LEVELS[machine["level"]],
+        "System": f"{machine['system']}, Python {machine['python']}, NumPy {machine['numpy']}",
+        "Compiler of mha_c": machine["compiler"],
+        "Versions": ", ".join(f"{name} {version}" for name, version in summary.versions.items()),
+        "Date": machine["date"][:10],
+        "Command": f"`{summary.command}`",
+        "All figures": "[performance.json](performance.json)",
+    }
+    facts = "\n".join(f"- {name}: {value}" for name, value in lines.items())
+    text = f"""# Performance
+
+{headline(summary)}
+
+{shown}
+
+{" ".join(also)}
+
+{facts}
+
+## All shapes
+
+A shape is `N,L,E,H`: batch, queries, features, heads. Where the keys are not the queries, `S` is their number; `live` says how
+many keys of each item are not padding. 1.06× means 1.06 times as long as mha_c. The last column is the share of
+the peak of the multiply-add units.
+
+<details>
+<summary>{len(rows)} shapes, {_threads(threads)}</summary>
+
+{table}
+
+</details>
+
+{_METHOD}
+```bash
+python3 -m venv .venv && .venv/bin/pip install '.[benchmark]' && .venv/bin/python benchmarks/compare.py --quick
+```
+
+It takes 12 minutes. [benchmarks/README.md](benchmarks/README.md) has the options.
+"""
+    return re.sub("\n{3,}", "\n\n", text)  # where there is no picture, or one number of threads
+
+
+def write(summary: Summary, folder: Path) -> Path:
+    """Writes performance.json, performance.md and its picture, performance.svg, into the folder."""
+    (folder / "performance.json").write_text(dump(summary), "utf-8")
+    if summary.workloads():
+        (folder / "performance.svg").write_text(picture(summary), "utf-8")
+    made = folder / "performance.md"
+    made.write_text(page(summary), "utf-8")
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the page of a results.json again.")
-    parser.add_argument("results", type=Path)
+    parser = argparse.ArgumentParser(description="Make the page of a comparison again, and the README's table.")
+    parser.add_argument("file", type=Path, metavar="FILE", help="results.json or performance.json")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"), metavar="DIR")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the table into this README, too")
     options = parser.parse_args()
-    (options.output / "performance").mkdir(parents=True, exist_ok=True)
-    print(write(json.loads(options.results.read_text()), options.output))
+    summary = load(options.file.read_text("utf-8"))
+    options.output.mkdir(parents=True, exist_ok=True)
+    print(write(summary, options.output))
+    if options.readme:
+        text = options.readme.read_text("utf-8")
+        options.readme.write_text(README_BLOCK.sub(lambda _: readme(summary), text), "utf-8")
 
 
 if __name__ == "__main__":

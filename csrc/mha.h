@@ -152,7 +152,7 @@ typedef struct {
     double dropout_p; /* between 0 and 1; 0: no dropout */
     uint64_t dropout_seed;
 
-    void *output;   /* C-contiguous (axes, H, L, Dv); a query that sees no key gets 0 */
+    mha_heads output; /* H heads; rows of a query that sees no key are 0 */
     size_t threads; /* at least 1 */
     mha_stop stop;
 } mha_sdpa_call;

@@ -23,8 +23,8 @@
 
 /* Offsets into the workspace. */
 typedef struct {
-    size_t q, k, v, mask; /* [items]: tables of offsets into the arrays, in numbers; for the mask in bytes */
-    size_t zeros;         /* a row for inputs without features */
+    size_t q, k, v, context, mask; /* [items]: tables of offsets into the arrays, in numbers; for the mask in bytes */
+    size_t zeros;                  /* a row for inputs without features */
     size_t scratch, scratch_bytes;
 } offsets;
 
@@ -101,6 +101,7 @@ static void fill_workspace(sdpa *s)
     list_offsets(s, &call->query, s->at.q);
     list_offsets(s, &call->key, s->at.k);
     list_offsets(s, &call->value, s->at.v);
+    list_offsets(s, &call->output, s->at.context);
     if (call->mask.kind) {
         list_items(s, call->mask_axes, call->mask.stride_h, call->query.heads, 1, table(s, s->at.mask));
         s->rules.attn_item = table(s, s->at.mask);
@@ -116,7 +117,7 @@ static void fill_workspace(sdpa *s)
 static mha_rows describe_rows(const sdpa *s, const mha_heads *x, size_t offset)
 {
     const ptrdiff_t size = (ptrdiff_t)s->kernels->size;
-    return (mha_rows){.data = (char *)x->data, /* attention.c only reads it */
+    return (mha_rows){.data = (char *)x->data, /* attention.c writes to the output alone */
                       .stride_h = x->stride_h / size,
                       .stride_l = x->stride_l / size,
                       .items = table(s, offset)};
@@ -126,12 +127,10 @@ static mha_attention describe_attention(const sdpa *s)
 {
     const mha_sdpa_call *call = s->call;
     const size_t H = call->query.heads / s->groups;
-    const ptrdiff_t L = (ptrdiff_t)call->L, Dv = (ptrdiff_t)call->Dv;
     mha_attention attention = {
         .kernels = s->kernels,
         .N = s->items, .L = call->L, .H = H, .Hkv = 1, .D = call->D, .Dv = call->Dv,
         .scale = call->scale,
-        .context = {call->output, (ptrdiff_t)H * L * Dv, L * Dv, Dv, NULL},
         .live = &s->live, .rules = &s->rules, .empty_row = MHA_EMPTY_ROW_ZERO,
         .dropout_p = call->dropout_p,
         .threads = call->threads, .scratch_bytes = s->at.scratch_bytes, .stop = call->stop,
@@ -142,6 +141,7 @@ static mha_attention describe_attention(const sdpa *s)
     attention.q = describe_rows(s, &call->query, s->at.q);
     attention.k = describe_rows(s, &call->key, s->at.k);
     attention.v = describe_rows(s, &call->value, s->at.v);
+    attention.context = describe_rows(s, &call->output, s->at.context);
     attention.scratch = s->workspace + s->at.scratch;
     mha_dropout_key(call->dropout_seed, 0, attention.dropout_key);
     if (call->D == 0) { /* every score is 0, as with one feature that is always 0 */
@@ -159,6 +159,7 @@ static mha_status plan_workspace(sdpa *s)
     at->q = mha_reserve(&layout, s->items, 1, sizeof(ptrdiff_t));
     at->k = mha_reserve(&layout, s->items, 1, sizeof(ptrdiff_t));
     at->v = mha_reserve(&layout, s->items, 1, sizeof(ptrdiff_t));
+    at->context = mha_reserve(&layout, s->items, 1, sizeof(ptrdiff_t));
     at->mask = mha_reserve(&layout, s->call->mask.kind ? s->items : 0, 1, sizeof(ptrdiff_t));
     at->zeros = mha_reserve(&layout, 1, 1, s->kernels->size);
     mha_attention attention = describe_attention(s);

@@ -3,10 +3,12 @@
 
     python examples/heat_map.py "My sister lost her keys on the train, so her neighbour let her in."
 
-In that sentence, head 4 of layer 2 of all-MiniLM-L6-v2 looks from "her" to "sister".
+In that sentence, head 4 of layer 2 of all-MiniLM-L6-v2 looks from "her" to "sister". The dark column at the left is
+[CLS], a token that the model puts before every sentence: the words that this head finds nothing for put most of their
+weight there. The words that look elsewhere are the interesting ones.
 """
 
-import sys
+import argparse
 
 import mha_c
 from minilm import SentenceEncoder
@@ -17,12 +19,17 @@ LAYER, HEAD = 2, 4
 
 def main() -> None:
     """Draw the sentence on the command line, or SENTENCE."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sentence", nargs="*", default=[SENTENCE], help="the sentence; the one above unless given")
+    sentence = " ".join(parser.parse_args().sentence)
+
     encoder = SentenceEncoder()
-    tokens, ids, padding = encoder.tokenize([" ".join(sys.argv[1:]) or SENTENCE])
+    tokens, ids, padding = encoder.tokenize([sentence])
     x = encoder.hidden_states(ids, padding)[LAYER]  # what enters the layer
-    stages = mha_c.explain(encoder.layers[LAYER].attention, x, x, x)
-    mha_c.plot.weights(stages, HEAD, tokens=tokens[0]).figure.savefig("attention.png", dpi=150)
-    print("attention.png:", *tokens[0])
+    stages = mha_c.explain(encoder.layers[LAYER].attention, x)
+    ax = mha_c.plot.weights(stages, HEAD, layer=LAYER, tokens=tokens[0])
+    ax.figure.savefig("attention.png", dpi=150, metadata={"Description": ax.get_label()})  # the picture in words
+    print(f"attention.png: {ax.get_title()}")
 
 
 if __name__ == "__main__":

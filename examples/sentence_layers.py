@@ -3,9 +3,10 @@
 
     python examples/sentence_layers.py
 
-Where torch is installed, each layer is compared with torch's. At the end stands how alike the sentences are in meaning.
+Where torch is installed, each layer is compared with torch's. At the end the sentences are compared with each other.
 """
 
+import argparse
 from importlib.util import find_spec
 
 import numpy as np
@@ -20,6 +21,9 @@ SENTENCES = (
 
 def main() -> None:
     """Print the layers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+
     encoder = SentenceEncoder()
     tokens, ids, padding = encoder.tokenize(SENTENCES)
     for number, (words, ended) in enumerate(zip(tokens, padding)):
@@ -39,7 +43,7 @@ def main() -> None:
         x = layer.after_attention(x, attended)
 
     vectors = encoder.pool(x, padding)
-    print(f"\nOne vector of {vectors.shape[1]} features per sentence; their cosines, 1 for the same meaning:")
+    print(f"\nOne vector of {vectors.shape[1]} features for each sentence; their cosines, 1 for the same meaning:")
     for row in vectors @ vectors.T:
         print("".join(f"{cosine:7.3f}" for cosine in row))
 

@@ -3,11 +3,11 @@
 
     python examples/sentence_similarity.py "How do I get a stain out of a shirt?"
 
-The model turns a sentence into a vector of length 1, and the cosine of two such vectors says how alike the sentences
-are in meaning, whatever their words. See minilm.py for the model itself.
+The model turns a sentence into a vector of length 1. The cosine of two such vectors says how similar the sentences are
+in meaning, whatever their words. See minilm.py for the model itself.
 """
 
-import sys
+import argparse
 from collections.abc import Sequence
 
 from minilm import SentenceEncoder
@@ -28,7 +28,7 @@ SENTENCES = (
 
 
 def rank(encoder: SentenceEncoder, query: str, sentences: Sequence[str]) -> list[tuple[float, str]]:
-    """The sentences after their cosines with the query, most similar first."""
+    """The sentences and their cosines with the query, most similar first."""
     query_vector, *vectors = encoder.encode([query, *sentences])
     cosines = [float(query_vector @ vector) for vector in vectors]
     return sorted(zip(cosines, sentences), reverse=True)
@@ -36,7 +36,9 @@ def rank(encoder: SentenceEncoder, query: str, sentences: Sequence[str]) -> list
 
 def main() -> None:
     """Rank SENTENCES by the query on the command line, or by QUERY."""
-    query = " ".join(sys.argv[1:]) or QUERY
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("query", nargs="*", default=[QUERY], help=f"a question or a topic; unless given: {QUERY}")
+    query = " ".join(parser.parse_args().query)
     print(query)
     for cosine, sentence in rank(SentenceEncoder(), query, SENTENCES):
         print(f"{cosine:7.3f}  {sentence}")

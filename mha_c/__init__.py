@@ -11,10 +11,21 @@
 
 from __future__ import annotations
 
-__all__ = ["MultiheadAttention", "explain", "get_num_threads", "num_threads", "set_num_threads", "show_config"]
+__all__ = [
+    "AnyArray",
+    "MultiheadAttention",
+    "explain",
+    "get_num_threads",
+    "num_threads",
+    "set_num_threads",
+    "show_config",
+]
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 try:
-    import mha_c._core
+    import_module("mha_c._core")  # `import mha_c._core` would make mha_c an attribute of itself
 except ModuleNotFoundError as error:
     if error.name != "mha_c._core":
         raise
@@ -23,10 +34,9 @@ except ModuleNotFoundError as error:
         "with `pip install -e .`; to use an installed mha_c instead, start Python in another directory."
     ) from error
 
-from typing import TYPE_CHECKING
-
 from mha_c._version import __version__ as __version__
 from mha_c.layer import MultiheadAttention
+from mha_c.parameters.arrays import AnyArray
 from mha_c.threads import get_num_threads, num_threads, set_num_threads, show_config
 
 # Imported when first used: `import mha_c` needs NumPy alone.
@@ -44,11 +54,9 @@ else:
 
             return explain
         if name in _SUBMODULES:
-            from importlib import import_module
-
             return import_module(f"mha_c.{name}")
         raise AttributeError(f"module 'mha_c' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    return sorted([*__all__, *_SUBMODULES, "__version__"])

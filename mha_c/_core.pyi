@@ -1,9 +1,13 @@
 """The C extension: the forward pass, its packed parameters and the thread pool; help() describes its parts."""
 
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, final
+from typing import Any, Generic, ParamSpec, TypeVar, final
 
 from numpy.typing import NDArray
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 @final
 class Weights:
@@ -25,6 +29,13 @@ class Weights:
     ) -> Weights: ...
     @property
     def nbytes(self) -> int: ...
+
+@final
+class AdvisedFunction(Generic[_Arguments, _Result]):
+    def __new__(
+        cls, function: Callable[_Arguments, _Result], advise: Callable[[TypeError, dict[str, Any]], None], /
+    ) -> AdvisedFunction[_Arguments, _Result]: ...
+    def __call__(self, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result: ...
 
 def forward(
     weights: Weights,
@@ -121,8 +132,11 @@ def scaled_dot_product_attention(
     scale: float | None,
     enable_gqa: bool,
     dropout_seed: int,
+    out: NDArray[Any] | None,
     /,
 ) -> NDArray[Any]: ...
+
+def sample(arrays: tuple[NDArray[Any], ...], /) -> bytes: ...
 
 num_threads: ContextVar[int | None]
 """The number of threads of the current context; None or unset: that of the process."""

@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: attention step by step on small examples.
+"""The demo: attention step by step, on a small example.
 
-The steps are computed in plain NumPy from a layer's parameters and compared with the layer's own output, and with torch
-where it is installed.
+The steps are computed in plain NumPy from a layer's parameters. They are compared with the layer's own output, and with
+torch's where it is installed.
 """
 
 from __future__ import annotations
 
+import shlex
+import sys
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mha_c.display.table import Table, show
+from mha_c.display.words import fill
 from mha_c.layer import MultiheadAttention
 
 __all__ = ["Step", "attention_steps", "run"]
+
 
 class Step(NamedTuple):
     """One step of attention: its name, its result and what it means."""
@@ -68,14 +73,14 @@ def attention_steps(layer: MultiheadAttention, x: NDArray[Any]) -> list[Step]:
     output = concatenation @ layer.out_proj.weight.T + layer.out_proj.bias
     return [
         Step("queries", projected[0], "what each position looks for: a linear map of x"),
-        Step("keys", projected[1], "what each position offers to be found by: another linear map"),
-        Step("values", projected[2], "what each position hands over when found: a third one"),
-        Step("heads", q, f"the queries' features cut into {heads} heads of {head_dim}; likewise keys and values"),
-        Step("scores", scores, f"in each head, every query times every key, divided by sqrt({head_dim})"),
-        Step("weights", weights, "softmax of the scores: positive, and the weights of a query sum to 1"),
-        Step("weighted values", attended, "in each head, for every query, the sum of the values by these weights"),
-        Step("concatenation", concatenation, "the heads' results side by side again"),
-        Step("output", output, "one more linear map, which mixes the heads"),
+        Step("keys", projected[1], "what it offers to be found by: another one"),
+        Step("values", projected[2], "what it hands over when it is found: a third one"),
+        Step("heads", q, f"the queries cut into {heads} heads of {head_dim} features, as are keys and values"),
+        Step("scores", scores, f"in each head, query times key / sqrt({head_dim}) for all pairs"),
+        Step("weights", weights, "softmax of the scores; those of a query sum to 1"),
+        Step("weighted values", attended, "for each query, the values' sum by these weights"),
+        Step("concatenation", concatenation, "the results of all heads side by side"),
+        Step("output", output, "a last linear map, which mixes the heads"),
     ]
 
 
@@ -85,46 +90,46 @@ def run() -> None:
     Examples
     --------
     >>> run()  # doctest: +ELLIPSIS
-    1. Four heads over 8 features
+    Attention with 4 heads over 8 features
     ...
     """
-    x = np.random.default_rng(0).standard_normal((5, 3, 10), dtype=np.float32)
-
-    print("1. Four heads over 8 features\n")
-    print("   layer = mha_c.MultiheadAttention(embed_dim=8, num_heads=4, dropout=0.1, seed=0).eval()")
-    print("   A sequence of 5 positions, 3 of them in a batch, 8 features each: x has shape (5, 3, 8), (L, N, E).")
-    print("   Query, key and value are all x: self-attention. eval() switches dropout off.")
-    print("   (As in torch, it is embed_dim and num_heads; d_model and nhead belong to torch.nn.Transformer.)\n")
-    _show_steps(MultiheadAttention(embed_dim=8, num_heads=4, dropout=0.1, seed=0).eval(), x[:, :, :8])
-
-    print("\n2. 10 features in, four heads of width 2, 8 features out\n")
-    print("   layer = mha_c.MultiheadAttention(10, 4, head_dim=2, out_dim=8, seed=0)")
-    print("   10 is no multiple of 4, so torch rejects it. Here heads and output may have widths of their own.")
-    print("   x has shape (5, 3, 10).\n")
-    _show_steps(MultiheadAttention(10, 4, head_dim=2, out_dim=8, seed=0), x)
-
-
-def _show_steps(layer: MultiheadAttention, x: NDArray[Any]) -> None:
-    steps = attention_steps(layer, x)
-    for step in steps:
-        print(f"   {step.name:<16}{step.array.shape!s:<14}{step.meaning}")
-
-    print("\n   The weights of the first head in the first sequence; row: query, column: key.")
-    weights = next(step.array for step in steps if step.name == "weights")
-    print(f"        {''.join(f'{key:7}' for key in range(len(x)))}")
-    for query, row in enumerate(weights[0, 0]):
-        print(f"   {query:5}{''.join(f'{weight:7.3f}' for weight in row)}")
-
+    layer = MultiheadAttention(embed_dim=8, num_heads=4, dropout=0.1, seed=0).eval()
+    x = np.random.default_rng(0).standard_normal((5, 3, 8), dtype=np.float32)
     output, _ = layer(x, x, x)
-    print(f"\n   The layer's own output has shape {output.shape}.")
-    print(f"   Largest difference from these steps: {_difference(output, steps[-1].array)}")
-    if layer.out_dim == layer.embed_dim:
-        print(f"   {_compare_with_torch(layer, x)}")
+    steps = attention_steps(layer, x)
+
+    print("Attention with 4 heads over 8 features\n")
+    print("  layer = mha_c.MultiheadAttention(")
+    print("      embed_dim=8, num_heads=4, dropout=0.1, seed=0")
+    print("  ).eval()")
+    print("  output, weights = layer(x, x, x)\n")
+    print(
+        fill(
+            "x has shape (5, 3, 8): 5 positions, 3 sequences in a batch, 8 features. It is query, key and value. "
+            "eval() switches dropout off. As in torch, the arguments are called embed_dim and num_heads, not d_model "
+            "and nhead."
+        ),
+        end="\n\n",
+    )
+    meanings = [(step.name, str(step.array.shape), step.meaning) for step in steps]
+    show(Table("The steps, in plain NumPy", ("step", "shape", "meaning"), meanings, [], text=(0, 2)))
+
+    weights = next(step.array for step in steps if step.name == "weights")[0, 0]
+    rows = [(str(query), *(f"{weight:.3f}" for weight in row)) for query, row in enumerate(weights)]
+    title = "The weights of the first head in the first sequence: what each query (row) takes from each key (column)"
+    results = [
+        f"The layer's own output has shape {output.shape}.",
+        f"Largest difference from these steps: {_difference(output, steps[-1].array)}",
+        _compare_with_torch(layer, x),
+    ]
+    print()
+    show(Table(title, ("", *map(str, range(len(x)))), rows, results))
 
 
 def _compare_with_torch(layer: MultiheadAttention, x: NDArray[Any]) -> str:
     if find_spec("torch") is None:
-        return "torch is not installed, so there is no comparison with it."
+        index = "https://download.pytorch.org/whl/cpu"  # builds for CPUs; PyPI's are some gigabytes larger
+        return f"To compare with torch: {shlex.quote(sys.executable)} -m pip install torch --index-url {index}"
     from mha_c.torch import forward_in_torch
 
     ours, _ = layer(x, x, x)

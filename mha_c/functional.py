@@ -5,23 +5,28 @@ Both follow torch's signatures, shapes, exceptions and words, on NumPy arrays. W
 compose with `is_causal`, and dropped weights can be repeated by `dropout_seed`.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 import os
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mha_c import _core
-from mha_c.parameters.arrays import as_array
+from mha_c.advice.arguments import REFUSALS, shape_of
+from mha_c.advice.calls import advise_on_call
+from mha_c.advice.keywords import knows_foreign_keywords
+from mha_c.advice.products import advise_on_product
+from mha_c.parameters.arrays import AnyArray, Array, as_array
 
 __all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
 
-_Array: TypeAlias = NDArray[Any]
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 _Shape: TypeAlias = tuple[int, ...]
 
 _TORCH_NAMES = {"float16": "Half", "float32": "Float", "float64": "Double"}
@@ -34,18 +39,19 @@ def _dropout_seed(dropout_p: Any, seed: int | None) -> int:
     return int.from_bytes(os.urandom(8), "little") if dropout_p else 0
 
 
+@knows_foreign_keywords
 def scaled_dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray,
+    attn_mask: AnyArray | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
     dropout_seed: int | None = None,
-) -> NDArray[Any]:
+) -> Array:
     """Attend with each query to all keys: ``softmax(scale * query @ keyᵀ + attn_mask) @ value``.
 
     The definition is that of "Attention Is All You Need" (Vaswani et al., 2017, section 3.2.1). Nothing of size L × S
@@ -88,9 +94,10 @@ def scaled_dot_product_attention(
     Raises
     ------
     RuntimeError, IndexError, TypeError, NotImplementedError
-        Where torch raises them, in its words: ranks, shapes, dtypes and types that do not fit. Two things that torch
-        refuses are computed: `attn_mask` together with `is_causal`, and a float mask of another width. Two that it
-        overlooks are refused: sizes of empty arrays that do not fit, and S of key and value that differ, with 4 axes.
+        Where torch raises them, in its words, and with what to write instead: ranks, shapes, dtypes and types that do
+        not fit. Two things that torch refuses are computed: `attn_mask` together with `is_causal`, and a float mask of
+        another width. Two that it overlooks are refused: sizes of empty arrays that do not fit, and S of key and value
+        that differ, with 4 axes.
 
     Examples
     --------
@@ -104,40 +111,89 @@ def scaled_dot_product_attention(
     array([[0. , 0.5, 1. ]])
     """
     seed = _dropout_seed(dropout_p, dropout_seed)
-    return _core.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed
-    )
+    try:
+        return _core.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, seed, None
+        )
+    except REFUSALS as error:
+        advise_on_product(error, query, key, value, attn_mask, enable_gqa)
+        raise
 
 
+@overload
 def multi_head_attention_forward(
-    query: Any,
-    key: Any,
-    value: Any,
+    query: AnyArray, key: AnyArray, value: AnyArray, embed_dim_to_check: int, num_heads: int,
+    in_proj_weight: AnyArray | None, in_proj_bias: AnyArray | None, bias_k: AnyArray | None, bias_v: AnyArray | None,
+    add_zero_attn: bool, dropout_p: float, out_proj_weight: AnyArray, out_proj_bias: AnyArray | None,
+    training: bool = True, key_padding_mask: AnyArray | None = None, need_weights: Literal[True] = True,
+    attn_mask: AnyArray | None = None, use_separate_proj_weight: bool = False, q_proj_weight: AnyArray | None = None,
+    k_proj_weight: AnyArray | None = None, v_proj_weight: AnyArray | None = None, static_k: AnyArray | None = None,
+    static_v: AnyArray | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
+    dropout_seed: int | None = None,
+) -> tuple[Array, Array]: ...
+@overload
+def multi_head_attention_forward(
+    query: AnyArray, key: AnyArray, value: AnyArray, embed_dim_to_check: int, num_heads: int,
+    in_proj_weight: AnyArray | None, in_proj_bias: AnyArray | None, bias_k: AnyArray | None, bias_v: AnyArray | None,
+    add_zero_attn: bool, dropout_p: float, out_proj_weight: AnyArray, out_proj_bias: AnyArray | None, training: bool,
+    key_padding_mask: AnyArray | None, need_weights: Literal[False], attn_mask: AnyArray | None = None,
+    use_separate_proj_weight: bool = False, q_proj_weight: AnyArray | None = None,
+    k_proj_weight: AnyArray | None = None, v_proj_weight: AnyArray | None = None, static_k: AnyArray | None = None,
+    static_v: AnyArray | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
+    dropout_seed: int | None = None,
+) -> tuple[Array, None]: ...
+@overload
+def multi_head_attention_forward(
+    query: AnyArray, key: AnyArray, value: AnyArray, embed_dim_to_check: int, num_heads: int,
+    in_proj_weight: AnyArray | None, in_proj_bias: AnyArray | None, bias_k: AnyArray | None, bias_v: AnyArray | None,
+    add_zero_attn: bool, dropout_p: float, out_proj_weight: AnyArray, out_proj_bias: AnyArray | None,
+    training: bool = True, key_padding_mask: AnyArray | None = None, *, need_weights: Literal[False],
+    attn_mask: AnyArray | None = None, use_separate_proj_weight: bool = False, q_proj_weight: AnyArray | None = None,
+    k_proj_weight: AnyArray | None = None, v_proj_weight: AnyArray | None = None, static_k: AnyArray | None = None,
+    static_v: AnyArray | None = None, average_attn_weights: bool = True, is_causal: bool = False,
+    dropout_seed: int | None = None,
+) -> tuple[Array, None]: ...
+@overload
+def multi_head_attention_forward(
+    query: AnyArray, key: AnyArray, value: AnyArray, embed_dim_to_check: int, num_heads: int,
+    in_proj_weight: AnyArray | None, in_proj_bias: AnyArray | None, bias_k: AnyArray | None, bias_v: AnyArray | None,
+    add_zero_attn: bool, dropout_p: float, out_proj_weight: AnyArray, out_proj_bias: AnyArray | None,
+    training: bool = True, key_padding_mask: AnyArray | None = None, need_weights: bool = True,
+    attn_mask: AnyArray | None = None, use_separate_proj_weight: bool = False, q_proj_weight: AnyArray | None = None,
+    k_proj_weight: AnyArray | None = None, v_proj_weight: AnyArray | None = None, static_k: AnyArray | None = None,
+    static_v: AnyArray | None = None, average_attn_weights: bool = True, is_causal: bool = False, *,
+    dropout_seed: int | None = None,
+) -> tuple[Array, Array | None]: ...
+@knows_foreign_keywords
+def multi_head_attention_forward(
+    query: AnyArray,
+    key: AnyArray,
+    value: AnyArray,
     embed_dim_to_check: int,
     num_heads: int,
-    in_proj_weight: Any,
-    in_proj_bias: Any,
-    bias_k: Any,
-    bias_v: Any,
+    in_proj_weight: AnyArray | None,
+    in_proj_bias: AnyArray | None,
+    bias_k: AnyArray | None,
+    bias_v: AnyArray | None,
     add_zero_attn: bool,
     dropout_p: float,
-    out_proj_weight: Any,
-    out_proj_bias: Any,
+    out_proj_weight: AnyArray,
+    out_proj_bias: AnyArray | None,
     training: bool = True,
-    key_padding_mask: Any = None,
+    key_padding_mask: AnyArray | None = None,
     need_weights: bool = True,
-    attn_mask: Any = None,
+    attn_mask: AnyArray | None = None,
     use_separate_proj_weight: bool = False,
-    q_proj_weight: Any = None,
-    k_proj_weight: Any = None,
-    v_proj_weight: Any = None,
-    static_k: Any = None,
-    static_v: Any = None,
+    q_proj_weight: AnyArray | None = None,
+    k_proj_weight: AnyArray | None = None,
+    v_proj_weight: AnyArray | None = None,
+    static_k: AnyArray | None = None,
+    static_v: AnyArray | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
     *,
     dropout_seed: int | None = None,
-) -> tuple[NDArray[Any], NDArray[Any] | None]:
+) -> tuple[Array, Array | None]:
     """The forward of `mha_c.MultiheadAttention`, with the parameters as arguments.
 
     N is the batch size, L the number of queries, S the number of keys, E the features of the query, H the number of
@@ -218,47 +274,64 @@ def multi_head_attention_forward(
     >>> bool((output == layer(x, x, x)[0]).all())
     True
     """
-    q_shape, k_shape, v_shape = _shape(query), _shape(key), _shape(value)
-    if len(q_shape) in (2, 3) and len(k_shape) == len(v_shape) == len(q_shape):  # the core has words for other ranks
-        _check_widths(q_shape, k_shape, v_shape, embed_dim_to_check, num_heads, use_separate_proj_weight)
-    rows = math.prod(q_shape[:-1])
-    width = embed_dim_to_check
-    if use_separate_proj_weight:
-        features = (width, k_shape[-1], v_shape[-1])
-        projections = _separate_projections(features, q_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias)
-    else:
-        products = 1 if query is key is value else 3  # torch multiplies once where the inputs are the same
-        projections = _packed_projections(width, rows, products, in_proj_weight, in_proj_bias)
-    extra = [_extra_key(bias, width) for bias in (bias_k, bias_v)]
-    output = _output_projection(width, rows, out_proj_weight, out_proj_bias)
-    head_dim = width // num_heads
-    weights = _core.Weights(
-        num_heads, num_heads, head_dim, head_dim, *_of_one_dtype(*projections, *extra, *output)
-    )
-    return _core.forward(
-        weights,
-        query,
-        key,
-        value,
-        key_padding_mask,
-        need_weights,
-        attn_mask,
-        average_attn_weights,
-        is_causal,
-        None,
-        False,
-        add_zero_attn,
-        "torch",
-        dropout_p if training else 0.0,
-        _dropout_seed(dropout_p if training else 0.0, dropout_seed),
-        0,
-        static_k,
-        static_v,
-    )
-
-
-def _shape(value: Any) -> _Shape:
-    return tuple(value.shape) if hasattr(value, "shape") else as_array(value).shape
+    try:
+        q_shape, k_shape, v_shape = shape_of(query), shape_of(key), shape_of(value)
+        if len(q_shape) in (2, 3) and len(k_shape) == len(v_shape) == len(q_shape):  # the core has words for others
+            _check_widths(q_shape, k_shape, v_shape, embed_dim_to_check, num_heads, use_separate_proj_weight)
+        rows = math.prod(q_shape[:-1])
+        width = embed_dim_to_check
+        if use_separate_proj_weight:
+            features = (width, k_shape[-1], v_shape[-1])
+            projections = _separate_projections(features, q_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias)
+        else:
+            products = 1 if query is key is value else 3  # torch multiplies once where the inputs are the same
+            projections = _packed_projections(width, rows, products, in_proj_weight, in_proj_bias)
+        extra = [_extra_key(bias, width) for bias in (bias_k, bias_v)]
+        output = _output_projection(width, rows, out_proj_weight, out_proj_bias)
+        head_dim = width // num_heads
+        parameters = _of_one_dtype(use_separate_proj_weight, *projections, *extra, *output)
+        return _core.forward(
+            _core.Weights(num_heads, num_heads, head_dim, head_dim, *parameters),
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+            None,
+            False,
+            add_zero_attn,
+            "torch",
+            dropout_p if training else 0.0,
+            _dropout_seed(dropout_p if training else 0.0, dropout_seed),
+            0,
+            static_k,
+            static_v,
+        )
+    except REFUSALS as error:
+        if static_k is None and static_v is None:  # whose lengths and batches are others
+            advise_on_call(
+                error,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                attn_mask,
+                need_weights,
+                average_attn_weights,
+                is_causal,
+                num_heads=num_heads,
+                features=(embed_dim_to_check, None, None) if use_separate_proj_weight else (embed_dim_to_check,) * 3,
+                parameters=(
+                    *((q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else (in_proj_weight,)),
+                    *(in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias),
+                ),
+                extra_keys=(bias_k is not None) + bool(add_zero_attn),
+                batch_first=None,
+            )
+        raise
 
 
 def _check_widths(query: _Shape, key: _Shape, value: _Shape, embed_dim: int, num_heads: int, separate: bool) -> None:
@@ -275,7 +348,7 @@ def _check_widths(query: _Shape, key: _Shape, value: _Shape, embed_dim: int, num
         raise AssertionError(f"key shape {key} does not match value shape {value}")
 
 
-def _parameter(value: Any) -> _Array:
+def _parameter(value: Any) -> Array:
     """The array of a parameter as the core reads it: C-contiguous, aligned, native byte order."""
     array = as_array(value)
     return np.require(array, array.dtype.newbyteorder("="), ["C", "A", "E"])
@@ -283,7 +356,7 @@ def _parameter(value: Any) -> _Array:
 
 def _separate_projections(
     features: tuple[int, int, int], q_weight: Any, k_weight: Any, v_weight: Any, in_bias: Any
-) -> Iterator[_Array | None]:
+) -> Iterator[Array | None]:
     """The three projections and their stacked bias, from separate weights."""
     given = dict(zip("qkv", (q_weight, k_weight, v_weight), strict=True))
     for letter, weight in given.items():
@@ -305,7 +378,7 @@ def _separate_projections(
     yield bias
 
 
-def _check_matrix(weight: _Array, rows: int, depth: int, products: int = 1) -> None:
+def _check_matrix(weight: Array, rows: int, depth: int, products: int = 1) -> None:
     """What torch says when (rows, depth) cannot be multiplied with a weight, transposed."""
     if weight.ndim != 2:
         raise RuntimeError(f"mat2 must be a matrix, got {weight.ndim}-D tensor")
@@ -318,7 +391,7 @@ def _check_matrix(weight: _Array, rows: int, depth: int, products: int = 1) -> N
 
 def _packed_projections(
     width: int, rows: int, products: int, in_weight: Any, in_bias: Any
-) -> Iterator[_Array | None]:
+) -> Iterator[Array | None]:
     """The three projections and their stacked bias, from stacked weights."""
     if in_weight is None:
         raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
@@ -333,7 +406,7 @@ def _packed_projections(
     yield bias
 
 
-def _extra_key(bias: Any, width: int) -> _Array | None:
+def _extra_key(bias: Any, width: int) -> Array | None:
     """bias_k or bias_v; Weights has torch's words for one without the other."""
     if bias is None:
         return None
@@ -346,7 +419,7 @@ def _extra_key(bias: Any, width: int) -> _Array | None:
     return array.reshape(1, 1, width)
 
 
-def _output_projection(width: int, rows: int, out_weight: Any, out_bias: Any) -> Iterator[_Array | None]:
+def _output_projection(width: int, rows: int, out_weight: Any, out_bias: Any) -> Iterator[Array | None]:
     if out_weight is None:
         raise TypeError("linear(): argument 'weight' (position 2) must be Tensor, not NoneType")
     weight = _parameter(out_weight)
@@ -358,10 +431,17 @@ def _output_projection(width: int, rows: int, out_weight: Any, out_bias: Any) ->
     yield bias
 
 
-def _of_one_dtype(*parameters: _Array | None) -> tuple[Any, ...]:
-    dtypes = [array.dtype for array in parameters if array is not None]
-    for dtype in dtypes:
-        if dtype != dtypes[0]:
-            a, b = (_TORCH_NAMES.get(d.name, d.name) for d in (dtypes[0], dtype))
-            raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {a} and {b}")
+def _of_one_dtype(is_separate: bool, *parameters: Array | None) -> tuple[Any, ...]:
+    """The parameters, if they are all of the dtype of the first one."""
+    inputs = ("q_proj_weight", "k_proj_weight", "v_proj_weight") if is_separate else ("in_proj_weight",) * 3
+    names = (*inputs, "in_proj_bias", "bias_k", "bias_v", "out_proj_weight", "out_proj_bias")
+    given = [(name, array.dtype) for name, array in zip(names, parameters, strict=True) if array is not None]
+    first_name, first = given[0]
+    for name, dtype in given:
+        if dtype != first:
+            a, b = (_TORCH_NAMES.get(d.name, d.name) for d in (first, dtype))
+            raise RuntimeError(
+                f"{name} is {dtype}, but {first_name} is {first}: pass parameters of one dtype. "
+                f"torch says: mat1 and mat2 must have the same dtype, but got {a} and {b}"
+            )
     return parameters

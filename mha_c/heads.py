@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention weights say about each head, in numbers, and the same weights for bertviz. `mha_c.plot` draws them."""
+"""What attention weights say about each head, in numbers, and the same weights for bertviz. `mha_c.plot` draws them.
+
+Weights are arrays (N, H, L, S) or (L, S), or what `mha_c.explain` returns. An array of three dimensions can be two
+things, so `averaged` must say which: ``averaged=True`` for (N, L, S), averaged over the heads, as the layer returns it by
+default; ``averaged=False`` for (H, L, S), of a call without a batch. Arrays are checked: weights are not negative, and
+those of a query add up to 1, unless it sees no key.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,55 +19,145 @@ from mha_c.explanation import Explanation
 
 __all__ = ["distance", "entropy", "heads_of", "to_bertviz"]
 
+_TOLERANCE = 0.02  # of the sum of a query's weights: bfloat16, or a table rounded to two places, comes that close to 1
 
-def heads_of(weights: Any, item: int = 0) -> NDArray[Any]:
-    """The weights, or scores, of every head for one batch item.
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class Matrices(NamedTuple):
+    """The matrices (L, S) of one batch item: weights, or scores."""
+
+    array: NDArray[Any]  # (H, L, S); 1 for H where the matrix belongs to no single head
+    heads: tuple[int, ...]  # the numbers of the H heads in their layer; empty for such a matrix
+    average_name: str  # what the average over H is called
+
+    @classmethod
+    def of(cls, source: Any, item: int, averaged: bool | None, stage: str = "weights") -> Matrices:
+        """Those of an explanation, or of an array, which is checked if it is meant to be of weights."""
+        is_explanation = isinstance(source, Explanation)
+        array: NDArray[Any] = np.asarray(getattr(source, stage) if is_explanation else source)
+        if is_explanation:
+            if averaged:
+                raise ValueError("an Explanation has the weights of each head: averaged= is about arrays")
+            averaged = False
+        if not 2 <= array.ndim <= 4 or (array.ndim == 4 and averaged):
+            shapes = "(N, L, S) or (L, S) if averaged" if averaged else "(N, H, L, S), (H, L, S) or (L, S)"
+            raise ValueError(f"{stage} are {shapes}, but these have shape {array.shape}")
+        if array.ndim == 3 and averaged is None:
+            raise ValueError(
+                f"{stage} of shape {array.shape} can be two things: pass averaged=True if they are (N, L, S), averaged "
+                "over the heads, as the layer returns them by default; pass averaged=False if they are (H, L, S), those "
+                "of each head, from a call without a batch"
+            )
+        has_heads = array.ndim == 4 or (array.ndim == 3 and not averaged)
+        array = _item(array, item, has_batch=array.ndim - has_heads == 3)
+        array = array if has_heads else array[None]
+        if stage == "weights" and not is_explanation:
+            _check_weights(array)
+        heads = source.heads if is_explanation else tuple(range(len(array))) if has_heads else ()
+        name = f"average of {len(heads)} head{'s' * (len(heads) != 1)}"
+        if is_explanation and len(heads) < source.letters["H"]:
+            name = f"average of heads {', '.join(map(str, heads))}"
+        elif not has_heads:
+            name = "average of the heads" if averaged else ""
+        return cls(array, heads, name)
+
+    def of_each_head(self) -> Matrices:
+        """These, if there is one for each head."""
+        if not self.heads:
+            raise ValueError(
+                "this needs the weights of each head, but there is one matrix for all of them: the layer returns those "
+                "of each head with average_attn_weights=False"
+            )
+        return self
+
+
+def _item(array: NDArray[Any], item: int, has_batch: bool) -> NDArray[Any]:
+    item = operator.index(item)
+    count = len(array) if has_batch else 1
+    if not -count <= item < count:
+        batch = f"the batch has {count}" if has_batch else f"an array of shape {array.shape} has no batch"
+        raise IndexError(f"there is no item {item}: {batch}")
+    chosen: NDArray[Any] = array[item] if has_batch else array
+    return chosen
+
+
+def _check_weights(array: NDArray[Any]) -> None:
+    """Refuse what cannot be weights. A query that sees no key has NaN, or 0 for every key."""
+    smallest = array.min(initial=0.0, where=~np.isnan(array))
+    if smallest < 0:
+        raise ValueError(f"weights are not negative, but one of these is {smallest:.4g}; are they scores?")
+    sums = array.sum(axis=-1, dtype=np.float64)
+    wrong = np.argwhere((np.abs(sums - 1) > _TOLERANCE) & (sums != 0))
+    if len(wrong):
+        head, query = wrong[0]
+        raise ValueError(
+            f"the weights of a query add up to 1, but those of query {query} in matrix {head} add up to "
+            f"{sums[head, query]:.4g}. Active dropout has this effect: call the layer's eval() first, or pass what "
+            "mha_c.explain returns. So has leaving out keys."
+        )
+
+
+def heads_of(weights: Any, item: int = 0, *, averaged: bool | None = None) -> NDArray[Any]:
+    """The weights of every head for one batch item.
 
     Parameters
     ----------
     weights : array_like or Explanation
-        (N, H, L, S); (H, L, S), of an unbatched call; or (L, S), a single head or an average. Or what
-        `mha_c.explain` returns, whose ``weights`` are taken, of the heads that were asked for.
+        (N, H, L, S), (H, L, S), (N, L, S) or (L, S); or what `mha_c.explain` returns, whose ``weights`` are taken, of
+        the heads that were asked for.
     item : int, default 0
         Which of the N, if there are any.
+    averaged : bool, optional
+        Whether an array is averaged over the heads. It must be given for an array of three dimensions: True means that
+        it is (N, L, S), as the layer returns it by default; False means that it is (H, L, S).
 
     Returns
     -------
     numpy.ndarray, (H, L, S)
+        H is 1 for (N, L, S) and (L, S), which are one matrix for all heads, or of a head whose number is not known.
 
     Raises
     ------
     ValueError
-        If there are not 2 to 4 dimensions.
+        If there are not 2 to 4 dimensions; if there are 3, and `averaged` is not given; or if the numbers cannot be
+        weights: if one is negative, or if those of a query add up to neither 1 nor 0.
     IndexError
         If there is no such item.
 
     Examples
     --------
-    >>> heads_of(np.zeros((3, 4, 5, 5))).shape, heads_of(np.zeros((5, 5))).shape
+    >>> import mha_c
+    >>> layer, x = mha_c.MultiheadAttention(8, 4, seed=0).eval(), np.ones((5, 3, 8), np.float32)
+    >>> _, averages = layer(x, x, x)
+    >>> _, weights = layer(x, x, x, average_attn_weights=False)
+    >>> heads_of(weights, item=2).shape, heads_of(averages, item=2, averaged=True).shape
     ((4, 5, 5), (1, 5, 5))
     """
-    array: NDArray[Any] = np.asarray(weights.weights if isinstance(weights, Explanation) else weights)
-    if not 2 <= array.ndim <= 4:
-        raise ValueError(f"weights are (N, H, L, S), (H, L, S) or (L, S), but these have shape {array.shape}")
-    by_head: NDArray[Any] = array[item] if array.ndim == 4 else array
-    return by_head if by_head.ndim == 3 else by_head[None]
+    return Matrices.of(weights, item, averaged).array
 
 
-def entropy(weights: Any, *, item: int = 0) -> NDArray[Any]:
+def entropy(weights: Any, *, item: int = 0, averaged: bool | None = None) -> NDArray[Any]:
     """How widely each query of each head looks: the entropy of its weights, in bits.
 
     0 means that a single key has all the weight; log2(S), that all S keys have the same.
 
     Parameters
     ----------
-    weights, item
+    weights, item, averaged
         As for `heads_of`.
 
     Returns
     -------
     numpy.ndarray of float64, (H, L)
-        NaN for a query without weights.
+        NaN for a query that sees no key.
+
+    Raises
+    ------
+    ValueError, IndexError
+        As for `heads_of`.
 
     Notes
     -----
@@ -72,27 +169,32 @@ def entropy(weights: Any, *, item: int = 0) -> NDArray[Any]:
     >>> entropy([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
     array([[0., 2.]])
     """
-    w = heads_of(weights, item).astype(np.float64)
+    return entropy_by_query(heads_of(weights, item, averaged=averaged))
+
+
+def entropy_by_query(by_head: NDArray[Any]) -> NDArray[Any]:
+    """Weights (H, L, S) to entropies (H, L)."""
+    w = by_head.astype(np.float64)
     return np.where(w.sum(axis=-1) == 0, np.nan, -(w * np.log2(np.where(w == 0, 1, w))).sum(axis=-1) + 0.0)
 
 
-def distance(weights: Any, *, item: int = 0) -> NDArray[Any]:
+def distance(weights: Any, *, item: int = 0, averaged: bool | None = None) -> NDArray[Any]:
     """How far each query of each head looks: the mean distance, by its weights, from the query to the keys, in tokens.
 
     Parameters
     ----------
-    weights, item
+    weights, item, averaged
         As for `heads_of`, of a self-attention: L = S.
 
     Returns
     -------
     numpy.ndarray of float64, (H, L)
-        NaN for a query without weights.
+        NaN for a query that sees no key.
 
     Raises
     ------
-    ValueError
-        Unless L = S.
+    ValueError, IndexError
+        As for `heads_of`, and unless L = S.
 
     Notes
     -----
@@ -104,7 +206,12 @@ def distance(weights: Any, *, item: int = 0) -> NDArray[Any]:
     >>> distance([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
     array([[0. , 0.5, 2. ]])
     """
-    w = heads_of(weights, item).astype(np.float64)
+    return distance_by_query(heads_of(weights, item, averaged=averaged))
+
+
+def distance_by_query(by_head: NDArray[Any]) -> NDArray[Any]:
+    """Weights (H, L, L) to mean distances (H, L)."""
+    w = by_head.astype(np.float64)
     _, length, source_length = w.shape
     if length != source_length:
         raise ValueError(f"distances need as many keys as queries, not {length} queries and {source_length} keys")
@@ -112,8 +219,8 @@ def distance(weights: Any, *, item: int = 0) -> NDArray[Any]:
     return np.where(w.sum(axis=-1) == 0, np.nan, (w * np.abs(positions[:, None] - positions)).sum(axis=-1))
 
 
-def to_bertviz(*layers: Any, item: int = 0) -> tuple[Any, ...]:
-    """Weights in the form that the package bertviz takes, which it shows as interactive drawings.
+def to_bertviz(*layers: Any, item: int = 0, averaged: bool | None = None) -> tuple[Any, ...]:
+    """Weights in the form that the package bertviz takes, which shows them as interactive drawings.
 
     Parameters
     ----------
@@ -121,6 +228,8 @@ def to_bertviz(*layers: Any, item: int = 0) -> tuple[Any, ...]:
         The weights of each layer, as for `heads_of`, all with the same H, L and S.
     item : int, default 0
         The batch item to show.
+    averaged : bool, optional
+        False for arrays (H, L, S).
 
     Returns
     -------
@@ -131,14 +240,17 @@ def to_bertviz(*layers: Any, item: int = 0) -> tuple[Any, ...]:
     ------
     ImportError
         If torch, which bertviz needs, is not installed.
+    ValueError, IndexError
+        As for `heads_of`, and if a layer's weights are not those of each head.
 
     Examples
     --------
-    >>> [tuple(layer.shape) for layer in to_bertviz(np.zeros((3, 4, 5, 5)), np.zeros((3, 4, 5, 5)))]
+    >>> weights = np.full((3, 4, 5, 5), 0.2)
+    >>> [tuple(layer.shape) for layer in to_bertviz(weights, weights)]
     [(1, 4, 5, 5), (1, 4, 5, 5)]
     """
     try:
         import torch
     except ModuleNotFoundError as error:
         raise ImportError("bertviz takes tensors, and torch is not installed: `pip install torch`") from error
-    return tuple(torch.tensor(heads_of(layer, item)[None]) for layer in layers)
+    return tuple(torch.tensor(Matrices.of(layer, item, averaged).of_each_head().array[None]) for layer in layers)

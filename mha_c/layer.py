@@ -1,58 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head attention as a layer: torch's constructor, call, attributes and state dict over the C core."""
 
-from __future__ import annotations
-
-import functools
+import math
 import operator
 import os
 import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mha_c import _core
+from mha_c.advice.arguments import REFUSALS
+from mha_c.advice.calls import advise_on_call, warn_of_decoding
+from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.initialization import initial_parameters
-from mha_c.parameters.arrays import as_array
-from mha_c.parameters.sets import ParameterSet, Widths
-from mha_c.parameters.state_dict import IncompatibleKeys, infer_layer, match_state_dict, read_layer, write_layer
+from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.loading import infer_layer
+from mha_c.parameters.schemes import Layout
+from mha_c.parameters.sets import ParameterSet, Widths, integer, number
+from mha_c.parameters.state_dict import IncompatibleKeys, match_state_dict, read_layer, write_layer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+elif sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    Self = Any
 
-__all__ = ["MultiheadAttention", "OutputProjection", "layer_with", "next_dropout_call", "parameters_of"]
+__all__ = ["MultiheadAttention", "OutputProjection", "facts_of", "layer_with", "next_dropout_call", "parameters_of"]
 
 MaskedRows: TypeAlias = Literal["torch", "zero"]
 
-_Arguments = ParamSpec("_Arguments")
+_Value = TypeVar("_Value")
+
+_DEVICES = ("cpu", "cuda", "hip", "hpu", "meta", "mps", "mtia", "xla", "xpu")
 
 # Held for an instant, to count a call or to swap a set of parameters, so one lock serves all layers. Forking waits for
 # it, or a child could inherit it locked. Reentrant, since a signal handler or a finalizer may call a layer in that instant.
 _lock = threading.RLock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-
-
-def _explaining_foreign_names(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Add to Python's TypeError what torch.nn.Transformer's names for the same arguments are called here."""
-    names = {"d_model": "embed_dim", "nhead": "num_heads"}
-
-    @functools.wraps(init)
-    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
-        try:
-            init(*args, **kwargs)
-        except TypeError as error:
-            foreign = [name for name in names if name in kwargs]
-            if not foreign:
-                raise
-            advice = ", ".join(f"{names[name]}={kwargs[name]!r} instead of {name}={kwargs[name]!r}" for name in foreign)
-            raise TypeError(f"{error}. Write {advice}.") from None
-
-    return checked
 
 
 class _Width(property):
@@ -70,19 +60,53 @@ class _Width(property):
 class _Parameter(property):
     """A parameter as an attribute: reading gives the array, or None where the layer has none; assigning replaces it."""
 
-    def __init__(self, name: str) -> None:
-        def read(layer: MultiheadAttention) -> NDArray[Any] | None:
+    def __init__(self, name: str, doc: str) -> None:
+        def read(layer: "MultiheadAttention") -> Array | None:
             return layer._parameters.arrays.get(name)
 
-        def replace(layer: MultiheadAttention, value: Any) -> None:
+        def replace(layer: "MultiheadAttention", value: Any) -> None:
             layer._assign(name, value)
 
-        super().__init__(read, replace)
-        self.__doc__ = f"The parameter {name}, or None."
+        super().__init__(read, replace, doc=doc)
 
     if TYPE_CHECKING:
 
-        def __get__(self, layer: Any, owner: type | None = None) -> NDArray[Any] | None: ...  # type: ignore[override]
+        def __get__(self, layer: Any, owner: type | None = None) -> Array | None: ...  # type: ignore[override]
+
+
+class _Option(property, Generic[_Value]):
+    """An argument of the constructor as an attribute, which is checked whenever it is assigned."""
+
+    def __init__(self, name: str, check: Callable[[str, Any], _Value]) -> None:
+        def assign(layer: "MultiheadAttention", value: Any) -> None:
+            setattr(layer, f"_{name}", check(name, value))
+
+        super().__init__(operator.attrgetter(f"_{name}"), assign)
+        self.__doc__ = f"{name}, which may be changed, and counts from the next call on."
+
+    if TYPE_CHECKING:
+
+        def __get__(self, layer: Any, owner: type | None = None) -> _Value: ...  # type: ignore[override]
+
+        def __set__(self, layer: Any, value: _Value) -> None: ...
+
+
+def _flag(name: str, value: Any) -> bool:
+    """Whatever Python takes for true or false, as torch does, but for text: "no" would be true."""
+    if isinstance(value, str):
+        raise TypeError(f"{name} must be True or False, but got {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def _seed(name: str, value: Any) -> int:
+    """64 bits, which are random if none are given."""
+    return int.from_bytes(os.urandom(8), "little") if value is None else integer(name, value) % 2**64
+
+
+def _masked_rows(name: str, value: Any) -> MaskedRows:
+    if value not in ("torch", "zero"):
+        raise ValueError(f'{name} must be "torch" or "zero", but got {value!r}')
+    return value  # type: ignore[no-any-return]
 
 
 class MultiheadAttention:
@@ -158,7 +182,9 @@ class MultiheadAttention:
     AssertionError
         If `embed_dim` is not divisible by `num_heads` and `head_dim` is not given.
     TypeError, RuntimeError
-        If a width is no integer, or `dtype` or `device` is not supported.
+        If an argument is of a wrong type, or `dtype` or `device` is not supported.
+    MemoryError
+        If there is no room for the parameters.
 
     Notes
     -----
@@ -189,15 +215,34 @@ class MultiheadAttention:
     v_head_dim = _Width("v_head_dim")
     out_dim = _Width("out_dim")
 
-    in_proj_weight = _Parameter("in_proj_weight")
-    q_proj_weight = _Parameter("q_proj_weight")
-    k_proj_weight = _Parameter("k_proj_weight")
-    v_proj_weight = _Parameter("v_proj_weight")
-    in_proj_bias = _Parameter("in_proj_bias")
-    bias_k = _Parameter("bias_k")
-    bias_v = _Parameter("bias_v")
+    in_proj_weight = _Parameter(
+        "in_proj_weight", "The query, key and value projections, stacked, if kdim = vdim = embed_dim; else None."
+    )
+    q_proj_weight = _Parameter("q_proj_weight", "The query projection, if kdim or vdim is not embed_dim; else None.")
+    k_proj_weight = _Parameter("k_proj_weight", "The key projection, if kdim or vdim is not embed_dim; else None.")
+    v_proj_weight = _Parameter("v_proj_weight", "The value projection, if kdim or vdim is not embed_dim; else None.")
+    in_proj_bias = _Parameter(
+        "in_proj_bias", "The biases of the query, key and value projections, stacked; None without `bias`."
+    )
+    bias_k = _Parameter("bias_k", "The learnt key of `add_bias_kv`, (1, 1, features); else None.")
+    bias_v = _Parameter("bias_v", "The learnt value of `add_bias_kv`, (1, 1, features); else None.")
 
-    @_explaining_foreign_names
+    dropout = _Option("dropout", number)
+    batch_first = _Option("batch_first", _flag)
+    add_zero_attn = _Option("add_zero_attn", _flag)
+    masked_rows = _Option("masked_rows", _masked_rows)
+    training = _Option("training", _flag)
+    dropout_seed = _Option("dropout_seed", _seed)
+
+    _dropout: float  # where these are kept: each call reads them, and a property takes longer
+    _batch_first: bool
+    _add_zero_attn: bool
+    _masked_rows: MaskedRows
+    _training: bool
+    _dropout_seed: int
+    _warns_of_decoding = True
+
+    @knows_foreign_keywords
     def __init__(
         self,
         embed_dim: int,
@@ -223,7 +268,11 @@ class MultiheadAttention:
         widths = Widths.from_arguments(embed_dim, num_heads, kdim, vdim, head_dim, v_head_dim, out_dim, num_kv_heads)
         _check_device(device)
         real = _float_dtype(dtype)
-        arrays = initial_parameters(widths.shapes(bool(bias), bool(add_bias_kv)), real, seed)
+        shapes = widths.shapes(bool(_flag("bias", bias)), bool(_flag("add_bias_kv", add_bias_kv)))
+        size = sum(math.prod(shape) for shape in shapes.values()) * real.itemsize
+        if size > sys.maxsize:
+            raise MemoryError(f"the parameters would take {size:,} bytes, with embed_dim={widths.embed_dim:,}")
+        arrays = initial_parameters(shapes, real, None if seed is None else integer("seed", seed))
         parameters = ParameterSet(widths, arrays, real)
         self._set_up(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
@@ -237,15 +286,12 @@ class MultiheadAttention:
         masked_rows: MaskedRows = "torch",
     ) -> None:
         """Complete a new layer, whether its parameters are initial ones or come from elsewhere."""
-        if masked_rows not in ("torch", "zero"):
-            raise ValueError(f'masked_rows must be "torch" or "zero", but got {masked_rows!r}')
         self.dropout = dropout
         self.batch_first = batch_first
         self.add_zero_attn = add_zero_attn
-        self.masked_rows: MaskedRows = masked_rows
+        self.masked_rows = masked_rows
         self.training = True
-        entropy = int.from_bytes(os.urandom(8), "little")
-        self.dropout_seed = entropy if dropout_seed is None else operator.index(dropout_seed) % 2**64
+        self.dropout_seed = _seed("dropout_seed", dropout_seed)
         self._dropout_calls = 0
         self._parameters = parameters
 
@@ -261,19 +307,45 @@ class MultiheadAttention:
         if "forward" in cls.__dict__ and "__call__" not in cls.__dict__:
             cls.__call__ = cls.forward  # type: ignore[method-assign]  # a call is forward without an indirection
 
+    @overload
+    def forward(
+        self, query: AnyArray, key: AnyArray, value: AnyArray, key_padding_mask: AnyArray | None = None,
+        need_weights: Literal[True] = True, attn_mask: AnyArray | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False, *, out: Array | None = None,
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def forward(
+        self, query: AnyArray, key: AnyArray, value: AnyArray, key_padding_mask: AnyArray | None,
+        need_weights: Literal[False], attn_mask: AnyArray | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False, *, out: Array | None = None,
+    ) -> tuple[Array, None]: ...
+    @overload
+    def forward(
+        self, query: AnyArray, key: AnyArray, value: AnyArray, key_padding_mask: AnyArray | None = None, *,
+        need_weights: Literal[False], attn_mask: AnyArray | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False, out: Array | None = None,
+    ) -> tuple[Array, None]: ...
+    @overload
+    def forward(
+        self, query: AnyArray, key: AnyArray, value: AnyArray, key_padding_mask: AnyArray | None = None,
+        need_weights: bool = True, attn_mask: AnyArray | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False, *, out: Array | None = None,
+    ) -> tuple[Array, Array | None]: ...
+
+    @knows_foreign_keywords
     def forward(
         self,
-        query: Any,
-        key: Any,
-        value: Any,
-        key_padding_mask: Any = None,
+        query: AnyArray,
+        key: AnyArray,
+        value: AnyArray,
+        key_padding_mask: AnyArray | None = None,
         need_weights: bool = True,
-        attn_mask: Any = None,
+        attn_mask: AnyArray | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
-        out: NDArray[Any] | None = None,
-    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        out: Array | None = None,
+    ) -> tuple[Array, Array | None]:
         """Attend with each query to all keys; calling the layer does the same.
 
         Inputs are whatever exposes the array interface, the buffer protocol or DLPack on the CPU, of the layer's dtype;
@@ -311,7 +383,14 @@ class MultiheadAttention:
         Raises
         ------
         AssertionError, RuntimeError, TypeError, ValueError
-            Where torch raises them, in its words: ranks, shapes and dtypes that do not fit. A list is a TypeError.
+            Where torch raises them: ranks, shapes and dtypes that do not fit. The message has torch's words, and says
+            what to write instead. A list or a masked array is a TypeError.
+
+        Warns
+        -----
+        UserWarning
+            With `is_causal` and without `attn_mask`, where there are fewer queries than keys, as in decoding: the last
+            queries then see the first keys only.
 
         Examples
         --------
@@ -323,25 +402,32 @@ class MultiheadAttention:
                 [0.5       , 0.5       , 0.        ],
                 [0.33333333, 0.33333333, 0.33333333]]])
         """
-        dropout_p = self.dropout if self.training else 0.0
-        return _core.forward(
-            self._parameters.weights,
-            query,
-            key,
-            value,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            average_attn_weights,
-            is_causal,
-            out,
-            self.batch_first,
-            self.add_zero_attn,
-            self.masked_rows,
-            dropout_p,
-            self.dropout_seed,
-            self._count_dropout_call() if dropout_p > 0 else 0,
-        )
+        try:
+            if is_causal and attn_mask is None and self._warns_of_decoding:
+                warn_of_decoding(query, key, self._batch_first)
+            dropout_p = self._dropout if self._training else 0.0
+            return _core.forward(
+                self._parameters.weights,
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+                out,
+                self._batch_first,
+                self._add_zero_attn,
+                self._masked_rows,
+                dropout_p,
+                self._dropout_seed,
+                self._count_dropout_call() if dropout_p > 0 else 0,
+            )
+        except REFUSALS as error:
+            call = (query, key, value, key_padding_mask, attn_mask, need_weights, average_attn_weights, is_causal)
+            advise_on_call(error, *call, **facts_of(self))
+            raise
 
     __call__ = forward
 
@@ -352,8 +438,8 @@ class MultiheadAttention:
         return call
 
     @property
-    def out_proj(self) -> OutputProjection:
-        """The output projection."""
+    def out_proj(self) -> "OutputProjection":
+        """The output projection: its ``weight`` and ``bias``."""
         return OutputProjection(self)
 
     @property
@@ -370,7 +456,7 @@ class MultiheadAttention:
             raise ValueError(f"{name} has shape {current.shape}, but got an array of shape {array.shape}")
         self._replace({name: array})
 
-    def _replace(self, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any] | None = None) -> None:
+    def _replace(self, arrays: Mapping[str, Array], dtype: np.dtype[Any] | None = None) -> None:
         """Swap in a new set of parameters, unless another thread was faster: then start from its set."""
         while True:
             old = self._parameters
@@ -380,7 +466,7 @@ class MultiheadAttention:
                     self._parameters = new
                     return
 
-    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, NDArray[Any]]]:
+    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Array]]:
         """Iterate over the names and arrays of the parameters, in the order of the state dict.
 
         Parameters
@@ -401,7 +487,7 @@ class MultiheadAttention:
         for name, array in self._parameters.arrays.items():
             yield f"{prefix}.{name}" if prefix else name, array
 
-    def parameters(self) -> Iterator[NDArray[Any]]:
+    def parameters(self) -> Iterator[Array]:
         """Iterate over the arrays of the parameters, in the order of the state dict.
 
         Yields
@@ -416,7 +502,7 @@ class MultiheadAttention:
         """
         yield from self._parameters.arrays.values()
 
-    def state_dict(self, *, prefix: str = "") -> OrderedDict[str, NDArray[Any]]:
+    def state_dict(self, *, prefix: str = "") -> OrderedDict[str, Array]:
         """The parameters by name, as torch names and orders them.
 
         Parameters
@@ -471,13 +557,17 @@ class MultiheadAttention:
         self._replace(arrays)
         return incompatible
 
-    def to(self, dtype: Any) -> Self:
-        """Cast the parameters, in place.
+    def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> Self:
+        """Cast the parameters, in place; the CPU is the only device.
 
         Parameters
         ----------
-        dtype : str, numpy.dtype or torch.dtype
-            float32 or float64.
+        device : str, torch.device, or the dtype
+            "cpu" or None. As in torch, the dtype may be the only argument.
+        dtype : str, numpy.dtype or torch.dtype, optional
+            float32 or float64. None: as it is.
+        non_blocking : bool, default False
+            Torch's; it makes no difference here.
 
         Returns
         -------
@@ -488,14 +578,22 @@ class MultiheadAttention:
         ------
         TypeError
             If the dtype is another one.
+        RuntimeError
+            If the device is another one.
 
         Examples
         --------
         >>> import mha_c
         >>> mha_c.MultiheadAttention(8, 2).to("float64").out_proj.weight.dtype
         dtype('float64')
+        >>> mha_c.MultiheadAttention(8, 2).to("cpu", "float64").out_proj.weight.dtype
+        dtype('float64')
         """
-        self._replace({}, _float_dtype(dtype))
+        if dtype is None and not _is_device(device):
+            device, dtype = None, device
+        _check_device(device)
+        if dtype is not None:
+            self._replace({}, _float_dtype(dtype))
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -544,12 +642,13 @@ class MultiheadAttention:
         return self.train(False)
 
     @classmethod
+    @knows_foreign_keywords
     def from_state_dict(
         cls,
         state_dict: Mapping[str, Any] | str | os.PathLike[str],
         prefix: str = "",
         *,
-        num_heads: int,
+        num_heads: int | None = None,
         names: Sequence[str] | None = None,
         strict: bool = True,
         dropout: float = 0.0,
@@ -560,24 +659,29 @@ class MultiheadAttention:
         masked_rows: MaskedRows = "torch",
         head_dim: int | None = None,
         num_kv_heads: int | None = None,
+        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        layout: Layout | None = None,
     ) -> Self:
         """A layer with parameters from anywhere, whose shapes say how wide it is.
 
         Parameters
         ----------
         state_dict : mapping of str to array or tensor, or str or path-like
-            The parameters of the layer, or of a whole model, or a file of them: .safetensors or .npz, from which only
-            this layer is read, or .pt, .pth or .bin, which torch reads, without executing what the file may contain.
+            The parameters of the layer, or of a whole model, or a file of them: of torch (.pt, .pth, .bin, .ckpt),
+            safetensors, .npz, or the index of several files (``model.safetensors.index.json``). The content tells the
+            kind. Only the layer is read from it, and nothing in it is executed. Mappings may hold others, such as
+            ``{"model": ..., "epoch": 3}``.
         prefix : str, default ""
-            What precedes the layer's names, the dot included, such as ``"encoder.layers.0.self_attn."``.
-        num_heads : int
-            Heads, which no shape tells.
+            What precedes the layer's names, the dot included, such as ``"encoder.layers.0.self_attn."``. More may
+            precede them, such as ``"model."``, if there is only one such layer.
+        num_heads : int, optional
+            Heads. Needed unless `config` tells it, or the shape of Flax's or Keras's kernels.
         names : sequence of str, optional
             What the query, key, value and output projections are called, each with a ``.weight`` and perhaps a
-            ``.bias``. Found by itself: torch's names, those of BERT (``attention.self.query`` and so on), and
-            ``q_proj``, ``k_proj``, ``v_proj`` with ``out_proj`` or ``o_proj``.
+            ``.bias``. Two names if one weight holds query, key and value; three if one holds key and value. None: they
+            are found by the names of torch, BERT, GPT-2, Llama, T5, timm, x-transformers, Flax, Keras and others.
         strict : bool, default True
-            Whether names that stand among the layer's and are not known are errors.
+            Whether it is an error if arrays stand beside the projections that are not known, or a bias is missing.
         dropout, add_zero_attn, batch_first
             As for the constructor.
         dtype : optional
@@ -585,8 +689,14 @@ class MultiheadAttention:
         dropout_seed, masked_rows
             As for the constructor.
         head_dim, num_kv_heads : int, optional
-            Only needed where the projections are stacked in one weight and value heads are not as wide as key heads:
-            then one of them tells the other.
+            Only needed where one weight holds query, key and value, and value heads are not as wide as key heads: then
+            one of them tells the other.
+        config : mapping of str to object, or str or path-like, optional
+            The configuration of a Hugging Face model, or its ``config.json``. It tells `num_heads`, `num_kv_heads` and
+            `head_dim`, and whether the model computes something that this layer does not.
+        layout : {"stacked", "per_head"}, optional
+            How one weight holds several projections: one below the other, as timm and GPT-2 have it; or head by head,
+            as GPT-NeoX, BLOOM and Falcon have it. Needed if the weight's name does not tell.
 
         Returns
         -------
@@ -596,20 +706,26 @@ class MultiheadAttention:
         Raises
         ------
         RuntimeError
-            In torch's words, if names or shapes differ.
+            In torch's words, if names or shapes differ; it says what there is instead.
+        NotImplementedError
+            If names or `config` show that the model computes something else, such as rotary positions, normalised
+            queries, biases by relative position; and for names that only such models use, unless `names` or `config` is
+            given.
         ValueError
-            If no layer of `num_heads` heads has such shapes, or a file is damaged.
+            If no layer of `num_heads` heads has such shapes, arguments contradict `config` or each other, a layout has
+            to be given, or a file is incomplete, damaged or of another kind.
         TypeError
-            If `state_dict` is neither a mapping nor a path.
+            If `state_dict` is neither a mapping nor a path, or nothing tells the number of heads.
         ImportError
-            If safetensors or torch is needed to read the file and not installed.
+            If numbers in float8 are to be read and ml_dtypes is not installed.
         OSError
             If the file cannot be opened.
 
         Notes
         -----
-        A layer is what its parameters say and no more: models that rotate queries and keys, or add positions to the
-        scores, compute something else with the same parameters.
+        A state dict says nothing of `batch_first`, of dropout, of masks, nor of the path from a model's input to its
+        attention. A layer computes softmax(Q Kᵀ / sqrt(head_dim)) V and no more. What some models add to it has no
+        parameters, such as rotary positions: `config` shows it, names may not.
 
         Examples
         --------
@@ -621,7 +737,16 @@ class MultiheadAttention:
         """
         with open_state_dict(state_dict) as tensors:
             widths, arrays = infer_layer(
-                cls.__name__, tensors, prefix, names, num_heads, num_kv_heads, head_dim, strict
+                cls.__name__,
+                tensors,
+                prefix,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                config=config,
+                names=names,
+                layout=layout,
+                strict=strict,
             )
         if dtype is None and arrays["out_proj.weight"].dtype == np.float64:
             dtype = np.float64
@@ -674,7 +799,7 @@ class MultiheadAttention:
         Parameters
         ----------
         path : str or path-like
-            Ends in .safetensors, for which safetensors must be installed, or in .npz.
+            The file, whatever its name.
 
         Returns
         -------
@@ -683,9 +808,7 @@ class MultiheadAttention:
         Raises
         ------
         ValueError
-            If the file is damaged, was not written by `save`, or is of another kind.
-        ImportError
-            If safetensors is needed and not installed.
+            If the file is incomplete or damaged, was not written by `save`, or is of another kind.
         OSError
             If the file cannot be opened.
 
@@ -712,7 +835,9 @@ class MultiheadAttention:
         Parameters
         ----------
         module : torch.nn.MultiheadAttention
-            The layer to copy. Parameters in float16 or bfloat16 become float32.
+            The layer to copy, or one of a subclass whose forward is torch's. Its weights are what torch would compute
+            with at this moment, whether they are parameters, parametrized or plain tensors; what else the layer holds
+            is not copied. Parameters in float16 or bfloat16 become float32.
 
         Returns
         -------
@@ -721,7 +846,7 @@ class MultiheadAttention:
         Raises
         ------
         TypeError
-            If `module` is something else.
+            If `module` is something else, or has a forward of its own, which could compute anything.
 
         Examples
         --------
@@ -731,13 +856,99 @@ class MultiheadAttention:
         """
         torch = sys.modules.get("torch")  # where it was not imported, this cannot be a layer of it
         if torch is None or not isinstance(module, torch.nn.MultiheadAttention):
-            raise TypeError(f"from_torch takes a torch.nn.MultiheadAttention, but got {type(module)}")
-        widths = Widths.from_arguments(module.embed_dim, module.num_heads, module.kdim, module.vdim)
+            raise TypeError(f"from_torch takes a torch.nn.MultiheadAttention, but got {_describe_module(module)}")
+        # A layer that mha_c.torch.replace_attention has changed knows its class in torch.
+        module_class = getattr(type(module), "_torch_class", type(module))
+        if "forward" in vars(module) or module_class.forward is not torch.nn.MultiheadAttention.forward:
+            raise TypeError(
+                f"from_torch takes a torch.nn.MultiheadAttention, but this {module_class.__name__} has a forward of "
+                "its own, which could compute anything. If it computes torch's attention, write "
+                "MultiheadAttention.from_state_dict(module.state_dict(), num_heads=module.num_heads)"
+            )
+        out_dim = len(module.out_proj.weight)
+        widths = Widths.from_arguments(module.embed_dim, module.num_heads, module.kdim, module.vdim, out_dim=out_dim)
         dtype = np.dtype(np.float64 if module.out_proj.weight.dtype == torch.float64 else np.float32)
-        arrays = {name: as_array(tensor) for name, tensor in module.state_dict().items()}
+        biases = module.in_proj_bias, module.out_proj.bias
+        has_bias = any(bias is not None for bias in biases)
+        arrays = {}
+        for name, shape in widths.shapes(has_bias, module.bias_k is not None).items():
+            tensor = operator.attrgetter(name)(module)
+            # Where one of two biases is missing, zeros change nothing.
+            arrays[name] = np.zeros(shape, dtype) if tensor is None and name.endswith("bias") else as_array(tensor)
         parameters = ParameterSet(widths, arrays, dtype)
         layer = cls._from_parameters(parameters, module.dropout, module.add_zero_attn, module.batch_first)
         return layer.train(module.training)
+
+    def cpu(self) -> Self:
+        """Do nothing: the layer is on the CPU.
+
+        Returns
+        -------
+        MultiheadAttention
+            The layer itself.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).cpu().embed_dim
+        8
+        """
+        return self
+
+    def cuda(self, device: Any = None) -> Self:
+        """Refuse: mha_c computes on the CPU alone.
+
+        Parameters
+        ----------
+        device : optional
+            Torch's.
+
+        Returns
+        -------
+        MultiheadAttention
+            Never.
+
+        Raises
+        ------
+        RuntimeError
+            Always.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).cuda()
+        Traceback (most recent call last):
+        RuntimeError: mha_c computes on the CPU: device must be None or "cpu", but got 'cuda'
+        """
+        return self.to("cuda")
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Do nothing where no gradients are wanted: mha_c has no backward pass.
+
+        Parameters
+        ----------
+        requires_grad : bool, default True
+            Torch's default; only False is possible.
+
+        Returns
+        -------
+        MultiheadAttention
+            The layer itself.
+
+        Raises
+        ------
+        RuntimeError
+            If `requires_grad` is true.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).requires_grad_(False).embed_dim
+        8
+        """
+        if requires_grad:
+            raise RuntimeError("mha_c has no backward pass: requires_grad must be False; torch's layer can be trained")
+        return self
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self._arguments())}, training={self.training})"
@@ -766,22 +977,101 @@ class MultiheadAttention:
     def _repr_html_(self) -> str:
         """What a notebook shows: arguments, parameters, bytes, and what computes here."""
         from mha_c.display.html import block, escape, table
+        from mha_c.display.words import count
 
         arrays = self._parameters.arrays
         axes = self._parameters.widths.axes()
         rows = [(name, axes[name], str(array.shape), f"{array.nbytes:,}") for name, array in arrays.items()]
-        count, nbytes = sum(array.size for array in arrays.values()), sum(array.nbytes for array in arrays.values())
+        size, nbytes = sum(array.size for array in arrays.values()), sum(array.nbytes for array in arrays.values())
         config = _core.config()
         mode = "Training mode" if self.training else "Evaluation mode"
         drops = f"dropout of {self.dropout}" if self.training and self.dropout > 0 else "no dropout"
         facts = (
-            f"{count:,} parameters in {self._parameters.dtype.name}, {nbytes:,} bytes, and about as many again packed "
-            f"for the kernels ({config['cpu_level']}). Up to {config['threads']} threads.",
+            f"{size:,} parameters in {self._parameters.dtype.name}, {nbytes:,} bytes, and about as many again packed "
+            f"for the kernels ({config['cpu_level']}). Up to {count(config['threads'], 'thread')}.",
             f"{mode}: {drops}.",
         )
         title = f"<p><b>{escape(type(self).__name__)}</b>({escape(', '.join(self._arguments()))})</p>"
         parameters = table(("parameter", "axes", "shape", "bytes"), rows, text=(0, 1))
         return block(title + parameters + "".join(f'<p class="faint">{escape(fact)}</p>' for fact in facts))
+
+    # Below all signatures: in this class, `float` is from here on a method.
+
+    def double(self) -> Self:
+        """Cast the parameters to float64, in place: ``to("float64")``.
+
+        Returns
+        -------
+        MultiheadAttention
+            The layer itself.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).double().out_proj.weight.dtype
+        dtype('float64')
+        """
+        return self.to("float64")
+
+    def float(self) -> Self:
+        """Cast the parameters to float32, in place: ``to("float32")``.
+
+        Returns
+        -------
+        MultiheadAttention
+            The layer itself.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2, dtype="float64").float().out_proj.weight.dtype
+        dtype('float32')
+        """
+        return self.to("float32")
+
+    def half(self) -> Self:
+        """Refuse: mha_c computes in float32 and float64 alone.
+
+        Returns
+        -------
+        MultiheadAttention
+            Never.
+
+        Raises
+        ------
+        TypeError
+            Always.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).half()
+        Traceback (most recent call last):
+        TypeError: dtype must be float32 or float64, in which mha_c computes, but got 'float16'
+        """
+        return self.to("float16")
+
+    def bfloat16(self) -> Self:
+        """Refuse: mha_c computes in float32 and float64 alone.
+
+        Returns
+        -------
+        MultiheadAttention
+            Never.
+
+        Raises
+        ------
+        TypeError
+            Always.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> mha_c.MultiheadAttention(8, 2).bfloat16()
+        Traceback (most recent call last):
+        TypeError: dtype must be float32 or float64, in which mha_c computes, but got 'bfloat16'
+        """
+        return self.to("bfloat16")
 
 
 class OutputProjection:
@@ -803,7 +1093,7 @@ class OutputProjection:
         self._layer = layer
 
     @property
-    def weight(self) -> NDArray[Any]:
+    def weight(self) -> Array:
         """(out_dim, num_heads * v_head_dim)."""
         return self._layer._parameters.arrays["out_proj.weight"]
 
@@ -812,7 +1102,7 @@ class OutputProjection:
         self._layer._assign("out_proj.weight", value)
 
     @property
-    def bias(self) -> NDArray[Any] | None:
+    def bias(self) -> Array | None:
         """(out_dim,), or None in a layer without biases."""
         return self._layer._parameters.arrays.get("out_proj.bias")
 
@@ -832,14 +1122,30 @@ class OutputProjection:
 
     def __repr__(self) -> str:
         return (
-            f"NonDynamicallyQuantizableLinear(in_features={self.in_features}, out_features={self.out_features}, "
+            f"OutputProjection(in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None})"
         )
 
 
 def layer_with(parameters: ParameterSet, *, add_zero_attn: bool, batch_first: bool) -> MultiheadAttention:
-    """A layer with parameters that are there already, in evaluation mode."""
-    return MultiheadAttention._from_parameters(parameters, 0.0, add_zero_attn, batch_first).eval()
+    """A layer with parameters that are there already, in evaluation mode, for a wrapper that knows what torch's hint
+    is_causal means.
+    """
+    layer = MultiheadAttention._from_parameters(parameters, 0.0, add_zero_attn, batch_first)
+    layer._warns_of_decoding = False
+    return layer.eval()
+
+
+def facts_of(layer: MultiheadAttention) -> dict[str, Any]:
+    """What `advise_on_call` has to know of a layer."""
+    widths, arrays = layer._parameters.widths, layer._parameters.arrays
+    return {
+        "num_heads": widths.num_heads,
+        "features": (widths.embed_dim, widths.kdim, widths.vdim),
+        "parameters": arrays.values(),
+        "extra_keys": ("bias_k" in arrays) + bool(layer.add_zero_attn),
+        "batch_first": bool(layer.batch_first),
+    }
 
 
 def parameters_of(layer: MultiheadAttention) -> ParameterSet:
@@ -850,6 +1156,22 @@ def parameters_of(layer: MultiheadAttention) -> ParameterSet:
 def next_dropout_call(layer: MultiheadAttention) -> int:
     """The number that the layer's next call in training mode has."""
     return layer._dropout_calls
+
+
+def _is_device(value: Any) -> bool:
+    """Whether torch would take it for a device, rather than for a dtype."""
+    return type(value).__name__ in ("device", "int") or str(value).partition(":")[0] in _DEVICES
+
+
+def _describe_module(module: Any) -> str:
+    """The class of a module, and the attention layers of torch in it."""
+    torch = sys.modules.get("torch")
+    described = f"{type(module).__module__}.{type(module).__qualname__}"
+    if torch is None or not isinstance(module, torch.nn.Module):
+        return described
+    names = [name for name, part in module.named_modules() if isinstance(part, torch.nn.MultiheadAttention)]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{described}. It holds {', '.join(names[:3])}{more}: pass one of them" if names else described
 
 
 def _check_device(device: Any) -> None:
@@ -872,4 +1194,4 @@ def _float_dtype(dtype: Any) -> np.dtype[Any]:
             "Only Tensors of floating point and complex dtype can require gradients: "
             f"dtype must be float32 or float64, but got {dtype!r}"
         )
-    raise TypeError(f"dtype must be float32 or float64, but got {dtype!r}")
+    raise TypeError(f"dtype must be float32 or float64, in which mha_c computes, but got {dtype!r}")

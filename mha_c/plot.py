@@ -1,31 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of attention, by matplotlib: axes in, axes out.
 
-Every function takes plain arrays, (N, H, L, S), (H, L, S) or (L, S), or what `mha_c.explain` returns; draws into the
-axes that it is given, or into a new figure; and returns the axes. Colours are those that colour-blind readers can tell
-apart, and follow the background: ``with matplotlib.pyplot.style.context("dark_background")`` gives dark pictures. Those
-of weights follow the square root of the weight, because one key often has most of it. Where there are more queries or
-keys than can be seen, neighbours share a cell: their keys' weights are added and their queries averaged, so that a row
-still adds up to 1, and the title says how many share.
+Every function takes what `mha_c.explain` returns, or arrays of the shapes that `mha_c.heads.heads_of` takes; draws into the
+axes that it is given, or into a new figure; and returns the axes. An array of three dimensions needs `averaged`.
+
+Colours are those that colour-blind readers can tell apart: blue is above 0 and orange is below 0, here and in what
+`mha_c.explain` shows in a notebook. They follow the background: ``with
+matplotlib.pyplot.style.context("dark_background")`` gives dark pictures. Those of weights follow the square root of the
+weight: one key often has most of the weight, and on a linear scale the others would all look like 0. Where there are
+more queries or keys than can be seen, neighbours share a cell: their keys' weights are added and their queries averaged,
+so that a row still adds up to 1, and the title says how many share.
+
+The label of the axes, ``ax.get_label()``, says in words what they show. In a notebook these words are the alternative
+text of the picture, which screen readers read where the page keeps it, as pages made by nbconvert do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import heads as _heads
+from mha_c.display.cells import NEGATIVE, POSITIVE, bins
 from mha_c.explanation import Explanation
+from mha_c.heads import Matrices
 
 try:
     import matplotlib
     from matplotlib import pyplot
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap, Normalize, PowerNorm, to_rgb, to_rgba
+    from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, PowerNorm, to_rgb, to_rgba
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 except ModuleNotFoundError as error:
@@ -33,35 +43,50 @@ except ModuleNotFoundError as error:
 
 __all__ = ["average", "distance", "entropy", "heads", "masking", "token", "weights"]
 
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 _SMALLEST_CELL: Final = 2.0  # points: about 3 pixels on a common screen
-_SMALLEST_FONT, _LARGEST_FONT = 6.0, 10.0  # points
+_SMALLEST_FONT, _LARGEST_FONT = 7.0, 10.0  # points
 _LONGEST_WORD: Final = 16  # characters of a token that are shown
 _MOST_WORDS: Final = 15  # where there is no room for all of them
 _FAINTEST: Final = 0.01  # of the strongest weight: less is not drawn as a line
 _UNDERFLOW: Final = -104.0  # exp of less is 0 in float32
+_WEIGHT: Final = "weight, on a square-root scale\nthat shows small weights, too"
 
 _Words = Sequence[str] | None
 
 
 def weights(
     weights: Any,
-    head: int = 0,
+    head: int | None = None,
     *,
     item: int = 0,
+    averaged: bool | None = None,
+    layer: int | str | None = None,
     tokens: _Words = None,
     key_tokens: _Words = None,
     vmax: float | None = None,
     colorbar: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
-    """The attention weights of one head: a row per query, a column per key.
+    """The attention weights of one head, or their average: a row for each query, a column for each key.
 
     Parameters
     ----------
     weights : array_like or Explanation
-        (N, H, L, S), (H, L, S) or (L, S).
-    head, item : int, default 0
-        Which of the H and N, if there are any.
+        (N, H, L, S), (H, L, S), (N, L, S) or (L, S).
+    head : int, optional
+        Which of the H; the first unless given. Averaged weights and (L, S) have none.
+    item : int, default 0
+        Which of the N, if there are any.
+    averaged : bool, optional
+        For an array of three dimensions, which it must be given for: True for (N, L, S), averaged over the heads, as
+        the layer returns it by default; False for (H, L, S). True also says that (L, S) is an average.
+    layer : int or str, optional
+        The number or the name of the layer, for the title.
     tokens : sequence of str, optional
         The L queries' labels, and the keys' too where L = S.
     key_tokens : sequence of str, optional
@@ -80,41 +105,44 @@ def weights(
     Raises
     ------
     ValueError
-        If there is no such head, or if there are not as many tokens as queries, or keys.
+        If there is no such head, if there are not as many tokens as queries, or keys, or as for
+        `mha_c.heads.heads_of`.
     IndexError
         If there is no such item.
 
     Examples
     --------
     >>> import mha_c
-    >>> layer, x = mha_c.MultiheadAttention(8, 4, seed=0), np.ones((3, 1, 8), np.float32)
+    >>> layer, x = mha_c.MultiheadAttention(8, 4, seed=0).eval(), np.ones((3, 1, 8), np.float32)
     >>> _, w = layer(x, x, x, average_attn_weights=False)
-    >>> mha_c.plot.weights(w, head=2, tokens=["one", "two", "three"]).get_title()
-    'Attention weights, head 2'
+    >>> mha_c.plot.weights(w, head=2, layer=5, tokens=["one", "two", "three"]).get_title()
+    'Attention weights, layer 5, head 2'
+    >>> _, w = layer(x, x, x)
+    >>> mha_c.plot.weights(w, averaged=True).get_title()
+    'Attention weights, average of the heads'
     """
-    by_head = _heads.heads_of(weights, item)
-    name = "Attention weights"
-    if isinstance(weights, Explanation) or np.ndim(weights) > 2:
-        name += f", head {head}"
-    matrix = _one_head(weights, by_head, head)
-    return _draw_weights(matrix, name, tokens, key_tokens, vmax, colorbar, ax)
+    matrix, whose = _one_head(Matrices.of(weights, item, averaged), head)
+    title = _title("Attention weights", layer, whose)
+    return _draw_weights(matrix, title, _Labels.of(matrix.shape, tokens, key_tokens), vmax, colorbar, ax)
 
 
 def average(
     weights: Any,
     *,
     item: int = 0,
+    averaged: bool | None = None,
+    layer: int | str | None = None,
     tokens: _Words = None,
     key_tokens: _Words = None,
     vmax: float | None = None,
     colorbar: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
-    """The attention weights averaged over the heads, as the layer itself returns them.
+    """The attention weights averaged over the heads, as the layer returns them by default.
 
     Parameters
     ----------
-    weights, item, tokens, key_tokens, vmax, colorbar, ax
+    weights, item, averaged, layer, tokens, key_tokens, vmax, colorbar, ax
         As for `weights`.
 
     Returns
@@ -128,18 +156,20 @@ def average(
 
     Examples
     --------
-    >>> average(np.full((4, 2, 2), 0.5)).get_title()
+    >>> average(np.full((1, 4, 2, 2), 0.5)).get_title()
     'Attention weights, average of 4 heads'
     """
-    by_head = _heads.heads_of(weights, item)
-    name = f"Attention weights, average of {len(by_head)} heads"
-    return _draw_weights(by_head.mean(axis=0), name, tokens, key_tokens, vmax, colorbar, ax)
+    matrix, whose = _average(Matrices.of(weights, item, averaged))
+    title = _title("Attention weights", layer, whose)
+    return _draw_weights(matrix, title, _Labels.of(matrix.shape, tokens, key_tokens), vmax, colorbar, ax)
 
 
 def heads(
     weights: Any,
     *,
     item: int = 0,
+    averaged: bool | None = None,
+    layer: int | str | None = None,
     tokens: _Words = None,
     key_tokens: _Words = None,
     vmax: float | None = None,
@@ -150,8 +180,8 @@ def heads(
 
     Parameters
     ----------
-    weights, item, tokens, key_tokens, vmax, colorbar
-        As for `weights`.
+    weights, item, averaged, layer, tokens, key_tokens, vmax, colorbar
+        As for `weights`, of each head.
     axes : array_like of matplotlib.axes.Axes, optional
         At least H of them, in any shape; a new figure unless given.
 
@@ -161,16 +191,17 @@ def heads(
 
     Raises
     ------
-    ValueError
-        As for `weights`, and if there are fewer axes than heads.
+    ValueError, IndexError
+        As for `weights`; if the weights are averaged, or (L, S); and if there are fewer axes than heads.
 
     Examples
     --------
-    >>> [ax.get_title() for ax in heads(np.full((2, 5, 5), 0.2))]
+    >>> [ax.get_title() for ax in heads(np.full((1, 2, 5, 5), 0.2))]
     ['head 0', 'head 1']
     """
-    by_head = _heads.heads_of(weights, item)
-    count = len(by_head)
+    chosen = Matrices.of(weights, item, averaged).of_each_head()
+    count = len(chosen.heads)
+    labels = _Labels.of(chosen.array.shape[1:], tokens, key_tokens)
     if axes is None:
         columns = math.ceil(math.sqrt(count))
         rows = math.ceil(count / columns)
@@ -187,32 +218,43 @@ def heads(
         for spare in grid.flat[count:]:
             spare.set_visible(False)
         axes = grid
-    chosen: NDArray[Any] = np.array(axes, dtype=object).ravel()[:count]
-    if len(chosen) < count:
-        raise ValueError(f"{count} heads need as many axes, but there are {len(chosen)}")
-    vmax = _largest(by_head) if vmax is None else vmax
-    for number, ax, matrix in zip(_numbers(weights, by_head), chosen, by_head):
+    panels: NDArray[Any] = np.array(axes, dtype=object).ravel()[:count]
+    if len(panels) < count:
+        raise ValueError(f"{count} heads need as many axes, but there are {len(panels)}")
+    vmax = _largest(chosen.array) if vmax is None else vmax
+    for head, ax, matrix in zip(chosen.heads, panels, chosen.array):
         cells = _bin(ax, matrix, weights=True)
         image = _heat_map(ax, cells, _sequential(ax), PowerNorm(0.5, 0, vmax))
-        _label(ax, matrix.shape, tokens, key_tokens)
-        ax.set_title(f"head {number}{cells.note}", fontsize="small")
-    if all(ax.get_subplotspec() is not None for ax in chosen):
-        for ax in chosen:
-            ax.label_outer()
+        _label(ax, labels)
+        title = _title("", layer, f"head {head}")
+        ax.set_title(f"{title}{cells.note}", fontsize="small")
+        _describe(ax, f"{title}: the largest weight is {_largest_weights(matrix, labels, 1)}.")
+    _label_outer(panels)
     if colorbar:
-        _colorbar(image, chosen, cells.meaning("weight, on a square-root scale"))
-    return chosen
+        _colorbar(image, panels, cells.meaning(_WEIGHT))
+    return panels
 
 
-def entropy(weights: Any, *, item: int = 0, ax: Axes | None = None) -> Axes:
+def entropy(
+    weights: Any,
+    *,
+    item: int = 0,
+    averaged: bool | None = None,
+    layer: int | str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """How widely each head looks: the mean entropy of its queries' weights, in bits.
 
     Parameters
     ----------
     weights : array_like, Explanation, or list of these
-        As for `weights`; a list has one entry per layer, and gives a table of layers and heads.
+        As for `weights`, of each head; a list has one entry per layer, and gives a table of layers and heads.
     item : int, default 0
         Which of the N, if there are any.
+    averaged : bool, optional
+        False for arrays (H, L, S).
+    layer : int or str, optional
+        The number or the name of the layer, for the title.
     ax : matplotlib.axes.Axes, optional
         Where to draw; a new figure unless given.
 
@@ -220,19 +262,25 @@ def entropy(weights: Any, *, item: int = 0, ax: Axes | None = None) -> Axes:
     -------
     matplotlib.axes.Axes
 
+    Raises
+    ------
+    ValueError, IndexError
+        As for `heads`.
+
     See Also
     --------
     mha_c.heads.entropy : the numbers.
 
     Examples
     --------
-    >>> entropy(np.full((2, 4, 4), 0.25)).get_ylabel()
+    >>> entropy(np.full((1, 2, 4, 4), 0.25)).get_ylabel()
     'entropy in bits'
     """
-    layers = [_heads.entropy(layer, item=item) for layer in _layers(weights)]
-    ax = _draw_statistic(layers, "entropy in bits", "How widely each head looks", ax)
-    if len(layers) == 1:
-        most = math.log2(_heads.heads_of(weights, item).shape[-1])
+    chosen = [Matrices.of(each, item, averaged).of_each_head() for each in _layers(weights)]
+    title = _title("How widely each head looks", layer)
+    ax = _draw_statistic(chosen, _heads.entropy_by_query, "entropy in bits", title, ax)
+    if len(chosen) == 1:
+        most = math.log2(chosen[0].array.shape[-1])
         ax.axhline(most, color=_ink(ax), linewidth=0.8, linestyle="--")
         ax.annotate(
             "all keys alike",
@@ -249,12 +297,19 @@ def entropy(weights: Any, *, item: int = 0, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def distance(weights: Any, *, item: int = 0, ax: Axes | None = None) -> Axes:
+def distance(
+    weights: Any,
+    *,
+    item: int = 0,
+    averaged: bool | None = None,
+    layer: int | str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """How far each head looks: the mean distance, by its weights, from its queries to the keys, in tokens.
 
     Parameters
     ----------
-    weights, item, ax
+    weights, item, averaged, layer, ax
         As for `entropy`, of a self-attention: L = S.
 
     Returns
@@ -263,8 +318,8 @@ def distance(weights: Any, *, item: int = 0, ax: Axes | None = None) -> Axes:
 
     Raises
     ------
-    ValueError
-        Unless L = S.
+    ValueError, IndexError
+        As for `heads`, and unless L = S.
 
     See Also
     --------
@@ -272,37 +327,42 @@ def distance(weights: Any, *, item: int = 0, ax: Axes | None = None) -> Axes:
 
     Examples
     --------
-    >>> distance(np.full((2, 4, 4), 0.25)).get_ylabel()
+    >>> distance(np.full((1, 2, 4, 4), 0.25)).get_ylabel()
     'distance in tokens'
     """
-    layers = [_heads.distance(layer, item=item) for layer in _layers(weights)]
-    ax = _draw_statistic(layers, "distance in tokens", "How far each head looks", ax)
-    if len(layers) == 1:
+    chosen = [Matrices.of(each, item, averaged).of_each_head() for each in _layers(weights)]
+    title = _title("How far each head looks", layer)
+    ax = _draw_statistic(chosen, _heads.distance_by_query, "distance in tokens", title, ax)
+    if len(chosen) == 1:
         ax.set_ylim(0, None)
     return ax
 
 
 def token(
     weights: Any,
-    token: int,
+    token: int | str,
     head: int | None = None,
     *,
     item: int = 0,
+    averaged: bool | None = None,
+    layer: int | str | None = None,
     tokens: _Words = None,
     key_tokens: _Words = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Where one token looks: lines from its word among the queries to the words of the keys, the stronger the heavier.
 
+    The keys with more than half of the largest weight are bold, and have their weights beside them.
+
     Parameters
     ----------
     weights
         As for `weights`.
-    token : int
-        The query.
+    token : int or str
+        The query: its position, or its word among `tokens` if it occurs once.
     head : int, optional
         One head; the average of all unless given.
-    item, tokens, key_tokens, ax
+    item, averaged, layer, tokens, key_tokens, ax
         As for `weights`. Where there is no room for every word, the strongest keys have theirs.
 
     Returns
@@ -312,62 +372,67 @@ def token(
     Raises
     ------
     ValueError, IndexError
-        As for `weights`, and if there is no such token.
+        As for `weights`; and if there is no such token, or if its word occurs more than once.
+    TypeError
+        If `token` is a word, and `tokens` are not given.
 
     Examples
     --------
-    >>> ax = token(np.full((2, 3, 3), 1 / 3), 1, tokens=["a", "kitten", "sleeps"])
+    >>> ax = token(np.full((1, 2, 3, 3), 1 / 3), "kitten", tokens=["a", "kitten", "sleeps"])
     >>> ax.get_title()
     'Where "kitten" (1) looks, average of 2 heads'
     """
-    by_head = _heads.heads_of(weights, item)
-    matrix = by_head.mean(axis=0) if head is None else _one_head(weights, by_head, head)
-    whose = f"average of {len(by_head)} heads" if head is None else f"head {head}"
+    chosen = Matrices.of(weights, item, averaged)
+    matrix, whose = _average(chosen) if head is None else _one_head(chosen, head)
     length, source_length = matrix.shape
-    query_words, key_words = _words_of(matrix.shape, tokens, key_tokens)
-    token = range(length)[token]
+    labels = _Labels.of(matrix.shape, tokens, key_tokens)
+    query = labels.queries.find(token)
     if ax is None:
         _, ax = pyplot.subplots(figsize=(min(9.0, 4.0 + 0.25 * max(length, source_length)), 4.0), layout="constrained")
     assert ax is not None
     ax.set(xlim=(-0.8, max(length, source_length) - 0.2), ylim=(0, 1))
     ax.axis("off")
 
-    strengths = np.nan_to_num(matrix[token]) / _largest(matrix[token])
-    top, shown_queries = _row_of_words(ax, query_words, (np.arange(length) == token).astype(float), above=True)
-    bottom, shown_keys = _row_of_words(ax, key_words, strengths, above=False)
+    row = np.nan_to_num(matrix[query])
+    strengths = row / _largest(row)
+    top, shown_queries = _row_of_words(ax, labels.queries.words, (np.arange(length) == query).astype(float))
+    bottom, shown_keys = _row_of_words(ax, labels.keys.words, strengths, row)
     line_color = _accent(ax)
     for key in np.argsort(strengths):
         if strengths[key] > _FAINTEST:
             width, alpha = 0.6 + 4 * strengths[key], 0.35 + 0.65 * np.sqrt(strengths[key])
-            ax.plot([token, key], [top, bottom], color=line_color, linewidth=width, alpha=alpha)
-    left_out = ""
+            ax.plot([query, key], [top, bottom], color=line_color, linewidth=width, alpha=alpha)
+    note = "" if row.any() else "\n(it sees no key)"
     if shown_queries < length or shown_keys < source_length:
-        left_out = f"\n(words: {shown_queries} of {length} queries, the {shown_keys} strongest of {source_length} keys)"
-    name = f'"{_shorten(query_words[token])}" ({token})' if tokens is not None else f"query {token}"
-    ax.set_title(f"Where {name} looks, {whose}{left_out}", pad=12, color=_ink(ax))
+        note += f"\n(words: {shown_queries} of {length} queries, the {shown_keys} strongest of {source_length} keys)"
+    title = _title(f"Where {labels.queries.name(query)} looks", layer, whose)
+    ax.set_title(f"{title}{note}", pad=12, color=_ink(ax))
+    strongest = (f"{labels.keys.name(key)} {row[key]:.2f}" for key in np.argsort(-row, kind="stable")[:5] if row[key])
+    _describe(ax, f"{title}: {', '.join(strongest) or 'it sees no key'}.")
     return ax
 
 
 def masking(
     scores: Any,
     masked_scores: Any = None,
-    head: int = 0,
+    head: int | None = None,
     *,
     item: int = 0,
+    layer: int | str | None = None,
     tokens: _Words = None,
     key_tokens: _Words = None,
     colorbar: bool = True,
     axes: Sequence[Axes] | NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """The scores of one head before and after the masks; what the masks hide is hatched.
+    """The scores of one head before and after the masks: blue above 0, orange below 0, and hatched where hidden.
 
     Parameters
     ----------
     scores : array_like or Explanation
-        Of the shapes of `weights`; an explanation brings its own `masked_scores`.
+        (N, H, L, S), (H, L, S) or (L, S); an explanation brings its own `masked_scores`.
     masked_scores : array_like, optional
         The same with the masks applied: -inf, or so low that the weight rounds to 0, where a key is hidden.
-    head, item, tokens, key_tokens, colorbar
+    head, item, layer, tokens, key_tokens, colorbar
         As for `weights`.
     axes : array_like of matplotlib.axes.Axes, optional
         Two of them; a new figure unless given.
@@ -388,13 +453,15 @@ def masking(
     >>> scores = np.zeros((3, 3))
     >>> before, after = masking(scores, np.where(np.tri(3) == 0, -np.inf, scores))
     >>> after.get_title()
-    'Scores after masks, head 0\\n(hatched: hidden)'
+    'Scores after masks\\n(hatched: hidden)'
     """
-    stages = (scores.scores, scores.masked_scores) if isinstance(scores, Explanation) else (scores, masked_scores)
-    if any(stage is None for stage in stages):
-        raise TypeError("masking() needs the scores before and after the masks, or an Explanation")
-    by_head = [_heads.heads_of(stage, item) for stage in stages]
-    before, after = (_one_head(scores, each, head) for each in by_head)
+    if masked_scores is None:
+        if not isinstance(scores, Explanation):
+            raise TypeError("masking() needs the scores before and after the masks, or an Explanation")
+        masked_scores = scores
+    stages = (("scores", scores), ("masked_scores", masked_scores))
+    (before, whose), (after, _) = (_one_head(Matrices.of(given, item, False, name), head) for name, given in stages)
+    labels = _Labels.of(before.shape, tokens, key_tokens)
     if axes is None:
         width, height = _figure_size(before.shape, largest=4.6)
         _, axes = pyplot.subplots(1, 2, figsize=(2 * width - 1.8, height + 0.6), layout="compressed", sharey=True)
@@ -406,11 +473,14 @@ def masking(
         visible = np.where(after - top > _UNDERFLOW, after, np.nan)
     cells = [_bin(ax, matrix, weights=False) for ax, matrix in zip(chosen, (before, visible))]
     largest = max(_largest(np.abs(each.array)) for each in cells)
-    for ax, each, name in zip(chosen, cells, ("before masks", "after masks")):
+    for ax, each, name, note in zip(chosen, cells, ("before masks", "after masks"), ("", "\n(hatched: hidden)")):
         image = _heat_map(ax, each, _diverging(ax), Normalize(-largest, largest))
-        _label(ax, before.shape, tokens, key_tokens)
-        ax.set_title(f"Scores {name}, head {head}{each.note}", fontsize="medium")
-    chosen[1].set_title(f"{chosen[1].get_title()}\n(hatched: hidden)", fontsize="medium")
+        _label(ax, labels)
+        title = _title(f"Scores {name}", layer, whose)
+        ax.set_title(f"{title}{each.note}{note}", fontsize="medium")
+        hidden = f"; {np.isnan(visible).sum():,} of {visible.size:,} pairs are hidden" if note else ""
+        _describe(ax, f"{title}, {labels.sizes}{hidden}.")
+    _label_outer(chosen)
     if colorbar:
         _colorbar(image, chosen, cells[0].meaning("score"))
     return chosen
@@ -430,28 +500,15 @@ class _Cells(NamedTuple):
 
     def meaning(self, number: str) -> str:
         """What a cell's colour means."""
-        return number if self.size == (1, 1) else f"{number}, {self.how}"
+        return number if self.size == (1, 1) else f"{number} ({self.how})"
 
 
 def _bin(ax: Axes, matrix: NDArray[Any], *, weights: bool) -> _Cells:
-    """As many neighbours in a cell as it takes to see the cells. NaN, which stands for nothing, is left out."""
-    size = tuple(_bin_size(pitch) for pitch in reversed(_pitch(ax, matrix.shape)))
+    """As many neighbours in a cell as it takes to see the cells."""
+    width, height = _pitch(ax, matrix.shape)
+    size = (_bin_size(height), _bin_size(width))
     how = "keys added, queries averaged" if weights else "averaged"
-    if size == (1, 1):
-        return _Cells(matrix, (1, 1), how)
-    known = ~np.isnan(matrix)
-    # A row of weights still adds up to 1: the weights on neighbouring keys are added, not averaged.
-    counted = np.broadcast_to(known.any(axis=1, keepdims=True) / size[1], known.shape) if weights else known
-    total, count = np.where(known, matrix, 0), counted.astype(np.float64)
-    for axis, step in enumerate(size):
-        starts = np.arange(0, matrix.shape[axis], step)
-        total, count = (np.add.reduceat(array, starts, axis=axis) for array in (total, count))
-    if weights:
-        count[:, -1] *= size[1] / (
-            matrix.shape[1] - size[1] * (count.shape[1] - 1)
-        )  # the last cell may have fewer keys
-    with np.errstate(invalid="ignore"):
-        return _Cells(np.where(count > 0, total / np.where(count > 0, count, 1), np.nan), (size[0], size[1]), how)
+    return _Cells(bins(matrix, size, add_columns=weights), size, how)
 
 
 def _bin_size(pitch: float) -> int:
@@ -462,6 +519,59 @@ def _bin_size(pitch: float) -> int:
             if step * power * pitch >= _SMALLEST_CELL:
                 return step * power
         power *= 10
+
+
+class _Names(NamedTuple):
+    """What the queries or the keys are called: their words if these are given, else their positions."""
+
+    kind: str
+    words: list[str]
+    are_given: bool
+
+    def name(self, position: int) -> str:
+        """How a sentence calls one of them."""
+        return f'"{_shorten(self.words[position])}" ({position})' if self.are_given else f"{self.kind} {position}"
+
+    def find(self, token: int | str) -> int:
+        """The position of a token, given as a position or as a word."""
+        count = len(self.words)
+        if not isinstance(token, str):
+            if not -count <= operator.index(token) < count:
+                raise IndexError(f"there is no {self.kind} {token}: there are {count}, counted from 0")
+            return range(count)[token]
+        if not self.are_given:
+            raise TypeError(f"token={token!r} is a word, and there are no words: pass tokens=, or a position")
+        positions = [position for position, word in enumerate(self.words) if word == token]
+        if not positions:
+            raise ValueError(f"there is no word {token!r}; the words are: {' '.join(self.words)}")
+        if len(positions) > 1:
+            raise ValueError(f"{token!r} is the word at positions {', '.join(map(str, positions))}: pass one of these")
+        return positions[0]
+
+
+class _Labels(NamedTuple):
+    """What the rows and the columns of a matrix are called."""
+
+    queries: _Names
+    keys: _Names
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], tokens: _Words, key_tokens: _Words) -> _Labels:
+        """Those for a matrix (L, S); the keys have the queries' words if L = S and no others are given."""
+        length, source_length = shape
+        key_tokens = tokens if key_tokens is None and length == source_length else key_tokens
+        names = []
+        for count, given, kind, kinds in ((length, tokens, "query", "queries"), (source_length, key_tokens, "key", "keys")):
+            if given is not None and len(given) != count:
+                raise ValueError(f"there are {count} {kinds}, but {len(given)} tokens")
+            words = [str(position) for position in range(count)] if given is None else list(given)
+            names.append(_Names(kind, words, given is not None))
+        return cls(*names)
+
+    @property
+    def sizes(self) -> str:
+        """How many there are."""
+        return f"{len(self.queries.words)} queries by {len(self.keys.words)} keys"
 
 
 def _pitch(ax: Axes, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -479,23 +589,18 @@ def _figure_size(shape: tuple[int, ...], largest: float = 6.5) -> tuple[float, f
 
 
 def _draw_weights(
-    matrix: NDArray[Any],
-    name: str,
-    tokens: _Words,
-    key_tokens: _Words,
-    vmax: float | None,
-    colorbar: bool,
-    ax: Axes | None,
+    matrix: NDArray[Any], title: str, labels: _Labels, vmax: float | None, colorbar: bool, ax: Axes | None
 ) -> Axes:
     if ax is None:
         _, ax = pyplot.subplots(figsize=_figure_size(matrix.shape), layout="compressed")
     assert ax is not None
     cells = _bin(ax, matrix, weights=True)
     image = _heat_map(ax, cells, _sequential(ax), PowerNorm(0.5, 0, _largest(cells.array) if vmax is None else vmax))
-    _label(ax, matrix.shape, tokens, key_tokens)
-    ax.set_title(f"{name}{cells.note}", fontsize="medium")
+    _label(ax, labels)
+    ax.set_title(f"{title}{cells.note}", fontsize="medium")
+    _describe(ax, f"{title}, {labels.sizes}. The largest weights of its queries: {_largest_weights(matrix, labels, 20)}.")
     if colorbar:
-        _colorbar(image, [ax], cells.meaning("weight, on a square-root scale"))
+        _colorbar(image, [ax], cells.meaning(_WEIGHT))
     return ax
 
 
@@ -523,9 +628,16 @@ def _heat_map(ax: Axes, cells: _Cells, colors: Colormap, norm: Normalize) -> Any
     return image
 
 
-def _draw_statistic(layers: list[NDArray[Any]], name: str, title: str, ax: Axes | None) -> Axes:
-    """Numbers (H, L) of each layer: of one layer, each head's mean and spread; of several, a table of means."""
-    count = max(map(len, layers))
+def _draw_statistic(
+    layers: Sequence[Matrices],
+    measure: Callable[[NDArray[Any]], NDArray[Any]],
+    name: str,
+    title: str,
+    ax: Axes | None,
+) -> Axes:
+    """Of one layer, the mean and the spread of each head's numbers (H, L); of several, a table of means."""
+    summaries = [_summary(measure(layer.array)) for layer in layers]
+    count = 1 + max(head for layer in layers for head in layer.heads)
     if ax is None:
         height = 3.0 if len(layers) == 1 else 1.4 + 0.34 * len(layers)
         _, ax = pyplot.subplots(figsize=(min(9.0, 2.4 + 0.42 * count), height), layout="constrained")
@@ -535,41 +647,57 @@ def _draw_statistic(layers: list[NDArray[Any]], name: str, title: str, ax: Axes 
     ax.xaxis.set_major_locator(MaxNLocator(min(count, 16), integer=True, steps=(1, 2, 5, 10)))
     if len(layers) > 1:
         means = np.full((len(layers), count), np.nan)
-        for number, layer in enumerate(layers):
-            means[number, : len(layer)] = _summary(layer)[1]
+        for number, (layer, (_, mean, _)) in enumerate(zip(layers, summaries)):
+            means[number, list(layer.heads)] = mean
         image = _heat_map(ax, _Cells(means, (1, 1), ""), _sequential(ax), Normalize(0, _largest(means)))
         ax.set_aspect("auto")
         ax.set_ylabel("layer")
         ax.yaxis.set_major_locator(MaxNLocator(min(len(layers), 16), integer=True, steps=(1, 2, 5, 10)))
         _colorbar(image, [ax], f"mean {name}")
+        ranges = (f"{mean.min():.2f} to {mean.max():.2f}" for _, mean, _ in summaries)
+        by_layer = (f"layer {number}: {values}" for number, values in enumerate(ranges))
+        _describe(ax, f"{title}. Mean {name} of its heads, {', '.join(by_layer)}.")
         return ax
-    lower, mean, upper = _summary(layers[0])
-    ax.vlines(range(count), lower, upper, color=_accent(ax), linewidth=5, alpha=0.4, label="middle half of the queries")
-    ax.plot(range(count), mean, "o", color=_accent(ax), label="mean")
+    (heads,) = (layer.heads for layer in layers)
+    lower, mean, upper = summaries[0]
+    ax.vlines(heads, lower, upper, color=_accent(ax), linewidth=5, alpha=0.4, label="middle half of the queries")
+    ax.plot(heads, mean, "o", color=_accent(ax), label="mean")
     ax.set_ylabel(name)
     ax.set_xlim(-0.6, count - 0.4)
+    by_head = (f"head {head}: {number:.2f}" for head, number in zip(heads, mean))
+    _describe(ax, f"{title}. Mean {name}, {', '.join(by_head)}.")
     return ax
 
 
 def _summary(by_query: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """First quartile, mean and third quartile of each head's queries, of those that see anything."""
+    """First quartile, mean and third quartile of each head's queries, of those that see a key."""
     known = [row[~np.isnan(row)] for row in by_query]
     numbers = [(*np.quantile(row, (0.25, 0.75)), row.mean()) if row.size else (np.nan,) * 3 for row in known]
     lower, upper, mean = np.array(numbers).reshape(-1, 3).T
     return lower, mean, upper
 
 
-def _numbers(weights: Any, by_head: NDArray[Any]) -> list[int]:
-    """The numbers that the heads have in their layer; an explanation need not have all of them."""
-    return list(weights.heads) if isinstance(weights, Explanation) else list(range(len(by_head)))
+def _one_head(chosen: Matrices, head: int | None) -> tuple[NDArray[Any], str]:
+    """The matrix of a head, the first unless given, and whose it is; or the only matrix."""
+    if not chosen.heads and head is None:
+        return _average(chosen)
+    if head is None:
+        head = chosen.heads[0]
+    if head not in chosen.heads:
+        heads = f"the heads are {list(chosen.heads)}" if chosen.heads else "this is one matrix, without heads"
+        raise ValueError(f"there is no head {head}: {heads}")
+    matrix: NDArray[Any] = chosen.array[chosen.heads.index(head)]
+    return matrix, f"head {head}"
 
 
-def _one_head(weights: Any, by_head: NDArray[Any], head: int) -> NDArray[Any]:
-    numbers = _numbers(weights, by_head)
-    if head not in numbers:
-        raise ValueError(f"there is no head {head}; the heads are {numbers}")
-    matrix: NDArray[Any] = by_head[numbers.index(head)]
-    return matrix
+def _average(chosen: Matrices) -> tuple[NDArray[Any], str]:
+    average: NDArray[Any] = chosen.array.mean(axis=0)
+    return average, chosen.average_name
+
+
+def _title(what: str, layer: int | str | None, whose: str = "") -> str:
+    """The parts of a title that there are."""
+    return ", ".join(filter(None, (what, "" if layer is None else f"layer {layer}", whose)))
 
 
 def _layers(weights: Any) -> list[Any]:
@@ -581,42 +709,65 @@ def _largest(array: NDArray[Any]) -> float:
     return float(np.max(array, where=np.isfinite(array), initial=0.0)) or 1.0
 
 
-def _words_of(shape: tuple[int, ...], tokens: _Words, key_tokens: _Words) -> tuple[list[str], list[str]]:
-    """A word for every query and every key; where none are given, its position."""
-    if key_tokens is None and shape[0] == shape[1]:
-        key_tokens = tokens
-    words = []
-    for count, given, name in zip(shape, (tokens, key_tokens), ("queries", "keys")):
-        if given is not None and len(given) != count:
-            raise ValueError(f"there are {count} {name}, but {len(given)} tokens")
-        words.append([str(position) for position in range(count)] if given is None else list(given))
-    return words[0], words[1]
+def _largest_weights(matrix: NDArray[Any], labels: _Labels, count: int) -> str:
+    """The largest weight of each query in words; of the `count` queries that have the largest, if there are more."""
+    matrix = np.nan_to_num(matrix)
+    largest = matrix.max(axis=1, initial=0)
+    said = []
+    for query in sorted(np.argsort(-largest, kind="stable")[:count]):
+        if largest[query] > 0:
+            key = int(matrix[query].argmax())
+            said.append(f"from {labels.queries.name(query)} to {labels.keys.name(key)} {largest[query]:.2f}")
+    return ", ".join(said) or "none"
 
 
-def _label(ax: Axes, shape: tuple[int, ...], tokens: _Words, key_tokens: _Words) -> None:
+def _describe(ax: Axes, words: str) -> None:
+    """Make words the label of the axes, and in a notebook a part of the figure's alternative text."""
+    ax.set_label(words)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    setattr(figure, "_repr_mimebundle_", partial(_alternative_text, figure))
+
+
+def _alternative_text(figure: Figure, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What IPython asks of an object that it displays: no other data, and metadata for the picture that it makes."""
+    words = [str(ax.get_label()) for ax in figure.axes if ax.get_label() not in ("", "<colorbar>")]
+    return {}, {"image/png": {"alt": " ".join(words)}}
+
+
+def _label(ax: Axes, labels: _Labels) -> None:
     """Words along both axes where they can be read, positions where they cannot."""
-    query_words, key_words = _words_of(shape, tokens, key_tokens)
-    given = (key_tokens is not None or (tokens is not None and shape[0] == shape[1]), tokens is not None)
+    shape = (len(labels.queries.words), len(labels.keys.words))
     ax.set_xlim(-0.5, shape[1] - 0.5)
     ax.set_ylim(shape[0] - 0.5, -0.5)
-    for axis, name, words, has_words, pitch in zip(
-        (ax.xaxis, ax.yaxis), ("key", "query"), (key_words, query_words), given, _pitch(ax, shape)
-    ):
+    for axis, names, pitch in zip((ax.xaxis, ax.yaxis), (labels.keys, labels.queries), _pitch(ax, shape)):
         font = min(_LARGEST_FONT, 0.8 * pitch)
-        if has_words and font >= _SMALLEST_FONT:
-            shown = [_shorten(word) for word in words]
+        if names.are_given and font >= _SMALLEST_FONT:
+            shown = [_shorten(word) for word in names.words]
             turned = axis is ax.xaxis and font * 0.6 * max(map(len, shown), default=0) > pitch
             axis.set_ticks(range(len(shown)), shown, fontsize=font, rotation=90 if turned else 0, parse_math=False)
-            axis.set_label_text(name)
+            axis.set_label_text(names.kind)
         else:
             axis.set_major_locator(
-                MaxNLocator(int(max(1, min(10, pitch * len(words) / 20))), integer=True, steps=(1, 2, 5, 10))
+                MaxNLocator(int(max(1, min(10, pitch * len(names.words) / 20))), integer=True, steps=(1, 2, 5, 10))
             )
-            axis.set_label_text(f"{name} (position)")
+            axis.set_label_text(f"{names.kind} (position)")
 
 
-def _row_of_words(ax: Axes, words: list[str], strengths: NDArray[Any], *, above: bool) -> tuple[float, int]:
-    """Words along the upper or the lower edge, all of them or the strongest: where lines end, and how many."""
+def _label_outer(axes: NDArray[Any]) -> None:
+    """Leave out the labels between axes of one grid."""
+    if all(ax.get_subplotspec() is not None for ax in axes):
+        for ax in axes:
+            ax.label_outer()
+
+
+def _row_of_words(
+    ax: Axes, words: list[str], strengths: NDArray[Any], numbers: NDArray[Any] | None = None
+) -> tuple[float, int]:
+    """Words along the lower edge with their `numbers`, or along the upper one without.
+
+    All of them are shown, or where there is no room the strongest. Returns where lines end, and how many are shown.
+    """
     box = ax.get_window_extent()
     points = 72 / ax.figure.dpi
     room = points * box.width / float(np.diff(ax.get_xlim())[0])  # for a word
@@ -631,10 +782,14 @@ def _row_of_words(ax: Axes, words: list[str], strengths: NDArray[Any], *, above:
             if strengths[number] > _FAINTEST and apart and len(chosen) < _MOST_WORDS:
                 chosen.append(int(number))
         shown = [word if word == str(number) else f"{word} ({number})" for number, word in enumerate(shown)]
+    turned = 0.65 * font * max((len(shown[number]) for number in chosen), default=0) > room
+    if numbers is not None:
+        for number in np.flatnonzero(strengths > 0.5):
+            shown[number] += f"{'  ' if turned else chr(10)}{numbers[number]:.2f}"
     longest = 0.65 * font * max((len(shown[number]) for number in chosen), default=0)
-    turned = longest > room
-    edge = min(0.4, ((longest if turned else font) + 6) / (points * box.height))
-    end, gap = (1 - edge, 0.01) if above else (edge, -0.01)
+    lines = 1 if numbers is None else 2.4
+    edge = min(0.4, ((longest if turned else font * lines) + 6) / (points * box.height))
+    end, gap = (1 - edge, 0.01) if numbers is None else (edge, -0.01)
     for number in chosen:
         ax.text(
             number,
@@ -642,10 +797,10 @@ def _row_of_words(ax: Axes, words: list[str], strengths: NDArray[Any], *, above:
             shown[number],
             rotation=90 if turned else 0,
             ha="center",
-            va="bottom" if above else "top",
+            va="bottom" if numbers is None else "top",
             fontsize=font,
             fontweight="bold" if strengths[number] > 0.5 else "normal",
-            alpha=0.5 + 0.5 * min(1.0, 4 * float(strengths[number])) if everything else 1,
+            alpha=0.7 + 0.3 * min(1.0, 4 * float(strengths[number])) if everything else 1,
             color=_ink(ax),
             parse_math=False,
         )
@@ -699,5 +854,8 @@ def _sequential(ax: Axes) -> Colormap:
 
 
 def _diverging(ax: Axes) -> Colormap:
-    """Blue below 0, red above, and the background's lightness at 0."""
-    return matplotlib.colormaps["berlin" if _on_dark(ax) else "RdBu_r"]
+    """Orange below 0, blue above, and the background's lightness at 0."""
+    ink, paper = (np.ones(3), np.full(3, 0.08)) if _on_dark(ax) else (np.zeros(3), np.ones(3))
+    negative, positive = np.divide(NEGATIVE, 255), np.divide(POSITIVE, 255)
+    ends = [0.5 * (color + ink) for color in (negative, positive)]
+    return LinearSegmentedColormap.from_list("scores", [ends[0], negative, paper, positive, ends[1]])

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many threads a call may use, and what the extension found on this machine."""
-
-from __future__ import annotations
+"""The number of threads that a call may use, and what the extension found on this machine."""
 
 import platform
 from collections.abc import Iterator
@@ -18,8 +16,8 @@ __all__ = ["get_num_threads", "num_threads", "set_num_threads", "show_config"]
 def set_num_threads(n: int) -> None:
     """Set the number of threads that a call may use, for the whole process.
 
-    Unless set, it is that of the environment variable MHA_C_NUM_THREADS, or of OMP_NUM_THREADS, or the number of CPUs
-    that this process may use.
+    The default is the environment variable MHA_C_NUM_THREADS, else OMP_NUM_THREADS, else the number of CPUs that this
+    process may use.
 
     Parameters
     ----------
@@ -29,7 +27,7 @@ def set_num_threads(n: int) -> None:
     Raises
     ------
     RuntimeError
-        In torch's words, if `n` is no integer or less than 1.
+        In torch's words, if `n` is not an integer or is less than 1.
 
     Examples
     --------
@@ -44,7 +42,7 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """The number of threads that a call made here and now may use.
+    """The number of threads that a call may use here: that of the innermost `num_threads`, else that of the process.
 
     Returns
     -------
@@ -61,7 +59,7 @@ def get_num_threads() -> int:
 
 @contextmanager
 def num_threads(n: int) -> Iterator[None]:
-    """Set the number of threads within a block, for the current thread or asynchronous task alone.
+    """Set the number of threads in a `with` block, for the current thread or asynchronous task alone.
 
     Parameters
     ----------
@@ -75,7 +73,7 @@ def num_threads(n: int) -> Iterator[None]:
     Raises
     ------
     RuntimeError
-        In torch's words, if `n` is no integer or less than 1.
+        In torch's words, if `n` is not an integer or is less than 1.
 
     Examples
     --------
@@ -93,7 +91,7 @@ def num_threads(n: int) -> Iterator[None]:
 
 
 def show_config() -> None:
-    """Print the versions, the instruction set and the number of threads in use, for a bug report.
+    """Print the versions, the instruction set and the number of threads, for a bug report.
 
     Examples
     --------
@@ -101,13 +99,15 @@ def show_config() -> None:
     >>> mha_c.show_config()  # doctest: +ELLIPSIS
     mha_c ...
     """
+    from mha_c.display.words import count
+
     config = _core.config()
     for name, value in (
         ("mha_c", __version__),
-        ("instruction set", f"{config['cpu_level']}, of {', '.join(config['cpu_levels'])}"),
-        ("threads", f"{config['threads']}, on {config['usable_cpus']} CPUs"),
+        ("instruction set", f"{config['cpu_level']} (available: {', '.join(config['cpu_levels'])})"),
+        ("threads", f"{config['threads']}, on {count(config['usable_cpus'], 'CPU')}"),
         ("compiler", config["compiler"]),
         ("Python", platform.python_version()),
-        ("NumPy", f"{np.__version__}, built against {config['numpy']}"),
+        ("NumPy", f"{np.__version__} (mha_c was built with {config['numpy']})"),
     ):
         print(f"{name:<16} {value}")

@@ -55,6 +55,11 @@ def causal_mask(length, s):
     return np.arange(s) > np.arange(length)[:, None]
 
 
+def bits(state):
+    """What a state dict holds, so that NaNs compare too."""
+    return {name: (array.dtype, array.shape, array.tobytes()) for name, array in state.items()}
+
+
 # ---------------------------------------------------------------------------------------------- torch
 
 

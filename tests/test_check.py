@@ -145,13 +145,45 @@ def test_what_cannot_be_checked():
     for module, inputs, error, words in (
             (layer(8, 4), (), TypeError, "there are 0 inputs"),
             (layer(8, 4), (x,) * 4, TypeError, "there are 4 inputs"),
-            (torch.nn.Linear(8, 8), (x,), TypeError, "takes a torch.nn.MultiheadAttention"),
-            (torch.nn.MultiheadAttention(8, 4).half(), (x,), TypeError, "the layer is in float16"),
-            (layer(8, 4, head_dim=3), (x,), ValueError, "has no such widths")):
+            (torch.nn.Linear(8, 8), (x,), TypeError, "takes a layer of mha_c or a torch.nn.MultiheadAttention, but got"),
+            (encoder(), (x,), TypeError, r"It holds layers.0.self_attn, .* pass one of them. check.model compares whole"),
+            (torch.nn.MultiheadAttention(8, 4).half(), (x,), TypeError, "the layer is in float16")):
         with pytest.raises(error, match=words):
             check.against_torch(module, *inputs)
     with pytest.raises(TypeError, match="is_casual"):
         check.against_torch(layer(8, 4), x, is_casual=True)
+
+
+WIDTHS = [{"num_kv_heads": 2}, {"head_dim": 3, "v_head_dim": 5, "out_dim": 6}, {"out_dim": 6, "add_bias_kv": True},
+          {"head_dim": 3, "add_zero_attn": True, "masked_rows": "zero"}]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_layers_that_torch_lacks(widths, dtype):
+    """The definition alone measures them, beside what NumPy makes of it; a mistake is noticed."""
+    x, hidden = normal((5, 3, 8), dtype), np.array([[True] * 5, [False] * 5, [False] * 5])
+    for call in ({}, {"is_causal": True, "need_weights": False}, {"attn_mask": normal((5, 5), dtype)},
+                 {"key_padding_mask": hidden}):
+        report = check.against_torch(layer(8, 4, dtype=dtype, **widths), x, **call)
+        report.assert_close()
+        assert report.title.startswith(f"mha_c and NumPy {np.__version__}: ")
+        assert "torch has no such layer (" in report.notes[0] and "NumPy's error" in str(report)
+        assert report.comparisons[0].torch_error.largest > 0
+    wrong = Wrong(8, 4, dtype=dtype, **widths).eval()
+    report = check.against_torch(wrong, x)
+    assert [one.agrees for one in report.comparisons] == [False] + [True] * 5
+    assert "where NumPy's is" in str(report)
+
+
+def test_layers_that_torch_lacks_do_without_torch():
+    run_child("""
+        import sys
+        sys.modules["torch"] = None
+        import mha_c, numpy as np
+        x = np.ones((5, 3, 8), np.float32)
+        mha_c.check.against_torch(mha_c.MultiheadAttention(8, 4, num_kv_heads=2), x).assert_close()
+    """)
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -180,15 +212,132 @@ def test_models():
     assert model.layers[0].activation_relu_or_gelu == 0  # still replaced
 
 
-def test_a_mistake_in_a_model_is_noticed(monkeypatch):
-    monkeypatch.setattr("mha_c.layer.MultiheadAttention", Wrong)
+@pytest.fixture
+def mistake(monkeypatch):
+    """Replaced layers are off by a factor, until another one is set."""
+    original, factor = mha_c._core.forward, [1.0001]
+
+    def wrong(*args):
+        output, weights = original(*args)
+        return output * output.dtype.type(factor[0]), weights
+
+    monkeypatch.setattr(mha_c._core, "forward", wrong)
+    return factor
+
+
+def test_a_mistake_in_a_model_is_noticed(mistake):
     report = check.model(encoder(), torch.randn(3, 7, 16))
     assert [one.agrees for one in report.comparisons] == [False, False, False]
 
 
+class Model(torch.nn.Module):
+    """What happens around the attention is for the tests to say."""
+
+    def __init__(self, after=lambda module, x: x, attention=torch.nn.MultiheadAttention, **options):
+        super().__init__()
+        self.attention = attention(16, 2, **options)
+        self.after = after
+
+    def forward(self, x):
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.after(self, x)
+
+
+def test_unused_parameters_do_not_matter():
+    """The reference is float64, whatever else is in the model."""
+    model = Model()
+    model.unused = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    report = check.model(model, torch.randn(5, 3, 16))
+    report.assert_close()
+    assert all(one.torch_error.largest > 0 for one in report.comparisons) and not report.notes
+
+
+CONSTANT = torch.randn(16, 16)
+
+
+@pytest.mark.parametrize("magnification", [1, 300])
+def test_models_that_do_not_run_in_float64(magnification, mistake):
+    """The note says why; layers are measured as ever, and outputs beside what roundings change in this model."""
+    model = Model(lambda module, x: torch.sin(magnification * (x @ CONSTANT)))
+    x = torch.randn(5, 3, 16)
+    for mistake[0], agrees in ((1.0001, False), (1, True)):
+        report = check.model(model, x)
+        assert [one.agrees for one in report.comparisons] == [agrees, agrees]
+        assert len(report.notes) == 1
+        assert report.notes[0].startswith("The model does not run in float64 (expected m1 and m2 to have the same dtype")
+    assert report.comparisons[0].torch_error.largest > 0  # by the definition
+
+
+@pytest.mark.parametrize("magnification", [1, 300])
+def test_models_in_float64(magnification, mistake):
+    model = Model(lambda module, x: torch.sin(magnification * x)).double()
+    for mistake[0], agrees in ((1 + 1e-10, False), (1, True)):
+        report = check.model(model, torch.randn(5, 3, 16, dtype=torch.float64))
+        assert [one.agrees for one in report.comparisons] == [agrees, agrees]
+        assert report.notes[0].startswith("Nothing is wider than float64.")
+
+
+def test_models_of_several_dtypes():
+    """Attention in both, and a half layer between them."""
+    def after(module, x):
+        x = module.linear(x.bfloat16()).double()
+        return x + module.other(x, x, x)[0]
+
+    model = Model(after)
+    model.linear = torch.nn.Linear(16, 16).bfloat16()
+    model.other = torch.nn.MultiheadAttention(16, 2).double()
+    report = check.model(model, torch.randn(5, 3, 16))
+    report.assert_close()
+    assert [one.name for one in report.comparisons] == ["attention", "other", "other, weights", "output"]
+    assert report.coverage.here == 2 and report.coverage.left == 0
+
+
+def test_models_that_write_to_their_inputs_and_draw_random_numbers():
+    def after(module, x):
+        module.steps += 1
+        return x.add_(torch.rand(16)) * module.steps
+
+    model = Model(after)
+    model.register_buffer("steps", torch.zeros(()))
+    given = torch.randn(5, 3, 16)
+    x, state = given.clone(), torch.get_rng_state()
+    check.model(model, x).assert_close()
+    assert torch.equal(x, given) and model.steps == 0 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_coverage():
+    """What is never called, has a forward of its own, or is called as a function, does not go unmentioned."""
+    class Own(torch.nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)
+
+    def after(module, x):
+        return module.own(x)[0] + torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    model = Model(after)
+    model.own, model.never = Own(16, 2), torch.nn.MultiheadAttention(16, 2)
+    report = check.model(model, torch.randn(5, 3, 16))
+    report.assert_close()
+    assert report.coverage.rows == (
+        ("attention", "MultiheadAttention", 1, 0, ""), ("own", "Own", 0, 1, "a forward of its own"),
+        ("never", "MultiheadAttention", 0, 0, "never called"),
+        ("", "scaled_dot_product_attention", 0, 1, "called as a function"))
+    for shown in (str(report), report._repr_html_()):
+        assert "1 computed by mha_c, 2 left to torch" in shown and "a forward of its own" in shown
+
+
+def test_coverage_is_not_shown_if_all_is_computed_here():
+    report = check.model(Model(), torch.randn(5, 3, 16))
+    assert report.coverage.rows == (("attention", "MultiheadAttention", 1, 0, ""),)
+    assert "left to torch" not in str(report) + report._repr_html_()
+    assert check.against_torch(layer(8, 4), normal((5, 3, 8))).coverage is None
+
+
 def test_models_that_stay_with_torch_say_so():
     report = check.model(encoder().half(), torch.randn(3, 7, 16).half())
-    assert "layers.0.self_attn is left to torch." in str(report)
+    report.assert_close()
+    assert [row[2:] for row in report.coverage.rows] == [(0, 1, "float16")] * 2
+    assert "0 computed by mha_c, 2 left to torch" in str(report)
     with pytest.raises(ValueError, match="no torch.nn.MultiheadAttention to replace in this Linear"):
         check.model(torch.nn.Linear(2, 2), torch.ones(2))
     with pytest.raises(TypeError, match="check.model takes a torch.nn.Module"):
@@ -217,7 +366,7 @@ def test_outputs_of_any_structure():
 def test_html_and_rich():
     report = check.against_torch(layer(8, 4), normal((5, 3, 8)))
     html = report._repr_html_()
-    assert html.count("<tr>") == 1 + 6 and html.count("agrees") == 6 + 1 and "mha_c&#x27;s error" in html
+    assert html.count("<tr>") == 1 + 6 and html.count("agrees") == 6 + 1 and "mha_c error" in html
     rich = pytest.importorskip("rich.console")
     console = rich.Console(width=200, record=True, file=sys.stderr)
     console.print(report)
@@ -227,13 +376,17 @@ def test_html_and_rich():
 # ------------------------------------------------------------------------------------------- the command
 
 
+def in_one_line(text):
+    return " ".join(text.split())
+
+
 def test_command_of_one_configuration(capsys):
     assert main("check --embed-dim 8 --num-heads 4 --batch-first --is-causal --attn-mask bool-3d".split()) == 0
     described = "batch_first=True, dtype=float32, training=False); query (3, 5, 8), attn_mask bool (12, 5, 5), is_causal"
-    assert described in capsys.readouterr().out
+    assert described in in_one_line(capsys.readouterr().out)
     assert main("check --embed-dim 6 --num-heads 3 --kdim 4 --unbatched --length 2 --source-length 9 --no-bias "
                 "--dtype float64 --no-weights --key-padding-mask float".split()) == 0
-    said = capsys.readouterr().out
+    said = in_one_line(capsys.readouterr().out)
     assert "bias=False, kdim=4, dtype=float64, training=False); query (2, 6), key_padding_mask float64 (9,)" in said
 
 
@@ -241,13 +394,15 @@ def test_command_of_a_state_dict(capsys, tmp_path):
     model = torch.nn.TransformerDecoderLayer(16, 2, 32)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     layer(8, 4, batch_first=True).save(tmp_path / "layer.npz")
-    whole = f"check --state-dict {tmp_path / 'model.pt'} --prefix multihead_attn. --num-heads 2"
+    whole = f"check {tmp_path / 'model.pt'} --prefix multihead_attn. --num-heads 2"
     assert main(whole.split()) == 0
     assert "embed_dim=16, num_heads=2, dtype=float32" in capsys.readouterr().out
-    assert main(["check", "--state-dict", str(tmp_path / "layer.npz")]) == 0
+    assert main(["check", str(tmp_path / "layer.npz")]) == 0
     assert "embed_dim=8, num_heads=4, batch_first=True, dtype=float32" in capsys.readouterr().out
-    for wrong, words in (("none.npz", "none.npz"), ("model.pt", "needs --num-heads")):
-        assert main(["check", "--state-dict", str(tmp_path / wrong)]) == 2
+    assert main(["check", str(tmp_path / "layer.npz"), "--dtype", "float64", "--add-zero-attn"]) == 0
+    assert "add_zero_attn=True, batch_first=True, dtype=float64" in in_one_line(capsys.readouterr().out)
+    for wrong, words in (("none.npz", "none.npz"), ("model.pt", "did not write needs --num-heads: ")):
+        assert main(["check", str(tmp_path / wrong)]) == 2
         assert words in capsys.readouterr().err
 
 
@@ -257,14 +412,14 @@ def test_command_over_the_grid(capsys, monkeypatch):
     threads = torch.get_num_threads()
     assert main(["check"]) == 0
     said = capsys.readouterr().out
-    assert f"{len(few)} of {len(few)} configurations, 0 of them differ." in said
+    assert said.endswith(f"\nall {len(few)} agree\n")
     assert "96/40/24 features, 3 heads, float64" in said
     assert torch.get_num_threads() == threads
 
     monkeypatch.setattr(command, "MultiheadAttention", Wrong)
     assert main(["check"]) == 1
     said = capsys.readouterr().out
-    assert "1 DIFFER" in said and "attn_output: an error of" in said
+    assert "1 DIFFER" in said and "attn_output: an error of" in said and f"\n{len(few)} of {len(few)} differ\n" in said
 
 
 def test_ctrl_c(capsys, monkeypatch):
@@ -278,7 +433,7 @@ def test_ctrl_c(capsys, monkeypatch):
     monkeypatch.setattr(command, "grid", lambda: iter([*few, ("more", Interrupted())]))
     assert main(["check"]) == 130
     said = capsys.readouterr()
-    assert "3 of 4 configurations, 0 of them differ." in said.out and said.err.endswith("interrupted\n")
+    assert said.out.endswith("\nall 3 agree; 1 was not checked\n") and said.err == "interrupted\n"
 
 
 def test_usage(capsys):
@@ -291,16 +446,40 @@ def test_usage(capsys):
 
 
 def test_without_torch():
+    """The exception names the function that was called."""
     done = run_child("""
         import sys
         sys.modules["torch"] = None
         import mha_c, numpy as np
         from mha_c.__main__ import main
         assert main(["check"]) == main(["check", "--embed-dim", "8", "--num-heads", "4"]) == 2
-        try:
-            mha_c.check.against_torch(mha_c.MultiheadAttention(8, 4), np.zeros((5, 3, 8), np.float32))
-        except ImportError as error:
-            print(error)
+        x = np.zeros((5, 3, 8), np.float32)
+        for call in (lambda: mha_c.check.against_torch(mha_c.MultiheadAttention(8, 4), x),
+                     lambda: mha_c.check.model(None, x), lambda: mha_c.torch):
+            try:
+                call()
+            except ImportError as error:
+                print(error)
     """)
-    sentence = "mha_c.torch needs torch, which is not installed: `pip install torch`"
-    assert done.stdout.strip() == sentence and done.stderr.count(f"mha-c check: {sentence}\n") == 2
+    rest = ("torch, which is not installed: `pip install torch`, or for the CPU alone, which is smaller, "
+            "`pip install torch --index-url https://download.pytorch.org/whl/cpu`")
+    assert done.stdout.splitlines() == [f"check.against_torch compares with {rest}", f"check.model compares with {rest}",
+                                        f"mha_c.torch needs {rest}"]
+    assert done.stderr.count(f"mha-c check: this command compares with {rest}\n") == 2
+
+
+def test_a_broken_torch_is_not_said_to_be_missing(tmp_path):
+    """Whatever else goes wrong while torch is imported keeps its own words."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import a_module_that_torch_needs")
+    done = run_child(f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import mha_c, numpy as np
+        for call in (lambda: mha_c.torch, lambda: mha_c.check.model(None)):
+            try:
+                call()
+            except ImportError as error:
+                print(error)
+    """)
+    assert done.stdout.splitlines() == ["No module named 'a_module_that_torch_needs'"] * 2

@@ -28,6 +28,9 @@ NEED_TORCH = ("mha_c.layer", "mha_c.check", "mha_c.heads", "mha_c.torch")
 def test_examples(name, tmp_path, monkeypatch):
     if name.startswith(NEED_TORCH):
         pytest.importorskip("torch")
+    if name == "mha_c.torch.transformers":
+        pytest.importorskip("transformers")
+        importlib.import_module("torchvision_operators")
     if name == "mha_c.plot":
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)  # some of them write files

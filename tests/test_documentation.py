@@ -1,28 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation: examples in its pages run, and every public docstring says what numpydoc asks for."""
+"""The documentation: examples in its pages run, figures are those measured, docstrings say what numpydoc asks for."""
 
 import doctest
 import importlib
 import inspect
 import pkgutil
 import re
-from pathlib import Path
+import shutil
+import subprocess
+import sys
 
 import pytest
+from helpers import REPOSITORY
 
 mha_c = pytest.importorskip("mha_c")
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = REPOSITORY / "docs"
 
 
-@pytest.mark.parametrize("page", ["getting_started.md", "guide.md"])
+@pytest.mark.parametrize("page", ["getting_started.md", "guide.md", "models.md"])
 def test_pages(page, tmp_path, monkeypatch):
     pytest.importorskip("torch")
+    if page == "models.md":
+        pytest.importorskip("transformers")
+        importlib.import_module("torchvision_operators")
     monkeypatch.chdir(tmp_path)  # one of them writes a file
     blocks = re.findall(r"^```pycon\n(.*?)^```", (DOCS / page).read_text(), flags=re.M | re.S)
     examples = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page, page, 0)
-    assert len(examples.examples) > 10
+    assert len(examples.examples) >= 10
     assert doctest.DocTestRunner().run(examples).failed == 0
+
+
+def test_the_figures_are_those_of_the_summary(tmp_path):
+    """benchmarks/report.py makes the page, its chart and the README's table again, from what was measured."""
+    readme = shutil.copy(REPOSITORY / "README.md", tmp_path)
+    command = ["benchmarks/report.py", "docs/performance.json", "--output", tmp_path, "--readme", readme]
+    subprocess.run([sys.executable, *command], cwd=REPOSITORY, check=True)
+    for made in ("README.md", "performance.json", "performance.md", "performance.svg"):
+        committed = (REPOSITORY if made == "README.md" else DOCS) / made
+        assert (tmp_path / made).read_text("utf-8") == committed.read_text("utf-8")
+    assert re.search(r"<!-- speed -->\n\nIn the median of \d+ shapes", (tmp_path / "README.md").read_text("utf-8"))
 
 
 # What numpydoc asks for and does not get: summaries may be noun phrases ("The parameters by name"), short ones need no
@@ -41,7 +58,7 @@ def names_of(item):
 
 
 def describes_itself(member):
-    return inspect.isfunction(member) or isinstance(member, (classmethod, property))
+    return inspect.isroutine(member) or isinstance(member, (classmethod, property))
 
 
 def public_names():
@@ -56,7 +73,7 @@ def public_names():
         except ImportError:  # torch or matplotlib is missing
             continue
         for item in (getattr(public, name) for name in public.__all__):
-            found += names_of(item) if inspect.isfunction(item) or inspect.isclass(item) else []
+            found += names_of(item) if inspect.isroutine(item) or inspect.isclass(item) else []
     return list(dict.fromkeys(found))
 
 

@@ -2,6 +2,8 @@
 """mha_c.explain: every stage against torch in float64, output and weights against the layer bit for bit, paths, masks,
 dropout, memory, errors, and how it is shown."""
 
+import base64
+import io
 import pickle
 import re
 import sys
@@ -244,6 +246,26 @@ def test_inputs_of_any_kind(strided):
         np.testing.assert_array_equal(ours.stages[name].array, stage.array)
 
 
+def test_inputs_that_are_not_given():
+    module, x, _ = question("plain", "none")
+    query, key, _ = x
+    for given, meant in (((query,), (query,) * 3), ((query, key), (query, key, key))):
+        np.testing.assert_array_equal(mha_c.explain(module, *given).output, module(*meant)[0])
+    np.testing.assert_array_equal(mha_c.explain(module, query, value=2 * query).output, module(query, query, 2 * query)[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_a_layer_of_torch(dtype):
+    """Dropout of a layer in training mode is left out: torch's random numbers are its own."""
+    theirs = torch.nn.MultiheadAttention(8, 2, dropout=0.5, dtype=getattr(torch, dtype))
+    x = torch.tensor(normal((5, 3, 8))).to(theirs.out_proj.weight.dtype).requires_grad_()
+    explanation = mha_c.explain(theirs, x, is_causal=True)
+    assert theirs.training and "weights_before_dropout" not in explanation.stages
+    expected, _ = theirs.eval()(x, x, x, attn_mask=torch.tensor(causal_mask(5, 5)), is_causal=True)
+    tolerance = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 2e-2}[dtype]
+    np.testing.assert_allclose(explanation.output, expected.detach().double().numpy(), rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 7), (3, 0, 7), (3, 5, 0)])
 @pytest.mark.parametrize("name", ["plain", "appended keys"])
 def test_nothing_to_attend(name, shape):
@@ -406,7 +428,8 @@ def test_what_masks_hide_is_counted(kind):
         assert explanation.masks == () and explanation.masked_scores is explanation.scores
     else:
         assert f"hide {hidden:,} of {N * 4 * L * S:,} pairs" in str(explanation).replace("\n", " ")
-    assert explanation.warnings == ()
+    is_causal = kind in ("causal", "all")  # with more keys than queries, the last of which no mask hides
+    assert [warning[:9] for warning in explanation.warnings] == ["is_causal"] * is_causal
 
 
 def warnings_of(module, x, **call):
@@ -427,7 +450,6 @@ def test_warnings():
     assert warnings_of(module, x, key_padding_mask=alone)[0] == (
         "key_padding_mask hides every key of item 1.")
     assert "output bias" in warnings_of(module, x, key_padding_mask=alone, need_weights=False)[-1]
-    assert "made of the numbers 0 and 1" in warnings_of(module, x, attn_mask=shows.astype(np.float32))[0]
     assert "-1000 or less" in warnings_of(module, x, key_padding_mask=np.full((2, 6), -1e9))[0]
     assert "NaN or infinity" in warnings_of(module, x, attn_mask=np.full((6, 6), np.nan))[0]
     with_zero = layer(8, 2, batch_first=True, add_zero_attn=True)
@@ -439,6 +461,59 @@ def test_warnings():
         'torch; with masked_rows="zero" they are not.',)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_masks_of_zeros_and_ones(dtype):
+    """They hide nothing; what the warning advises for masks of the tokens hides the padding."""
+    module, x = layer(8, 2, batch_first=True), normal((2, 6, 8))
+    tokens = np.arange(6) < np.array([[6], [3]])
+    (said,) = warnings_of(module, x, key_padding_mask=tokens.astype(dtype))
+    assert "If 1 marks the tokens, pass mask == 0; if 1 marks what to hide, pass mask == 1." in said
+    assert mha_c.explain(module, x, key_padding_mask=tokens.astype(dtype) == 0).masks[0].hidden == 3
+    (said,) = warnings_of(module, x, attn_mask=np.tri(6, dtype=dtype))
+    assert "If 1 marks what a query may see, pass mask == 0" in said
+    assert warnings_of(module, x, attn_mask=np.tri(6, dtype=dtype) == 0) == ()
+
+
+@pytest.mark.parametrize("hides", [lambda tokens: tokens, lambda tokens: np.where(tokens, -np.inf, 0),
+                                   lambda tokens: np.where(tokens, np.finfo(np.float32).min, 0)])
+@pytest.mark.parametrize("lengths", [[3, 4], [1], [4, 4, 4]])
+def test_inverted_padding_of_a_fixed_length(lengths, hides):
+    """Padding on the left looks the same, so this is a question. The cure hides the padding."""
+    module, x = layer(8, 2, batch_first=True), normal((len(lengths), 5, 8))
+    tokens = np.arange(5) < np.array(lengths)[:, None]
+    (said,) = warnings_of(module, x, key_padding_mask=hides(tokens))
+    assert "Is this batch padded on the left? If it is padded on the right, the mask is inverted." in said
+    mask = hides(tokens)
+    cure = re.search(r"is passed as (.*)\.$", said).group(1)
+    assert (eval(cure, {"mask": mask}) == ~tokens).all()
+    assert warnings_of(module, x, key_padding_mask=~tokens) == ()
+
+
+def test_inverted_padding_with_a_full_item():
+    """Few keys are hidden, but all of one item, and the first ones of the others."""
+    module, x = layer(8, 2, batch_first=True), normal((4, 5, 8))
+    tokens = np.arange(5) < np.array([[5], [1], [1], [1]])
+    for low in -np.inf, -1e9:
+        said = " ".join(warnings_of(module, x, key_padding_mask=np.where(tokens, low, 0)))
+        assert "inverted" in said and "passed as mask == 0." in said
+    assert "looks inverted: it hides 40% of the keys, and all of item 0" in warnings_of(module, x, key_padding_mask=tokens)[0]
+
+
+def test_causality_with_more_keys_than_queries():
+    """A query at the end of a sequence sees the first key alone; the cure lets it see the keys up to its own."""
+    module, x = layer(16, 4, batch_first=True), normal((2, 10, 16))
+    for length in (1, 3):
+        (said,) = mha_c.explain(module, x[:, -length:], x, is_causal=True).warnings
+        assert f"so that the last {10 - length} of 10 keys are never seen" in said
+        mask = eval(re.search("attn_mask=(.*)\\.$", said).group(1), {"np": np})
+        np.testing.assert_allclose(
+            module(x[:, -length:], x, x, attn_mask=mask)[0], module(x, x, x, is_causal=True)[0][:, -length:], atol=1e-6)
+    # The first queries of a longer buffer, whose end is not written yet.
+    assert mha_c.explain(module, x[:, :3], x, key_padding_mask=np.tile(np.arange(10) >= 3, (2, 1)), is_causal=True
+                         ).warnings == ()
+    assert mha_c.explain(module, x, x[:, :3], is_causal=True).warnings == ()
+
+
 @pytest.mark.parametrize("call", [
     {"is_causal": True},
     {"attn_mask": causal_mask(6, 6)},
@@ -448,6 +523,7 @@ def test_warnings():
     {"attn_mask": np.eye(6, dtype=bool)},  # all but oneself
     {"key_padding_mask": np.arange(6) >= np.array([[1], [6]])},
     {"key_padding_mask": np.arange(6) < np.array([[5], [0]])},  # padded on the left
+    {"key_padding_mask": (np.arange(6) < 2) | (np.arange(6) > np.array([[3], [4]]))},  # on both sides
     {"key_padding_mask": np.zeros((2, 6), bool)},
     {"attn_mask": np.zeros((6, 6))},
 ], ids=str)
@@ -504,8 +580,13 @@ def module_without_dropout(module):
 
 def test_errors():
     module, x, _ = question("plain", "none")
-    with pytest.raises(TypeError, match="mha_c.MultiheadAttention, not MultiheadAttention.*from_torch"):
-        mha_c.explain(torch.nn.MultiheadAttention(8, 2), *x)
+    with pytest.raises(TypeError, match="mha_c.MultiheadAttention or torch.nn.MultiheadAttention, not torch.nn.*Linear"):
+        mha_c.explain(torch.nn.Linear(8, 2), *x)
+    for name, right in (("head", "heads"), ("stage", "stages"), ("attn_masks", "attn_mask")):
+        with pytest.raises(TypeError, match=f"argument '{name}'. Write {right}= instead of {name}=."):
+            mha_c.explain(module, *x, **{name: 0})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'xyz'$"):
+        mha_c.explain(module, *x, xyz=0)
     with pytest.raises(ValueError, match="there is no stage 'weight'; the stages are q, k"):
         mha_c.explain(module, *x, stages=["weight"])
     for heads in (4, -5, [0, 9]):
@@ -551,7 +632,7 @@ def test_html(name):
     explanation = mha_c.explain(module, *x, **call)
     tree = parse(explanation._repr_html_())
     assert len(tree.findall(".//details")) == len(explanation.stages) + 1
-    texts = ["".join(node.itertext()) for node in tree.findall(".//svg/text")]
+    texts = ["".join(node.itertext()) for node in tree.findall(".//svg//text")]
     for stage in explanation.stages.values():
         assert stage.name == "average_weights" or str(stage.shape) in texts
     assert [str(x[0].shape), str(x[1].shape), str(x[2].shape)] == [texts[2], texts[5], texts[8]]
@@ -571,7 +652,54 @@ def test_html_of_large_inputs_is_small():
     module, x = layer(64, 16, batch_first=True), normal((2, 700, 64))
     html = mha_c.explain(module, x, x, x, is_causal=True)._repr_html_()
     parse(html)
-    assert len(html) < 400_000 and "700 × 700, averaged to 64 × 64" in html
+    assert len(html) < 400_000 and "700 × 700 in bins of 11 × 11, columns added, rows averaged" in html
+
+
+def test_html_without_matplotlib(monkeypatch):
+    """Large matrices are tables of bins; rows of weights still add up to 1."""
+    module, x = layer(64, 4, batch_first=True), normal((1, 100, 64))
+    explanation = mha_c.explain(module, x, stages="weights")
+    assert "<img" in explanation._repr_html_()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.image", None)
+    tree = parse(explanation._repr_html_())
+    tables = tree.findall(".//table[@class='cells']")
+    assert len(tables) == 4 and "100 × 100 in bins of 9 × 9, columns added, rows averaged" in explanation._repr_html_()
+    for row in tables[0].findall("tbody/tr"):
+        assert len(row.findall("td")) == 12
+        assert sum(float(cell.text) for cell in row.findall("td")) == pytest.approx(1, abs=12 * 0.005)
+
+
+def test_pictures_have_the_colours_of_their_numbers():
+    """Blue above 0, orange below, stronger the further; grey is hidden, and NaN has a colour of its own."""
+    image = pytest.importorskip("matplotlib.image")
+    from mha_c.display.html import matrix
+
+    values = np.tile(np.linspace(-1, 1, 20), (20, 1))
+    values[0], values[1] = -np.inf, np.nan
+    source = re.search('base64,([^"]+)"', matrix(values, "query", "key")).group(1)
+    pixels = np.rint(255 * image.imread(io.BytesIO(base64.b64decode(source)), format="png"))
+    assert pixels.shape == (20, 20, 4)
+    orange, blue = pixels[2, 0], pixels[2, -1]
+    assert orange[0] > orange[1] > orange[2] and blue[0] < blue[1] < blue[2]
+    assert (np.diff(pixels[2, :10, 3]) < 0).all() and (np.diff(pixels[2, 10:, 3]) >= 0).all()
+    assert len(set(pixels[0, 0, :3])) == 1 and (pixels[1, 0] == pixels[1, 5]).all() and pixels[1, 0, 3] == 255
+
+
+def test_bins():
+    """Means of what is finite; rows of weights add up to the same as before."""
+    from mha_c.display.cells import bins
+
+    values = np.arange(35.0).reshape(5, 7)
+    values[0, 0], values[1, 1], values[4] = np.nan, np.inf, -np.inf
+    binned = bins(values, (2, 3))
+    assert binned.shape == (3, 3)
+    assert binned[0, 0] == np.mean([1, 2, 7, 9]) and binned[0, 2] == np.mean([6, 13]) and (binned[2] == -np.inf).all()
+    np.testing.assert_array_equal(bins(np.full((3, 2), np.nan), (2, 2)), np.full((2, 1), np.nan))
+    weights = np.random.default_rng(0).dirichlet(np.ones(7), 5)
+    added = bins(weights, (2, 3), add_columns=True)
+    np.testing.assert_allclose(added.sum(axis=1), 1)
+    assert added[0, 2] == pytest.approx(weights[:2, 6].mean())
 
 
 def test_text():

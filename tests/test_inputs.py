@@ -79,7 +79,6 @@ PROVIDERS = {
     "ctypes": as_ctypes,
     "torch tensor": as_torch,
     "subclass": lambda x: x.view(Subclass),
-    "masked array": np.ma.array,
     "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
 }
 

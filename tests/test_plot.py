@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures and numbers of heads: what the artists show, whether it can be read, and what is refused."""
 
+import pickle
 import sys
 
 import mha_c
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import layer, normal, run_child
 from mha_c import heads
+from mha_c.display.cells import NEGATIVE, POSITIVE
 
 plot = pytest.importorskip("mha_c.plot", reason="needs matplotlib", exc_type=ImportError)
 from matplotlib import pyplot
@@ -16,6 +18,18 @@ from matplotlib.text import Text
 
 STYLES = ["default", "dark_background"]
 WORDS = "the old lighthouse keeper climbed the narrow stairs every evening , lit the lamp and watched".split()
+DRAW_ARRAYS = {
+    "weights": plot.weights,
+    "average": plot.average,
+    "heads": plot.heads,
+    "entropy": plot.entropy,
+    "distance": plot.distance,
+    "token": lambda w, **options: plot.token(w, 0, **options),
+    "heads_of": heads.heads_of,
+    "numbers": heads.entropy,
+    "distances": heads.distance,
+    "bertviz": heads.to_bertviz,
+}
 DRAW = {
     "weights": lambda w, words: plot.weights(w, 1, tokens=words),
     "average": lambda w, words: plot.average(w, tokens=words),
@@ -123,12 +137,83 @@ def test_weights_are_drawn_as_they_are():
 def test_shapes_and_items():
     w = np.concatenate([random_weights(4, seed=seed) for seed in range(3)])
     np.testing.assert_array_equal(drawn(plot.weights(w, 1, item=2)), w[2, 1])
-    np.testing.assert_array_equal(drawn(plot.weights(w[2], 1)), w[2, 1])
+    np.testing.assert_array_equal(drawn(plot.weights(w[2], 1, averaged=False)), w[2, 1])
     ax = plot.weights(w[2, 1])
     np.testing.assert_array_equal(drawn(ax), w[2, 1])
     assert ax.get_title() == "Attention weights"
     np.testing.assert_allclose(drawn(plot.average(w, item=1)), w[1].mean(axis=0))
-    assert plot.weights(w.tolist(), 0).get_title() == "Attention weights, head 0"
+    assert plot.weights(w.tolist()).get_title() == "Attention weights, head 0"
+    np.testing.assert_array_equal(drawn(plot.weights(w, item=-1)), w[2, 0])
+
+
+def test_what_the_layer_returns():
+    """By default (N, L, S), which is not (H, L, S): no picture of it names a head."""
+    module, x = layer(8, 4, training=False), normal((6, 2, 8))
+    averages = module(x, x, x)[1]
+    for draw in DRAW_ARRAYS.values():
+        with pytest.raises(ValueError, match=r"averaged=True if they are \(N, L, S\).*averaged=False if they are \(H, L, S\)"):
+            draw(averages)
+    for draw in (plot.weights, plot.average):
+        ax = draw(averages, item=1, averaged=True)
+        np.testing.assert_array_equal(drawn(ax), averages[1])
+        assert ax.get_title() == "Attention weights, average of the heads"
+    assert plot.token(averages, 2, averaged=True).get_title() == "Where query 2 looks, average of the heads"
+    np.testing.assert_array_equal(heads.heads_of(averages, 1, averaged=True), averages[1:])
+    for draw in (plot.heads, plot.entropy, plot.distance, heads.to_bertviz):
+        for matrices, averaged in ((averages, True), (averages[0], None), (averages[0], True)):
+            with pytest.raises(ValueError, match="average_attn_weights=False"):
+                draw(matrices, averaged=averaged)
+    with pytest.raises(ValueError, match="no head 1: this is one matrix"):
+        plot.weights(averages, 1, averaged=True)
+    with pytest.raises(ValueError, match=r"\(N, L, S\) or \(L, S\) if averaged"):
+        plot.weights(random_weights(5), averaged=True)
+    alone = module(x[:, 0], x[:, 0], x[:, 0])[1]
+    assert plot.weights(alone, averaged=True).get_title() == "Attention weights, average of the heads"
+    by_head = module(x[:, 0], x[:, 0], x[:, 0], average_attn_weights=False)[1]
+    assert plot.weights(by_head, 1, averaged=False).get_title() == "Attention weights, head 1"
+    assert len(plot.heads(by_head, averaged=False)) == 4
+
+
+@pytest.mark.parametrize("item", [3, -4])
+def test_items_that_are_not_there(item):
+    module, x = layer(8, 4), normal((6, 3, 8))
+    explanation = mha_c.explain(module, x, x, x)
+    for draw in DRAW_ARRAYS.values():
+        for source in (np.asarray(explanation.weights), explanation):
+            with pytest.raises(IndexError, match=f"there is no item {item}: the batch has 3"):
+                draw(source, item=item)
+        with pytest.raises(IndexError, match="has no batch"):
+            draw(mha_c.explain(module, x[:, 0], x[:, 0], x[:, 0]), item=item)
+
+
+def test_what_cannot_be_weights():
+    w = random_weights(5)
+    dropped = np.where(w == w.max(axis=-1, keepdims=True), 0, w)
+    wrong = {"are they scores": np.log(w), "add up to 1": 1.05 * w, "eval": dropped, "add up to 3": np.ones((1, 4, 3, 3))}
+    for match, matrices in wrong.items():
+        for draw in DRAW_ARRAYS.values():
+            with pytest.raises(ValueError, match=match):
+                draw(matrices)
+    unseen = w.copy()
+    unseen[0, :, 1], unseen[0, :, 2] = np.nan, 0
+    for right in (w.astype(np.float16), np.round(w, 2), unseen, np.eye(5)[None, None], w[:, :, :0], np.zeros((1, 4, 5, 0))):
+        heads.heads_of(right)
+    with pytest.raises(ValueError, match="query 3 in matrix 2"):
+        heads.heads_of(np.where(np.arange(20).reshape(1, 4, 5, 1) == 13, 0.5, w))
+    module, x = layer(8, 4, dropout=0.5, training=True), normal((6, 3, 8))
+    plot.heads(mha_c.explain(module, x, x, x))  # which says itself that these are weights
+
+
+def test_the_layer_is_in_the_title():
+    w = random_weights(5)
+    assert plot.weights(w, 3, layer=2).get_title() == "Attention weights, layer 2, head 3"
+    assert plot.average(w, layer="decoder.0").get_title() == "Attention weights, layer decoder.0, average of 4 heads"
+    assert [ax.get_title() for ax in plot.heads(w, layer=0)][:2] == ["layer 0, head 0", "layer 0, head 1"]
+    assert plot.token(w, 1, 2, layer=5).get_title() == "Where query 1 looks, layer 5, head 2"
+    assert plot.entropy(w, layer=1).get_title() == "How widely each head looks, layer 1"
+    assert plot.distance(w, layer=1).get_title() == "How far each head looks, layer 1"
+    before, _ = plot.masking(w, w, head=1, layer=2)
+    assert before.get_title() == "Scores before masks, layer 2, head 1"
 
 
 def test_axes_in_axes_out():
@@ -165,6 +250,12 @@ def test_explanation():
     np.testing.assert_array_equal(drawn(after).compressed(), explanation.scores[1, 1][np.tri(5) == 1])
     some = mha_c.explain(module, x, x, x, heads=[3, 1], stages=["weights"])
     assert [ax.get_title() for ax in plot.heads(some)] == ["head 3", "head 1"]
+    assert plot.average(some).get_title() == "Attention weights, average of heads 3, 1"
+    assert plot.weights(some).get_title() == "Attention weights, head 3"
+    np.testing.assert_array_equal(plot.entropy(some).lines[0].get_xdata(), [3, 1])
+    np.testing.assert_array_equal(drawn(plot.entropy([some, explanation])).mask[0], [True, False, True, False])
+    with pytest.raises(ValueError, match="weights of each head"):
+        plot.weights(explanation, averaged=True)
     np.testing.assert_array_equal(drawn(plot.weights(some, 1)), explanation_weights(module, x, 1))
     with pytest.raises(ValueError):
         plot.weights(some, 2)
@@ -225,7 +316,8 @@ def test_queries_without_weights_are_hatched():
     assert np.isnan(heads.entropy(w)[:, 2]).all() and not np.isnan(heads.entropy(w)[:, 1]).any()
     np.testing.assert_allclose(plot.entropy(w).lines[0].get_ydata(), np.nanmean(heads.entropy(w), axis=1))
     plot.token(w, 2)
-    plot.average(np.full((2, 300, 300), np.nan))
+    assert plot.token(w, 2, 0).get_title() == "Where query 2 looks, head 0\n(it sees no key)"
+    plot.average(np.full((1, 2, 300, 300), np.nan))
 
 
 def test_heads_share_a_scale():
@@ -240,12 +332,12 @@ def test_heads_share_a_scale():
 def test_heads_of_known_shapes():
     """A head that looks at itself, at its neighbour, everywhere: what the two numbers say, and the pictures."""
     eye, everywhere = np.eye(8), np.full((8, 8), 1 / 8)
-    w = np.stack([eye, np.roll(eye, 1, axis=1), everywhere])
+    w = np.stack([eye, np.roll(eye, 1, axis=1), everywhere])[None]
     np.testing.assert_allclose(heads.entropy(w).mean(axis=1), [0, 0, 3])
     np.testing.assert_allclose(heads.distance(w).mean(axis=1), [0, (7 + 7) / 8, 2.625])
     np.testing.assert_allclose(plot.entropy(w).lines[0].get_ydata(), [0, 0, 3])
     np.testing.assert_allclose(plot.distance(w).lines[0].get_ydata(), [0, 1.75, 2.625])
-    table = plot.distance([w, w[::-1]])
+    table = plot.distance([w, w[:, ::-1]])
     np.testing.assert_allclose(drawn(table), [[0, 1.75, 2.625], [2.625, 1.75, 0]])
     assert (table.get_xlabel(), table.get_ylabel()) == ("head", "layer")
     with pytest.raises(ValueError, match="as many keys as queries"):
@@ -262,10 +354,38 @@ def test_token_lines():
     order = sorted(ends, key=lambda key: row[key])
     widths = [ends[key].get_linewidth() for key in order]
     assert widths == sorted(widths) and len(set(widths)) == len(widths)
-    assert [text.get_text() for text in ax.texts] == words(6) * 2
+    strong = [f"{word}  {weight:.2f}" if weight > 0.5 * row.max() else word for word, weight in zip(words(6), row)]
+    assert [text.get_text() for text in ax.texts] == words(6) + strong
     assert ax.texts[6 + order[-1]].get_fontweight() == "bold"
     assert ax.get_title() == 'Where "lighthouse" (2) looks, head 1'
     assert plot.token(w, -1).get_title() == "Where query 5 looks, average of 4 heads"
+
+
+def test_token_without_a_favourite():
+    """Weights that are nearly uniform have their numbers under the words."""
+    ax = plot.token(np.full((1, 4, 5, 5), 0.2), "cat", tokens="the cat sat on mats".split())
+    assert [text.get_text() for text in ax.texts[5:]] == [f"{word}\n0.20" for word in "the cat sat on mats".split()]
+
+
+def test_token_by_its_word():
+    w = random_weights(12)
+    sentence = words(12)  # "the" is in it three times
+    assert plot.token(w, "keeper", tokens=sentence).get_title().startswith('Where "keeper" (3) looks')
+    for wrong, error, match in (
+        ("the", ValueError, "'the' is the word at positions 0, 5: pass one of these"),
+        ("cat", ValueError, "there is no word 'cat'; the words are: the old lighthouse"),
+        (12, IndexError, "there is no query 12: there are 12"),
+        (-13, IndexError, "there is no query -13"),
+        (1.5, TypeError, "integer"),
+    ):
+        with pytest.raises(error, match=match):
+            plot.token(w, wrong, tokens=sentence)
+    with pytest.raises(TypeError, match="'keeper' is a word, and there are no words: pass tokens="):
+        plot.token(w, "keeper")
+    cross = random_weights(3, source_length=5)
+    assert plot.token(cross, "b", tokens=list("abc"), key_tokens=words(5)).get_title().startswith('Where "b" (1)')
+    with pytest.raises(TypeError, match="pass tokens="):
+        plot.token(cross, "old", key_tokens=words(5))
 
 
 def test_token_among_many():
@@ -275,7 +395,7 @@ def test_token_among_many():
     row = w[0, 0, 250]
     query, *keys = [text.get_text() for text in ax.texts]
     assert query == f"{words(500)[250]} (250)"
-    assert f"{words(500)[row.argmax()]} ({row.argmax()})" in keys
+    assert f"{words(500)[row.argmax()]} ({row.argmax()})  {row.max():.2f}" in keys
     assert 3 <= len(keys) <= 15
     assert f"the {len(keys)} strongest of 500 keys" in ax.get_title()
 
@@ -308,8 +428,8 @@ def test_words_are_shown_as_they_are():
         (lambda w: plot.heads(w, tokens=["a"]), "there are 5 queries"),
         (lambda w: plot.token(w, 0, tokens=["a"]), "there are 5 queries"),
         (lambda w: plot.weights(w, 4), "there is no head 4"),
-        (lambda w: plot.weights(w, item=1), "out of bounds"),
-        (lambda w: plot.token(w, 5), "out of range"),
+        (lambda w: plot.masking(w, w, item=1), "there is no item 1: the batch has 1"),
+        (lambda w: plot.masking(w, w, 4), "there is no head 4"),
         (lambda w: plot.weights(np.zeros(3)), "these have shape"),
         (lambda w: plot.heads(w, axes=[pyplot.gca()]), "4 heads need as many axes"),
         (lambda w: plot.masking(w, w, axes=[pyplot.gca()]), "two axes"),
@@ -336,8 +456,10 @@ def test_legible(name, length, style):
         assert box.x0 >= -1 and box.y0 >= -1, (text, box)
         assert box.x1 <= figure.bbox.width + 1 and box.y1 <= figure.bbox.height + 1, (text, box)
         on_a_cell = text.axes is not None and text.axes.get_images() and text in text.axes.texts
-        if not on_a_cell and (text.get_alpha() or 1) == 1:
-            assert contrast(text.get_color(), background) >= 4.5, text
+        if not on_a_cell:
+            alpha = 1 if text.get_alpha() is None else text.get_alpha()
+            seen = alpha * np.array(to_rgb(text.get_color())) + (1 - alpha) * np.array(to_rgb(background))
+            assert contrast(seen, background) >= 4.5, text
     boxes = [box.padded(-1) for _, box in found]
     for number, box in enumerate(boxes):
         for other, other_box in enumerate(boxes[:number]):
@@ -374,9 +496,42 @@ def test_colours_without_hue():
             scores = plot.masking(normal((5, 5)), normal((5, 5)))[0]
         steps = np.diff(lightness(ax.get_images()[0].cmap))
         assert (steps > 0).all() or (steps < 0).all()
+        below, above = scores.get_images()[0].cmap([0.25, 0.75])[:, :3]
+        np.testing.assert_allclose([below, above], np.divide([NEGATIVE, POSITIVE], 255), atol=0.02)  # as in notebooks
         steps = np.diff(lightness(scores.get_images()[0].cmap))
         middle = len(steps) // 2
         assert (np.sign(steps[:middle]) == -np.sign(steps[middle:])).mean() > 0.95
+
+
+def test_in_words():
+    """What axes show is in their label, and in the alternative text that IPython puts beside a figure's picture."""
+    formatters = pytest.importorskip("IPython.core.formatters")
+    w = np.zeros((1, 2, 3, 3))
+    w[0, 0], w[0, 1] = [[0.1, 0.7, 0.2], [0, 0, 0], [0.3, 0.1, 0.6]], np.eye(3)
+    sentence = ["a", "kitten", "sleeps"]
+    said = plot.weights(w, 0, layer=1, tokens=sentence).get_label()
+    assert said == (
+        "Attention weights, layer 1, head 0, 3 queries by 3 keys. The largest weights of its queries: "
+        'from "a" (0) to "kitten" (1) 0.70, from "sleeps" (2) to "sleeps" (2) 0.60.'
+    )
+    assert plot.token(w, 2, 0, tokens=sentence).get_label() == (
+        'Where "sleeps" (2) looks, head 0: "sleeps" (2) 0.60, "a" (0) 0.30, "kitten" (1) 0.10.'
+    )
+    assert plot.token(w, 1, 0).get_label() == "Where query 1 looks, head 0: it sees no key."
+    assert plot.entropy(w).get_label().endswith("in bits, head 0: 1.23, head 1: 0.00.")
+    assert "layer 0: 0.00 to 1.23" in plot.entropy([w, w]).get_label()
+    figure, axes = pyplot.subplots(1, 2)
+    plot.masking(np.zeros((3, 3)), np.where(np.tri(3), 0, -np.inf), axes=axes)
+    assert axes[1].get_label() == "Scores after masks, 3 queries by 3 keys; 3 of 9 pairs are hidden."
+    formatter = formatters.DisplayFormatter()
+    formatter.formatters["image/png"].for_type(pyplot.Figure, lambda shown: b"png")
+    data, metadata = formatter.format(figure)
+    assert data["image/png"] == b"png"
+    assert metadata == {"image/png": {"alt": f"{axes[0].get_label()} {axes[1].get_label()}"}}
+    copied = pickle.loads(pickle.dumps(figure))
+    assert formatter.format(copied)[1] == metadata
+    before = plot.heads(np.full((1, 2, 3, 3), 1 / 3), layer=4)[1]
+    assert before.get_label() == "layer 4, head 1: the largest weight is from query 0 to key 0 0.33."
 
 
 def test_bertviz():

@@ -6,6 +6,7 @@ Whether mha_c or torch computed is seen by counting its calls: `computed_by_mha_
 
 import copy
 import io
+import os
 import pickle
 import threading
 import weakref
@@ -16,8 +17,10 @@ import pytest
 from helpers import outcome
 
 torch = pytest.importorskip("torch")
-from mha_c.torch import ReplacedAttention, replace_attention, restore_attention  # noqa: E402
+from mha_c.torch import ReplacedAttention, coverage, replace_attention, restore_attention  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn.utils import prune  # noqa: E402
+from unusual_layers import MADE_ANEW, PARAMETRIZED, STORED, Doubling, Named, OwnForward  # noqa: E402
 
 causal = nn.Transformer.generate_square_subsequent_mask
 
@@ -42,7 +45,7 @@ def computed_by_mha_c(monkeypatch):
 
     def counting(self, *args):
         result = original(self, *args)
-        calls.append(result is not None)
+        calls.append(not isinstance(result, str))
         return result
 
     def count(function):
@@ -195,6 +198,39 @@ def test_other_dtypes_and_objects_meet_torchs_errors():
         assert type(results[1].error) is type(results[0].error) and str(results[1].error) == str(results[0].error)
 
 
+@pytest.mark.parametrize("error", [AssertionError, IndexError, RuntimeError, TypeError, ValueError, MemoryError])
+def test_errors_of_ours_are_not_hidden(error, monkeypatch):
+    """torch is asked where the checks refuse a call; what fails after them, or before, is for all to see."""
+    _, ours = pair(8, 2)
+    x, original = torch.randn(5, 3, 8), mha_c._core.forward
+
+    def failing(*args):
+        if args:
+            original(*args)
+        raise error("planted")
+
+    with torch.no_grad():
+        with monkeypatch.context() as planted:
+            planted.setattr(mha_c._core, "forward", failing)
+            with pytest.raises(error, match="planted"):
+                ours(x, x, x)
+            assert outcome(lambda: ours(x, x, x[:2])).error is not None and coverage(ours).left == 1
+        ours(x, x, x)
+        ours.refresh()
+        monkeypatch.setattr(mha_c._core, "Weights", lambda *args: failing())
+        with pytest.raises(error, match="planted"):
+            ours(x, x, x)
+    assert coverage(ours).here == 1 and coverage(ours).left == 1
+
+
+def test_too_large_an_output_is_our_error():
+    _, ours = pair(8, 2)
+    x = torch.zeros(1, 1, 8).expand(2**28, 2**28, 8)
+    with torch.no_grad(), pytest.raises(MemoryError):
+        ours(x, x, x, need_weights=False)
+    assert coverage(ours).rows[0].reason == "never called"
+
+
 # ------------------------------------------------------------------------------------------- left to torch
 
 
@@ -230,6 +266,10 @@ def test_whatever_watches_single_operations(computed_by_mha_c):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
 
+    class Intercepting(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
     def in_mode(mode):
         with mode:
             return ours(x, x, x)
@@ -243,12 +283,13 @@ def test_whatever_watches_single_operations(computed_by_mha_c):
     for watched in (
             lambda: in_mode(torch.autocast("cpu", torch.bfloat16)),
             lambda: in_mode(Seeing()),
-            lambda: in_mode(torch.device("cpu")),
+            lambda: in_mode(Intercepting()),
             lambda: ours(*[x.as_subclass(Tagged)] * 3),
             lambda: assert_same(vmapped(x), theirs(x, x, x)[0]),
             lambda: torch.jit.trace(ours, (x, x, x), check_trace=False),
             forward_mode):
         assert computed_by_mha_c(watched) == 0
+    assert computed_by_mha_c(lambda: in_mode(torch.device("cpu"))) == 1  # which is about new tensors alone
     assert computed_by_mha_c(lambda: ours(x, x, x)) == 1
 
 
@@ -272,48 +313,9 @@ def test_views_and_parameters_as_inputs(computed_by_mha_c):
         assert computed_by_mha_c(lambda: assert_same(ours(x, x, x), expected)) == 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compile_export_script_and_fx(computed_by_mha_c):
-    model = random_parameters(encoder()).requires_grad_(False)
-    x = torch.randn(3, 7, 16)
-    expected = model(x)
-    replaced = replace_attention(copy.deepcopy(model))
-    compiled = torch.compile(replaced, backend="eager", fullgraph=True)
-    assert computed_by_mha_c(lambda: assert_same(compiled(x), expected)) == 0
-    exported = torch.export.export(replaced, (x,))
-    assert_same(exported.module()(x), expected)
-
-    class Around(nn.Module):
-        def __init__(self, attention):
-            super().__init__()
-            self.attention = attention
-
-        def forward(self, x):
-            return self.attention(x, x, x, need_weights=False)[0] + 1
-
-    around = Around(replaced.layers[0].self_attn)
-    traced = torch.fx.symbolic_trace(around)
-    assert computed_by_mha_c(lambda: assert_same(traced(x), around(x))) == 2
-    assert_same(torch.jit.script(around)(x), traced(x))
-
-
-def test_parameters_that_are_not_the_usual_ones(computed_by_mha_c):
-    """Parametrized, functional, or of another class: torch computes them, or mha_c with the right numbers."""
-    class Double(nn.Module):
-        def forward(self, weight):
-            return 2 * weight
-
-    x = torch.randn(5, 3, 8)
-    for name in ("in_proj_weight", "out_proj.weight"):
-        theirs, ours = pair(8, 2)
-        for module in (theirs, ours):
-            owner = module.out_proj if "." in name else module
-            nn.utils.parametrize.register_parametrization(owner, name.split(".")[-1], Double())
-        with torch.no_grad():
-            expected = theirs(x, x, x)
-        assert computed_by_mha_c(lambda: assert_same(ours(x, x, x), expected)) == 0
-
+def test_functional_call_and_inference_mode(computed_by_mha_c):
     theirs, ours = pair(8, 2)
+    x = torch.randn(5, 3, 8)
     for factor in (1, 2, 3):
         state = {key: factor * value.detach() for key, value in theirs.state_dict().items()}
         with torch.no_grad():
@@ -342,41 +344,195 @@ def test_hooks():
 # ------------------------------------------------------------------------------------------- changed parameters
 
 
-CHANGES = {
+def step(optimizer, **options):
+    """One step that changes nothing but the second row of one weight: a sample of its numbers would not show it."""
+    def change(module):
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        module.in_proj_weight.grad[1] = 1
+        optimizer(module.parameters(), lr=0.5, **options).step()
+    return change
+
+
+def in_a_child(module):
+    """Another process writes to shared memory, through NumPy."""
+    array = module.share_memory().in_proj_weight.detach().numpy()
+    child = os.fork()
+    if child == 0:
+        array *= 2
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def to_plain_tensors(module):
+    """What merging LoRA weights leaves: tensors that are no parameters."""
+    for owner, name in ((module, "in_proj_weight"), (module.out_proj, "weight")):
+        merged = getattr(owner, name).detach() + 0.5
+        delattr(owner, name)
+        setattr(owner, name, merged)
+
+
+def averaged(module):
+    mean = torch.optim.swa_utils.AveragedModel(copy.deepcopy(module), avg_fn=lambda old, new, count: old + 1)
+    mean.update_parameters(module), mean.update_parameters(module)
+    module.load_state_dict(mean.module.state_dict())
+
+
+def swapped(module):
+    torch.utils.swap_tensors(module.in_proj_weight, nn.Parameter(module.in_proj_weight.detach() * 2))
+
+
+def set_storage(module):
+    module.in_proj_weight.set_(module.in_proj_weight.detach().clone() * 2)
+
+
+def pruned(module):
+    prune.l1_unstructured(module, "in_proj_weight", 0.5)
+
+
+def int8_by_hand(module):
+    weight = module.in_proj_weight
+    scale = weight.abs().max() / 7
+    weight.data.copy_((weight / scale).round().to(torch.int8) * scale)
+
+
+def with_another(name):
+    def change(module):
+        setattr(module, name, nn.Parameter(getattr(module, name).detach() * 2))
+    return change
+
+
+def doubled(module):
+    return {key: value * 2 for key, value in module.state_dict().items()}
+
+
+COUNTED = {  # by torch, in a tensor's version, or as another tensor
     "in place": lambda module: module.in_proj_weight.mul_(1.5),
+    "in place, one number": lambda module: module.in_proj_weight[1, 0].add_(100),
+    "in place, in a view": lambda module: module.in_proj_weight.view(-1)[64].add_(100),
+    "in place, detached": lambda module: module.in_proj_weight.detach()[1].zero_(),
     "of the output": lambda module: module.out_proj.bias.add_(1),
-    "load_state_dict": lambda module: module.load_state_dict({k: v * 2 for k, v in module.state_dict().items()}),
-    "assign": lambda module: module.load_state_dict({k: v * 2 for k, v in module.state_dict().items()}, assign=True),
-    "another parameter": lambda module: setattr(module, "in_proj_bias", nn.Parameter(torch.arange(24.0))),
-    "other data": lambda module: setattr(module.in_proj_weight, "data", module.in_proj_weight.data * 3),
-    "transposed data": lambda module: setattr(module.out_proj.weight, "data", module.out_proj.weight.data.t()),
-    "rounded": lambda module: module.half().float(),
-    "rounded alone": lambda module: module.out_proj.half().float(),
-    "double": lambda module: module.double(),
+    "copy_": lambda module: module.in_proj_weight.copy_(torch.ones(192, 64)),
+    "lerp_": lambda module: module.in_proj_weight.lerp_(torch.ones(192, 64), 0.1),
+    "clip": lambda module: module.in_proj_weight.clamp_(-0.05, 0.05),
+    "_foreach_add_": lambda module: torch._foreach_add_(list(module.parameters()), 0.5),
+    "nn.init": lambda module: nn.init.normal_(module.out_proj.weight),
+    "reset": lambda module: module._reset_parameters(),
+    "vector_to_parameters": lambda module: nn.utils.vector_to_parameters(
+        nn.utils.parameters_to_vector(module.parameters()) * 2, module.parameters()),
+    "load_state_dict": lambda module: module.load_state_dict(doubled(module)),
+    "load_state_dict of the output": lambda module: module.out_proj.load_state_dict(doubled(module.out_proj)),
+    "load_state_dict, assign": lambda module: module.load_state_dict(doubled(module), assign=True),
+    "averaged": averaged,
+    "another parameter": with_another("in_proj_weight"),
+    "another bias": with_another("in_proj_bias"),
+    "register_parameter": lambda module: module.register_parameter("in_proj_bias", nn.Parameter(torch.ones(192))),
+    "without a bias": lambda module: setattr(module, "in_proj_bias", None),
+    "another output projection": lambda module: setattr(module, "out_proj", random_parameters(nn.Linear(64, 64))),
+    "a wider output": lambda module: setattr(module, "out_proj", random_parameters(nn.Linear(64, 70))),
+    "swap_tensors": swapped,
+    "set_": set_storage,
+    "merged": to_plain_tensors,
+    "merged in place": lambda module: module.in_proj_weight.addmm_(torch.ones(192, 4), torch.ones(4, 64)),
+    "pruned": pruned,
+    "weight_norm": lambda module: nn.utils.weight_norm(module, "in_proj_weight").in_proj_weight_g.mul_(2),
+    "rounded": lambda module: module.bfloat16().float(),
+    "rounded alone": lambda module: module.out_proj.bfloat16().float(),
+    "double": lambda module: module.double() and module.in_proj_weight.add_(1),
     "there and back": lambda module: module.to("meta").to_empty(device="cpu").load_state_dict(
-        {k: torch.ones_like(v) for k, v in module.state_dict().items()}),
-    "another number of heads": lambda module: setattr(module, "num_heads", 4) or setattr(module, "head_dim", 2),
+        {key: torch.ones_like(value) for key, value in module.state_dict().items()}),
+    "another number of heads": lambda module: setattr(module, "num_heads", 8) or setattr(module, "head_dim", 8),
     "batch_first": lambda module: setattr(module, "batch_first", True),
     "add_zero_attn": lambda module: setattr(module, "add_zero_attn", True),
 }
+STEPS = {f"{name} {options or ''}": step(optimizer, **options) for name, optimizer, options in (
+    ("SGD", torch.optim.SGD, {}), ("SGD", torch.optim.SGD, {"foreach": True}), ("SGD", torch.optim.SGD, {"fused": True}),
+    ("Adam", torch.optim.Adam, {}), ("Adam", torch.optim.Adam, {"foreach": True}),
+    ("Adam", torch.optim.Adam, {"fused": True}), ("AdamW", torch.optim.AdamW, {"weight_decay": 0}),
+    ("AdamW", torch.optim.AdamW, {"weight_decay": 0, "foreach": True}),
+    ("AdamW", torch.optim.AdamW, {"weight_decay": 0, "fused": True}), ("Adagrad", torch.optim.Adagrad, {}),
+    ("Adagrad", torch.optim.Adagrad, {"foreach": True}), ("Adagrad", torch.optim.Adagrad, {"fused": True}),
+    ("RMSprop", torch.optim.RMSprop, {}))}
+SEEN = {  # in another memory, or in a sample of the numbers
+    "other data": lambda module: setattr(module.in_proj_weight, "data", module.in_proj_weight.data * 3),
+    "transposed data": lambda module: setattr(module.out_proj.weight, "data", module.out_proj.weight.data.t()),
+    "data filled": lambda module: module.in_proj_weight.data.fill_(0.1),
+    "data of the bias": lambda module: module.out_proj.bias.data.add_(1),
+    "data initialised": lambda module: nn.init.normal_(module.in_proj_weight.data),
+    "NumPy": lambda module: np.multiply(array := module.in_proj_weight.detach().numpy(), 2, out=array),
+    "DLPack": lambda module: np.multiply(array := np.from_dlpack(module.out_proj.bias.detach()), 2, out=array),
+    "storage": lambda module: module.in_proj_weight.untyped_storage().fill_(61),  # bytes of a small number
+    "shared memory": in_a_child,
+    "int8 by hand": int8_by_hand,
+}
+CHANGES = COUNTED | STEPS | SEEN
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_changes_take_effect(change, mode, computed_by_mha_c):
-    if mode is torch.inference_mode and change in ("assign", "another parameter", "other data", "there and back"):
-        pytest.skip("makes parameters that torch does not track")
-    theirs, ours = pair(8, 2)
-    x = torch.randn(5, 3, 8)
+def assert_noticed(change, mode=torch.no_grad):
+    """What the next call computes after a change, and whether mha_c computed it."""
+    theirs, ours = pair(64, 4)
+    x = torch.randn(5, 3, 64)
     with torch.no_grad():
         before = ours(x, x, x)
-    with mode():
-        CHANGES[change](theirs), CHANGES[change](ours)
+    for module in (theirs, ours):
+        torch.manual_seed(1)
+        with mode():
+            change(module)
     x = x.to(theirs.in_proj_weight.dtype)
     with torch.no_grad():
         expected = theirs(x, x, x)
-    assert not torch.equal(before[0].to(expected[0].dtype), expected[0])
-    assert computed_by_mha_c(lambda: assert_same(ours(x, x, x), expected)) == 1
+        noticeable = before[0].shape != expected[0].shape or (before[0] - expected[0]).abs().max() > 1e-4
+        assert noticeable
+        here = coverage(ours).here
+        assert_same(ours(x, x, x), expected)
+    return ours, coverage(ours).here - here
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_changes_are_noticed(change):
+    mode = torch.enable_grad if change in STEPS else torch.no_grad
+    assert assert_noticed(CHANGES[change], mode)[1] == 1
+
+
+@pytest.mark.parametrize("change", set(COUNTED) - {"weight_norm"})
+def test_changes_in_inference_mode(change):
+    ours, computed = assert_noticed(COUNTED[change], torch.inference_mode)
+    untracked = any(parameter.is_inference() for parameter in [*ours.parameters(), *ours._tensors(ours.out_proj).values()])
+    assert computed == (not untracked)  # torch does not count changes of those
+
+
+UNSEEN = {  # in a few numbers, which torch does not count and the sample does not include
+    "data": lambda module: module.in_proj_weight.data[1].fill_(1),
+    "NumPy": lambda module: module.in_proj_weight.detach().numpy()[1].fill(1),
+}
+
+
+CURES = {
+    "refresh": lambda module: module.refresh(),
+    "replaced again": replace_attention,
+    "train": lambda module: module.train().eval(),
+    "a call with gradients": lambda module: module(*[torch.zeros(5, 3, 64)] * 3),
+    "load_state_dict": lambda module: module.load_state_dict({}, strict=False),
+    "_apply": lambda module: module.float(),
+}
+
+
+@pytest.mark.parametrize("cure", CURES)
+@pytest.mark.parametrize("change", UNSEEN)
+def test_changes_that_need_refresh(change, cure):
+    """The documented limit: a few numbers that are written behind torch's back."""
+    theirs, ours = pair(64, 4)
+    x = torch.randn(5, 3, 64)
+    with torch.no_grad():
+        before = ours(x, x, x)
+        UNSEEN[change](theirs), UNSEEN[change](ours)
+        assert torch.equal(ours(x, x, x)[0], before[0])
+    CURES[cure](ours)
+    with torch.no_grad():
+        expected = theirs(x, x, x)
+        assert not torch.equal(expected[0], before[0])
+        assert_same(ours(x, x, x), expected)
 
 
 def test_training_between_inferences():
@@ -393,25 +549,12 @@ def test_training_between_inferences():
             assert_same(ours(x, x, x), theirs(x, x, x), 1e-4)
 
 
-def test_refresh():
-    """Edits through `.data` are not counted by torch; refresh, or replacing again, reads the parameters anew."""
-    theirs, ours = pair(8, 2)
-    x = torch.randn(5, 3, 8)
-    for again in (ours.refresh, lambda: replace_attention(ours)):
-        with torch.no_grad():
-            ours(x, x, x)
-            for module in (theirs, ours):
-                module.out_proj.bias.data.add_(1)
-            again()
-            assert_same(ours(x, x, x), theirs(x, x, x))
-
-
 def test_nothing_is_kept_alive():
     _, ours = pair(64, 2)
     x = torch.randn(5, 3, 64)
     with torch.no_grad():
         ours(x, x, x)
-    packed = weakref.ref(ours._packed.layer)
+    packed = weakref.ref(ours._mha_c.packed._kept.sources["in_proj_weight"].memory)
     ours.half()
     assert packed() is None
     layer = weakref.ref(ours)
@@ -449,25 +592,204 @@ def test_two_threads():
         assert not wrong and torch.equal(ours(x, x, x)[0], expected[1])
 
 
-def test_threads_of_both():
+def test_threads_of_both(monkeypatch):
     _, ours = pair(8, 2)
     seen = []
-    original = mha_c.MultiheadAttention.__call__
+    original = mha_c._core.forward
 
-    class Seeing(mha_c.MultiheadAttention):
-        def forward(self, *args):
-            seen.append(mha_c.get_num_threads())
-            return original(self, *args)
+    def seeing(*args):
+        seen.append(mha_c.get_num_threads())
+        return original(*args)
 
+    monkeypatch.setattr(mha_c._core, "forward", seeing)
     x = torch.randn(5, 3, 8)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr("mha_c.layer.MultiheadAttention", Seeing)
+    with torch.no_grad():
         for of_torch, of_ours in ((1, 2), (2, 1), (2, 2)):
             torch.set_num_threads(of_torch)
             with mha_c.num_threads(of_ours):
                 ours(x, x, x)
         torch.set_num_threads(1)
     assert seen == [1, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------- unusual layers
+
+
+KINDS = STORED | MADE_ANEW | PARAMETRIZED
+hooks_of_old = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+
+
+@hooks_of_old
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_unusual_layers(kind, batch_first):
+    """Subclasses, and weights that are no parameters: mha_c computes them, or leaves them to torch and says so."""
+    with torch.no_grad():  # torch copies no tensor that was computed with gradients
+        theirs = random_parameters(KINDS[kind](batch_first=batch_first))
+    class_name, ours = type(theirs).__name__, copy.deepcopy(theirs)
+    replace_attention(ours)
+    assert isinstance(ours, type(theirs)) or kind in PARAMETRIZED
+    x = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        for factor in (1, 2):
+            for module in (theirs, ours):
+                for parameter in module.parameters():
+                    parameter.mul_(factor)
+            assert_same(ours(x, x, x), theirs(x, x, x))
+    left = kind in PARAMETRIZED
+    assert coverage(ours).rows == (
+        ("", class_name.removeprefix("Parametrized"), 2 * (not left), 2 * left, "parametrized weights" * left),)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    copied = copy.deepcopy(ours)
+    with torch.no_grad():
+        assert_same(copied(x, x, x), theirs(x, x, x))
+    assert coverage(copied).here == (not left)
+    for restored in (restore_attention(ours), restore_attention(copied)):
+        assert type(restored).__name__ == class_name and not isinstance(restored, ReplacedAttention)
+        assert vars(restored).keys() == vars(theirs).keys()
+        with torch.no_grad():
+            assert_same(restored(x, x, x), theirs(x, x, x))
+
+
+def test_parametrized_after_it_was_replaced():
+    theirs, ours = pair(16, 2)
+    x = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        ours(x, x, x)
+        for module in (theirs, ours):
+            nn.utils.parametrize.register_parametrization(module, "in_proj_weight", Doubling())
+        assert_same(ours(x, x, x), theirs(x, x, x))
+        other = restore_attention(copy.deepcopy(ours))
+        assert type(other).__name__ == "ParametrizedMultiheadAttention"
+        assert_same(other(x, x, x), theirs(x, x, x))
+        for module in (theirs, ours, other):
+            nn.utils.parametrize.remove_parametrizations(module, "in_proj_weight")
+            assert_same(module(x, x, x), theirs(x, x, x))
+    assert [type(module) for module in (ours, other)] == [ReplacedAttention, nn.MultiheadAttention]
+    assert coverage(ours).rows[0][2:] == (2, 1, "parametrized weights")
+
+
+def test_parametrizations_are_removed_from_a_replaced_layer():
+    theirs = random_parameters(PARAMETRIZED["parametrized subclass"]())
+    ours = replace_attention(copy.deepcopy(theirs))
+    x = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        nn.utils.parametrize.remove_parametrizations(ours, "in_proj_weight")
+        assert_same(ours(x, x, x), theirs(x, x, x))
+    assert type(ours).__name__ == "ReplacedNamed" and coverage(ours).here == 1
+    assert type(restore_attention(ours)) is Named
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_subclasses_keep_what_is_theirs(how):
+    theirs = random_parameters(Named(16, 2, name="first"))
+    ours = replace_attention(nn.ModuleDict({"attention": copy.deepcopy(theirs)}))["attention"]
+    assert isinstance(ours, Named) and isinstance(ours, ReplacedAttention)
+    assert repr(ours) == repr(theirs).replace("Named(", "ReplacedNamed(")
+    copied = copied_by(how, ours)
+    assert type(copied) is type(ours) and copied.name == "first" and list(copied.state_dict()) == list(ours.state_dict())
+    assert type(restore_attention(copied)) is Named
+    x = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        assert_same(copied(x, x, x), theirs(x, x, x))
+
+
+def test_a_forward_of_its_own_is_left_alone():
+    own, x = random_parameters(OwnForward(16, 2)), torch.randn(5, 3, 16)
+    wrapped = random_parameters(nn.MultiheadAttention(16, 2))
+    inner = wrapped.forward
+    wrapped.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    model = replace_attention(nn.ModuleList([own, wrapped, nn.MultiheadAttention(16, 2)]))
+    assert [type(layer) for layer in model] == [OwnForward, nn.MultiheadAttention, ReplacedAttention]
+    assert [row.reason for row in coverage(model).rows] == ["a forward of its own"] * 2 + ["never called"]
+    with pytest.raises(ValueError, match=r"no attention of this Sequential can be replaced, because all of it has a forward "
+                                         r"of its own, .*: 0 \(OwnForward\), 1 \(MultiheadAttention\)$"):
+        replace_attention(nn.Sequential(own, wrapped))
+    with pytest.raises(ValueError, match=r"no attention of this OwnForward can be replaced.*: \(OwnForward\)$"):
+        replace_attention(own)
+    wrapped.forward(x, x, x)
+
+
+# ------------------------------------------------------------------------------------------- coverage
+
+
+def test_coverage():
+    """Every attention layer of a model, its calls and the reasons."""
+    class Own(nn.MultiheadAttention):
+        def forward(self, query):
+            return super().forward(query, query, query)
+
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": Own(8, 2), "c": nn.MultiheadAttention(8, 2)})
+    assert coverage(model).rows == (
+        ("a", "MultiheadAttention", 0, 0, "not replaced"), ("b", "Own", 0, 0, "a forward of its own"),
+        ("c", "MultiheadAttention", 0, 0, "not replaced"))
+    replace_attention(model).eval()
+    x = torch.zeros(5, 3, 8)
+    with torch.no_grad():
+        model["a"](x, x, x), model["a"](x, x, x), model["b"](x)
+        with torch.autocast("cpu"):
+            model["a"](x, x, x)
+    model["a"](x, x, x), model["a"](x, x, x)
+    assert coverage(model).rows == (
+        ("a", "MultiheadAttention", 2, 3, "gradients (2), autocast (1)"), ("b", "Own", 0, 0, "a forward of its own"),
+        ("c", "MultiheadAttention", 0, 0, "never called"))
+    assert (coverage(model).here, coverage(model).left) == (2, 3)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model["a"]))):
+        assert coverage(copied).here == 0
+    assert coverage(restore_attention(model)).rows[0].reason == "not replaced"
+    assert coverage(nn.Linear(2, 2)).rows == ()
+
+
+REASONS = {
+    "training": lambda module, x: module.train()(x, x, x),
+    "gradients": lambda module, x: torch.enable_grad()(module)(x, x, x),
+    "float16": lambda module, x: module.half()(*[x.half()] * 3),
+    "bfloat16": lambda module, x: module(*[x.bfloat16()] * 3),
+    "mask in int64": lambda module, x: module(x, x, x, attn_mask=torch.zeros(5, 5, dtype=torch.int64)),
+    "mask in float64": lambda module, x: module(x, x, x, attn_mask=torch.zeros(5, 5).double()),
+    "list": lambda module, x: module(x, x.tolist(), x),
+    "autocast": lambda module, x: torch.autocast("cpu")(module)(x, x, x),
+    "tracing": lambda module, x: torch.jit.trace(module, (x, x, x), check_trace=False),
+    "function transform": lambda module, x: torch.vmap(lambda item: module(item, item, item)[0], in_dims=1)(x),
+    "is_causal without attn_mask": lambda module, x: module(x, x, x, is_causal=True),
+    "parametrized weights": lambda module, x: nn.utils.parametrizations.weight_norm(module, "in_proj_weight")(x, x, x),
+    "parameters made in inference mode": lambda module, x: torch.inference_mode()(module.double)()(*[x.double()] * 3),
+    "unusual parameters": lambda module, x: module.out_proj.double() and module(x, x, x),
+    "tensors on meta": lambda module, x: module(*[x.to("meta")] * 3),
+    "tensors that NumPy cannot read": lambda module, x: module(*[x.to_sparse()] * 3),
+    "arguments that do not fit": lambda module, x: module(x, x[:2], x),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_reasons(reason):
+    _, ours = pair(8, 2)
+    with torch.no_grad():
+        outcome(lambda: REASONS[reason](ours, torch.randn(5, 3, 8)))  # torch refuses some of them
+    assert {row.reason for row in coverage(ours).rows} == {reason} and coverage(ours).here == 0
+
+
+def test_counting_in_many_threads_and_in_a_child():
+    _, ours = pair(8, 2)
+    x = torch.randn(5, 3, 8)
+
+    def ask():
+        with torch.no_grad():
+            for _ in range(300):
+                ours(x, x, x)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):  # while others hold the lock, perhaps
+        child = os.fork()
+        if child == 0:
+            os._exit(coverage(ours).left)
+        assert os.waitpid(child, 0)[1] == 0
+    for thread in threads:
+        thread.join()
+    assert coverage(ours).here == 8 * 300
 
 
 # ------------------------------------------------------------------------------------------- whole models
@@ -523,7 +845,7 @@ def test_transformer_and_decoder(batch_first, fused_path, computed_by_mha_c):
 def state(model):
     """Everything that replacing may touch: classes, and attributes that are no modules or parameters."""
     return {name: (type(module), {key: value for key, value in vars(module).items() if not key.startswith("_")
-                                  or key == "_packed" or key.endswith("_in_torch")})
+                                  or key == "_mha_c" or key.endswith("_in_torch")})
             for name, module in model.named_modules()}
 
 
@@ -550,6 +872,16 @@ def test_state_dicts_and_printing():
     restore_attention(model).load_state_dict(replace_attention(encoder()).state_dict())
 
 
+def copied_by(how, model):
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(model))
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies(how, computed_by_mha_c):
     """A copy of a replaced model is replaced, has parameters of its own, and can be restored."""
@@ -557,14 +889,7 @@ def test_copies(how, computed_by_mha_c):
     x = torch.randn(3, 7, 16)
     with torch.no_grad():
         expected = model(x)
-    if how == "deepcopy":
-        copied = copy.deepcopy(model)
-    elif how == "pickle":
-        copied = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        copied = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    copied = copied_by(how, model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -572,15 +897,10 @@ def test_copies(how, computed_by_mha_c):
     assert state(restore_attention(copied)) == state(encoder().eval())
 
 
-def test_shared_layers_and_subclasses():
-    class Own(nn.MultiheadAttention):
-        pass
-
+def test_shared_layers():
     shared = nn.MultiheadAttention(8, 2)
-    model = replace_attention(nn.ModuleList([shared, shared, Own(8, 2)]))
-    assert [type(module) for module in model] == [ReplacedAttention, ReplacedAttention, Own]
-    with pytest.raises(ValueError, match="no torch.nn.MultiheadAttention to replace in this Own"):
-        replace_attention(Own(8, 2))
+    model = replace_attention(nn.ModuleList([shared, shared]))
+    assert [type(module) for module in model] == [ReplacedAttention, ReplacedAttention]
 
 
 def test_what_is_no_model():

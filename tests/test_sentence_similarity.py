@@ -112,6 +112,34 @@ def test_the_layers_one_by_one():
     assert all(float(number) < 5e-6 for number in re.findall(r"difference.*: (\S+), in values", said))
 
 
+@pytest.mark.parametrize("name", ["heat_map", "sentence_layers", "sentence_similarity"])
+def test_help(name, tmp_path):
+    """It is printed, and nothing else happens."""
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE, cwd=tmp_path)
+    assert done.stdout.startswith("usage:") and f"python examples/{name}.py" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_heat_map(tmp_path):
+    """It shows what its docstring says, and names the layer."""
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(EXAMPLES / "heat_map.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE, cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["attention.png"]
+    assert done.stdout == "attention.png: Attention weights, layer 2, head 4\n"
+    assert b'from "her" (11) to "sister" (2) 0.71' in (tmp_path / "attention.png").read_bytes()
+    encoder = minilm.SentenceEncoder()
+    (tokens,), ids, padding = encoder.tokenize(["My sister lost her keys on the train, so her neighbour let her in."])
+    x = encoder.hidden_states(ids, padding)[2]
+    _, weights = encoder.layers[2].attention(x, x, x, average_attn_weights=False)
+    queries = [position for position, word in enumerate(tokens) if word == "her"]
+    assert len(queries) == 3
+    for query in queries:  # its strongest word, besides [CLS]
+        assert tokens[1 + weights[0, 4, query, 1:].argmax()] == "sister"
+
+
 def test_without_the_model(monkeypatch):
     """It says what to install."""
     monkeypatch.setattr(minilm, "find_spec", lambda name: None)

@@ -80,4 +80,28 @@ def test_python_functions_describe_themselves():
     signature = inspect.signature(mha_c.MultiheadAttention)
     assert list(signature.parameters)[:3] == ["embed_dim", "num_heads", "dropout"]
     assert inspect.signature(mha_c.MultiheadAttention.__call__) == inspect.signature(mha_c.MultiheadAttention.forward)
+    assert mha_c.MultiheadAttention.__call__ is mha_c.MultiheadAttention.forward
     assert inspect.getdoc(mha_c.MultiheadAttention.embed_dim) == "embed_dim, fixed at construction."
+
+
+def test_signatures_are_readable():
+    """Annotations are not in quotes, and arrays have short names."""
+    layer, functions = mha_c.MultiheadAttention, mha_c.functional
+    assert str(inspect.signature(layer.forward)) == (
+        "(self, query: mha_c.AnyArray, key: mha_c.AnyArray, value: mha_c.AnyArray, "
+        "key_padding_mask: mha_c.AnyArray | None = None, need_weights: bool = True, "
+        "attn_mask: mha_c.AnyArray | None = None, average_attn_weights: bool = True, is_causal: bool = False, *, "
+        "out: numpy.ndarray | None = None) -> tuple[numpy.ndarray, numpy.ndarray | None]")
+    methods = [member for name, member in inspect.getmembers(layer, callable) if not name.startswith("_")]
+    assert len(methods) > 10
+    public = [getattr(functions, name) for name in functions.__all__] + [mha_c.explain, mha_c.num_threads]
+    for function in [layer, *methods, *public]:
+        signature = inspect.signature(function)
+        for annotation in [signature.return_annotation, *(one.annotation for one in signature.parameters.values())]:
+            assert not isinstance(annotation, str), function
+
+
+def test_any_array_is_for_annotations_alone():
+    assert mha_c.AnyArray.__module__ == "mha_c"
+    with pytest.raises(TypeError):
+        isinstance(1, mha_c.AnyArray)

@@ -29,20 +29,6 @@ static int collect_mask(const module_state *state, PyObject *object, const char 
     return *mask == NULL ? -1 : 0;
 }
 
-/* The exceptions are those of NumPy's ufuncs: TypeError for an object that is not an array, ValueError for a read-only
- * array. */
-static int collect_out(PyObject *object, call_arguments *arguments)
-{
-    if (object == Py_None)
-        return 0;
-    if (!PyArray_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "out must be a NumPy array, not %s", Py_TYPE(object)->tp_name);
-        return -1;
-    }
-    arguments->out_object = object;
-    return PyArray_FailUnlessWriteable((PyArrayObject *)object, "out"); /* it may warn */
-}
-
 /* The same object passed twice is converted once, so that the core sees one input. */
 static int collect_inputs(const module_state *state, PyObject *const *objects, call_arguments *arguments)
 {
@@ -62,8 +48,13 @@ static int collect_inputs(const module_state *state, PyObject *const *objects, c
     return 0;
 }
 
-static int collect_flag(PyObject *object, bool *flag)
+/* Whatever Python takes for true or false, as torch does, but for text: "no" would be true. */
+static int collect_flag(PyObject *object, const char *name, bool *flag)
 {
+    if (PyUnicode_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s must be True or False, but got %R", name, object);
+        return -1;
+    }
     const int truth = PyObject_IsTrue(object);
     *flag = truth == 1;
     return truth < 0 ? -1 : 0;
@@ -106,11 +97,12 @@ int collect_arguments(const module_state *state, PyObject *const *objects, Py_ss
     arguments->dropout_p = PyFloat_AsDouble(objects[ARGUMENT_DROPOUT_P]);
     if (arguments->dropout_p == -1 && PyErr_Occurred())
         return -1;
-    if (collect_flag(objects[ARGUMENT_NEED_WEIGHTS], &arguments->need_weights) < 0 ||
-        collect_flag(objects[ARGUMENT_AVERAGE_ATTN_WEIGHTS], &arguments->average_attn_weights) < 0 ||
-        collect_flag(objects[ARGUMENT_BATCH_FIRST], &arguments->batch_first) < 0 ||
-        collect_flag(objects[ARGUMENT_IS_CAUSAL], &call->is_causal) < 0 ||
-        collect_flag(objects[ARGUMENT_ADD_ZERO_ATTN], &call->add_zero_attn) < 0 ||
+    if (collect_flag(objects[ARGUMENT_NEED_WEIGHTS], "need_weights", &arguments->need_weights) < 0 ||
+        collect_flag(objects[ARGUMENT_AVERAGE_ATTN_WEIGHTS], "average_attn_weights",
+                     &arguments->average_attn_weights) < 0 ||
+        collect_flag(objects[ARGUMENT_BATCH_FIRST], "batch_first", &arguments->batch_first) < 0 ||
+        collect_flag(objects[ARGUMENT_IS_CAUSAL], "is_causal", &call->is_causal) < 0 ||
+        collect_flag(objects[ARGUMENT_ADD_ZERO_ATTN], "add_zero_attn", &call->add_zero_attn) < 0 ||
         collect_masked_rows(objects[ARGUMENT_MASKED_ROWS], arguments->need_weights, &call->empty_row) < 0 ||
         collect_number(objects[ARGUMENT_DROPOUT_SEED], &call->dropout_seed) < 0 ||
         collect_number(objects[ARGUMENT_DROPOUT_CALL], &call->dropout_call) < 0)
@@ -124,7 +116,7 @@ int collect_arguments(const module_state *state, PyObject *const *objects, Py_ss
         (collect_optional(state, objects[ARGUMENT_STATIC_K], "static_k", &arguments->static_k) < 0 ||
          collect_optional(state, objects[ARGUMENT_STATIC_V], "static_v", &arguments->static_v) < 0))
         return -1;
-    return collect_out(objects[ARGUMENT_OUT], arguments);
+    return out_from_object(objects[ARGUMENT_OUT], &arguments->out);
 }
 
 static mha_array describe_input(const call_arguments *arguments, PyArrayObject *array)
@@ -179,33 +171,11 @@ static void describe_masks(call_arguments *arguments)
     }
 }
 
-/* The exceptions are those of NumPy's ufuncs: TypeError for a wrong dtype, ValueError for a wrong shape. */
-static int check_out(const call_arguments *arguments, int ndim, const npy_intp *shape)
-{
-    PyArrayObject *out = (PyArrayObject *)arguments->out_object;
-    if (!array_has_dtype(out, arguments->weights->dtype)) {
-        PyErr_Format(PyExc_TypeError, "out must be of dtype %s, not %s",
-                     arguments->weights->dtype == MHA_FLOAT32 ? "float32" : "float64",
-                     PyArray_DESCR(out)->typeobj->tp_name);
-        return -1;
-    }
-    if (!array_has_shape(out, ndim, shape)) {
-        PyObject *expected = PyArray_IntTupleFromIntp(ndim, shape);
-        PyObject *actual = PyArray_IntTupleFromIntp(PyArray_NDIM(out), PyArray_DIMS(out));
-        if (expected != NULL && actual != NULL)
-            PyErr_Format(PyExc_ValueError, "out must have the shape %R, not %R", expected, actual);
-        Py_XDECREF(expected);
-        Py_XDECREF(actual);
-        return -1;
-    }
-    return 0;
-}
-
 static bool is_apart_from_inputs(const call_arguments *arguments)
 {
     PyArrayObject *const inputs[] = {arguments->query, arguments->key, arguments->value, arguments->attn_mask,
                                      arguments->key_padding_mask, arguments->static_k, arguments->static_v};
-    if ((PyObject *)arguments->output != arguments->out_object)
+    if (arguments->output != arguments->out)
         return true;
     for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
         if (arrays_may_overlap(arguments->output, inputs[i]))
@@ -222,10 +192,10 @@ static int make_output(call_arguments *arguments)
     const npy_intp shape[] = {batch_first ? N : L, batch_first ? L : N, Eo};
     const int skip = arguments->is_batched ? 0 : 1, ndim = 3 - skip;
 
-    if (arguments->out_object != NULL && check_out(arguments, ndim, shape + skip) < 0)
+    if (arguments->out != NULL && check_out(arguments->out, arguments->weights->dtype, ndim, shape + skip) < 0)
         return -1;
-    if (arguments->out_object != NULL && PyArray_ISCARRAY((PyArrayObject *)arguments->out_object))
-        arguments->output = (PyArrayObject *)Py_NewRef(arguments->out_object);
+    if (arguments->out != NULL && PyArray_ISCARRAY(arguments->out))
+        arguments->output = (PyArrayObject *)Py_NewRef((PyObject *)arguments->out);
     else
         arguments->output = new_array(ndim, shape + skip, arguments->weights->dtype);
     if (arguments->output == NULL)
@@ -293,13 +263,11 @@ int run_forward(module_state *state, call_arguments *arguments)
 
 PyObject *hand_back(const call_arguments *arguments)
 {
-    PyObject *output = (PyObject *)arguments->output;
-    if (arguments->out_object != NULL && output != arguments->out_object) {
-        if (PyArray_CopyInto((PyArrayObject *)arguments->out_object, arguments->output) < 0)
-            return NULL;
-        output = arguments->out_object;
-    }
-    return PyTuple_Pack(2, output, arguments->attn_weights == NULL ? Py_None : (PyObject *)arguments->attn_weights);
+    PyArrayObject *output = copy_to_out(arguments->output, arguments->out);
+    if (output == NULL)
+        return NULL;
+    PyObject *attn_weights = arguments->attn_weights == NULL ? Py_None : (PyObject *)arguments->attn_weights;
+    return PyTuple_Pack(2, (PyObject *)output, attn_weights);
 }
 
 void release_arguments(call_arguments *arguments)

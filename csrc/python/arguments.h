@@ -14,12 +14,12 @@
 
 typedef struct {
     const weights_object *weights; /* borrowed from the caller's arguments */
-    PyObject *out_object;          /* borrowed, too; NULL: no out= */
+    PyArrayObject *out;            /* borrowed, too; NULL: no out= */
 
     PyArrayObject *query, *key, *value;           /* the same array if the same object was passed */
     PyArrayObject *key_padding_mask, *attn_mask;  /* NULL: none */
     PyArrayObject *static_k, *static_v;           /* NULL: none */
-    PyArrayObject *output;                        /* what the core writes; may be out_object */
+    PyArrayObject *output;                        /* what the core writes; may be out */
     PyArrayObject *attn_weights;                  /* NULL: not wanted */
 
     bool is_batched, batch_first, need_weights, average_attn_weights;

@@ -76,12 +76,21 @@ static PyArrayObject *array_from_protocol(const module_state *state, PyObject *o
     return (PyArrayObject *)array;
 }
 
-/* Both functions take over the reference to the array, and may return the same array. */
-static PyArrayObject *to_base_class(PyArrayObject *array)
+/* Both functions take over the reference to the array, and may return the same array. A masked array of numpy.ma is
+ * refused, because its mask would be ignored. */
+static PyArrayObject *to_base_class(const module_state *state, PyArrayObject *array, const char *name)
 {
     if (PyArray_CheckExact(array))
         return array;
-    PyObject *view = PyArray_View(array, NULL, &PyArray_Type);
+    PyObject *view = NULL;
+    const int is_masked = has_attribute((PyObject *)array, state->filled_name);
+    if (is_masked > 0)
+        PyErr_Format(PyExc_TypeError,
+                     "%s is a masked array, whose mask would be ignored: pass %s.filled(0) to put zeros where it "
+                     "masks, or %s.data to read what lies there",
+                     name, name, name);
+    else if (is_masked == 0)
+        view = PyArray_View(array, NULL, &PyArray_Type);
     Py_DECREF(array);
     return (PyArrayObject *)view;
 }
@@ -106,7 +115,7 @@ PyArrayObject *array_from_object(const module_state *state, PyObject *object, co
     else
         array = array_from_protocol(state, object, name);
     if (array != NULL)
-        array = to_base_class(array);
+        array = to_base_class(state, array, name);
     if (array != NULL)
         array = to_native_byte_order(array);
     return array;
@@ -205,4 +214,42 @@ PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype)
         }
     }
     return (PyArrayObject *)PyArray_SimpleNew(ndim, shape, dtype == MHA_FLOAT32 ? NPY_FLOAT : NPY_DOUBLE);
+}
+
+int out_from_object(PyObject *object, PyArrayObject **out)
+{
+    if (object == Py_None)
+        return 0;
+    if (!PyArray_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "out must be a NumPy array, not %s", Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    *out = (PyArrayObject *)object;
+    return PyArray_FailUnlessWriteable(*out, "out"); /* which may warn */
+}
+
+int check_out(PyArrayObject *out, mha_dtype dtype, int ndim, const npy_intp *shape)
+{
+    if (!array_has_dtype(out, dtype)) {
+        PyErr_Format(PyExc_TypeError, "out must be of dtype %s, not %s", dtype == MHA_FLOAT32 ? "float32" : "float64",
+                     PyArray_DESCR(out)->typeobj->tp_name);
+        return -1;
+    }
+    if (!array_has_shape(out, ndim, shape)) {
+        PyObject *expected = PyArray_IntTupleFromIntp(ndim, shape);
+        PyObject *actual = PyArray_IntTupleFromIntp(PyArray_NDIM(out), PyArray_DIMS(out));
+        if (expected != NULL && actual != NULL)
+            PyErr_Format(PyExc_ValueError, "out must have the shape %R, not %R", expected, actual);
+        Py_XDECREF(expected);
+        Py_XDECREF(actual);
+        return -1;
+    }
+    return 0;
+}
+
+PyArrayObject *copy_to_out(PyArrayObject *result, PyArrayObject *out)
+{
+    if (out == NULL || out == result)
+        return result;
+    return PyArray_CopyInto(out, result) < 0 ? NULL : out;
 }

@@ -32,6 +32,16 @@ bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape);
 /* Whether the memory of two arrays, from the first to the last byte, may overlap. False if one is NULL. */
 bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);
 
+/* The array that is given as out=, a borrowed reference; NULL for None. The exceptions of both functions are those of
+ * NumPy's ufuncs: TypeError for an object that is not an array or a wrong dtype, ValueError for a read-only array or a
+ * wrong shape. */
+int out_from_object(PyObject *object, PyArrayObject **out);
+int check_out(PyArrayObject *out, mha_dtype dtype, int ndim, const npy_intp *shape);
+
+/* Copies a result to out, unless out is NULL or the result itself. Returns out, or the result if out is NULL: a borrowed
+ * reference. NULL with an exception if copying fails. */
+PyArrayObject *copy_to_out(PyArrayObject *result, PyArrayObject *out);
+
 /* A new C-contiguous array. Raises MemoryError for a shape beyond all memory, for which NumPy raises ValueError. */
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype);
 

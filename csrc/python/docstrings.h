@@ -16,12 +16,15 @@ static const char forward_doc[] =
     "masked_rows is \"torch\", \"zero\" or \"nan\". dropout_p is that of this call: 0 outside training. Inputs and\n"
     "masks are whatever exposes an array; None is no mask. out is returned as the first result; as with NumPy's\n"
     "ufuncs a wrong type or dtype of it is a TypeError, a wrong shape or a read-only array a ValueError. static_k and\n"
-    "static_v, given together, take the place of the projected keys and values where they are not None.";
+    "static_v, given together, take the place of the projected keys and values where they are not None.\n"
+    "An exception that the checks raise has the attribute refused: nothing was computed.";
 
 static const char scaled_dot_product_attention_doc[] =
     "scaled_dot_product_attention($module, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, "
-    "dropout_seed, /)\n--\n\n"
-    "Attention without projections: torch's checks, in torch's order and words, then the result, C-contiguous.";
+    "dropout_seed, out, /)\n--\n\n"
+    "Attention without projections: torch's checks, in torch's order and words, then the result: a new C-contiguous\n"
+    "array, or out, as in forward().\n"
+    "An exception that the checks raise has the attribute refused: nothing was computed.";
 
 static const char project_doc[] =
     "project($module, weights, input, x, batch_first, /)\n--\n\n"
@@ -39,6 +42,11 @@ static const char attend_doc[] =
 static const char takes_few_queries_doc[] =
     "takes_few_queries($module, " CALL_ARGUMENTS ", /)\n--\n\n"
     "(N,) booleans: whether forward() treats a batch item without projecting its keys. Makes the checks of forward().";
+
+static const char sample_doc[] =
+    "sample($module, arrays, /)\n--\n\n"
+    "Up to 64 numbers of each array of a tuple as bytes, the first and the last among them: other bytes tell that they\n"
+    "changed.";
 
 static const char set_num_threads_doc[] =
     "set_num_threads($module, n, /)\n--\n\n"

@@ -9,10 +9,12 @@
 #include "../cpu.h"
 #include "../processors.h"
 #include "../spare.h"
+#include "advised_function.h"
 #include "arguments.h"
 #include "arrays.h"
 #include "docstrings.h"
 #include "run.h"
+#include "sample.h"
 #include "sdpa.h"
 #include "stages.h"
 #include "thread_count.h"
@@ -29,8 +31,11 @@ static PyObject *forward(PyObject *module, PyObject *const *objects, Py_ssize_t 
                      (int)ARGUMENT_COUNT, count);
         goto done;
     }
-    if (collect_arguments(state, objects, count, &arguments) < 0 || check_arguments(&arguments) < 0 ||
-        prepare_call(&arguments) < 0 || run_forward(state, &arguments) < 0)
+    if (collect_arguments(state, objects, count, &arguments) < 0 || check_arguments(&arguments) < 0) {
+        mark_refused();
+        goto done;
+    }
+    if (prepare_call(&arguments) < 0 || run_forward(state, &arguments) < 0)
         goto done;
     result = hand_back(&arguments);
 done:
@@ -78,6 +83,7 @@ static PyMethodDef module_methods[] = {
     {"scores", (PyCFunction)(void (*)(void))scores, METH_FASTCALL, scores_doc},
     {"attend", (PyCFunction)(void (*)(void))attend, METH_FASTCALL, attend_doc},
     {"takes_few_queries", (PyCFunction)(void (*)(void))takes_few_queries, METH_FASTCALL, takes_few_queries_doc},
+    {"sample", sample, METH_O, sample_doc},
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"config", config, METH_NOARGS, config_doc},
@@ -101,6 +107,12 @@ static int intern(const char *text, PyObject **name)
     return *name == NULL ? -1 : 0;
 }
 
+static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **type)
+{
+    *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    return *type == NULL ? -1 : PyModule_AddType(module, *type);
+}
+
 static int module_exec(PyObject *module)
 {
     module_state *state = PyModule_GetState(module);
@@ -116,11 +128,12 @@ static int module_exec(PyObject *module)
         intern("__array__", &state->array_name) < 0 ||
         intern("__array_interface__", &state->array_interface_name) < 0 ||
         intern("__array_struct__", &state->array_struct_name) < 0 || intern("__dlpack__", &state->dlpack_name) < 0 ||
-        intern("ident", &state->ident_name) < 0 || thread_count_init(state) < 0)
+        intern("filled", &state->filled_name) < 0 || intern("ident", &state->ident_name) < 0 ||
+        thread_count_init(state) < 0)
         return -1;
 
-    state->weights_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &weights_type_spec, NULL);
-    if (state->weights_type == NULL || PyModule_AddType(module, state->weights_type) < 0)
+    if (add_type(module, &weights_type_spec, &state->weights_type) < 0 ||
+        add_type(module, &advised_function_spec, &state->advised_function_type) < 0)
         return -1;
     return PyModule_AddObjectRef(module, "num_threads", state->num_threads);
 }
@@ -129,6 +142,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     const module_state *state = PyModule_GetState(module);
     Py_VISIT(state->weights_type);
+    Py_VISIT(state->advised_function_type);
     Py_VISIT(state->from_dlpack);
     Py_VISIT(state->main_thread);
     Py_VISIT(state->num_threads);
@@ -139,6 +153,7 @@ static int module_clear(PyObject *module)
 {
     module_state *state = PyModule_GetState(module);
     Py_CLEAR(state->weights_type);
+    Py_CLEAR(state->advised_function_type);
     Py_CLEAR(state->from_dlpack);
     Py_CLEAR(state->main_thread);
     Py_CLEAR(state->num_threads);
@@ -146,6 +161,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->array_interface_name);
     Py_CLEAR(state->array_struct_name);
     Py_CLEAR(state->dlpack_name);
+    Py_CLEAR(state->filled_name);
     Py_CLEAR(state->ident_name);
     return 0;
 }

@@ -24,13 +24,13 @@
 #include "../mha.h"
 
 typedef struct {
-    PyTypeObject *weights_type;
+    PyTypeObject *weights_type, *advised_function_type;
     PyObject *from_dlpack; /* numpy.from_dlpack */
     PyObject *main_thread; /* threading.main_thread */
     PyObject *num_threads; /* the ContextVar */
 
     /* Interned names of attributes. */
-    PyObject *array_name, *array_interface_name, *array_struct_name, *dlpack_name, *ident_name;
+    PyObject *array_name, *array_interface_name, *array_struct_name, *dlpack_name, *filled_name, *ident_name;
 
     size_t chosen_threads;      /* by set_num_threads(); 0: not set */
     size_t environment_threads; /* by MHA_C_NUM_THREADS or OMP_NUM_THREADS; 0: not set */

@@ -46,6 +46,16 @@ int raise_status(mha_status status)
     return -1;
 }
 
+void mark_refused(void)
+{
+    PyObject *type, *exception, *traceback;
+    PyErr_Fetch(&type, &exception, &traceback);
+    PyErr_NormalizeException(&type, &exception, &traceback);
+    if (PyObject_SetAttrString(exception, "refused", Py_True) < 0)
+        PyErr_Clear(); /* the exception is right without the mark, too */
+    PyErr_Restore(type, exception, traceback);
+}
+
 /* The array that owns the memory of an array. It may be the array itself. */
 static PyObject *memory_owner(PyArrayObject *array)
 {

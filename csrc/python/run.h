@@ -13,6 +13,9 @@ int import_numpy(void);
 /* Raises the exception that a status stands for. 0 for MHA_OK, otherwise -1. */
 int raise_status(mha_status status);
 
+/* Sets the attribute `refused` of the current exception: it is about the arguments, and nothing was computed. */
+void mark_refused(void);
+
 /* Runs start(call), which takes about `operations` operations. If it takes long, it runs without the GIL, and with
  * *threads and *stop set, which belong to the call. `arrays` (NULL: none) are all arrays whose memory the call uses.
  * The caller holds references to them. Returns 0, or -1 with an exception. */

@@ -24,6 +24,7 @@ enum {
     ARGUMENT_SCALE,
     ARGUMENT_ENABLE_GQA,
     ARGUMENT_DROPOUT_SEED,
+    ARGUMENT_OUT,
     ARGUMENT_COUNT
 };
 
@@ -33,7 +34,9 @@ typedef struct {
 } shape;
 
 typedef struct {
-    PyArrayObject *query, *key, *value, *attn_mask, *output; /* attn_mask NULL: none */
+    PyArrayObject *query, *key, *value, *attn_mask; /* attn_mask NULL: none */
+    PyArrayObject *out;                             /* borrowed from the caller's arguments; NULL: none */
+    PyArrayObject *output;                          /* what the core writes; may be out itself */
     bool enable_gqa, has_scale;
     double dropout_p; /* as given */
 
@@ -41,7 +44,8 @@ typedef struct {
     shape result; /* those of the value as well, then L, Ev */
 
     size_t length[NPY_MAXDIMS]; /* what `call` points to */
-    ptrdiff_t query_axes[NPY_MAXDIMS], key_axes[NPY_MAXDIMS], value_axes[NPY_MAXDIMS], mask_axes[NPY_MAXDIMS];
+    ptrdiff_t query_axes[NPY_MAXDIMS], key_axes[NPY_MAXDIMS], value_axes[NPY_MAXDIMS], mask_axes[NPY_MAXDIMS],
+        output_axes[NPY_MAXDIMS];
     mha_sdpa_call call;
 } sdpa_arguments;
 
@@ -143,6 +147,8 @@ static int collect(const module_state *state, PyObject *const *objects, sdpa_arg
         if (arguments->attn_mask == NULL)
             return -1;
     }
+    if (out_from_object(objects[ARGUMENT_OUT], &arguments->out) < 0)
+        return -1;
     return make_readable(arguments);
 }
 
@@ -423,6 +429,25 @@ static void describe_mask(sdpa_arguments *arguments)
     call->mask.stride_s = stride_of(mask, 1);
 }
 
+static bool is_apart_from_inputs(const sdpa_arguments *arguments, PyArrayObject *array)
+{
+    return !arrays_may_overlap(array, arguments->query) && !arrays_may_overlap(array, arguments->key) &&
+           !arrays_may_overlap(array, arguments->value) && !arrays_may_overlap(array, arguments->attn_mask);
+}
+
+/* In out= itself, where the core can write it. */
+static PyArrayObject *make_output(const sdpa_arguments *arguments)
+{
+    const shape *result = &arguments->result;
+    const mha_dtype dtype = arguments->call.dtype;
+    PyArrayObject *out = arguments->out;
+    if (out != NULL && check_out(out, dtype, result->ndim, result->dims) < 0)
+        return NULL;
+    if (out != NULL && PyArray_ISNOTSWAPPED(out) && is_readable(out, true) && is_apart_from_inputs(arguments, out))
+        return (PyArrayObject *)Py_NewRef((PyObject *)out);
+    return new_array(result->ndim, result->dims, dtype);
+}
+
 static int prepare(sdpa_arguments *arguments)
 {
     mha_sdpa_call *call = &arguments->call;
@@ -448,10 +473,10 @@ static int prepare(sdpa_arguments *arguments)
     call->query.heads = H; /* also if the query is broadcast */
     call->key = describe_heads(arguments, arguments->key, arguments->key_axes);
     call->value = describe_heads(arguments, arguments->value, arguments->value_axes);
-    arguments->output = new_array(result->ndim, result->dims, call->dtype);
+    arguments->output = make_output(arguments);
     if (arguments->output == NULL)
         return -1;
-    call->output = PyArray_DATA(arguments->output);
+    call->output = describe_heads(arguments, arguments->output, arguments->output_axes);
     return 0;
 }
 
@@ -482,13 +507,18 @@ PyObject *scaled_dot_product_attention(PyObject *module, PyObject *const *object
         goto done;
     }
     if (collect(state, objects, &arguments) < 0 || check_dtypes_and_ranks(&arguments) < 0 ||
-        check_groups(&arguments) < 0 || check_mask_rank(&arguments) < 0 || find_shapes(&arguments) < 0 ||
-        prepare(&arguments) < 0)
+        check_groups(&arguments) < 0 || check_mask_rank(&arguments) < 0 || find_shapes(&arguments) < 0) {
+        mark_refused();
         goto done;
-    PyArrayObject *const arrays[] = {arguments.query, arguments.key, arguments.value, arguments.attn_mask};
-    if (run_core(state, mha_sdpa_operations(call), &call->threads, &call->stop, arrays, 4, start, call) < 0)
+    }
+    if (prepare(&arguments) < 0)
         goto done;
-    result = Py_NewRef((PyObject *)arguments.output);
+    PyArrayObject *const arrays[] = {arguments.query, arguments.key, arguments.value, arguments.attn_mask,
+                                     arguments.output};
+    if (run_core(state, mha_sdpa_operations(call), &call->threads, &call->stop, arrays,
+                 sizeof arrays / sizeof *arrays, start, call) < 0)
+        goto done;
+    result = Py_XNewRef((PyObject *)copy_to_out(arguments.output, arguments.out));
 done:
     release(&arguments);
     return result;

@@ -7,3 +7,7 @@ from mha_c.check.models import model
 from mha_c.check.report import Report
 
 __all__ = ["CRITERION", "Comparison", "Error", "Report", "against_torch", "model"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 from mha_c.layer import MultiheadAttention, parameters_of
 from mha_c.check.compare import CRITERION
 from mha_c.check.layers import against_torch
+from mha_c.check.requirement import require_torch
 from mha_c.check.report import Report
 from mha_c.display.progress import progress
 from mha_c.display.table import Table, show
@@ -38,7 +41,7 @@ _MASKS: tuple[dict[str, Any], ...] = (
     {"attn_mask": "float"},
     {"attn_mask": "bool-3d", "key_padding_mask": "bool", "is_causal": True},
 )
-_LAYOUTS: tuple[dict[str, Any], ...] = ({"batch_first": False}, {"batch_first": True}, {"batch": None})
+_LAYOUTS: tuple[dict[str, Any], ...] = ({"batch_first": False}, {"batch_first": True}, {"unbatched": True})
 _EXTRAS: tuple[dict[str, Any], ...] = (
     {},
     {"bias": False},
@@ -48,9 +51,17 @@ _EXTRAS: tuple[dict[str, Any], ...] = (
 )
 
 
+def _option(default: Any, help: str, flag: str = "", **settings: Any) -> Any:
+    """A field of `Configuration`, and how argparse reads it."""
+    return field(default=default, metadata={"help": help, "flag": flag, **settings})
+
+
+_SIZE: dict[str, Any] = {"type": int, "metavar": "N"}
+
+
 @dataclass(frozen=True)
 class Configuration:
-    """A layer and a question to it, by the options of the command line.
+    """A layer and a call of it. The fields are the options of the command line.
 
     Examples
     --------
@@ -58,25 +69,26 @@ class Configuration:
     True
     """
 
-    embed_dim: int | None = None
-    num_heads: int | None = None
-    kdim: int | None = None
-    vdim: int | None = None
-    bias: bool = True
-    add_bias_kv: bool = False
-    add_zero_attn: bool = False
-    batch_first: bool = False
-    dtype: str | None = None
-    state_dict: str | None = None
-    prefix: str = ""
-    batch: int | None = 3
-    length: int = 5
-    source_length: int | None = None
-    key_padding_mask: str | None = None
-    attn_mask: str | None = None
-    is_causal: bool = False
-    need_weights: bool = True
-    seed: int = 0
+    file: str | None = None
+    embed_dim: int | None = _option(None, "features of the query", **_SIZE)
+    num_heads: int | None = _option(None, "heads", **_SIZE)
+    kdim: int | None = _option(None, "features of the key", **_SIZE)
+    vdim: int | None = _option(None, "features of the value", **_SIZE)
+    bias: bool = _option(True, "projections without biases", "--no-bias")
+    add_bias_kv: bool = _option(False, "append a learnt key and value")
+    add_zero_attn: bool = _option(False, "append a key and value of zeros")
+    batch_first: bool = _option(False, "inputs are (N, L, E)")
+    dtype: str | None = _option(None, "float32 unless given", choices=("float32", "float64"))
+    prefix: str = _option("", "what precedes the layer's names in FILE, such as encoder.layers.0.self_attn.")
+    batch: int = _option(3, "batch size", **_SIZE)
+    unbatched: bool = _option(False, "inputs without a batch axis")
+    length: int = _option(5, "queries", **_SIZE)
+    source_length: int | None = _option(None, "keys; self-attention unless given", **_SIZE)
+    key_padding_mask: str | None = _option(None, "hide random keys", choices=("bool", "float"))
+    attn_mask: str | None = _option(None, "a random mask", choices=("bool", "float", "bool-3d", "float-3d"))
+    is_causal: bool = _option(False, "query l sees the keys 0..l")
+    need_weights: bool = _option(True, "do not ask for the weights", "--no-weights")
+    seed: int = _option(0, "seed of parameters and inputs", **_SIZE)
 
     def check(self) -> Report:
         """Compare mha_c with torch."""
@@ -84,14 +96,14 @@ class Configuration:
         random = np.random.default_rng(self.seed)
         real = layer.out_proj.weight.dtype
         source_length = self.length if self.source_length is None else self.source_length
-        batch = 1 if self.batch is None else self.batch
+        batch = 1 if self.unbatched else self.batch
 
         def normal(length: int, features: int) -> Any:
-            shape = (batch, length) if layer.batch_first else (length, batch)
-            return random.standard_normal((*(shape if self.batch is not None else (length,)), features)).astype(real)
+            rows = (length,) if self.unbatched else (batch, length) if layer.batch_first else (length, batch)
+            return random.standard_normal((*rows, features)).astype(real)
 
         def mask(kind: str | None, *shape: int) -> Any:
-            """Random, but for the first key, which everybody sees: torch answers NaN where there is none."""
+            """A random mask that hides no query's first key: torch answers NaN if all keys are hidden."""
             if kind is None:
                 return None
             hidden = random.random(shape) < 0.4
@@ -106,14 +118,14 @@ class Configuration:
         return against_torch(
             layer,
             *inputs,
-            key_padding_mask=mask(self.key_padding_mask, *([] if self.batch is None else [batch]), source_length),
+            key_padding_mask=mask(self.key_padding_mask, *([] if self.unbatched else [batch]), source_length),
             attn_mask=mask(self.attn_mask, *stacked, self.length, source_length),
             is_causal=self.is_causal,
             need_weights=self.need_weights,
         )
 
     def _layer(self) -> MultiheadAttention:
-        if self.state_dict is None:
+        if self.file is None:
             assert self.embed_dim is not None and self.num_heads is not None
             layer = MultiheadAttention(
                 self.embed_dim,
@@ -131,12 +143,17 @@ class Configuration:
             biases = {name: array for name, array in layer.named_parameters() if name.endswith("bias")}  # which are 0
             layer.load_state_dict({name: random.standard_normal(a.shape) for name, a in biases.items()}, strict=False)
             return layer
-        if self.num_heads is None:  # a file of ours, which says it all
-            layer = MultiheadAttention.load(self.state_dict)
+        if self.num_heads is None:
+            try:
+                layer = MultiheadAttention.load(self.file)
+            except ValueError as error:
+                cure = "a file that MultiheadAttention.save did not write needs --num-heads"
+                raise ValueError(f"{cure}: {error}") from None
             layer.batch_first = layer.batch_first or self.batch_first
-            return layer
+            layer.add_zero_attn = layer.add_zero_attn or self.add_zero_attn
+            return layer if self.dtype is None else layer.to(self.dtype)
         return MultiheadAttention.from_state_dict(
-            self.state_dict,
+            self.file,
             self.prefix,
             num_heads=self.num_heads,
             add_zero_attn=self.add_zero_attn,
@@ -145,50 +162,38 @@ class Configuration:
         )
 
 
-def grid() -> Iterator[tuple[str, Configuration]]:
-    """Every configuration that is checked without options, each with the row of the table that it belongs to.
+def grid() -> Iterator[tuple[tuple[str, str], Configuration]]:
+    """Every configuration that is checked without options, each with its group and its row of the table.
 
     Examples
     --------
-    >>> len(list(grid()))
-    1260
+    >>> next(grid())[0], len(list(grid()))
+    (('8 features, 4 heads, float32', 'no mask'), 1260)
     """
+    names = {"key_padding_mask": "padding", "attn_mask": "mask"}
     for width, dtype, masks in itertools.product(_WIDTHS, ("float32", "float64"), _MASKS):
         features = "/".join(str(width[name]) for name in ("embed_dim", "kdim", "vdim") if name in width)
-        row = [f"{features} features", f"{width['num_heads']} heads", dtype]
-        row += [name if kind is True else f"{kind} {name}" for name, kind in masks.items()]
+        group = f"{features} features, {width['num_heads']} heads, {dtype}"
+        row = ", ".join("causal" if kind is True else f"{kind} {names[name]}" for name, kind in masks.items())
         for layout, extras, need_weights in itertools.product(_LAYOUTS, _EXTRAS, (True, False)):
             options = {**width, **masks, **layout, **extras}
-            yield ", ".join(row), Configuration(dtype=dtype, need_weights=need_weights, **options)
+            yield (group, row or "no mask"), Configuration(dtype=dtype, need_weights=need_weights, **options)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to its parser."""
-    kinds = ("bool", "float")
-    options: dict[str, dict[str, Any]] = {
-        "--embed-dim": {"type": int, "help": "check one layer: its features"},
-        "--num-heads": {"type": int, "help": "its heads"},
-        "--kdim": {"type": int, "help": "features of the key"},
-        "--vdim": {"type": int, "help": "features of the value"},
-        "--no-bias": {"dest": "bias", "action": "store_false", "help": "projections without biases"},
-        "--add-bias-kv": {"action": "store_true", "help": "a learnt key and value"},
-        "--add-zero-attn": {"action": "store_true", "help": "a key and value of zeros"},
-        "--batch-first": {"action": "store_true", "help": "inputs are (N, L, E)"},
-        "--dtype": {"choices": ("float32", "float64"), "help": "default: float32"},
-        "--state-dict": {"metavar": "FILE", "help": "check the layer in this file: .safetensors, .npz or torch's .pt"},
-        "--prefix": {"help": "what precedes the layer's names there, such as encoder.layers.0.self_attn."},
-        "--batch": {"type": int, "help": "batch size (default: 3)"},
-        "--unbatched": {"dest": "batch", "action": "store_const", "const": None, "help": "inputs without a batch axis"},
-        "--length": {"type": int, "help": "queries (default: 5)"},
-        "--source-length": {"type": int, "help": "keys (default: self-attention)"},
-        "--key-padding-mask": {"choices": kinds, "help": "hide random keys"},
-        "--attn-mask": {"choices": (*kinds, *(f"{kind}-3d" for kind in kinds)), "help": "a random mask"},
-        "--is-causal": {"action": "store_true", "help": "query l sees the keys 0..l"},
-        "--no-weights": {"dest": "need_weights", "action": "store_false", "help": "do not ask for the weights"},
-        "--seed": {"type": int, "help": "seed of parameters and inputs (default: 0)"},
-    }
-    for name, settings in options.items():
-        parser.add_argument(name, default=argparse.SUPPRESS, **settings)
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a .safetensors, .npz or .pt file that holds a layer")
+    for one in fields(Configuration):
+        if not one.metadata:
+            continue
+        settings = dict(one.metadata)
+        flag = settings.pop("flag") or f"--{one.name.replace('_', '-')}"
+        if isinstance(one.default, bool):
+            settings["action"] = "store_false" if one.default else "store_true"
+        elif one.default not in (None, ""):
+            settings["help"] += f" (default: {one.default})"
+        parser.add_argument(flag, dest=one.name, default=one.default, **settings)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
@@ -197,69 +202,62 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     Parameters
     ----------
     options : dict of str to object
-        The options that were given; none: the whole grid.
+        All options; the whole grid is checked if they say nothing about a configuration.
     parser : argparse.ArgumentParser
         Ends the program if they do not fit together.
 
     Returns
     -------
     int
-        0 if everything agrees, 1 if not, 2 if nothing could be checked, 130 after Ctrl-C.
+        0 if everything agrees, 1 if not, 2 if nothing could be checked.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        After Ctrl-C; what was found until then is printed.
     """
-    if options and "state_dict" not in options and not {"embed_dim", "num_heads"} <= options.keys():
-        parser.error("say which layer to check: --embed-dim and --num-heads, or --state-dict")
+    as_json = options.pop("json")
+    configuration = Configuration(**options)
+    over_grid = configuration == Configuration()
+    if not over_grid and configuration.file is None and None in (configuration.embed_dim, configuration.num_heads):
+        parser.error("say which layer to check: --embed-dim and --num-heads, or FILE")
+    found: Report | _Survey
     try:
+        require_torch("this command")
         from mha_c.torch import TORCH_VERSION, one_thread
 
-        if not options:
+        if over_grid:
             with one_thread():
-                return _check_grid(TORCH_VERSION)
-        report = Configuration(**options).check()
+                found = _Survey.of_grid(TORCH_VERSION)
+        else:
+            found = configuration.check()
     except _REFUSALS as error:
-        unknown = "state_dict" in options and "num_heads" not in options
-        hint = " (a file that MultiheadAttention.save did not write also needs --num-heads)" if unknown else ""
-        print(f"{parser.prog}: {error}{hint}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    show(report)
-    return 0 if report.agrees else 1
-
-
-def _check_grid(torch_version: str) -> int:
-    configurations = list(grid())
-    rows: dict[str, _Row] = {}
-    wrong: list[Report] = []
-    interrupted = False
-    try:
-        for name, configuration in progress(configurations, "configuration"):
-            report = configuration.check()
-            rows[name] = rows.get(name, _Row()).plus(report)
-            if not report.agrees:
-                wrong.append(report)
-    except KeyboardInterrupt:
-        interrupted = True
-    checked = sum(row.count for row in rows.values())
-    header = ("", "configurations", "difference", "in ulp", "mha_c's error", "torch's error", "")
-    notes = [f"{checked} of {len(configurations)} configurations, {len(wrong)} of them differ. {CRITERION}"]
-    title = f"mha_c and torch {torch_version}: largest difference, and largest errors in units in the last place"
-    verdicts = [row.differing == 0 for row in rows.values()]
-    cells = [(name, *row.cells()) for name, row in rows.items()]
-    show(Table(title, header, cells, notes, verdicts=verdicts), *wrong[:5])
+    tables: list[Report | Table]
+    if isinstance(found, Report):
+        tables, data, interrupted = [found], _report_as_json(found), False
+    else:
+        tables, data, interrupted = found.tables(), found.as_json(), found.interrupted
+    if as_json:
+        print(json.dumps(data))
+    else:
+        show(*tables)
     if interrupted:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 1 if wrong else 0
+        raise KeyboardInterrupt
+    return 0 if found.agrees else 1
 
 
 @dataclass(frozen=True)
 class _Row:
-    """The worst of several reports."""
+    """The worst of several reports; errors and `ulps`, the largest difference, are in units in the last place."""
 
     count: int = 0
+    differing: int = 0
     difference: float = 0.0
     ulps: float = 0.0
     error: float = 0.0
     torch_error: float = 0.0
-    differing: int = 0
 
     def plus(self, report: Report) -> _Row:
         """With another report."""
@@ -277,10 +275,99 @@ class _Row:
     def cells(self) -> tuple[str, ...]:
         """As text."""
         return (
-            str(self.count),
             f"{self.difference:.1e}",
             f"{self.ulps:.1f}",
             f"{self.error:.1f}",
             f"{self.torch_error:.1f}",
             f"{self.differing} DIFFER" if self.differing else "agree",
         )
+
+
+@dataclass
+class _Survey:
+    """What was found over the grid."""
+
+    title: str
+    total: int
+    rows: dict[tuple[str, str], _Row] = field(default_factory=dict)
+    wrong: list[Report] = field(default_factory=list)
+    interrupted: bool = False
+
+    @classmethod
+    def of_grid(cls, torch_version: str) -> _Survey:
+        """Check all configurations, or those until Ctrl-C."""
+        configurations = list(grid())
+        survey = cls(f"mha_c and torch {torch_version}", len(configurations))
+        try:
+            for name, configuration in progress(configurations, "configuration"):
+                report = configuration.check()
+                survey.rows[name] = survey.rows.get(name, _Row()).plus(report)
+                if not report.agrees:
+                    survey.wrong.append(report)
+        except KeyboardInterrupt:
+            survey.interrupted = True
+        return survey
+
+    @property
+    def checked(self) -> int:
+        """The number of configurations that were checked."""
+        return sum(row.count for row in self.rows.values())
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all configurations were checked and agree."""
+        return self.checked == self.total and not self.wrong
+
+    def tables(self) -> list[Report | Table]:
+        """The first reports of what differs, then a table of all rows, under a heading for each group."""
+        cells: list[tuple[str, ...]] = []
+        verdicts: list[bool] = []
+        for group, members in itertools.groupby(self.rows.items(), key=lambda item: item[0][0]):
+            cells.append((group, "", "", "", "", ""))
+            verdicts.append(True)
+            for (_, masks), row in members:
+                cells.append((f"  {masks}", *row.cells()))
+                verdicts.append(row.differing == 0)
+        header = ("", "max diff", "in ulp", "mha_c error", "torch error", "")
+        note = (
+            "Each row is the worst of several configurations: with and without a batch, biases, extra keys and "
+            "weights. Errors are in ulp, units in the last place of the largest number of an output. "
+        )
+        summary = f"{len(self.wrong)} of {self.checked} differ" if self.wrong else f"all {self.checked} agree"
+        if self.checked < self.total:
+            left = self.total - self.checked
+            summary += f"; {left} {'was' if left == 1 else 'were'} not checked"
+        table = Table(self.title, header, cells, [note + CRITERION], verdicts=verdicts, summary=summary)
+        return [*self.wrong[:5], table]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `json.dumps` writes."""
+        return {
+            "title": self.title,
+            "agrees": self.agrees,
+            "configurations": self.total,
+            "checked": self.checked,
+            "differing": len(self.wrong),
+            "rows": [
+                {"group": group, "masks": masks, **asdict(row, dict_factory=_finite)}
+                for (group, masks), row in self.rows.items()
+            ],
+            "differences": [_report_as_json(report) for report in self.wrong],
+        }
+
+
+def _report_as_json(report: Report) -> dict[str, Any]:
+    return {
+        "title": report.title,
+        "agrees": report.agrees,
+        "comparisons": [
+            {**asdict(one, dict_factory=_finite), "agrees": one.agrees, "disagreements": one.disagreements}
+            for one in report.comparisons
+        ],
+        "notes": report.notes,
+    }
+
+
+def _finite(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary in which null takes the place of infinity and NaN, which JSON lacks."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in items}

@@ -16,7 +16,7 @@ __all__ = ["CRITERION", "Comparison", "Error"]
 #: random ones, while a wrong or missing term is off by thousands of units. The four units are there because torch may
 #: happen to be exact.
 CRITERION = (
-    "It agrees if shape, dtype, NaN and infinities are torch's, and if its largest error is at most "
+    "A result agrees if its shape, dtype, NaN and infinities are torch's, and if its largest error is at most "
     "8 times torch's plus 4 units in the last place."
 )
 
@@ -88,6 +88,8 @@ class Comparison:
         numbers that happen to be small are no more exact than the others, and their own units would say nothing.
     misplaced : int
         How many numbers are NaN or infinite in one of the two alone.
+    other : str
+        What stands for torch where torch has no such layer: "NumPy".
 
     Examples
     --------
@@ -106,6 +108,7 @@ class Comparison:
     torch_error: Error
     ulp: float
     misplaced: int
+    other: str = "torch"
 
     @classmethod
     def measure(
@@ -115,6 +118,7 @@ class Comparison:
         theirs: NDArray[Any],
         reference: NDArray[Any],
         torch_error: Error | None = None,
+        other: str = "torch",
     ) -> Comparison:
         """Compare two arrays.
 
@@ -128,6 +132,8 @@ class Comparison:
             What both should be.
         torch_error : Error, optional
             Needed where `reference` is torch's own result, and so cannot tell how far off it is.
+        other : str, default "torch"
+            Who computed `theirs`.
 
         Returns
         -------
@@ -159,6 +165,7 @@ class Comparison:
             torch_error=torch_error or Error(np.inf, np.inf),
             ulp=ulp,
             misplaced=misplaced,
+            other=other,
         )
 
     @property
@@ -172,8 +179,12 @@ class Comparison:
         if self.misplaced:
             said.append(f"{self.misplaced} numbers are NaN or infinite in one of the two alone")
         if not self.error.largest <= 8 * self.torch_error.largest + 4 * self.ulp and not said:
-            said.append(f"an error of {self.error.largest:.2g}, where torch's is {self.torch_error.largest:.2g}")
+            said.append(f"an error of {self.error.largest:.2g}, where {self.other}'s is {self.torch_error.largest:.2g}")
         return said
+
+    def __repr__(self) -> str:
+        said = "; ".join(self.disagreements) or "agrees"
+        return f"Comparison({self.name.strip()} {self.shape}: max diff {self.difference.largest:.1e}, {said})"
 
     @property
     def agrees(self) -> bool:

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mha_c.layer import MultiheadAttention, parameters_of
 
-__all__ = ["attend", "hidden_by_causality", "to_float_mask", "wider"]
+__all__ = ["attend", "attend_in_own_dtype", "hidden_by_causality", "to_float_mask", "wider"]
+
+_Conversion: TypeAlias = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def wider(array: NDArray[Any]) -> NDArray[Any]:
@@ -83,17 +86,49 @@ def attend(
     >>> output.shape, weights.shape
     ((5, 3, 8), (3, 5, 5))
     """
+    masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+    return _attend(layer, wider, query, key, value, *masks)
+
+
+def attend_in_own_dtype(layer: MultiheadAttention, **arguments: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The same in the dtype of the layer, with the roundings that come with it.
+
+    Examples
+    --------
+    >>> import mha_c
+    >>> x = np.ones((5, 3, 8), np.float32)
+    >>> masks = dict(key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False)
+    >>> attend_in_own_dtype(mha_c.MultiheadAttention(8, 4), query=x, key=x, value=x, **masks)[0].dtype
+    dtype('float32')
+    """
+    return _attend(layer, np.asarray, **arguments)
+
+
+def _attend(
+    layer: MultiheadAttention,
+    convert: _Conversion,
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    key_padding_mask: NDArray[Any] | None,
+    need_weights: bool,
+    attn_mask: NDArray[Any] | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+) -> tuple[NDArray[Any], NDArray[Any]]:
     batched = query.ndim == 3
     swapped = batched and not layer.batch_first
-    q_nle, k_nse, v_nse = (wider(x if batched else x[None]) for x in (query, key, value))
+    q_nle, k_nse, v_nse = (convert(x if batched else x[None]) for x in (query, key, value))
     if swapped:
         q_nle, k_nse, v_nse = (x.swapaxes(0, 1) for x in (q_nle, k_nse, v_nse))
 
-    (w_q, w_k, w_v), (b_q, b_k, b_v) = _input_projections(layer)
+    (w_q, w_k, w_v), (b_q, b_k, b_v) = _input_projections(layer, convert)
     groups = layer.num_heads // layer.num_kv_heads
     q = _heads(q_nle @ w_q.T + b_q, layer.num_heads)
-    k = _heads(_with_extra_keys(layer, k_nse @ w_k.T + b_k, layer.bias_k), layer.num_kv_heads).repeat(groups, axis=1)
-    v = _heads(_with_extra_keys(layer, v_nse @ w_v.T + b_v, layer.bias_v), layer.num_kv_heads).repeat(groups, axis=1)
+    keys = _with_extra_keys(layer, k_nse @ w_k.T + b_k, layer.bias_k, convert)
+    values = _with_extra_keys(layer, v_nse @ w_v.T + b_v, layer.bias_v, convert)
+    k = _heads(keys, layer.num_kv_heads).repeat(groups, axis=1)
+    v = _heads(values, layer.num_kv_heads).repeat(groups, axis=1)
 
     scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.dtype.type(layer.head_dim))  # (N, H, L, S')
     n, h, length, _ = scores.shape
@@ -113,7 +148,7 @@ def attend(
     weights = _softmax(scores, np.nan if need_weights and layer.masked_rows == "torch" else 0.0)
     concatenation = (weights @ v).transpose(0, 2, 1, 3).reshape(n, length, h * layer.v_head_dim)
     bias = layer.out_proj.bias
-    output = concatenation @ wider(layer.out_proj.weight).T + (0.0 if bias is None else wider(bias))
+    output = concatenation @ convert(layer.out_proj.weight).T + (0.0 if bias is None else convert(bias))
     if average_attn_weights:
         weights = weights.mean(axis=1)
     if not batched:
@@ -121,13 +156,15 @@ def attend(
     return output.swapaxes(0, 1) if swapped else output, weights
 
 
-def _input_projections(layer: MultiheadAttention) -> tuple[list[NDArray[Any]], list[Any]]:
+def _input_projections(
+    layer: MultiheadAttention, convert: _Conversion
+) -> tuple[list[NDArray[Any]], list[Any]]:
     """The weights and the biases of query, key and value."""
     parameters = parameters_of(layer)
     biases = parameters.input_biases
     return (
-        [wider(weight) for weight in parameters.input_weights],
-        [0.0] * 3 if biases is None else [wider(bias) for bias in biases],
+        [convert(weight) for weight in parameters.input_weights],
+        [0.0] * 3 if biases is None else [convert(bias) for bias in biases],
     )
 
 
@@ -137,10 +174,15 @@ def _heads(x_nse: NDArray[Any], count: int) -> NDArray[Any]:
     return x_nse.reshape(n, s, count, features // count).transpose(0, 2, 1, 3)
 
 
-def _with_extra_keys(layer: MultiheadAttention, x_nse: NDArray[Any], learnt: NDArray[Any] | None) -> NDArray[Any]:
+def _with_extra_keys(
+    layer: MultiheadAttention,
+    x_nse: NDArray[Any],
+    learnt: NDArray[Any] | None,
+    convert: _Conversion,
+) -> NDArray[Any]:
     """The projected keys, or values, then what `add_bias_kv` and `add_zero_attn` append."""
     n, _, features = x_nse.shape
-    extra = [] if learnt is None else [np.broadcast_to(wider(learnt), (n, 1, features))]
+    extra = [] if learnt is None else [np.broadcast_to(convert(learnt), (n, 1, features))]
     extra += [np.zeros((n, 1, features), x_nse.dtype)] if layer.add_zero_attn else []
     return np.concatenate([x_nse, *extra], axis=1)
 

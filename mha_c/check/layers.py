@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mha_c.check.compare import Comparison
-from mha_c.check.definition import attend, hidden_by_causality, to_float_mask
+from mha_c.check.definition import attend, attend_in_own_dtype, hidden_by_causality, to_float_mask
 from mha_c.check.report import Report
+from mha_c.check.requirement import require_torch
 from mha_c.display.words import describe_call
-from mha_c.layer import MultiheadAttention
+from mha_c.layer import MultiheadAttention, parameters_of
 from mha_c.parameters.arrays import as_array
 
 __all__ = ["against_torch"]
@@ -47,11 +49,12 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
         If torch is not installed.
     TypeError
         If `module` is neither, or in another dtype than float32 and float64; or if there are not 1, 2 or 3 inputs.
-    ValueError
-        If torch has no layer of such widths.
 
     Notes
     -----
+    torch has no layer of some widths, such as grouped heads. NumPy then takes its place: it follows the definition in
+    the dtype of the layer.
+
     The reference is the definition of attention in float64 for float32, and in np.longdouble for float64, which is slow
     and on some platforms no wider than float64.
 
@@ -63,27 +66,48 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     >>> report.agrees, [comparison.name for comparison in report.comparisons][:3]
     (True, ['attn_output', 'attn_output_weights', '  head 0'])
     """
-    from mha_c.torch import TORCH_VERSION, forward_in_torch
-
     layer = _evaluating_layer(module)
     arguments = _arguments(inputs, call)
-    torch_layer = layer if isinstance(module, MultiheadAttention) else copy.deepcopy(module).eval()
+    free = parameters_of(layer).widths.beyond_torch()
+    other, version, ask_other = ("NumPy", np.__version__, attend_in_own_dtype) if free else _torch_like(module, layer)
+    measure = functools.partial(Comparison.measure, other=other)
 
     def ask(**changes: Any) -> list[tuple[Any, Any, Any]]:
-        """Ours, torch's and the exact output; then, if asked for, the same of the weights."""
+        """Ours, the other's and the exact output; then, if asked for, the same of the weights."""
         asked = {**arguments, **changes}
-        theirs: Any = forward_in_torch(torch_layer, **_spelt_out_for_torch(layer, asked))
+        theirs: Any = ask_other(layer, **asked)
         exact = attend(layer, **asked)
         if layer.masked_rows == "zero":  # where torch answers NaN, this layer follows the definition on purpose
             theirs = tuple(None if one is None else _filled(one, wanted) for one, wanted in zip(theirs, exact))
         return [results for results in zip(layer(**asked), theirs, exact) if results[0] is not None]
 
     names = ("attn_output", "attn_output_weights")
-    comparisons = [Comparison.measure(name, *results) for name, results in zip(names, ask())]
+    comparisons = [measure(name, *results) for name, results in zip(names, ask())]
     if arguments["need_weights"]:
         by_head = (np.moveaxis(weights, -3, 0) for weights in ask(average_attn_weights=False)[1])
-        comparisons += [Comparison.measure(f"  head {head}", *results) for head, results in enumerate(zip(*by_head))]
-    return Report(f"mha_c and torch {TORCH_VERSION}: {layer}; {describe_call(arguments)}", tuple(comparisons))
+        comparisons += [measure(f"  head {head}", *results) for head, results in enumerate(zip(*by_head))]
+    notes = []
+    if free:
+        named = ", ".join(f"{name}={width}" for name, width in free.items())
+        notes.append(
+            f"torch has no such layer ({named}). NumPy takes its place: it follows the definition of attention in the "
+            "dtype of the layer."
+        )
+    title = f"mha_c and {other} {version}: {layer}; {describe_call(arguments)}"
+    return Report(title, tuple(comparisons), tuple(notes))
+
+
+def _torch_like(module: Any, layer: MultiheadAttention) -> tuple[str, str, Callable[..., Any]]:
+    """torch, its version, and a function with the arguments of `attend` that it answers."""
+    require_torch("check.against_torch")
+    from mha_c.torch import TORCH_VERSION, forward_in_torch
+
+    torch_layer = layer if isinstance(module, MultiheadAttention) else copy.deepcopy(module).eval()
+
+    def ask(layer: MultiheadAttention, **asked: Any) -> Any:
+        return forward_in_torch(torch_layer, **_spelt_out_for_torch(layer, asked))
+
+    return "torch", TORCH_VERSION, ask
 
 
 def _filled(array: NDArray[Any], reference: NDArray[Any]) -> NDArray[Any]:
@@ -94,7 +118,11 @@ def _evaluating_layer(module: Any) -> MultiheadAttention:
     """A layer of mha_c like `module`, not in training mode."""
     if isinstance(module, MultiheadAttention):
         return copy.copy(module).eval()
-    layer = MultiheadAttention.from_torch(module)
+    try:
+        layer = MultiheadAttention.from_torch(module)
+    except TypeError as error:
+        said = str(error).replace("from_torch takes", "check.against_torch takes a layer of mha_c or", 1)
+        raise TypeError(f"{said}. check.model compares whole models") from None
     dtype = str(module.out_proj.weight.dtype).removeprefix("torch.")
     if dtype != layer.out_proj.weight.dtype.name:
         raise TypeError(f"mha_c computes in float32 and float64, but the layer is in {dtype}: check a copy.float()")

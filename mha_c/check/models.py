@@ -10,6 +10,7 @@ import numpy as np
 from mha_c.check.compare import Comparison, Error
 from mha_c.check.definition import attend
 from mha_c.check.report import Report
+from mha_c.check.requirement import require_torch
 from mha_c.display.progress import progress
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ __all__ = ["model"]
 def model(model: Any, *inputs: Any, **call: Any) -> Report:
     """Run a model of torch as it is and with its attention replaced, and measure both, layer by layer.
 
-    Copies of the model are run in evaluation mode: two, and one of them in float64 afterwards. The model itself, be its
-    attention replaced already or not, stays as it is.
+    Copies of the model are run in evaluation mode, one after another, from the same random numbers. The model itself,
+    be its attention replaced already or not, stays as it is.
 
     Parameters
     ----------
@@ -36,14 +37,22 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
     Report
         For every call of an attention layer, the outputs of mha_c and torch on the inputs that torch's model gave it;
         then the outputs of the model. Where torch takes its inference path, which fuses layers, the outputs are
-        compared with that one too, except in the padded positions that it sets to zero.
+        compared with that one too, except in the padded positions that it sets to zero. `Report.coverage` says which
+        calls of attention mha_c computes, and why the others are left to torch.
 
     Raises
     ------
     ImportError
         If torch is not installed.
     TypeError, ValueError
-        If `model` is no torch module, or has no ``torch.nn.MultiheadAttention``.
+        If `model` is not a torch module, or has no ``torch.nn.MultiheadAttention`` that can be replaced.
+
+    Notes
+    -----
+    The outputs of attention are measured against its definition in a wider type, those of the model against the same
+    model in float64. Where nothing is wider, or the model does not run in float64, the model's outputs are measured
+    against torch's. What torch's error may be is then seen from another run, in which every output of attention is off
+    by one unit in the last place: it shows how the model magnifies roundings.
 
     Examples
     --------
@@ -56,6 +65,7 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
     >>> report.agrees
     True
     """
+    require_torch("check.model")
     from mha_c.torch import TORCH_VERSION, run_both_ways
 
     runs = run_both_ways(model, inputs, call)
@@ -70,25 +80,20 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
         ]
     for name, output in runs.outputs.items():
         comparisons += _compare_model_output(name, output)
-    notes = [f"{name} is left to torch." for name in runs.left_to_torch]
-    if any(output.theirs.dtype == np.float64 for output in runs.outputs.values()):
+    notes = []
+    if runs.why_not_wider:
         notes.append(
-            "Nothing is wider than float64: the errors of the model's outputs are mha_c's difference from torch, and "
-            "torch's error in float32 scaled down to float64."
+            f"{runs.why_not_wider} The errors of the model's outputs are mha_c's difference from torch, beside what one "
+            "unit in the last place of every output of attention changes."
         )
     title = f"{type(model).__name__} with mha_c and with torch {TORCH_VERSION}"
-    return Report(title, tuple(comparisons), tuple(notes))
+    return Report(title, tuple(comparisons), tuple(notes), runs.coverage)
 
 
 def _compare_model_output(name: str, output: ModelOutput) -> list[Comparison]:
-    ours, theirs, fused, other = output
-    torch_error = None
-    reference = other
-    if theirs.dtype == np.float64:
-        # A run in float32 shows how this model magnifies roundings.
-        reference, rounded = theirs, Error.between(theirs, other)
-        ratio = float(np.finfo(np.float64).eps / np.finfo(np.float32).eps)
-        torch_error = Error(rounded.largest * ratio, rounded.rms * ratio)
+    ours, theirs, fused, wider, disturbed = output
+    reference = theirs if wider is None else wider
+    torch_error = None if disturbed is None else Error.between(theirs, disturbed)
     comparisons = [Comparison.measure(name, ours, theirs, reference, torch_error)]
     if fused.shape == theirs.shape and not np.array_equal(fused, theirs, equal_nan=True):
         padding = np.all(fused == 0, axis=-1, keepdims=True) & ~np.all(theirs == 0, axis=-1, keepdims=True)

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from mha_c.check.compare import CRITERION, Comparison
+from mha_c.display.coverage import Coverage
 from mha_c.display.table import Table
 
 __all__ = ["Report"]
@@ -23,6 +26,8 @@ class Report:
         One for every output.
     notes : tuple of str
         What else there is to know.
+    coverage : Coverage or None
+        Of a model, which calls of its attention mha_c computes. It is shown with the report if any are left to torch.
 
     Examples
     --------
@@ -40,6 +45,7 @@ class Report:
     title: str
     comparisons: tuple[Comparison, ...]
     notes: tuple[str, ...] = ()
+    coverage: Coverage | None = None
 
     @property
     def agrees(self) -> bool:
@@ -76,7 +82,8 @@ class Report:
         >>> Report("nothing", ()).table().title
         'nothing'
         """
-        header = ("", "shape", "difference", "rms", "in ulp", "mha_c's error", "torch's error", "")
+        other = self.comparisons[0].other if self.comparisons else "torch"
+        header = ("", "shape", "max diff", "rms diff", "in ulp", "mha_c error", f"{other} error", "")
         rows = [
             (
                 one.name,
@@ -84,22 +91,30 @@ class Report:
                 f"{one.difference.largest:.1e}",
                 f"{one.difference.rms:.1e}",
                 f"{one.difference.largest / one.ulp:.1f}",
-                f"{one.error.largest / one.ulp:.1f} ulp",
-                f"{one.torch_error.largest / one.ulp:.1f} ulp",
+                f"{one.error.largest / one.ulp:.1f}",
+                f"{one.torch_error.largest / one.ulp:.1f}",
                 "agrees" if one.agrees else "DIFFERS",
             )
             for one in self.comparisons
         ]
         wrong = [f"{one.name}: {what}" for one in self.comparisons for what in one.disagreements]
-        units = "1 ulp: a unit in the last place of the largest number of an output. " + CRITERION
+        units = "Errors are in ulp, units in the last place of the largest number of an output. " + CRITERION
         verdicts = [one.agrees for one in self.comparisons]
         return Table(self.title, header, rows, [*wrong, *self.notes, units], verdicts=verdicts)
 
+    def _tables(self) -> list[Table]:
+        shown = [self.table()]
+        if self.coverage is not None and any(row.reason for row in self.coverage.rows):
+            shown.append(self.coverage.table())
+        return shown
+
     def __str__(self) -> str:
-        return str(self.table())
+        return "\n\n".join(map(str, self._tables()))
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
+        return "".join(table._repr_html_() for table in self._tables())
 
-    def __rich__(self) -> Table:
-        return self.table()
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield from self._tables()

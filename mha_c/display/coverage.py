@@ -3,13 +3,50 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import Counter
 from typing import NamedTuple
 
 from mha_c.display.table import Table
 
-__all__ = ["Coverage", "CoverageRow"]
+__all__ = ["Calls", "Coverage", "CoverageRow"]
+
+# Held for an instant to count a call, so one lock serves all. Forking waits for it, or a child could inherit it locked.
+# Reentrant, since a signal handler may make a call in that instant.
+_lock = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+class Calls:
+    """The calls of one module or function, counted by the reason why torch computed them, which is "" for mha_c.
+
+    Examples
+    --------
+    >>> calls = Calls()
+    >>> calls.add()
+    >>> calls.add("float16")
+    >>> calls.by_reason
+    {'': 1, 'float16': 1}
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def add(self, reason: str = "", calls: int = 1) -> None:
+        """Count calls; see `Coverage.add`.
+
+        Examples
+        --------
+        >>> Calls().add("gradients")
+        """
+        with _lock:
+            self._counts[reason] = self._counts.get(reason, 0) + calls
+
+    @property
+    def by_reason(self) -> dict[str, int]:
+        """A copy of the counts."""
+        with _lock:
+            return dict(self._counts)
 
 
 class CoverageRow(NamedTuple):
@@ -58,9 +95,7 @@ class Coverage:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._here: dict[tuple[str, str], int] = {}
-        self._reasons: dict[tuple[str, str], Counter[str]] = {}
+        self._calls: dict[tuple[str, str], Calls] = {}
 
     def add(self, module: str, class_name: str, reason: str = "", calls: int = 1) -> None:
         """Count calls of a module: computed here, unless there is a reason why they are left to torch.
@@ -81,21 +116,17 @@ class Coverage:
         >>> coverage.rows[0].reason
         'never called'
         """
-        with self._lock:
-            self._here.setdefault((module, class_name), 0)
-            if reason:
-                self._reasons.setdefault((module, class_name), Counter())[reason] += calls
-            else:
-                self._here[module, class_name] += calls
+        self._calls.setdefault((module, class_name), Calls()).add(reason, calls)
 
     @property
     def rows(self) -> tuple[CoverageRow, ...]:
         """One row for every module, in the order of their first calls."""
-        with self._lock:
-            return tuple(
-                CoverageRow(*key, here, self._reasons.get(key, Counter()).total(), _in_words(self._reasons.get(key)))
-                for key, here in self._here.items()
-            )
+        rows = []
+        for key, calls in list(self._calls.items()):
+            left = calls.by_reason
+            here = left.pop("", 0)
+            rows.append(CoverageRow(*key, here, sum(left.values()), _in_words(left)))
+        return tuple(rows)
 
     @property
     def here(self) -> int:
@@ -125,7 +156,7 @@ class Coverage:
         return Table(title, ("module", "class", "here", "left", "reason"), rows, (), text=(0, 1, 4))
 
     def __repr__(self) -> str:
-        return str(self.table())
+        return str(self.table()).rstrip("\n")
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
@@ -134,10 +165,9 @@ class Coverage:
         return self.table()
 
 
-def _in_words(reasons: Counter[str] | None) -> str:
+def _in_words(reasons: dict[str, int]) -> str:
     """The reasons, the most frequent first, with their numbers where there are several."""
-    if not reasons:
-        return ""
-    if len(reasons) == 1:
-        return next(iter(reasons))
-    return ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+    if len(reasons) < 2:
+        return "".join(reasons)
+    ordered = sorted(reasons.items(), key=lambda item: -item[1])
+    return ", ".join(f"{reason} ({count:,})" if count else reason for reason, count in ordered)

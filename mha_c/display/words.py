@@ -1,12 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls in words."""
+"""Words for people: calls and numbers of things, and text that is no wider than the terminal."""
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["describe_call"]
+__all__ = ["count", "describe_call", "fill", "terminal_width", "wrap"]
+
+
+def terminal_width() -> int:
+    """The columns of the terminal; 120 if the output is not a terminal."""
+    return shutil.get_terminal_size(fallback=(120, 24)).columns
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` columns, broken at spaces alone; all are indented as `text` is.
+
+    Examples
+    --------
+    >>> wrap("  attn_mask: bool", 12)
+    ['  attn_mask:', '  bool']
+    """
+    indent = text[: len(text) - len(text.lstrip())]
+    return textwrap.wrap(
+        text.strip(),
+        max(width, 1),
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def fill(text: str) -> str:
+    """The text in lines that fit the terminal."""
+    return "\n".join(wrap(text, terminal_width()))
+
+
+def count(number: int, thing: str) -> str:
+    """A number of things.
+
+    Examples
+    --------
+    >>> count(1, "thread"), count(1260, "configuration")
+    ('1 thread', '1,260 configurations')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def describe_call(arguments: Mapping[str, Any]) -> str:

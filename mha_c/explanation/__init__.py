@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention stage by stage: what the layer computes between its inputs and its output, as named arrays and pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
+from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.explanation.masks import MaskEffect, look_at_masks
 from mha_c.explanation.result import Explanation
 from mha_c.explanation.stages import Stage, StagedCall, chosen_stages
 from mha_c.explanation.words import Words
 from mha_c.layer import MultiheadAttention
+from mha_c.parameters.arrays import as_array
 
 __all__ = ["Explanation", "MaskEffect", "Stage", "explain"]
 
 
+@knows_foreign_keywords
 def explain(
-    layer: MultiheadAttention,
+    layer: Any,
     query: Any,
-    key: Any,
-    value: Any,
+    key: Any = None,
+    value: Any = None,
     key_padding_mask: Any = None,
     need_weights: bool = True,
     attn_mask: Any = None,
@@ -32,33 +33,35 @@ def explain(
     """Show what a layer computes between its inputs and its output.
 
     Every number comes from the C core that the layer itself runs on: `output`, `weights` and `average_weights` are the
-    layer's own, bit for bit, and so is `head_outputs`. Nothing is kept that was not asked for.
+    layer's own, bit for bit, and so is `head_outputs`. Stages that were not asked for are not kept.
 
     Parameters
     ----------
-    layer : MultiheadAttention
-        The layer.
-    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        As for `MultiheadAttention.forward`, whose call it is. `need_weights` only says what a query gets that may see no key,
-        and `average_attn_weights` nothing: all weights are here.
+    layer : MultiheadAttention or torch.nn.MultiheadAttention
+        The layer. One of torch is explained by its copy in mha_c, in evaluation mode; half precision becomes float32.
+    query, key, value : array or tensor
+        As for `MultiheadAttention.forward`. `key` is `query` unless given, and `value` is `key`.
+    key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        As for `MultiheadAttention.forward`, whose call is explained. `average_attn_weights` is ignored: both kinds of
+        weights are included. `need_weights` matters only for queries that see no key.
     heads : int or sequence of int, optional
         The heads to look at, by number; all unless given. Stages that belong to a head are computed for these alone,
         while `average_weights`, `concatenated` and `output` are made of all heads.
     stages : str or sequence of str, optional
-        The stages to keep, by name; all unless given. The others are not computed, unless on the way to these.
+        The stages to keep, by name; all unless given. The others are computed only if these need them.
 
     Returns
     -------
     Explanation
-        The stages as attributes and in `stages`; printing it, or showing it in a notebook, gives a summary.
+        The stages as attributes and in `stages`. Printing it, or showing it in a notebook, gives a summary.
 
     Raises
     ------
     TypeError
-        If `layer` is no layer of mha_c.
+        If `layer` is not a layer of mha_c or torch.
     ValueError
-        If a stage is unknown or a head named twice, or if `heads` are chosen where dropout is active: it draws for all
-        heads together. ``layer.eval()`` switches it off.
+        If a stage is unknown; if a head is named twice; or if `heads` are chosen where dropout is active, which draws
+        for all heads together. ``layer.eval()`` switches it off.
     IndexError
         If there is no such head.
     AssertionError, RuntimeError, TypeError, ValueError
@@ -66,10 +69,10 @@ def explain(
 
     Notes
     -----
-    Looking does not count as a call: with active dropout, what is shown is what the next call of the layer will drop.
+    An explanation does not count as a call: with active dropout it shows what the next call of the layer will drop.
 
-    The layer computes no scores as a whole, and no keys that a mask removes or that few queries look at; such keys and
-    all scores are computed for the explanation, by the same projections and the same products.
+    The layer itself never computes all scores at once. It does not project keys that a mask removes, or keys that only
+    few queries look at. `explain` computes these keys and the scores in addition, by the same projections and products.
 
     "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.
 
@@ -78,7 +81,7 @@ def explain(
     >>> import mha_c, numpy as np
     >>> attention = mha_c.MultiheadAttention(8, 4, seed=0)
     >>> x = np.random.default_rng(0).standard_normal((5, 3, 8), dtype=np.float32)
-    >>> explanation = mha_c.explain(attention, x, x, x)
+    >>> explanation = mha_c.explain(attention, x)
     >>> explanation.scores.shape, explanation.weights.shape, explanation.output.shape
     ((3, 4, 5, 5), (3, 4, 5, 5), (5, 3, 8))
     >>> np.array_equal(explanation.output, attention(x, x, x)[0])
@@ -86,16 +89,17 @@ def explain(
 
     Of one head, without the memory for the others:
 
-    >>> mha_c.explain(attention, x, x, x, heads=2, stages="weights").weights.shape
+    >>> mha_c.explain(attention, x, heads=2, stages="weights").weights.shape
     (3, 1, 5, 5)
     """
+    key = query if key is None else key
+    value = key if value is None else value
     if not isinstance(layer, MultiheadAttention):
-        raise TypeError(
-            f"layer must be a mha_c.MultiheadAttention, not {type(layer).__name__}; "
-            "MultiheadAttention.from_torch makes one of torch's"
-        )
+        layer = _copy_of_torchs(layer)
+        arrays = (query, key, value, key_padding_mask, attn_mask)
+        query, key, value, key_padding_mask, attn_mask = (None if one is None else as_array(one) for one in arrays)
     call = StagedCall(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, heads)
-    arrays = call.compute(chosen_stages(stages, call.dropout_p > 0))
+    found = call.compute(chosen_stages(stages, call.dropout_p > 0))
     sizes = (call.batch, call.widths.num_heads, call.length, call.source_length)
     masks = look_at_masks(key_padding_mask, attn_mask, bool(is_causal), *sizes, call.parameters.dtype)
     words = Words(call)
@@ -103,11 +107,19 @@ def explain(
     return Explanation(
         title=words.title,
         inputs=words.inputs,
-        stages={name: Stage(name, array, *texts[name]) for name, array in arrays.items()},
+        stages={name: Stage(name, array, *texts[name]) for name, array in found.items()},
         letters=words.letters,
         heads=tuple(range(call.widths.num_heads) if call.heads is None else call.heads),
         paths=tuple("few queries" if is_few else "ordinary" for is_few in call.paths),
         masks=masks.effects,
         warnings=words.warnings(masks),
-        notes=words.notes(masks, arrays),
+        notes=words.notes(masks, found),
     )
+
+
+def _copy_of_torchs(layer: Any) -> MultiheadAttention:
+    try:
+        return MultiheadAttention.from_torch(layer).eval()
+    except TypeError:
+        name = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        raise TypeError(f"layer must be mha_c.MultiheadAttention or torch.nn.MultiheadAttention, not {name}") from None

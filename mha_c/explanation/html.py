@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+from string import Template
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,43 +12,15 @@ from numpy.typing import NDArray
 
 from mha_c.display.html import block, escape, matrix
 from mha_c.explanation.masks import MaskEffect
-from mha_c.explanation.stages import Stage
+from mha_c.explanation.stages import STAGES, Stage
 
 __all__ = ["render"]
 
-#: Of each stage, at most so many heads are shown.
-MOST_HEADS = 4
+#: The most heads of a stage that are shown.
+MAX_HEADS = 4
 
-_WIDTH, _COLUMN, _GAP, _HEIGHT, _ARROW = 366, 114, 12, 46, 22
-
-# Rows of the diagram, top to bottom: stages, the first column of each, and how many columns it takes.
-_ROWS: tuple[tuple[tuple[str, int, int], ...], ...] = (
-    (("query", 0, 1), ("key", 1, 1), ("value", 2, 1)),
-    (("q", 0, 1), ("k", 1, 1), ("v", 2, 1)),
-    (("q_heads", 0, 1), ("k_heads", 1, 1), ("v_heads", 2, 1)),
-    (("scores", 0, 2),),
-    (("masked_scores", 0, 2),),
-    (("weights", 0, 2),),
-    (("head_outputs", 0, 3),),
-    (("concatenated", 0, 3),),
-    (("output", 0, 3),),
-)
-
-_STYLE = """
-.mha-c .parts { display: flex; flex-wrap: wrap; gap: 1em 2em; align-items: flex-start; }
-.mha-c .flow { flex: 0 1 23rem; min-width: 0; }
-.mha-c .stages { flex: 1 1 22rem; min-width: 0; }
-.mha-c svg { width: 100%; max-width: 23rem; height: auto; display: block; }
-.mha-c svg text { fill: currentColor; text-anchor: middle; font-size: 11px; }
-.mha-c svg .name { font-weight: 600; font-size: 12px; }
-.mha-c svg .step { opacity: .75; text-anchor: start; }
-.mha-c svg rect { fill: rgba(36, 122, 182, .13); stroke: rgb(36, 122, 182); }
-.mha-c svg .input { fill: rgba(128, 128, 128, .1); stroke: rgba(128, 128, 128, .8); }
-.mha-c svg .absent { fill: none; stroke: rgba(128, 128, 128, .8); stroke-dasharray: 4 3; }
-.mha-c svg path { stroke: currentColor; stroke-opacity: .6; fill: none; }
-.mha-c svg .head { fill: currentColor; fill-opacity: .6; stroke: none; }
-.mha-c summary .faint { font-size: 12px; white-space: nowrap; }
-"""
+_DIAGRAM = Template(files(__package__).joinpath("diagram.svg").read_text("utf-8"))
+_STYLE = files(__package__).joinpath("style.css").read_text("utf-8")
 
 
 class Explained(Protocol):
@@ -63,25 +37,7 @@ class Explained(Protocol):
 
 
 def render(explanation: Explained) -> str:
-    """The whole of it.
-
-    Parameters
-    ----------
-    explanation : Explanation
-
-    Returns
-    -------
-    str
-        HTML in itself: no script, nothing to load.
-
-    Examples
-    --------
-    >>> import mha_c, numpy as np
-    >>> x = np.ones((5, 3, 8), np.float32)
-    >>> html = render(mha_c.explain(mha_c.MultiheadAttention(8, 4), x, x, x))
-    >>> html.count("<details>"), "(3, 4, 5, 5)" in html
-    (13, True)
-    """
+    """All of an explanation as HTML that needs no script and loads nothing."""
     letters = ", ".join(f"{letter} = {size}" for letter, size in explanation.letters.items())
     warnings = "".join(f'<p class="warning">{escape(warning)}</p>' for warning in explanation.warnings)
     notes = "".join(f"<li>{escape(note)}</li>" for note in explanation.notes)
@@ -96,71 +52,15 @@ def render(explanation: Explained) -> str:
     )
 
 
-# ---- The diagram
-
-
 def _diagram(explanation: Explained) -> str:
-    masks = "+ masks" if explanation.masks else "no mask"
-    steps = ("project", "cut into heads", "q kᵀ / √D", masks, "softmax", "× v", "side by side", "project")
-    parts: list[str] = []
-    top = 1
-    for number, row in enumerate(_ROWS):
-        for name, column, columns in row:
-            x, width = column * (_COLUMN + _GAP) + 1, columns * (_COLUMN + _GAP) - _GAP
-            parts.append(_box(name, x, top, width, explanation))
-        bottom = top + _HEIGHT
-        if number + 1 < len(_ROWS):
-            parts += _arrows(number, bottom, steps[number])
-            top = bottom + _ARROW
-    value = 2 * (_COLUMN + _GAP) + 1 + _COLUMN / 2  # v_heads passes the scores by
-    start, end = 1 + 3 * _HEIGHT + 2 * _ARROW, 1 + 6 * (_HEIGHT + _ARROW)
-    parts.append(_arrow(value, start, end))
-    height = top + _HEIGHT + 1
-    return (
-        f'<svg viewBox="0 0 {_WIDTH + 2} {height}" role="img" '
-        f'aria-label="The flow of attention, from the inputs to the output, with shapes">{"".join(parts)}</svg>'
-    )
-
-
-def _box(name: str, x: float, y: float, width: float, explanation: Explained) -> str:
-    style = ""
-    lines: tuple[str, str] = ("not asked for", "")
-    style = ' class="absent"'
-    if name in explanation.inputs:
-        axes, shape = explanation.inputs[name]
-        lines, style = (f"({', '.join(axes)})", str(shape)), ' class="input"'
-    elif name in explanation.stages:
-        stage = explanation.stages[name]
-        lines, style = (f"({', '.join(stage.axes)})", str(stage.shape)), ""
-    middle = x + width / 2
-    text = "".join(f'<text x="{middle}" y="{y + at}">{escape(line)}</text>' for at, line in zip((27, 40), lines))
-    name = f'<text class="name" x="{middle}" y="{y + 14}">{name}</text>'
-    return f'<rect{style} x="{x}" y="{y}" width="{width}" height="{_HEIGHT}" rx="5"/>{name}{text}'
-
-
-def _arrow(x: float, start: float, end: float) -> str:
-    return (
-        f'<path d="M{x} {start}V{end - 5}"/>'
-        f'<path class="head" d="M{x - 4} {end - 7}L{x + 4} {end - 7}L{x} {end - 1}Z"/>'
-    )
-
-
-def _arrows(number: int, y: float, step: str) -> list[str]:
-    """Arrows from the bottom of a row to the next one, and what happens on the way."""
-    into = {name: (column, columns) for name, column, columns in _ROWS[number + 1]}
-    starts = [column for _, column, columns in _ROWS[number] if columns == 1]
-    if len(into) == 1:
-        (_, columns), *_ = into.values()
-        starts = [column for column in starts if column < columns]
-    centres = [column * (_COLUMN + _GAP) + 1 + _COLUMN / 2 for column in starts]
-    if not centres:
-        _, _, columns = _ROWS[number][0]
-        centres = [(columns * (_COLUMN + _GAP) - _GAP) / 2 + 1]
-    arrows = [_arrow(x, y, y + _ARROW) for x in centres]
-    return [*arrows, f'<text class="step" x="{centres[0] + 8}" y="{y + _ARROW / 2 + 3}">{escape(step)}</text>']
-
-
-# ---- The stages
+    inputs, stages = explanation.inputs, explanation.stages
+    boxes = {name: ("absent", "not asked for", "") for name in STAGES}
+    boxes |= {name: ("input", f"({', '.join(axes)})", str(shape)) for name, (axes, shape) in inputs.items()}
+    boxes |= {name: ("stage", f"({', '.join(stage.axes)})", str(stage.shape)) for name, stage in stages.items()}
+    words = {"masks": "+ masks" if explanation.masks else "no mask"}
+    for name, box in boxes.items():
+        words |= {f"{name}_{part}": escape(text) for part, text in zip(("kind", "axes", "shape"), box)}
+    return _DIAGRAM.substitute(words)
 
 
 def _stage(stage: Stage, explanation: Explained) -> str:
@@ -203,23 +103,19 @@ def _pictures(stage: Stage, explanation: Explained) -> str:
     if not array.size:
         return "<p>It is empty.</p>"
     pages = array if array.ndim == 3 else array[None]
-    if len(pages) > MOST_HEADS:
-        said.append(f"the first {MOST_HEADS} of {len(pages)} heads")
-        pages = pages[:MOST_HEADS]
-    largest = _largest(pages, stage.name)
+    if len(pages) > MAX_HEADS:
+        said.append(f"the first {MAX_HEADS} of {len(pages)} heads")
+        pages = pages[:MAX_HEADS]
+    are_weights = "weights" in stage.name
+    largest = 1.0 if are_weights else float(np.abs(pages[np.isfinite(pages)]).max(initial=0.0))
     titles = [""] if array.ndim == 2 else [_head_title(number, axes[0], explanation) for number in range(len(pages))]
+    nouns = (_noun(axes[-2]), _noun(axes[-1]))
     shown = "".join(
-        f"<div>{title}{matrix(page, _noun(axes[-2]), _noun(axes[-1]), largest)}</div>"
+        f"<div>{title}{matrix(page, *nouns, largest=largest, add_columns=are_weights)}</div>"
         for title, page in zip(titles, pages)
     )
     intro = f'<p class="faint">{escape(_sentence("; ".join(said)))}</p>' if said else ""
     return f'{intro}<div class="heads">{shown}</div>'
-
-
-def _largest(pages: NDArray[Any], name: str) -> float:
-    if "weights" in name:
-        return 1.0
-    return float(np.abs(pages, where=np.isfinite(pages), out=np.zeros_like(pages)).max(initial=0.0))
 
 
 def _head_title(number: int, letter: str, explanation: Explained) -> str:

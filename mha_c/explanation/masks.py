@@ -14,7 +14,7 @@ from mha_c.parameters.arrays import as_array
 
 __all__ = ["MaskEffect", "Masks", "look_at_masks"]
 
-#: A finite number this low hides a key as -inf does, next to one that it is not added to: no score makes up for it.
+#: A finite number this low hides a key as -inf does, beside a key without it: no score makes up for it.
 HIDING = -1000.0
 
 
@@ -51,39 +51,19 @@ class MaskEffect:
     says: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"MaskEffect({self.description}: hides {self.hidden:,} of {self.size:,})"
+
 
 @dataclass(frozen=True)
 class Masks:
-    """What the masks of a call do together.
-
-    Attributes
-    ----------
-    effects : tuple of MaskEffect
-        Each of them.
-    visible : int
-        Pairs of a query and a key, of all items and heads, that no mask hides for certain.
-    pairs : int
-        All of them.
-    live_keys : tuple of int
-        For each item, the keys that key_padding_mask leaves.
-    blind : tuple of (int, int, int)
-        The first few queries that see no key: item, head and query.
-    blind_count : int
-        How many there are.
-
-    Examples
-    --------
-    >>> masks = look_at_masks(np.array([[False, True], [True, True]]), None, True, 2, 1, 2, 2, np.dtype("float32"))
-    >>> masks.visible, masks.pairs, masks.live_keys, masks.blind
-    (2, 8, (1, 0), ((1, 0, 0), (1, 0, 1)))
-    """
+    """What the masks of a call do together."""
 
     effects: tuple[MaskEffect, ...]
-    visible: int
-    pairs: int
-    live_keys: tuple[int, ...]
-    blind: tuple[tuple[int, int, int], ...]
-    blind_count: int
+    visible: int  # pairs of a query and a key, of all items and heads, that no mask hides for certain
+    pairs: int  # all of them
+    blind: tuple[tuple[int, int, int], ...]  # the first few queries that see no key: item, head and query
+    blind_count: int  # how many there are
 
 
 def look_at_masks(
@@ -96,22 +76,9 @@ def look_at_masks(
     source_length: int,
     dtype: np.dtype[Any],
 ) -> Masks:
-    """Find out what the masks of a call hide, in little memory: one (L, S) at a time.
+    """What the masks of a call hide, found in little memory: one (L, S) at a time.
 
-    Parameters
-    ----------
-    key_padding_mask : array, (N, S) or (S,), or None
-    attn_mask : array, (L, S) or (N * H, L, S), or None
-    is_causal : bool
-        As for `MultiheadAttention.forward`, which accepts them.
-    batch, heads, length, source_length : int
-        N, H, L and S.
-    dtype : numpy.dtype
-        The layer's, in which masks are added.
-
-    Returns
-    -------
-    Masks
+    The masks are as `MultiheadAttention.forward` accepts them; `dtype` is the layer's, in which masks are added.
 
     Examples
     --------
@@ -133,11 +100,11 @@ def look_at_masks(
     if causal is not None:
         seen = int(np.count_nonzero(causal))
         says = (f"is_causal: query l sees the keys 0..l, {_percent(seen, causal.size)} of all pairs.",)
-        effects.append(MaskEffect("is_causal", str(causal.shape), causal.size - seen, causal.size, says, ()))
+        warnings = _causal_warnings(length, source_length) if length and alive[:, length:].any() else ()
+        effects.append(MaskEffect("is_causal", str(causal.shape), causal.size - seen, causal.size, says, warnings))
     visible, blind, blind_count = _count_visible(alive, attn, causal, heads, length, dtype)
-    live_keys = tuple(int(count) for count in alive.sum(axis=1))
     pairs = batch * heads * length * source_length
-    return Masks(tuple(effects), visible, pairs, live_keys, blind, blind_count)
+    return Masks(tuple(effects), visible, pairs, blind, blind_count)
 
 
 def _count_visible(
@@ -222,16 +189,17 @@ class _Content:
         """What goes wrong with masks of numbers alone."""
         warnings = []
         if self.is_not_finite:
-            warnings.append(f"{name} has NaN or infinity in it, which makes NaN of every row that it is added to.")
+            warnings.append(f"{name} has NaN or infinity in it: every row that it is added to becomes NaN.")
         if self.is_zeros_and_ones and self.highest == 1:
+            visible = "the tokens" if name == "key_padding_mask" else "what a query may see"
             warnings.append(
-                f"{name} is made of the numbers 0 and 1, which are added to the scores and hide nothing: "
-                "if it is to hide keys, pass mask.astype(bool), True where a key is hidden."
+                f"{name} is made of the numbers 0 and 1, which are added to the scores and hide nothing. If 1 marks "
+                f"{visible}, pass mask == 0; if 1 marks what to hide, pass mask == 1."
             )
         if self.has_low_row:
             warnings.append(
-                f"{name} adds {HIDING:.0f} or less to every key of some row: finite as that is, it hides none of them, "
-                "and they compare with each other as without it. -inf hides."
+                f"{name} adds {HIDING:.0f} or less to every key of some row. A finite number that is added to all of them "
+                "hides none of them. -inf hides."
             )
         return warnings
 
@@ -255,23 +223,44 @@ def _effect(name: str, values: NDArray[Any], content: _Content, says: str, warni
     )
 
 
+def _causal_warnings(length: int, source_length: int) -> tuple[str, ...]:
+    """What goes wrong if there are more keys than queries, and the queries are the last positions of the sequence."""
+    more = source_length - length
+    return (
+        f"is_causal lets query l see the keys 0 to l, so that the last {more} of {source_length} keys are never seen. If "
+        "the queries are the last positions of the sequence, as in decoding, leave out is_causal and pass "
+        f"attn_mask=np.tri({length}, {source_length}, {more}) == 0.",
+    )
+
+
 def _padding_effect(values: NDArray[Any], alive: NDArray[np.bool_], content: _Content) -> MaskEffect:
-    name = "key_padding_mask"
     live = alive.sum(axis=1)
     kept = f"{live.min()} to {live.max()}" if live.size and live.min() < live.max() else f"{live[:1].sum()}"
-    warnings = []
     gone = np.flatnonzero(live == 0) if values.shape[1] else np.empty(0, int)
-    if gone.size and 2 * content.hidden > values.size:
-        warnings.append(
-            f"{name} looks inverted: it hides {_percent(content.hidden, values.size)} of the keys, and all of item "
-            f"{gone[0]}. True hides a key; a mask in which True or 1 marks the tokens, as Hugging Face's "
-            "attention_mask, is passed as ~mask."
-        )
-    elif gone.size:
-        items = f"{gone.size} items, the first of which is item {gone[0]}" if gone.size > 1 else f"item {gone[0]}"
-        warnings.append(f"{name} hides every key of {items}.")
     says = f"hides {content.hidden} of {values.size} keys; the items keep {kept} of {values.shape[1]}."
-    return _effect(name, values, content, says, warnings)
+    return _effect("key_padding_mask", values, content, says, _padding_warnings(values, gone, content.hidden))
+
+
+def _padding_warnings(values: NDArray[Any], gone: NDArray[np.intp], hidden: int) -> list[str]:
+    """What looks wrong about a padding mask that hides `hidden` keys, and every key of the items `gone`."""
+    hides = values if values.dtype == bool else values <= HIDING
+    # Every item hides its first keys and only those, as padding on the left does, and inverted padding on the right.
+    hides_beginnings = bool(hides.size) and bool(hides[:, 0].all()) and not (hides[:, 1:] > hides[:, :-1]).any()
+    cure = "A low number hides a key; a mask whose low numbers mark the tokens is passed as mask == 0."
+    if values.dtype == bool:
+        cure = "True hides a key; a mask whose True marks the tokens, as in Hugging Face's models, is passed as ~mask."
+    if gone.size and (hides_beginnings or 2 * hidden > values.size):
+        share = _percent(hidden, values.size)
+        return [f"key_padding_mask looks inverted: it hides {share} of the keys, and all of item {gone[0]}. {cure}"]
+    if gone.size:
+        items = f"{gone.size} items, the first of which is item {gone[0]}" if gone.size > 1 else f"item {gone[0]}"
+        return [f"key_padding_mask hides every key of {items}."]
+    if hides_beginnings and not hides[:, -1].all():
+        return [
+            "key_padding_mask hides the first keys of every item, and shows the others to the end. Is this batch padded "
+            f"on the left? If it is padded on the right, the mask is inverted. {cure}"
+        ]
+    return []
 
 
 def _attn_effect(values: NDArray[Any], content: _Content) -> MaskEffect:
@@ -282,7 +271,7 @@ def _attn_effect(values: NDArray[Any], content: _Content) -> MaskEffect:
     if length == source_length > 1 and content.hides_diagonal and 2 * content.hidden > values.size:
         warnings.append(
             f"{name} looks inverted: it hides {share} of the pairs, with every query's own position. True hides a key "
-            "here; in scaled_dot_product_attention it shows one: such a mask is passed as ~mask."
+            "here and shows one in scaled_dot_product_attention, whose masks are passed as ~mask."
         )
     says = f"hides {share if content.hidden else 'none'} of its pairs of query and key."
     return _effect(name, values, content, says, warnings)

@@ -17,11 +17,13 @@ __all__ = ["Explanation"]
 
 
 class Explanation:
-    """Every stage of one call of a layer; `explain` makes it, printing it or showing it in a notebook gives a summary.
+    """Every stage of one call of a layer, as `explain` returns it.
 
-    An axis N is missing everywhere if the inputs have none. S' counts the keys and those that `add_bias_kv` and
-    `add_zero_attn` append. If only some heads were asked for, H' counts them; they take the place of H, and the keys
-    and values that they read that of Hkv: `k_heads[:, i]` are the keys of head `heads[i]`.
+    Printing it, or showing it in a notebook, gives a summary.
+
+    All stages lack the axis N if the inputs have no batch. S' counts the keys and those that `add_bias_kv` and
+    `add_zero_attn` append. If only some heads were asked for, H' counts them. It then takes the place of H and of Hkv:
+    `k_heads[:, i]` are the keys of head `heads[i]`.
 
     Attributes
     ----------
@@ -34,32 +36,32 @@ class Explanation:
     masked_scores : numpy.ndarray, (N, H, L, S')
         The scores after the masks; the same array as `scores` where there is no mask.
     weights : numpy.ndarray, (N, H, L, S')
-        Their softmax: what the layer returns with ``average_attn_weights=False``, after dropout if there is any.
+        Their softmax, after dropout if there is any: what the layer returns with ``average_attn_weights=False``.
     weights_before_dropout : numpy.ndarray, (N, H, L, S')
-        The same before dropout; by itself only where dropout is active.
+        The same before dropout. This stage exists only where dropout is active, unless it is asked for.
     average_weights : numpy.ndarray, (N, L, S')
-        Their mean over all heads, which the layer returns otherwise.
+        Their mean over all heads, which the layer returns by default.
     head_outputs : numpy.ndarray, (N, H, L, Dv)
-        For each head, the values averaged with its weights.
+        The values of each head, averaged with its weights.
     concatenated : numpy.ndarray, (N, L, H * Dv)
         The results of all heads side by side.
     output : numpy.ndarray, (L, N, out_dim)
         What the layer returns, in its own layout, bit for bit.
     stages : mapping of str to Stage
-        All of these that were asked for, in this order; another one is an AttributeError.
+        The stages that were asked for, in this order. The others raise AttributeError.
     letters : mapping of str to int
         The letters of the shapes, and what they stand for in this call.
     heads : tuple of int
         The heads that were asked for.
     paths : tuple of str
-        For each batch item, how the layer computes it: "ordinary", or "few queries", which projects no keys (an
-        item whose scores or results turn out not to be finite is then computed once more, on the ordinary path).
+        How the layer computes each batch item: "ordinary", or "few queries", which projects no keys. If its scores or
+        results are not finite, an item on the latter path is computed again on the ordinary one.
     masks : tuple of MaskEffect
         What each mask hides.
     warnings : tuple of str
         What looks wrong: rows without any visible key, masks that look inverted.
     notes : tuple of str
-        What else there is to know, in sentences: paths, masks, dropout.
+        More about the call, in sentences: paths, masks, dropout.
     title : str
         The layer and the call, in one line.
     inputs : mapping of str to (tuple of str, tuple of int)
@@ -122,7 +124,7 @@ class Explanation:
         return sorted({*super().__dir__(), *self.stages})
 
     def table(self) -> Table:
-        """The stages as a table: shapes, operations, bytes; then what else there is to know.
+        """The stages as a table of shapes, operations and bytes, with notes and warnings below.
 
         Returns
         -------
@@ -150,7 +152,7 @@ class Explanation:
         ]
         where = ", ".join(f"{letter} = {size}" for letter, size in self.letters.items())
         notes = [where, *self.notes, *(f"Warning: {what}" for what in self.warnings)]
-        return Table(self.title, header, rows, notes, text=(0, 1, 2, 5))
+        return Table(self.title, header, rows, notes, text=(0, 5))
 
     def __repr__(self) -> str:
         return str(self.table())

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
-from mha_c.layer import MultiheadAttention, next_dropout_call, parameters_of
+from mha_c.advice.arguments import REFUSALS
+from mha_c.advice.calls import advise_on_call
+from mha_c.layer import MultiheadAttention, facts_of, next_dropout_call, parameters_of
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.sets import ParameterSet
 
@@ -54,7 +56,7 @@ class Stage:
     meaning : str
         What it is, in words.
     operations : int
-        Additions, multiplications and other steps that its definition takes; 0 for a mere view.
+        Additions, multiplications and other steps that its definition takes; 0 if it is a view.
 
     Examples
     --------
@@ -72,6 +74,9 @@ class Stage:
     meaning: str
     operations: int
 
+    def __repr__(self) -> str:
+        return f"Stage({self.name}: {self.formula}, ({', '.join(self.axes)}) = {self.shape})"
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array."""
@@ -79,18 +84,12 @@ class Stage:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its numbers, be they its own or those of a stage before that it is a view of."""
+        """The bytes of its numbers, which it may share with an earlier stage."""
         return self.array.nbytes
 
 
 def chosen_stages(stages: str | Iterable[str] | None, drops: bool) -> set[str]:
-    """The names that were asked for; all unless given, where a stage of its own exists.
-
-    Examples
-    --------
-    >>> chosen_stages("weights", drops=False)
-    {'weights'}
-    """
+    """The names that were asked for; unless given, all that differ from another stage."""
     if stages is None:
         return {name for name in STAGES if drops or name != "weights_before_dropout"}
     chosen = {stages} if isinstance(stages, str) else set(stages)
@@ -113,21 +112,7 @@ def _chosen_heads(heads: int | Iterable[int] | None, num_heads: int) -> list[int
 
 
 class StagedCall:
-    """One call of a layer, with one set of its parameters: computes stages by asking the core for them.
-
-    Parameters
-    ----------
-    layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, heads
-        As for `explain`, with its errors.
-
-    Examples
-    --------
-    >>> import mha_c, numpy as np
-    >>> x = np.ones((5, 3, 8), np.float32)
-    >>> call = StagedCall(mha_c.MultiheadAttention(8, 4), x, x, x, None, True, None, False, None)
-    >>> call.compute({"q", "weights"})["weights"].shape
-    (3, 4, 5, 5)
-    """
+    """One call of a layer, with one set of its parameters: asks the core for stages. Arguments as for `explain`."""
 
     def __init__(
         self,
@@ -159,7 +144,12 @@ class StagedCall:
                 "call its eval() first, or leave out heads="
             )
         # Makes the checks of a call, so that errors are those of the layer.
-        self.paths = _core.takes_few_queries(*self.arguments(self.parameters.weights))
+        try:
+            self.paths = _core.takes_few_queries(*self.arguments(self.parameters.weights))
+        except REFUSALS as error:
+            call = (*self.inputs, key_padding_mask, attn_mask, need_weights, True, is_causal)
+            advise_on_call(error, *call, **facts_of(layer))
+            raise
         shapes = [as_array(one).shape for one in (query, key)]
         self.is_batched = len(shapes[0]) == 3
         length_axis = 1 if self.is_batched and self.batch_first else 0
@@ -242,7 +232,7 @@ class StagedCall:
         return np.concatenate([split, *(np.broadcast_to(one, (*split.shape[:-2], 1, width)) for one in extra)], axis=-2)
 
     def _extra_keys(self, letter: str, heads: int, width: int) -> list[NDArray[Any]]:
-        """The keys or values, (heads, 1, width), that the layer appends."""
+        """The keys or values (heads, 1, width) that the layer appends."""
         learnt = self.parameters.arrays.get(f"bias_{letter}")
         extra = []
         if learnt is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of an explanation: letters, axes, formulas, counts of operations, and sentences about paths and masks."""
+"""The words of an explanation: letters, axes, formulas, operations, and sentences about paths, masks and dropout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
-from mha_c.display.words import describe_call
+from mha_c.display.words import count, describe_call
 from mha_c.explanation.masks import Masks
 from mha_c.parameters.arrays import as_array
 from mha_c.explanation.stages import StagedCall
@@ -32,30 +32,12 @@ class StageText(NamedTuple):
 
 
 class Words:
-    """What there is to say about one call.
-
-    Parameters
-    ----------
-    call : StagedCall
-        The call.
-
-    Attributes
-    ----------
-    letters : dict of str to int
-        The letters of the shapes. Two that are equal unless an argument says otherwise have one letter while they are.
-
-    Examples
-    --------
-    >>> import mha_c, numpy as np
-    >>> x = np.ones((3, 8), np.float32)
-    >>> call = StagedCall(mha_c.MultiheadAttention(8, 4, num_kv_heads=2), x, x, x, None, True, None, False, None)
-    >>> Words(call).letters
-    {'L': 3, 'S': 3, 'H': 4, 'Hkv': 2, 'D': 2, 'E': 8}
-    """
+    """What there is to say about one call."""
 
     def __init__(self, call: StagedCall) -> None:
         self.call = call
         w = call.widths
+        # Widths that are equal unless an argument says otherwise share a letter while they are equal.
         optional = {
             "N": (call.batch, call.is_batched),
             "L": (call.length, True),
@@ -74,14 +56,14 @@ class Words:
         self.letters = {letter: size for letter, (size, is_used) in optional.items() if is_used}
 
     def _letter(self, name: str) -> str:
-        """A letter as this call writes it: "H*" are the heads that are looked at, "Hkv*" those of their keys."""
+        """A letter as this call writes it: "H*" counts the heads that were asked for, "Hkv*" those of their keys."""
         if name.endswith("*"):
             name = "H'" if self.call.heads is not None else name[:-1]
         equal = {"Hkv": "H", "Dv": "D", "Ek": "E", "Ev": "E", "Eo": "E", "S'": "S"}
         return name if name in self.letters else equal[name]
 
     def _axes(self, *axes: str) -> tuple[str, ...]:
-        """Axes after that of the batch; one that counts two things in one is written as "H*·D"."""
+        """These axes after that of the batch; "H*·D" is one axis of H* times D."""
         n = ("N",) if self.call.is_batched else ()
         return (*n, *("·".join(map(self._letter, axis.split("·"))) for axis in axes))
 
@@ -112,7 +94,7 @@ class Words:
     # ---- Stages
 
     def stages(self) -> dict[str, StageText]:
-        """All of them, whether they were computed or not."""
+        """The texts of all stages, whether they were computed or not."""
         pairs = ("H*", "L", "S'")
         size, axes = self._size, self._axes
         masked = (
@@ -152,7 +134,7 @@ class Words:
         bias = self.call.parameters.input_biases is not None
         inputs = {
             "q": ("query", "L", "E", "H*", "D", "what each position looks for"),
-            "k": ("key", "S", "Ek", "Hkv*", "D", "what each position offers to be found by"),
+            "k": ("key", "S", "Ek", "Hkv*", "D", "what each position can be found by"),
             "v": ("value", "S", "Ev", "Hkv*", "Dv", "what each position hands over when found"),
         }
         whole, split = {}, {}
@@ -178,7 +160,7 @@ class Words:
     # ---- Sentences
 
     def notes(self, masks: Masks, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
-        """Which path the layer takes, what masks hide, what dropout does."""
+        """Sentences: which path the layer takes, what masks hide, what dropout does."""
         return (*self._path_notes(), *self._mask_notes(masks), *self._dropout_notes(arrays))
 
     def _path_notes(self) -> list[str]:
@@ -196,11 +178,12 @@ class Words:
                 "operations than projecting every key; k, v and scores were computed for this explanation alone."
             )
         config = _core.config()
-        notes.append(f"Kernels: {config['cpu_level']}; up to {config['threads']} threads, which change no bit.")
+        threads = count(config["threads"], "thread")
+        notes.append(f"Kernels: {config['cpu_level']}. Up to {threads}; their number does not change the results.")
         return notes
 
     def _items(self, numbers: Sequence[int]) -> str:
-        """Which batch items, as the beginning of a sentence."""
+        """The beginning of a sentence about the path of some batch items."""
         if len(numbers) == self.call.batch:
             return "Path: " if self.call.batch == 1 else "Path of all items: "
         listed = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
@@ -228,7 +211,7 @@ class Words:
             return [f"Dropout is off: the layer is in evaluation mode (dropout={self.call.layer.dropout})."]
         note = (
             f"Dropout is active: each weight is dropped with probability {p}, the others are multiplied by "
-            f"1 / (1 - {p}). These are the weights that the layer's next call will drop; looking does not count as one."
+            f"1 / (1 - {p}). The layer's next call will drop the same weights; an explanation does not count as a call."
         )
         if {"weights", "weights_before_dropout"} <= arrays.keys():
             before, after = arrays["weights_before_dropout"], arrays["weights"]

@@ -3,12 +3,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_array"]
+__all__ = ["AnyArray", "Array", "as_array"]
+
+# Names for annotations. At run time they are classes that `help` and `inspect.signature` show in one word.
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    class _HasArray(Protocol):
+        def __array__(self) -> Any: ...
+
+    class _HasArrayInterface(Protocol):
+        @property
+        def __array_interface__(self) -> Any: ...
+
+    class _HasDLPack(Protocol):
+        def __dlpack__(self) -> Any: ...
+
+    AnyArray: TypeAlias = Buffer | _HasArray | _HasArrayInterface | _HasDLPack
+    Array: TypeAlias = NDArray[Any]
+else:
+    Array = np.ndarray
+
+    class AnyArray(Protocol):
+        """An array or tensor: it has the array interface, the buffer protocol or DLPack. A name for annotations."""
+
+    AnyArray.__module__ = "mha_c"
 
 
 def as_array(value: Any) -> NDArray[Any]:
@@ -22,21 +46,23 @@ def as_array(value: Any) -> NDArray[Any]:
     Returns
     -------
     numpy.ndarray
-        Of the dtype of `value`; float32 for a tensor of bfloat16.
+        Of the dtype of `value`; float32 for a tensor of bfloat16 or float8.
 
     Raises
     ------
     TypeError
-        If `value` is none of these, such as a list.
+        If `value` is none of these, such as a list, or a masked array of numpy.ma.
 
     Examples
     --------
     >>> as_array(memoryview(b"ab"))
     array([97, 98], dtype=uint8)
     """
+    if hasattr(value, "filled"):
+        raise TypeError("expected an array, but got a masked array, whose mask would be ignored: pass its filled(0)")
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # which NumPy lacks
+        if str(value.dtype).startswith(("torch.bfloat16", "torch.float8")):  # which NumPy lacks
             value = value.float()
     if any(hasattr(value, name) for name in ("__array__", "__array_interface__", "__array_struct__")):
         return np.asarray(value)

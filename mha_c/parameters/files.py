@@ -1,120 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of parameters: safetensors, NumPy's .npz, and torch's own. Reading executes nothing that a file contains.
 
-A file that is read becomes a mapping of names to arrays, each fetched from the disk when it is asked for, so that one
-layer of a large model costs what the layer costs. A file that is written replaces the old one only when complete.
+The kind of a file is told by its content. Its arrays are read from the disk when NumPy asks for them, so that one layer
+of a large model costs what the layer costs. A file that is written replaces the old one only when complete.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from types import ModuleType
-from typing import Any, BinaryIO
-from zipfile import is_zipfile
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Checkpoint", "open_checkpoint", "open_state_dict", "read_checkpoint", "write_checkpoint"]
+from mha_c.parameters.stored import (
+    Bits,
+    Opaque,
+    StoredArray,
+    damage_is_value_error,
+    file_size,
+    item_size,
+    number_count,
+    read_array,
+)
+from mha_c.parameters.torch_file import read_torch_file
 
-_CONFIG = "__config__"
+__all__ = ["Checkpoint", "open_checkpoint", "open_state_dict", "write_checkpoint"]
+
+_CONFIG: Final = "__config__"
+
+# The formats of safetensors, by torch's names.
+_SAFETENSORS: Final = {
+    "BOOL": "bool",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+}
+
+# How files of other kinds begin, and what can be done about them.
+_OTHER_KINDS: Final = {
+    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.": (
+        "in the format that torch had before version 1.6: torch.load reads it, and torch.save writes the one of today"
+    ),
+    b"\x80": "a pickle, which may execute anything: load it where you trust it, and pass the state dict",
+    b"\x89HDF": "an HDF5 file: open it with h5py, and pass a mapping of names to arrays",
+    b"GGUF": "a GGUF file: open it with the package gguf, and pass a mapping of names to arrays",
+    b"\x1f\x8b": "compressed by gzip: unpack it first",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: `git lfs pull` fetches it",
+    b"<": "a web page, perhaps of a download that failed",
+}
 
 
-class Checkpoint(Mapping[str, NDArray[Any]]):
-    """The arrays of an open file by name, each read when it is asked for.
+class Checkpoint(NamedTuple):
+    """What an open file holds.
 
     Attributes
     ----------
     path : str
         The file.
+    content : mapping of str to object
+        Arrays by name, each read when NumPy asks for it. In a file of torch's, there may be other objects and further
+        mappings among them.
     config : str or None
         A text that came with the arrays: what `write_checkpoint` was given.
     """
 
-    def __init__(self, path: str, names: list[str], config: str | None) -> None:
-        self.path = path
-        self._names = dict.fromkeys(names)
-        self.config = config
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self._names:
-            raise KeyError(name)
-        with _damage_is_value_error(self.path):
-            array = self._read(name)
-            if array.dtype.kind not in "biuf":
-                raise ValueError(f"{name} holds {array.dtype}, which are no real numbers")
-        return array
-
-    def __contains__(self, name: object) -> bool:  # without reading, which Mapping's would do
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    @abstractmethod
-    def _read(self, name: str) -> NDArray[Any]: ...
-
-
-class _Safetensors(Checkpoint):
-    def __init__(self, path: str, file: BinaryIO) -> None:
-        self._file = file
-        self._tensors = _import_safetensors().safe_open(path, "np")  # checks that each tensor lies within the file
-        super().__init__(path, self._tensors.keys(), (self._tensors.metadata() or {}).get(_CONFIG))
-
-    def _read(self, name: str) -> NDArray[Any]:
-        tensor = self._tensors.get_slice(name)
-        if tensor.get_dtype() != "BF16":
-            return np.asarray(self._tensors.get_tensor(name))
-        # NumPy has no bfloat16, but it is the upper half of a float32.
-        halves = np.frombuffer(self._bytes(name), "<u2").reshape(tensor.get_shape())
-        return (halves.astype(np.uint32) << 16).view(np.float32)
-
-    def _bytes(self, name: str) -> bytes:
-        """The bytes of a tensor: a file is the length of its header in eight bytes, the header, and the tensors."""
-        self._file.seek(0)
-        length = int.from_bytes(self._file.read(8), "little")
-        start, stop = json.loads(self._file.read(length))[name]["data_offsets"]
-        self._file.seek(8 + length + start)
-        return self._file.read(stop - start)
-
-
-class _Npz(Checkpoint):
-    def __init__(self, path: str, file: BinaryIO) -> None:
-        import zipfile
-
-        # NumPy compresses in no other way; others can make any amount of memory out of a small file.
-        methods = {entry.compress_type for entry in zipfile.ZipFile(file).infolist()}
-        if not methods <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-            raise ValueError("it is compressed in a way that NumPy never uses")
-        file.seek(0)
-        archive = np.load(file, allow_pickle=False)
-        self._archive = archive
-        config = str(archive[_CONFIG]) if _CONFIG in archive.files else None
-        super().__init__(path, [name for name in archive.files if name != _CONFIG], config)
-
-    def _read(self, name: str) -> NDArray[Any]:
-        return np.asarray(self._archive[name])
-
-
-_FORMATS: dict[str, type[_Safetensors] | type[_Npz]] = {".safetensors": _Safetensors, ".npz": _Npz}
-_TORCH = (".pt", ".pth", ".bin")
+    path: str
+    content: Mapping[str, Any]
+    config: str | None
 
 
 @contextmanager
 def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
-    """Open a safetensors or an .npz file, as its name ends.
+    """Open a file of parameters: safetensors, .npz, torch's, or the index of several such files (``.index.json``).
 
     Parameters
     ----------
     path : str or path-like
-        The file. bfloat16 in a safetensors file becomes float32.
+        The file.
 
     Yields
     ------
@@ -124,9 +101,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     Raises
     ------
     ValueError
-        If the file is damaged, now or when an array is read, or if its name ends otherwise.
-    ImportError
-        If it is a safetensors file and safetensors is not installed.
+        If the file is incomplete, damaged or of another kind. Some damage only shows when an array is read.
     OSError
         If the file cannot be opened.
 
@@ -135,18 +110,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     np.savez(f"{folder}/model.npz", bias=np.zeros(2))
-    ...     with open_checkpoint(f"{folder}/model.npz") as tensors:
-    ...         dict(tensors)
-    {'bias': array([0., 0.])}
+    ...     with open_checkpoint(f"{folder}/model.npz") as checkpoint:
+    ...         np.asarray(checkpoint.content["bias"])
+    array([0., 0.])
     """
     path = os.fspath(path)
-    checkpoint_type = _FORMATS[_suffix(path, *_FORMATS)]
-    if checkpoint_type is _Safetensors:
-        _import_safetensors()
-    with open(path, "rb") as file:
-        with _damage_is_value_error(path):
-            checkpoint = checkpoint_type(path, file)
-        yield checkpoint
+    with ExitStack() as files:
+        file = files.enter_context(open(path, "rb"))
+        is_index = file.peek(1).startswith(b"{")
+        yield _read_index(path, file, files) if is_index else _read(path, file)
 
 
 @contextmanager
@@ -156,7 +128,7 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
     Parameters
     ----------
     source : mapping of str to array or tensor, or str or path-like
-        A path is one for `open_checkpoint`, or ends in .pt, .pth or .bin: a file of ``torch.save``, which torch reads.
+        A path is one for `open_checkpoint`.
 
     Yields
     ------
@@ -167,7 +139,7 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
     ------
     TypeError
         If `source` is neither.
-    ValueError, ImportError, OSError
+    ValueError, OSError
         As `open_checkpoint`.
 
     Examples
@@ -178,58 +150,113 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
     """
     if isinstance(source, Mapping):
         yield source
-        return
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"Expected state_dict to be dict-like, got {type(source)}.")
-    if _suffix(os.fspath(source), *_FORMATS, *_TORCH) in _TORCH:
-        yield read_checkpoint(source)
-    else:
+    elif isinstance(source, str | os.PathLike):
         with open_checkpoint(source) as checkpoint:
-            yield checkpoint
+            yield checkpoint.content
+    else:
+        raise TypeError(f"Expected state_dict to be dict-like, got {type(source)}.")
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """The state dict in a file that ``torch.save`` wrote, without executing what the file may contain.
+def _read(path: str, file: BufferedReader) -> Checkpoint:
+    """What a file holds, of a kind that its first bytes tell."""
+    beginning = file.read(32)
+    if beginning.startswith(b"PK"):
+        return _read_zip(path, file)
+    if beginning[8:9] == b"{":
+        return _read_safetensors(path, file)
+    if len(beginning) < 32:
+        raise ValueError(f"cannot read {path}, which is empty or incomplete: it has {len(beginning)} bytes")
+    kinds = (kind for start, kind in _OTHER_KINDS.items() if beginning.startswith(start))
+    raise ValueError(f"cannot read {path}: it is {next(kinds, 'of no kind that is known')}")
 
-    Parameters
-    ----------
-    path : str or path-like
-        The file; tensors of torch's zip format are read from the disk when they are used.
 
-    Returns
-    -------
-    mapping of str to torch.Tensor
+def _read_zip(path: str, file: BufferedReader) -> Checkpoint:
+    with damage_is_value_error(path):
+        is_whole = zipfile.is_zipfile(file)
+    if not is_whole:
+        raise ValueError(f"cannot read {path}, which is incomplete: it is a zip archive whose end is missing")
+    with damage_is_value_error(path):
+        members = zipfile.ZipFile(file).infolist()
+        names = [member.filename for member in members]
+        if any(name.endswith("/data.pkl") for name in names):
+            content = read_torch_file(path, file)
+        elif any(name.endswith(".npy") for name in names):
+            # NumPy compresses in no other way; others can make any amount of memory out of a small file.
+            if not {member.compress_type for member in members} <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+                raise ValueError("it is compressed in a way that NumPy never uses")
+            return _read_npz(path, file)
+        else:
+            raise ValueError("it is a zip archive without arrays of torch or NumPy")
+    if not isinstance(content, dict):
+        what = content.name if isinstance(content, Opaque) else type(content).__name__
+        raise ValueError(f"cannot read {path}: it holds no state dict, but {what}: save model.state_dict() instead")
+    return Checkpoint(path, content, None)
 
-    Raises
-    ------
-    ValueError
-        If the file is damaged, holds objects that only code could restore, such as a whole module, or no state dict.
-    OSError
-        If there is no such file.
-    ImportError
-        If torch is not installed.
 
-    Examples
-    --------
-    >>> import tempfile, torch
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     torch.save({"bias": torch.zeros(2)}, f"{folder}/model.pt")
-    ...     read_checkpoint(f"{folder}/model.pt")
-    {'bias': tensor([0., 0.])}
-    """
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise ImportError("files of torch.save need torch, which is not installed: `pip install torch`") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except OSError:
-        raise
-    except Exception as error:  # torch has no one exception for damaged files
-        raise ValueError(f"{os.fspath(path)} is damaged, or holds more than tensors: save a state_dict") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{os.fspath(path)} holds {type(content)}, but no state dict")
-    return content
+def _read_npz(path: str, file: BufferedReader) -> Checkpoint:
+    file.seek(0)
+    archive = np.load(file, allow_pickle=False)
+
+    def read(name: str) -> Bits:
+        array = np.asarray(archive[name])
+        return array, array.dtype.name
+
+    names = [name for name in archive.files if name != _CONFIG]
+    config = str(archive[_CONFIG]) if _CONFIG in archive.files else None
+    return Checkpoint(path, {name: StoredArray(path, functools.partial(read, name)) for name in names}, config)
+
+
+def _read_safetensors(path: str, file: BufferedReader) -> Checkpoint:
+    """A file of eight bytes, which tell the length of a header in JSON, the header, and the numbers."""
+    file.seek(0)
+    start = end = 8 + int.from_bytes(file.read(8), "little")
+    size = file_size(file)
+    with damage_is_value_error(path):
+        header = json.loads(file.read(start - 8)) if start <= size else {}
+        config = header.pop("__metadata__", {}).get(_CONFIG)
+        content: dict[str, Any] = {}
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            if first < 0:
+                raise ValueError(f"{name} begins before the numbers do")
+            content[name] = _safetensor(path, file, start + first, start + last, entry["dtype"], entry["shape"])
+            end = max(end, start + last)
+    if end > size:
+        raise ValueError(f"cannot read {path}, which is incomplete: {size:,} of {end:,} bytes are there")
+    return Checkpoint(path, content, config)
+
+
+def _safetensor(
+    path: str, file: BufferedReader, start: int, stop: int, kind: str, shape: Sequence[int]
+) -> StoredArray | Opaque:
+    dtype = _SAFETENSORS.get(kind, kind)
+    size = item_size(dtype)
+    if size is None:
+        return Opaque(path, f"numbers in {kind}")
+    if stop - start != number_count(shape) * size:
+        raise ValueError(f"an array of {kind} and of the shape {shape} does not take {stop - start} bytes")
+    return StoredArray(path, functools.partial(read_array, file, start, stop, dtype, shape))
+
+
+def _read_index(path: str, file: BufferedReader, files: ExitStack) -> Checkpoint:
+    """The arrays of several files beside the index that names them, each opened when it is needed."""
+    with damage_is_value_error(path):
+        shards = json.load(file).get("weight_map")
+        if shards is None:
+            raise ValueError("it is JSON, but no index of files; config= takes a model's config.json")
+        if any(os.path.basename(shard) != shard for shard in shards.values()):
+            raise ValueError("it names files in other folders")
+
+    @functools.cache
+    def content_of(shard: str) -> Mapping[str, Any]:
+        shard_path = os.path.join(os.path.dirname(path), shard)
+        return _read(shard_path, files.enter_context(open(shard_path, "rb"))).content
+
+    def read(name: str) -> Bits:
+        bits: Bits = content_of(shards[name])[name].bits()
+        return bits
+
+    return Checkpoint(path, {name: StoredArray(path, functools.partial(read, name)) for name in shards}, None)
 
 
 def write_checkpoint(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], config: str) -> None:
@@ -258,11 +285,11 @@ def write_checkpoint(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_checkpoint(f"{folder}/model.npz", {"bias": np.zeros(2)}, "a model")
-    ...     with open_checkpoint(f"{folder}/model.npz") as tensors:
-    ...         tensors.config
+    ...     with open_checkpoint(f"{folder}/model.npz") as checkpoint:
+    ...         checkpoint.config
     'a model'
     """
-    if _suffix(os.fspath(path), *_FORMATS) == ".npz":
+    if _suffix(path) == ".npz":
         with _replacing(path) as file:
             np.savez(file, **{_CONFIG: np.array(config)}, **arrays)  # type: ignore[arg-type]
     else:
@@ -282,24 +309,18 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == temporary:
+            error.filename = os.fspath(path)  # the file that was asked for
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
 
 
-@contextmanager
-def _damage_is_value_error(path: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # each parser has exceptions of its own
-        raise ValueError(f"cannot read {path}, which is damaged or of another kind: {error}") from error
-
-
-def _suffix(path: str, *known: str) -> str:
+def _suffix(path: str | os.PathLike[str]) -> str:
     suffix = os.path.splitext(path)[1]
-    if suffix not in known:
-        raise ValueError(f"the name of a file of parameters ends in {', '.join(known)}, but got {path!r}")
+    if suffix not in (".safetensors", ".npz"):
+        raise ValueError(f"the name of a file to be saved ends in .safetensors or .npz, but got {os.fspath(path)!r}")
     return suffix
 
 

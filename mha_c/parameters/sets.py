@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from mha_c import _core
 
-__all__ = ["ParameterSet", "Widths"]
+__all__ = ["ParameterSet", "Widths", "integer", "number"]
 
 _Three: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
@@ -49,7 +50,7 @@ class Widths(NamedTuple):
         num_kv_heads: int | None = None,
     ) -> Widths:
         """Check the constructor's arguments, in torch's order and with its errors, and fill in what is None."""
-        if embed_dim <= 0 or num_heads <= 0:
+        if number("embed_dim", embed_dim, "an int") <= 0 or number("num_heads", num_heads, "an int") <= 0:
             raise ValueError(
                 "embed_dim and num_heads must be greater than 0, "
                 f"got embed_dim={embed_dim} and num_heads={num_heads} instead"
@@ -57,14 +58,11 @@ class Widths(NamedTuple):
         if head_dim is None and embed_dim % num_heads:
             raise AssertionError(f"embed_dim must be divisible by num_heads. {_ways_to_divide(embed_dim, num_heads)}")
         if isinstance(embed_dim, bool) or not hasattr(embed_dim, "__index__"):
-            raise TypeError(
-                "empty(): argument 'size' (position 1) must be tuple of ints, "
-                f"but found element of type {type(embed_dim).__name__} at pos 0: embed_dim must be an int"
-            )
+            raise TypeError(f"embed_dim must be an int, but got {embed_dim!r}")
         embed_dim = operator.index(embed_dim)
         num_heads = _positive("num_heads", int(num_heads) if int(num_heads) == num_heads else num_heads)
         for name, width in (("kdim", kdim), ("vdim", vdim)):
-            if width is not None and _integer(name, width) < 0:
+            if width is not None and integer(name, width) < 0:
                 raise RuntimeError(f"Trying to create tensor with negative dimension {width}: {name} is negative")
         kv_heads = num_heads if num_kv_heads is None else _positive("num_kv_heads", num_kv_heads)
         if num_heads % kv_heads:
@@ -94,6 +92,17 @@ class Widths(NamedTuple):
             self.num_kv_heads * self.head_dim,
             self.num_kv_heads * self.v_head_dim,
         )
+
+    def beyond_torch(self) -> dict[str, int]:
+        """The widths that torch would tie to others, by name; none if torch has such a layer."""
+        head_dim = self.embed_dim / self.num_heads
+        torchs = {
+            "num_kv_heads": self.num_heads,
+            "head_dim": head_dim,
+            "v_head_dim": head_dim,
+            "out_dim": self.embed_dim,
+        }
+        return {name: getattr(self, name) for name, width in torchs.items() if getattr(self, name) != width}
 
     def shapes(self, bias: bool, bias_kv: bool) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters by name, in the order of torch's state dict."""
@@ -135,7 +144,17 @@ class Widths(NamedTuple):
         }
 
 
-def _integer(name: str, value: Any) -> int:
+def number(name: str, value: Any, expected: str = "a number") -> Any:
+    """The value of an argument that must be a real number."""
+    try:
+        math.fabs(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {expected}, but got {value!r}") from None
+    return value
+
+
+def integer(name: str, value: Any) -> int:
+    """The value of an argument that must be an int, or something that stands for one."""
     try:
         return operator.index(value)
     except TypeError:
@@ -143,7 +162,7 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _positive(name: str, value: Any) -> int:
-    if _integer(name, value) <= 0:
+    if integer(name, value) <= 0:
         raise ValueError(f"{name} must be greater than 0, but got {value}")
     return operator.index(value)
 

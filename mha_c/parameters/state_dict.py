@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between a layer and what was saved of one: state dicts by the names that torch and others give, and our own files."""
+"""State dicts by torch's names, and files of layers."""
 
 from __future__ import annotations
 
 import json
-import math
-import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,20 +15,19 @@ from mha_c.parameters.files import open_checkpoint, write_checkpoint
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.sets import ParameterSet, Widths
 
-__all__ = ["IncompatibleKeys", "Part", "infer_layer", "match_state_dict", "read_layer", "write_layer"]
+__all__ = [
+    "IncompatibleKeys",
+    "Part",
+    "check_names",
+    "loading_error",
+    "match_state_dict",
+    "missing_keys",
+    "quoted",
+    "read_layer",
+    "write_layer",
+]
 
 _Shape = tuple[int, ...]
-
-# What models call the query, key, value and output projections where each has a weight, and perhaps a bias, of its own.
-_SEPARATE = (
-    ("q_proj", "k_proj", "v_proj", "out_proj"),
-    ("q_proj", "k_proj", "v_proj", "o_proj"),
-    ("self.query", "self.key", "self.value", "output.dense"),
-    ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
-)
-_INPUTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-_EXTRA_KEY = ("bias_k", "bias_v")
-_TORCH = ("in_proj_weight", *_INPUTS, "in_proj_bias", *_EXTRA_KEY, "out_proj.weight", "out_proj.bias")
 
 # What a file says of a layer beside its parameters: the constructor's arguments, and the mode.
 _CONFIG: Final[dict[str, type]] = {
@@ -97,7 +94,7 @@ class Part(Mapping[str, Any]):
 
 
 def match_state_dict(
-    layer_name: str, shapes: Mapping[str, _Shape], state_dict: Mapping[str, Any], strict: bool
+    layer_name: str, shapes: Mapping[str, _Shape], state_dict: Mapping[str, Any], strict: bool, advice: str = ""
 ) -> tuple[dict[str, NDArray[Any]], IncompatibleKeys]:
     """Find the parameters of a layer in a state dict.
 
@@ -111,6 +108,8 @@ def match_state_dict(
         The parameters to come, of any dtype.
     strict : bool
         Whether missing and unexpected names are errors.
+    advice : str, default ""
+        What the error for such names says at its end.
 
     Returns
     -------
@@ -131,15 +130,17 @@ def match_state_dict(
     >>> match_state_dict("Layer", {"weight": (2,)}, {"weight": np.ones(2), "bias": np.ones(2)}, strict=False)
     ({'weight': array([1., 1.])}, _IncompatibleKeys(missing_keys=[], unexpected_keys=['bias']))
     """
-    _check_state_dict(state_dict)
+    check_names(state_dict)
     missing = [name for name in shapes if name not in state_dict]
     unexpected = [name for name in state_dict if name not in shapes]
     unexpected.sort(key=lambda name: name.startswith("out_proj."))  # torch asks the layer first, then its out_proj
     errors = []
     if strict and missing:
-        errors.append(_missing(missing))
+        errors.append(missing_keys(missing))
     if strict and unexpected:
-        errors.append(f"Unexpected key(s) in state_dict: {_quoted(unexpected)}. ")
+        errors.append(f"Unexpected key(s) in state_dict: {quoted(unexpected)}. ")
+    if errors and advice:
+        errors.append(advice)
 
     found = {}
     for name, shape in shapes.items():
@@ -159,163 +160,8 @@ def match_state_dict(
                 f"the shape in current model is {shape}."
             )
     if errors:
-        raise _loading_error(layer_name, errors)
+        raise loading_error(layer_name, errors)
     return found, IncompatibleKeys(missing, unexpected)
-
-
-def infer_layer(
-    layer_name: str,
-    state_dict: Mapping[str, Any],
-    prefix: str,
-    names: Sequence[str] | None,
-    num_heads: int,
-    num_kv_heads: int | None,
-    head_dim: int | None,
-    strict: bool,
-) -> tuple[Widths, dict[str, NDArray[Any]]]:
-    """The widths and the parameters of the layer that a state dict describes, perhaps among others.
-
-    Parameters
-    ----------
-    layer_name : str
-        The name of the layer's class, for the errors.
-    state_dict : mapping of str to array or tensor
-        The parameters, of which only the layer's are read.
-    prefix, names, num_heads, num_kv_heads, head_dim, strict
-        As for ``MultiheadAttention.from_state_dict``.
-
-    Returns
-    -------
-    Widths
-    dict of str to numpy.ndarray
-        The parameters by torch's names, not cast yet.
-
-    Raises
-    ------
-    TypeError
-        If a name in `state_dict` is not a string.
-    RuntimeError
-        In torch's words, if names or shapes do not fit.
-    ValueError
-        If no layer of `num_heads` heads has such shapes.
-
-    Examples
-    --------
-    >>> state_dict = {f"{name}.weight": np.eye(4) for name in ("query", "key", "value", "output")}
-    >>> widths, arrays = infer_layer("Layer", state_dict, "", ["query", "key", "value", "output"], 2, None, None, True)
-    >>> widths.head_dim, {name: array.shape for name, array in arrays.items()}
-    (2, {'in_proj_weight': (12, 4), 'out_proj.weight': (4, 4)})
-    """
-    _check_state_dict(state_dict)
-    part = Part(state_dict, prefix)
-    if names is None and ("in_proj_weight" in part or "q_proj_weight" in part):
-        arrays = {name: as_array(part[name]) if name in _TORCH else None for name in part}
-    else:
-        arrays = _read_separate(layer_name, part, names or _choose_names(layer_name, part, state_dict, prefix))
-
-    shapes = {name: array.shape for name, array in arrays.items() if array is not None}
-    widths = _infer_widths(shapes, num_heads, num_kv_heads, head_dim)
-    if widths.packed and "in_proj_weight" not in arrays:
-        features = (widths.embed_dim, widths.kdim, widths.vdim)
-        inputs, _ = match_state_dict(layer_name, dict(zip(_INPUTS, zip(widths.rows, features))), arrays, strict=False)
-        if len(inputs) == len(_INPUTS):
-            arrays = {name: array for name, array in arrays.items() if name not in inputs}
-            arrays["in_proj_weight"] = np.concatenate(list(inputs.values()))
-
-    has_bias = "in_proj_bias" in arrays or "out_proj.bias" in arrays
-    shapes = widths.shapes(has_bias, any(name in arrays for name in _EXTRA_KEY))
-    if not strict:
-        arrays = {name: array for name, array in arrays.items() if name in shapes}
-    found, _ = match_state_dict(layer_name, shapes, arrays, strict=True)
-    return widths, found
-
-
-def _choose_names(
-    layer_name: str, part: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str
-) -> tuple[str, str, str, str]:
-    """The names in _SEPARATE of which `part` has most."""
-    chosen = max(_SEPARATE, key=lambda names: sum(f"{name}.weight" in part for name in names))
-    if any(f"{name}.weight" in part for name in chosen):
-        return chosen
-    queries = sorted((f"{names[0]}.weight" for names in _SEPARATE), key=len, reverse=True)
-    prefixes = []
-    for name in state_dict:
-        for query in ("in_proj_weight", "q_proj_weight", *queries):
-            before = name.removesuffix(query)
-            if before != name and (not before or before.endswith(".")):
-                prefixes.append(f'prefix="{before}"')
-                break
-    error = _missing([f"{prefix}in_proj_weight"])
-    if prefixes:
-        more = f" and {len(prefixes) - 3} more" if len(prefixes) > 3 else ""
-        error += f"It has layers with {', '.join(prefixes[:3])}{more}."
-    raise _loading_error(layer_name, [error])
-
-
-def _read_separate(
-    layer_name: str, part: Mapping[str, Any], names: Sequence[str]
-) -> dict[str, NDArray[Any] | None]:
-    """The parameters by torch's names, and None for names beside them that are no parameter of the layer.
-
-    Where one projection has a bias, those that have none get zeros, which change nothing.
-    """
-    query, _, _, output = names
-    weight_names, bias_names = ([f"{name}.{kind}" for name in names] for kind in ("weight", "bias"))
-    if missing := [name for name in weight_names if name not in part]:
-        raise _loading_error(layer_name, [_missing(missing)])
-    weights = [as_array(part[name]) for name in weight_names]
-    arrays: dict[str, NDArray[Any] | None] = dict(zip((*_INPUTS, "out_proj.weight"), weights))
-    lengths = {name: weight.shape[:1] for name, weight in zip(bias_names, weights)}
-    found, _ = match_state_dict(layer_name, lengths, part, strict=False)
-    if found:
-        *inputs, arrays["out_proj.bias"] = (
-            found[name] if name in found else np.zeros(weight.shape[:1], weight.dtype)
-            for name, weight in zip(bias_names, weights)
-        )
-        arrays["in_proj_bias"] = np.concatenate(inputs)
-    arrays |= {name: as_array(part[name]) for name in _EXTRA_KEY if name in part}
-
-    # What stands beside the query or belongs to the output could change the attention: positions, normalised queries.
-    known = {*weight_names, *bias_names, *_EXTRA_KEY}
-    beside = query[: query.rfind(".") + 1], f"{output}."
-    return arrays | {name: None for name in part if name not in known and name.startswith(beside)}
-
-
-def _infer_widths(
-    shapes: Mapping[str, _Shape], num_heads: int, num_kv_heads: int | None, head_dim: int | None
-) -> Widths:
-    """The widths of a layer with parameters of these shapes; what they leave open is as in torch."""
-    num_heads = operator.index(num_heads)
-
-    def share(total: int, parts: int) -> int:
-        if total <= 0 or parts <= 0 or total % parts:
-            raise ValueError(
-                f"{num_heads} heads do not fit parameters of the shapes {dict(shapes)}; if heads have a width of their "
-                "own, or keys and values have fewer heads, head_dim or num_kv_heads may say so"
-            )
-        return total // parts
-
-    for name in ("in_proj_weight", *_INPUTS, "out_proj.weight"):
-        if len(shapes.get(name, (0, 0))) != 2:
-            raise ValueError(f"{name} must be a matrix, but has shape {shapes[name]}")
-    rows, embed_dim = shapes.get("in_proj_weight") or shapes["q_proj_weight"]
-    out_dim, features = shapes.get("out_proj.weight", (embed_dim, embed_dim))
-    v_head_dim = share(features, num_heads)
-    kdim = vdim = embed_dim
-    if "in_proj_weight" in shapes:
-        if num_kv_heads is None and "bias_v" in shapes:
-            num_kv_heads = share(math.prod(shapes["bias_v"]), v_head_dim)
-        if num_kv_heads is None:
-            head_dim = v_head_dim if head_dim is None else head_dim
-            num_kv_heads = share(rows - num_heads * head_dim, head_dim + v_head_dim)
-        elif head_dim is None:
-            head_dim = share(rows - num_kv_heads * v_head_dim, num_heads + num_kv_heads)
-    else:
-        head_dim = share(rows, num_heads) if head_dim is None else head_dim
-        key_rows, kdim = shapes.get("k_proj_weight", (rows, embed_dim))
-        _, vdim = shapes.get("v_proj_weight", (rows, embed_dim))
-        num_kv_heads = share(key_rows, head_dim) if num_kv_heads is None else num_kv_heads
-    return Widths.from_arguments(embed_dim, num_heads, kdim, vdim, head_dim, v_head_dim, out_dim, num_kv_heads)
 
 
 def write_layer(path: str | os.PathLike[str], parameters: ParameterSet, **arguments: Any) -> None:
@@ -383,7 +229,10 @@ def read_layer(layer_name: str, path: str | os.PathLike[str]) -> tuple[Parameter
     """
     with open_checkpoint(path) as checkpoint:
         if checkpoint.config is None:
-            raise ValueError(f"{checkpoint.path} was not written by save(); from_state_dict() reads such files")
+            raise ValueError(
+                f"{checkpoint.path} was not written by {layer_name}.save, so that the layer's arguments are not known: "
+                f"{layer_name}.from_state_dict reads it, given num_heads"
+            )
         try:
             config = json.loads(checkpoint.config)
             for name, kind in _CONFIG.items():
@@ -392,7 +241,7 @@ def read_layer(layer_name: str, path: str | os.PathLike[str]) -> tuple[Parameter
             dtype = np.dtype(config["dtype"])
             widths = Widths.from_arguments(**{name: config[name] for name in Widths._fields})
             shapes = widths.shapes(config["bias"], config["add_bias_kv"])
-            arrays, _ = match_state_dict(layer_name, shapes, checkpoint, strict=True)
+            arrays, _ = match_state_dict(layer_name, shapes, checkpoint.content, strict=True)
             if dtype not in (np.float32, np.float64) or any(array.dtype != dtype for array in arrays.values()):
                 raise TypeError(f"its parameters should be of {dtype}, and that float32 or float64")
         except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -401,7 +250,7 @@ def read_layer(layer_name: str, path: str | os.PathLike[str]) -> tuple[Parameter
     return ParameterSet(widths, arrays, dtype), {name: config[name] for name in _CONFIG if name not in told}
 
 
-def _check_state_dict(state_dict: Any) -> None:
+def check_names(state_dict: Any) -> None:
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.")
     for name in state_dict:
@@ -409,13 +258,13 @@ def _check_state_dict(state_dict: Any) -> None:
             raise TypeError(f"the names in a state dict are strings, but one is {name!r}")
 
 
-def _missing(names: Iterable[str]) -> str:
-    return f"Missing key(s) in state_dict: {_quoted(names)}. "
+def missing_keys(names: Iterable[str]) -> str:
+    return f"Missing key(s) in state_dict: {quoted(names)}. "
 
 
-def _quoted(names: Iterable[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def _loading_error(layer_name: str, errors: Iterable[str]) -> RuntimeError:
+def loading_error(layer_name: str, errors: Iterable[str]) -> RuntimeError:
     return RuntimeError("Error(s) in loading state_dict for {}:\n\t{}".format(layer_name, "\n\t".join(errors)))

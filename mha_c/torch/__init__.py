@@ -1,26 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of torch that compute their attention with mha_c, and layers of mha_c as torch's."""
 
+from mha_c.display.missing import no_torch
+
 try:
     import torch as _torch
 except ModuleNotFoundError as error:
-    raise ImportError("mha_c.torch needs torch, which is not installed: `pip install torch`") from error
+    if error.name != "torch":
+        raise
+    raise no_torch("mha_c.torch needs") from error
 
-from mha_c.parameters.files import read_checkpoint
-from mha_c.torch.convert import TORCH_VERSION, forward_in_torch, from_torch, one_thread, state_dict, to_torch
+from mha_c.torch.convert import (
+    TORCH_VERSION,
+    forward_in_torch,
+    from_torch,
+    one_thread,
+    read_checkpoint,
+    state_dict,
+    to_torch,
+)
+from mha_c.torch.functions import attention
 from mha_c.torch.record import run_both_ways
-from mha_c.torch.replace import ReplacedAttention, replace_attention, restore_attention
+from mha_c.torch.replace import coverage, replace_attention, restore_attention
+from mha_c.torch.replaced import ReplacedAttention
+from mha_c.torch.transformers import register_transformers
 
 __all__ = [
     "TORCH_VERSION",
     "ReplacedAttention",
+    "attention",
+    "coverage",
     "forward_in_torch",
     "from_torch",
     "one_thread",
     "read_checkpoint",
+    "register_transformers",
     "replace_attention",
     "restore_attention",
     "run_both_ways",
     "state_dict",
     "to_torch",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from mha_c.layer import MultiheadAttention, parameters_of
-from mha_c.parameters.sets import Widths
+from mha_c.parameters.files import open_checkpoint
+from mha_c.parameters.loading import arrays_in
+from mha_c.parameters.stored import StoredArray
 from mha_c.torch.replace import restore_attention
 
-__all__ = ["TORCH_VERSION", "forward_in_torch", "from_torch", "one_thread", "state_dict", "to_torch"]
+__all__ = ["TORCH_VERSION", "forward_in_torch", "from_torch", "one_thread", "read_checkpoint", "state_dict", "to_torch"]
 
 TORCH_VERSION = str(torch.__version__)
 
@@ -71,8 +74,12 @@ def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
     2
     """
     widths = parameters_of(layer).widths
-    if widths != Widths.from_arguments(widths.embed_dim, widths.num_heads, widths.kdim, widths.vdim):
-        raise ValueError(f"torch.nn.MultiheadAttention has no such widths: {widths}")
+    if free := widths.beyond_torch():
+        named = ", ".join(f"{name}={width}" for name, width in free.items())
+        raise ValueError(
+            f"torch.nn.MultiheadAttention has no such layer ({named}): it ties the widths of heads and output to "
+            f"embed_dim={widths.embed_dim} and num_heads={widths.num_heads}"
+        )
     parameters = state_dict(layer)
     # skip_init leaves torch's random numbers alone.
     module: torch.nn.MultiheadAttention = torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]
@@ -115,6 +122,44 @@ def state_dict(layer: MultiheadAttention, *, prefix: str = "") -> OrderedDict[st
     """
     arrays = layer.state_dict(prefix=prefix)
     return OrderedDict((name, torch.from_numpy(array.copy())) for name, array in arrays.items())
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The tensors in a file of parameters, without executing what the file may contain.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A file of ``torch.save``, a safetensors or an .npz file, or the index of several.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Copies on the CPU, of the dtypes in the file. Names of a nested mapping follow its own name and a dot.
+
+    Raises
+    ------
+    ValueError
+        If the file is incomplete, damaged or of another kind.
+    OSError
+        If the file cannot be opened.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save({"model": {"bias": torch.zeros(2)}, "epoch": 3}, f"{folder}/model.pt")
+    ...     read_checkpoint(f"{folder}/model.pt")
+    {'model.bias': tensor([0., 0.])}
+    """
+    with open_checkpoint(path) as checkpoint:
+        arrays = arrays_in(checkpoint.content)
+        return {name: _tensor(*array.bits()) for name, array in arrays.items() if isinstance(array, StoredArray)}
+
+
+def _tensor(bits: NDArray[Any], dtype: str) -> torch.Tensor:
+    """A tensor of a dtype; where NumPy lacks it, `bits` are unsigned integers."""
+    return torch.from_numpy(bits).view(getattr(torch, dtype))
 
 
 def forward_in_torch(

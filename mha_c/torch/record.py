@@ -6,20 +6,26 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mha_c.display.coverage import Coverage
 from mha_c.layer import MultiheadAttention
 from mha_c.parameters.arrays import as_array
-from mha_c.torch.replace import ReplacedAttention, check_model, replace_attention, restore_attention, set_attention_class
+from mha_c.torch.classes import attention_layers, torch_class_of, why_left_alone
+from mha_c.torch.reasons import HARMLESS_MODES
+from mha_c.torch.replace import check_model, replace_attention, restore_attention
+from mha_c.torch.replaced import ReplacedAttention
 
 __all__ = ["AttentionRun", "ModelOutput", "ModelRuns", "run_both_ways"]
 
-_Answer = tuple[NDArray[Any], NDArray[Any] | None]
+_Answer: TypeAlias = tuple[NDArray[Any], NDArray[Any] | None]
+_Outputs: TypeAlias = dict[str, NDArray[Any]]
 
 
 class AttentionRun(NamedTuple):
@@ -33,43 +39,52 @@ class AttentionRun(NamedTuple):
 
 
 class ModelOutput(NamedTuple):
-    """One output of a model: with mha_c, by torch's ordinary path, as torch computes it by itself, and by its ordinary
-    path in another dtype. That is float64, or float32 for models in float64.
+    """One output of a model.
+
+    Attributes
+    ----------
+    ours : numpy.ndarray
+        With mha_c.
+    theirs : numpy.ndarray
+        By torch's ordinary path.
+    as_is : numpy.ndarray
+        As torch computes it by itself, which may be by its path for inference.
+    wider : numpy.ndarray or None
+        By torch's ordinary path in float64, if that is wider than the attention's dtype and the model runs in it.
+    disturbed : numpy.ndarray or None
+        Else, by torch's ordinary path with every output of attention changed by one unit in the last place.
     """
 
     ours: NDArray[Any]
     theirs: NDArray[Any]
     as_is: NDArray[Any]
-    in_other_dtype: NDArray[Any]
+    wider: NDArray[Any] | None
+    disturbed: NDArray[Any] | None
 
 
 class ModelRuns(NamedTuple):
-    """What happened: the calls of attention, the names of the layers that torch had to compute, and the outputs."""
+    """What happened.
+
+    Attributes
+    ----------
+    attention : list of AttentionRun
+        The calls that mha_c computed, too.
+    coverage : Coverage
+        All calls of attention in torch's run, and which of them mha_c would compute.
+    outputs : dict of str to ModelOutput
+        The model's outputs, by how to get at them.
+    why_not_wider : str
+        Why the model was not run in float64, or "".
+    """
 
     attention: list[AttentionRun]
-    left_to_torch: list[str]
+    coverage: Coverage
     outputs: dict[str, ModelOutput]
-
-
-class _PassOn(torch.overrides.TorchFunctionMode):
-    """Changes nothing, but where any such mode is active torch takes its ordinary path."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class _OrdinaryAttention(torch.nn.MultiheadAttention):
-    """torch's layer without its inference path."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        with _PassOn():
-            return super().forward(*args, **kwargs)
+    why_not_wider: str
 
 
 def run_both_ways(model: torch.nn.Module, inputs: Sequence[Any], call: Mapping[str, Any]) -> ModelRuns:
-    """Run copies of a model with its own attention and with ours.
+    """Run copies of a model with its own attention and with ours, from the same random numbers.
 
     Parameters
     ----------
@@ -85,7 +100,7 @@ def run_both_ways(model: torch.nn.Module, inputs: Sequence[Any], call: Mapping[s
     Raises
     ------
     TypeError, ValueError
-        If `model` is no torch module, or has no ``torch.nn.MultiheadAttention``.
+        If `model` is not a torch module, or has no ``torch.nn.MultiheadAttention`` that can be replaced.
 
     Examples
     --------
@@ -95,73 +110,171 @@ def run_both_ways(model: torch.nn.Module, inputs: Sequence[Any], call: Mapping[s
     """
     check_model(model, "check.model")
     # Parameters made in inference mode would not be tracked, and so be left to torch.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), _random_numbers_as_before():
         theirs = restore_attention(copy.deepcopy(model)).eval()
         ours = replace_attention(copy.deepcopy(theirs))
-        args, kwargs = _map(_to_tensor, (tuple(inputs), dict(call)))
-        as_is = theirs(*args, **kwargs)
-        set_attention_class(theirs, _OrdinaryAttention)
-        recorder = _Recorder(theirs, ours)
-        ordinary = theirs(*args, **kwargs)
-        recorder.remove()
-        replaced = ours(*args, **kwargs)
-        is_double = any(parameter.dtype == torch.float64 for parameter in theirs.parameters())
-        other = torch.float32 if is_double else torch.float64
-        args, kwargs = _map(lambda value: _cast(value, other), (args, kwargs))
-        in_other_dtype = theirs.to(other)(*args, **kwargs)
-    flat = [_flatten("output", result) for result in (replaced, ordinary, as_is, in_other_dtype)]
-    outputs = {name: ModelOutput(*(arrays[name] for arrays in flat)) for name in flat[0]}
-    return ModelRuns(recorder.runs, list(dict.fromkeys(recorder.left_to_torch)), outputs)
+        arguments = _map(_to_tensor, (tuple(inputs), dict(call)))
+
+        as_is = _run(copy.deepcopy(theirs), arguments)
+        recorder = _Recorder(ours)
+        with recorder.recording(ordinary := copy.deepcopy(theirs)):
+            ordinary_outputs = _run(ordinary, arguments)
+        outputs = _run(ours, arguments)
+        wider, why_not_wider = _run_in_float64(theirs, arguments)
+        if wider is not None and any(array.shape != ordinary_outputs[name].shape for name, array in wider.items()):
+            wider, why_not_wider = None, "In float64 the model's outputs have other shapes."
+        disturbed = _run_disturbed(theirs, arguments) if wider is None else None
+    return ModelRuns(
+        recorder.runs,
+        recorder.coverage,
+        {
+            name: ModelOutput(
+                output,
+                ordinary_outputs[name],
+                as_is[name],
+                None if wider is None else wider[name],
+                None if disturbed is None else disturbed[name],
+            )
+            for name, output in outputs.items()
+        },
+        why_not_wider,
+    )
 
 
-class _Recorder:
-    """Hooks on the attention layers of one model, which ask the same layers of another model the same questions."""
+@contextmanager
+def _random_numbers_as_before() -> Iterator[None]:
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
-    def __init__(self, theirs: torch.nn.Module, ours: torch.nn.Module) -> None:
+
+def _run(model: torch.nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> _Outputs:
+    """The outputs of a model, which may write to its arguments and draw random numbers."""
+    args, kwargs = _map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, arguments)
+    with _random_numbers_as_before():
+        return _flatten("output", model(*args, **kwargs))
+
+
+def _run_in_float64(
+    theirs: torch.nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]
+) -> tuple[_Outputs | None, str]:
+    """The outputs by torch's ordinary path in float64; None and the reason if that is not to be had."""
+    attention = [layer for _, layer in attention_layers(theirs) if not why_left_alone(layer)]
+    if all(layer.out_proj.weight.dtype == torch.float64 for layer in attention):
+        return None, "Nothing is wider than float64."
+    try:
+        with _PassOn():
+            return _run(copy.deepcopy(theirs).to(torch.float64), _map(_to_float64, arguments)), ""
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return None, f"The model does not run in float64 ({reason[0]})."
+
+
+def _run_disturbed(theirs: torch.nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> _Outputs:
+    """The outputs by torch's ordinary path, where attention is off by what roundings may change."""
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(module: torch.nn.Module, args: Any, answer: Any) -> Any:
+        output, weights = answer
+        largest = output.nan_to_num(posinf=0.0, neginf=0.0).abs().max() if output.numel() else output.new_ones(())
+        ulp = torch.finfo(output.dtype).eps * largest
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+        return output + signs * ulp, weights
+
+    model = copy.deepcopy(theirs)
+    for _, layer in attention_layers(model):
+        if not why_left_alone(layer):
+            layer.register_forward_hook(disturb)
+    with _PassOn():
+        return _run(model, arguments)
+
+
+class _PassOn(torch.overrides.TorchFunctionMode):
+    """Changes nothing, but where any such mode is active torch takes its ordinary path."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder(_PassOn):
+    """Listens to the attention layers of one model, and asks the same layers of a replaced model the same questions."""
+
+    functions = (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.multi_head_attention_forward)
+
+    def __init__(self, replaced: torch.nn.Module) -> None:
+        super().__init__()
         self.runs: list[AttentionRun] = []
-        self.left_to_torch: list[str] = []
-        twins = dict(ours.named_modules())
-        self._handles = [
-            layer.register_forward_hook(self._hook(name or "attention", twins[name]), with_kwargs=True)
-            for name, layer in theirs.named_modules()
-            if isinstance(layer, _OrdinaryAttention)
-        ]
+        self.coverage = Coverage()
+        self._replaced = dict(attention_layers(replaced))
+        self._layers_at_work = 0
 
-    def remove(self) -> None:
-        """Stop recording."""
-        for handle in self._handles:
-            handle.remove()
+    @contextmanager
+    def recording(self, model: torch.nn.Module) -> Iterator[None]:
+        """Record what happens in `model` within a block."""
+        layers = list(attention_layers(model))
+        for name, layer in layers:
+            layer.register_forward_pre_hook(self._begin)
+            layer.register_forward_hook(self._hook(name, layer), with_kwargs=True)
+            self.coverage.add(name, torch_class_of(layer).__name__, why_left_alone(layer), calls=0)
+        with self:
+            yield
+        for row in self.coverage.rows:
+            if row.here == row.left == 0 and not row.reason:
+                self.coverage.add(row.module, row.class_name, "never called", calls=0)
 
-    def _hook(self, name: str, twin: torch.nn.Module) -> Callable[..., None]:
-        assert isinstance(twin, ReplacedAttention)
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self.functions and self._layers_at_work == 0:
+            self.coverage.add("", func.__name__, "called as a function")
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self._layers_at_work += 1
+
+    def _hook(self, name: str, layer: torch.nn.MultiheadAttention) -> Callable[..., None]:
+        twin, class_name = self._replaced[name], torch_class_of(layer).__name__
 
         def record(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self._layers_at_work -= 1
+            if not isinstance(twin, ReplacedAttention):
+                self.coverage.add(name, class_name, why_left_alone(twin))
+                return
             bound = _SIGNATURE.bind(*args, **kwargs)
             bound.apply_defaults()
             ours = twin.forward_in_mha_c(*bound.args)
-            if ours is None:
-                self.left_to_torch.append(name)
+            self.coverage.add(name, class_name, ours if isinstance(ours, str) else "")
+            if isinstance(ours, str):
                 return
             asked = bound.arguments
             # What torch makes of its hint; see ReplacedAttention.
             is_causal = asked["is_causal"] and asked["key_padding_mask"] is None and not asked["need_weights"]
             asked.update(is_causal=is_causal, attn_mask=None if is_causal else asked["attn_mask"])
-            arguments = _map(lambda value: as_array(value) if isinstance(value, torch.Tensor) else value, dict(asked))
-            layer = MultiheadAttention.from_torch(module).eval()
-            self.runs.append(AttentionRun(name, layer, arguments, _to_arrays(ours), _to_arrays(output)))
+            arguments = _map(lambda value: as_array(value).copy() if isinstance(value, torch.Tensor) else value, asked)
+            in_mha_c = MultiheadAttention.from_torch(module).eval()
+            self.runs.append(AttentionRun(name or "attention", in_mha_c, arguments, _to_arrays(ours), _to_arrays(output)))
 
         return record
 
+
+HARMLESS_MODES.add(_Recorder)
 
 _SIGNATURE = inspect.Signature(list(inspect.signature(torch.nn.MultiheadAttention.forward).parameters.values())[1:])
 
 
 def _to_arrays(answer: tuple[torch.Tensor, torch.Tensor | None]) -> _Answer:
-    return as_array(answer[0]), None if answer[1] is None else as_array(answer[1])
+    """Copies, since a model may write to what its layers return."""
+    return as_array(answer[0]).copy(), None if answer[1] is None else as_array(answer[1]).copy()
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
     """Apply a function to whatever lies in lists, tuples and dicts."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(function, item) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(_map(function, item) for item in value)
     if isinstance(value, dict):
@@ -173,14 +286,14 @@ def _to_tensor(value: Any) -> Any:
     return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+def _to_float64(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def _flatten(name: str, value: Any) -> dict[str, NDArray[Any]]:
+def _flatten(name: str, value: Any) -> _Outputs:
     """Every tensor in the result of a model, by how to get at it."""
     if isinstance(value, torch.Tensor):
-        array = as_array(value)
+        array = as_array(value).copy()
         return {name: array.astype(np.int64) if array.dtype == bool else array}
     items: list[tuple[str, Any]] = []
     if isinstance(value, Mapping):

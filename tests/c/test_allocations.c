@@ -144,10 +144,11 @@ static void test_parts(void)
     const mha_call c = make_call(&p, MHA_FLOAT32, &(manner){.threads = 2});
     const mha_heads heads = {c.key.data, 1, none, 0, row};
     char *y = guarded_buffer(OUTPUT + 2, OUTPUT_BYTES, AT_END);
+    const mha_heads output = {y, 1, none, 0, row};
     bool is_few[N];
     mha_input_projection input = {layer, MHA_KEY, N, LENGTH, c.key, y, 2, {0}};
     mha_sdpa_call sdpa = {.dtype = MHA_FLOAT32, .axes = 1, .length = &(size_t){1}, .L = LENGTH, .S = LENGTH, .D = WIDTH,
-                          .Dv = WIDTH, .query = heads, .key = heads, .value = heads, .output = y, .threads = 2};
+                          .Dv = WIDTH, .query = heads, .key = heads, .value = heads, .output = output, .threads = 2};
     const long before = in_use();
     for (size_t part = 0; part < 3; part++) {
         mha_status status = MHA_NO_MEMORY;

@@ -3,8 +3,8 @@
  * test_sdpa.c - mha_sdpa on small problems, by the level that MHA_C_CPU names or the best of this CPU.
  *
  * Each problem is compared with its definition in doubles, and then with itself: the same bits must come out for any
- * number of threads and any layout of the inputs. Inputs, masks and outputs touch inaccessible pages. The hashes that
- * are printed must be the same for every level with FMA, on every CPU.
+ * number of threads and any layout of inputs and output. Inputs, masks and outputs touch inaccessible pages. The
+ * hashes that are printed must be the same for every level with FMA, on every CPU.
  */
 #include "cpu.h"
 #include "problems.h"
@@ -55,12 +55,12 @@ static const sdpa_manner plainly = {.threads = 1};
 
 typedef struct {
     mha_sdpa_call call;
-    ptrdiff_t strides[4][AXES];
+    ptrdiff_t strides[5][AXES];
     size_t output_count;
 } made_call;
 
 /* An array of both axes, heads, rows and features; the axes' strides. */
-static array4 place_input(const sdpa_problem *p, size_t slot, const size_t size[3], bool is_shared, size_t number_size,
+static array4 place_heads(const sdpa_problem *p, size_t slot, const size_t size[3], bool is_shared, size_t number_size,
                           size_t layout, guarded_side side, ptrdiff_t strides[AXES])
 {
     const size_t all[4] = {(is_shared ? 1 : p->axes[0]) * p->axes[1], size[0], size[1], size[2]};
@@ -77,43 +77,35 @@ static mha_heads as_heads(const array4 *a, size_t heads, const ptrdiff_t *stride
 
 static void make_sdpa_call(const sdpa_problem *p, mha_dtype dtype, const sdpa_manner *m, made_call *made)
 {
-    const size_t number_size = size_of(dtype), count = p->axes[0] * p->axes[1] * p->H * p->L * p->Dv;
+    const size_t number_size = size_of(dtype);
     const size_t sizes[3][3] = {{p->H, p->L, p->D}, {p->key_heads, p->S, p->D}, {p->value_heads, p->S, p->Dv}};
     array4 inputs[3];
     for (size_t i = 0; i < 3; i++) {
-        inputs[i] = place_input(p, INPUTS + i, sizes[i], i > 0 && p->shares_keys, number_size, m->layout, m->side,
+        inputs[i] = place_heads(p, INPUTS + i, sizes[i], i > 0 && p->shares_keys, number_size, m->layout, m->side,
                                 made->strides[i]);
         put_random(&inputs[i], dtype, SEED + 30 + i);
     }
-    made->output_count = count;
+    const size_t output_size[3] = {p->H, p->L, p->Dv};
+    const array4 output =
+        place_heads(p, OUTPUT, output_size, false, number_size, m->layout, m->side, made->strides[4]);
+    made->output_count = output.size[0] * output.size[1] * output.size[2] * output.size[3];
     made->call = (mha_sdpa_call){
         .dtype = dtype, .axes = AXES, .length = p->axes, .L = p->L, .S = p->S, .D = p->D, .Dv = p->Dv,
         .query = as_heads(&inputs[0], p->H, made->strides[0]),
         .key = as_heads(&inputs[1], p->key_heads, made->strides[1]),
         .value = as_heads(&inputs[2], p->value_heads, made->strides[2]),
         .is_causal = p->is_causal, .scale = p->scale != 0 ? p->scale : 1 / sqrt((double)p->D),
-        .output = guarded_buffer(OUTPUT, count * number_size, m->side), .threads = m->threads,
+        .output = as_heads(&output, p->H, made->strides[4]), .threads = m->threads,
     };
     if (p->mask) {
         const size_t size[3] = {p->mask_per_head ? p->H : 1, p->L, p->S};
-        const array4 a = place_input(p, MASKS, size, p->shares_keys, mask_size(p->mask), m->mask_layout, m->side,
+        const array4 a = place_heads(p, MASKS, size, p->shares_keys, mask_size(p->mask), m->mask_layout, m->side,
                                      made->strides[3]);
         put_mask(&a, p->mask, true);
         made->call.mask = as_mask(&a, p->mask);
         made->call.mask_axes = made->strides[3];
     }
 }
-
-static double *run(const made_call *made)
-{
-    const mha_status status = mha_sdpa(&made->call);
-    CHECK(status == MHA_OK, "status %d", (int)status);
-    for (size_t slot = 0; slot <= OUTPUT; slot++)
-        CHECK(!guarded_slots[slot].first || guarded_intact(slot), "wrote beside array %zu", slot);
-    return read_numbers(made->call.dtype, made->call.output, made->output_count);
-}
-
-/* ---- The definition ---- */
 
 static ptrdiff_t axes_offset(const ptrdiff_t *strides, size_t i, size_t j)
 {
@@ -126,6 +118,31 @@ static const char *row_of(const mha_sdpa_call *c, const mha_heads *x, size_t i, 
     return (const char *)x->data + axes_offset(x->stride_axes, i, j) +
            (ptrdiff_t)(h / (c->query.heads / x->heads)) * x->stride_h + (ptrdiff_t)l * x->stride_l;
 }
+
+/* The output (axes, heads, rows, features) as doubles. */
+static double *read_output(const made_call *made)
+{
+    const mha_sdpa_call *c = &made->call;
+    double *output = malloc(made->output_count * sizeof *output + 1), *y = output;
+    for (size_t i = 0; made->output_count && i < c->length[0]; i++)
+        for (size_t j = 0; j < c->length[1]; j++)
+            for (size_t h = 0; h < c->query.heads; h++)
+                for (size_t l = 0; l < c->L; l++)
+                    for (size_t d = 0; d < c->Dv; d++)
+                        *y++ = get(c->dtype, row_of(c, &c->output, i, j, h, l), (ptrdiff_t)d);
+    return output;
+}
+
+static double *run(const made_call *made)
+{
+    const mha_status status = mha_sdpa(&made->call);
+    CHECK(status == MHA_OK, "status %d", (int)status);
+    for (size_t slot = 0; slot <= OUTPUT; slot++)
+        CHECK(!guarded_slots[slot].first || guarded_intact(slot), "wrote beside array %zu", slot);
+    return read_output(made);
+}
+
+/* ---- The definition ---- */
 
 static double score_of(const mha_sdpa_call *c, size_t i, size_t j, size_t h, size_t l, size_t s)
 {

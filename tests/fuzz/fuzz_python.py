@@ -10,15 +10,16 @@ before a refused call is still there, unchanged. tests/tools/fuzz.py runs this w
 import sys
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import atheris
 
 with atheris.instrument_imports(include=["mha_c"]):
     import mha_c
-    import mha_c.parameters.files
     import mha_c.functional
-    import mha_c.parameters.state_dict
+    import mha_c.parameters.files
+    import mha_c.parameters.schemes
 import ml_dtypes
 import numpy as np
 
@@ -168,8 +169,11 @@ def fuzz_arguments(data):
 
 
 LAYER = mha_c.MultiheadAttention(4, 2, dropout_seed=1)
-NAMES = [*LAYER.state_dict(), "bias_k", "bias_v", "q_proj_weight", "k_proj_weight", "v_proj_weight", "q_proj.weight",
-         "k_proj.weight", "v_proj.weight", "o_proj.weight", "self.query.weight", "output.dense.bias", "", 3, "x" * 50]
+NAMES = [*LAYER.state_dict(), "bias_k", "bias_v", "q_proj_weight", "k_proj_weight", "v_proj_weight", "rotary.inv_freq",
+         "q_norm.weight", "", 3, "x" * 600, "a/b:0"]
+FOREIGN = mha_c.parameters.schemes.FOREIGN
+CONFIG = ["num_attention_heads", "n_head", "num_key_value_heads", "multi_query", "head_dim", "hidden_size",
+          "rope_theta", "encoder_attention_heads", "decoder_attention_heads", "text_config", "model_type", "alibi"]
 
 
 def state_bytes(layer):
@@ -194,33 +198,56 @@ def load_or_refuse(load, *refusals):
                                for name, bytes_ in BEFORE.items()})
 
 
+def foreign_state(c):
+    """Projections under names of others, of about the shapes that they should have."""
+    scheme = c.one_of(*FOREIGN)
+    rows = {4: (4, 4, 4), 3: (4, 8), 2: (12,)}[len(scheme.names)]
+    kind = c.one_of("weight", "weight", "kernel")
+    state = {}
+    for name, out in zip(scheme.names, (*rows, 4)):
+        shape = c.one_of((out, 4), (4, out), (4, 2, 2), (2, 2, 4), (out, 4))
+        if not c.rarely():
+            state[f"{name}.{kind}"] = c.array(shape, "float32")
+        if c.ConsumeBool():
+            state[f"{name}.bias"] = c.array(c.one_of((out,), (2, 2), (out,)), "float32")
+    return state, scheme.names
+
+
 def fuzz_state_dicts(data):
     """load_state_dict() and from_state_dict() of any mapping."""
     c = Choices(data)
-    state = {}
+    state, names = {}, None
     shapes = [(12, 4), (4, 4), (12,), (4,), (1, 1, 4), (2, 4), (), (0, 4), (8, 4)]
-    for name, array in LAYER.state_dict().items():
-        if not c.rarely():
-            state[name] = c.array(array.shape, "float32")
+    if c.ConsumeBool():
+        state, names = foreign_state(c)
+    else:
+        for name, array in LAYER.state_dict().items():
+            if not c.rarely():
+                state[name] = c.array(array.shape, "float32")
     for _ in range(c.ConsumeIntInRange(0, 3)):
         state[c.one_of(*NAMES)] = c.array(c.one_of(*shapes))
     source = state if not c.rarely() else c.one_of(None, 3, [], list(state.items()), "x.npz", b"x.pt", "no suffix")
     if c.ConsumeBool():
         load_or_refuse(lambda: LAYER.load_state_dict(source, strict=c.ConsumeBool()), *REFUSALS)
         return
-    prefix = c.one_of("", "", "self.", "x")
-    names = c.one_of(None, None, ("q_proj", "k_proj", "v_proj", "o_proj"), ("a",), 3)
+    if c.ConsumeBool() and source is state:
+        source = c.one_of({"model": state, "epoch": 3}, {"a": state, "b": dict(state)}, {"a": {"a": state}, "b": state},
+                          {f"layers.0.{name}": array for name, array in state.items()})
+    config = {c.one_of(*CONFIG): c.one_of(1, 2, 3, 0, True, None, "llama", {"n_head": 2}, [2], 0.5, -1)
+              for _ in range(c.ConsumeIntInRange(0, 3))}
+    names = c.one_of(None, None, names, ("q_proj", "k_proj", "v_proj", "o_proj"), ("a",), ("a", "b"), 3)
     try:
         layer = mha_c.MultiheadAttention.from_state_dict(
-            source, num_heads=c.one_of(1, 2, 3, 0, -1, 2**62, 1.5), prefix=prefix, names=names,
-            num_kv_heads=c.one_of(None, None, 1, 2, 0), strict=c.ConsumeBool())
+            source, num_heads=c.one_of(None, 1, 2, 3, 0, -1, 2**62, 1.5), prefix=c.one_of("", "", "self.", "x", "0."),
+            names=names, num_kv_heads=c.one_of(None, None, 1, 2, 0), strict=c.ConsumeBool(),
+            config=config if c.ConsumeBool() else c.one_of(None, None, 3, "x.json"),
+            layout=c.one_of(None, "stacked", "per_head", "x"))
         assert all(np.asarray(array).dtype.kind == "f" for array in layer.state_dict().values())
     except (*REFUSALS, OSError) as error:
         assert str(error), f"{type(error)} without a word"
 
 
 FOLDER = tempfile.TemporaryDirectory(prefix="fuzz")
-SUFFIXES = (".safetensors", ".npz", ".pt")
 
 
 def load_file(path):
@@ -230,21 +257,25 @@ def load_file(path):
 
 
 def fuzz_files(data):
-    """The first byte says which kind of file the rest is; every function that reads files reads it."""
-    if not data:
-        return
-    path = str(Path(FOLDER.name) / f"layer{SUFFIXES[data[0] % 3]}")
-    Path(path).write_bytes(data[1:])
-    if not path.endswith(".pt"):
-        try:
-            layer = mha_c.MultiheadAttention.load(path)
-            assert all(np.asarray(array).dtype.kind == "f" for array in layer.state_dict().values())
-        except ValueError as error:
-            assert path in str(error), error
-    load_or_refuse(lambda: load_file(path), ValueError, RuntimeError)
+    """A file, whose kind its content tells; or after a zero, the pickle of a file of torch. Every reader reads it."""
+    path = str(Path(FOLDER.name) / "layer")
+    if data[:1] == b"\0":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", data[1:])
+            archive.writestr("archive/data/0", bytes(192))
+    else:
+        Path(path).write_bytes(data)
+    try:
+        layer = mha_c.MultiheadAttention.load(path)
+        assert all(np.asarray(array).dtype.kind == "f" for array in layer.state_dict().values())
+    except ValueError as error:
+        assert path in str(error), error
+    except FileNotFoundError as error:  # that an index names
+        assert data[:1] == b"{", error
+    load_or_refuse(lambda: load_file(path), ValueError, RuntimeError, TypeError, FileNotFoundError)
     try:
         mha_c.MultiheadAttention.from_state_dict(path, num_heads=2)
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, FileNotFoundError) as error:
         assert str(error), f"{type(error)} without a word"
 
 

@@ -236,7 +236,7 @@ SUBJECTS = [
     (r"kernels/", "kernels softmax exp forward test_dropout.py"),
     (r"threads|processors", "threads test_threads.py test_processes.py"),
     (r"python/", "test_errors.py test_inputs.py test_functional.py test_hostile_arguments.py test_explain.py "
-                 "test_threads.py test_ownership.py test_out_of_memory.py test_interrupt.py"),
+                 "test_threads.py test_ownership.py test_out_of_memory.py test_interrupt.py test_advice.py"),
     (r"", "forward sdpa allocations test_inputs.py test_dropout.py test_functional.py::test_static_keys_and_values "
           "test_reproducibility.py::test_chunks test_ownership.py::test_memory_of_a_very_large_call test_explain.py "
           "test_extreme_numbers.py"),

@@ -24,10 +24,15 @@ x = np.zeros((5, 3, 8), np.float32)
 
 class Encoder:
     def __init__(self, width: int) -> None:
-        self.attention = mha_c.MultiheadAttention(width, 4, batch_first=True, dtype=np.float64, masked_rows="zero").eval()
+        layer = mha_c.MultiheadAttention(width, 4, batch_first=True, dtype=np.float64, masked_rows="zero")
+        self.attention = layer.eval()
 
     def __call__(self, x: Array) -> Array:
         return self.attention(x, x, x, need_weights=False, is_causal=True)[0]
+
+
+def keys(source: mha_c.AnyArray, mask: mha_c.AnyArray | None = None) -> Array:
+    return layer(source, source, source, mask)[1]
 
 
 class Scaled(mha_c.MultiheadAttention):
@@ -39,8 +44,14 @@ assert_type(Encoder(8)(x), Array)
 
 layer = mha_c.MultiheadAttention(embed_dim=8, num_heads=4, kdim=6, num_kv_heads=2, seed=0)
 assert_type(layer, mha_c.MultiheadAttention)
-assert_type(layer(x, x, x), tuple[Array, Array | None])
-assert_type(layer.forward(x, x, x, None, attn_mask=np.ones((5, 5), bool), out=x), tuple[Array, Array | None])
+assert_type(layer(x, x, x), tuple[Array, Array])
+assert_type(layer(x, torch.zeros(5, 3, 8), memoryview(b""), None, True), tuple[Array, Array])
+assert_type(layer(x, x, x, None, False), tuple[Array, None])
+assert_type(layer(x, x, x, need_weights=False, is_causal=True), tuple[Array, None])
+assert_type(layer(x, x, x, need_weights=layer.training), tuple[Array, Array | None])
+assert_type(layer.forward(x, x, x, None, attn_mask=np.ones((5, 5), bool), out=x), tuple[Array, Array])
+output, weights = layer(x, x, x)
+assert_type(weights.shape, tuple[Any, ...])
 assert_type(layer.embed_dim, int)
 assert_type(layer.num_kv_heads, int)
 assert_type(layer.in_proj_weight, Array | None)
@@ -61,6 +72,7 @@ layer.dropout, layer.batch_first, layer.masked_rows = 0.1, True, "zero"
 
 assert_type(Scaled.load("layer.npz"), Scaled)
 assert_type(Scaled.from_state_dict("model.safetensors", "encoder.", num_heads=4), Scaled)
+assert_type(Scaled.from_state_dict("model.pt", config="config.json", names=("qkv", "proj"), layout="per_head"), Scaled)
 assert_type(Scaled.from_state_dict({"in_proj_weight": x}, num_heads=4).factor, float)
 assert_type(Scaled.from_torch(torch.nn.MultiheadAttention(8, 4)).train(), Scaled)
 
@@ -68,6 +80,18 @@ assert_type(scaled_dot_product_attention(x, x, x, is_causal=True, scale=1.0, dro
 assert_type(mha_c.functional.scaled_dot_product_attention(x, x, x, enable_gqa=True), Array)
 assert_type(
     multi_head_attention_forward(x, x, x, 8, 4, x, x, None, None, False, 0.0, x, x, static_k=x, static_v=x),
+    tuple[Array, Array],
+)
+assert_type(
+    multi_head_attention_forward(x, x, x, 8, 4, x, x, None, None, False, 0.0, x, x, need_weights=False),
+    tuple[Array, None],
+)
+assert_type(
+    multi_head_attention_forward(x, x, x, 8, 4, x, x, None, None, False, 0.0, x, x, True, None, False),
+    tuple[Array, None],
+)
+assert_type(
+    multi_head_attention_forward(x, x, x, 8, 4, x, x, None, None, False, 0.0, x, x, need_weights=layer.training),
     tuple[Array, Array | None],
 )
 
@@ -86,11 +110,11 @@ assert_type(mha_c.heads.heads_of(explanation), Array)
 assert_type(mha_c.heads.entropy(explanation.weights, item=1), Array)
 assert_type(mha_c.heads.distance(x), Array)
 assert_type(mha_c.heads.to_bertviz(explanation, item=1), tuple[Any, ...])
-assert_type(mha_c.plot.weights(explanation, 1, tokens=["a", "b"], vmax=0.5), Axes)
-assert_type(mha_c.plot.average(x, colorbar=False), Axes)
+assert_type(mha_c.plot.weights(explanation, 1, layer=2, tokens=["a", "b"], vmax=0.5), Axes)
+assert_type(mha_c.plot.average(x, averaged=True, colorbar=False), Axes)
 assert_type(mha_c.plot.heads(x), Array)
 assert_type(mha_c.plot.entropy([x, x]), Axes)
-assert_type(mha_c.plot.distance(x, ax=mha_c.plot.token(x, 2)), Axes)
+assert_type(mha_c.plot.distance(x, ax=mha_c.plot.token(x, "a", layer="decoder.0")), Axes)
 assert_type(mha_c.plot.masking(x, x), Array)
 
 report = mha_c.check.against_torch(layer, x, x, x, need_weights=False)
@@ -107,13 +131,20 @@ assert_type(mha_c.check.model(model, x), mha_c.check.Report)
 mha_c.MultiheadAttention(8)  # type: ignore[call-arg]
 mha_c.MultiheadAttention(8, 4, masked_rows="none")  # type: ignore[arg-type]
 mha_c.MultiheadAttention(8, "4")  # type: ignore[arg-type]
+mha_c.MultiheadAttention(64.0, 8)  # type: ignore[arg-type]
+mha_c.MultiheadAttention(8, 4, dropout="0.1")  # type: ignore[arg-type]
+mha_c.MultiheadAttention(8, 4, seed="a")  # type: ignore[arg-type]
 mha_c.MultiheadAttention(d_model=8, nhead=4)  # type: ignore[call-arg]
 mha_c.MultiHeadAttention(8, 4)  # type: ignore[attr-defined]
-layer(x, x, x, causal=True)  # type: ignore[call-arg]
+layer(x, x, x, causal=True)  # type: ignore[call-overload]
+layer(x, x, x, is_causal="yes")  # type: ignore[call-overload]
+layer([[0.0] * 8], x, x)  # type: ignore[call-overload]
+layer(x, x, x, need_weights=False)[1].shape  # type: ignore[attr-defined]
+layer.training = "no"  # type: ignore[assignment]
 layer.in_proj_weight.shape  # type: ignore[union-attr]
 layer.embed_dim.shape  # type: ignore[attr-defined]
 layer.save(1)  # type: ignore[arg-type]
-mha_c.explain(layer, x)  # type: ignore[call-arg]
+mha_c.explain(layer)  # type: ignore[call-arg]
 mha_c.explain(layer, x, x, x, heads="0,1")  # type: ignore[arg-type]
 mha_c.plot.weights(x, "0")  # type: ignore[arg-type]
 mha_c.heads.entropy(x, 1)  # type: ignore[call-arg]

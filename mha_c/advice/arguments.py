@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments as they were passed, in NumPy's words, and errors to which advice is added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+from mha_c.parameters.arrays import as_array
+
+__all__ = [
+    "DTYPES",
+    "REFUSALS",
+    "Advice",
+    "Argument",
+    "add_advice",
+    "advice_on_integers",
+    "advice_on_lists",
+    "distinct",
+    "dtypes_of",
+    "listed",
+    "shape_of",
+]
+
+REFUSALS: Final = (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""The exceptions with which a call is refused, as torch refuses it."""
+
+DTYPES: Final = ("float32", "float64")
+"""In which mha_c computes."""
+
+_NO_NUMBERS: Final = ("bytes", "datetime64", "str", "timedelta64", "void")
+
+
+class Advice(NamedTuple):
+    """A sentence without its full stop, to join torch's words; it leads where those speak of torch's own machinery."""
+
+    sentence: str
+    leads: bool = False
+
+
+class Argument(NamedTuple):
+    """An argument as it was passed; its dtype by NumPy's name for it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> Argument.of("query", np.zeros((5, 8))).cast("float32")
+    'query.astype(np.float32)'
+    """
+
+    name: str
+    value: Any
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, name: str, value: Any) -> Argument:
+        """Look at anything that the core takes for an array; TypeError for something else."""
+        array = value if hasattr(value, "shape") and hasattr(value, "dtype") else as_array(value)
+        dtype = getattr(array.dtype, "name", str(array.dtype)).removeprefix("torch.")
+        return cls(name, value, tuple(array.shape), dtype)
+
+    @property
+    def is_float(self) -> bool:
+        return "float" in self.dtype
+
+    @property
+    def has_numbers(self) -> bool:
+        return not self.dtype.startswith(_NO_NUMBERS)
+
+    def cast(self, dtype: str) -> str:
+        """The code that casts it to "float32", "float64" or "bool"; complex numbers lose their imaginary part."""
+        name = f"{self.name}.real" if self.dtype.startswith("complex") else self.name
+        if hasattr(self.value, "detach"):  # a tensor of torch
+            return f"{name}.{dict(float32='float', float64='double', bool='bool')[dtype]}()"
+        if hasattr(self.value, "astype"):
+            return f"{name}.astype({'bool' if dtype == 'bool' else f'np.{dtype}'})"
+        return f"np.asarray({name}, {'bool' if dtype == 'bool' else f'np.{dtype}'})"
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of an array, a tensor, or whatever else is one to the core."""
+    return tuple(value.shape) if hasattr(value, "shape") else as_array(value).shape
+
+
+def add_advice(error: Exception, advice: Iterator[Advice]) -> None:
+    """Add the first piece of advice, if there is any, to the words of a refusal.
+
+    Parameters
+    ----------
+    error : Exception
+        One of `REFUSALS`; its type stays.
+    advice : iterator of Advice
+        Computed here and now. It may stumble over objects as strange as those that were refused: then there is none.
+
+    Examples
+    --------
+    >>> error = RuntimeError("mat1 and mat2 must have the same dtype, but got Double and Float")
+    >>> add_advice(error, iter([Advice("query is float64", leads=True)]))
+    >>> str(error)
+    'query is float64. torch says: mat1 and mat2 must have the same dtype, but got Double and Float'
+    """
+    if type(error) not in REFUSALS:  # one of the caller's own
+        return
+    with suppress(Exception):
+        for sentence, leads in advice:
+            words = str(error)
+            error.args = (f"{sentence}. torch says: {words}" if leads else f"{words.rstrip('.')}. {sentence}.",)
+            return
+
+
+def advice_on_lists(dtype: str, **arguments: Any) -> Iterator[Advice]:
+    """Lists and tuples are not converted: that takes long, and NumPy would choose the dtype."""
+    for name, value in arguments.items():
+        if isinstance(value, (list, tuple)):
+            yield Advice(f"Pass np.asarray({name}, {'bool' if name.endswith('mask') else f'np.{dtype}'})")
+
+
+def advice_on_integers(mask: Argument | None, shows: bool) -> Iterator[Advice]:
+    """A mask that is neither of booleans nor of floats. `shows`: True shows a key, rather than hides it."""
+    if mask is None or mask.dtype == "bool" or mask.is_float:
+        return
+    effect = "shows" if shows else "hides"
+    if not mask.has_numbers or mask.dtype.startswith("complex"):
+        expected = f"bool, where True {effect} a key, or floats to add to the scores"
+        yield Advice(f"{mask.name} is {mask.dtype}: it must be {expected}")
+        return
+    cast, inverted = mask.cast("bool"), f"{mask.name} == 0"
+    hiding, showing = (inverted, cast) if shows else (cast, inverted)
+    yield Advice(
+        f"{mask.name} is {mask.dtype}, and True {effect} a key here: if 1 marks the keys to hide, pass {hiding}; "
+        f"if 1 marks the keys to attend to, as in Hugging Face's attention_mask, pass {showing}"
+    )
+
+
+def distinct(arguments: Iterable[Argument]) -> list[Argument]:
+    """Those that are not the same object as one before them."""
+    found: list[Argument] = []
+    for argument in arguments:
+        if all(argument.value is not other.value for other in found):
+            found.append(argument)
+    return found
+
+
+def listed(words: Iterable[str]) -> str:
+    """Words with commas and an "and" between.
+
+    Examples
+    --------
+    >>> listed(["query", "key", "value"])
+    'query, key and value'
+    """
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def dtypes_of(arguments: Iterable[Argument]) -> str:
+    """Such as "query and key are float64 and value is float32"."""
+    by_dtype: dict[str, list[str]] = {}
+    for argument in arguments:
+        by_dtype.setdefault(argument.dtype, []).append(argument.name)
+    return listed(f"{listed(names)} {'are' if names[1:] else 'is'} {dtype}" for dtype, names in by_dtype.items())

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of a layer that are refused: which argument does not fit, and what to write instead."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mha_c.advice.arguments import (
+    DTYPES,
+    Advice,
+    Argument,
+    add_advice,
+    advice_on_integers,
+    advice_on_lists,
+    distinct,
+    dtypes_of,
+    listed,
+    shape_of,
+)
+from mha_c.advice.masks import fits, meaning_of_mask
+
+__all__ = ["DECODING", "advise_on_call", "warn_of_decoding"]
+
+DECODING: Final = (
+    "is_causal=True lets query l see the keys 0..l, counted from the first key, and there are fewer queries than keys. "
+    "If the queries are the last positions of the keys, as in decoding, pass "
+    "attn_mask=~np.tri(L, S, S - L, dtype=bool) instead, for L queries and S keys"
+)
+
+
+def warn_of_decoding(query: Any, key: Any, batch_first: bool) -> None:
+    """Warn the caller's caller where is_causal=True hides keys that a decoder's queries ought to see.
+
+    The text does not depend on the sizes, so that a loop that decodes is warned once.
+    """
+    length = source_length = 0
+    with suppress(Exception):  # the core has words for what has no length
+        length, source_length = (_length(shape_of(value), batch_first) for value in (query, key))
+    if length < source_length:
+        warnings.warn(DECODING, UserWarning, stacklevel=3)
+
+
+def advise_on_call(
+    error: Exception,
+    query: Any,
+    key: Any,
+    value: Any,
+    key_padding_mask: Any,
+    attn_mask: Any,
+    need_weights: Any,
+    average_attn_weights: Any,
+    is_causal: Any,
+    *,
+    num_heads: int,
+    features: tuple[int, int | None, int | None],
+    parameters: Iterable[Any],
+    extra_keys: int,
+    batch_first: bool | None,
+) -> None:
+    """Add to the words with which a call was refused what does not fit, in NumPy's words, and what to write.
+
+    Parameters
+    ----------
+    error : Exception
+        What the call raised.
+    query, key, value, key_padding_mask, attn_mask, need_weights, average_attn_weights, is_causal
+        As they were passed.
+    num_heads : int
+        Heads.
+    features : tuple of int
+        embed_dim, kdim and vdim; None for what is not checked.
+    parameters : iterable of array, tensor or None
+        The parameters, for their dtype. If they have none in common, they are what was refused.
+    extra_keys : int
+        How many keys are appended.
+    batch_first : bool or None
+        The layer's. None: it is a function, which has none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> error = AssertionError("was expecting embedding dimension of 8, but got 6")
+    >>> x = np.zeros((5, 3, 6), np.float32)
+    >>> layer = dict(num_heads=2, features=(8, 8, 8), parameters=[x], extra_keys=0, batch_first=False)
+    >>> advise_on_call(error, x, x, x, None, None, True, True, False, **layer)
+    >>> str(error)
+    'was expecting embedding dimension of 8, but got 6. query has 6 features, but embed_dim is 8.'
+    """
+    inputs = {"query": query, "key": key, "value": value}
+    masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+    flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
+
+    def advice() -> Iterator[Advice]:
+        yield from _advice_on_flags(flags)
+        dtypes = {Argument.of("", one).dtype for one in parameters if one is not None}
+        if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
+            return
+        dtype = dtypes.pop()
+        yield from advice_on_lists(dtype, **inputs, **masks)
+        q, k, v = (Argument.of(*item) for item in inputs.items())
+        padding, mask = (None if item[1] is None else Argument.of(*item) for item in masks.items())
+        yield from _Call(q, k, v, padding, mask, num_heads, features, dtype, extra_keys, batch_first).advice()
+
+    add_advice(error, advice())
+
+
+def _advice_on_flags(flags: Mapping[str, Any]) -> Iterator[Advice]:
+    for name, flag in flags.items():
+        if math.prod(getattr(flag, "shape", ())) != 1:
+            yield Advice(f"{name} is an array: pass a mask by its name, attn_mask= or key_padding_mask=")
+
+
+def _length(shape: tuple[int, ...], batch_first: bool | None) -> int:
+    """Queries or keys of an item."""
+    return shape[1 if batch_first and len(shape) == 3 else 0]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A refused call. Each of its checks may rely on those before it, which are in the order of torch's."""
+
+    query: Argument
+    key: Argument
+    value: Argument
+    key_padding_mask: Argument | None
+    attn_mask: Argument | None
+    num_heads: int
+    features: tuple[int, int | None, int | None]
+    dtype: str
+    extra_keys: int
+    batch_first: bool | None
+
+    def advice(self) -> Iterator[Advice]:
+        yield from advice_on_integers(self.key_padding_mask, shows=False)
+        yield from advice_on_integers(self.attn_mask, shows=False)
+        yield from self._on_ranks()
+        yield from self._on_ranks_of_masks()
+        yield from self._on_features_of_query()
+        yield from self._on_key_beside_value()
+        yield from self._on_dtypes()
+        yield from self._on_features()
+        yield from self._on_attn_mask()
+        yield from self._on_batches()
+        yield from self._on_key_padding_mask()
+
+    # ---- Sizes
+
+    @property
+    def is_function(self) -> bool:
+        return self.batch_first is None
+
+    @property
+    def is_batched(self) -> bool:
+        return len(self.query.shape) == 3
+
+    def _batch(self, argument: Argument) -> int:
+        return argument.shape[0 if self.batch_first else 1] if self.is_batched else 1
+
+    def _sizes(self) -> dict[str, int]:
+        length, source_length = _length(self.query.shape, self.batch_first), _length(self.key.shape, self.batch_first)
+        sizes = {"N": self._batch(self.query), "H": self.num_heads, "L": length, "S": source_length}
+        return {**sizes, "X": source_length + self.extra_keys} if self.extra_keys else sizes
+
+    def _sizes_in_the_other_layout(self) -> dict[str, int] | None:
+        """The sizes if the inputs had the batch on the other axis, where they agree about it then."""
+        sizes = self._sizes()
+        if not self.is_batched or sizes["L"] != sizes["S"]:
+            return None
+        return {**sizes, "N": sizes["L"], "L": self._batch(self.query), "S": self._batch(self.key)}
+
+    def _cure_of_the_layout(self) -> str:
+        axis = "second" if self.batch_first else "first"
+        cure = f"set layer.batch_first = {not self.batch_first}"
+        if self.is_function:
+            cure = "pass query.swapaxes(0, 1), key.swapaxes(0, 1) and value.swapaxes(0, 1)"
+        return f"if the batch is the {axis} axis of query, key and value, {cure}"
+
+    # ---- What may be wrong
+
+    def _on_ranks(self) -> Iterator[Advice]:
+        shapes = [one.shape for one in (self.query, self.key, self.value)]
+        if len(self.query.shape) not in (2, 3):
+            batched = "(batch, length, {0})" if self.batch_first else "(length, batch, {0})"
+            expected = f"{batched}, or (length, {{0}}) without a batch".format(self.features[0])
+            yield Advice(f"query has the shape {self.query.shape}: it must be {expected}")
+        if len({len(shape) for shape in shapes}) > 1:
+            found = f"query has the shape {shapes[0]}, key {shapes[1]} and value {shapes[2]}"
+            yield Advice(f"{found}: give all three a batch axis, or none")
+
+    def _on_ranks_of_masks(self) -> Iterator[Advice]:
+        if self.key_padding_mask is not None and len(self.key_padding_mask.shape) != len(self.query.shape) - 1:
+            yield self._on_mask(self.key_padding_mask)
+        if self.attn_mask is not None and len(self.attn_mask.shape) not in (2, 3):
+            yield self._on_mask(self.attn_mask)
+
+    def _on_features_of_query(self) -> Iterator[Advice]:
+        if self.query.shape[-1] != self.features[0]:
+            yield Advice(f"query has {self.query.shape[-1]} features, but embed_dim is {self.features[0]}")
+
+    def _on_key_beside_value(self) -> Iterator[Advice]:
+        """Where torch compares their shapes, in words that have the batch on the second axis."""
+        keys, values = (_length(one.shape, self.batch_first) for one in (self.key, self.value))
+        key_batch, value_batch = self._batch(self.key), self._batch(self.value)
+        differences = []
+        if keys != values:
+            differences.append(f"key has {keys} positions and value {values}")
+        if key_batch != value_batch:
+            differences.append(f"key has a batch of {key_batch} and value of {value_batch}")
+        passed = ""
+        if self.batch_first and self.is_batched:
+            passed = f" (as passed, with the batch first: key {self.key.shape}, value {self.value.shape})"
+        if differences:
+            yield Advice(f"{listed(differences)}: there must be one value for each key{passed}")
+        if self.key.shape[-1] != self.value.shape[-1] or len(set(self.features)) > 1:
+            yield from (Advice(sentence + passed) for sentence, _ in self._on_features())
+
+    def _on_features(self) -> Iterator[Advice]:
+        inputs = (("kdim", self.key, self.features[1]), ("vdim", self.value, self.features[2]))
+        wrong = [(name, one, width) for name, one, width in inputs if width not in (None, one.shape[-1])]
+        if not wrong:
+            return
+        found = ", and ".join(f"{one.name} has {one.shape[-1]} features, but {name} is {w}" for name, one, w in wrong)
+        widths = listed(f"{name}={one.shape[-1]}" for name, one, _ in wrong)
+        cure = "use_separate_proj_weight=True has other widths" if self.is_function else f"make the layer with {widths}"
+        yield Advice(f"{found}: {cure}", leads=True)
+
+    def _on_dtypes(self) -> Iterator[Advice]:
+        inputs = (self.query, self.key, self.value)
+        wrong = distinct(one for one in inputs if one.dtype != self.dtype)
+        if not wrong:
+            return
+        found = f"{dtypes_of(wrong)}, but {'the weights are' if self.is_function else 'this layer is'} {self.dtype}"
+        if not all(one.has_numbers for one in wrong):
+            yield Advice(found, leads=True)
+            return
+        cure = f"pass {listed(one.cast(self.dtype) for one in wrong)}"
+        dtype = self.query.dtype
+        if not self.is_function and dtype in DTYPES and all(one.dtype == dtype for one in inputs):
+            cure += f', or make the layer {dtype} with layer.to("{dtype}")'
+        yield Advice(f"{found}: {cure}", leads=True)
+
+    def _on_attn_mask(self) -> Iterator[Advice]:
+        if self.attn_mask is not None and not fits("attn_mask", self.attn_mask.shape, self._sizes()):
+            yield self._on_mask(self.attn_mask)
+
+    def _on_batches(self) -> Iterator[Advice]:
+        of_query, of_key = self._batch(self.query), self._batch(self.key)
+        if of_query == of_key:
+            return
+        sentence = f"query has a batch of {of_query}, key and value of {of_key}"
+        if 1 in (of_query, of_key):
+            shared = [self.query] if of_query == 1 else [self.key, self.value]
+            cure = listed(f"np.broadcast_to({one.name}, {self._with_batch(one, of_query * of_key)})" for one in shared)
+            sentence += f": if all items share {listed(one.name for one in shared)}, pass {cure}"
+        if self._sizes_in_the_other_layout() is not None:
+            sentence += f"; {self._cure_of_the_layout()}"
+        yield Advice(sentence, leads=True)
+
+    def _with_batch(self, argument: Argument, batch: int) -> tuple[int, ...]:
+        length, features = _length(argument.shape, self.batch_first), argument.shape[-1]
+        return (batch, length, features) if self.batch_first else (length, batch, features)
+
+    def _on_key_padding_mask(self) -> Iterator[Advice]:
+        n, s = self._batch(self.query), self._sizes()["S"]
+        if self.key_padding_mask is not None and self.key_padding_mask.shape != ((n, s) if self.is_batched else (s,)):
+            yield self._on_mask(self.key_padding_mask)
+
+    def _on_mask(self, mask: Argument) -> Advice:
+        sizes, other = self._sizes(), self._sizes_in_the_other_layout()
+        meanings = meaning_of_mask(mask.name, mask.shape, sizes, self.is_batched)
+        sentence = f"{mask.name} has the shape {mask.shape}"
+        if meanings:
+            sentence += f" {'; or '.join(meanings)}"
+        if other is not None and fits(mask.name, mask.shape, other):
+            sentence += f"; {self._cure_of_the_layout()}"
+        elif not meanings:
+            sentence += f": it must be {self._expected(mask.name, sizes)}"
+        return Advice(sentence)
+
+    def _expected(self, name: str, sizes: Mapping[str, int]) -> str:
+        n, h, length, s = (sizes[axis] for axis in "NHLS")
+        if name == "attn_mask":
+            three = f"(N * H, L, S) = {(n * h, length, s)}" if self.is_batched else f"(H, L, S) = {(h, length, s)}"
+            return f"(L, S) = {(length, s)} or {three}"
+        return f"(N, S) = {(n, s)}" if self.is_batched else f"(S,) = {(s,)}"

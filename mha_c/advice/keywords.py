@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keywords that a function does not have: misspelt ones, and those by which other libraries know its arguments."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final, ParamSpec, TypeVar
+
+from mha_c import _core
+
+__all__ = ["knows_foreign_keywords"]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+# What other classes of torch, Hugging Face, Keras and flash-attention call the arguments of our functions.
+_FOREIGN_NAMES: Final = {
+    "embed_dim": "d_model dim hidden_size embedding_dim",
+    "num_heads": "heads n_head n_heads nhead nheads num_attention_heads",
+    "num_kv_heads": "kv_heads n_kv_heads num_key_value_heads",
+    "head_dim": "dim_head key_dim",
+    "v_head_dim": "value_dim",
+    "dropout": "attention_dropout dropout_p dropout_rate",
+    "dropout_p": "attention_dropout dropout dropout_rate",
+    "bias": "qkv_bias use_bias",
+    "query": "q queries",
+    "key": "k keys",
+    "value": "v values",
+    "attn_mask": "mask src_mask tgt_mask memory_mask",
+    "key_padding_mask": "mask key_mask padding_mask src_key_padding_mask tgt_key_padding_mask memory_key_padding_mask",
+    "need_weights": "output_attentions return_attention return_attention_scores return_weights",
+    "average_attn_weights": "average_weights",
+    "is_causal": "causal use_causal_mask",
+    "enable_gqa": "gqa",
+    "scale": "sm_scale softmax_scale",
+}
+
+# Hugging Face's attention_mask, where True hides a key and where it shows one.
+_HIDING: Final = (
+    "key_padding_mask=attention_mask == 0 instead of attention_mask=attention_mask "
+    "(if 1 marks the tokens, as in Hugging Face's models: True hides a key here)"
+)
+_SHOWING: Final = (
+    "attn_mask=attention_mask[:, None, None] != 0 instead of attention_mask=attention_mask "
+    "(if it is (N, S) and 1 marks the tokens, as in Hugging Face's models: True shows a key here)"
+)
+
+
+def knows_foreign_keywords(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Let a function's TypeError about an unknown keyword say which one to write instead; right calls cost the same.
+
+    Parameters
+    ----------
+    function : callable
+        A function, or one that is to be a method.
+
+    Returns
+    -------
+    callable
+        The same, with its name, its signature and its docstring.
+
+    Examples
+    --------
+    >>> @knows_foreign_keywords
+    ... def attend(embed_dim, batch_first=False): ...
+    >>> attend(d_model=8, batchfirst=True)
+    Traceback (most recent call last):
+    TypeError: attend() got an unexpected keyword argument 'd_model'. Write embed_dim=8 instead of d_model=8, \
+batch_first=True instead of batchfirst=True.
+    """
+
+    def advise(error: TypeError, keywords: Mapping[str, Any]) -> None:
+        known = inspect.signature(function).parameters
+        advice = [_advice(name, value, known) for name, value in keywords.items() if name not in known]
+        if any(advice):
+            words = str(error).partition(". Did you mean")[0]  # newer versions of Python make a guess, too
+            error.args = (f"{words}. Write {', '.join(filter(None, advice))}.",)
+
+    return functools.update_wrapper(_core.AdvisedFunction(function, advise), function)
+
+
+def _advice(name: str, value: Any, known: Collection[str]) -> str | None:
+    """What to write instead of an unknown keyword, if it can be told."""
+    hides = "key_padding_mask" in known
+    if name == "attention_mask" and "attn_mask" in known:
+        return _HIDING if hides else _SHOWING
+    meant = [own for own in known if name in _FOREIGN_NAMES.get(own, "").split()] or _most_alike(name, known)
+    if not meant:
+        return None
+    shown = repr(value) if isinstance(value, (bool, int, float, str)) else ""
+    effect = f" (True {'hides' if hides else 'shows'} a key here)" if meant[0].endswith("mask") else ""
+    return f"{' or '.join(f'{own}={shown}' for own in meant)} instead of {name}={shown}{effect}"
+
+
+def _most_alike(name: str, known: Collection[str]) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.8)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What models call the projections of an attention layer, how they store them, and where in a state dict they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+__all__ = ["FOREIGN", "SCHEMES", "TORCH", "Layout", "Scheme", "find_layers", "schemes_named"]
+
+Layout: TypeAlias = Literal["stacked", "per_head"]
+
+
+class Scheme(NamedTuple):
+    """How models of one kind name and store the projections.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Of four projections: query, key, value, output. Of three: query; key and value; output. Of two: query, key and
+        value; output. In torch's layer only the first weight, by which it is known.
+    kind : {".weight", ".kernel", ""}
+        What follows a name: ".weight", a matrix (out, in); ".kernel", (in, out), perhaps with an axis for the heads;
+        or nothing, in torch's layer.
+    layout : {"stacked", "per_head"}, optional
+        How one weight holds several projections: one below the other, or head by head. None: models differ.
+    shape_tells : bool
+        Whether weights may also be (in, out), which the shape of the one with several projections tells.
+    interleaves : bool
+        Whether query head h reads the key and value head h % num_kv_heads.
+    beside : tuple of str
+        How names begin that stand beside the projections and are not part of the attention.
+    options : tuple of str
+        What such models usually compute besides, in the words of `mha_c.parameters.options`.
+    """
+
+    names: tuple[str, ...]
+    kind: str = ".weight"
+    layout: Layout | None = "stacked"
+    shape_tells: bool = False
+    interleaves: bool = False
+    beside: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the weights."""
+        return tuple(f"{name}{self.kind}" for name in self.names)
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The names of the biases, some or all of which a model may lack."""
+        return tuple(f"{name}.bias" for name in self.names)
+
+
+def _scheme(names: str, **options: Any) -> Scheme:
+    return Scheme(tuple(names.split()), **options)
+
+
+TORCH: Final = (_scheme("in_proj_weight", kind=""), _scheme("q_proj_weight", kind=""))
+
+# Where several fit the same weights, the first counts.
+FOREIGN: Final = (
+    _scheme("q_proj k_proj v_proj out_proj"),  # BART, CLIP, OPT, Wav2Vec2, Whisper
+    _scheme("q_proj k_proj v_proj o_proj", options=("rope",)),  # Llama and its descendants
+    _scheme("q_proj k_proj v_proj c_proj", beside=("positional_embedding",)),  # CLIP's attention pool
+    _scheme("wq wk wv wo", options=("rope",)),  # Llama as Meta names it
+    _scheme("attention.self.query attention.self.key attention.self.value attention.output.dense"),
+    _scheme("self.query self.key self.value output.dense"),  # BERT, RoBERTa, ELECTRA
+    _scheme("attention.attention.query attention.attention.key attention.attention.value attention.output.dense"),
+    _scheme("attention.query attention.key attention.value output.dense"),  # ViT, DeiT, DINOv2 of Hugging Face
+    _scheme("query key value dense", beside=("LayerNorm.",)),  # ALBERT
+    _scheme("query key value out"),  # Flax
+    _scheme("query key value attention_output"),  # Keras
+    _scheme("query key value out_proj"),  # Grounding DINO
+    _scheme("q_lin k_lin v_lin out_lin"),  # DistilBERT, XLM
+    _scheme("linear_q linear_k linear_v linear_out"),  # ESPnet
+    _scheme("q k v o", options=("scale", "bias")),  # T5
+    _scheme("to_q to_k to_v to_out", interleaves=True),  # x-transformers
+    _scheme("to_q to_k to_v to_out.0", interleaves=True),  # diffusers
+    _scheme("to_q to_kv to_out", interleaves=True),  # conformers
+    _scheme("to_q to_kv to_out.0", interleaves=True),
+    _scheme("q kv proj"),  # PVT of timm
+    _scheme("q_attn c_attn c_proj", shape_tells=True, beside=("bias", "masked_bias")),  # GPT-2, with causal masks
+    _scheme("c_attn c_proj", shape_tells=True, beside=("bias", "masked_bias")),
+    _scheme("qkv proj"),  # timm, DINOv2
+    _scheme("qkv projection"),  # BLIP
+    _scheme("to_qkv to_out"),  # vit-pytorch
+    _scheme("to_qkv to_out.0"),
+    _scheme("Wqkv out_proj", options=("rope",)),  # MPT, DBRX
+    _scheme("Wqkv Wo", options=("rope",)),  # ModernBERT
+    _scheme("qkv_proj o_proj", options=("rope",)),  # Phi-3
+    _scheme("query_key_value dense", layout=None, options=("rope",)),  # GPT-NeoX, BLOOM, Falcon, ChatGLM
+)
+
+SCHEMES: Final = (*TORCH, *FOREIGN, *(scheme._replace(kind=".kernel") for scheme in FOREIGN))
+
+
+def schemes_named(names: Sequence[str]) -> tuple[Scheme, Scheme]:
+    """The two schemes whose projections have given names.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Two, three or four names, as in `Scheme`.
+
+    Returns
+    -------
+    tuple of Scheme
+        One with weights, one with kernels. The layout is that of a known scheme which calls the weight with several
+        projections the same, or else None.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer names or more.
+    TypeError
+        If a name is not a string.
+
+    Examples
+    --------
+    >>> schemes_named(["attn.qkv", "attn.out"])[0].layout
+    'stacked'
+    """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names must be a sequence of strings, but got {names!r}")
+    if len(names) not in (2, 3, 4):
+        raise ValueError(
+            "names are (query, key, value, output), (query, key_and_value, output) or (query_key_and_value, output), "
+            f"but got {names!r}"
+        )
+    several = names[-2].rpartition(".")[2]
+    alike = (known for known in FOREIGN if len(known.names) == len(names) < 4 and known.names[-2] == several)
+    known = next(alike, Scheme((), layout=None))
+    scheme = Scheme(tuple(names), layout=known.layout, shape_tells=known.shape_tells)
+    return scheme, scheme._replace(kind=".kernel")
+
+
+def find_layers(names: Collection[str], prefix: str = "", schemes: Iterable[Scheme] = SCHEMES) -> dict[str, Scheme]:
+    """Where the weights of a scheme stand together.
+
+    Parameters
+    ----------
+    names : collection of str
+        The names of a state dict.
+    prefix : str, default ""
+        How a layer's names begin, except that more may precede, up to a dot.
+    schemes : iterable of Scheme
+        The schemes to look for.
+
+    Returns
+    -------
+    dict of str to Scheme
+        The schemes found, by how the names of their layers begin.
+
+    Examples
+    --------
+    >>> names = [f"model.block.{name}.weight" for name in ("qkv", "proj", "norm")]
+    >>> {start: scheme.names for start, scheme in find_layers(names, "block.").items()}
+    {'model.block.': ('qkv', 'proj')}
+    """
+    by_ending: dict[str, list[str]] = {}
+    for name in names:
+        by_ending.setdefault(_ending(name), []).append(name)
+    found: dict[str, Scheme] = {}
+    taken: set[str] = set()
+    for scheme in schemes:
+        first = scheme.weights[0]
+        for name in by_ending.get(_ending(first), ()):
+            start = name.removesuffix(first)
+            weights = {start + weight for weight in scheme.weights}
+            fits = start != name and f".{start}".endswith(f".{prefix}")
+            if fits and taken.isdisjoint(weights) and all(weight in names for weight in weights):
+                found[start] = scheme
+                taken |= weights
+    return found
+
+
+def _ending(name: str) -> str:
+    """The end of the name of a weight that is the same in all layers."""
+    return ".".join(name.split(".")[-2 if name.endswith((".weight", ".kernel")) else -1 :])

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch's attention layer with its inference computed by mha_c. Imported through mha_c.torch."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from mha_c.torch.attend import (
+    Answer,
+    Call,
+    LayerState,
+    attend,
+    attend_apart_from_compiler,
+    attend_in_graph,
+    note_in_graph,
+    resolve_hint,
+)
+from mha_c.torch.classes import class_over, torch_class_of
+from mha_c.torch.reasons import why_torch
+
+__all__ = ["ReplacedAttention"]
+
+_OWN = ("in_proj_bias", "bias_k", "bias_v")
+_PACKED = ("in_proj_weight", *_OWN)
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight", *_OWN)
+
+
+class ReplacedAttention(torch.nn.MultiheadAttention):
+    """A ``torch.nn.MultiheadAttention`` whose inference is computed by mha_c; `replace_attention` makes them.
+
+    A layer of a subclass, whose forward is torch's, becomes an instance of a subclass of both.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mha_c.torch import replace_attention
+    >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2)).eval()
+    >>> x = torch.zeros(5, 3, 8)
+    >>> with torch.no_grad():
+    ...     output, weights = attention(x, x, x)
+    >>> output.shape, weights.shape
+    (torch.Size([5, 3, 8]), torch.Size([3, 5, 5]))
+    """
+
+    _torch_class: ClassVar[type[torch.nn.MultiheadAttention]] = torch.nn.MultiheadAttention
+
+    @functools.cached_property
+    def _mha_c(self) -> LayerState:
+        """What a replaced layer has besides torch's."""
+        return LayerState()
+
+    def refresh(self) -> None:
+        """Read the parameters anew at the next call, after a change that was not noticed.
+
+        Every call looks for changes of the parameters. It may miss one of single numbers that torch does not count:
+        through ``parameter.data``, NumPy or shared memory.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from mha_c.torch import replace_attention
+        >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2))
+        >>> attention.in_proj_weight.data[5, 3] = 1.0
+        >>> attention.refresh()
+        """
+        self._mha_c.packed.drop()
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Answer:
+        """As ``torch.nn.MultiheadAttention.forward``: with mha_c where it can, else with torch.
+
+        Parameters
+        ----------
+        query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            As torch's; in particular `is_causal` is a hint about `attn_mask`, not a mask.
+
+        Returns
+        -------
+        attn_output : torch.Tensor
+            Contiguous if it is computed by mha_c.
+        attn_output_weights : torch.Tensor or None
+            Without `need_weights` None.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from mha_c.torch import replace_attention
+        >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2)).eval()
+        >>> with torch.no_grad():
+        ...     attention(*[torch.zeros(5, 3, 8)] * 3, need_weights=False)[1] is None
+        True
+        """
+        arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        if isinstance(query, torch.fx.Proxy):  # torch.fx does not look into torch's own layers either
+            path = query.tracer.path_of_module(self)
+            return query.tracer.create_proxy("call_module", path, arguments, {})
+        prepared = self._prepare(*arguments)
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                prepared = "export"
+            if not isinstance(prepared, str):
+                return attend_in_graph(self._mha_c.number, *prepared)  # which counts the call
+            note_in_graph(self._mha_c.number, prepared)
+            return super().forward(*arguments)
+        answer = prepared if isinstance(prepared, str) else self._attend(*prepared)
+        if not isinstance(answer, str):
+            self._mha_c.calls.add()
+            return answer
+        self._mha_c.calls.add(answer)
+        if answer in ("training", "gradients"):
+            self.refresh()
+        return super().forward(*arguments)
+
+    def forward_in_mha_c(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None,
+        need_weights: bool,
+        attn_mask: torch.Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> Answer | str:
+        """What forward returns, or in a few words why torch is to answer.
+
+        Parameters
+        ----------
+        query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            As for `forward`.
+
+        Returns
+        -------
+        tuple of torch.Tensor and torch.Tensor or None, or str
+
+        Examples
+        --------
+        >>> import torch
+        >>> from mha_c.torch import replace_attention
+        >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2))
+        >>> attention.forward_in_mha_c(*[torch.zeros(5, 3, 8)] * 3, None, True, None, True, False)
+        'training'
+        """
+        prepared = self._prepare(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+        return prepared if isinstance(prepared, str) else self._attend(*prepared)
+
+    def _attend(self, tensors: dict[str, torch.Tensor], call: Call) -> Answer | str:
+        compute = attend_apart_from_compiler if "torch._dynamo" in sys.modules else attend  # which is faster
+        return compute(self._mha_c.packed, tensors, call)
+
+    def _prepare(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None,
+        need_weights: bool,
+        attn_mask: torch.Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[dict[str, torch.Tensor], Call] | str:
+        """What mha_c is to compute, or why torch is to compute it."""
+        if self.training:
+            return "training"
+        out_proj: Any = self._modules["out_proj"]  # faster than as an attribute
+        if "parametrizations" in self._modules or "parametrizations" in out_proj._modules:
+            return "parametrized weights"
+        tensors = self._tensors(out_proj)
+        masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
+        reason = why_torch((query, key, value), masks, tuple(tensors.values()))
+        if reason:
+            return reason
+        has_added_keys = self.bias_k is not None or self.add_zero_attn
+        hint = resolve_hint(is_causal, need_weights, key_padding_mask, attn_mask, has_added_keys)
+        if isinstance(hint, str):
+            return hint
+        attn_mask, is_causal = hint
+        call = Call(
+            query,
+            key,
+            value,
+            key_padding_mask,
+            bool(need_weights),
+            attn_mask,
+            bool(average_attn_weights),
+            is_causal,
+            self.embed_dim,
+            self.num_heads,
+            self.kdim,
+            self.vdim,
+            bool(self.batch_first),
+            bool(self.add_zero_attn),
+        )
+        return tensors, call
+
+    def _tensors(self, out_proj: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What torch's forward would read, by the names of the state dict, without its hooks."""
+        names = _PACKED if self._qkv_same_embed_dim else _SEPARATE
+        found = {name: _attribute(self, name) for name in names}
+        found["out_proj.weight"] = _attribute(out_proj, "weight")
+        found["out_proj.bias"] = _attribute(out_proj, "bias")
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def train(self, mode: bool = True) -> ReplacedAttention:
+        """As torch's. What is packed is dropped: training changes it.
+
+        Parameters
+        ----------
+        mode : bool, default True
+            Whether the layer is to be in training mode.
+
+        Returns
+        -------
+        ReplacedAttention
+            The layer itself.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from mha_c.torch import replace_attention
+        >>> replace_attention(torch.nn.MultiheadAttention(8, 2)).train().training
+        True
+        """
+        if mode:
+            self.refresh()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ReplacedAttention:
+        """Moves and casts leave the old numbers behind; do not keep their memory."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.refresh()
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles name torch's class, since that of a replaced layer may be made at run time."""
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return _new_replaced, (torch_class_of(self),), *reduced[2:]
+
+    def __prepare_scriptable__(self) -> torch.nn.MultiheadAttention:
+        """What torch.jit.script compiles in place of this layer."""
+        plain = self._torch_class.__new__(self._torch_class)
+        vars(plain).update({name: value for name, value in vars(self).items() if name != "_mha_c"})
+        return plain
+
+
+def _new_replaced(cls: type[torch.nn.MultiheadAttention]) -> torch.nn.MultiheadAttention:
+    """A replaced layer of torch's class or a subclass, still empty."""
+    replaced = class_over(cls, ReplacedAttention)
+    return replaced.__new__(replaced)
+
+
+def _attribute(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """As getattr, but faster where it is a parameter."""
+    parameter = module._parameters.get(name)
+    return getattr(module, name) if parameter is None else parameter

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of torch that are not plain ones, made into layers of mha_c: what torch computes with them is computed here."""
+
+import mha_c
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+import unusual_layers  # noqa: E402
+from mha_c import MultiheadAttention  # noqa: E402
+from unusual_layers import MADE_ANEW, PARAMETRIZED, STORED  # noqa: E402
+
+KINDS = STORED | MADE_ANEW | PARAMETRIZED
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unusual_layers(kind, tmp_path):
+    torch.manual_seed(0)
+    module = KINDS[kind](batch_first=True).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        x = torch.randn(3, 5, 16)
+        expected = module(x, x, x)
+    layer = MultiheadAttention.from_torch(module)
+    for ours, theirs in zip(layer(x, x, x), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs.detach(), rtol=0, atol=5e-6)
+    state = layer.state_dict()
+    assert state.keys() <= mha_c.MultiheadAttention(16, 2).state_dict().keys()  # and nothing else that the layer held
+    layer.save(tmp_path / "layer.npz")
+    again = MultiheadAttention.load(tmp_path / "layer.npz")
+    assert all(np.array_equal(again.state_dict()[name], array) for name, array in state.items())
+
+
+def test_a_forward_of_its_own_is_refused():
+    for module in (unusual_layers.OwnForward(8, 2), torch.nn.MultiheadAttention(8, 2)):
+        module.forward = module.forward  # as wrappers are put around it
+        with pytest.raises(TypeError, match=r"this (OwnForward|MultiheadAttention) has a forward of its own.*"
+                                            r"from_state_dict\(module.state_dict\(\), num_heads=module.num_heads\)"):
+            MultiheadAttention.from_torch(module)
+    with pytest.raises(TypeError, match="this OwnForward has a forward of its own"):
+        MultiheadAttention.from_torch(unusual_layers.OwnForward(8, 2))
+
+
+def test_replaced_layers():
+    module = mha_c.torch.replace_attention(unusual_layers.Named(8, 2))
+    assert MultiheadAttention.from_torch(module).num_heads == 2
+
+
+def test_models_name_their_attention():
+    layer = torch.nn.TransformerEncoderLayer(8, 2)
+    with pytest.raises(TypeError, match=r"torch.nn.MultiheadAttention, but got torch.nn.*TransformerEncoderLayer. "
+                                        r"It holds self_attn: pass one of them"):
+        MultiheadAttention.from_torch(layer)
+    with pytest.raises(TypeError, match=r"layers.0.self_attn, layers.1.self_attn, layers.2.self_attn and 3 more: pass"):
+        MultiheadAttention.from_torch(torch.nn.TransformerEncoder(layer, 6, enable_nested_tensor=False))
+    with pytest.raises(TypeError, match=r"but got builtins.int$"):
+        MultiheadAttention.from_torch(3)
