@@ -34,10 +34,9 @@ void *numbers(mha_dtype dtype, size_t count)
     return x;
 }
 
-static mha_array input(const described_call *c, size_t length, size_t features)
+static mha_rows input(const described_call *c, size_t length, size_t features)
 {
-    const ptrdiff_t size = (ptrdiff_t)size_of(c->dtype), row = (ptrdiff_t)features * size;
-    return (mha_array){numbers(c->dtype, c->N * length * features), (ptrdiff_t)length * row, row, size};
+    return mha_contiguous_rows(numbers(c->dtype, c->N * length * features), c->dtype, 1, length, features);
 }
 
 static mha_mask attention_mask(const described_call *c)
@@ -93,14 +92,13 @@ static mha_layer *make_layer(const described_call *c)
 
 prepared_call prepare_call(const described_call *c)
 {
-    const mha_array query = input(c, c->L, c->E);
-    const mha_array key = c->L == c->S && c->E == c->Ek ? query : input(c, c->S, c->Ek);
-    const mha_array value = c->Ek == c->Ev ? key : input(c, c->S, c->Ev);
+    const mha_rows query = input(c, c->L, c->E);
+    const mha_rows key = c->L == c->S && c->E == c->Ek ? query : input(c, c->S, c->Ek);
+    const mha_rows value = c->Ek == c->Ev ? key : input(c, c->S, c->Ev);
     const mha_call call = {
         .N = c->N, .L = c->L, .S = c->S, .query = query, .key = key, .value = value,
         .attn_mask = attention_mask(c), .key_padding_mask = padding_mask(c), .is_causal = c->is_causal,
-        .dropout_p = c->dropout_p, .output = allocate(c->N * c->L * c->E * size_of(c->dtype)),
-        .output_batch_first = true, .output_is_apart = true, .wanted = c->wanted,
+        .dropout_p = c->dropout_p, .output = input(c, c->L, c->E), .wanted = c->wanted,
         .attn_weights = allocate(c->N * c->L * c->S * size_of(c->dtype)), .threads = 1,
     };
     return (prepared_call){make_layer(c), call};

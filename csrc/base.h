@@ -18,6 +18,12 @@ typedef enum {
 
 typedef enum { MHA_FLOAT32 = 0, MHA_FLOAT64 = 1 } mha_dtype;
 
+/* Bytes of a number. */
+static inline size_t mha_size_of(mha_dtype type)
+{
+    return type == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
+}
+
 /* What the elements of a mask are. */
 typedef enum {
     MHA_MASK_NONE = 0,
@@ -35,7 +41,6 @@ typedef enum { MHA_EMPTY_ROW_ZERO = 0, MHA_EMPTY_ROW_NAN } mha_empty_row;
 typedef struct {
     bool (*should_stop)(void *context);
     void *context;
-    bool with_task; /* a task of another loop makes this call: it runs in that task's thread, and stops with it */
 } mha_stop;
 
 /* ---- Sizes ---- */

@@ -14,49 +14,44 @@
 #ifndef MHA_FEW_QUERIES_H
 #define MHA_FEW_QUERIES_H
 
+#include <stdatomic.h>
+
+#include "attention.h"
 #include "layer.h"
-#include "masks.h"
 
 typedef struct {
+    const mha_attention *a; /* what attention.c would do with projected keys */
     const mha_layer *layer;
-    const mha_call *call;
-    const mha_live_keys *live;
-    const mha_rules *rules;
-    const char *q; /* projected queries: row n * L + l; strides are in numbers */
-    size_t q_stride, q_head;
-    char *context; /* rows in the same order; the stride is in numbers */
-    size_t context_stride;
-    char *workspace; /* the offsets below lead into it; NULL while it is planned */
+    const mha_rows *key, *value; /* inputs; row s of an item is key s */
 
-    size_t items;        /* items that are computed this way */
-    size_t segments;     /* the most segments of keys of any of them */
-    size_t item_numbers; /* [items]: their numbers */
-    size_t t, t_stride;  /* [items][L * H]: rows Wk_h^T q_h */
-    size_t t_panels;     /* [items]: the same rows as panels [Ek][P] */
-    size_t query_panels; /* [items][L]: the same rows as panels of the heads of one query, for the probabilities */
-    size_t sums;         /* [items][segments]: panels [Ev][P] of sums of p_s x_s */
-    /* [items][segments][lanes]: softmax's results for a segment; those of segment 0 become those of all */
-    size_t maximum, sum;
-    size_t y, y_stride; /* [items][L * H]: rows sum_s p_s x_s, normalised */
-    size_t bias_factor; /* [items][lanes]: what bv is multiplied by: 1, or 0 if the query sees no key */
-    size_t is_given_up; /* [N]: a number that is not finite was found */
+    size_t segments;    /* the most segments of keys of any item */
+    mha_split split;    /* of the lanes of an item */
+    mha_split by_head;  /* of the heads of one query */
+    char *t;            /* [item][L * H]: rows Wk_h^T q_h */
+    char *t_panels;     /* [item]: the same rows as panels [Ek][P] */
+    char *query_panels; /* [item][L]: the same rows as panels of the heads of one query, for the probabilities */
+    char *sums;         /* [item][segments]: panels [Ev][P] of sums of p_s x_s */
+    /* [item][segments][lanes]: softmax's results for a segment; those of segment 0 become those of all */
+    char *maximum, *sum;
+    char *y;           /* [item][L * H]: rows sum_s p_s x_s, normalised */
+    char *bias_factor; /* [item][lanes]: what bv is multiplied by: 1, or 0 if the query sees no key */
+    atomic_bool *is_given_up; /* [item]: a number that is not finite was found */
+    size_t t_stride, y_stride; /* numbers between rows of t, and of y */
 } mha_few_queries;
 
-/* Whether the items of a call can be computed this way. */
-bool mha_few_queries_can(const mha_layer *layer, const mha_call *call);
+/* Picks the items that are computed this way: those for which it pays, or those that the call names. Whether it pays
+ * depends on the item alone, so that its bits do not depend on the other items of its batch. */
+void mha_pick_few_queries(const mha_layer *layer, const mha_call *call, mha_items *items);
 
-/* Whether it pays for an item with so many live keys. It depends on nothing else, so that the bits of an item do not
- * depend on the other items of its batch. */
-bool mha_few_queries_pays(const mha_layer *layer, const mha_call *call, size_t live_keys);
+/* Plans the computation of what `a` describes, except for its scratch. Returns the bytes of scratch that each thread
+ * needs. */
+size_t mha_plan_few_queries(mha_few_queries *f, const mha_attention *a, const mha_layer *layer, const mha_rows *key,
+                            const mha_rows *value, mha_plan *plan);
 
-/* Plans the workspace. `layer`, `call`, `live` and `rules` must be set. If no item is computed this way, f->items
- * becomes 0. */
-void mha_few_queries_plan(mha_few_queries *f, mha_layout *layout);
-size_t mha_few_queries_scratch(const mha_few_queries *f); /* bytes for each thread */
+/* Fills the context of the items, and their probabilities if they are wanted. The results of items that are given up
+ * are undefined. */
+mha_status mha_attend_few_queries(const mha_few_queries *f);
 
-/* Fills the context of these items, and their probabilities if they are wanted. *given_up counts the items that were
- * given up. They are then no longer marked in live->is_few, and the call must be planned again. In that case only the
- * context has been written. */
-mha_status mha_few_queries_attend(const mha_few_queries *f, char *scratch, size_t scratch_bytes, size_t *given_up);
+bool mha_is_given_up(const mha_few_queries *f, size_t i);
 
 #endif

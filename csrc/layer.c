@@ -12,42 +12,47 @@
 #include "cpu.h"
 #include "workspace.h"
 
-/* The offsets of a matrix and its bias in the layer's memory. */
-typedef struct {
-    size_t data, bias;
-} offsets;
-
-static offsets reserve_panels(mha_layout *layout, const mha_kernels *kernels, mha_panels *panels, size_t features,
-                              size_t depth)
+static void place_panels(mha_plan *plan, const mha_kernels *kernels, mha_panels *panels, size_t features, size_t depth,
+                         bool has_bias)
 {
     panels->split = mha_split_width(kernels, features);
     panels->depth = depth;
     const size_t padded = panels->split.vectors * kernels->lanes;
-    return (offsets){.data = mha_reserve(layout, padded, depth, kernels->size),
-                     .bias = mha_reserve(layout, padded, 1, kernels->size)};
+    mha_place(plan, &panels->data, padded, depth, kernels->size);
+    if (has_bias)
+        mha_place(plan, &panels->bias, padded, 1, kernels->size);
 }
 
-static void pack_panels(const mha_kernels *kernels, mha_panels *panels, char *memory, offsets at, const char *weight,
-                        const char *bias)
+static void pack_panels(const mha_kernels *kernels, const mha_panels *panels, const char *weight, const char *bias)
 {
     const mha_split *split = &panels->split;
     const size_t size = kernels->size, depth = panels->depth;
     for (size_t i = 0; i < split->panels; i++) {
         const mha_panel panel = mha_panel_at(split, i);
         kernels->pack_panel(weight + panel.first * depth * size, depth, panel.count, depth, 1,
-                            memory + at.data + panel.first * depth * size, panel.vectors);
+                            panels->data + panel.first * depth * size, panel.vectors);
     }
-    panels->data = memory + at.data;
     if (bias) {
-        memset(memory + at.bias, 0, split->vectors * kernels->lanes * size);
-        memcpy(memory + at.bias, bias, split->width * size);
-        panels->bias = memory + at.bias;
+        memset(panels->bias, 0, split->vectors * kernels->lanes * size);
+        memcpy(panels->bias, bias, split->width * size);
     }
 }
 
-static const char *copy(char *memory, size_t offset, const void *from, size_t bytes)
+static void place_extra(mha_plan *plan, const mha_kernels *kernels, mha_rows *rows, size_t heads, size_t width)
 {
-    return from ? memcpy(memory + offset, from, bytes) : NULL;
+    const ptrdiff_t size = (ptrdiff_t)kernels->size, head = (ptrdiff_t)width * size;
+    *rows = (mha_rows){.type = kernels->dtype, .head = head, .row = (ptrdiff_t)heads * head, .step = size};
+    mha_place(plan, &rows->data, 2 * heads, width, kernels->size);
+}
+
+static void fill_extra(const mha_rows *rows, const void *given)
+{
+    char *zeros = rows->data;
+    if (given) {
+        memcpy(zeros, given, (size_t)rows->row);
+        zeros += rows->row;
+    }
+    memset(zeros, 0, (size_t)rows->row);
 }
 
 mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *given,
@@ -55,30 +60,31 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
 {
     const mha_widths w = *widths;
     const mha_kernels *kernels = mha_cpu_kernels(dtype);
-    const size_t size = kernels->size;
-    mha_layout layout = {0};
+    mha_plan plan = {0};
     mha_status status = MHA_NO_MEMORY;
     mha_layer *made = calloc(1, sizeof *made);
     if (!made)
         goto done;
-    const offsets q = reserve_panels(&layout, kernels, &made->q, w.H * w.D, w.E);
-    const offsets k = reserve_panels(&layout, kernels, &made->k, w.Hkv * w.D, w.Ek);
-    const offsets v = reserve_panels(&layout, kernels, &made->v, w.Hkv * w.Dv, w.Ev);
-    const offsets out = reserve_panels(&layout, kernels, &made->out, w.Eo, w.H * w.Dv);
-    const size_t bias_k = mha_reserve(&layout, w.Hkv, w.D, size), bias_v = mha_reserve(&layout, w.Hkv, w.Dv, size);
-    status = mha_allocate(&layout, &made->memory);
+    place_panels(&plan, kernels, &made->q, w.H * w.D, w.E, given->q_bias != NULL);
+    place_panels(&plan, kernels, &made->k, w.Hkv * w.D, w.Ek, given->k_bias != NULL);
+    place_panels(&plan, kernels, &made->v, w.Hkv * w.Dv, w.Ev, given->v_bias != NULL);
+    place_panels(&plan, kernels, &made->out, w.Eo, w.H * w.Dv, given->out_bias != NULL);
+    place_extra(&plan, kernels, &made->extra_k, w.Hkv, w.D);
+    place_extra(&plan, kernels, &made->extra_v, w.Hkv, w.Dv);
+    status = mha_allocate(&plan, &made->memory);
     if (status != MHA_OK)
         goto done;
     made->widths = w;
     made->kernels = kernels;
-    made->bytes = layout.bytes;
+    made->bytes = plan.layout.bytes;
     made->k_weight = given->k_weight;
-    pack_panels(kernels, &made->q, made->memory, q, given->q_weight, given->q_bias);
-    pack_panels(kernels, &made->k, made->memory, k, given->k_weight, given->k_bias);
-    pack_panels(kernels, &made->v, made->memory, v, given->v_weight, given->v_bias);
-    pack_panels(kernels, &made->out, made->memory, out, given->out_weight, given->out_bias);
-    made->bias_k = copy(made->memory, bias_k, given->bias_k, w.Hkv * w.D * size);
-    made->bias_v = copy(made->memory, bias_v, given->bias_v, w.Hkv * w.Dv * size);
+    pack_panels(kernels, &made->q, given->q_weight, given->q_bias);
+    pack_panels(kernels, &made->k, given->k_weight, given->k_bias);
+    pack_panels(kernels, &made->v, given->v_weight, given->v_bias);
+    pack_panels(kernels, &made->out, given->out_weight, given->out_bias);
+    made->has_bias_kv = given->bias_k != NULL;
+    fill_extra(&made->extra_k, given->bias_k);
+    fill_extra(&made->extra_v, given->bias_v);
 done:
     if (status != MHA_OK) {
         mha_layer_destroy(made);
@@ -97,5 +103,5 @@ void mha_layer_destroy(mha_layer *layer)
 
 size_t mha_extra_keys(const mha_layer *layer, const mha_call *call)
 {
-    return (layer->bias_k != NULL) + (size_t)call->add_zero_attn;
+    return (size_t)layer->has_bias_kv + (size_t)call->add_zero_attn;
 }

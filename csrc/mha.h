@@ -15,7 +15,7 @@
 #ifndef MHA_H
 #define MHA_H
 
-#include "base.h"
+#include "rows.h"
 
 /* Every width of the layer. Query head h reads key/value head h / (H / Hkv). */
 typedef struct {
@@ -43,20 +43,6 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
                             mha_layer **layer);
 void mha_layer_destroy(mha_layer *layer); /* NULL is allowed */
 
-/* An input of shape (N, length, features), in native byte order and of the layer's dtype. Strides are in bytes. They
- * may be negative, zero, or not a multiple of the size of a number. */
-typedef struct {
-    const void *data;
-    ptrdiff_t stride_n, stride_l, stride_e;
-} mha_array;
-
-/* Keys or values that are not projected, of shape (N, Hkv, S, features). Strides are as in mha_array. If data is NULL,
- * there are none. */
-typedef struct {
-    const void *data;
-    ptrdiff_t stride_n, stride_h, stride_s, stride_d;
-} mha_projected;
-
 /* A mask of shape (N, H, L, S). Strides are in bytes. A stride of 0 broadcasts. */
 typedef struct {
     const void *data;
@@ -73,8 +59,10 @@ typedef enum {
 
 typedef struct {
     size_t N, L, S;
-    mha_array query, key, value;      /* inputs with equal data and strides are the same input and are read once */
-    mha_projected static_k, static_v; /* used in place of the projected keys and values */
+    /* (N, length, features), in native byte order. Inputs with equal data and strides are the same input and are read
+     * once. */
+    mha_rows query, key, value;
+    mha_rows static_k, static_v; /* (N, Hkv, S, features): used in place of projected keys and values; data NULL: none */
     mha_mask attn_mask;
     mha_mask key_padding_mask; /* only stride_n and stride_s count */
     bool is_causal;            /* query l sees keys 0 to l only, in addition to the masks */
@@ -87,14 +75,12 @@ typedef struct {
      * for which it pays, as mha_choose_paths() says. */
     const bool *is_few;
 
-    void *output; /* (N, L, Eo): features are adjacent, in (N, L) or (L, N) order without gaps. NULL: not wanted. */
-    bool output_batch_first;
-    /* The output does not overlap inputs or masks. If it does, it is written last, when they are no longer read. */
-    bool output_is_apart;
+    /* (N, L, Eo), with adjacent features and ascending rows; it overlaps no input and no mask. data NULL: not wanted. */
+    mha_rows output;
+    /* (N, L, H * Dv): the heads' results, from which the output is projected. data NULL: not wanted. */
+    mha_rows context;
     mha_wanted wanted;
     void *attn_weights; /* C-contiguous (N, L, S') or (N, H, L, S'), where S' = S + mha_extra_keys() */
-    /* C-contiguous (N, L, H * Dv): the heads' results, from which the output is projected. NULL: not wanted. */
-    void *context;
 
     size_t threads; /* at least 1 */
     mha_stop stop;
@@ -114,14 +100,13 @@ mha_status mha_choose_paths(const mha_layer *layer, const mha_call *call, bool *
 
 typedef enum { MHA_QUERY = 0, MHA_KEY, MHA_VALUE } mha_input;
 
-/* One input projection alone: x (N, length, features) is projected to y, C-contiguous (N, length, width). The width is
- * H * D for a query, Hkv * D for a key and Hkv * Dv for a value. */
+/* One input projection alone: x (N, length, features) is projected to y (N, length, width). The width is H * D for a
+ * query, Hkv * D for a key and Hkv * Dv for a value. Rows of y are ascending, and their features adjacent. */
 typedef struct {
     const mha_layer *layer;
     mha_input input;
     size_t N, length;
-    mha_array x;
-    void *y;
+    mha_rows x, y;
     size_t threads;
     mha_stop stop;
 } mha_input_projection;
@@ -130,13 +115,12 @@ mha_status mha_project_input(const mha_input_projection *input);
 
 /* ---- Attention alone: softmax(scale q k^T + mask) v, torch's scaled_dot_product_attention ---- */
 
-/* An array (axes..., heads, rows, features) that is read in place. Features are adjacent and aligned. Strides are in
- * bytes and multiples of the size of a number. A stride of 0 broadcasts. */
+/* An array (axes..., heads, rows, features) that is read in place. Features are adjacent and aligned. Distances are
+ * multiples of the size of a number. A distance of 0 broadcasts. */
 typedef struct {
-    const void *data;
-    size_t heads; /* divides H, the heads of the query; query head h reads head h / (H / heads) */
-    const ptrdiff_t *stride_axes; /* [axes] */
-    ptrdiff_t stride_h, stride_l;
+    mha_rows rows;         /* rows.item is not used; axes stand for it */
+    const ptrdiff_t *axes; /* [axes]: distances in bytes */
+    size_t heads;          /* divides H, the heads of the query; query head h reads head h / (H / heads) */
 } mha_heads;
 
 typedef struct {
@@ -144,7 +128,7 @@ typedef struct {
     size_t axes;
     const size_t *length; /* [axes] */
     size_t L, S, D, Dv;
-    mha_heads query, key, value; /* rows of the query ascend: its stride_l is not negative */
+    mha_heads query, key, value; /* rows of query and output ascend */
     mha_mask mask;               /* its stride_n is not used; mask_axes stands for it */
     const ptrdiff_t *mask_axes;  /* [axes]: the strides of the mask along the axes */
     bool is_causal; /* query l sees keys 0 to l only, in addition to the mask */

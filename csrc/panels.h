@@ -49,8 +49,8 @@ static inline mha_panel mha_panel_at(const mha_split *split, size_t i)
 typedef struct {
     mha_split split; /* of the features */
     size_t depth;
-    const char *data;
-    const char *bias; /* padded with zeros to whole vectors; NULL: none */
+    char *data; /* written once, when the layer is made */
+    char *bias; /* padded with zeros to whole vectors; NULL: none */
 } mha_panels;
 
 #endif

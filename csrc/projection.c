@@ -20,7 +20,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "threads.h"
 #include "workspace.h"
 
 enum {
@@ -36,21 +35,6 @@ enum {
     MAX_SHORT_BYTES = 1600, /* between rows that are read in place: some of them share a page */
 };
 
-typedef struct {
-    const mha_projection *projection;
-    size_t depth, slice, slices;
-    /* numbers that a row has in one chain of the block; the block holds one chain of all rows after the other */
-    size_t chain_width;
-    size_t row_units, blocks; /* row_units: multiples of ROW_UNIT, which the blocks share evenly */
-    size_t block_rows;        /* of the largest block */
-    size_t panels;            /* of all targets */
-    size_t task_panels;       /* of one task */
-    size_t tasks_per_block;
-    /* blocks at which threads take turns, so that a thread's next task is usually on rows that it has copied */
-    size_t interleaved_blocks;
-    size_t tasks;
-} blocking;
-
 /* A slice of some rows. row_stride and chain_stride are the distances between rows and between chains, in numbers. */
 typedef struct {
     const char *data;
@@ -61,7 +45,7 @@ typedef struct {
 /* The slice that a thread has copied. It stands in the first cache line of the thread's scratch. The next task may need
  * the same slice. */
 typedef struct {
-    const blocking *blocking; /* NULL: none */
+    const mha_projection *projection; /* NULL: none */
     size_t first_row, first_feature;
 } copied_slice;
 
@@ -70,14 +54,13 @@ _Static_assert(MAX_SLICE_BYTES % (MHA_CHAIN * sizeof(double)) == 0, "a slice is 
 
 typedef struct {
     const mha_kernels *kernels;
-    blocking blockings[MHA_TARGETS];
-    char *scratch;
-    size_t scratch_bytes;
+    const mha_projection *projections;
+    const mha_team *team;
 } projection_tasks;
 
 /* The number of tasks that share the panels of a block. It gives enough tasks to all threads, and the shortest time
  * until the last thread is ready: if two threads share 11 equal tasks, one of them waits. */
-static size_t choose_tasks_per_block(const blocking *p, size_t threads)
+static size_t choose_tasks_per_block(const mha_blocking *p, size_t threads)
 {
     const size_t min_tasks = mha_smaller(mha_divide_up(TASKS_PER_THREAD * threads, p->blocks), p->panels);
     size_t best = min_tasks, best_time = SIZE_MAX;
@@ -92,16 +75,16 @@ static size_t choose_tasks_per_block(const blocking *p, size_t threads)
     return best;
 }
 
-static blocking choose_blocking(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
+static mha_blocking choose_blocking(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
 {
-    const size_t depth = projection->target[0].panels->depth;
+    const size_t rows = mha_walk_rows(projection->walk), depth = projection->target[0].panels->depth;
     const size_t slice = MAX_SLICE_BYTES / kernels->size;
-    blocking p = {.projection = projection, .depth = depth, .slice = mha_smaller(depth, slice)};
+    mha_blocking p = {.rows = rows, .depth = depth, .slice = mha_smaller(depth, slice)};
     p.chain_width = mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
     p.slices = depth ? mha_divide_up(depth, slice) : 1;
     const size_t fit = MAX_BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->size) / ROW_UNIT * ROW_UNIT;
-    p.row_units = mha_divide_up(projection->rows, ROW_UNIT);
-    p.blocks = mha_divide_up(projection->rows, mha_smaller(MAX_BLOCK_ROWS, fit));
+    p.row_units = mha_divide_up(rows, ROW_UNIT);
+    p.blocks = mha_divide_up(rows, mha_smaller(MAX_BLOCK_ROWS, fit));
     if (p.blocks)
         p.block_rows = mha_divide_up(p.row_units, p.blocks) * ROW_UNIT;
     for (size_t t = 0; t < projection->targets; t++)
@@ -117,60 +100,59 @@ static blocking choose_blocking(const mha_kernels *kernels, const mha_projection
     return p;
 }
 
-static size_t block_size(const blocking *p)
+static size_t block_size(const mha_blocking *p)
 {
     return p->block_rows * mha_divide_up(p->slice, MHA_CHAIN) * p->chain_width;
 }
 
-static size_t strip_size(const mha_kernels *kernels, const blocking *p)
+static size_t strip_size(const mha_kernels *kernels, const mha_blocking *p)
 {
     return p->block_rows * kernels->vectors * kernels->lanes;
 }
 
-static size_t waiting_strips(const blocking *p)
+static size_t waiting_strips(const mha_blocking *p)
 {
     return p->slices > 1 ? MAX_SLICED_PANELS : 1;
 }
 
-size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *projections, size_t count)
+static bool is_same_input(const mha_projection *p, const mha_walk *walk, const mha_rows *x, const mha_panels *panels)
 {
-    size_t max_bytes = 0;
-    for (size_t i = 0; i < count; i++) {
-        const blocking p = choose_blocking(kernels, &projections[i], 1);
-        mha_layout layout = {0};
-        mha_reserve(&layout, 1, 1, sizeof(copied_slice));
-        mha_reserve(&layout, block_size(&p), 1, kernels->size);
-        mha_reserve(&layout, waiting_strips(&p), strip_size(kernels, &p), kernels->size);
-        max_bytes = mha_larger(max_bytes, layout.bytes);
+    return mha_is_same_walk(p->walk, walk) && p->x->data == x->data && p->x->item == x->item &&
+           p->x->row == x->row && p->x->step == x->step && p->target[0].panels->depth == panels->depth;
+}
+
+void mha_add_projection(mha_projection *projections, size_t *count, const mha_walk *walk, const mha_rows *x,
+                        const mha_target *target)
+{
+    mha_projection *p = projections + *count;
+    if (*count > 0 && is_same_input(p - 1, walk, x, target->panels)) {
+        p--;
+    } else {
+        p->walk = walk;
+        p->x = x;
+        p->targets = 0;
+        ++*count;
     }
-    return max_bytes;
+    p->target[p->targets++] = *target;
 }
 
-void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t size, char *to)
+size_t mha_plan_projection(const mha_kernels *kernels, mha_projection *projection, size_t threads)
 {
-    if (stride_e == (ptrdiff_t)size)
-        memcpy(to, x, features * size);
-    else if (size == sizeof(float))
-        for (size_t e = 0; e < features; e++)
-            memcpy(to + e * sizeof(float), x + (ptrdiff_t)e * stride_e, sizeof(float));
-    else
-        for (size_t e = 0; e < features; e++)
-            memcpy(to + e * sizeof(double), x + (ptrdiff_t)e * stride_e, sizeof(double));
+    projection->blocking = choose_blocking(kernels, projection, threads);
+    const mha_blocking *p = &projection->blocking;
+    mha_layout layout = {0};
+    mha_reserve(&layout, 1, 1, sizeof(copied_slice));
+    mha_reserve(&layout, block_size(p), 1, kernels->size);
+    mha_reserve(&layout, waiting_strips(p), strip_size(kernels, p), kernels->size);
+    return layout.bytes;
 }
 
-/* The distance in bytes between rows that can be read in place: they are short, aligned and equally spaced. 0 if they
- * cannot. */
-static size_t distance_of_rows(const blocking *p, size_t first_row, size_t rows, size_t size)
+/* Whether rows can be read where they are: they are short, aligned and equally spaced. */
+static bool can_stay(const mha_run *run, const mha_rows *x, size_t rows)
 {
-    const char *const *row = p->projection->row_address + first_row;
-    const uintptr_t distance = rows > 1 ? (uintptr_t)row[1] - (uintptr_t)row[0] : p->depth * size;
-    if (p->projection->stride_e != (ptrdiff_t)size || distance > MAX_SHORT_BYTES || distance % size > 0 ||
-        (uintptr_t)row[0] % size > 0)
-        return 0;
-    for (size_t r = 1; r < rows; r++)
-        if ((uintptr_t)row[r] - (uintptr_t)row[r - 1] != distance)
-            return 0;
-    return distance;
+    const size_t size = mha_size_of(x->type), distance = (size_t)run->distance;
+    return run->rows == rows && x->step == (ptrdiff_t)size && run->distance > 0 && distance <= MAX_SHORT_BYTES &&
+           distance % size == 0 && (uintptr_t)run->data % size == 0;
 }
 
 /* Prefetches a row. Rows are too far apart for the hardware to foresee the next one. */
@@ -180,38 +162,48 @@ static void prefetch_row(const char *x, size_t bytes)
         __builtin_prefetch(x + i, 0, 2);
 }
 
-static size_t first_row_of(const blocking *p, size_t block)
+static size_t first_row_of(const mha_blocking *p, size_t block)
 {
-    return mha_smaller(mha_first_of_part(p->row_units, p->blocks, block) * ROW_UNIT, p->projection->rows);
+    return mha_smaller(mha_first_of_part(p->row_units, p->blocks, block) * ROW_UNIT, p->rows);
 }
 
 /* Copies a slice of some rows to a block. */
-static void copy_slice(const blocking *p, size_t first_row, size_t rows, size_t first_feature, size_t size, char *block)
+static void copy_slice(const mha_projection *projection, size_t first_row, size_t rows, size_t first_feature,
+                       char *block)
 {
-    const ptrdiff_t stride_e = p->projection->stride_e;
-    const size_t features = mha_smaller(p->depth - first_feature, p->slice);
+    const mha_blocking *p = &projection->blocking;
+    const mha_rows *x = projection->x;
+    const size_t size = mha_size_of(x->type), features = mha_smaller(p->depth - first_feature, p->slice);
     const size_t chain_bytes = p->block_rows * p->chain_width * size;
-    const ptrdiff_t first = (ptrdiff_t)first_feature * stride_e;
-    const char *const *row = p->projection->row_address + first_row;
-    for (size_t r = 0; r < rows; r++) {
-        const char *x = row[r] + first;
-        if (r + 1 < rows && stride_e == (ptrdiff_t)size)
-            prefetch_row(row[r + 1] + first, features * size);
-        char *to = block + r * p->chain_width * size;
-        for (size_t k = 0; k < features; k += MHA_CHAIN, to += chain_bytes)
-            mha_copy_row(x + (ptrdiff_t)k * stride_e, stride_e, mha_smaller(features - k, MHA_CHAIN), size, to);
+    mha_run run;
+    for (size_t done = 0; done < rows; done += run.rows) {
+        run = mha_run_at(projection->walk, x, true, first_row + done, first_row + rows);
+        const char *from = run.data + (ptrdiff_t)first_feature * x->step;
+        for (size_t r = 0; r < run.rows; r++, from += run.distance) {
+            if (r + 1 < run.rows && x->step == (ptrdiff_t)size)
+                prefetch_row(from + run.distance, features * size);
+            char *to = block + (done + r) * p->chain_width * size;
+            for (size_t k = 0; k < features; k += MHA_CHAIN, to += chain_bytes)
+                mha_copy_row(from + (ptrdiff_t)k * x->step, x->step, mha_smaller(features - k, MHA_CHAIN), size, to);
+        }
     }
 }
 
-static sliced_rows take_slice(const blocking *p, size_t first_row, size_t rows, size_t first_feature, size_t size,
+static sliced_rows take_slice(const mha_projection *projection, size_t first_row, size_t rows, size_t first_feature,
                               copied_slice *copied, char *block)
 {
-    const size_t distance = p->slices > 1 ? 0 : distance_of_rows(p, first_row, rows, size);
-    if (distance > 0)
-        return (sliced_rows){p->projection->row_address[first_row], rows, (ptrdiff_t)(distance / size), MHA_CHAIN};
-    if (copied->blocking != p || copied->first_row != first_row || copied->first_feature != first_feature)
-        copy_slice(p, first_row, rows, first_feature, size, block);
-    *copied = (copied_slice){p, first_row, first_feature};
+    const mha_blocking *p = &projection->blocking;
+    if (p->slices == 1) {
+        mha_run run = mha_run_at(projection->walk, projection->x, true, first_row, first_row + rows);
+        const ptrdiff_t size = (ptrdiff_t)mha_size_of(projection->x->type);
+        if (rows == 1)
+            run.distance = (ptrdiff_t)p->depth * size;
+        if (can_stay(&run, projection->x, rows))
+            return (sliced_rows){run.data, rows, run.distance / size, MHA_CHAIN};
+    }
+    if (copied->projection != projection || copied->first_row != first_row || copied->first_feature != first_feature)
+        copy_slice(projection, first_row, rows, first_feature, block);
+    *copied = (copied_slice){projection, first_row, first_feature};
     return (sliced_rows){block, rows, (ptrdiff_t)p->chain_width, (ptrdiff_t)(p->block_rows * p->chain_width)};
 }
 
@@ -226,27 +218,20 @@ static mha_prefetch next_weights(const mha_kernels *kernels, const mha_target *t
     return (mha_prefetch){.data = b, .rows = bytes > 0, .bytes = bytes};
 }
 
-/* Where row r of a target begins. */
-static char *row_of_y(const mha_target *target, size_t r, size_t size)
-{
-    const size_t group = target->group_rows;
-    const size_t at = group ? r / group * target->group_stride + r % group * target->stride : r * target->stride;
-    return target->y + at * size;
-}
-
-/* Multiplies the last chain of a panel straight to y, for rows that are `stride` apart. Features of different heads are
- * multiplied one head after the other. */
-static void multiply_to_heads(const mha_kernels *kernels, const mha_target *target, mha_panel panel, char *y,
-                              mha_product *product)
+/* Multiplies the last chain of a panel straight to a run of rows of y. Features of different heads are multiplied one
+ * head after the other. Overwrites `product`. */
+static void multiply_to_run(const mha_kernels *kernels, const mha_target *target, mha_panel panel, const mha_run *run,
+                            mha_product *product)
 {
     const size_t lanes = kernels->lanes, size = kernels->size;
     size_t head = target->head_width ? panel.first / target->head_width : 0;
     size_t feature = panel.first - head * target->head_width, vectors = panel.vectors;
-    product->c_row = target->stride;
+    product->rows = run->rows;
+    product->c_row = (size_t)run->distance / size;
     while (vectors > 0) {
         const size_t here = target->head_width ? mha_smaller((target->head_width - feature) / lanes, vectors) : vectors;
         product->vectors = here;
-        product->c = y + (head * target->head_stride + feature) * size;
+        product->c = run->data + (ptrdiff_t)head * target->y->head + (ptrdiff_t)(feature * size);
         kernels->product(product);
         product->b = (const char *)product->b + here * lanes * size;
         if (product->addend)
@@ -258,32 +243,44 @@ static void multiply_to_heads(const mha_kernels *kernels, const mha_target *targ
     }
 }
 
-/* The same for rows in groups as well. Overwrites `product`. */
-static void multiply_to_y(const mha_kernels *kernels, const mha_target *target, mha_panel panel, size_t first_row,
-                          mha_product *product)
+/* The same for rows that may be several runs. */
+static void multiply_to_y(const mha_kernels *kernels, const mha_walk *walk, const mha_target *target, mha_panel panel,
+                          size_t first_row, mha_product *product)
 {
-    const size_t size = kernels->size, group_rows = target->group_rows;
-    mha_product some;
-    if (group_rows == 0) {
-        multiply_to_heads(kernels, target, panel, row_of_y(target, first_row, size), product);
-        return;
-    }
-    for (size_t r = 0; r < product->rows; r += some.rows) {
-        some = *product;
-        some.rows = mha_smaller(group_rows - (first_row + r) % group_rows, product->rows - r);
-        some.a = (const char *)product->a + (ptrdiff_t)r * product->a_row * (ptrdiff_t)size;
+    const size_t size = kernels->size, rows = product->rows;
+    mha_run run = mha_run_at(walk, target->y, false, first_row, first_row + rows);
+    for (size_t done = run.rows; done < rows; done += run.rows) {
+        mha_product some = *product;
+        multiply_to_run(kernels, target, panel, &run, &some);
+        product->a = (const char *)product->a + (ptrdiff_t)run.rows * product->a_row * (ptrdiff_t)size;
         if (product->addend)
-            some.addend = (const char *)product->addend + r * product->addend_row * size;
-        multiply_to_heads(kernels, target, panel, row_of_y(target, first_row + r, size), &some);
+            product->addend = (const char *)product->addend + run.rows * product->addend_row * size;
+        run = mha_run_at(walk, target->y, false, first_row + done, first_row + rows);
+    }
+    multiply_to_run(kernels, target, panel, &run, product);
+}
+
+/* Copies the finished sums of a panel from its strip to y. */
+static void copy_strip(const mha_walk *walk, const mha_target *target, mha_panel panel, size_t first_row, size_t rows,
+                       const char *strip, size_t strip_bytes)
+{
+    const size_t size = mha_size_of(target->y->type);
+    mha_run run;
+    for (size_t done = 0; done < rows; done += run.rows) {
+        run = mha_run_at(walk, target->y, false, first_row + done, first_row + rows);
+        for (size_t r = 0; r < run.rows; r++)
+            memcpy(run.data + (ptrdiff_t)r * run.distance + panel.first * size, strip + (done + r) * strip_bytes,
+                   panel.count * size);
     }
 }
 
 /* Adds one slice of one panel to its strip. The last slice goes to y. */
-static void multiply_slice(const mha_kernels *kernels, const blocking *p, const mha_target *target, mha_panel panel,
-                           size_t first_row, size_t first_feature, const sliced_rows *x, char *strip)
+static void multiply_slice(const mha_kernels *kernels, const mha_projection *projection, const mha_target *target,
+                           mha_panel panel, size_t first_row, size_t first_feature, const sliced_rows *x, char *strip)
 {
+    const mha_blocking *p = &projection->blocking;
     const size_t size = kernels->size, P = panel.vectors * kernels->lanes;
-    const bool fits = panel.count == P || (!target->group_rows && panel.first + P <= target->stride);
+    const bool fits = panel.count == P || panel.first + P <= target->room;
     const char *b = target->panels->data + (panel.first * p->depth + first_feature * P) * size;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
     const char *addend = strip;
@@ -301,7 +298,7 @@ static void multiply_slice(const mha_kernels *kernels, const blocking *p, const 
                                .c = strip, .c_row = P, .prefetch = &prefetch};
         k += MHA_CHAIN;
         if (fits && first_feature + k >= p->depth) {
-            multiply_to_y(kernels, target, panel, first_row, &product);
+            multiply_to_y(kernels, projection->walk, target, panel, first_row, &product);
             return;
         }
         kernels->product(&product);
@@ -309,9 +306,7 @@ static void multiply_slice(const mha_kernels *kernels, const blocking *p, const 
         addend_row = P;
     } while (k < features);
     if (first_feature + k >= p->depth)
-        for (size_t r = 0; r < x->rows; r++)
-            memcpy(row_of_y(target, first_row + r, size) + panel.first * size, strip + r * P * size,
-                   panel.count * size);
+        copy_strip(projection->walk, target, panel, first_row, x->rows, strip, P * size);
 }
 
 /* Finds the target of a panel. On entry, *panel counts the panels of all targets. On return, it counts those of this
@@ -326,12 +321,12 @@ static const mha_target *find_target(const mha_projection *projection, size_t *p
 
 static copied_slice *copied_by(const projection_tasks *j, size_t worker)
 {
-    return (copied_slice *)(void *)(j->scratch + worker * j->scratch_bytes);
+    return (copied_slice *)(void *)mha_scratch_of(j->team, worker);
 }
 
 /* The block of a task, and the first of its panels. Of interleaved blocks, the first tasks of all come before the
  * second ones. */
-static size_t block_of_task(const blocking *p, size_t task, size_t *first_panel)
+static size_t block_of_task(const mha_blocking *p, size_t task, size_t *first_panel)
 {
     const size_t together = p->interleaved_blocks * p->tasks_per_block;
     const size_t first_block = task / together * p->interleaved_blocks;
@@ -343,9 +338,10 @@ static size_t block_of_task(const blocking *p, size_t task, size_t *first_panel)
 static void run_task(void *context, size_t task, size_t worker)
 {
     const projection_tasks *j = context;
-    const blocking *p = j->blockings;
-    while (task >= p->tasks)
-        task -= (p++)->tasks;
+    const mha_projection *projection = j->projections;
+    while (task >= projection->blocking.tasks)
+        task -= (projection++)->blocking.tasks;
+    const mha_blocking *p = &projection->blocking;
     const size_t size = j->kernels->size;
     size_t first_panel;
     const size_t block_number = block_of_task(p, task, &first_panel), first_row = first_row_of(p, block_number);
@@ -355,29 +351,27 @@ static void run_task(void *context, size_t task, size_t worker)
     char *block = (char *)copied + MHA_CACHE_LINE, *strips = block + block_size(p) * size;
     for (size_t s = 0; s < p->slices; s++) {
         const size_t first = s * p->slice;
-        const sliced_rows x = take_slice(p, first_row, rows, first, size, copied, block);
+        const sliced_rows x = take_slice(projection, first_row, rows, first, copied, block);
         for (size_t i = first_panel; i < end; i++) {
             size_t in_target = i;
-            const mha_target *target = find_target(p->projection, &in_target);
+            const mha_target *target = find_target(projection, &in_target);
             char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * size;
-            multiply_slice(j->kernels, p, target, mha_panel_at(&target->panels->split, in_target), first_row, first,
-                           &x, strip);
+            multiply_slice(j->kernels, projection, target, mha_panel_at(&target->panels->split, in_target), first_row,
+                           first, &x, strip);
             if ((i - first_panel) % PANELS_PER_POLL == PANELS_PER_POLL - 1 && mha_is_stopped())
                 return;
         }
     }
 }
 
-mha_status mha_project(const mha_kernels *kernels, const mha_projection *projections, size_t count, size_t threads,
-                       char *scratch, size_t scratch_bytes, mha_stop stop)
+mha_status mha_project(const mha_kernels *kernels, const mha_projection *projections, size_t count,
+                       const mha_team *team)
 {
-    projection_tasks j = {.kernels = kernels, .scratch = scratch, .scratch_bytes = scratch_bytes};
+    projection_tasks j = {.kernels = kernels, .projections = projections, .team = team};
     size_t tasks = 0;
-    for (size_t i = 0; i < count; i++) {
-        j.blockings[i] = choose_blocking(kernels, &projections[i], threads);
-        tasks += j.blockings[i].tasks;
-    }
-    for (size_t worker = 0; worker < threads; worker++)
-        copied_by(&j, worker)->blocking = NULL;
-    return mha_parallel_for(threads, tasks, run_task, &j, stop);
+    for (size_t i = 0; i < count; i++)
+        tasks += projections[i].blocking.tasks;
+    for (size_t worker = 0; worker < team->threads; worker++)
+        copied_by(&j, worker)->projection = NULL;
+    return mha_parallel_for(team, tasks, run_task, &j);
 }

@@ -6,43 +6,56 @@
 #define MHA_PROJECTION_H
 
 #include "panels.h"
+#include "threads.h"
+#include "walk.h"
 
 enum { MHA_TARGETS = 3 };
 
-/* Where a product goes. If `head_width` is 0, y is one matrix with rows `stride` numbers apart. Otherwise each head of
- * `head_width` features (whole vectors) has a matrix of its own, `head_stride` numbers after the one before.
+/* Where a product goes: y has the rows of the walk, with heads of `head_width` features. If the heads are apart, a
+ * head is whole vectors. If head_width is 0, they are side by side.
  *
- * Kernels write whole vectors. If they fit into `stride`, numbers after the last feature are overwritten. If they do
- * not fit, rows are written up to the last feature.
- *
- * If `group_rows` is not 0, only `group_rows` consecutive rows are `stride` apart. The next group of rows starts
- * `group_stride` numbers later, and rows are written up to the last feature. */
+ * Kernels write whole vectors. If they fit into `room`, numbers after the last feature are overwritten. If they do not
+ * fit, rows are written up to the last feature. */
 typedef struct {
     const mha_panels *panels;
-    char *y;
-    size_t stride;
-    size_t head_width, head_stride;  /* head_width 0: one matrix */
-    size_t group_rows, group_stride; /* group_rows 0: all rows are `stride` apart; otherwise head_width is 0 */
+    const mha_rows *y;
+    size_t head_width;
+    size_t room; /* numbers of a row of y, from feature 0 on */
 } mha_target;
 
-/* One input and what is made from it. Its rows may be anywhere. They are read once for all targets (q, k and v of the
- * same input). */
+/* How the rows and panels of a projection are divided into tasks. */
 typedef struct {
-    size_t rows;
-    const char *const *row_address; /* [rows]: the address of feature 0 */
-    ptrdiff_t stride_e; /* bytes between features */
+    size_t rows, depth, slice, slices;
+    /* numbers that a row has in one chain of the block; the block holds one chain of all rows after the other */
+    size_t chain_width;
+    size_t row_units, blocks; /* row_units: some rows each, which the blocks share evenly */
+    size_t block_rows;        /* of the largest block */
+    size_t panels;            /* of all targets */
+    size_t task_panels;       /* of one task */
+    size_t tasks_per_block;
+    /* blocks at which threads take turns, so that a thread's next task is usually on rows that it has copied */
+    size_t interleaved_blocks;
+    size_t tasks;
+} mha_blocking;
+
+/* One input and what is made from it. Its rows are read once for all targets (q, k and v of the same input). */
+typedef struct {
+    const mha_walk *walk;
+    const mha_rows *x; /* gathered */
     size_t targets;
     mha_target target[MHA_TARGETS];
+    mha_blocking blocking; /* set by mha_plan_projection() */
 } mha_projection;
 
-/* Copies features of `size` bytes that are stride_e bytes apart. The copies are adjacent. */
-void mha_copy_row(const char *x, ptrdiff_t stride_e, size_t features, size_t size, char *to);
+/* Adds what is made from an input. If it is the input that was added before, its rows are read once for both. */
+void mha_add_projection(mha_projection *projections, size_t *count, const mha_walk *walk, const mha_rows *x,
+                        const mha_target *target);
 
-/* Bytes of scratch that each thread needs for any of these projections. */
-size_t mha_projection_scratch(const mha_kernels *kernels, const mha_projection *projections, size_t count);
+/* Completes the plan of a projection, and returns the bytes of scratch that each thread needs. */
+size_t mha_plan_projection(const mha_kernels *kernels, mha_projection *projection, size_t threads);
 
-/* Runs `count` projections together. `scratch` has scratch_bytes for each thread. */
-mha_status mha_project(const mha_kernels *kernels, const mha_projection *projections, size_t count, size_t threads,
-                       char *scratch, size_t scratch_bytes, mha_stop stop);
+/* Runs `count` projections together. */
+mha_status mha_project(const mha_kernels *kernels, const mha_projection *projections, size_t count,
+                       const mha_team *team);
 
 #endif

@@ -37,12 +37,12 @@ static _Atomic(char *) *spare_of(size_t bytes)
     return &spares[bytes >= LARGE];
 }
 
-mha_status mha_take_workspace(const mha_layout *layout, char **workspace)
+mha_status mha_take_workspace(const mha_plan *plan, char **workspace)
 {
     *workspace = NULL;
-    if (layout->too_large)
+    if (plan->layout.too_large)
         return MHA_TOO_LARGE;
-    const size_t bytes = layout->bytes + MHA_CACHE_LINE;
+    const size_t bytes = plan->layout.bytes + MHA_CACHE_LINE;
     char *memory = atomic_exchange(spare_of(bytes), NULL);
     if (memory && header_of(memory)->bytes < bytes) {
         free(memory);
@@ -56,6 +56,7 @@ mha_status mha_take_workspace(const mha_layout *layout, char **workspace)
     }
     header_of(memory)->taken = bytes;
     *workspace = memory + MHA_CACHE_LINE;
+    mha_set_pointers(plan, *workspace);
     return MHA_OK;
 }
 

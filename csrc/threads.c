@@ -355,7 +355,7 @@ static void withdraw(void)
     atomic_store_explicit(&pool.busy, false, memory_order_release);
 }
 
-static mha_status run_with_task(size_t tasks, mha_task run, void *context)
+static mha_status run_in_task(size_t tasks, mha_task run, void *context)
 {
     for (size_t task = 0; task < tasks; task++) {
         run(context, task, 0);
@@ -365,16 +365,16 @@ static mha_status run_with_task(size_t tasks, mha_task run, void *context)
     return MHA_OK;
 }
 
-mha_status mha_parallel_for(size_t threads, size_t tasks, mha_task run, void *context, mha_stop stop)
+mha_status mha_parallel_for(const mha_team *team, size_t tasks, mha_task run, void *context)
 {
-    if (stop.with_task)
-        return run_with_task(tasks, run, context);
+    if (team->in_task)
+        return run_in_task(tasks, run, context);
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     struct loop loop = {.run = run, .context = context, .tasks = tasks};
     pthread_once(&once, prepare);
     unsigned forks_before = forks;
-    bool published = publish(&loop, threads < tasks ? threads : tasks);
-    bool stopped = run_tasks(&loop, 0, &stop);
+    bool published = publish(&loop, team->threads < tasks ? team->threads : tasks);
+    bool stopped = run_tasks(&loop, 0, &team->stop);
 
     if (published && forks != forks_before)
         return MHA_STOPPED; /* should_stop() forked; in the child the workers' tasks are lost, and the pool is new */

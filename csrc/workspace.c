@@ -7,6 +7,7 @@
 #include "workspace.h"
 
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 
 enum { SMALL = 1024 }; /* bytes; up to this size malloc is several times faster than aligned_alloc */
@@ -24,13 +25,24 @@ char *mha_allocate_bytes(size_t bytes)
     return memory;
 }
 
-mha_status mha_allocate(const mha_layout *layout, char **memory)
+void mha_set_pointers(const mha_plan *plan, char *memory)
+{
+    for (size_t i = 0; i < plan->pointers; i++) {
+        const char *const address = memory + plan->set[i].offset;
+        memcpy(plan->set[i].pointer, &address, sizeof address);
+    }
+}
+
+mha_status mha_allocate(const mha_plan *plan, char **memory)
 {
     *memory = NULL;
-    if (layout->too_large)
+    if (plan->layout.too_large)
         return MHA_TOO_LARGE;
-    *memory = mha_allocate_bytes(layout->bytes ? layout->bytes : MHA_CACHE_LINE);
-    return *memory ? MHA_OK : MHA_NO_MEMORY;
+    *memory = mha_allocate_bytes(plan->layout.bytes ? plan->layout.bytes : MHA_CACHE_LINE);
+    if (!*memory)
+        return MHA_NO_MEMORY;
+    mha_set_pointers(plan, *memory);
+    return MHA_OK;
 }
 
 void mha_release(char *memory)

@@ -9,11 +9,10 @@
 
 enum { MHA_CACHE_LINE = 64, MHA_HUGE_PAGE = 2 << 20 }; /* in bytes */
 
-/* A plan of a block. mha_reserve() returns offsets into it. mha_allocate() turns the plan into memory, and reports an
- * overflow that occurred on the way. Initialise with zeros. */
+/* Sizes of pieces that will be one block. Initialise with zeros. */
 typedef struct {
     size_t bytes;
-    bool too_large;
+    bool too_large; /* an overflow occurred on the way */
 } mha_layout;
 
 /* Reserves rows * columns elements of `size` bytes, aligned to a cache line, and returns their offset. It is inline
@@ -30,11 +29,40 @@ static inline size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns
     return offset;
 }
 
+/* A block whose pieces are reached by pointers. They are set when there is memory. Initialise with zeros. */
+enum { MHA_MAX_POINTERS = 40 };
+typedef struct {
+    mha_layout layout;
+    size_t pointers;
+    struct {
+        void *pointer; /* to a pointer of any type */
+        size_t offset;
+    } set[MHA_MAX_POINTERS];
+} mha_plan;
+
+/* Remembers to set *pointer to the address of an offset. The pointer must stay where it is until then. */
+static inline void mha_point(mha_plan *plan, void *pointer, size_t offset)
+{
+    plan->set[plan->pointers].pointer = pointer;
+    plan->set[plan->pointers++].offset = offset;
+}
+
+/* mha_reserve(), and *pointer will lead to the piece. */
+static inline size_t mha_place(mha_plan *plan, void *pointer, size_t rows, size_t columns, size_t size)
+{
+    const size_t offset = mha_reserve(&plan->layout, rows, columns, size);
+    mha_point(plan, pointer, offset);
+    return offset;
+}
+
+/* Sets the pointers of a plan whose memory begins here. */
+void mha_set_pointers(const mha_plan *plan, char *memory);
+
 /* Allocates aligned memory. Large blocks ask for huge pages: a call touches more small pages than the TLB holds. */
 char *mha_allocate_bytes(size_t bytes);
 
-/* Allocates the planned block, uninitialised. Release it with mha_release(). */
-mha_status mha_allocate(const mha_layout *layout, char **memory);
+/* Allocates the planned block, uninitialised, and sets the pointers. Release it with mha_release(). */
+mha_status mha_allocate(const mha_plan *plan, char **memory);
 void mha_release(char *memory); /* NULL is allowed */
 
 /* The distance between rows of `width` numbers that kernels write in whole vectors. It is never a large power of two,

@@ -154,4 +154,22 @@ extern const mha_kernels mha_kernels_avx2[2];
 extern const mha_kernels mha_kernels_avx512[2];
 extern const mha_kernels mha_kernels_neon[2];
 
+/* The product of a whole depth, in chains of MHA_CHAIN. `product` describes the first chain, except for its depth. */
+static inline void mha_multiply_chained(const mha_kernels *kernels, mha_product *product, size_t depth)
+{
+    const ptrdiff_t a_chain = MHA_CHAIN * product->a_k * (ptrdiff_t)kernels->size;
+    const size_t b_chain = MHA_CHAIN * product->b_k * kernels->size;
+    for (; depth > MHA_CHAIN; depth -= MHA_CHAIN) {
+        product->depth = MHA_CHAIN;
+        kernels->product(product);
+        product->a = (const char *)product->a + a_chain;
+        product->b = (const char *)product->b + b_chain;
+        product->addend = product->c;
+        product->addend_row = product->c_row;
+        product->prefetch = NULL;
+    }
+    product->depth = depth;
+    kernels->product(product);
+}
+
 #endif

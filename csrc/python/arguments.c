@@ -119,29 +119,31 @@ int collect_arguments(const module_state *state, PyObject *const *objects, Py_ss
     return out_from_object(objects[ARGUMENT_OUT], &arguments->out);
 }
 
-static mha_array describe_input(const call_arguments *arguments, PyArrayObject *array)
+/* An array (N, length, features) or (length, N, features), or (length, features) without a batch. */
+static mha_rows describe_array(const call_arguments *arguments, PyArrayObject *array, bool batch_first)
 {
     const npy_intp *strides = PyArray_STRIDES(array);
-    const void *data = PyArray_DATA(array);
-    if (!arguments->is_batched)
-        return (mha_array){.data = data, .stride_l = strides[0], .stride_e = strides[1]};
-    const int n_axis = arguments->batch_first ? 0 : 1;
-    return (mha_array){
-        .data = data, .stride_n = strides[n_axis], .stride_l = strides[1 - n_axis], .stride_e = strides[2]};
+    mha_rows rows = {.data = PyArray_DATA(array), .type = arguments->weights->dtype};
+    rows.step = strides[PyArray_NDIM(array) - 1];
+    rows.row = strides[arguments->is_batched && batch_first ? 1 : 0];
+    if (arguments->is_batched)
+        rows.item = strides[batch_first ? 0 : 1];
+    return rows;
 }
 
 /* (N * Hkv, S, features): heads within batch items. The product is unsigned, because an empty array may have any
  * stride. */
-static mha_projected describe_projected(const call_arguments *arguments, PyArrayObject *array)
+static mha_rows describe_projected(const call_arguments *arguments, PyArrayObject *array)
 {
     if (array == NULL)
-        return (mha_projected){0};
+        return (mha_rows){.data = NULL};
     const npy_intp *strides = PyArray_STRIDES(array);
-    return (mha_projected){.data = PyArray_DATA(array),
-                           .stride_n = (ptrdiff_t)((size_t)strides[0] * arguments->weights->widths.Hkv),
-                           .stride_h = strides[0],
-                           .stride_s = strides[1],
-                           .stride_d = strides[2]};
+    return (mha_rows){.data = PyArray_DATA(array),
+                      .type = arguments->weights->dtype,
+                      .item = (ptrdiff_t)((size_t)strides[0] * arguments->weights->widths.Hkv),
+                      .head = strides[0],
+                      .row = strides[1],
+                      .step = strides[2]};
 }
 
 static void describe_masks(call_arguments *arguments)
@@ -171,14 +173,12 @@ static void describe_masks(call_arguments *arguments)
     }
 }
 
-static bool is_apart_from_inputs(const call_arguments *arguments)
+static bool is_apart_from_inputs(const call_arguments *arguments, PyArrayObject *array)
 {
     PyArrayObject *const inputs[] = {arguments->query, arguments->key, arguments->value, arguments->attn_mask,
                                      arguments->key_padding_mask, arguments->static_k, arguments->static_v};
-    if (arguments->output != arguments->out)
-        return true;
     for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
-        if (arrays_may_overlap(arguments->output, inputs[i]))
+        if (arrays_may_overlap(array, inputs[i]))
             return false;
     return true;
 }
@@ -194,15 +194,13 @@ static int make_output(call_arguments *arguments)
 
     if (arguments->out != NULL && check_out(arguments->out, arguments->weights->dtype, ndim, shape + skip) < 0)
         return -1;
-    if (arguments->out != NULL && PyArray_ISCARRAY(arguments->out))
+    if (arguments->out != NULL && PyArray_ISCARRAY(arguments->out) && is_apart_from_inputs(arguments, arguments->out))
         arguments->output = (PyArrayObject *)Py_NewRef((PyObject *)arguments->out);
     else
         arguments->output = new_array(ndim, shape + skip, arguments->weights->dtype);
     if (arguments->output == NULL)
         return -1;
-    arguments->call.output = PyArray_DATA(arguments->output);
-    arguments->call.output_batch_first = batch_first;
-    arguments->call.output_is_apart = is_apart_from_inputs(arguments);
+    arguments->call.output = describe_array(arguments, arguments->output, batch_first);
     return 0;
 }
 
@@ -233,9 +231,9 @@ int prepare_call(call_arguments *arguments)
     call->L = (size_t)arguments->query_shape[0];
     call->N = (size_t)arguments->query_shape[1];
     call->S = (size_t)arguments->S;
-    call->query = describe_input(arguments, arguments->query);
-    call->key = describe_input(arguments, arguments->key);
-    call->value = describe_input(arguments, arguments->value);
+    call->query = describe_array(arguments, arguments->query, arguments->batch_first);
+    call->key = describe_array(arguments, arguments->key, arguments->batch_first);
+    call->value = describe_array(arguments, arguments->value, arguments->batch_first);
     call->static_k = describe_projected(arguments, arguments->static_k);
     call->static_v = describe_projected(arguments, arguments->static_v);
     /* torch drops nothing for a negative number */

@@ -405,11 +405,13 @@ static size_t count_heads(const sdpa_arguments *arguments, PyArrayObject *array)
 static mha_heads describe_heads(const sdpa_arguments *arguments, PyArrayObject *array, ptrdiff_t *strides)
 {
     list_strides(array, arguments->call.axes, strides);
-    return (mha_heads){.data = PyArray_DATA(array),
+    return (mha_heads){.rows = {.data = PyArray_DATA(array),
+                                .type = arguments->call.dtype,
+                                .head = stride_of(array, 3),
+                                .row = stride_of(array, 2),
+                                .step = (ptrdiff_t)mha_size_of(arguments->call.dtype)},
                        .heads = count_heads(arguments, array),
-                       .stride_axes = strides,
-                       .stride_h = stride_of(array, 3),
-                       .stride_l = stride_of(array, 2)};
+                       .axes = strides};
 }
 
 static void describe_mask(sdpa_arguments *arguments)

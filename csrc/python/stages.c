@@ -79,7 +79,8 @@ PyObject *attend(PyObject *module, PyObject *const *objects, Py_ssize_t count)
     context = new_array(3 - skip, shape + skip, arguments.weights->dtype);
     if (context == NULL)
         goto done;
-    arguments.call.context = PyArray_DATA(context);
+    arguments.call.context = mha_contiguous_rows(PyArray_DATA(context), arguments.weights->dtype, 1, arguments.call.L,
+                                                 widths->H * widths->Dv);
     if (run_forward(state, &arguments) == 0)
         result = PyTuple_Pack(2, context, arguments.attn_weights ? (PyObject *)arguments.attn_weights : Py_None);
 done:
@@ -138,9 +139,9 @@ static PyArrayObject *prepare_projection(PyArrayObject *x, bool batch_first, con
     job->layer = weights->packed;
     job->N = (size_t)shape[0];
     job->length = (size_t)shape[1];
-    job->x = (mha_array){.data = PyArray_DATA(x), .stride_n = n < 0 ? 0 : PyArray_STRIDE(x, n),
-                         .stride_l = PyArray_STRIDE(x, l), .stride_e = PyArray_STRIDE(x, ndim - 1)};
-    job->y = PyArray_DATA(y);
+    job->x = (mha_rows){.data = PyArray_DATA(x), .type = weights->dtype, .item = n < 0 ? 0 : PyArray_STRIDE(x, n),
+                        .row = PyArray_STRIDE(x, l), .step = PyArray_STRIDE(x, ndim - 1)};
+    job->y = mha_contiguous_rows(PyArray_DATA(y), weights->dtype, 1, job->length, widths[job->input]);
     return y;
 }
 

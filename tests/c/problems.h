@@ -213,9 +213,9 @@ static inline size_t columns_of(const problem *p)
     return p->S + (size_t)p->has_bias_kv + (size_t)p->add_zero_attn;
 }
 
-static inline mha_array as_input(const array4 *a)
+static inline mha_rows as_input(const array4 *a, mha_dtype dtype)
 {
-    return (mha_array){a->data, a->stride[0], a->stride[2], a->stride[3]};
+    return (mha_rows){.data = a->data, .type = dtype, .item = a->stride[0], .row = a->stride[2], .step = a->stride[3]};
 }
 
 static inline mha_mask as_mask(const array4 *a, mha_mask_kind kind)
@@ -224,24 +224,30 @@ static inline mha_mask as_mask(const array4 *a, mha_mask_kind kind)
                       a->stride[2], a->stride[3]};
 }
 
+/* Contiguous rows (N, L), as (L, N). */
+static inline void put_queries_first(mha_rows *rows, size_t N)
+{
+    rows->item = rows->row;
+    rows->row *= (ptrdiff_t)N;
+}
+
 /* Places inputs, masks and results of a call. */
 static inline mha_call make_call(const problem *p, mha_dtype dtype, const manner *m)
 {
     const size_t number_size = size_of(dtype);
     const size_t lengths[3] = {p->L, p->S, p->S}, features[3] = {p->w.E, p->w.Ek, p->w.Ev};
     const size_t heads = m->wanted == MHA_WANT_PROBABILITIES ? p->w.H : m->wanted == MHA_WANT_AVERAGES;
-    mha_array inputs[3];
+    mha_rows inputs[3];
     for (size_t i = 0; i < 3; i++) {
         const size_t size[4] = {p->N, 1, lengths[i], features[i]};
         const array4 a = i > 0 && p->is_self ? (array4){.data = NULL}
                                              : place_array(INPUTS + i, size, number_size, m->layout, m->side);
         put_random(&a, dtype, SEED + 10 + i);
-        inputs[i] = i > 0 && p->is_self ? inputs[0] : as_input(&a);
+        inputs[i] = i > 0 && p->is_self ? inputs[0] : as_input(&a, dtype);
     }
     mha_call call = {.N = p->N, .L = p->L, .S = p->S, .query = inputs[0], .key = inputs[1], .value = inputs[2],
                      .is_causal = p->is_causal, .add_zero_attn = p->add_zero_attn, .empty_row = p->empty_row,
                      .dropout_p = p->dropout_p, .dropout_seed = 5, .dropout_call = 7, .wanted = m->wanted,
-                     .output_batch_first = !m->output_l_first, .output_is_apart = true,
                      .threads = m->threads};
     if (p->attn) {
         const size_t size[4] = {p->attn_per_head ? p->N : 1, p->attn_per_head ? p->w.H : 1, p->L, p->S};
@@ -255,7 +261,10 @@ static inline mha_call make_call(const problem *p, mha_dtype dtype, const manner
         put_mask(&a, p->padding, false);
         call.key_padding_mask = as_mask(&a, p->padding);
     }
-    call.output = guarded_buffer(OUTPUT, p->N * p->L * p->w.Eo * number_size, m->side);
+    call.output = mha_contiguous_rows(guarded_buffer(OUTPUT, p->N * p->L * p->w.Eo * number_size, m->side), dtype, 1,
+                                      p->L, p->w.Eo);
+    if (m->output_l_first)
+        put_queries_first(&call.output, p->N);
     call.attn_weights = guarded_buffer(WEIGHTS, p->N * heads * p->L * columns_of(p) * number_size, m->side);
     return call;
 }
@@ -273,14 +282,13 @@ static inline void free_answer(answer *a)
     free(a->weights);
 }
 
-static inline double input_number(mha_dtype dtype, const mha_array *x, size_t n, size_t l, size_t e)
+static inline double input_number(mha_dtype dtype, const mha_rows *x, size_t n, size_t l, size_t e)
 {
-    return get_at(dtype, (const char *)x->data + (ptrdiff_t)n * x->stride_n + (ptrdiff_t)l * x->stride_l +
-                             (ptrdiff_t)e * x->stride_e);
+    return get_at(dtype, mha_row_at(x, n, 0, l) + (ptrdiff_t)e * x->step);
 }
 
 /* (N, length + extra, width): x W^T + b, then a row of `more` for every item, then zeros. */
-static inline double *project(const parameters *given, int weight, const mha_array *x, size_t N, size_t length,
+static inline double *project(const parameters *given, int weight, const mha_rows *x, size_t N, size_t length,
                               size_t extra, size_t width, size_t features, int more)
 {
     const mha_dtype t = given->dtype;

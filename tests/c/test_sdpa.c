@@ -70,9 +70,9 @@ static array4 place_heads(const sdpa_problem *p, size_t slot, const size_t size[
     return a;
 }
 
-static mha_heads as_heads(const array4 *a, size_t heads, const ptrdiff_t *strides)
+static mha_heads as_heads(const array4 *a, mha_dtype dtype, size_t heads, const ptrdiff_t *strides)
 {
-    return (mha_heads){a->data, heads, strides, a->stride[1], a->stride[2]};
+    return (mha_heads){{a->data, dtype, 0, a->stride[1], a->stride[2], a->stride[3], NULL}, strides, heads};
 }
 
 static void make_sdpa_call(const sdpa_problem *p, mha_dtype dtype, const sdpa_manner *m, made_call *made)
@@ -91,11 +91,11 @@ static void make_sdpa_call(const sdpa_problem *p, mha_dtype dtype, const sdpa_ma
     made->output_count = output.size[0] * output.size[1] * output.size[2] * output.size[3];
     made->call = (mha_sdpa_call){
         .dtype = dtype, .axes = AXES, .length = p->axes, .L = p->L, .S = p->S, .D = p->D, .Dv = p->Dv,
-        .query = as_heads(&inputs[0], p->H, made->strides[0]),
-        .key = as_heads(&inputs[1], p->key_heads, made->strides[1]),
-        .value = as_heads(&inputs[2], p->value_heads, made->strides[2]),
+        .query = as_heads(&inputs[0], dtype, p->H, made->strides[0]),
+        .key = as_heads(&inputs[1], dtype, p->key_heads, made->strides[1]),
+        .value = as_heads(&inputs[2], dtype, p->value_heads, made->strides[2]),
         .is_causal = p->is_causal, .scale = p->scale != 0 ? p->scale : 1 / sqrt((double)p->D),
-        .output = as_heads(&output, p->H, made->strides[4]), .threads = m->threads,
+        .output = as_heads(&output, dtype, p->H, made->strides[4]), .threads = m->threads,
     };
     if (p->mask) {
         const size_t size[3] = {p->mask_per_head ? p->H : 1, p->L, p->S};
@@ -115,8 +115,7 @@ static ptrdiff_t axes_offset(const ptrdiff_t *strides, size_t i, size_t j)
 /* The first feature of a row of query head h. */
 static const char *row_of(const mha_sdpa_call *c, const mha_heads *x, size_t i, size_t j, size_t h, size_t l)
 {
-    return (const char *)x->data + axes_offset(x->stride_axes, i, j) +
-           (ptrdiff_t)(h / (c->query.heads / x->heads)) * x->stride_h + (ptrdiff_t)l * x->stride_l;
+    return mha_row_at(&x->rows, 0, h / (c->query.heads / x->heads), l) + axes_offset(x->axes, i, j);
 }
 
 /* The output (axes, heads, rows, features) as doubles. */

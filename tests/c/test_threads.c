@@ -26,6 +26,11 @@
 enum { PATIENCE_S = 300, MAX_TASKS = 1000, MAX_THREADS = 9 };
 
 static const mha_stop NEVER = {0};
+
+static mha_status loop_over(size_t threads, size_t tasks, mha_task run, void *context, mha_stop stop)
+{
+    return mha_parallel_for(&(mha_team){.threads = threads, .stop = stop}, tasks, run, context);
+}
 static atomic_int failures;
 
 #define CHECK(condition)                                                                                               \
@@ -91,7 +96,7 @@ static void watched_task(void *context, size_t task, size_t worker)
 static void run_watched(size_t threads, size_t tasks)
 {
     struct watch watch = {.threads = threads};
-    CHECK(mha_parallel_for(threads, tasks, watched_task, &watch, NEVER) == MHA_OK);
+    CHECK(loop_over(threads, tasks, watched_task, &watch, NEVER) == MHA_OK);
     CHECK(atomic_load(&watch.running) == 0);
     for (size_t task = 0; task < tasks; task++)
         CHECK(atomic_load(&watch.runs[task]) == 1);
@@ -121,7 +126,7 @@ static void meet(void *context, size_t task, size_t worker)
 static void run_meeting(size_t threads, void (*look)(size_t worker))
 {
     struct meeting meeting = {.expected = threads, .look = look};
-    CHECK(mha_parallel_for(threads, threads, meet, &meeting, NEVER) == MHA_OK);
+    CHECK(loop_over(threads, threads, meet, &meeting, NEVER) == MHA_OK);
 }
 
 /* ---- In a process of its own, which exits 0 if it found nothing wrong ---- */
@@ -190,7 +195,7 @@ static void ordered_task(void *context, size_t task, size_t worker)
 static void run_ordered(size_t threads)
 {
     struct order order = {.thread = pthread_self()};
-    CHECK(mha_parallel_for(threads, 20, ordered_task, &order, NEVER) == MHA_OK);
+    CHECK(loop_over(threads, 20, ordered_task, &order, NEVER) == MHA_OK);
     CHECK(order.next == 20);
 }
 
@@ -203,8 +208,8 @@ static void nesting_task(void *context, size_t task, size_t worker)
 static void nested_calls_are_serial(void)
 {
     run_ordered(1);
-    CHECK(mha_parallel_for(4, 50, nesting_task, NULL, NEVER) == MHA_OK);
-    CHECK(mha_parallel_for(1, 5, nesting_task, NULL, NEVER) == MHA_OK);
+    CHECK(loop_over(4, 50, nesting_task, NULL, NEVER) == MHA_OK);
+    CHECK(loop_over(1, 5, nesting_task, NULL, NEVER) == MHA_OK);
     run_meeting(2, NULL); /* and the one after that is parallel again */
 }
 
@@ -285,7 +290,7 @@ static void stopping(void)
         struct brake brake = {.caller = pthread_self(), .answer_at = 3};
         mha_stop stop = {.should_stop = stop_at, .context = &brake};
         size_t runs = 0;
-        CHECK(mha_parallel_for(threads, MAX_TASKS, leave_some_to_the_caller, &watch, stop) == MHA_STOPPED);
+        CHECK(loop_over(threads, MAX_TASKS, leave_some_to_the_caller, &watch, stop) == MHA_STOPPED);
         CHECK(atomic_load(&watch.running) == 0);
         CHECK(brake.asked == 3);
         for (size_t task = 0; task < MAX_TASKS; task++) {
@@ -296,19 +301,19 @@ static void stopping(void)
         CHECK(threads > 1 || runs == 3);
 
         brake.answer_at = SIZE_MAX;
-        CHECK(mha_parallel_for(threads, 20, watched_task, &(struct watch){.threads = threads}, stop) == MHA_OK);
+        CHECK(loop_over(threads, 20, watched_task, &(struct watch){.threads = threads}, stop) == MHA_OK);
     }
 }
 
 static atomic_bool forked;
 
 /* A loop that belongs to task 2 of another, and how far it came. */
-static void loop_with_task(void *context, size_t task, size_t worker)
+static void loop_in_task(void *context, size_t task, size_t worker)
 {
     struct order *order = context;
     CHECK(worker == 0);
     if (task == 2) {
-        const mha_status status = mha_parallel_for(4, 20, ordered_task, order, (mha_stop){.with_task = true});
+        const mha_status status = mha_parallel_for(&(mha_team){.threads = 4, .in_task = true}, 20, ordered_task, order);
         CHECK(status == MHA_STOPPED || order->next == 20);
     }
 }
@@ -319,7 +324,7 @@ static void stopping_a_task_with_its_loop(void)
         struct brake brake = {.caller = pthread_self(), .answer_at = answer_at};
         struct order order = {.thread = pthread_self()};
         const mha_stop stop = {.should_stop = stop_at, .context = &brake};
-        const mha_status status = mha_parallel_for(1, 5, loop_with_task, &order, stop);
+        const mha_status status = loop_over(1, 5, loop_in_task, &order, stop);
         CHECK(status == (answer_at <= 25 ? MHA_STOPPED : MHA_OK));
         CHECK(order.next == (answer_at < 3 ? 0 : answer_at < 22 ? answer_at - 2 : 20));
     }
@@ -348,7 +353,7 @@ static void should_stop_may_fork(void)
     struct watch watch = {.threads = 3};
     struct brake brake = {.caller = pthread_self(), .child = -1};
     const mha_stop stop = {.should_stop = fork_once, .context = &brake};
-    mha_status status = mha_parallel_for(3, 50, wait_for_the_fork, &watch, stop);
+    mha_status status = loop_over(3, 50, wait_for_the_fork, &watch, stop);
     if (brake.child == 0) {
         start_child();
         CHECK(status == MHA_STOPPED);
@@ -451,7 +456,7 @@ static void report_cost(void)
     enum { LOOPS = 20000 };
     double start = seconds(CLOCK_MONOTONIC);
     for (size_t i = 0; i < LOOPS; i++)
-        mha_parallel_for(2, 2, empty_task, NULL, NEVER);
+        loop_over(2, 2, empty_task, NULL, NEVER);
     printf("    %.2f us for an empty loop over 2 tasks\n", 1e6 * (seconds(CLOCK_MONOTONIC) - start) / (double)LOOPS);
 }
 

@@ -146,9 +146,9 @@ static bool is_small(const problem *p)
 static void check_answer(const problem *p, const parameters *given, const mha_call *call)
 {
     answer wanted = define(p, given, call, NULL);
-    compare("output", given->dtype, call->output, wanted.output, 0);
-    if (call->output_batch_first)
-        compare("output", given->dtype, call->output, wanted.output, p->N * p->L * p->w.Eo);
+    for (size_t r = 0; r < p->N * p->L; r++)
+        compare("output", given->dtype, mha_row_at(&call->output, r / p->L, 0, r % p->L), wanted.output + r * p->w.Eo,
+                p->w.Eo);
     if (call->wanted == MHA_WANT_PROBABILITIES)
         compare("weights", given->dtype, call->attn_weights, wanted.weights, p->N * p->w.H * p->L * columns_of(p));
     free_answer(&wanted);
@@ -169,19 +169,20 @@ static void fuzz_forward(choices *c)
         abort();
     const size_t lengths[3] = {p.L, p.S, p.S}, features[3] = {p.w.E, p.w.Ek, p.w.Ev};
     block inputs[3] = {{.memory = NULL}}, masks[2] = {{.memory = NULL}};
-    mha_array x[3];
+    mha_rows x[3];
     for (size_t i = 0; i < 3; i++) {
         const size_t size[4] = {p.N, 1, lengths[i], features[i]};
         if (i == 0 || !p.is_self) {
             inputs[i] = place_anywhere(c, size, number_size, 1);
             put_numbers(&inputs[i].view, dtype, seed + i, wild);
         }
-        x[i] = i > 0 && p.is_self ? x[0] : as_input(&inputs[i].view);
+        x[i] = i > 0 && p.is_self ? x[0] : as_input(&inputs[i].view, dtype);
     }
     size_t asked = 0;
+    const bool is_l_first = choose(c, 2) == 0;
     mha_call call = {.N = p.N, .L = p.L, .S = p.S, .query = x[0], .key = x[1], .value = x[2], .is_causal = p.is_causal,
                      .add_zero_attn = p.add_zero_attn, .empty_row = p.empty_row, .dropout_p = p.dropout_p,
-                     .dropout_seed = seed, .output_batch_first = choose(c, 2),
+                     .dropout_seed = seed,
                      .wanted = (mha_wanted)choose(c, 3), .threads = 1 + choose(c, 4)};
     if (choose(c, 16) == 15)
         call.stop = (mha_stop){.should_stop = sometimes, .context = &asked};
@@ -197,7 +198,9 @@ static void fuzz_forward(choices *c)
     }
     const size_t heads =
         call.wanted == MHA_WANT_PROBABILITIES ? p.w.H : call.wanted == MHA_WANT_AVERAGES;
-    call.output = malloc(p.N * p.L * p.w.Eo * number_size + 1);
+    call.output = mha_contiguous_rows(malloc(p.N * p.L * p.w.Eo * number_size + 1), dtype, 1, p.L, p.w.Eo);
+    if (is_l_first)
+        put_queries_first(&call.output, p.N);
     call.attn_weights = malloc(p.N * heads * p.L * columns_of(&p) * number_size + 1);
     DESCRIBE("%s, N %zu, L %zu, S %zu, H %zu, Hkv %zu, D %zu, Dv %zu, E %zu, Ek %zu, Ev %zu, Eo %zu, attn %d (%d), "
              "padding %d, extra %d%d, causal %d, self %d, threads %zu, weights %d",
@@ -209,7 +212,7 @@ static void fuzz_forward(choices *c)
         abort();
     if (status == MHA_OK && !wild && p.dropout_p == 0 && is_small(&p))
         check_answer(&p, &given, &call);
-    free(call.output);
+    free(call.output.data);
     free(call.attn_weights);
     for (size_t i = 0; i < 3; i++)
         free(inputs[i].memory);
@@ -266,10 +269,11 @@ static block place_heads(choices *c, size_t items, size_t heads, size_t rows, si
     return b;
 }
 
-static mha_heads as_heads(const array4 *a, ptrdiff_t *stride_axes)
+static mha_heads as_heads(const array4 *a, mha_dtype dtype, ptrdiff_t *axes)
 {
-    *stride_axes = a->size[0] > 1 ? a->stride[0] : 0;
-    return (mha_heads){a->data, a->size[1], stride_axes, a->size[1] > 1 ? a->stride[1] : 0, a->stride[2]};
+    *axes = a->size[0] > 1 ? a->stride[0] : 0;
+    return (mha_heads){{a->data, dtype, 0, a->size[1] > 1 ? a->stride[1] : 0, a->stride[2], a->stride[3], NULL},
+                       axes, a->size[1]};
 }
 
 static void fuzz_sdpa(choices *c)
@@ -295,10 +299,10 @@ static void fuzz_sdpa(choices *c)
     put_numbers(&q.view, dtype, seed, wild);
     put_numbers(&k.view, dtype, seed + 1, wild);
     put_numbers(&v.view, dtype, seed + 2, wild);
-    ptrdiff_t axes[4] = {0};
+    ptrdiff_t axes[5] = {0};
     mha_sdpa_call call = {.dtype = dtype, .axes = 1, .length = &p.items, .L = p.L, .S = p.S, .D = p.D, .Dv = p.Dv,
-                          .query = as_heads(&q.view, &axes[0]), .key = as_heads(&k.view, &axes[1]),
-                          .value = as_heads(&v.view, &axes[2]), .mask_axes = &axes[3], .is_causal = choose(c, 3) == 2,
+                          .query = as_heads(&q.view, dtype, &axes[0]), .key = as_heads(&k.view, dtype, &axes[1]),
+                          .value = as_heads(&v.view, dtype, &axes[2]), .mask_axes = &axes[3], .is_causal = choose(c, 3) == 2,
                           .scale = (double)choose(c, 5) / 4, .dropout_p = choose(c, 8) == 7 ? 0.5 : 0,
                           .dropout_seed = seed, .threads = 1 + choose(c, 4)};
     if (kind) {
@@ -310,17 +314,19 @@ static void fuzz_sdpa(choices *c)
             abort();
     }
     p.q = q.view, p.k = k.view, p.v = v.view, p.mask = mask.view;
-    call.output = malloc(p.items * p.H * p.L * p.Dv * size_of(dtype) + 1);
+    char *output = malloc(p.items * p.H * p.L * p.Dv * size_of(dtype) + 1);
+    call.output = (mha_heads){mha_contiguous_rows(output, dtype, p.H, p.L, p.Dv), &axes[4], p.H};
+    axes[4] = call.output.rows.item;
     DESCRIBE("%s, %zu items, H %zu, %zu, %zu, L %zu, S %zu, D %zu, Dv %zu, mask %d",
              dtype_name(dtype), p.items, p.H, H[1], H[2], p.L, p.S, p.D, p.Dv, (int)kind);
     if (mha_sdpa(&call) != MHA_OK)
         abort();
     if (!wild && call.dropout_p == 0 && p.items * p.H * p.L * p.S * (p.D + p.Dv) < MAX_OPERATIONS) {
         double *wanted = define_sdpa(&p, &call);
-        compare("sdpa", dtype, call.output, wanted, p.items * p.H * p.L * p.Dv);
+        compare("sdpa", dtype, output, wanted, p.items * p.H * p.L * p.Dv);
         free(wanted);
     }
-    free(call.output);
+    free(output);
     free(q.memory);
     free(k.memory);
     free(v.memory);

@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * walk.c - where the rows of a walk are.
+ */
+#include "walk.h"
+
+#include <string.h>
+
+enum { MIN_APART = 4 }; /* vectors of a head; narrower heads are not apart, since a panel is cut at their ends */
+
+void mha_walk_live_keys(mha_walk *walk, const mha_batch *batch, mha_plan *plan)
+{
+    const bool is_whole = mha_all_live_keys(batch) == batch->count * batch->S;
+    *walk = (mha_walk){.items = batch->count, .length = batch->S, .live = is_whole ? NULL : batch};
+    if (!is_whole)
+        walk->first_at = mha_place(plan, &walk->first, walk->items + 1, 1, sizeof *walk->first);
+}
+
+void mha_number_rows(const mha_walk *walk)
+{
+    if (!walk->live)
+        return;
+    walk->first[0] = 0;
+    for (size_t i = 0; i < walk->items; i++)
+        walk->first[i + 1] = walk->first[i] + (ptrdiff_t)mha_live_keys(walk->live, i);
+}
+
+static size_t rows_of_item(const mha_walk *walk, size_t i)
+{
+    return walk->live ? mha_live_keys(walk->live, i) : walk->length;
+}
+
+bool mha_is_same_walk(const mha_walk *a, const mha_walk *b)
+{
+    return a->items == b->items && a->length == b->length && a->live == b->live;
+}
+
+size_t mha_walk_rows(const mha_walk *walk)
+{
+    return walk->live ? mha_all_live_keys(walk->live) : walk->items * walk->length;
+}
+
+/* Row r is row *l of the item that is returned. */
+static size_t find_item(const mha_walk *walk, size_t r, size_t *l)
+{
+    if (!walk->live) {
+        *l = r % walk->length;
+        return r / walk->length;
+    }
+    size_t low = 0, high = walk->items; /* row r is not before item `low`, but before item `high` */
+    while (high - low > 1) {
+        const size_t middle = low + (high - low) / 2;
+        if ((size_t)walk->first[middle] <= r)
+            low = middle;
+        else
+            high = middle;
+    }
+    *l = r - (size_t)walk->first[low];
+    return low;
+}
+
+/* Some rows of one item, from row l on, at most `rows`. */
+static mha_run run_of_item(const mha_walk *walk, const mha_rows *x, bool is_gathered, size_t i, size_t l, size_t rows)
+{
+    const size_t *numbers = is_gathered && walk->live ? mha_live_numbers(walk->live, i) : NULL;
+    if (!numbers)
+        return (mha_run){mha_row_at(x, i, 0, l), rows, x->row};
+    numbers += l;
+    if (numbers[rows - 1] - numbers[0] != rows - 1) {
+        size_t consecutive = 1;
+        while (numbers[consecutive] == numbers[0] + consecutive)
+            consecutive++;
+        rows = consecutive;
+    }
+    return (mha_run){mha_row_at(x, i, 0, numbers[0]), rows, x->row};
+}
+
+/* Whether rows lie in the order of their numbers, as in the workspace. */
+static bool is_in_order(const mha_walk *walk, const mha_rows *x)
+{
+    return walk->live ? x->items == walk->first && x->item == x->row
+                      : !x->items && x->item == (ptrdiff_t)walk->length * x->row;
+}
+
+mha_run mha_run_at(const mha_walk *walk, const mha_rows *x, bool is_gathered, size_t r, size_t end)
+{
+    if (is_in_order(walk, x))
+        return (mha_run){x->data + (ptrdiff_t)r * x->row, end - r, x->row};
+    size_t l, i = find_item(walk, r, &l), of_item = rows_of_item(walk, i);
+    mha_run run = run_of_item(walk, x, is_gathered, i, l, mha_smaller(of_item - l, end - r));
+    for (r += run.rows, l += run.rows; r < end;) {
+        while (l == of_item) {
+            of_item = rows_of_item(walk, ++i);
+            l = 0;
+        }
+        const mha_run next = run_of_item(walk, x, is_gathered, i, l, mha_smaller(of_item - l, end - r));
+        const ptrdiff_t gap = (ptrdiff_t)((uintptr_t)next.data - (uintptr_t)run.data) -
+                              (ptrdiff_t)(run.rows - 1) * run.distance;
+        if (run.rows == 1)
+            run.distance = gap;
+        if (gap != run.distance || (next.rows > 1 && next.distance != gap))
+            break;
+        run.rows += next.rows;
+        r += next.rows;
+        l += next.rows;
+    }
+    return run;
+}
+
+/* Rows in the order of their numbers, `row` numbers apart. */
+static size_t place(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t row, size_t head,
+                    size_t numbers, mha_rows *rows)
+{
+    const size_t size = kernels->size;
+    rows->type = kernels->dtype;
+    rows->step = (ptrdiff_t)size;
+    rows->row = (ptrdiff_t)(row * size);
+    rows->head = (ptrdiff_t)(head * size);
+    rows->item = walk->live ? rows->row : (ptrdiff_t)(walk->length * row * size);
+    rows->items = NULL;
+    if (walk->live)
+        mha_point(plan, &rows->items, walk->first_at);
+    return mha_place(plan, &rows->data, mha_walk_rows(walk), numbers, size);
+}
+
+size_t mha_place_rows(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
+                      mha_rows *rows)
+{
+    const size_t row = mha_row_stride(heads * width, kernels->lanes, kernels->size);
+    return place(plan, kernels, walk, row, width, row, rows);
+}
+
+size_t mha_place_heads(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
+                       mha_rows *rows)
+{
+    if (heads == 1 || width % kernels->lanes > 0 || width < MIN_APART * kernels->lanes) {
+        mha_place_rows(plan, kernels, walk, heads, width, rows);
+        return 0;
+    }
+    place(plan, kernels, walk, width, mha_walk_rows(walk) * width, heads * width, rows);
+    return width;
+}
+
+void mha_copy_row(const char *x, ptrdiff_t step, size_t numbers, size_t size, char *to)
+{
+    if (step == (ptrdiff_t)size)
+        memcpy(to, x, numbers * size);
+    else if (size == sizeof(float))
+        for (size_t e = 0; e < numbers; e++)
+            memcpy(to + e * sizeof(float), x + (ptrdiff_t)e * step, sizeof(float));
+    else
+        for (size_t e = 0; e < numbers; e++)
+            memcpy(to + e * sizeof(double), x + (ptrdiff_t)e * step, sizeof(double));
+}
+
+void mha_copy_rows(const mha_walk *walk, const mha_rows *x, const mha_rows *y, size_t heads, size_t width)
+{
+    for (size_t i = 0; i < walk->items; i++) {
+        const size_t *numbers = walk->live ? mha_live_numbers(walk->live, i) : NULL;
+        for (size_t l = 0; l < rows_of_item(walk, i); l++)
+            for (size_t h = 0; h < heads; h++)
+                mha_copy_row(mha_row_at(x, i, h, numbers ? numbers[l] : l), x->step, width, mha_size_of(x->type),
+                             mha_row_at(y, i, h, l));
+    }
+}

@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * walk.h - goes through rows of all items, one item after another, in runs of rows at equal distances.
+ */
+#ifndef MHA_WALK_H
+#define MHA_WALK_H
+
+#include "batch.h"
+#include "workspace.h"
+
+/* Which rows: the first `length` of each item, or its live keys. They are numbered through all items. */
+typedef struct {
+    size_t items, length;
+    const mha_batch *live; /* NULL: all items have `length` rows */
+    ptrdiff_t *first;      /* [items + 1]: the number of the first row of each item; not used if live is NULL */
+    size_t first_at;       /* its place in the workspace */
+} mha_walk;
+
+/* Plans a walk through the live keys of a batch. */
+void mha_walk_live_keys(mha_walk *walk, const mha_batch *batch, mha_plan *plan);
+
+/* Numbers the rows of such a walk, when there is memory. */
+void mha_number_rows(const mha_walk *walk);
+
+bool mha_is_same_walk(const mha_walk *a, const mha_walk *b);
+
+/* How many rows a walk has. */
+size_t mha_walk_rows(const mha_walk *walk);
+
+/* Some rows at equal distances, in bytes. */
+typedef struct {
+    char *data;
+    size_t rows;
+    ptrdiff_t distance;
+} mha_run;
+
+/* The longest run of rows of x that begins with row r and ends before row `end`. If x is gathered, row l of an item is
+ * that of its live key l. Otherwise x has rows for the live keys alone. */
+mha_run mha_run_at(const mha_walk *walk, const mha_rows *x, bool is_gathered, size_t r, size_t end);
+
+/* Copies numbers of `size` bytes that are `step` bytes apart. The copies are adjacent. */
+void mha_copy_row(const char *x, ptrdiff_t step, size_t numbers, size_t size, char *to);
+
+/* Plans memory for the rows of a walk, with heads side by side, and returns its place. */
+size_t mha_place_rows(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
+                      mha_rows *rows);
+
+/* The same with a matrix for each head, if heads are wide: its rows are read one after another, and with all heads side
+ * by side each row would be on another page. Returns the width of heads that are apart, otherwise 0. */
+size_t mha_place_heads(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
+                       mha_rows *rows);
+
+/* Copies `width` numbers of each row of x, gathered, to y. */
+void mha_copy_rows(const mha_walk *walk, const mha_rows *x, const mha_rows *y, size_t heads, size_t width);
+
+#endif
