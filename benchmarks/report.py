@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the measurements say: a line for each case, a summary of all, and from the summary a page and the README's table.
+"""Report measurements: a line for each case, a summary, and from the summary a page and the README's table.
 
     python benchmarks/report.py FILE --output DIR [--readme README.md]
 
@@ -168,9 +168,9 @@ def headline(summary: Summary) -> str:
     conditions = [_threads(summary.threads[0]), summary.machine["cpu"].split(" (")[0], LEVELS[summary.machine["level"]]]
     sentences = [
         f"In the median of {len(ranked)} shapes, mha_c is {_median(ranked)} times as fast as {others} ({', '.join(conditions)}).",
-        f"It is {_median(ranked, 'torch')} times as fast as torch alone." if summary.has_torch_among_others else "",
-        f"It wins most at “{most.words}” ({chart.times(most.ratio)}) and least at “{least.words}” ({chart.times(least.ratio)});"
-        f" it is slower than the fastest other in {slower} of the {len(ranked)} shapes.",
+        f"The ratio is highest for “{most.words}” ({chart.times(most.ratio)}) and lowest for “{least.words}” "
+        f"({chart.times(least.ratio)}). In {slower} of the {len(ranked)} shapes, another library is faster.",
+        f"Against torch alone, the median is {_median(ranked, 'torch')}." if summary.has_torch_among_others else "",
     ]
     return "\n".join(filter(None, sentences))
 
@@ -220,19 +220,19 @@ def picture(summary: Summary) -> str:
 _METHOD = """## How it is measured
 
 - A call is the whole layer: the projections of query, key and value, attention, and the output projection.
-- Each library runs in a process of its own, with the same weights, inputs and number of threads. While one is measured, the
-  others are stopped. Each turn begins with a warm-up. With one thread, all take turns on the same CPU.
-- In each round, every library gives one sample: the mean of as many calls as fill some milliseconds. A ratio is the median over
-  rounds of the ratio within a round, so that a slower moment of the machine affects both sides.
+- Each library runs in a separate process, with the same weights, inputs and number of threads. While one library is measured,
+  the others are stopped. Each turn begins with a warm-up. With one thread, all libraries take turns on the same CPU.
+- Each round takes one sample of every library: the mean time of enough calls to fill a few milliseconds. A ratio is the median
+  over the rounds of the ratio within a round, so that a slow moment of the machine affects both sides.
 - Every result is compared with float64 arithmetic. A library whose result is wrong is left out.
-- Each library is called in its fastest way, and the fastest of several ways counts, separately for each shape. For torch these
-  are its ordinary path and its fast path; for ONNX Runtime, its operators `MultiHeadAttention` and `Attention`, ONNX's own
-  `Attention`, and plain MatMul and Softmax; for OpenVINO, MatMul and Softmax, or `ScaledDotProductAttention`, compiled for one
-  length or for any. Tensors, bound inputs and outputs, and converted masks are prepared beforehand. OpenVINO is told to keep
-  float32. mha_c gets NumPy arrays and makes a new output in each call.
+- Each library is called in several ways, and the fastest one counts, separately for each shape. For torch, these are its
+  ordinary path and its fast path; for ONNX Runtime, its operators `MultiHeadAttention` and `Attention`, ONNX's own `Attention`,
+  and MatMul and Softmax; for OpenVINO, MatMul and Softmax, or `ScaledDotProductAttention`, compiled for one length or for any.
+  Tensors, bound inputs and outputs, and converted masks are prepared before the measurement. OpenVINO is set to float32. mha_c
+  gets NumPy arrays and makes a new output in each call.
 - The peak is measured in each round, by chains of multiply-adds in registers, with the same instruction set and number of
-  threads. Its share counts the operations that the result needs, in the cheaper order of the products: neither padded keys nor
-  scores above the causal diagonal, nor softmax and masks.
+  threads. The share of the peak counts the multiplications and additions that the result needs, in the cheaper order of the
+  products. Padded keys, scores above the causal diagonal, softmax and masks do not count.
 
 ## On your machine
 
@@ -248,7 +248,7 @@ def page(summary: Summary) -> str:
     rows = [row for row in summary.rows if row.threads == threads]
     also = [
         f"With {_threads(count)}, the median is {_median(chosen)}"
-        + (f" ({_median(chosen, 'torch')} beside torch alone)" if summary.has_torch_among_others else "")
+        + (f" ({_median(chosen, 'torch')} against torch alone)" if summary.has_torch_among_others else "")
         + f", and the lowest ratio is {min(row.ratio for row in chosen):.2f}."
         for count in fewer
         if (chosen := summary.compared(count))
@@ -260,7 +260,7 @@ def page(summary: Summary) -> str:
     table = _table(["shape", *_TIMES, "of the peak"], cells)
     machine = summary.machine
     lines = {
-        "CPU": f"{machine['cpu']}, {machine['cpus']} of them usable",
+        "CPU": f"{machine['cpu']}, {machine['cpus']} CPUs usable",
         "Instruction set of mha_c": LEVELS[machine["level"]],
         "System": f"{machine['system']}, Python {machine['python']}, NumPy {machine['numpy']}",
         "Compiler of mha_c": machine["compiler"],
@@ -282,9 +282,9 @@ def page(summary: Summary) -> str:
 
 ## All shapes
 
-A shape is `N,L,E,H`: batch, queries, features, heads. Where the keys are not the queries, `S` is their number; `live` says how
-many keys of each item are not padding. 1.06× means 1.06 times as long as mha_c. The last column is the share of
-the peak of the multiply-add units.
+A shape is `N,L,E,H`: batch, queries, features, heads. `S` is the number of keys if they are not the queries; `live` is the
+number of keys in each item that are not padding. 1.06× means 1.06 times as long as mha_c. The last column is the share of the
+peak of the multiply-add units.
 
 <details>
 <summary>{len(rows)} shapes, {_threads(threads)}</summary>

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * attention.h - softmax(rules(q k^T)) v for every head, and the probabilities if they are wanted.
+ * attention.h - softmax(rules(q k^T)) v for every head, in one pass over the keys.
  */
 #ifndef MHA_ATTENTION_H
 #define MHA_ATTENTION_H
@@ -11,14 +11,6 @@
 #include "rules.h"
 #include "threads.h"
 #include "workspace.h"
-
-/* Offsets into a thread's scratch, in bytes. There is a state for each panel of a task. */
-typedef struct {
-    size_t scores, bias; /* [block][P] */
-    size_t values;       /* [block][Dv]; only if masks or the order may hide keys */
-    size_t rows;         /* [P][block] */
-    size_t states, queries, out, maximum, sum, factor, kept, probabilities, state_bytes;
-} mha_attention_scratch;
 
 typedef struct {
     const mha_kernels *kernels;
@@ -32,27 +24,33 @@ typedef struct {
     mha_rows probabilities; /* of a query: S + extra adjacent numbers. Averages have one head. */
     const mha_team *team;
 
-    /* Set by mha_plan_attention(). */
+    /* Set by mha_plan_attention() or mha_plan_probabilities(). */
     mha_split split; /* of the L queries of a head */
-    /* [item][H][lanes of all panels of L]: results of the first pass that the second one needs. Only if probabilities
-     * are wanted. */
+    /* [item][H][lanes of all panels of L]: results of softmax from which probabilities are made, if they are wanted */
     char *maximum, *sum;
-    mha_attention_scratch at;
     size_t heads;       /* heads of a bundle: tasks share out their panels */
     size_t bundles;     /* bundles of all items */
-    size_t task_panels; /* panels of a task in the first pass */
-    size_t groups;      /* tasks of a bundle, or of the heads whose probabilities are averaged */
-    size_t segments;    /* tasks of a panel in the second pass */
-    size_t kept_panels; /* panels of a task that keeps its scores until probabilities are made from them; 0: none does */
+    size_t task_panels; /* panels of a task */
+    size_t groups;      /* tasks of a bundle */
+    /* Offsets into a thread's scratch, in bytes, and what a panel of a task has of it. */
+    size_t scores, bias; /* [block][P] */
+    size_t finite;       /* [block][Dv]; only if the rules can hide keys */
+    size_t states, state_bytes, queries, out, panel_maximum, panel_sum, factor;
 
-    atomic_bool is_careful; /* a panel was led over the keys with care, as the second pass must be */
+    /* Set by mha_plan_probabilities(). */
+    size_t kept_panels;     /* panels of a task that keeps its scores until probabilities are made from them; 0: none */
+    size_t averages_groups; /* tasks of the heads whose probabilities are averaged */
+    size_t segments;        /* tasks of a panel in the second pass */
+    size_t kept, kept_bytes, rows; /* offsets: [panel][2][keys of all blocks][P], and [P][block] */
+
+    atomic_bool is_careful; /* numbers that are not finite were found; see "Hidden numbers" in attention.c */
 } mha_attention;
 
-/* Completes the plan of an attention whose other members are set, except for addresses and the team's scratch. Returns
- * the bytes of scratch that each thread needs. */
-size_t mha_plan_attention(mha_attention *a, mha_plan *plan);
+/* Completes the plan of an attention without probabilities. The members before are set, except for addresses and the
+ * team's scratch. Returns the bytes of scratch that each thread needs. */
+size_t mha_plan_attention(mha_attention *a);
 
-/* Fills the context, and the probabilities if they are wanted. */
+/* Fills the context. */
 mha_status mha_attend(mha_attention *attention);
 
 /* Runs a product of values (rows: features, depth: keys) and exps in which hidden values may be NaN or infinite. The
@@ -60,5 +58,72 @@ mha_status mha_attend(mha_attention *attention);
  * lanes that see its key: those whose bias [keys][P] is not -inf; NULL: all. The order of these additions does not matter,
  * because the sums become infinite or NaN. */
 void mha_add_values_with_care(const mha_kernels *kernels, const mha_product *values, const char *bias, char *finite);
+
+/* ---- What probabilities.c shares ---- */
+
+enum { MHA_MAX_TASK_PANELS = 4 }; /* panels that read keys and values, or the mask, together */
+
+/* What a task holds for one panel. */
+typedef struct {
+    char *queries;                /* [D][P], scaled */
+    char *out;                    /* [Dv][P]; undefined until a block has a visible key */
+    char *maximum, *sum, *factor; /* [P] */
+    size_t h, hkv;                /* h: query head. hkv: its key/value head. */
+    /* sharers: panels of this task with the same hkv. share: the number of this panel among them. */
+    size_t share, sharers;
+    mha_panel lanes;
+    bool is_empty; /* no key was visible so far */
+    char *finite;  /* [block][Dv]: for mha_add_values_with_care(); NULL: without care */
+    char *kept;    /* [keys of all blocks][P]: the scores, if probabilities are made from them; otherwise NULL */
+} mha_panel_state;
+
+/* Lanes of the widest panel of L queries. */
+static inline size_t mha_widest_panel(const mha_attention *a)
+{
+    return a->kernels->lanes * mha_smaller(a->split.vectors, a->kernels->vectors);
+}
+
+/* Keys of the largest possible block. S is an upper bound of the live keys of an item. */
+static inline size_t mha_max_block_keys(const mha_attention *a)
+{
+    return mha_smaller(MHA_BLOCK_KEYS, mha_larger(a->batch->S, a->batch->extra));
+}
+
+static inline size_t mha_max_blocks(const mha_attention *a)
+{
+    return mha_divide_up(a->batch->S, MHA_BLOCK_KEYS) + (a->batch->extra > 0);
+}
+
+/* Bytes of the scores of a block. */
+static inline size_t mha_block_bytes(const mha_attention *a, size_t vectors)
+{
+    return mha_max_block_keys(a) * vectors * a->kernels->lanes * a->kernels->size;
+}
+
+/* Where maximum and sum of a panel are. */
+static inline size_t mha_statistics_offset(const mha_attention *a, size_t n, size_t h, mha_panel lanes)
+{
+    return ((n * a->H + h) * a->split.vectors * a->kernels->lanes + lanes.first) * a->kernels->size;
+}
+
+/* Plans the scratch of a thread whose tasks have up to `panels` panels, and returns its size. */
+size_t mha_plan_panels(mha_attention *a, size_t panels);
+
+void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h, mha_panel lanes, mha_panel_state *s);
+
+/* Leads some panels of the item at place n together over the keys of their heads, and writes their context. Returns
+ * false if the call is to be stopped. */
+bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size_t count, size_t worker);
+
+/* queries [D][P] = those of one panel, scaled. */
+void mha_pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel lanes, char *queries);
+
+/* scores [block][P] of a panel whose queries are packed. Keys that are not visible get -inf. `bias` holds a block. */
+void mha_score_block(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
+                     const char *queries, char *bias, char *scores);
+
+/* Applies dropout to the probabilities of the first `keys` keys of a block. */
+void mha_drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block, size_t keys,
+                  char *probabilities);
 
 #endif

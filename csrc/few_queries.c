@@ -178,7 +178,8 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
     const char *Wk = (const char *)layer->k_weight + (hkv * w->D * w->Ek + first) * size;
     char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
     mha_product product = {.rows = f->a->L, .vectors = vectors, .a = mha_row_at(&f->a->q, i, h, 0),
-                           .a_row = mha_row_numbers(&f->a->q), .a_k = 1, .b = Wk, .b_k = w->Ek, .c = t, .c_row = w->H * f->t_stride};
+                           .a_row = mha_row_numbers(&f->a->q), .a_k = 1, .b = Wk, .b_k = w->Ek, .c = t,
+                           .c_row = w->H * f->t_stride};
     mha_multiply_chained(layer->kernels, &product, w->D);
 }
 
@@ -244,7 +245,8 @@ static mha_visible score_inputs(const mha_few_queries *f, size_t i, size_t first
     const mha_kernels *kernels = f->layer->kernels;
     const size_t P = panel.vectors * kernels->lanes, Ek = f->layer->widths.Ek;
     const mha_lanes lanes = {0, f->layer->widths.H, first, panel.count, panel.vectors};
-    const mha_visible visible = mha_apply_rules(kernels, f->a->rules, mha_number_of(f->a->batch, i), &lanes, block, s->bias);
+    const size_t n = mha_number_of(f->a->batch, i);
+    const mha_visible visible = mha_apply_rules(kernels, f->a->rules, n, &lanes, block, s->bias);
     mha_product product = {.rows = visible.keys, .vectors = panel.vectors, .a = s->slice,
                            .a_row = (ptrdiff_t)slice_stride(kernels), .a_k = 1, .b_k = P, .addend_row = P,
                            .c = s->scores, .c_row = P};
@@ -490,8 +492,8 @@ static void write_probability(const mha_few_queries *f, const query_rows *w, siz
     const size_t size = f->layer->kernels->size;
     const size_t heads = f->a->wanted == MHA_WANT_PROBABILITIES ? f->layer->widths.H : 1;
     for (size_t h = 0; h < heads; h++)
-        memcpy(mha_row_at(&f->a->probabilities, w->i, h, w->l) + s_key * size, s->rows + (h * MHA_BLOCK_KEYS + i) * size,
-               size);
+        memcpy(mha_row_at(&f->a->probabilities, w->i, h, w->l) + s_key * size,
+               s->rows + (h * MHA_BLOCK_KEYS + i) * size, size);
 }
 
 static void probabilities_task(void *context, size_t task, size_t worker)

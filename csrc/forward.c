@@ -17,6 +17,7 @@
 #include "attention.h"
 #include "few_queries.h"
 #include "layer.h"
+#include "probabilities.h"
 #include "projection.h"
 #include "schedule.h"
 
@@ -101,7 +102,7 @@ static void describe_attention(pass *p)
     a->team = &p->team;
 }
 
-/* The rows of the output are written in the order in which they lie, unless there are rows of other items between them. */
+/* The rows of the output are written in the order in which they lie, unless rows of other items are between them. */
 static void plan_output(pass *p, mha_plan *plan)
 {
     const mha_layer *layer = p->f->layer;
@@ -139,9 +140,10 @@ static void plan_pass(void *memory, const void *context, const mha_batch *batch,
         return;
 
     const mha_layer *layer = p->f->layer;
-    size_t scratch = p->f->is_few
-                         ? mha_plan_few_queries(&p->few, &p->attention, layer, &p->key, &p->value, plan)
-                         : mha_plan_attention(&p->attention, plan);
+    mha_attention *a = &p->attention;
+    size_t scratch = p->f->is_few ? mha_plan_few_queries(&p->few, a, layer, &p->key, &p->value, plan)
+                     : a->wanted  ? mha_plan_probabilities(a, plan)
+                                  : mha_plan_attention(a);
     for (size_t i = 0; i < p->input_count; i++)
         scratch = mha_larger(scratch, mha_plan_projection(layer->kernels, &p->inputs[i], team->threads));
     p->team.scratch_bytes = mha_larger(scratch, mha_plan_projection(layer->kernels, &p->last, team->threads));
@@ -190,7 +192,9 @@ static mha_status run_pass(void *memory)
     pass *p = memory;
     mha_status status = project_inputs(p);
     if (status == MHA_OK)
-        status = p->f->is_few ? attend_few_queries(p) : mha_attend(&p->attention);
+        status = p->f->is_few         ? attend_few_queries(p)
+                 : p->f->call->wanted ? mha_attend_with_probabilities(&p->attention)
+                                      : mha_attend(&p->attention);
     if (status == MHA_OK)
         status = project_output(p);
     return status;

@@ -13,7 +13,8 @@ struct mha_layer {
     const mha_kernels *kernels;
     mha_panels q, k, v, out;
     bool has_bias_kv;
-    mha_rows extra_k, extra_v; /* bias_k and bias_v if the layer has them, then a row of zeros; the same for every item */
+    /* The same for every item: a row of bias_k and bias_v if the layer has them, then a row of zeros. */
+    mha_rows extra_k, extra_v;
     const void *k_weight;        /* as given: few_queries.c reads its rows */
     char *memory; /* owns everything above but k_weight */
     size_t bytes; /* of this memory */

@@ -62,7 +62,7 @@ typedef struct {
     /* (N, length, features), in native byte order. Inputs with equal data and strides are the same input and are read
      * once. */
     mha_rows query, key, value;
-    mha_rows static_k, static_v; /* (N, Hkv, S, features): used in place of projected keys and values; data NULL: none */
+    mha_rows static_k, static_v; /* (N, Hkv, S, features), in place of projected keys and values; data NULL: none */
     mha_mask attn_mask;
     mha_mask key_padding_mask; /* only stride_n and stride_s count */
     bool is_causal;            /* query l sees keys 0 to l only, in addition to the masks */
@@ -75,7 +75,8 @@ typedef struct {
      * for which it pays, as mha_choose_paths() says. */
     const bool *is_few;
 
-    /* (N, L, Eo), with adjacent features and ascending rows; it overlaps no input and no mask. data NULL: not wanted. */
+    /* (N, L, Eo), with adjacent features and ascending rows. It overlaps no input and no mask. data NULL: not
+     * wanted. */
     mha_rows output;
     /* (N, L, H * Dv): the heads' results, from which the output is projected. data NULL: not wanted. */
     mha_rows context;

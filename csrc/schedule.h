@@ -9,7 +9,7 @@
 #include "threads.h"
 #include "workspace.h"
 
-/* The steps of a pass. plan() describes a pass over some items in `pass`, which has MHA_MAX_PASS bytes, and reserves its
+/* The steps of a pass. plan() describes a pass over some items in `pass`, which has MHA_MAX_PASS bytes, and plans its
  * workspace. run() runs it when there is one. `context` and the batch stay where they are meanwhile. */
 typedef struct {
     void (*plan)(void *pass, const void *context, const mha_batch *batch, const mha_team *team, mha_plan *plan);

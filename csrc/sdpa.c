@@ -107,7 +107,7 @@ static void plan_attention(sdpa *s, mha_plan *plan)
         s->rules.scale = 1;
     }
     mha_place(plan, &s->zeros, 1, 1, a->kernels->size);
-    s->team.scratch_bytes = mha_plan_attention(a, plan);
+    s->team.scratch_bytes = mha_plan_attention(a);
     mha_place(plan, &s->team.scratch, s->team.threads, s->team.scratch_bytes, 1);
 }
 

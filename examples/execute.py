@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Execute notebooks from top to bottom, each in a kernel of its own, and fail on any error or warning.
+"""Execute notebooks from top to bottom, each in a new kernel, and fail on any error or warning.
 
     python examples/execute.py [--write] [NOTEBOOK ...]
 
-Without names, all of this folder. --write keeps the new outputs in the files.
+Without names, all notebooks in this folder are executed. --write keeps the new outputs in the files.
 """
 
 import argparse
@@ -22,6 +22,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar: it needs a running kernel
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
@@ -31,29 +32,32 @@ def execute(path: Path) -> nbformat.NotebookNode:
         notebook,
         timeout=300,
         record_timing=False,
+        coalesce_streams=True,
         extra_arguments=["--log-level=ERROR"],  # the kernel warns that it listens without encryption, which it does locally
         resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute()
     for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = smaller(output.data["image/png"])
-                if "alt" in cell.metadata:  # mha_c.plot describes its pictures; other cells have the words here
+                if "alt" in cell.metadata:  # mha_c.plot describes its pictures; other cells have a description here
                     output.metadata["image/png"] = {"alt": cell.metadata["alt"]}
     notebook.metadata = nbformat.from_dict(METADATA)
     return notebook
 
 
 def smaller(picture: str) -> str:
-    """The picture with 256 colours, which take a third of the space."""
+    """The picture with 256 colours, which takes a third of the space."""
     small = io.BytesIO()
     Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
 
 
 def complaints(notebook: nbformat.NotebookNode) -> list[str]:
-    """What cells wrote to standard error: warnings, mostly."""
+    """The text that cells wrote to standard error, mostly warnings."""
     outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
     return [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw what one head of a real model looks at in a sentence: a heat map, as attention.png in the current folder.
+"""Draw what one head of a real model attends to in a sentence: a heat map, written to attention.png.
 
     python examples/heat_map.py "My sister lost her keys on the train, so her neighbour let her in."
 
-In that sentence, head 4 of layer 2 of all-MiniLM-L6-v2 looks from "her" to "sister". The dark column at the left is
-[CLS], a token that the model puts before every sentence: the words that this head finds nothing for put most of their
-weight there. The words that look elsewhere are the interesting ones.
+In this sentence, "her" attends to "sister" in head 4 of layer 2 of all-MiniLM-L6-v2. The dark column at the left is
+[CLS], a token that the model adds before every sentence. Words give it most of their weight when nothing else matches,
+so the words that attend elsewhere are the interesting ones.
 """
 
 import argparse

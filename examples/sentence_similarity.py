@@ -3,8 +3,8 @@
 
     python examples/sentence_similarity.py "How do I get a stain out of a shirt?"
 
-The model turns a sentence into a vector of length 1. The cosine of two such vectors says how similar the sentences are
-in meaning, whatever their words. See minilm.py for the model itself.
+The model turns a sentence into a vector of length 1. The cosine of two vectors says how similar the sentences are in
+meaning, even if they share no words. The model itself is in minilm.py.
 """
 
 import argparse

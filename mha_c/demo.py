@@ -36,9 +36,9 @@ def attention_steps(layer: MultiheadAttention, x: NDArray[Any]) -> list[Step]:
     Parameters
     ----------
     layer : MultiheadAttention
-        A layer with biases and as many key as query heads, whose inputs have the same features, not in training mode.
+        A layer in evaluation mode, with biases, one key head for each query head, and inputs of equal width.
     x : numpy.ndarray, (L, N, E)
-        Its query, key and value.
+        The query, key and value.
 
     Returns
     -------
@@ -73,8 +73,8 @@ def attention_steps(layer: MultiheadAttention, x: NDArray[Any]) -> list[Step]:
     output = concatenation @ layer.out_proj.weight.T + layer.out_proj.bias
     return [
         Step("queries", projected[0], "what each position looks for: a linear map of x"),
-        Step("keys", projected[1], "what it offers to be found by: another one"),
-        Step("values", projected[2], "what it hands over when it is found: a third one"),
+        Step("keys", projected[1], "what it can be found by: a second one"),
+        Step("values", projected[2], "what it passes on: a third one"),
         Step("heads", q, f"the queries cut into {heads} heads of {head_dim} features, as are keys and values"),
         Step("scores", scores, f"in each head, query times key / sqrt({head_dim}) for all pairs"),
         Step("weights", weights, "softmax of the scores; those of a query sum to 1"),
@@ -116,7 +116,7 @@ def run() -> None:
 
     weights = next(step.array for step in steps if step.name == "weights")[0, 0]
     rows = [(str(query), *(f"{weight:.3f}" for weight in row)) for query, row in enumerate(weights)]
-    title = "The weights of the first head in the first sequence: what each query (row) takes from each key (column)"
+    title = "Weights of the first head in the first sequence: how much each query (row) attends to each key (column)"
     results = [
         f"The layer's own output has shape {output.shape}.",
         f"Largest difference from these steps: {_difference(output, steps[-1].array)}",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention as functions: torch.nn.functional's scaled_dot_product_attention and multi_head_attention_forward.
 
-Both follow torch's signatures, shapes, exceptions and words, on NumPy arrays. What differs is meant to be useful: masks
-compose with `is_causal`, and dropped weights can be repeated by `dropout_seed`.
+Both have torch's signatures, shapes, exceptions and words, on NumPy arrays. There are two additions: masks can be
+combined with `is_causal`, and `dropout_seed` makes dropout repeatable.
 """
 
 import math
@@ -33,7 +33,7 @@ _TORCH_NAMES = {"float16": "Half", "float32": "Float", "float64": "Double"}
 
 
 def _dropout_seed(dropout_p: Any, seed: int | None) -> int:
-    """The seed of this call: 64 bits, fresh where it matters and none is given."""
+    """The seed of this call, of 64 bits; a random one if weights are dropped and no seed is given."""
     if seed is not None:
         return operator.index(seed) % 2**64
     return int.from_bytes(os.urandom(8), "little") if dropout_p else 0
@@ -52,15 +52,16 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     dropout_seed: int | None = None,
 ) -> Array:
-    """Attend with each query to all keys: ``softmax(scale * query @ keyᵀ + attn_mask) @ value``.
+    """Compute ``softmax(scale * query @ keyᵀ + attn_mask) @ value``: the attention of every query to all keys.
 
-    The definition is that of "Attention Is All You Need" (Vaswani et al., 2017, section 3.2.1). Nothing of size L × S
-    exists meanwhile: the softmax is computed along blocks of keys ("Online normalizer calculation for softmax", Milakov
-    and Gimelshein, 2018). Arrays of any strides are read where they lie; only one whose features are not adjacent, that
-    is not aligned or not in native byte order is copied, and a query whose rows descend.
+    The formula is from "Attention Is All You Need" (Vaswani et al., 2017, section 3.2.1). No array of size L × S exists
+    at any time: the softmax is computed along blocks of keys ("Online normalizer calculation for softmax", Milakov and
+    Gimelshein, 2018).
 
-    The leading axes (...) of all arrays broadcast as NumPy's do. All arrays are float32, or all float64. Inputs are
-    whatever exposes the array interface, the buffer protocol or DLPack on the CPU; none is modified.
+    The leading axes (...) of all arrays broadcast as in NumPy. All arrays are float32, or all are float64. They are
+    NumPy arrays, or other objects on the CPU with the array interface, the buffer protocol or DLPack. They are not
+    modified. An array is copied only if its features are not adjacent, if it is misaligned or byte-swapped, or if it is
+    a query with a negative row stride.
 
     Parameters
     ----------
@@ -71,33 +72,33 @@ def scaled_dot_product_attention(
     value : array, (..., S, Ev)
         (..., Hv, S, Ev) with heads.
     attn_mask : array, optional
-        Whatever broadcasts to (..., L, S). Booleans, True = this query sees this key, the opposite of the masks of
-        `multi_head_attention_forward`; or floats of any width, added to the scores.
+        An array that broadcasts to (..., L, S). Booleans: True means that this query sees this key, which is the
+        opposite of the masks of `multi_head_attention_forward`. Floats of any width: added to the scores.
     dropout_p : float, default 0.0
-        Probability of dropping an attention weight; those that stay are divided by ``1 - dropout_p``.
+        Probability of dropping an attention weight. The other weights are divided by ``1 - dropout_p``.
     is_causal : bool, default False
-        Whether query l sees the keys 0..l only, on top of `attn_mask`.
+        Whether query l sees only the keys 0..l, in addition to `attn_mask`.
     scale : float, optional
-        What the scores are multiplied with: ``1 / sqrt(E)`` unless given.
+        The factor of the scores; ``1 / sqrt(E)`` unless given.
     enable_gqa : bool, default False
-        Whether Hk and Hv may be any divisors of H, query head h reading key head ``h // (H // Hk)`` and value head
-        ``h // (H // Hv)`` (grouped-query attention: "GQA", Ainslie et al., 2023). No key or value is copied for it.
+        Whether Hk and Hv may be divisors of H (grouped-query attention: "GQA", Ainslie et al., 2023). Query head h then
+        reads key head ``h // (H // Hk)`` and value head ``h // (H // Hv)``. Keys and values are not copied for it.
     dropout_seed : int, optional
-        The same seed drops the same weights. None: a random one in each call. torch has no such argument; it draws from
-        a generator of the whole process.
+        The same seed drops the same weights. None: a random seed in each call. torch does not have this argument: it
+        draws from a generator of the whole process.
 
     Returns
     -------
     numpy.ndarray, (..., L, Ev)
-        C-contiguous, of the dtype of the inputs. A query that may see no key gets zeros.
+        C-contiguous, of the dtype of the inputs. A query from which every key is hidden gets zeros.
 
     Raises
     ------
     RuntimeError, IndexError, TypeError, NotImplementedError
-        Where torch raises them, in its words, and with what to write instead: ranks, shapes, dtypes and types that do
-        not fit. Two things that torch refuses are computed: `attn_mask` together with `is_causal`, and a float mask of
-        another width. Two that it overlooks are refused: sizes of empty arrays that do not fit, and S of key and value
-        that differ, with 4 axes.
+        If ranks, shapes, dtypes or types do not fit, as in torch. The message has torch's words and says what to write
+        instead. mha_c computes two things that torch refuses: `attn_mask` together with `is_causal`, and a float mask
+        of another width. It refuses two that torch overlooks: sizes of empty arrays that do not fit, and with 4 axes, a
+        key and a value of different S.
 
     Examples
     --------
@@ -194,12 +195,12 @@ def multi_head_attention_forward(
     *,
     dropout_seed: int | None = None,
 ) -> tuple[Array, Array | None]:
-    """The forward of `mha_c.MultiheadAttention`, with the parameters as arguments.
+    """Compute what `mha_c.MultiheadAttention` computes, with the parameters as arguments.
 
     N is the batch size, L the number of queries, S the number of keys, E the features of the query, H the number of
-    heads, S' the number of keys attended to: S, or that of `static_k`, and one more each for `bias_k` and
-    `add_zero_attn`. The batch is always the second axis; without a batch it is missing. Parameters are packed anew in
-    each call, so a layer is faster where they stay the same.
+    heads. S' is S, or the number of keys in `static_k`, plus one for `bias_k` and one for `add_zero_attn`. The batch is
+    always the second axis; without a batch there is no such axis. Parameters are packed in each call, so a layer is
+    faster if they stay the same.
 
     Parameters
     ----------
@@ -210,57 +211,57 @@ def multi_head_attention_forward(
     value : array, (S, N, vdim)
         Or (S, vdim); vdim is E unless `use_separate_proj_weight`.
     embed_dim_to_check : int
-        What E has to be.
+        The value that E must have.
     num_heads : int
-        Heads, a divisor of E.
+        Number of heads, a divisor of E.
     in_proj_weight : array, (3 * E, E), or None
         The projections of query, key and value, stacked; unused with `use_separate_proj_weight`.
     in_proj_bias : array, (3 * E,), or None
         Their biases, stacked.
     bias_k, bias_v : array, (1, 1, E), or None
-        One more key and value, not projected.
+        A key and a value to append, without projecting them.
     add_zero_attn : bool
-        Whether to append one more key and value, all zero.
+        Whether to append a key and a value of zeros.
     dropout_p : float
         Probability of dropping an attention weight, unless `training` is False.
     out_proj_weight : array, (out_dim, E)
-        The output projection; out_dim may be any width.
+        The output projection. Any out_dim is possible.
     out_proj_bias : array, (out_dim,), or None
         Its bias.
     training : bool, default True
         Whether weights are dropped.
     key_padding_mask : array, (N, S) or (S,), optional
-        Booleans, True = this key is hidden; or floats, added to the scores of that key. S is that of `static_k`, where
-        there is one.
+        Booleans: True hides this key. Floats: added to the scores of this key. With `static_k`, S is its number of
+        keys.
     need_weights : bool, default True
         Whether to return the attention weights too.
     attn_mask : array, (L, S) or (N * H, L, S) or (H, L, S), optional
-        Booleans, True = this query does not see this key; or floats, added to the scores.
+        Booleans: True hides this key from this query. Floats: added to the scores.
     use_separate_proj_weight : bool, default False
-        Whether the next three are used in place of `in_proj_weight`.
+        Whether the next three arguments are used instead of `in_proj_weight`.
     q_proj_weight, k_proj_weight, v_proj_weight : array, (E, E), (E, kdim), (E, vdim), optional
-        The projections one by one.
+        The separate projections.
     static_k, static_v : array, (N * H, S', E // H), optional
-        Keys and values that take the place of the projected ones; `key` and `value` are then checked but not read.
+        Keys and values to use instead of the projected ones. `key` and `value` are then checked but not read.
     average_attn_weights : bool, default True
-        Whether the weights returned are averaged over the heads.
+        Whether the returned weights are averaged over the heads.
     is_causal : bool, default False
-        Whether query l sees the keys 0..l only, on top of the masks.
+        Whether query l sees only the keys 0..l, in addition to the masks.
     dropout_seed : int, optional
-        The same seed drops the same weights. None: a random one in each call. torch has no such argument.
+        The same seed drops the same weights. None: a random seed in each call. torch does not have this argument.
 
     Returns
     -------
     attn_output : numpy.ndarray, (L, N, out_dim)
         Or (L, out_dim).
     attn_output_weights : numpy.ndarray or None
-        None without `need_weights`; else (N, L, S'), or (N, H, L, S') unless averaged, N omitted without a batch.
+        None without `need_weights`; else (N, L, S'), or (N, H, L, S') if not averaged. Without a batch, there is no N.
 
     Raises
     ------
     AssertionError, RuntimeError, IndexError, TypeError, ValueError
-        Where torch raises them; in its words, with a shape printed as a tuple, unless the shape of a parameter makes
-        torch fail somewhere inside. Biases are not broadcast. Unlike torch, `is_causal` needs no `attn_mask`.
+        If ranks, shapes, dtypes or types do not fit, as in torch and in its words. Biases are not broadcast. Unlike in
+        torch, `is_causal` does not need an `attn_mask`.
 
     Examples
     --------

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention weights say about each head, in numbers, and the same weights for bertviz. `mha_c.plot` draws them.
+"""Attention heads in numbers: entropy and distance. `mha_c.plot` draws them.
 
-Weights are arrays (N, H, L, S) or (L, S), or what `mha_c.explain` returns. An array of three dimensions can be two
-things, so `averaged` must say which: ``averaged=True`` for (N, L, S), averaged over the heads, as the layer returns it by
-default; ``averaged=False`` for (H, L, S), of a call without a batch. Arrays are checked: weights are not negative, and
-those of a query add up to 1, unless it sees no key.
+Weights are arrays (N, H, L, S) or (L, S), or the result of `mha_c.explain`. An array of three dimensions can be two
+things, so `averaged` must say which: ``averaged=True`` for (N, L, S), averaged over the heads, as the layer returns it
+by default; ``averaged=False`` for (H, L, S), from a call without a batch. Arrays are checked: weights are not negative,
+and the weights of a query sum to 1, or to 0 if every key is hidden from it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def __dir__() -> list[str]:
 class Matrices(NamedTuple):
     """The matrices (L, S) of one batch item: weights, or scores."""
 
-    array: NDArray[Any]  # (H, L, S); 1 for H where the matrix belongs to no single head
-    heads: tuple[int, ...]  # the numbers of the H heads in their layer; empty for such a matrix
+    array: NDArray[Any]  # (H, L, S); H is 1 for a matrix that does not belong to one head
+    heads: tuple[int, ...]  # the numbers of the H heads in their layer; empty for a matrix without a head
     average_name: str  # what the average over H is called
 
     @classmethod
     def of(cls, source: Any, item: int, averaged: bool | None, stage: str = "weights") -> Matrices:
-        """Those of an explanation, or of an array, which is checked if it is meant to be of weights."""
+        """The matrices of an explanation or of an array. Arrays of weights are checked."""
         is_explanation = isinstance(source, Explanation)
         array: NDArray[Any] = np.asarray(getattr(source, stage) if is_explanation else source)
         if is_explanation:
@@ -48,8 +48,8 @@ class Matrices(NamedTuple):
         if array.ndim == 3 and averaged is None:
             raise ValueError(
                 f"{stage} of shape {array.shape} can be two things: pass averaged=True if they are (N, L, S), averaged "
-                "over the heads, as the layer returns them by default; pass averaged=False if they are (H, L, S), those "
-                "of each head, from a call without a batch"
+                "over the heads, as the layer returns them by default; pass averaged=False if they are (H, L, S), one "
+                "matrix for each head, from a call without a batch"
             )
         has_heads = array.ndim == 4 or (array.ndim == 3 and not averaged)
         array = _item(array, item, has_batch=array.ndim - has_heads == 3)
@@ -65,11 +65,11 @@ class Matrices(NamedTuple):
         return cls(array, heads, name)
 
     def of_each_head(self) -> Matrices:
-        """These, if there is one for each head."""
+        """These matrices, if there is one for each head."""
         if not self.heads:
             raise ValueError(
-                "this needs the weights of each head, but there is one matrix for all of them: the layer returns those "
-                "of each head with average_attn_weights=False"
+                "this needs the weights of each head, but there is one matrix for all heads: the layer returns the "
+                "weights of each head with average_attn_weights=False"
             )
         return self
 
@@ -85,7 +85,7 @@ def _item(array: NDArray[Any], item: int, has_batch: bool) -> NDArray[Any]:
 
 
 def _check_weights(array: NDArray[Any]) -> None:
-    """Refuse what cannot be weights. A query that sees no key has NaN, or 0 for every key."""
+    """Refuse numbers that cannot be weights. A query that sees no key has NaN or 0 for every key."""
     smallest = array.min(initial=0.0, where=~np.isnan(array))
     if smallest < 0:
         raise ValueError(f"weights are not negative, but one of these is {smallest:.4g}; are they scores?")
@@ -94,22 +94,22 @@ def _check_weights(array: NDArray[Any]) -> None:
     if len(wrong):
         head, query = wrong[0]
         raise ValueError(
-            f"the weights of a query add up to 1, but those of query {query} in matrix {head} add up to "
-            f"{sums[head, query]:.4g}. Active dropout has this effect: call the layer's eval() first, or pass what "
-            "mha_c.explain returns. So has leaving out keys."
+            f"the weights of a query sum to 1, but those of query {query} in matrix {head} sum to "
+            f"{sums[head, query]:.4g}. Dropout can be the cause: call the layer's eval() first, or pass what "
+            "mha_c.explain returns. Missing keys can be the cause, too."
         )
 
 
 def heads_of(weights: Any, item: int = 0, *, averaged: bool | None = None) -> NDArray[Any]:
-    """The weights of every head for one batch item.
+    """Return the weights of every head for one batch item.
 
     Parameters
     ----------
     weights : array_like or Explanation
-        (N, H, L, S), (H, L, S), (N, L, S) or (L, S); or what `mha_c.explain` returns, whose ``weights`` are taken, of
-        the heads that were asked for.
+        (N, H, L, S), (H, L, S), (N, L, S) or (L, S); or the result of `mha_c.explain`, with the ``weights`` of the
+        heads that it was asked for.
     item : int, default 0
-        Which of the N, if there are any.
+        The batch item.
     averaged : bool, optional
         Whether an array is averaged over the heads. It must be given for an array of three dimensions: True means that
         it is (N, L, S), as the layer returns it by default; False means that it is (H, L, S).
@@ -117,15 +117,15 @@ def heads_of(weights: Any, item: int = 0, *, averaged: bool | None = None) -> ND
     Returns
     -------
     numpy.ndarray, (H, L, S)
-        H is 1 for (N, L, S) and (L, S), which are one matrix for all heads, or of a head whose number is not known.
+        H is 1 for (N, L, S) and (L, S), which have one matrix for each item.
 
     Raises
     ------
     ValueError
-        If there are not 2 to 4 dimensions; if there are 3, and `averaged` is not given; or if the numbers cannot be
-        weights: if one is negative, or if those of a query add up to neither 1 nor 0.
+        If there are not 2 to 4 dimensions; if there are 3 and `averaged` is not given; or if the numbers cannot be
+        weights: if one is negative, or if those of a query sum to neither 1 nor 0.
     IndexError
-        If there is no such item.
+        If the batch does not have this item.
 
     Examples
     --------
@@ -140,9 +140,9 @@ def heads_of(weights: Any, item: int = 0, *, averaged: bool | None = None) -> ND
 
 
 def entropy(weights: Any, *, item: int = 0, averaged: bool | None = None) -> NDArray[Any]:
-    """How widely each query of each head looks: the entropy of its weights, in bits.
+    """Return how widely each query of each head attends: the entropy of its weights, in bits.
 
-    0 means that a single key has all the weight; log2(S), that all S keys have the same.
+    The entropy is 0 if one key has all the weight, and log2(S) if all S keys have the same weight.
 
     Parameters
     ----------
@@ -161,8 +161,8 @@ def entropy(weights: Any, *, item: int = 0, averaged: bool | None = None) -> NDA
 
     Notes
     -----
-    -Σ w log2 w over the keys ("A Mathematical Theory of Communication", Shannon, 1948, section 6); of attention heads:
-    "What Does BERT Look At?" (Clark et al., 2019), section 3.3.
+    The entropy is ``-Σ w log2 w`` over the keys ("A Mathematical Theory of Communication", Shannon, 1948, section 6).
+    For attention heads, see "What Does BERT Look At?" (Clark et al., 2019), section 3.3.
 
     Examples
     --------
@@ -179,12 +179,12 @@ def entropy_by_query(by_head: NDArray[Any]) -> NDArray[Any]:
 
 
 def distance(weights: Any, *, item: int = 0, averaged: bool | None = None) -> NDArray[Any]:
-    """How far each query of each head looks: the mean distance, by its weights, from the query to the keys, in tokens.
+    """Return how far each query of each head attends: the mean distance to the keys, by weight, in tokens.
 
     Parameters
     ----------
     weights, item, averaged
-        As for `heads_of`, of a self-attention: L = S.
+        As for `heads_of`. It must be self-attention: L = S.
 
     Returns
     -------
@@ -194,12 +194,12 @@ def distance(weights: Any, *, item: int = 0, averaged: bool | None = None) -> ND
     Raises
     ------
     ValueError, IndexError
-        As for `heads_of`, and unless L = S.
+        As for `heads_of`, and if L is not S.
 
     Notes
     -----
-    ``Σ w |query - key|`` over the keys ("Analyzing the Structure of Attention in a Transformer Language Model", Vig and
-    Belinkov, 2019, section 4).
+    The distance is ``Σ w |query - key|`` over the keys ("Analyzing the Structure of Attention in a Transformer Language
+    Model", Vig and Belinkov, 2019, section 4).
 
     Examples
     --------
@@ -214,18 +214,18 @@ def distance_by_query(by_head: NDArray[Any]) -> NDArray[Any]:
     w = by_head.astype(np.float64)
     _, length, source_length = w.shape
     if length != source_length:
-        raise ValueError(f"distances need as many keys as queries, not {length} queries and {source_length} keys")
+        raise ValueError(f"distances need one key for each query, but got {length} queries and {source_length} keys")
     positions = np.arange(length)
     return np.where(w.sum(axis=-1) == 0, np.nan, (w * np.abs(positions[:, None] - positions)).sum(axis=-1))
 
 
 def to_bertviz(*layers: Any, item: int = 0, averaged: bool | None = None) -> tuple[Any, ...]:
-    """Weights in the form that the package bertviz takes, which shows them as interactive drawings.
+    """Convert weights for the package bertviz, which draws them interactively.
 
     Parameters
     ----------
     *layers
-        The weights of each layer, as for `heads_of`, all with the same H, L and S.
+        The weights of each layer, as for `heads_of`, with the same H, L and S in all layers.
     item : int, default 0
         The batch item to show.
     averaged : bool, optional
@@ -241,7 +241,7 @@ def to_bertviz(*layers: Any, item: int = 0, averaged: bool | None = None) -> tup
     ImportError
         If torch, which bertviz needs, is not installed.
     ValueError, IndexError
-        As for `heads_of`, and if a layer's weights are not those of each head.
+        As for `heads_of`, and if the weights of a layer are averaged over the heads.
 
     Examples
     --------

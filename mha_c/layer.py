@@ -67,7 +67,8 @@ class _Parameter(property):
         def replace(layer: "MultiheadAttention", value: Any) -> None:
             layer._assign(name, value)
 
-        super().__init__(read, replace, doc=doc)
+        super().__init__(read, replace)
+        self.__doc__ = doc  # before Python 3.12, property's own argument for it does nothing in a subclass
 
     if TYPE_CHECKING:
 
@@ -82,7 +83,7 @@ class _Option(property, Generic[_Value]):
             setattr(layer, f"_{name}", check(name, value))
 
         super().__init__(operator.attrgetter(f"_{name}"), assign)
-        self.__doc__ = f"{name}, which may be changed, and counts from the next call on."
+        self.__doc__ = f"{name}, which may be changed; a change takes effect at the next call."
 
     if TYPE_CHECKING:
 
@@ -92,14 +93,14 @@ class _Option(property, Generic[_Value]):
 
 
 def _flag(name: str, value: Any) -> bool:
-    """Whatever Python takes for true or false, as torch does, but for text: "no" would be true."""
+    """Any object that Python can test for truth, as in torch, except text: "no" would be true."""
     if isinstance(value, str):
         raise TypeError(f"{name} must be True or False, but got {value!r}")
     return value  # type: ignore[no-any-return]
 
 
 def _seed(name: str, value: Any) -> int:
-    """64 bits, which are random if none are given."""
+    """A seed of 64 bits; a random one if `value` is None."""
     return int.from_bytes(os.urandom(8), "little") if value is None else integer(name, value) % 2**64
 
 
@@ -110,15 +111,15 @@ def _masked_rows(name: str, value: Any) -> MaskedRows:
 
 
 class MultiheadAttention:
-    """Multi-head attention: what ``torch.nn.MultiheadAttention`` computes, on NumPy arrays.
+    """Multi-head attention on NumPy arrays, as ``torch.nn.MultiheadAttention`` computes it.
 
     Each head compares every query with every key, turns the scores into weights that sum to 1, and takes the weighted
-    sum of the values; the heads' results side by side go through one more linear map::
+    sum of the values. The results of all heads, side by side, go through one more linear map::
 
         head_i = softmax(Q_i K_iᵀ / sqrt(head_dim)) V_i
         output = concatenate(head_1, ..., head_H) W_oᵀ + b_o
 
-    with Q_i, K_i, V_i linear maps of the query, key and value inputs ("Attention Is All You Need", Vaswani et al.,
+    Q_i, K_i and V_i are linear maps of the inputs query, key and value ("Attention Is All You Need", Vaswani et al.,
     2017, section 3.2.2).
 
     Parameters
@@ -126,13 +127,13 @@ class MultiheadAttention:
     embed_dim : int
         Features of the query, and of the output unless `out_dim` is given.
     num_heads : int
-        Heads, H. They divide `embed_dim` unless `head_dim` is given.
+        Number of heads, H. A divisor of `embed_dim` unless `head_dim` is given.
     dropout : float, default 0.0
         Probability of dropping an attention weight, in training mode only. A new layer is in training mode.
     bias : bool, default True
         Whether the projections add biases.
     add_bias_kv : bool, default False
-        Whether to append one learnt key and value, ``bias_k`` and ``bias_v``.
+        Whether to append one learned key and value, ``bias_k`` and ``bias_v``.
     add_zero_attn : bool, default False
         Whether to append one key and value of zeros.
     kdim, vdim : int, optional
@@ -144,36 +145,40 @@ class MultiheadAttention:
     dtype : optional
         float32 (the default) or float64, as a name, a NumPy or a torch dtype.
     seed : int, optional
-        The parameters are those of torch after ``torch.manual_seed(seed)``, bit for bit. None: random ones.
+        Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. None:
+        a random seed.
     dropout_seed : int, optional
-        Seed of the dropped weights, which also depend on the number of calls made in training mode. None: random.
+        Seed of the dropped weights, which also depend on the number of calls made in training mode. None: a random
+        seed.
     masked_rows : {"torch", "zero"}, default "torch"
-        What a query attends to that may see no key: as torch, NaN with `need_weights` and nothing without; or always
-        nothing, so that its output is the output bias.
-    head_dim, v_head_dim : int, optional
-        Features of a query and key head, and of a value head: ``embed_dim // num_heads`` and `head_dim` unless given.
+        What a query gets if every key is hidden from it. "torch": NaN with `need_weights`, and the output bias without,
+        as in torch. "zero": always the output bias, with weights of 0.
+    head_dim : int, optional
+        Features of a query head and of a key head; ``embed_dim // num_heads`` unless given.
+    v_head_dim : int, optional
+        Features of a value head; `head_dim` unless given.
     out_dim : int, optional
         Features of the output; `embed_dim` unless given.
     num_kv_heads : int, optional
-        Key and value heads, a divisor of `num_heads`: grouped-query attention, in which query head h reads key and
-        value head ``h // (num_heads // num_kv_heads)``. `num_heads` unless given.
+        Number of key and value heads, a divisor of `num_heads`; `num_heads` unless given. With fewer of them
+        (grouped-query attention), query head h reads key and value head ``h // (num_heads // num_kv_heads)``.
 
     Attributes
     ----------
     in_proj_weight : numpy.ndarray or None
-        The query, key and value projections, stacked, where kdim = vdim = embed_dim; else None.
+        The query, key and value projections, stacked, if kdim = vdim = embed_dim; else None.
     q_proj_weight, k_proj_weight, v_proj_weight : numpy.ndarray or None
-        The same one by one, where the widths differ; else None.
+        The three projections, if kdim or vdim is not embed_dim; else None.
     in_proj_bias : numpy.ndarray or None
-        The biases of the three, stacked.
+        The biases of the three projections, stacked; None without `bias`.
     bias_k, bias_v : numpy.ndarray or None
-        The learnt key and value of `add_bias_kv`, (1, 1, features).
+        The learned key and value of `add_bias_kv`, (1, 1, features); else None.
     out_proj : OutputProjection
         The output projection's ``weight`` and ``bias``.
     embed_dim, kdim, vdim, num_heads, num_kv_heads, head_dim, v_head_dim, out_dim : int
-        The widths; fixed.
+        The widths, fixed at construction.
     dropout, batch_first, add_zero_attn, masked_rows, training, dropout_seed
-        As given; they may be changed, and count from the next call on.
+        The options. They may be changed; a change takes effect at the next call.
 
     Raises
     ------
@@ -182,14 +187,14 @@ class MultiheadAttention:
     AssertionError
         If `embed_dim` is not divisible by `num_heads` and `head_dim` is not given.
     TypeError, RuntimeError
-        If an argument is of a wrong type, or `dtype` or `device` is not supported.
+        If an argument has a wrong type, or `dtype` or `device` is not supported.
     MemoryError
-        If there is no room for the parameters.
+        If the parameters do not fit into memory.
 
     Notes
     -----
-    Parameters are read-only arrays. Assigning to one, `load_state_dict` and `to` replace the whole set at once, so that
-    a layer may be called from many threads while another replaces its parameters: each call uses one set throughout.
+    Parameters are read-only arrays. Assigning to one, `load_state_dict` and `to` replace all of them at once, so other
+    threads may call the layer at the same time: each call uses one set of parameters throughout.
 
     Examples
     --------
@@ -200,7 +205,7 @@ class MultiheadAttention:
     >>> output.shape, weights.shape
     ((5, 3, 8), (3, 5, 5))
 
-    Widths that torch ties together are free:
+    The widths of heads and output can be chosen:
 
     >>> mha_c.MultiheadAttention(10, 4, head_dim=2, out_dim=8)
     MultiheadAttention(embed_dim=10, num_heads=4, head_dim=2, out_dim=8, dtype=float32, training=True)
@@ -224,8 +229,8 @@ class MultiheadAttention:
     in_proj_bias = _Parameter(
         "in_proj_bias", "The biases of the query, key and value projections, stacked; None without `bias`."
     )
-    bias_k = _Parameter("bias_k", "The learnt key of `add_bias_kv`, (1, 1, features); else None.")
-    bias_v = _Parameter("bias_v", "The learnt value of `add_bias_kv`, (1, 1, features); else None.")
+    bias_k = _Parameter("bias_k", "The learned key of `add_bias_kv`, (1, 1, features); else None.")
+    bias_v = _Parameter("bias_v", "The learned value of `add_bias_kv`, (1, 1, features); else None.")
 
     dropout = _Option("dropout", number)
     batch_first = _Option("batch_first", _flag)
@@ -272,7 +277,7 @@ class MultiheadAttention:
         size = sum(math.prod(shape) for shape in shapes.values()) * real.itemsize
         if size > sys.maxsize:
             raise MemoryError(f"the parameters would take {size:,} bytes, with embed_dim={widths.embed_dim:,}")
-        arrays = initial_parameters(shapes, real, None if seed is None else integer("seed", seed))
+        arrays = initial_parameters(shapes, real, seed)
         parameters = ParameterSet(widths, arrays, real)
         self._set_up(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
@@ -285,7 +290,7 @@ class MultiheadAttention:
         dropout_seed: int | None = None,
         masked_rows: MaskedRows = "torch",
     ) -> None:
-        """Complete a new layer, whether its parameters are initial ones or come from elsewhere."""
+        """Set everything that a new layer has, with parameters made by the caller."""
         self.dropout = dropout
         self.batch_first = batch_first
         self.add_zero_attn = add_zero_attn
@@ -297,7 +302,7 @@ class MultiheadAttention:
 
     @classmethod
     def _from_parameters(cls, parameters: ParameterSet, *arguments: Any, **named: Any) -> Self:
-        """A layer with parameters that are there already; the arguments are those of `_set_up`."""
+        """A layer with existing parameters; the arguments are those of `_set_up`."""
         layer = cls.__new__(cls)
         layer._set_up(parameters, *arguments, **named)
         return layer
@@ -346,10 +351,11 @@ class MultiheadAttention:
         *,
         out: Array | None = None,
     ) -> tuple[Array, Array | None]:
-        """Attend with each query to all keys; calling the layer does the same.
+        """Compute the attention of every query to all keys; calling the layer does the same.
 
-        Inputs are whatever exposes the array interface, the buffer protocol or DLPack on the CPU, of the layer's dtype;
-        none is modified. N is the batch size, L the number of queries, S the number of keys.
+        Inputs are arrays of the layer's dtype: NumPy arrays, or other objects on the CPU with the array interface, the
+        buffer protocol or DLPack. They are not modified. N is the batch size, L the number of queries, S the number of
+        keys.
 
         Parameters
         ----------
@@ -360,37 +366,37 @@ class MultiheadAttention:
         value : array, (S, N, vdim)
             Or (N, S, vdim), or (S, vdim).
         key_padding_mask : array, (N, S) or (S,), optional
-            Booleans, True = this key is hidden; or floats, added to the scores of that key.
+            Booleans: True hides this key. Floats: added to the scores of this key.
         need_weights : bool, default True
             Whether to return the attention weights too.
         attn_mask : array, (L, S) or (N * num_heads, L, S) or (num_heads, L, S), optional
-            Booleans, True = this query does not see this key; or floats, added to the scores.
+            Booleans: True hides this key from this query. Floats: added to the scores.
         average_attn_weights : bool, default True
-            Whether the weights returned are averaged over the heads.
+            Whether the returned weights are averaged over the heads.
         is_causal : bool, default False
-            Whether query l sees the keys 0..l only, on top of the masks.
+            Whether query l sees only the keys 0..l, in addition to the masks.
         out : numpy.ndarray, optional
-            Writable array of the output's shape and dtype, in which to put the output.
+            A writable array of the output's shape and dtype, into which the output is written.
 
         Returns
         -------
         attn_output : numpy.ndarray
-            Of the query's shape, with `out_dim` features; `out` where given.
+            The query's shape, with `out_dim` features. It is `out` if that is given.
         attn_output_weights : numpy.ndarray or None
-            None without `need_weights`; else (N, L, S'), or (N, num_heads, L, S') unless averaged, N omitted without a
-            batch; S' counts the keys that `add_bias_kv` and `add_zero_attn` append.
+            None without `need_weights`; else (N, L, S'), or (N, num_heads, L, S') if not averaged. Without a batch,
+            there is no N. S' is S plus the keys that `add_bias_kv` and `add_zero_attn` append.
 
         Raises
         ------
         AssertionError, RuntimeError, TypeError, ValueError
-            Where torch raises them: ranks, shapes and dtypes that do not fit. The message has torch's words, and says
-            what to write instead. A list or a masked array is a TypeError.
+            If ranks, shapes or dtypes do not fit, as in torch. The message has torch's words and says what to write
+            instead. A list or a masked array is a TypeError.
 
         Warns
         -----
         UserWarning
-            With `is_causal` and without `attn_mask`, where there are fewer queries than keys, as in decoding: the last
-            queries then see the first keys only.
+            With `is_causal`, without `attn_mask` and with fewer queries than keys, as in decoding: the queries then see
+            only the first keys.
 
         Examples
         --------
@@ -457,7 +463,7 @@ class MultiheadAttention:
         self._replace({name: array})
 
     def _replace(self, arrays: Mapping[str, Array], dtype: np.dtype[Any] | None = None) -> None:
-        """Swap in a new set of parameters, unless another thread was faster: then start from its set."""
+        """Swap in a new set of parameters. If another thread was faster, start again from its set."""
         while True:
             old = self._parameters
             new = ParameterSet(old.widths, {**old.arrays, **arrays}, dtype or old.dtype)
@@ -472,7 +478,7 @@ class MultiheadAttention:
         Parameters
         ----------
         prefix : str, default ""
-            What precedes each name, with a dot between.
+            What to write before each name, followed by a dot.
 
         Yields
         ------
@@ -503,12 +509,12 @@ class MultiheadAttention:
         yield from self._parameters.arrays.values()
 
     def state_dict(self, *, prefix: str = "") -> OrderedDict[str, Array]:
-        """The parameters by name, as torch names and orders them.
+        """Return the parameters by name, with torch's names in torch's order.
 
         Parameters
         ----------
         prefix : str, default ""
-            What precedes each name, with no dot added.
+            What to write before each name; no dot is added.
 
         Returns
         -------
@@ -524,12 +530,12 @@ class MultiheadAttention:
         return OrderedDict((prefix + name, array) for name, array in self._parameters.arrays.items())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
-        """Replace the parameters by those of a state dict; on an error nothing changes.
+        """Replace the parameters by those of a state dict; if there is an error, nothing changes.
 
         Parameters
         ----------
         state_dict : mapping of str to array or tensor
-            By torch's names; any dtype is cast to the layer's.
+            The arrays by torch's names. Any dtype is cast to the layer's.
         strict : bool, default True
             Whether the names must be exactly the layer's.
 
@@ -541,7 +547,7 @@ class MultiheadAttention:
         Raises
         ------
         RuntimeError
-            In torch's words, if names (with `strict`) or shapes differ.
+            If names (with `strict`) or shapes differ; the message has torch's words.
         TypeError
             If `state_dict` is not a mapping.
 
@@ -565,9 +571,9 @@ class MultiheadAttention:
         device : str, torch.device, or the dtype
             "cpu" or None. As in torch, the dtype may be the only argument.
         dtype : str, numpy.dtype or torch.dtype, optional
-            float32 or float64. None: as it is.
+            float32 or float64. None: no change.
         non_blocking : bool, default False
-            Torch's; it makes no difference here.
+            Ignored. torch has it.
 
         Returns
         -------
@@ -577,9 +583,9 @@ class MultiheadAttention:
         Raises
         ------
         TypeError
-            If the dtype is another one.
+            If the dtype is not float32 or float64.
         RuntimeError
-            If the device is another one.
+            If the device is not the CPU.
 
         Examples
         --------
@@ -597,12 +603,12 @@ class MultiheadAttention:
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Switch training mode, in which dropout is active, on or off.
+        """Switch training mode on or off. Dropout is active in training mode only.
 
         Parameters
         ----------
         mode : bool, default True
-            Whether the layer is to be in training mode.
+            True for training mode, False for evaluation mode.
 
         Returns
         -------
@@ -612,7 +618,7 @@ class MultiheadAttention:
         Raises
         ------
         ValueError
-            If `mode` is no bool.
+            If `mode` is not a bool.
 
         Examples
         --------
@@ -626,7 +632,7 @@ class MultiheadAttention:
         return self
 
     def eval(self) -> Self:
-        """Leave training mode: ``train(False)``.
+        """Switch to evaluation mode, without dropout: ``train(False)``.
 
         Returns
         -------
@@ -679,9 +685,11 @@ class MultiheadAttention:
         names : sequence of str, optional
             What the query, key, value and output projections are called, each with a ``.weight`` and perhaps a
             ``.bias``. Two names if one weight holds query, key and value; three if one holds key and value. None: they
-            are found by the names of torch, BERT, GPT-2, Llama, T5, timm, x-transformers, Flax, Keras and others.
+            are found by the names of torch, BERT, GPT-2, timm, x-transformers, Flax, Keras and others.
         strict : bool, default True
             Whether it is an error if arrays stand beside the projections that are not known, or a bias is missing.
+            False takes zeros for the bias. Given `names` too, it also takes your word that the model computes nothing
+            besides.
         dropout, add_zero_attn, batch_first
             As for the constructor.
         dtype : optional
@@ -708,9 +716,9 @@ class MultiheadAttention:
         RuntimeError
             In torch's words, if names or shapes differ; it says what there is instead.
         NotImplementedError
-            If names or `config` show that the model computes something else, such as rotary positions, normalised
-            queries, biases by relative position; and for names that only such models use, unless `names` or `config` is
-            given.
+            If the model computes something that a layer does not, such as rotary positions, normalised queries, biases
+            by relative position: `config` or names in the state dict show it, or it is usual in models that use these
+            names, such as Llama and T5. The error names what is missing.
         ValueError
             If no layer of `num_heads` heads has such shapes, arguments contradict `config` or each other, a layout has
             to be given, or a file is incomplete, damaged or of another kind.
@@ -724,8 +732,8 @@ class MultiheadAttention:
         Notes
         -----
         A state dict says nothing of `batch_first`, of dropout, of masks, nor of the path from a model's input to its
-        attention. A layer computes softmax(Q Kᵀ / sqrt(head_dim)) V and no more. What some models add to it has no
-        parameters, such as rotary positions: `config` shows it, names may not.
+        attention. A layer computes softmax(Q Kᵀ / sqrt(head_dim)) V and no more. What some models do besides has no
+        parameters, and their names may be those of models that do not: only `config` shows it then.
 
         Examples
         --------
@@ -754,24 +762,24 @@ class MultiheadAttention:
         return cls._from_parameters(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the layer to a file, in whose place the old one stays until the new one is complete.
+        """Write the layer to a file.
 
-        The file holds the parameters, the constructor's arguments and the training mode, but not how many calls
-        dropout has counted.
+        The file holds the parameters, the constructor's arguments and the training mode, but not the number of calls
+        that dropout has counted. An existing file is replaced only when the new one is complete.
 
         Parameters
         ----------
         path : str or path-like
-            Ends in .safetensors, for which safetensors must be installed, or in .npz.
+            A name that ends in .npz, or in .safetensors if the package safetensors is installed.
 
         Raises
         ------
         ValueError
-            If `path` ends otherwise.
+            If the name has another ending.
         ImportError
             If safetensors is needed and not installed.
         OSError
-            If the file cannot be written; then the old one is as it was.
+            If the file cannot be written; an existing file is then unchanged.
 
         Examples
         --------
@@ -794,12 +802,12 @@ class MultiheadAttention:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """The layer that `save` wrote: its parameters bit for bit, its arguments and its training mode.
+        """Load a layer that `save` wrote: its parameters bit for bit, its arguments and its training mode.
 
         Parameters
         ----------
         path : str or path-like
-            The file, whatever its name.
+            The file. Its name does not matter.
 
         Returns
         -------
@@ -830,14 +838,14 @@ class MultiheadAttention:
 
     @classmethod
     def from_torch(cls, module: Any) -> Self:
-        """A layer with the arguments, the parameters and the training mode of torch's.
+        """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 
         Parameters
         ----------
         module : torch.nn.MultiheadAttention
-            The layer to copy, or one of a subclass whose forward is torch's. Its weights are what torch would compute
-            with at this moment, whether they are parameters, parametrized or plain tensors; what else the layer holds
-            is not copied. Parameters in float16 or bfloat16 become float32.
+            The layer to copy. A subclass will do if it has torch's forward. The weights are those that torch would use
+            now, whether they are parameters, parametrized or plain tensors. Hooks and buffers are not copied.
+            Parameters in float16 or bfloat16 become float32.
 
         Returns
         -------
@@ -846,7 +854,7 @@ class MultiheadAttention:
         Raises
         ------
         TypeError
-            If `module` is something else, or has a forward of its own, which could compute anything.
+            If `module` is something else, or if it overrides forward, which could then compute anything.
 
         Examples
         --------
@@ -880,7 +888,7 @@ class MultiheadAttention:
         return layer.train(module.training)
 
     def cpu(self) -> Self:
-        """Do nothing: the layer is on the CPU.
+        """Return the layer itself, which is always on the CPU.
 
         Returns
         -------
@@ -896,12 +904,12 @@ class MultiheadAttention:
         return self
 
     def cuda(self, device: Any = None) -> Self:
-        """Refuse: mha_c computes on the CPU alone.
+        """Raise an error: mha_c computes on the CPU only.
 
         Parameters
         ----------
         device : optional
-            Torch's.
+            Ignored. torch has it.
 
         Returns
         -------
@@ -923,12 +931,12 @@ class MultiheadAttention:
         return self.to("cuda")
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Do nothing where no gradients are wanted: mha_c has no backward pass.
+        """Accept False, which changes nothing, and refuse True: mha_c has no backward pass.
 
         Parameters
         ----------
         requires_grad : bool, default True
-            Torch's default; only False is possible.
+            Must be False. The default is torch's.
 
         Returns
         -------
@@ -987,7 +995,7 @@ class MultiheadAttention:
         mode = "Training mode" if self.training else "Evaluation mode"
         drops = f"dropout of {self.dropout}" if self.training and self.dropout > 0 else "no dropout"
         facts = (
-            f"{size:,} parameters in {self._parameters.dtype.name}, {nbytes:,} bytes, and about as many again packed "
+            f"{size:,} parameters in {self._parameters.dtype.name}: {nbytes:,} bytes, and about the same again, packed "
             f"for the kernels ({config['cpu_level']}). Up to {count(config['threads'], 'thread')}.",
             f"{mode}: {drops}.",
         )
@@ -1030,7 +1038,7 @@ class MultiheadAttention:
         return self.to("float32")
 
     def half(self) -> Self:
-        """Refuse: mha_c computes in float32 and float64 alone.
+        """Raise an error: mha_c computes in float32 and float64 only.
 
         Returns
         -------
@@ -1052,7 +1060,7 @@ class MultiheadAttention:
         return self.to("float16")
 
     def bfloat16(self) -> Self:
-        """Refuse: mha_c computes in float32 and float64 alone.
+        """Raise an error: mha_c computes in float32 and float64 only.
 
         Returns
         -------
@@ -1075,12 +1083,12 @@ class MultiheadAttention:
 
 
 class OutputProjection:
-    """The output projection of a layer: its ``weight`` and ``bias``, which may be assigned.
+    """The output projection of a layer: a view of its ``weight`` and ``bias``, which may be assigned.
 
     Parameters
     ----------
     layer : MultiheadAttention
-        The layer, of which this is a view.
+        The layer.
 
     Examples
     --------
@@ -1094,7 +1102,7 @@ class OutputProjection:
 
     @property
     def weight(self) -> Array:
-        """(out_dim, num_heads * v_head_dim)."""
+        """The weight, (out_dim, num_heads * v_head_dim)."""
         return self._layer._parameters.arrays["out_proj.weight"]
 
     @weight.setter
@@ -1103,7 +1111,7 @@ class OutputProjection:
 
     @property
     def bias(self) -> Array | None:
-        """(out_dim,), or None in a layer without biases."""
+        """The bias, (out_dim,); None in a layer without biases."""
         return self._layer._parameters.arrays.get("out_proj.bias")
 
     @bias.setter
@@ -1112,7 +1120,7 @@ class OutputProjection:
 
     @property
     def in_features(self) -> int:
-        """The heads' features side by side: num_heads * v_head_dim."""
+        """The features of all heads together: num_heads * v_head_dim."""
         return int(self.weight.shape[1])
 
     @property
@@ -1128,8 +1136,8 @@ class OutputProjection:
 
 
 def layer_with(parameters: ParameterSet, *, add_zero_attn: bool, batch_first: bool) -> MultiheadAttention:
-    """A layer with parameters that are there already, in evaluation mode, for a wrapper that knows what torch's hint
-    is_causal means.
+    """A layer with existing parameters, in evaluation mode. It does not warn of is_causal in decoding, since its caller
+    has resolved torch's hint.
     """
     layer = MultiheadAttention._from_parameters(parameters, 0.0, add_zero_attn, batch_first)
     layer._warns_of_decoding = False
@@ -1137,7 +1145,7 @@ def layer_with(parameters: ParameterSet, *, add_zero_attn: bool, batch_first: bo
 
 
 def facts_of(layer: MultiheadAttention) -> dict[str, Any]:
-    """What `advise_on_call` has to know of a layer."""
+    """What `advise_on_call` needs to know about a layer."""
     widths, arrays = layer._parameters.widths, layer._parameters.arrays
     return {
         "num_heads": widths.num_heads,
@@ -1154,7 +1162,7 @@ def parameters_of(layer: MultiheadAttention) -> ParameterSet:
 
 
 def next_dropout_call(layer: MultiheadAttention) -> int:
-    """The number that the layer's next call in training mode has."""
+    """The number of the layer's next call in training mode."""
     return layer._dropout_calls
 
 
@@ -1170,8 +1178,10 @@ def _describe_module(module: Any) -> str:
     if torch is None or not isinstance(module, torch.nn.Module):
         return described
     names = [name for name, part in module.named_modules() if isinstance(part, torch.nn.MultiheadAttention)]
+    if not names:
+        return described
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{described}. It holds {', '.join(names[:3])}{more}: pass one of them" if names else described
+    return f"{described}. It holds {', '.join(names[:3])}{more}: pass {'one of them' if len(names) > 1 else 'that layer'}"
 
 
 def _check_device(device: Any) -> None:

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of attention, by matplotlib: axes in, axes out.
+"""Pictures of attention with matplotlib: axes in, axes out.
 
-Every function takes what `mha_c.explain` returns, or arrays of the shapes that `mha_c.heads.heads_of` takes; draws into the
-axes that it is given, or into a new figure; and returns the axes. An array of three dimensions needs `averaged`.
+Every function takes the result of `mha_c.explain`, or arrays of the shapes that `mha_c.heads.heads_of` takes. It draws
+into the axes that it is given, or into a new figure, and returns the axes. An array of three dimensions needs
+`averaged`.
 
-Colours are those that colour-blind readers can tell apart: blue is above 0 and orange is below 0, here and in what
-`mha_c.explain` shows in a notebook. They follow the background: ``with
-matplotlib.pyplot.style.context("dark_background")`` gives dark pictures. Those of weights follow the square root of the
-weight: one key often has most of the weight, and on a linear scale the others would all look like 0. Where there are
-more queries or keys than can be seen, neighbours share a cell: their keys' weights are added and their queries averaged,
-so that a row still adds up to 1, and the title says how many share.
+Blue is above 0 and orange is below 0, as in what `mha_c.explain` shows in a notebook; colour-blind readers can tell the
+two apart. The colours follow the background: ``with matplotlib.pyplot.style.context("dark_background")`` gives dark
+pictures. The colour of a weight follows its square root: one key often has most of the weight, and on a linear scale
+the others would all look like 0. If there are more queries or keys than can be seen, neighbours share a cell: the
+weights of its keys are added and those of its queries averaged, so that a row still sums to 1. The title gives the size
+of a cell.
 
-The label of the axes, ``ax.get_label()``, says in words what they show. In a notebook these words are the alternative
-text of the picture, which screen readers read where the page keeps it, as pages made by nbconvert do.
+The label of the axes, ``ax.get_label()``, describes in words what they show. In a notebook, the description is the
+alternative text of the picture, for screen readers.
 """
 
 from __future__ import annotations
@@ -72,31 +73,31 @@ def weights(
     colorbar: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
-    """The attention weights of one head, or their average: a row for each query, a column for each key.
+    """Draw the attention weights of one head, or of an average: a row for each query, a column for each key.
 
     Parameters
     ----------
     weights : array_like or Explanation
         (N, H, L, S), (H, L, S), (N, L, S) or (L, S).
     head : int, optional
-        Which of the H; the first unless given. Averaged weights and (L, S) have none.
+        The number of the head; the first one unless given. Averaged weights and (L, S) have no heads.
     item : int, default 0
-        Which of the N, if there are any.
+        The batch item.
     averaged : bool, optional
-        For an array of three dimensions, which it must be given for: True for (N, L, S), averaged over the heads, as
-        the layer returns it by default; False for (H, L, S). True also says that (L, S) is an average.
+        Must be given for an array of three dimensions: True for (N, L, S), averaged over the heads, as the layer
+        returns it by default; False for (H, L, S). For (L, S), True says that it is an average.
     layer : int or str, optional
         The number or the name of the layer, for the title.
     tokens : sequence of str, optional
-        The L queries' labels, and the keys' too where L = S.
+        The labels of the L queries, and of the keys too if L = S.
     key_tokens : sequence of str, optional
-        The S keys' labels, where they are others.
+        The labels of the S keys, if they differ.
     vmax : float, optional
-        The weight of the strongest colour; the largest weight unless given.
+        The weight with the strongest colour; the largest weight unless given.
     colorbar : bool, default True
-        Whether to draw the scale of colours beside the axes.
+        Whether to draw the colour scale beside the axes.
     ax : matplotlib.axes.Axes, optional
-        Where to draw; a new figure unless given.
+        The axes to draw into; a new figure unless given.
 
     Returns
     -------
@@ -105,10 +106,10 @@ def weights(
     Raises
     ------
     ValueError
-        If there is no such head, if there are not as many tokens as queries, or keys, or as for
+        If the head does not exist; if the number of tokens is not that of the queries or keys; or as for
         `mha_c.heads.heads_of`.
     IndexError
-        If there is no such item.
+        If the batch does not have this item.
 
     Examples
     --------
@@ -138,7 +139,7 @@ def average(
     colorbar: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
-    """The attention weights averaged over the heads, as the layer returns them by default.
+    """Draw the attention weights averaged over the heads, as the layer returns them by default.
 
     Parameters
     ----------
@@ -176,14 +177,14 @@ def heads(
     colorbar: bool = True,
     axes: Sequence[Axes] | NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """The attention weights of every head, side by side on one scale.
+    """Draw the attention weights of every head, side by side with one colour scale.
 
     Parameters
     ----------
     weights, item, averaged, layer, tokens, key_tokens, vmax, colorbar
-        As for `weights`, of each head.
+        As for `weights`. The weights must be those of each head.
     axes : array_like of matplotlib.axes.Axes, optional
-        At least H of them, in any shape; a new figure unless given.
+        At least H axes, in any shape; a new figure unless given.
 
     Returns
     -------
@@ -220,7 +221,7 @@ def heads(
         axes = grid
     panels: NDArray[Any] = np.array(axes, dtype=object).ravel()[:count]
     if len(panels) < count:
-        raise ValueError(f"{count} heads need as many axes, but there are {len(panels)}")
+        raise ValueError(f"{count} heads need {count} axes, but got {len(panels)}")
     vmax = _largest(chosen.array) if vmax is None else vmax
     for head, ax, matrix in zip(chosen.heads, panels, chosen.array):
         cells = _bin(ax, matrix, weights=True)
@@ -243,14 +244,15 @@ def entropy(
     layer: int | str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """How widely each head looks: the mean entropy of its queries' weights, in bits.
+    """Draw how widely each head attends: the mean entropy of its queries' weights, in bits.
 
     Parameters
     ----------
     weights : array_like, Explanation, or list of these
-        As for `weights`, of each head; a list has one entry per layer, and gives a table of layers and heads.
+        The weights of each head, as for `weights`. A list has one entry for each layer, and gives a table of layers and
+        heads.
     item : int, default 0
-        Which of the N, if there are any.
+        The batch item.
     averaged : bool, optional
         False for arrays (H, L, S).
     layer : int or str, optional
@@ -283,7 +285,7 @@ def entropy(
         most = math.log2(chosen[0].array.shape[-1])
         ax.axhline(most, color=_ink(ax), linewidth=0.8, linestyle="--")
         ax.annotate(
-            "all keys alike",
+            "equal weights",
             (1, most),
             xycoords=("axes fraction", "data"),
             xytext=(-3, 3),
@@ -305,12 +307,12 @@ def distance(
     layer: int | str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """How far each head looks: the mean distance, by its weights, from its queries to the keys, in tokens.
+    """Draw how far each head attends: the mean distance from its queries to the keys, by weight, in tokens.
 
     Parameters
     ----------
     weights, item, averaged, layer, ax
-        As for `entropy`, of a self-attention: L = S.
+        As for `entropy`. It must be self-attention: L = S.
 
     Returns
     -------
@@ -319,7 +321,7 @@ def distance(
     Raises
     ------
     ValueError, IndexError
-        As for `heads`, and unless L = S.
+        As for `heads`, and if L is not S.
 
     See Also
     --------
@@ -350,20 +352,20 @@ def token(
     key_tokens: _Words = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Where one token looks: lines from its word among the queries to the words of the keys, the stronger the heavier.
+    """Draw what one token attends to: lines from its word to the words of the keys, thicker for larger weights.
 
-    The keys with more than half of the largest weight are bold, and have their weights beside them.
+    Keys with more than half of the largest weight are bold and labelled with their weights.
 
     Parameters
     ----------
     weights
         As for `weights`.
     token : int or str
-        The query: its position, or its word among `tokens` if it occurs once.
+        The query: its position, or its word if that occurs once in `tokens`.
     head : int, optional
-        One head; the average of all unless given.
+        The number of the head; the average of all heads unless given.
     item, averaged, layer, tokens, key_tokens, ax
-        As for `weights`. Where there is no room for every word, the strongest keys have theirs.
+        As for `weights`. If there is no room for every word, only the strongest keys are labelled.
 
     Returns
     -------
@@ -372,9 +374,9 @@ def token(
     Raises
     ------
     ValueError, IndexError
-        As for `weights`; and if there is no such token, or if its word occurs more than once.
+        As for `weights`; and if the token does not exist, or if its word occurs more than once.
     TypeError
-        If `token` is a word, and `tokens` are not given.
+        If `token` is a word and `tokens` are not given.
 
     Examples
     --------
@@ -424,18 +426,18 @@ def masking(
     colorbar: bool = True,
     axes: Sequence[Axes] | NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """The scores of one head before and after the masks: blue above 0, orange below 0, and hatched where hidden.
+    """Draw the scores of one head before and after the masks: blue above 0, orange below 0, hatched if hidden.
 
     Parameters
     ----------
     scores : array_like or Explanation
-        (N, H, L, S), (H, L, S) or (L, S); an explanation brings its own `masked_scores`.
+        (N, H, L, S), (H, L, S) or (L, S). An explanation already holds `masked_scores`.
     masked_scores : array_like, optional
-        The same with the masks applied: -inf, or so low that the weight rounds to 0, where a key is hidden.
+        The scores with the masks applied: -inf if a key is hidden, or so low that its weight rounds to 0.
     head, item, layer, tokens, key_tokens, colorbar
         As for `weights`.
     axes : array_like of matplotlib.axes.Axes, optional
-        Two of them; a new figure unless given.
+        Two axes; a new figure unless given.
 
     Returns
     -------
@@ -444,9 +446,9 @@ def masking(
     Raises
     ------
     TypeError
-        If there are no `masked_scores`.
+        If `masked_scores` are missing.
     ValueError, IndexError
-        As for `weights`, and unless there are two axes.
+        As for `weights`, and if `axes` are not two.
 
     Examples
     --------
@@ -504,7 +506,7 @@ class _Cells(NamedTuple):
 
 
 def _bin(ax: Axes, matrix: NDArray[Any], *, weights: bool) -> _Cells:
-    """As many neighbours in a cell as it takes to see the cells."""
+    """The cells to draw: enough neighbours share a cell for it to be visible."""
     width, height = _pitch(ax, matrix.shape)
     size = (_bin_size(height), _bin_size(width))
     how = "keys added, queries averaged" if weights else "averaged"
@@ -512,7 +514,7 @@ def _bin(ax: Axes, matrix: NDArray[Any], *, weights: bool) -> _Cells:
 
 
 def _bin_size(pitch: float) -> int:
-    """How many cells of `pitch` points make one that can be seen: 1, 2, 5, 10, 20, 50 ..."""
+    """How many queries or keys of `pitch` points make a visible cell: 1, 2, 5, 10, 20, 50 ..."""
     power = 1
     while True:
         for step in (1, 2, 5):
@@ -540,10 +542,10 @@ class _Names(NamedTuple):
                 raise IndexError(f"there is no {self.kind} {token}: there are {count}, counted from 0")
             return range(count)[token]
         if not self.are_given:
-            raise TypeError(f"token={token!r} is a word, and there are no words: pass tokens=, or a position")
+            raise TypeError(f"token={token!r} is a word, but tokens= is missing: pass tokens=, or a position")
         positions = [position for position, word in enumerate(self.words) if word == token]
         if not positions:
-            raise ValueError(f"there is no word {token!r}; the words are: {' '.join(self.words)}")
+            raise ValueError(f"{token!r} is not one of the words: {' '.join(self.words)}")
         if len(positions) > 1:
             raise ValueError(f"{token!r} is the word at positions {', '.join(map(str, positions))}: pass one of these")
         return positions[0]
@@ -696,7 +698,7 @@ def _average(chosen: Matrices) -> tuple[NDArray[Any], str]:
 
 
 def _title(what: str, layer: int | str | None, whose: str = "") -> str:
-    """The parts of a title that there are."""
+    """The parts of a title that are not empty."""
     return ", ".join(filter(None, (what, "" if layer is None else f"layer {layer}", whose)))
 
 
@@ -730,13 +732,13 @@ def _describe(ax: Axes, words: str) -> None:
 
 
 def _alternative_text(figure: Figure, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What IPython asks of an object that it displays: no other data, and metadata for the picture that it makes."""
+    """The data and metadata that IPython adds to a displayed object: here, the alternative text of its picture."""
     words = [str(ax.get_label()) for ax in figure.axes if ax.get_label() not in ("", "<colorbar>")]
     return {}, {"image/png": {"alt": " ".join(words)}}
 
 
 def _label(ax: Axes, labels: _Labels) -> None:
-    """Words along both axes where they can be read, positions where they cannot."""
+    """Words along both axes if they are readable there, else positions."""
     shape = (len(labels.queries.words), len(labels.keys.words))
     ax.set_xlim(-0.5, shape[1] - 0.5)
     ax.set_ylim(shape[0] - 0.5, -0.5)
@@ -755,7 +757,7 @@ def _label(ax: Axes, labels: _Labels) -> None:
 
 
 def _label_outer(axes: NDArray[Any]) -> None:
-    """Leave out the labels between axes of one grid."""
+    """Remove the labels between the axes of one grid."""
     if all(ax.get_subplotspec() is not None for ax in axes):
         for ax in axes:
             ax.label_outer()
@@ -766,7 +768,7 @@ def _row_of_words(
 ) -> tuple[float, int]:
     """Words along the lower edge with their `numbers`, or along the upper one without.
 
-    All of them are shown, or where there is no room the strongest. Returns where lines end, and how many are shown.
+    If there is no room for all words, the strongest are shown. Returns where lines end, and how many words are shown.
     """
     box = ax.get_window_extent()
     points = 72 / ax.figure.dpi
@@ -814,7 +816,7 @@ def _shorten(word: str) -> str:
 
 
 def _colorbar(image: Any, axes: Sequence[Axes] | NDArray[Any], meaning: str) -> None:
-    """A scale beside the axes, in their ink: the style in force need not be the one that they were made in."""
+    """A colour scale beside the axes, in the colour of their text: the current style may differ from theirs."""
     ink = _ink(axes[0])
     figure = axes[0].figure
     assert isinstance(figure, Figure)
@@ -832,7 +834,7 @@ def _is_dark(color: Any) -> bool:
 
 
 def _on_dark(ax: Axes) -> bool:
-    """Whether the background is dark; where nothing is painted behind the axes, the text's colour tells."""
+    """Whether the background is dark. If it is transparent, the colour of text decides."""
     for color in (ax.get_facecolor(), ax.figure.get_facecolor()):
         if to_rgba(color)[3] > 0:
             return _is_dark(color)
@@ -849,7 +851,7 @@ def _accent(ax: Axes) -> str:
 
 
 def _sequential(ax: Axes) -> Colormap:
-    """From the background's lightness away from it, in one hue: read by lightness alone."""
+    """One hue, from the lightness of the background away from it, so that lightness alone carries the value."""
     return matplotlib.colormaps["Blues_r" if _on_dark(ax) else "Blues"]
 
 

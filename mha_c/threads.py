@@ -16,8 +16,8 @@ __all__ = ["get_num_threads", "num_threads", "set_num_threads", "show_config"]
 def set_num_threads(n: int) -> None:
     """Set the number of threads that a call may use, for the whole process.
 
-    The default is the environment variable MHA_C_NUM_THREADS, else OMP_NUM_THREADS, else the number of CPUs that this
-    process may use.
+    The default is the environment variable MHA_C_NUM_THREADS, or else OMP_NUM_THREADS, or else the number of CPUs that
+    this process may use.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def set_num_threads(n: int) -> None:
     Raises
     ------
     RuntimeError
-        In torch's words, if `n` is not an integer or is less than 1.
+        If `n` is not an integer or is less than 1; the message has torch's words.
 
     Examples
     --------
@@ -42,7 +42,9 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """The number of threads that a call may use here: that of the innermost `num_threads`, else that of the process.
+    """Return the number of threads that a call may use here.
+
+    It is that of the innermost `num_threads` block, or else that of the process.
 
     Returns
     -------
@@ -59,7 +61,7 @@ def get_num_threads() -> int:
 
 @contextmanager
 def num_threads(n: int) -> Iterator[None]:
-    """Set the number of threads in a `with` block, for the current thread or asynchronous task alone.
+    """Set the number of threads within a `with` block, for the current thread or asynchronous task only.
 
     Parameters
     ----------
@@ -73,7 +75,7 @@ def num_threads(n: int) -> Iterator[None]:
     Raises
     ------
     RuntimeError
-        In torch's words, if `n` is not an integer or is less than 1.
+        If `n` is not an integer or is less than 1; the message has torch's words.
 
     Examples
     --------

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torchvision_operators  # noqa: F401
 import transformers
+from random_parameters import set_random_parameters
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
@@ -89,22 +90,6 @@ class Case(NamedTuple):
 def build(case):
     torch.manual_seed(0)
     return set_random_parameters(case.model(case.config).eval())
-
-
-@torch.no_grad()
-def set_random_parameters(model):
-    """Gives a model random numbers that are large enough for each trait of its attention to matter."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        numbers = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() > 1:  # products of normal numbers remain of the size of 1 or 2
-            parameter.copy_(1.5 * numbers / math.sqrt(parameter[0].numel()))
-        else:
-            parameter.add_(0.2 * numbers)  # biases, and the factors of normalisations
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.weight.copy_(torch.randn(module.weight.shape, generator=generator))
-    return model
 
 
 def tokens(batch=3, length=TOKENS, seed=0):

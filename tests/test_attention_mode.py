@@ -460,15 +460,17 @@ def test_fused_optimisers_are_noticed():
     assert coverage.rows == (("", "multi_head_attention_forward", 3, 3, "gradients"),)
 
 
-def test_a_call_with_gradients_makes_the_next_one_pack_anew():
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_call_for_training_makes_the_next_one_pack_anew(dropout):
     """After it anything may change the parameters, single numbers of them too, without telling torch."""
-    layer, x = attention_layer(), torch.randn(7, 3, 16)
-    with attention():
-        for gradients in False, True, False:
-            with torch.set_grad_enabled(gradients):
-                got = layer(x, x, x)[0]
-            if gradients:
+    layer, x = attention_layer(dropout=dropout), torch.randn(7, 3, 16)
+    with attention() as coverage:
+        for training in False, True, False:
+            with torch.set_grad_enabled(training):
+                got = layer.train(training)(x, x, x)[0]
+            if training:
                 layer.in_proj_weight.data[5, 3] += 9
+    assert coverage.rows[0][2:] == (2, 1, "dropout" if dropout else "gradients")
     with torch.no_grad():
         assert torch.allclose(got, layer(x, x, x)[0], atol=1e-4)
 

@@ -117,8 +117,8 @@ def test_a_mistake_is_noticed():
 @pytest.mark.parametrize("ours, words", [
     (np.zeros((2, 3), np.float32), "shape (2, 3) instead of (2, 2)"),
     (np.zeros((2, 2), np.float64), "dtype float64 instead of float32"),
-    (np.full((2, 2), np.nan, np.float32), "3 numbers are NaN or infinite in one of the two alone"),
-    (np.array([[-np.inf, np.nan], [0, 0]], np.float32), "2 numbers are NaN or infinite in one of the two alone"),
+    (np.full((2, 2), np.nan, np.float32), "3 numbers are NaN or infinite in only one of the two"),
+    (np.array([[-np.inf, np.nan], [0, 0]], np.float32), "2 numbers are NaN or infinite in only one of the two"),
 ], ids=["shape", "dtype", "nan", "infinity"])
 def test_shapes_dtypes_and_infinities(ours, words):
     theirs = np.array([[0, 0], [np.nan, 0]], np.float32) if np.isnan(ours).all() else np.zeros((2, 2), np.float32)
@@ -143,8 +143,8 @@ def test_empty():
 def test_what_cannot_be_checked():
     x = normal((5, 3, 8))
     for module, inputs, error, words in (
-            (layer(8, 4), (), TypeError, "there are 0 inputs"),
-            (layer(8, 4), (x,) * 4, TypeError, "there are 4 inputs"),
+            (layer(8, 4), (), TypeError, "got 0 inputs"),
+            (layer(8, 4), (x,) * 4, TypeError, "got 4 inputs"),
             (torch.nn.Linear(8, 8), (x,), TypeError, "takes a layer of mha_c or a torch.nn.MultiheadAttention, but got"),
             (encoder(), (x,), TypeError, r"It holds layers.0.self_attn, .* pass one of them. check.model compares whole"),
             (torch.nn.MultiheadAttention(8, 4).half(), (x,), TypeError, "the layer is in float16")):
@@ -160,15 +160,16 @@ WIDTHS = [{"num_kv_heads": 2}, {"head_dim": 3, "v_head_dim": 5, "out_dim": 6}, {
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-def test_layers_that_torch_lacks(widths, dtype):
+def test_layers_that_torch_lacks(widths, dtype, monkeypatch):
     """The definition alone measures them, beside what NumPy makes of it; a mistake is noticed."""
+    monkeypatch.setenv("COLUMNS", "200")
     x, hidden = normal((5, 3, 8), dtype), np.array([[True] * 5, [False] * 5, [False] * 5])
     for call in ({}, {"is_causal": True, "need_weights": False}, {"attn_mask": normal((5, 5), dtype)},
                  {"key_padding_mask": hidden}):
         report = check.against_torch(layer(8, 4, dtype=dtype, **widths), x, **call)
         report.assert_close()
         assert report.title.startswith(f"mha_c and NumPy {np.__version__}: ")
-        assert "torch has no such layer (" in report.notes[0] and "NumPy's error" in str(report)
+        assert "torch does not have such a layer (" in report.notes[0] and "NumPy error" in str(report)
         assert report.comparisons[0].torch_error.largest > 0
     wrong = Wrong(8, 4, dtype=dtype, **widths).eval()
     report = check.against_torch(wrong, x)

@@ -18,7 +18,7 @@ mha_c = pytest.importorskip("mha_c")
 DOCS = REPOSITORY / "docs"
 
 
-@pytest.mark.parametrize("page", ["getting_started.md", "guide.md", "models.md"])
+@pytest.mark.parametrize("page", ["getting_started.md", "guide.md", "loading.md", "models.md"])
 def test_pages(page, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     if page == "models.md":
@@ -47,7 +47,14 @@ def test_the_figures_are_those_of_the_summary(tmp_path):
 ACCEPTED = {"ES01", "GL01", "GL02", "GL03", "PR08", "PR09", "RT03", "RT04", "RT05", "SA01", "SA03", "SS05", "SS06"}
 
 MODULES = ("check", "functional", "heads", "plot", "threads", "torch")
-CLASSES = ("layer.OutputProjection", "explanation.Explanation", "explanation.Stage", "explanation.MaskEffect")
+CLASSES = (
+    "layer.OutputProjection",
+    "explanation.Explanation",
+    "explanation.Stage",
+    "explanation.MaskEffect",
+    "display.coverage.Coverage",
+    "display.coverage.CoverageRow",
+)
 
 
 def names_of(item):

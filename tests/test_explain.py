@@ -375,7 +375,7 @@ def test_paths_are_the_core_s_own_choice():
     np.testing.assert_array_equal(explanation.weights, weights)
     assert_stages(explanation, module, (query, key, key), {"key_padding_mask": padding})
     text = str(explanation)
-    assert "Path of item 1: the ordinary path" in text and "Path of items 0, 2: the path for few queries" in text
+    assert "Path of item 1: ordinary." in text and "Path of items 0, 2: few queries." in text
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
@@ -444,7 +444,7 @@ def test_warnings():
     assert re.search("attn_mask looks inverted: it hides 58.3%.*~mask", warnings_of(module, x, attn_mask=shows)[0])
     said = warnings_of(module, x, key_padding_mask=tokens)
     assert re.search("key_padding_mask looks inverted: it hides 75%.*all of item 0.*~mask", said[0])
-    assert re.search("12 of 24 rows see no key, the first being query 0 of head 0 in item 0: .* NaN", said[1])
+    assert re.search("12 of 24 queries see no key, the first being query 0 of head 0 in item 0: .* NaN", said[1])
     alone = np.zeros((2, 6), bool)
     alone[1] = True
     assert warnings_of(module, x, key_padding_mask=alone)[0] == (
@@ -453,12 +453,12 @@ def test_warnings():
     assert "-1000 or less" in warnings_of(module, x, key_padding_mask=np.full((2, 6), -1e9))[0]
     assert "NaN or infinity" in warnings_of(module, x, attn_mask=np.full((6, 6), np.nan))[0]
     with_zero = layer(8, 2, batch_first=True, add_zero_attn=True)
-    assert "appended keys alone" in warnings_of(with_zero, x, key_padding_mask=alone)[-1]
+    assert "appended keys only" in warnings_of(with_zero, x, key_padding_mask=alone)[-1]
     blind = np.zeros((4, 6, 6), bool)
     blind[3, 2] = True
     assert warnings_of(module, x, attn_mask=blind) == (
-        "1 of 24 rows see no key, the first being query 2 of head 1 in item 1: their weights and output are NaN, as in "
-        'torch; with masked_rows="zero" they are not.',)
+        "1 of 24 queries see no key, the first being query 2 of head 1 in item 1: their weights and output are NaN, as in "
+        'torch; with masked_rows="zero", they are finite.',)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -504,7 +504,7 @@ def test_causality_with_more_keys_than_queries():
     module, x = layer(16, 4, batch_first=True), normal((2, 10, 16))
     for length in (1, 3):
         (said,) = mha_c.explain(module, x[:, -length:], x, is_causal=True).warnings
-        assert f"so that the last {10 - length} of 10 keys are never seen" in said
+        assert "is_causal=True lets query l see the keys 0..l" in said
         mask = eval(re.search("attn_mask=(.*)\\.$", said).group(1), {"np": np})
         np.testing.assert_allclose(
             module(x[:, -length:], x, x, attn_mask=mask)[0], module(x, x, x, is_causal=True)[0][:, -length:], atol=1e-6)
@@ -580,10 +580,13 @@ def module_without_dropout(module):
 
 def test_errors():
     module, x, _ = question("plain", "none")
-    with pytest.raises(TypeError, match="mha_c.MultiheadAttention or torch.nn.MultiheadAttention, not torch.nn.*Linear"):
+    says = "layer must be a mha_c.MultiheadAttention or a torch.nn.MultiheadAttention, but got torch.nn"
+    with pytest.raises(TypeError, match=f"{says}.*Linear$"):
         mha_c.explain(torch.nn.Linear(8, 2), *x)
+    with pytest.raises(TypeError, match=f"{says}.*TransformerEncoderLayer. It holds self_attn: pass that layer$"):
+        mha_c.explain(torch.nn.TransformerEncoderLayer(8, 2), *x)
     for name, right in (("head", "heads"), ("stage", "stages"), ("attn_masks", "attn_mask")):
-        with pytest.raises(TypeError, match=f"argument '{name}'. Write {right}= instead of {name}=."):
+        with pytest.raises(TypeError, match=f"argument '{name}'. Write {right}=0 instead of {name}=0."):
             mha_c.explain(module, *x, **{name: 0})
     with pytest.raises(TypeError, match="unexpected keyword argument 'xyz'$"):
         mha_c.explain(module, *x, xyz=0)

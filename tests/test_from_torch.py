@@ -52,7 +52,7 @@ def test_replaced_layers():
 def test_models_name_their_attention():
     layer = torch.nn.TransformerEncoderLayer(8, 2)
     with pytest.raises(TypeError, match=r"torch.nn.MultiheadAttention, but got torch.nn.*TransformerEncoderLayer. "
-                                        r"It holds self_attn: pass one of them"):
+                                        r"It holds self_attn: pass that layer$"):
         MultiheadAttention.from_torch(layer)
     with pytest.raises(TypeError, match=r"layers.0.self_attn, layers.1.self_attn, layers.2.self_attn and 3 more: pass"):
         MultiheadAttention.from_torch(torch.nn.TransformerEncoder(layer, 6, enable_nested_tensor=False))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import mha_c
 import numpy as np
 import pytest
-from helpers import bits, layer, normal, outcome
+from helpers import REPOSITORY, bits, layer, normal, outcome
 from mha_c.parameters import options, schemes
 
 from_state_dict = mha_c.MultiheadAttention.from_state_dict
@@ -55,6 +55,7 @@ SEPARATE = """
 """
 DOUBTFUL = """
     q_proj k_proj v_proj o_proj
+    q_proj k_proj v_proj dense
     wq wk wv wo
     q k v o
     Wqkv out_proj
@@ -62,6 +63,17 @@ DOUBTFUL = """
     qkv_proj o_proj
     query_key_value dense
 """
+
+
+def test_every_scheme_is_documented():
+    """Its models and its names are a row of the table in docs/loading.md."""
+    rows = (REPOSITORY / "docs" / "loading.md").read_text().splitlines()
+    for scheme in schemes.FOREIGN:
+        if not scheme.where:
+            found = [row for row in rows if row.startswith("| ") and all(f"`{name}`" in row for name in scheme.names)]
+            assert found, scheme
+    for option in options._OPTIONS:
+        assert any(row.startswith(f"| `{option}` |") for row in rows), option
 
 
 def table(text):
@@ -99,7 +111,8 @@ def stored(module, names, prefix="", kind="weight", per_head=0, transposed=False
 
 def test_every_scheme_is_tested():
     assert {scheme.names for scheme in schemes.FOREIGN} == {*table(SEPARATE), *table(DOUBTFUL)}
-    assert {scheme.names for scheme in schemes.FOREIGN if scheme.options} == {*table(DOUBTFUL)}
+    doubtful = {scheme.names for scheme in schemes.FOREIGN if scheme.options and not scheme.where}
+    assert doubtful == {*table(DOUBTFUL)}
 
 
 @pytest.mark.parametrize("kind", ["weight", "kernel"])
@@ -109,7 +122,7 @@ def test_names(names, kind, bias):
     """Every known way to name projections, in a block of a model, among others that are not the layer's."""
     module = layer(8, 4, bias=bias)
     state = {"embeddings.weight": np.ones((2, 8)), "norm.weight": np.ones(8), **stored(module, names, "block.0.", kind)}
-    more = {"names": names} if names in table(DOUBTFUL) else {}
+    more = {"names": names, "strict": False} if names in table(DOUBTFUL) else {}
     more |= {"layout": "stacked"} if names[0] == "query_key_value" else {}
     loaded = from_state_dict(state, "block.0.", num_heads=4, **more)
     assert bits(loaded.state_dict()) == bits(module.state_dict())
@@ -171,19 +184,58 @@ def test_projections_that_do_not_fit():
 def test_names_of_models_that_compute_something_else(names):
     """They are refused, by the option that is missing, until somebody says that this model does not need it."""
     state = stored(layer(8, 4), names)
-    for more in ({}, {"strict": False}):
-        kind, words = error_of(state, num_heads=4, layout="stacked", **more)
-        assert kind is NotImplementedError
-        assert ("(scale)" if names[0] == "q" else "(rope)") in words and f"names={names}" in words
-    for more in ({"names": names}, {"config": {"num_attention_heads": 4}}):
+    for more in ({}, {"strict": False}, {"names": names}, {"names": [f"a.{name}" for name in names], "prefix": ""}):
+        prefixed = {f"a.{name}": array for name, array in state.items()}
+        kind, words = error_of(prefixed, **{"prefix": "a.", "num_heads": 4, "layout": "stacked", **more})
+        assert kind is NotImplementedError and ("(scale)" if names[0] == "q" else "(rope)") in words
+    assert f"names={names} and strict=False" in error_of(state, num_heads=4)[1]
+    for more in ({"names": names, "strict": False}, {"config": {"num_attention_heads": 4}}):
         assert from_state_dict(state, num_heads=4, layout="stacked", **more).num_heads == 4
 
 
-@pytest.mark.parametrize("names", [("attn.qkv", "proj"), ("q", "kv", "o"), ("c_attn", "out")], ids=str)
+@pytest.mark.parametrize(
+    "names, prefix, option",
+    [
+        (PLAIN, "transformer.h.0.attn.", "rope"),
+        (PLAIN, "h.11.attn.", "rope"),
+        (PLAIN, "transformer.h.0.attn.attention.", "scale"),
+        (("qkv", "proj"), "model.visual.blocks.3.attn.", "rope"),
+        (("qkv", "proj"), "vision_tower.blocks.3.attn.", "rope"),
+        (table(SEPARATE)[2], "roformer.encoder.layer.0.", "rope"),
+    ],
+    ids=str,
+)
+def test_where_models_use_the_names_of_others(names, prefix, option):
+    """The names of GPT-J, GPT-Neo, Qwen2-VL and RoFormer are plain: only the place of the layer tells."""
+    state = stored(layer(8, 4), names, prefix)
+    for more in ({}, {"names": names}):
+        kind, words = error_of(state, prefix, num_heads=4, **more)
+        assert kind is NotImplementedError and f"({option})" in words and f'"{prefix}{names[0]}.weight"' in words
+    assert error_of(state, num_heads=4)[0] is NotImplementedError
+    assert from_state_dict(state, num_heads=4, names=names, strict=False).num_heads == 4
+    assert from_state_dict(state, config={"num_attention_heads": 4}).num_heads == 4
+    plain = {name.removeprefix(prefix): array for name, array in state.items()}
+    for other in ("encoder.layers.0.attn.", "transformer.attn.", "blocks.0.attn."):
+        moved = {other + name: array for name, array in plain.items()}
+        assert from_state_dict(moved, other, num_heads=4).num_heads == 4
+
+
+@pytest.mark.parametrize("names", [("attn.qkv", "attn.proj"), ("qkv", "proj"), ("x.q", "y.kv", "z.proj"),
+                                  ("h.c_attn", "h.c_proj"), ("any", "names", "will", "do")], ids=str)
 def test_given_names(names):
-    """names= takes two, three or four. A known name of the weight with several projections tells the layout."""
+    """names= takes two, three or four. Names that are known tell the layout."""
     module = layer(8, 4)
     loaded = from_state_dict(stored(module, names, "a."), "a.", num_heads=4, names=names)
+    assert bits(loaded.state_dict()) == bits(module.state_dict())
+
+
+@pytest.mark.parametrize("names", [("qkv", "proj_out"), ("q", "kv", "o"), ("c_attn", "out")], ids=str)
+def test_given_names_that_do_not_tell_the_layout(names):
+    """One known name is not enough: of two models with a "qkv", one stacks it, and the other has it head by head."""
+    module = layer(8, 4)
+    kind, words = error_of(stored(module, names), num_heads=4, names=names)
+    assert kind is ValueError and f"{names[-2]}.weight holds several projections" in words
+    loaded = from_state_dict(stored(module, names), num_heads=4, names=names, layout="stacked")
     assert bits(loaded.state_dict()) == bits(module.state_dict())
 
 
@@ -192,7 +244,7 @@ def test_given_names_that_are_wrong():
     for names in (["qkv"], ["q"] * 5):
         with pytest.raises(ValueError, match=r"names are \(query, key, value, output\), .* but got \["):
             from_state_dict(state, num_heads=4, names=names)
-    for names in ("qkv", [1, 2], 3):
+    for names in ("qkv", [1, 2], 3, {"q": 1, "k": 2}):
         with pytest.raises(TypeError):
             from_state_dict(state, num_heads=4, names=names)
     kind, words = error_of(state, num_heads=4, names=["to_qkv", "proj"])
@@ -205,7 +257,7 @@ def test_projections_head_by_head(num_kv_heads, head_dim):
     """The order of rows is never guessed: without `layout` it is an error, and either layout is read as it is."""
     module = layer(8, 4, num_kv_heads=num_kv_heads, head_dim=head_dim)
     names = ("query_key_value", "dense")
-    given = {"num_heads": 4, "names": names}
+    given = {"num_heads": 4, "names": names, "strict": False}
     for layout, state in {
         "stacked": stored(module, names),
         "per_head": stored(module, names, per_head=num_kv_heads),
@@ -220,7 +272,7 @@ def test_projections_head_by_head(num_kv_heads, head_dim):
     assert bits(loaded.state_dict()) == bits(module.state_dict())
     with pytest.raises(ValueError, match='layout must be "stacked" or "per_head"'):
         from_state_dict(state, **given, layout="heads")
-    for wrong in ({"num_heads": 5}, {"num_kv_heads": 3}, {"num_heads": 0}, {"num_heads": -4}):
+    for wrong in ({"num_heads": 5}, {"num_kv_heads": 3}):
         with pytest.raises(ValueError, match="rows, which do not fit"):
             from_state_dict(state, **{**given, **wrong}, layout="per_head")
 
@@ -286,9 +338,13 @@ def random_module(torch, module):
     return module
 
 
+def transformers_library():
+    pytest.importorskip("torchvision_operators")  # before transformers, which needs them
+    return pytest.importorskip("transformers")
+
+
 def configuration(name, **arguments):
-    transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, name)(**arguments)
+    config = getattr(transformers_library(), name)(**arguments)
     config._attn_implementation = "eager"
     return config
 
@@ -355,53 +411,59 @@ def sam(torch):
     return module, config, lambda x: module(x[:, :, None])[0][:, :, 0]
 
 
-def clip_pool(torch):
-    """CLIP's attention pool as OpenAI published it, asked for each token instead of for their mean."""
-
-    class AttentionPool2d(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.positional_embedding = torch.nn.Parameter(torch.zeros(6, E))
-            self.k_proj, self.q_proj, self.v_proj = (torch.nn.Linear(E, E) for _ in range(3))
-            self.c_proj = torch.nn.Linear(E, 10)
-
-        def forward(self, x):
-            x = x.transpose(0, 1)
-            return torch.nn.functional.multi_head_attention_forward(
-                x, x, x, E, H, None, torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias]), None, None,
-                False, 0, self.c_proj.weight, self.c_proj.bias, use_separate_proj_weight=True, training=False,
-                need_weights=False, q_proj_weight=self.q_proj.weight, k_proj_weight=self.k_proj.weight,
-                v_proj_weight=self.v_proj.weight,
-            )[0].transpose(0, 1)  # fmt: skip
-
-    module = AttentionPool2d()
-    return module, None, module
+def xlm(torch):
+    config = configuration("XLMConfig", emb_dim=E, n_heads=H)
+    module = attention_class("xlm", "MultiHeadAttention")(H, E, config)
+    return module, config, lambda x: module(x, torch.ones(2, 5))[0]
 
 
-def by_heads(torch, q, k, v):
-    """softmax(q kᵀ / sqrt(head_dim)) v, for each of H heads."""
-    q, k, v = (x.unflatten(-1, (H, -1)).transpose(1, 2) for x in (q, k, v))
-    weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
-    return (weights @ v).transpose(1, 2).flatten(2)
-
-
-def of_linears(torch, bias, **widths):
-    """The forward of lucidrains' modules: projections, attention, output."""
-    module = torch.nn.Module()
-    for name, out in widths.items():
-        linear = torch.nn.Linear(E, out, bias=bias or name == "to_out")
-        setattr(module, name, torch.nn.Sequential(linear, torch.nn.Dropout(0.0)) if name == "to_out" else linear)
-
-    def forward(x):
-        projected = torch.cat([getattr(module, name)(x) for name in widths if name != "to_out"], -1)
-        return module.to_out(by_heads(torch, *projected.chunk(3, -1)))
-
-    return module, None, forward
+def grounding_dino(torch):
+    config = configuration("GroundingDinoConfig", d_model=E, encoder_attention_heads=H, decoder_attention_heads=H)
+    module = attention_class("grounding_dino", "GroundingDinoMultiheadAttention")(config, num_attention_heads=H)
+    return module, config, lambda x: module(x, x, x)[0]
 
 
 def timm(torch):
-    module = torch.nn.ModuleDict({"qkv": torch.nn.Linear(E, 3 * E, bias=False), "proj": torch.nn.Linear(E, E)})
-    return module, None, lambda x: module["proj"](by_heads(torch, *module["qkv"](x).chunk(3, -1)))
+    module = pytest.importorskip("timm.layers").Attention(E, H)
+    return module, None, module
+
+
+def pvt(torch):
+    module = pytest.importorskip("timm.models.pvt_v2").Attention(E, H)
+    return module, None, lambda x: module(x, (1, 5))
+
+
+def x_transformers(torch):
+    module = pytest.importorskip("x_transformers.x_transformers").Attention(E, dim_head=5, heads=H)
+    return module, None, module
+
+
+def vit_pytorch(torch):
+    pytest.importorskip("torchvision_operators")
+    module = pytest.importorskip("vit_pytorch.vit").Attention(E, H, 5)
+    without_norm = copy.copy(module)
+    without_norm._modules = {**module._modules, "norm": torch.nn.Identity()}
+    return module, None, without_norm
+
+
+def diffusers(torch):
+    pytest.importorskip("torchvision_operators")
+    module = pytest.importorskip("diffusers.models.attention_processor").Attention(E, heads=H, dim_head=5)
+    return module, None, module
+
+
+def conformer(torch):
+    """Without its relative positions, which are refused."""
+    module = pytest.importorskip("conformer.conformer").Attention(E, heads=H, dim_head=5)
+    without = torch.nn.Module()
+    without.to_q, without.to_kv, without.to_out = module.to_q, module.to_kv, module.to_out
+
+    def forward(x):
+        with torch.no_grad():
+            module.double().rel_pos_emb.weight.zero_()
+        return module(x)
+
+    return without, None, forward
 
 
 MODELS = {
@@ -419,11 +481,14 @@ MODELS = {
     "BLIP": lambda torch: vision(torch, "blip", "BlipAttention", "BlipVisionConfig"),
     "SAM": sam,
     "GPT-2": gpt2,
-    "CLIP's pool": clip_pool,
-    "vit-pytorch": lambda torch: of_linears(torch, False, to_qkv=3 * E, to_out=E),
-    "x-transformers": lambda torch: of_linears(torch, False, to_q=E, to_k=E, to_v=E, to_out=E),
-    "conformer": lambda torch: of_linears(torch, True, to_q=E, to_kv=2 * E, to_out=E),
+    "XLM": xlm,
+    "Grounding DINO": grounding_dino,
     "timm": timm,
+    "PVT": pvt,
+    "x-transformers": x_transformers,
+    "vit-pytorch": vit_pytorch,
+    "diffusers": diffusers,
+    "conformer": conformer,
 }
 
 
@@ -454,12 +519,11 @@ def test_the_loaded_layer_computes_what_the_model_does(torch, name):
 @pytest.mark.parametrize("name", ["ViT", "DeiT", "Dinov2"])
 def test_vision_models_of_hugging_face(torch, tmp_path, name):
     """From the file that save_pretrained writes, with its config.json; and from the model, whose names differ."""
-    transformers = pytest.importorskip("transformers")
     config = configuration(
         f"{name}Config", hidden_size=E, num_attention_heads=H, num_hidden_layers=2, intermediate_size=8, image_size=8,
         patch_size=4,
     )  # fmt: skip
-    model = random_module(torch, getattr(transformers, f"{name}Model")(config))
+    model = random_module(torch, getattr(transformers_library(), f"{name}Model")(config))
     attention = [module for path, module in model.named_modules() if path.endswith("1.attention")][0]
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -467,6 +531,39 @@ def test_vision_models_of_hugging_face(torch, tmp_path, name):
     for source, prefix in sources:
         loaded = from_state_dict(source, prefix, config=tmp_path / "config.json", batch_first=True)
         assert_computes_the_same(torch, loaded, lambda x: attention(x)[0])
+
+
+def test_the_attention_pool_of_clip(torch):
+    """Its query is the mean of all tokens, and its output has a width of its own."""
+    pytest.importorskip("torchvision_operators")
+    module = pytest.importorskip("open_clip.modified_resnet").AttentionPool2d(2, E, H, 10)
+    loaded = from_state_dict(random_module(torch, module).state_dict(), num_heads=H).eval()
+    image = normal((3, E, 2, 2), "float64")
+    tokens = image.reshape(3, E, 4).transpose(2, 0, 1)
+    tokens = np.concatenate([tokens.mean(0, keepdims=True), tokens])
+    tokens = tokens + module.positional_embedding.detach().numpy()[:, None]
+    expected = module(torch.from_numpy(image)).detach()
+    np.testing.assert_allclose(loaded(tokens[:1], tokens, tokens)[0][0], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_keras(torch, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    for bias in True, False:
+        module = keras.layers.MultiHeadAttention(H, 5, value_dim=7, use_bias=bias, output_shape=10, dtype="float64")
+        module.build((2, 5, E), (2, 6, E), (2, 6, E))
+        for n, weight in enumerate(module.weights):
+            weight.assign(normal(tuple(weight.shape), "float64", n) / math.sqrt(E))
+        loaded = from_state_dict({w.path: w.value for w in module.weights}, batch_first=True).eval()
+        x, y, z = normal((2, 5, E), "float64"), normal((2, 6, E), "float64", 1), normal((2, 6, E), "float64", 2)
+        expected = module(x, value=z, key=y).detach()
+        np.testing.assert_allclose(loaded(x, y, z)[0], expected, rtol=0, atol=4 * np.finfo("float32").eps)
+
+
+def test_conformers_are_refused(torch):
+    module = pytest.importorskip("conformer.conformer").Attention(E, heads=H, dim_head=5)
+    kind, words = error_of(module.state_dict(), num_heads=H)
+    assert kind is NotImplementedError and "(bias: " in words
 
 
 def test_models_whose_positions_are_left_out(torch):
@@ -477,7 +574,10 @@ def test_models_whose_positions_are_left_out(torch):
     falcon = configuration("FalconConfig", hidden_size=E, num_attention_heads=H, num_kv_heads=2, alibi=True, bias=True,
                            new_decoder_architecture=True)
     mpt = configuration("MptConfig", d_model=E, n_heads=H)
-    still = {width: (torch.ones(1, 5, width).double(), torch.zeros(1, 5, width).double()) for width in (2, 6)}
+    phi = configuration("PhiConfig", hidden_size=E, num_attention_heads=H)
+    phi3 = configuration("Phi3Config", hidden_size=E, num_attention_heads=H, num_key_value_heads=2, pad_token_id=0)
+    modern = configuration("ModernBertConfig", hidden_size=E, num_attention_heads=H)
+    still = {width: (torch.ones(1, 5, width).double(), torch.zeros(1, 5, width).double()) for width in (2, 3, 6)}
     nothing, no_alibi = torch.zeros(2, 5, E).double(), torch.zeros(2 * H, 1, 5).double()
     hidden = torch.zeros(2, 1, 5, 5).double()
     fused = {"names": ("query_key_value", "dense"), "layout": "per_head"}
@@ -492,9 +592,16 @@ def test_models_whose_positions_are_left_out(torch):
          lambda m, x: m(x, no_alibi, hidden)[0]),
         (attention_class("mpt", "MptAttention")(mpt), {"names": ("Wqkv", "out_proj")},
          lambda m, x: m(x, torch.zeros(H, 5, 5).double())[0]),
+        (attention_class("phi", "PhiAttention")(phi, layer_idx=0), {"names": table(DOUBTFUL)[1]},
+         lambda m, x: m(x, position_embeddings=still[3], attention_mask=None)[0]),
+        (attention_class("phi3", "Phi3Attention")(phi3, layer_idx=0), {"names": ("qkv_proj", "o_proj")},
+         lambda m, x: m(x, position_embeddings=still[6], attention_mask=None)[0]),
+        (attention_class("modernbert", "ModernBertAttention")(modern, layer_idx=0), {"names": ("Wqkv", "Wo")},
+         lambda m, x: m(x, position_embeddings=still[6])[0]),
     ):  # fmt: skip
         module = random_module(torch, module)
-        loaded = from_state_dict(module.state_dict(), num_heads=H, batch_first=True, **more)
+        assert error_of(module.state_dict(), num_heads=H, layout="per_head")[0] is NotImplementedError
+        loaded = from_state_dict(module.state_dict(), num_heads=H, strict=False, batch_first=True, **more)
         assert_computes_the_same(torch, loaded, lambda x: forward(module, x))
 
 
@@ -504,7 +611,7 @@ def test_t5_without_its_bias(torch):
     module = random_module(torch, attention_class("t5", "T5Attention")(config, has_relative_attention_bias=False))
     state = module.state_dict()
     state["q.weight"] = state["q.weight"] * math.sqrt(5)
-    loaded = from_state_dict(state, num_heads=H, names=("q", "k", "v", "o"), batch_first=True)
+    loaded = from_state_dict(state, num_heads=H, names=("q", "k", "v", "o"), strict=False, batch_first=True)
     assert_computes_the_same(torch, loaded, lambda x: module(x)[0])
 
 
@@ -518,6 +625,8 @@ def test_t5_without_its_bias(torch):
         ("rope", "attn.rope.freqs"),
         ("rope", "rotary_emb.inv_freq"),  # of the model, as in x-transformers
         ("rope", "layers.rotary_pos_emb.inv_freq"),
+        ("rope", "rope_embed.periods"),  # DINOv3
+        ("rope", "rope.freqs"),  # of Llama by Meta
         ("qk_norm", "attn.q_norm.weight"),
         ("qk_norm", "attn.k_layernorm.weight"),
         ("qk_norm", "attn.norm_q.weight"),
@@ -530,6 +639,7 @@ def test_t5_without_its_bias(torch):
         ("bias", "attn.pos_bias_u"),
         ("bias", "layers.relative_attention_bias.weight"),
         ("bias", "rel_pos.mlp.0.weight"),
+        ("bias", "embed_positions.pe_k.weight"),  # SpeechT5
         ("alibi", "attn.alibi_slopes"),
         ("sinks", "attn.sinks"),
     ],
@@ -541,8 +651,9 @@ def test_what_names_show(option, name):
     for more in ({}, {"strict": False}):
         kind, words = error_of({**state, **shown}, "layers.0.attn.", num_heads=4, **more)
         assert kind is NotImplementedError and f"({option}: there is " in words
-    given = {**state, **shown}
-    assert from_state_dict(given, "layers.0.attn.", num_heads=4, names=PLAIN, strict=False).num_heads == 4
+    given = {"num_heads": 4, "names": PLAIN}
+    assert error_of({**state, **shown}, "layers.0.attn.", **given)[0] is NotImplementedError
+    assert from_state_dict({**state, **shown}, "layers.0.attn.", **given, strict=False).num_heads == 4
 
 
 @pytest.mark.parametrize("name", ["layers.1.attn.q_norm.weight", "vision.rotary_emb.inv_freq", "layers.0.norm.weight",
@@ -562,8 +673,10 @@ def test_grouped_heads_of_x_transformers():
     module = layer(8, 4, num_kv_heads=1)
     assert bits(from_state_dict(stored(module, names), num_heads=4).state_dict()) == bits(module.state_dict())
     module = layer(8, 4, num_kv_heads=2)
-    assert bits(from_state_dict(stored(module, names), num_heads=4, names=names).state_dict()) == bits(
-        module.state_dict())
+    given = {"num_heads": 4, "names": names}
+    assert error_of(stored(module, names), **given)[0] is NotImplementedError
+    loaded = from_state_dict(stored(module, names), **given, strict=False)
+    assert bits(loaded.state_dict()) == bits(module.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -670,7 +783,7 @@ def test_where_a_config_has_the_heads(config, start, expected):
 def test_configs_that_do_not_tell(tmp_path):
     state = stored(layer(8, 4), PLAIN)
     for more in ({}, {"config": {}}, {"config": {"num_heads": [3, 6]}}):
-        with pytest.raises(TypeError, match="needs num_heads, which no shape tells, or the model's config.json"):
+        with pytest.raises(TypeError, match="needs num_heads, which no shape tells, or config="):
             from_state_dict(state, **more)
     clip = {"text_config": {"num_attention_heads": 4}, "vision_config": {"num_attention_heads": 2}, "dim": 3}
     with pytest.raises(ValueError, match=r"pass config\['text_config'\] or config\['vision_config'\]"):
@@ -818,6 +931,45 @@ def test_the_error_says_what_there_is():
     words = error_of({"epoch": 3, "model": {}}, num_heads=4)[1]
     assert 'It holds no arrays, but "epoch" (int), "model" (dict).' in words
     assert "It holds no arrays." in error_of({}, num_heads=4)[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"num_heads": 3}, "num_heads=3 does not fit qkv.weight (24, 8) and proj.weight (8, 8): take num_heads, and"),
+        ({"num_heads": 2, "num_kv_heads": 1}, "num_heads=2, num_kv_heads=1 does not fit qkv.weight (24, 8) and"),
+        ({"num_heads": 2, "head_dim": 3}, "num_heads=2, head_dim=3 does not fit qkv.weight (24, 8) and proj.weight"),
+        ({"num_heads": 0}, "num_heads must be greater than 0, but got 0"),
+        ({"num_heads": -1}, "num_heads must be greater than 0, but got -1"),
+        ({"num_heads": 2, "num_kv_heads": 0}, "num_kv_heads must be greater than 0, but got 0"),
+        ({"num_heads": "2"}, "num_heads must be an int, but got '2'"),
+        ({"num_heads": 2.0}, "num_heads must be an int, but got 2.0"),
+        ({"num_heads": 2, "prefix": None}, "prefix must be a string, but got None"),
+        ({"num_heads": 2, "prefix": 3}, "prefix must be a string, but got 3"),
+        ({}, "from_state_dict() needs num_heads, which no shape tells, or config=, the model's config.json"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_numbers(arguments, words):
+    """The error has the names and the shapes of the file."""
+    kind, said = error_of(stored(layer(8, 4), ("qkv", "proj")), **arguments)
+    assert kind in (ValueError, TypeError) and said.startswith(words)
+
+
+def test_widths_that_no_layer_has():
+    module = layer(8, 2)
+    state = {**module.state_dict(), "out_proj.weight": np.ones((8, 6))}
+    assert "num_heads=2 does not fit in_proj_weight (24, 8) and out_proj.weight (8, 6)" in error_of(state, num_heads=2)[1]
+    state = stored(layer(8, 2, bias=False), PLAIN)
+    state |= {"k_proj.weight": np.ones((3, 8)), "v_proj.weight": np.ones((3, 8))}
+    assert "k_proj.weight (3, 8) and" in error_of(state, num_heads=2)[1]
+
+
+def test_modules_instead_of_state_dicts(torch):
+    kind, words = error_of(torch.nn.MultiheadAttention(8, 2), num_heads=2)
+    assert kind is TypeError and words.endswith("activation.MultiheadAttention'>. Pass its state_dict().")
+    kind, words = error_of([1], num_heads=2)
+    assert kind is TypeError and words == "Expected state_dict to be dict-like, got <class 'list'>."
 
 
 def test_a_transposed_weight_is_recognised():

@@ -38,13 +38,16 @@ def test_executed_from_top_to_bottom(notebook):
         last = text(cell["source"]).rstrip().splitlines()[-1]
         if re.match(r"(print|mha_c\.plot|mha_c\.check|\w+$)", last):
             assert cell["outputs"], last
-    assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
+    pictures = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
+    assert pictures
+    assert all(picture["metadata"]["image/png"]["alt"] for picture in pictures)
 
 
 def test_no_errors_and_nothing_of_this_machine(notebook):
     for output in outputs(notebook):
         assert output["output_type"] != "error"
         assert output.get("name") != "stderr"
+        assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})  # a progress bar
         shown = [text(output.get("text", "")), *map(text, output.get("data", {}).values())]
         for said in shown[: None if "image/png" not in output.get("data", {}) else 1]:
             assert not re.search(r"/(home|root|tmp|work|Users|usr)/|site-packages|Warning", said), said

@@ -79,6 +79,32 @@ def test_a_bias_made_for_each_call():
     assert packed.get({**tensors, "in_proj_bias": changed}, 8, 2).arrays["in_proj_bias"][5] == changed[5]
 
 
+@pytest.mark.parametrize("name", ["in_proj_weight", "in_proj_bias"])
+def test_memory_that_is_freed_is_not_read(name, monkeypatch):
+    """share_memory_() gives a tensor another memory, and frees what it had."""
+    tensors, packed = parameters(), PackedParameters()
+    packed.get(tensors, 8, 2)
+    kept, given = packed._kept, dict(tensors)
+    given["in_proj_bias"] = tensors["in_proj_bias"].clone()
+    assert kept.is_of(given, kept.arguments)
+    tensors[name].share_memory_()
+    monkeypatch.setattr(mha_c._core, "sample", lambda arrays: pytest.fail("memory was read"))
+    assert not kept.is_of(given, kept.arguments)
+
+
+def test_another_tensor_in_the_same_memory():
+    """It counts its changes by itself, and may have come to the same number."""
+    tensors, packed = parameters(), PackedParameters()
+    weight = tensors["in_proj_weight"].add_(0)
+    packed.get(tensors, 8, 2)
+    other = weight.data.add_(1)
+    assert other._version == weight._version == 1 and other.data_ptr() == weight.data_ptr()
+    source = packed._kept.sources["in_proj_weight"]
+    assert source.is_now(weight) and not source.is_now(other)
+    weight.data = weight.data.view(torch.int32)
+    assert not source.is_now(weight)
+
+
 def test_what_cannot_be_packed():
     tensors = parameters()
     tracked = dict(tensors)

@@ -189,7 +189,7 @@ def test_items_that_are_not_there(item):
 def test_what_cannot_be_weights():
     w = random_weights(5)
     dropped = np.where(w == w.max(axis=-1, keepdims=True), 0, w)
-    wrong = {"are they scores": np.log(w), "add up to 1": 1.05 * w, "eval": dropped, "add up to 3": np.ones((1, 4, 3, 3))}
+    wrong = {"are they scores": np.log(w), "sum to 1": 1.05 * w, "eval": dropped, "sum to 3": np.ones((1, 4, 3, 3))}
     for match, matrices in wrong.items():
         for draw in DRAW_ARRAYS.values():
             with pytest.raises(ValueError, match=match):
@@ -340,7 +340,7 @@ def test_heads_of_known_shapes():
     table = plot.distance([w, w[:, ::-1]])
     np.testing.assert_allclose(drawn(table), [[0, 1.75, 2.625], [2.625, 1.75, 0]])
     assert (table.get_xlabel(), table.get_ylabel()) == ("head", "layer")
-    with pytest.raises(ValueError, match="as many keys as queries"):
+    with pytest.raises(ValueError, match="one key for each query"):
         plot.distance(random_weights(3, source_length=5))
 
 
@@ -373,14 +373,14 @@ def test_token_by_its_word():
     assert plot.token(w, "keeper", tokens=sentence).get_title().startswith('Where "keeper" (3) looks')
     for wrong, error, match in (
         ("the", ValueError, "'the' is the word at positions 0, 5: pass one of these"),
-        ("cat", ValueError, "there is no word 'cat'; the words are: the old lighthouse"),
+        ("cat", ValueError, "'cat' is not one of the words: the old lighthouse"),
         (12, IndexError, "there is no query 12: there are 12"),
         (-13, IndexError, "there is no query -13"),
         (1.5, TypeError, "integer"),
     ):
         with pytest.raises(error, match=match):
             plot.token(w, wrong, tokens=sentence)
-    with pytest.raises(TypeError, match="'keeper' is a word, and there are no words: pass tokens="):
+    with pytest.raises(TypeError, match="'keeper' is a word, but tokens= is missing: pass tokens="):
         plot.token(w, "keeper")
     cross = random_weights(3, source_length=5)
     assert plot.token(cross, "b", tokens=list("abc"), key_tokens=words(5)).get_title().startswith('Where "b" (1)')
@@ -431,7 +431,7 @@ def test_words_are_shown_as_they_are():
         (lambda w: plot.masking(w, w, item=1), "there is no item 1: the batch has 1"),
         (lambda w: plot.masking(w, w, 4), "there is no head 4"),
         (lambda w: plot.weights(np.zeros(3)), "these have shape"),
-        (lambda w: plot.heads(w, axes=[pyplot.gca()]), "4 heads need as many axes"),
+        (lambda w: plot.heads(w, axes=[pyplot.gca()]), "4 heads need 4 axes"),
         (lambda w: plot.masking(w, w, axes=[pyplot.gca()]), "two axes"),
         (lambda w: plot.masking(w), "before and after"),
     ],

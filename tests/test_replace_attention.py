@@ -15,6 +15,7 @@ import mha_c
 import numpy as np
 import pytest
 from helpers import outcome
+from mha_c.display.coverage import Calls
 
 torch = pytest.importorskip("torch")
 from mha_c.torch import ReplacedAttention, coverage, replace_attention, restore_attention  # noqa: E402
@@ -41,12 +42,11 @@ def fused_path():
 def computed_by_mha_c(monkeypatch):
     """Calls a function without gradients, and tells how many calls of attention mha_c computed in it."""
     calls = []
-    original = ReplacedAttention.forward_in_mha_c
+    original = Calls.add
 
-    def counting(self, *args):
-        result = original(self, *args)
-        calls.append(not isinstance(result, str))
-        return result
+    def counting(self, reason="", count=1):
+        original(self, reason, count)
+        calls.append(not reason)
 
     def count(function):
         calls.clear()
@@ -54,7 +54,7 @@ def computed_by_mha_c(monkeypatch):
             function()
         return sum(calls)
 
-    monkeypatch.setattr(ReplacedAttention, "forward_in_mha_c", counting)
+    monkeypatch.setattr(Calls, "add", counting)
     return count
 
 
@@ -196,6 +196,20 @@ def test_other_dtypes_and_objects_meet_torchs_errors():
         with torch.no_grad():
             results = [outcome(lambda: module(*inputs)) for module in (theirs, ours)]
         assert type(results[1].error) is type(results[0].error) and str(results[1].error) == str(results[0].error)
+
+
+@pytest.mark.parametrize("garbage", [None, 0, 1, "no", 0.5, torch.tensor(False), torch.ones(2), np.ones(2)], ids=repr)
+@pytest.mark.parametrize("flag", ["need_weights", "average_attn_weights", "is_causal"])
+def test_flags_that_are_no_bools(flag, garbage):
+    """torch asks for the truth of some only where it needs it."""
+    theirs, ours = pair(8, 2)
+    x = torch.randn(5, 3, 8)
+    for call in ({}, {"need_weights": False}, {"attn_mask": torch.zeros(5, 5), "need_weights": False}):
+        with torch.no_grad():
+            expected, got = (outcome(lambda: module(x, x, x, **{**call, flag: garbage})) for module in (theirs, ours))
+        assert type(got.error) is type(expected.error) and str(got.error) == str(expected.error)
+        if expected.error is None:
+            assert_same(got.result, expected.result)
 
 
 @pytest.mark.parametrize("error", [AssertionError, IndexError, RuntimeError, TypeError, ValueError, MemoryError])

@@ -574,9 +574,9 @@ def test_from_state_dict_of_something_else():
         mha_c.MultiheadAttention.from_state_dict({**state, "in_proj_weight": [[1.0]]}, num_heads=2)
 
 
-@pytest.mark.parametrize("options", [{"num_heads": 3}, {"num_heads": 0}, {"num_heads": 2, "head_dim": 5}], ids=str)
+@pytest.mark.parametrize("options", [{"num_heads": 3}, {"num_heads": 2, "head_dim": 5}], ids=str)
 def test_heads_that_do_not_fit(options):
-    with pytest.raises(ValueError, match=r"heads do not fit parameters of the shapes .*'in_proj_weight': \(24, 8\)"):
+    with pytest.raises(ValueError, match=r"does not fit in_proj_weight \(24, 8\) and out_proj"):
         mha_c.MultiheadAttention.from_state_dict(mha_c.MultiheadAttention(8, 2).state_dict(), **options)
     with pytest.raises(ValueError, match=r"in_proj_weight must be a matrix, but has shape \(3,\)"):
         mha_c.MultiheadAttention.from_state_dict({"in_proj_weight": np.ones(3)}, **options)

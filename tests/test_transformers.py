@@ -16,7 +16,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision_operators")
 transformers = pytest.importorskip("transformers")
 from hugging_face import CASES, REFUSED, build, decode, encode, examine, padding, register_definition, tokens  # noqa: E402
-from mha_c.torch import register_transformers  # noqa: E402
+from mha_c import _core  # noqa: E402
+from mha_c.torch import attention, register_transformers  # noqa: E402
 
 TIMES_TORCHS_ERROR = 3
 TIMES_THE_TOLERANCE = 1000
@@ -134,6 +135,11 @@ def test_weights_where_they_are_asked_for(coverage):
     assert coverage.here == 6 and coverage.left == 0  # not counted twice
 
 
+def test_weights_are_those_before_dropout(coverage):
+    weights = attention_of_a_layer(dropout=0.5, output_attentions=True)[1]
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 4, 4)) and coverage.rows[0].reason == "dropout"
+
+
 def test_rows_of_the_coverage(coverage):
     with torch.no_grad():
         encode(ready(transformers.BertModel))
@@ -167,15 +173,58 @@ def test_half_precision_is_torchs(coverage):
     assert {row.reason for row in coverage.rows} == {"bfloat16"} and coverage.here == 0
 
 
+@pytest.mark.parametrize(("reason", "context"), [
+    ("", torch.inference_mode), ("bfloat16", lambda: torch.autocast("cpu")), ("tensors on meta", lambda: torch.device("meta"))])
+def test_contexts(reason, context, coverage):
+    with torch.no_grad(), context():
+        model = transformers.BertModel(case_of(transformers.BertModel).config).eval()
+        model.set_attn_implementation("mha_c")
+        output = model(input_ids=tokens().to(model.device))[0]
+    assert output.shape == (3, 12, 32) and {row.reason for row in coverage.rows} == {reason}
+    assert (coverage.here, coverage.left) == ((0, 2) if reason else (2, 0))
+
+
+def test_inside_a_block(coverage):
+    """The layer's own call is the innermost, and counts; what it leaves to torch reaches the block."""
+    with torch.no_grad(), attention() as block:
+        encode(ready(transformers.BertModel))
+        encode(ready(transformers.BertModel).bfloat16())
+    assert (coverage.here, coverage.left) == (2, 2) and (block.here, block.left) == (0, 2)
+
+
+def test_errors_after_the_checks_are_not_hidden(coverage, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a fault in the kernels")
+
+    model = ready(transformers.BertModel)
+    with torch.no_grad(), monkeypatch.context() as planted:
+        planted.setattr(_core, "scaled_dot_product_attention", fail)
+        with pytest.raises(RuntimeError, match="a fault in the kernels"):
+            encode(model)
+    assert (coverage.here, coverage.left) == (0, 0)
+    with torch.no_grad():
+        encode(model)
+        assert (coverage.here, coverage.left) == (2, 0)
+        assert not torch.overrides._get_current_function_mode_stack()
+
+
 def test_a_compiled_model_computes_with_torch():
     coverage = register_transformers("compiled_by_torch")
     model = ready(transformers.BertModel, "compiled_by_torch")
     with torch.no_grad():
         want = encode(model)
         here = coverage.here
-        got = encode(torch.compile(model, backend="eager"))
+        got = encode(torch.compile(model, backend="eager", fullgraph=True))
     assert torch.allclose(got, want, atol=1e-5)
     assert here == coverage.here == 2
+
+
+def test_one_query_in_a_graph(coverage):
+    function, query, key = transformers.AttentionInterface()["mha_c"], torch.randn(2, 4, 1, 8), torch.randn(2, 4, 6, 8)
+    with torch.no_grad():
+        compiled = torch.compile(function, backend="eager", fullgraph=True)(torch.nn.Identity(), query, key, key, None)
+        assert coverage.left == 0
+        assert torch.equal(compiled[0], function(torch.nn.Identity(), query, key, key, None)[0])
 
 
 def test_each_name_counts_by_itself():
@@ -226,7 +275,7 @@ def test_a_name_is_a_string():
 
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"needs transformers, which is not installed: `pip install 'mha_c\[models\]'`"):
+    with pytest.raises(ImportError, match=r"needs transformers, which is not installed: `pip install transformers`"):
         register_transformers()
 
 

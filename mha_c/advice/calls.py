@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from mha_c.advice.arguments import (
     DTYPES,
@@ -24,13 +24,26 @@ from mha_c.advice.arguments import (
 )
 from mha_c.advice.masks import fits, meaning_of_mask
 
-__all__ = ["DECODING", "advise_on_call", "warn_of_decoding"]
+__all__ = ["advise_on_call", "decoding_advice", "warn_of_decoding"]
 
-DECODING: Final = (
-    "is_causal=True lets query l see the keys 0..l, counted from the first key, and there are fewer queries than keys. "
-    "If the queries are the last positions of the keys, as in decoding, pass "
-    "attn_mask=~np.tri(L, S, S - L, dtype=bool) instead, for L queries and S keys"
-)
+def decoding_advice(length: int | str, source_length: int | str) -> str:
+    """What is_causal=True does where there are fewer queries than keys, and what to write instead.
+
+    Parameters
+    ----------
+    length, source_length : int or str
+        How many queries and keys there are, as numbers or as code.
+
+    Returns
+    -------
+    str
+        Without a full stop.
+    """
+    return (
+        "is_causal=True lets query l see the keys 0..l, counted from the first key, and there are fewer queries than "
+        "keys. If the queries are the last positions of the keys, as in decoding, leave it out and pass "
+        f"attn_mask=~np.tri({length}, {source_length}, {source_length} - {length}, dtype=bool)"
+    )
 
 
 def warn_of_decoding(query: Any, key: Any, batch_first: bool) -> None:
@@ -42,7 +55,7 @@ def warn_of_decoding(query: Any, key: Any, batch_first: bool) -> None:
     with suppress(Exception):  # the core has words for what has no length
         length, source_length = (_length(shape_of(value), batch_first) for value in (query, key))
     if length < source_length:
-        warnings.warn(DECODING, UserWarning, stacklevel=3)
+        warnings.warn(f"{decoding_advice('L', 'S')}, for L queries and S keys", UserWarning, stacklevel=3)
 
 
 def advise_on_call(

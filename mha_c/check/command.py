@@ -75,7 +75,7 @@ class Configuration:
     kdim: int | None = _option(None, "features of the key", **_SIZE)
     vdim: int | None = _option(None, "features of the value", **_SIZE)
     bias: bool = _option(True, "projections without biases", "--no-bias")
-    add_bias_kv: bool = _option(False, "append a learnt key and value")
+    add_bias_kv: bool = _option(False, "append a learned key and value")
     add_zero_attn: bool = _option(False, "append a key and value of zeros")
     batch_first: bool = _option(False, "inputs are (N, L, E)")
     dtype: str | None = _option(None, "float32 unless given", choices=("float32", "float64"))

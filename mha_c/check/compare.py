@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One result beside torch's: how far apart they are, how far each is from the truth, and whether they agree."""
+"""Compare a result with torch's: how far apart they are, how far each is from the exact result, whether they agree."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 __all__ = ["CRITERION", "Comparison", "Error"]
 
-#: When a result counts as torch's. Both results are rounded sums of the same terms in different orders, so their errors
-#: are two samples of the same noise. Largest errors of small outputs were seen up to 5 times apart in thousands of
-#: random ones, while a wrong or missing term is off by thousands of units. The four units are there because torch may
-#: happen to be exact.
+#: When a result agrees with torch's. Both results are rounded sums of the same terms in different orders, so their
+#: errors are two samples of the same noise. In thousands of small random outputs, the largest errors differed by a
+#: factor of up to 5; a wrong or missing term causes an error of thousands of units. The four units allow for a torch
+#: result that happens to be exact.
 CRITERION = (
-    "A result agrees if its shape, dtype, NaN and infinities are torch's, and if its largest error is at most "
-    "8 times torch's plus 4 units in the last place."
+    "A result agrees if its shape, dtype, NaN and infinities are the same as torch's, and if its largest error is at "
+    "most 8 times torch's plus 4 units in the last place."
 )
 
 
 @dataclass(frozen=True)
 class Error:
-    """How far numbers are from what they should be.
+    """The size of the differences between two arrays.
 
     Attributes
     ----------
@@ -43,12 +43,12 @@ class Error:
 
     @classmethod
     def between(cls, a: NDArray[Any], b: NDArray[Any]) -> Error:
-        """The differences of two arrays, where both are finite.
+        """Measure the differences between two arrays where both are finite.
 
         Parameters
         ----------
         a, b : numpy.ndarray
-            The arrays, of one shape.
+            The arrays, of the same shape.
 
         Returns
         -------
@@ -69,27 +69,27 @@ class Error:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output of mha_c beside torch's.
+    """One output of mha_c compared with torch's.
 
     Attributes
     ----------
     name : str
-        The output.
+        The name of the output.
     shape, torch_shape : tuple of int
-        The two shapes.
+        The shapes of mha_c's and torch's output.
     dtype, torch_dtype : str
-        The two dtypes.
+        Their dtypes.
     difference : Error
-        mha_c from torch.
+        The difference between mha_c and torch.
     error, torch_error : Error
-        mha_c from the reference, and torch from it.
+        The differences of mha_c and of torch from the reference.
     ulp : float
-        One unit in the last place of the largest number of the output. Attention adds up terms of both signs, so
-        numbers that happen to be small are no more exact than the others, and their own units would say nothing.
+        One unit in the last place of the largest number of the output. Attention sums terms of both signs, so small
+        numbers have the same absolute error as large ones: units of their own size would not be meaningful.
     misplaced : int
-        How many numbers are NaN or infinite in one of the two alone.
+        How many numbers are NaN or infinite in only one of the two.
     other : str
-        What stands for torch where torch has no such layer: "NumPy".
+        The library compared with: "torch", or "NumPy" if torch does not have such a layer.
 
     Examples
     --------
@@ -125,15 +125,15 @@ class Comparison:
         Parameters
         ----------
         name : str
-            The output.
+            The name of the output.
         ours, theirs : numpy.ndarray
-            What mha_c and torch computed.
+            The results of mha_c and of torch.
         reference : numpy.ndarray
-            What both should be.
+            The exact result.
         torch_error : Error, optional
-            Needed where `reference` is torch's own result, and so cannot tell how far off it is.
+            The error of torch. It is needed if `reference` is torch's own result.
         other : str, default "torch"
-            Who computed `theirs`.
+            The library that computed `theirs`.
 
         Returns
         -------
@@ -170,14 +170,14 @@ class Comparison:
 
     @property
     def disagreements(self) -> list[str]:
-        """What is not torch's, in words; nothing if it agrees."""
+        """The disagreements with torch, in words; an empty list if the output agrees."""
         said = []
         if self.shape != self.torch_shape:
             said.append(f"shape {self.shape} instead of {self.torch_shape}")
         if self.dtype != self.torch_dtype:
             said.append(f"dtype {self.dtype} instead of {self.torch_dtype}")
         if self.misplaced:
-            said.append(f"{self.misplaced} numbers are NaN or infinite in one of the two alone")
+            said.append(f"{self.misplaced} numbers are NaN or infinite in only one of the two")
         if not self.error.largest <= 8 * self.torch_error.largest + 4 * self.ulp and not said:
             said.append(f"an error of {self.error.largest:.2g}, where {self.other}'s is {self.torch_error.largest:.2g}")
         return said
@@ -188,5 +188,5 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether it is as close to the reference as torch's own result; see `CRITERION`."""
+        """Whether the output is about as close to the reference as torch's; see `CRITERION`."""
         return not self.disagreements

@@ -24,39 +24,39 @@ __all__ = ["against_torch"]
 
 
 def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
-    """Ask a layer of mha_c and the same layer of torch the same question, and measure both answers.
+    """Compare a layer of mha_c with the same layer of torch, on the same inputs.
 
-    Dropout is off in both. torch takes its ordinary path, not the one for inference.
+    Both layers are in evaluation mode. torch takes its ordinary path, not the one for inference.
 
     Parameters
     ----------
     module : MultiheadAttention or torch.nn.MultiheadAttention
-        The layer; the other one is made from it.
+        The layer. The other library's layer is made from it.
     *inputs : array or tensor
-        query, key and value; query and key, which then is the value too; or one for all three.
+        query, key and value; or query and key, which is also the value; or one array for all three.
     **call
-        The other arguments of ``MultiheadAttention.forward``, except `out`. `is_causal` means here what it means in
-        mha_c: torch is given the causal mask that it is to apply, in `attn_mask`.
+        The other arguments of ``MultiheadAttention.forward``, except `out`. `is_causal` has its meaning in mha_c: torch
+        gets the causal mask in `attn_mask`.
 
     Returns
     -------
     Report
-        attn_output, and if `need_weights` attn_output_weights and the weights of each head.
+        attn_output, and with `need_weights`, attn_output_weights and the weights of each head.
 
     Raises
     ------
     ImportError
         If torch is not installed.
     TypeError
-        If `module` is neither, or in another dtype than float32 and float64; or if there are not 1, 2 or 3 inputs.
+        If `module` is not such a layer, or is not in float32 or float64; or if there are not 1, 2 or 3 inputs.
 
     Notes
     -----
-    torch has no layer of some widths, such as grouped heads. NumPy then takes its place: it follows the definition in
-    the dtype of the layer.
+    torch does not have layers of some widths, such as grouped heads. They are compared with the definition of attention
+    in NumPy, in the dtype of the layer.
 
-    The reference is the definition of attention in float64 for float32, and in np.longdouble for float64, which is slow
-    and on some platforms no wider than float64.
+    The reference is the definition of attention, in float64 for a float32 layer, and in np.longdouble for a float64
+    layer. np.longdouble is slow, and on some platforms it is not wider than float64.
 
     Examples
     --------
@@ -96,8 +96,8 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     if free:
         named = ", ".join(f"{name}={width}" for name, width in free.items())
         notes.append(
-            f"torch has no such layer ({named}). NumPy takes its place: it follows the definition of attention in the "
-            "dtype of the layer."
+            f"torch does not have such a layer ({named}). It is compared with the definition of attention in NumPy, in "
+            "the dtype of the layer."
         )
     title = f"mha_c and {other} {version}: {layer}; {describe_call(arguments)}"
     return Report(title, tuple(comparisons), tuple(notes))
@@ -138,7 +138,7 @@ def _evaluating_layer(module: Any) -> MultiheadAttention:
 def _arguments(inputs: Sequence[Any], call: Mapping[str, Any]) -> dict[str, Any]:
     """Every argument of a call by its name, arrays where tensors may have been given."""
     if not 1 <= len(inputs) <= 3:
-        raise TypeError(f"give a query, perhaps a key, and perhaps a value; there are {len(inputs)} inputs")
+        raise TypeError(f"pass query, key and value, or query and key, or one array for all; got {len(inputs)} inputs")
     query, key, value = (inputs[min(number, len(inputs) - 1)] for number in range(3))
     bound = inspect.signature(attend).bind(None, query, key, value, **call)
     bound.apply_defaults()

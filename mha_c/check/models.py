@@ -20,25 +20,25 @@ __all__ = ["model"]
 
 
 def model(model: Any, *inputs: Any, **call: Any) -> Report:
-    """Run a model of torch as it is and with its attention replaced, and measure both, layer by layer.
+    """Compare a model of torch with the same model computing its attention in mha_c, layer by layer.
 
-    Copies of the model are run in evaluation mode, one after another, from the same random numbers. The model itself,
-    be its attention replaced already or not, stays as it is.
+    Copies of the model are run in evaluation mode, one after another, with the same random numbers. The model itself is
+    not changed. Its attention may be replaced already.
 
     Parameters
     ----------
     model : torch.nn.Module
         The model.
     *inputs, **call
-        What it is called with; arrays become tensors.
+        The arguments of its call. Arrays become tensors.
 
     Returns
     -------
     Report
-        For every call of an attention layer, the outputs of mha_c and torch on the inputs that torch's model gave it;
-        then the outputs of the model. Where torch takes its inference path, which fuses layers, the outputs are
-        compared with that one too, except in the padded positions that it sets to zero. `Report.coverage` says which
-        calls of attention mha_c computes, and why the others are left to torch.
+        For every call of an attention layer, the outputs of mha_c and torch on the inputs of torch's model; then the
+        outputs of the model. If torch takes its inference path, which fuses layers, the outputs are compared with that
+        path too, except in the padded positions that it sets to zero. `Report.coverage` says which calls of attention
+        mha_c computes, and why the others are left to torch.
 
     Raises
     ------
@@ -49,10 +49,10 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
 
     Notes
     -----
-    The outputs of attention are measured against its definition in a wider type, those of the model against the same
-    model in float64. Where nothing is wider, or the model does not run in float64, the model's outputs are measured
-    against torch's. What torch's error may be is then seen from another run, in which every output of attention is off
-    by one unit in the last place: it shows how the model magnifies roundings.
+    The outputs of attention are compared with its definition in a wider type, those of the model with the same model in
+    float64. If the model is in float64, or does not run in it, its outputs are compared with torch's. torch's error is
+    then estimated by another run, in which every output of attention is changed by one unit in the last place: this
+    shows how much the model magnifies rounding errors.
 
     Examples
     --------
@@ -83,8 +83,8 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
     notes = []
     if runs.why_not_wider:
         notes.append(
-            f"{runs.why_not_wider} The errors of the model's outputs are mha_c's difference from torch, beside what one "
-            "unit in the last place of every output of attention changes."
+            f"{runs.why_not_wider} Therefore, the error of mha_c is its difference from torch. The error of torch is "
+            "the effect of changing every output of attention by one unit in the last place."
         )
     title = f"{type(model).__name__} with mha_c and with torch {TORCH_VERSION}"
     return Report(title, tuple(comparisons), tuple(notes), runs.coverage)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a check found, as a table."""
+"""The results of a check, as a table."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found; printing it, or showing it in a notebook, gives a table.
+    """The results of a check. Printing it gives a table, and so does a notebook.
 
     Attributes
     ----------
     title : str
         What was compared.
     comparisons : tuple of Comparison
-        One for every output.
+        One comparison for every output.
     notes : tuple of str
-        What else there is to know.
+        Further remarks.
     coverage : Coverage or None
-        Of a model, which calls of its attention mha_c computes. It is shown with the report if any are left to torch.
+        For a model, the calls of its attention that mha_c computes. It is shown with the report if some are left to
+        torch.
 
     Examples
     --------
@@ -49,11 +50,11 @@ class Report:
 
     @property
     def agrees(self) -> bool:
-        """Whether every output does."""
+        """Whether every output agrees."""
         return all(comparison.agrees for comparison in self.comparisons)
 
     def assert_close(self) -> None:
-        """Raise unless everything agrees.
+        """Raise an error unless every output agrees.
 
         Raises
         ------
@@ -70,7 +71,7 @@ class Report:
             raise AssertionError(str(self))
 
     def table(self) -> Table:
-        """The report as a table: differences from torch, then errors in units in the last place.
+        """Return the report as a table: differences from torch, then errors in units in the last place.
 
         Returns
         -------
@@ -117,4 +118,7 @@ class Report:
         return "".join(table._repr_html_() for table in self._tables())
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield from self._tables()
+        for number, table in enumerate(self._tables()):
+            if number > 0:
+                yield ""
+            yield table

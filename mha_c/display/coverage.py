@@ -151,7 +151,7 @@ class Coverage:
         >>> Coverage().table().title
         'Calls of attention: 0 computed by mha_c, 0 left to torch'
         """
-        rows = [(row.module, row.class_name, f"{row.here:,}", f"{row.left:,}", row.reason) for row in self.rows]
+        rows = [(row.module or "-", row.class_name, f"{row.here:,}", f"{row.left:,}", row.reason) for row in self.rows]
         title = f"Calls of attention: {self.here:,} computed by mha_c, {self.left:,} left to torch"
         return Table(title, ("module", "class", "here", "left", "reason"), rows, (), text=(0, 1, 4))
 

@@ -32,47 +32,47 @@ def explain(
 ) -> Explanation:
     """Show what a layer computes between its inputs and its output.
 
-    Every number comes from the C core that the layer itself runs on: `output`, `weights` and `average_weights` are the
-    layer's own, bit for bit, and so is `head_outputs`. Stages that were not asked for are not kept.
+    Every number comes from the C core that the layer itself uses: `output`, `weights`, `average_weights` and
+    `head_outputs` have the bits of the layer's own call.
 
     Parameters
     ----------
     layer : MultiheadAttention or torch.nn.MultiheadAttention
-        The layer. One of torch is explained by its copy in mha_c, in evaluation mode; half precision becomes float32.
+        The layer. A layer of torch is copied into mha_c first, in evaluation mode; half precision becomes float32.
     query, key, value : array or tensor
-        As for `MultiheadAttention.forward`. `key` is `query` unless given, and `value` is `key`.
+        As for `MultiheadAttention.forward`. `key` is `query` unless given, and `value` is `key` unless given.
     key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         As for `MultiheadAttention.forward`, whose call is explained. `average_attn_weights` is ignored: both kinds of
         weights are included. `need_weights` matters only for queries that see no key.
     heads : int or sequence of int, optional
-        The heads to look at, by number; all unless given. Stages that belong to a head are computed for these alone,
-        while `average_weights`, `concatenated` and `output` are made of all heads.
+        The numbers of the heads to look at; all heads unless given. Stages with one part for each head are computed for
+        these heads only. `average_weights`, `concatenated` and `output` always come from all heads.
     stages : str or sequence of str, optional
-        The stages to keep, by name; all unless given. The others are computed only if these need them.
+        The names of the stages to keep; all stages unless given. Other stages are computed only if these need them.
 
     Returns
     -------
     Explanation
-        The stages as attributes and in `stages`. Printing it, or showing it in a notebook, gives a summary.
+        The stages, as attributes and in `stages`. Printing it gives a table; a notebook shows a diagram.
 
     Raises
     ------
     TypeError
         If `layer` is not a layer of mha_c or torch.
     ValueError
-        If a stage is unknown; if a head is named twice; or if `heads` are chosen where dropout is active, which draws
-        for all heads together. ``layer.eval()`` switches it off.
+        If a stage is unknown; if a head is named twice; or if `heads` are chosen while dropout is active, because
+        dropout draws for all heads together. ``layer.eval()`` switches dropout off.
     IndexError
-        If there is no such head.
+        If a head does not exist.
     AssertionError, RuntimeError, TypeError, ValueError
-        Where the layer itself raises them.
+        As for the layer itself.
 
     Notes
     -----
-    An explanation does not count as a call: with active dropout it shows what the next call of the layer will drop.
+    An explanation does not count as a call: if dropout is active, it shows what the next call of the layer will drop.
 
-    The layer itself never computes all scores at once. It does not project keys that a mask removes, or keys that only
-    few queries look at. `explain` computes these keys and the scores in addition, by the same projections and products.
+    The layer itself never computes all scores at once, and does not project every key: not those that a mask removes,
+    and none if there are few queries. `explain` computes these keys and the scores in addition, in the same way.
 
     "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.
 
@@ -87,7 +87,7 @@ def explain(
     >>> np.array_equal(explanation.output, attention(x, x, x)[0])
     True
 
-    Of one head, without the memory for the others:
+    One head only, which saves the memory for the others:
 
     >>> mha_c.explain(attention, x, heads=2, stages="weights").weights.shape
     (3, 1, 5, 5)
@@ -120,6 +120,6 @@ def explain(
 def _copy_of_torchs(layer: Any) -> MultiheadAttention:
     try:
         return MultiheadAttention.from_torch(layer).eval()
-    except TypeError:
-        name = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        raise TypeError(f"layer must be mha_c.MultiheadAttention or torch.nn.MultiheadAttention, not {name}") from None
+    except TypeError as error:
+        said = str(error).replace("from_torch takes a", "layer must be a mha_c.MultiheadAttention or a", 1)
+        raise TypeError(said) from None

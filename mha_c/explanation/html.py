@@ -24,7 +24,7 @@ _STYLE = files(__package__).joinpath("style.css").read_text("utf-8")
 
 
 class Explained(Protocol):
-    """What is shown of an explanation."""
+    """The parts of an explanation that are shown."""
 
     title: str
     inputs: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
@@ -46,7 +46,7 @@ def render(explanation: Explained) -> str:
         f"<p><b>Attention, stage by stage</b></p><p>{escape(explanation.title)}</p>"
         f'<p class="faint">{escape(letters)}</p>{warnings}<div class="parts"><div class="flow">'
         f'{_diagram(explanation)}</div><div class="stages">{stages}'
-        f'<details open=""><summary>Path, masks and more</summary>'
+        f'<details open=""><summary>Paths, masks and more</summary>'
         f"<ul>{notes}</ul></details></div></div>",
         _STYLE,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What masks hide, and what about them looks wrong."""
+"""What masks hide, and what looks wrong about them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mha_c.advice.calls import decoding_advice
 from mha_c.parameters.arrays import as_array
 
 __all__ = ["MaskEffect", "Masks", "look_at_masks"]
@@ -20,22 +21,22 @@ HIDING = -1000.0
 
 @dataclass(frozen=True)
 class MaskEffect:
-    """What one mask does.
+    """What one mask of a call hides.
 
     Attributes
     ----------
     name : str
         "key_padding_mask", "attn_mask" or "is_causal".
     description : str
-        Its dtype and shape.
+        The dtype and the shape of the mask.
     hidden : int
-        The elements that hide a key for certain: True, or -inf.
+        The number of elements that surely hide a key: True, or -inf.
     size : int
-        All of its elements.
+        The number of all elements.
     says : tuple of str
-        What it does, in sentences.
+        What the mask does, in sentences.
     warnings : tuple of str
-        What looks wrong about it.
+        What looks wrong about the mask.
 
     Examples
     --------
@@ -100,7 +101,8 @@ def look_at_masks(
     if causal is not None:
         seen = int(np.count_nonzero(causal))
         says = (f"is_causal: query l sees the keys 0..l, {_percent(seen, causal.size)} of all pairs.",)
-        warnings = _causal_warnings(length, source_length) if length and alive[:, length:].any() else ()
+        is_cut = length and alive[:, length:].any()
+        warnings = (f"{decoding_advice(length, source_length)}.",) if is_cut else ()
         effects.append(MaskEffect("is_causal", str(causal.shape), causal.size - seen, causal.size, says, warnings))
     visible, blind, blind_count = _count_visible(alive, attn, causal, heads, length, dtype)
     pairs = batch * heads * length * source_length
@@ -189,17 +191,17 @@ class _Content:
         """What goes wrong with masks of numbers alone."""
         warnings = []
         if self.is_not_finite:
-            warnings.append(f"{name} has NaN or infinity in it: every row that it is added to becomes NaN.")
+            warnings.append(f"{name} holds NaN or infinity: every row that it is added to becomes NaN.")
         if self.is_zeros_and_ones and self.highest == 1:
             visible = "the tokens" if name == "key_padding_mask" else "what a query may see"
             warnings.append(
-                f"{name} is made of the numbers 0 and 1, which are added to the scores and hide nothing. If 1 marks "
+                f"{name} holds only the numbers 0 and 1, which are added to the scores and hide nothing. If 1 marks "
                 f"{visible}, pass mask == 0; if 1 marks what to hide, pass mask == 1."
             )
         if self.has_low_row:
             warnings.append(
-                f"{name} adds {HIDING:.0f} or less to every key of some row. A finite number that is added to all of them "
-                "hides none of them. -inf hides."
+                f"{name} adds {HIDING:.0f} or less to every key of some row. A finite number that is added to all keys "
+                "hides none of them. -inf hides them."
             )
         return warnings
 
@@ -223,16 +225,6 @@ def _effect(name: str, values: NDArray[Any], content: _Content, says: str, warni
     )
 
 
-def _causal_warnings(length: int, source_length: int) -> tuple[str, ...]:
-    """What goes wrong if there are more keys than queries, and the queries are the last positions of the sequence."""
-    more = source_length - length
-    return (
-        f"is_causal lets query l see the keys 0 to l, so that the last {more} of {source_length} keys are never seen. If "
-        "the queries are the last positions of the sequence, as in decoding, leave out is_causal and pass "
-        f"attn_mask=np.tri({length}, {source_length}, {more}) == 0.",
-    )
-
-
 def _padding_effect(values: NDArray[Any], alive: NDArray[np.bool_], content: _Content) -> MaskEffect:
     live = alive.sum(axis=1)
     kept = f"{live.min()} to {live.max()}" if live.size and live.min() < live.max() else f"{live[:1].sum()}"
@@ -253,12 +245,12 @@ def _padding_warnings(values: NDArray[Any], gone: NDArray[np.intp], hidden: int)
         share = _percent(hidden, values.size)
         return [f"key_padding_mask looks inverted: it hides {share} of the keys, and all of item {gone[0]}. {cure}"]
     if gone.size:
-        items = f"{gone.size} items, the first of which is item {gone[0]}" if gone.size > 1 else f"item {gone[0]}"
+        items = f"{gone.size} items, the first being item {gone[0]}" if gone.size > 1 else f"item {gone[0]}"
         return [f"key_padding_mask hides every key of {items}."]
     if hides_beginnings and not hides[:, -1].all():
         return [
-            "key_padding_mask hides the first keys of every item, and shows the others to the end. Is this batch padded "
-            f"on the left? If it is padded on the right, the mask is inverted. {cure}"
+            "key_padding_mask hides the first keys of every item and shows all others. Is this batch padded on the "
+            f"left? If it is padded on the right, the mask is inverted. {cure}"
         ]
     return []
 
@@ -270,8 +262,8 @@ def _attn_effect(values: NDArray[Any], content: _Content) -> MaskEffect:
     warnings = []
     if length == source_length > 1 and content.hides_diagonal and 2 * content.hidden > values.size:
         warnings.append(
-            f"{name} looks inverted: it hides {share} of the pairs, with every query's own position. True hides a key "
-            "here and shows one in scaled_dot_product_attention, whose masks are passed as ~mask."
+            f"{name} looks inverted: it hides {share} of the pairs, including every query's own position. True hides a "
+            "key here and shows one in scaled_dot_product_attention, whose masks are passed as ~mask."
         )
     says = f"hides {share if content.hidden else 'none'} of its pairs of query and key."
     return _effect(name, values, content, says, warnings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `explain` returns: the stages of a call as arrays, as a table and as a page."""
+"""The result of `explain`: the stages of a call as arrays, as a table and as HTML."""
 
 from __future__ import annotations
 
@@ -17,51 +17,52 @@ __all__ = ["Explanation"]
 
 
 class Explanation:
-    """Every stage of one call of a layer, as `explain` returns it.
+    """The stages of one call of a layer, as `explain` returns them.
 
-    Printing it, or showing it in a notebook, gives a summary.
+    Printing it gives a table; a notebook shows a diagram.
 
-    All stages lack the axis N if the inputs have no batch. S' counts the keys and those that `add_bias_kv` and
-    `add_zero_attn` append. If only some heads were asked for, H' counts them. It then takes the place of H and of Hkv:
-    `k_heads[:, i]` are the keys of head `heads[i]`.
+    If the inputs have no batch, the stages have no axis N. S' is S plus the keys that `add_bias_kv` and `add_zero_attn`
+    append. If only some heads were asked for, their number H' replaces H and Hkv, and `k_heads[:, i]` are the keys of
+    head `heads[i]`.
 
     Attributes
     ----------
     q, k, v : numpy.ndarray, (N, L, H * D), (N, S, Hkv * D), (N, S, Hkv * Dv)
         The projected inputs, always with N before L.
     q_heads, k_heads, v_heads : numpy.ndarray, (N, H, L, D), (N, Hkv, S', D), (N, Hkv, S', Dv)
-        The same cut into heads, with the appended keys and values.
+        The projected inputs, cut into heads, with the appended keys and values.
     scores : numpy.ndarray, (N, H, L, S')
-        Query times key over the square root of D.
+        The dot products of queries and keys, divided by the square root of D.
     masked_scores : numpy.ndarray, (N, H, L, S')
-        The scores after the masks; the same array as `scores` where there is no mask.
+        The scores after the masks. Without masks, this is the same array as `scores`.
     weights : numpy.ndarray, (N, H, L, S')
-        Their softmax, after dropout if there is any: what the layer returns with ``average_attn_weights=False``.
+        The softmax of the masked scores, after dropout if it is active. The layer returns these weights with
+        ``average_attn_weights=False``.
     weights_before_dropout : numpy.ndarray, (N, H, L, S')
-        The same before dropout. This stage exists only where dropout is active, unless it is asked for.
+        The weights before dropout. Without dropout, this stage exists only if it is asked for.
     average_weights : numpy.ndarray, (N, L, S')
-        Their mean over all heads, which the layer returns by default.
+        The mean of the weights over all heads. The layer returns it by default.
     head_outputs : numpy.ndarray, (N, H, L, Dv)
-        The values of each head, averaged with its weights.
+        The values of each head, averaged by its weights.
     concatenated : numpy.ndarray, (N, L, H * Dv)
-        The results of all heads side by side.
+        The results of all heads, side by side.
     output : numpy.ndarray, (L, N, out_dim)
-        What the layer returns, in its own layout, bit for bit.
+        The output of the layer, in its own layout, bit for bit.
     stages : mapping of str to Stage
-        The stages that were asked for, in this order. The others raise AttributeError.
+        The stages that were asked for, in this order. The other attributes raise AttributeError.
     letters : mapping of str to int
-        The letters of the shapes, and what they stand for in this call.
+        The letters of the shapes, with their sizes in this call.
     heads : tuple of int
         The heads that were asked for.
     paths : tuple of str
-        How the layer computes each batch item: "ordinary", or "few queries", which projects no keys. If its scores or
-        results are not finite, an item on the latter path is computed again on the ordinary one.
+        How the layer computes each batch item: "ordinary", or "few queries", which does not project keys. An item on
+        the latter path is computed again on the ordinary one if its scores or results are not finite.
     masks : tuple of MaskEffect
         What each mask hides.
     warnings : tuple of str
-        What looks wrong: rows without any visible key, masks that look inverted.
+        What looks wrong: queries that see no key, masks that look inverted.
     notes : tuple of str
-        More about the call, in sentences: paths, masks, dropout.
+        Sentences about paths, masks and dropout.
     title : str
         The layer and the call, in one line.
     inputs : mapping of str to (tuple of str, tuple of int)
@@ -124,7 +125,7 @@ class Explanation:
         return sorted({*super().__dir__(), *self.stages})
 
     def table(self) -> Table:
-        """The stages as a table of shapes, operations and bytes, with notes and warnings below.
+        """Return a table of the stages with their shapes, operations and bytes; notes and warnings are below it.
 
         Returns
         -------
@@ -158,7 +159,7 @@ class Explanation:
         return str(self.table())
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: a diagram of the flow, and every stage to unfold."""
+        """HTML for a notebook: a diagram of the flow, and the stages, which can be unfolded."""
         return render(self)
 
     def __rich__(self) -> Table:

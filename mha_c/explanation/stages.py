@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of every stage of a call, each asked of the C core."""
+"""The numbers of every stage of a call, computed by the C core."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class Stage:
     Attributes
     ----------
     name : str
-        As in `mha_c.explanation.stages.STAGES`.
+        The name of the stage, such as "scores".
     array : numpy.ndarray
         The numbers.
     axes : tuple of str
-        What each axis counts, in the letters of `Explanation.letters`, such as ``("N", "L", "H·D")``.
+        The axes, in the letters of `Explanation.letters`, such as ``("N", "L", "H·D")``.
     formula : str
-        How it follows from the stages before.
+        How the stage follows from earlier ones.
     meaning : str
-        What it is, in words.
+        The meaning of the stage, in words.
     operations : int
-        Additions, multiplications and other steps that its definition takes; 0 if it is a view.
+        The number of additions, multiplications and other steps in its definition; 0 for a view.
 
     Examples
     --------
@@ -84,12 +84,12 @@ class Stage:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its numbers, which it may share with an earlier stage."""
+        """The size of the array in bytes. It may share them with an earlier stage."""
         return self.array.nbytes
 
 
 def chosen_stages(stages: str | Iterable[str] | None, drops: bool) -> set[str]:
-    """The names that were asked for; unless given, all that differ from another stage."""
+    """The names of the stages to keep; by default, all that differ from another stage."""
     if stages is None:
         return {name for name in STAGES if drops or name != "weights_before_dropout"}
     chosen = {stages} if isinstance(stages, str) else set(stages)
@@ -112,7 +112,7 @@ def _chosen_heads(heads: int | Iterable[int] | None, num_heads: int) -> list[int
 
 
 class StagedCall:
-    """One call of a layer, with one set of its parameters: asks the core for stages. Arguments as for `explain`."""
+    """One call of a layer with one set of its parameters, whose stages the core computes. Arguments as in `explain`."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class StagedCall:
                 f"this layer is in training mode and drops weights (dropout={self.dropout_p}), for all heads together: "
                 "call its eval() first, or leave out heads="
             )
-        # Makes the checks of a call, so that errors are those of the layer.
+        # This makes the checks of a call, so the errors are those of the layer.
         try:
             self.paths = _core.takes_few_queries(*self.arguments(self.parameters.weights))
         except REFUSALS as error:

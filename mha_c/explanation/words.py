@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of an explanation: letters, axes, formulas, operations, and sentences about paths, masks and dropout."""
+"""The text of an explanation: letters, axes, formulas, operations, and sentences about paths, masks and dropout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOFTMAX_STEPS = 5
 
 
 class StageText(NamedTuple):
-    """What a stage is: see `Stage`."""
+    """The text about a stage: see `Stage`."""
 
     axes: tuple[str, ...]
     formula: str
@@ -32,7 +32,7 @@ class StageText(NamedTuple):
 
 
 class Words:
-    """What there is to say about one call."""
+    """The text about one call."""
 
     def __init__(self, call: StagedCall) -> None:
         self.call = call
@@ -102,16 +102,16 @@ class Words:
         )
         drops = self.call.dropout_p > 0
         weights = (
-            ("dropout(softmax(masked_scores))", "some dropped, the others scaled up, so that they sum to 1 on average")
+            ("dropout(softmax(masked_scores))", "some dropped, the others scaled up: they sum to 1 on average")
             if drops
-            else ("softmax(masked_scores)", "positive, and they sum to 1 for each query")
+            else ("softmax(masked_scores)", "positive; those of each query sum to 1")
         )
         softmax = SOFTMAX_STEPS * size(*pairs)
         bias = " + b_o" if "out_proj.bias" in self.call.parameters.arrays else ""
         scores = f"q_heads k_headsᵀ / √{self.letters['D']}"
         return {
             **self._projections(),
-            "scores": StageText(axes(*pairs), scores, "how well a query and a key agree", 2 * size(*pairs, "D")),
+            "scores": StageText(axes(*pairs), scores, "how well a query and a key match", 2 * size(*pairs, "D")),
             "masked_scores": StageText(axes(*pairs), *masked, size(*pairs) if self._is_masked else 0),
             "weights_before_dropout": StageText(axes(*pairs), "softmax(masked_scores)", "as without dropout", softmax),
             "weights": StageText(axes(*pairs), *weights, softmax),
@@ -135,7 +135,7 @@ class Words:
         inputs = {
             "q": ("query", "L", "E", "H*", "D", "what each position looks for"),
             "k": ("key", "S", "Ek", "Hkv*", "D", "what each position can be found by"),
-            "v": ("value", "S", "Ev", "Hkv*", "Dv", "what each position hands over when found"),
+            "v": ("value", "S", "Ev", "Hkv*", "Dv", "what each position passes on"),
         }
         whole, split = {}, {}
         for name, (x, length, features, heads, width, meaning) in inputs.items():
@@ -143,7 +143,7 @@ class Words:
             operations = 2 * self._size(length, features, heads, width)
             axes = self._axes(length, f"{heads}·{width}")
             whole[name] = StageText(axes, formula, f"{meaning}: a linear map of the {x}", operations)
-            added = ", after them the appended ones" if name != "q" and self.call.extra_keys else ""
+            added = ", followed by the appended ones" if name != "q" and self.call.extra_keys else ""
             meaning = f"the same numbers, cut into heads of {self._size_of(width)} features{added}"
             axes = self._axes(heads, "L" if name == "q" else "S'", width)
             split[f"{name}_heads"] = StageText(axes, f"{name}, head by head", meaning, 0)
@@ -169,13 +169,13 @@ class Words:
         notes = []
         if ordinary:
             notes.append(
-                f"{self._items(ordinary)}the ordinary path: q, k and v are projected, then each panel of queries meets "
-                "the keys block by block, and no (L, S) array exists."
+                f"{self._items(ordinary)}ordinary. q, k and v are projected. Then groups of queries go through the "
+                "keys block by block; an (L, S) array never exists."
             )
         if few:
             notes.append(
-                f"{self._items(few)}the path for few queries: (W_kᵀ q)·key and W_v (Σ weight·value) take fewer "
-                "operations than projecting every key; k, v and scores were computed for this explanation alone."
+                f"{self._items(few)}few queries. (W_kᵀ q)·key and W_v (Σ weight·value) take fewer operations than "
+                "projecting every key; k, v and scores were computed for this explanation only."
             )
         config = _core.config()
         threads = count(config["threads"], "thread")
@@ -195,9 +195,9 @@ class Words:
         hidden = masks.pairs - masks.visible
         notes = [sentence for effect in masks.effects for sentence in effect.says]
         notes.append(
-            f"Together the masks hide {hidden:,} of {masks.pairs:,} pairs of query and key, in all heads. Keys that "
-            "key_padding_mask removes are neither projected nor scored; blocks of keys that no query of a panel sees "
-            "are skipped."
+            f"Together, the masks hide {hidden:,} of {masks.pairs:,} pairs of query and key, in all heads. Keys that "
+            "key_padding_mask removes are neither projected nor scored. Blocks of keys that a whole group of queries "
+            "does not see are skipped."
         )
         if self.call.extra_keys:
             notes.append(f"No mask hides the {self.call.extra_keys} appended key{'s' * (self.call.extra_keys > 1)}.")
@@ -210,8 +210,8 @@ class Words:
         if p == 0:
             return [f"Dropout is off: the layer is in evaluation mode (dropout={self.call.layer.dropout})."]
         note = (
-            f"Dropout is active: each weight is dropped with probability {p}, the others are multiplied by "
-            f"1 / (1 - {p}). The layer's next call will drop the same weights; an explanation does not count as a call."
+            f"Dropout is active: each weight is dropped with probability {p}, and the others are multiplied by "
+            f"1 / (1 - {p}). The layer's next call will drop the same weights: an explanation does not count as a call."
         )
         if {"weights", "weights_before_dropout"} <= arrays.keys():
             before, after = arrays["weights_before_dropout"], arrays["weights"]
@@ -226,10 +226,10 @@ class Words:
             n, h, query = masks.blind[0]
             where = f"query {query} of head {h}" + (f" in item {n}" if self.call.is_batched else "")
             rows = masks.pairs // self.call.source_length
-            gets = "they attend to nothing, and their output is the output bias."
+            gets = "their weights are 0, and their output is the output bias."
             if self.call.extra_keys:
-                gets = "they attend to the appended keys alone."
+                gets = "they attend to the appended keys only."
             elif self.call.empty == "nan":
-                gets = 'their weights and output are NaN, as in torch; with masked_rows="zero" they are not.'
-            warnings.append(f"{masks.blind_count:,} of {rows:,} rows see no key, the first being {where}: {gets}")
+                gets = 'their weights and output are NaN, as in torch; with masked_rows="zero", they are finite.'
+            warnings.append(f"{masks.blind_count:,} of {rows:,} queries see no key, the first being {where}: {gets}")
         return tuple(warnings)

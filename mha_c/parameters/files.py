@@ -59,6 +59,7 @@ _OTHER_KINDS: Final = {
     b"\x80": "a pickle, which may execute anything: load it where you trust it, and pass the state dict",
     b"\x89HDF": "an HDF5 file: open it with h5py, and pass a mapping of names to arrays",
     b"GGUF": "a GGUF file: open it with the package gguf, and pass a mapping of names to arrays",
+    b"\x93NUMPY": "one array without a name: np.savez writes several, by the names of a state dict",
     b"\x1f\x8b": "compressed by gzip: unpack it first",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself: `git lfs pull` fetches it",
     b"<": "a web page, perhaps of a download that failed",
@@ -123,11 +124,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
 
 @contextmanager
 def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
-    """A state dict from wherever it is: a mapping as it is, or what a file holds.
+    """A state dict from wherever it is: what a file holds, or anything else as it is.
 
     Parameters
     ----------
-    source : mapping of str to array or tensor, or str or path-like
+    source : str or path-like, or mapping of str to array or tensor
         A path is one for `open_checkpoint`.
 
     Yields
@@ -137,8 +138,6 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
 
     Raises
     ------
-    TypeError
-        If `source` is neither.
     ValueError, OSError
         As `open_checkpoint`.
 
@@ -148,13 +147,11 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
     ...     dict(tensors)
     {'bias': array([0., 0.])}
     """
-    if isinstance(source, Mapping):
-        yield source
-    elif isinstance(source, str | os.PathLike):
+    if isinstance(source, str | os.PathLike):
         with open_checkpoint(source) as checkpoint:
             yield checkpoint.content
     else:
-        raise TypeError(f"Expected state_dict to be dict-like, got {type(source)}.")
+        yield source
 
 
 def _read(path: str, file: BufferedReader) -> Checkpoint:

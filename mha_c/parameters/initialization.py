@@ -83,7 +83,10 @@ class _Draws:
 
     def __init__(self, seed: int | None, dtype: np.dtype[Any]) -> None:
         if seed is not None:
-            seed = int(seed)
+            try:
+                seed = int(seed)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{error}: seed must be an int") from None
             if not -(2**63) <= seed < 2**64:
                 raise ValueError(f"Overflow when unpacking long long: seed must be in [-2**63, 2**64), but is {seed}")
             seed &= 0xFFFFFFFF

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.options import Config, options_shown_by_names, read_config, refusal, usual
 from mha_c.parameters.schemes import SCHEMES, Layout, Scheme, find_layers, schemes_named
-from mha_c.parameters.sets import Widths
+from mha_c.parameters.sets import Widths, positive
 from mha_c.parameters.state_dict import Part, check_names, loading_error, match_state_dict, missing_keys, quoted
 from mha_c.parameters.stored import Opaque, StoredArray
 
@@ -101,18 +100,24 @@ def infer_layer(
     (2, {'in_proj_weight': (12, 4), 'out_proj.weight': (4, 4)})
     """
     check_names(state_dict)
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, but got {prefix!r}")
     if layout not in (None, "stacked", "per_head"):
         raise ValueError(f'layout must be "stacked" or "per_head", but got {layout!r}')
     place = _find(layer_name, state_dict, prefix, SCHEMES if names is None else schemes_named(names))
     told = Config() if config is None else read_config(config, place.start)
-    _refuse_more(place, told, has_names=names is not None, has_config=config is not None)
-    given = (None if number is None else operator.index(number) for number in (num_heads, num_kv_heads, head_dim))
-    heads = _agree(_Heads(*given), "config", _Heads(told.num_heads, told.num_kv_heads, told.head_dim))
+    is_vouched = names is not None and not strict  # by the caller: names are as they should be
+    _refuse_more(place, told, has_config=config is not None, is_vouched=is_vouched)
+    given = zip(_Heads._fields, (num_heads, num_kv_heads, head_dim))
+    heads = _Heads(*(None if number is None else positive(name, number) for name, number in given))
+    heads = _agree(heads, "config", _Heads(told.num_heads, told.num_kv_heads, told.head_dim))
     if place.scheme.kind:
         arrays, heads = _read_foreign(layer_name, place, layout or place.scheme.layout, heads, strict)
     else:
         arrays = {name: _read(place.part, name) for name in _PARAMETERS if name in place.part}
-    widths = _infer_widths({name: array.shape for name, array in arrays.items()}, heads)
+    widths = _infer_widths(place, {name: array.shape for name, array in arrays.items()}, heads)
+    if place.scheme.interleaves and not is_vouched and 1 < widths.num_kv_heads < widths.num_heads:
+        raise refusal({"kv_heads": f"it has {widths.num_kv_heads} of them for {widths.num_heads} heads"})
     if num_heads is None and told.embed_dim not in (None, widths.embed_dim):
         raise ValueError(
             f"config tells the heads of layers with {told.embed_dim} features, but this one has {widths.embed_dim}: "
@@ -237,16 +242,17 @@ def _kind(value: Any) -> str:
     return value.name if isinstance(value, Opaque) else type(value).__name__
 
 
-def _refuse_more(place: _Place, told: Config, has_names: bool, has_config: bool) -> None:
-    """Refuse a model that computes more than a layer, as far as its config and, unless given, its names show it."""
-    shown = {**told.shown, **({} if has_names else options_shown_by_names(place.state_dict, place.start))}
+def _refuse_more(place: _Place, told: Config, has_config: bool, is_vouched: bool) -> None:
+    """Refuse a model that computes more than a layer, as far as its config and its names show it."""
+    shown = {**told.shown, **({} if is_vouched else options_shown_by_names(place.state_dict, place.start))}
     if shown:
         raise refusal(shown)
     scheme = place.scheme
-    if scheme.options and not has_config:
+    if scheme.options and not has_config and not is_vouched:
         raise NotImplementedError(
-            f"a model that calls its projections {', '.join(scheme.names)} {usual(scheme.options)}, which this version "
-            f"of mha_c does not compute. If this one does not, pass names={scheme.names}, or its config.json as config="
+            f"the layer with {quoted([place.start + scheme.weights[0]])} looks like those of {scheme.models}, whose "
+            f"attention {usual(scheme.options)}, which this version of mha_c does not compute. If this is another "
+            f"model, pass its config.json as config=, or names={scheme.names} and strict=False"
         )
 
 
@@ -274,7 +280,7 @@ def _agree(ours: _Heads, source: str, theirs: _Heads) -> _Heads:
 def _known(heads: _Heads) -> int:
     """The number of heads."""
     if heads.num_heads is None:
-        raise TypeError("from_state_dict() needs num_heads, which no shape tells, or the model's config.json as config")
+        raise TypeError("from_state_dict() needs num_heads, which no shape tells, or config=, the model's config.json")
     return heads.num_heads
 
 
@@ -322,8 +328,6 @@ def _read_foreign(
         arrays["in_proj_bias"] = np.concatenate(_inputs(complete, order))
         arrays["out_proj.bias"] = complete[-1]
     arrays |= {name: _read(part, name) for name in _EXTRA_KEY if name in part}
-    if scheme.interleaves and len(inputs) == 3 and len(inputs[1]) * _known(heads) > len(inputs[0]) > len(inputs[1]):
-        raise refusal({"kv_heads": f"{scheme.names[1]} has fewer rows than {scheme.names[0]}"})
     return arrays, heads
 
 
@@ -379,7 +383,7 @@ def _order(
         return None
     num_heads = _known(heads)
     queries = num_heads if len(weights) == 2 else 0
-    head_dim = features // max(num_heads, 1)
+    head_dim = features // num_heads
     num_kv_heads = (rows // max(head_dim, 1) - queries) // 2
     fits = rows == (queries + 2 * num_kv_heads) * head_dim and features == num_heads * head_dim
     if not fits or num_kv_heads <= 0 or num_heads % num_kv_heads or heads.num_kv_heads not in (None, num_kv_heads):
@@ -396,19 +400,27 @@ def _inputs(arrays: Sequence[NDArray[Any]], order: NDArray[Any] | None) -> list[
     return [*first, *np.split(several, 2)] if len(first) == 1 else [*first, several]
 
 
-def _infer_widths(shapes: Mapping[str, tuple[int, ...]], heads: _Heads) -> Widths:
+def _shapes(place: _Place) -> str:
+    """The weights of a layer, as they are called and stored."""
+    names = place.scheme.weights if place.scheme.kind else [name for name in _PARAMETERS if name.endswith("weight")]
+    return " and ".join(f"{name} {_read(place.part, name).shape}" for name in names if name in place.part)
+
+
+def _infer_widths(place: _Place, shapes: Mapping[str, tuple[int, ...]], heads: _Heads) -> Widths:
     """The widths of a layer with parameters of these shapes; what they leave open is as in torch."""
     num_heads, num_kv_heads, head_dim = _known(heads), heads.num_kv_heads, heads.head_dim
 
     def share(total: int, parts: int) -> int:
-        if total <= 0 or parts <= 0 or total % parts:
-            if out_dim == rows < embed_dim and "in_proj_weight" in shapes:
-                raise ValueError(f"in_proj_weight has the shape {(rows, embed_dim)}: it is transposed, so pass its .T")
-            raise ValueError(
-                f"{num_heads} heads do not fit parameters of the shapes {dict(shapes)}; if heads have a width of their "
-                "own, or keys and values have fewer heads, head_dim or num_kv_heads may say so"
-            )
-        return total // parts
+        if total > 0 and total % parts == 0:
+            return total // parts
+        name = place.scheme.weights[0]
+        if out_dim == rows < embed_dim and "in_proj_weight" in shapes:
+            raise ValueError(f"{name} has the shape {(rows, embed_dim)}: it is transposed, so pass its .T")
+        given = ", ".join(f"{name}={number}" for name, number in zip(_Heads._fields, heads) if number is not None)
+        raise ValueError(
+            f"{given} does not fit {_shapes(place)}: take num_heads, and where the model has them num_kv_heads and "
+            "head_dim, from its configuration"
+        )
 
     for name in ("in_proj_weight", *_INPUTS, "out_proj.weight"):
         if len(shapes.get(name, (0, 0))) != 2:
@@ -430,4 +442,6 @@ def _infer_widths(shapes: Mapping[str, tuple[int, ...]], heads: _Heads) -> Width
         key_rows, kdim = shapes.get("k_proj_weight", (rows, embed_dim))
         _, vdim = shapes.get("v_proj_weight", (rows, embed_dim))
         num_kv_heads = share(key_rows, head_dim) if num_kv_heads is None else num_kv_heads
+    if heads.num_kv_heads is None:
+        share(num_heads, num_kv_heads)
     return Widths.from_arguments(embed_dim, num_heads, kdim, vdim, head_dim, v_head_dim, out_dim, num_kv_heads)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from mha_c.parameters.state_dict import quoted
 from mha_c.parameters.stored import damage_is_value_error
 
 __all__ = ["Config", "options_shown_by_names", "read_config", "refusal", "usual"]
@@ -26,18 +27,20 @@ _OPTIONS: Final = {
     "approximation": "approximates attention",
 }
 
+_ROPE: Final = r"rotary|inv_freq|freqs_cis|(^|[._])rope([._]|$)"
+
 # Names beside the projections, and names in a module that contains the layer.
 _BESIDE: Final = {
-    "rope": r"rotary|inv_freq|freqs_cis|(^|[._])rope([._]|$)",
+    "rope": _ROPE,
     "qk_norm": r"(^|[._])((qk?|k|query|key)_?(layer_?)?(norm|ln)|(layer_?)?(norm|ln)_?[qk])([._]|$)",
     "alibi": r"alibi",
     "bias": r"relative_|rel_pos|rel_attn|distance_embedding|position_bias|pos_bias|linear_pos",
     "sinks": r"(^|[._])sinks?([._]|$)",
 }
 _ABOVE: Final = {
-    "rope": r"rotary|inv_freq|freqs_cis",
+    "rope": _ROPE,
     "alibi": r"alibi",
-    "bias": r"rel_pos|relative_(attention|position)_bias",
+    "bias": r"rel_pos|relative_(attention|position)_bias|embed_positions\.pe_k",
 }
 
 # Entries of a Hugging Face config.json, written as name=value. What is null, zero or empty is written as False, and a
@@ -97,8 +100,9 @@ def read_config(source: Any, start: str) -> Config:
 
     Examples
     --------
-    >>> read_config({"num_attention_heads": 12, "hidden_size": 768, "alibi": True}, "")
-    Config(num_heads=12, num_kv_heads=None, head_dim=None, embed_dim=768, shown={'alibi': 'its config has alibi=True'})
+    >>> config = read_config({"num_attention_heads": 12, "hidden_size": 768, "alibi": True}, "")
+    >>> config.num_heads, config.embed_dim, config.shown
+    (12, 768, {'alibi': 'its config has "alibi=True"'})
     """
     if isinstance(source, str | os.PathLike):
         with open(source, "rb") as file, damage_is_value_error(os.fspath(source)):
@@ -138,7 +142,7 @@ def _options_shown_by_config(config: Mapping[str, Any]) -> dict[str, str]:
         entry = f"{name}={bool(value) if is_container else value or False}"
         for option, pattern in _ENTRIES.items():
             if re.search(pattern, entry):
-                shown.setdefault(option, f"its config has {name if is_container else entry}")
+                shown.setdefault(option, f"its config has {quoted([name if is_container else entry])}")
     return shown
 
 
@@ -168,7 +172,7 @@ def options_shown_by_names(names: Iterable[str], start: str) -> dict[str, str]:
         for option, pattern in (_BESIDE if is_beside else _ABOVE).items():
             match = re.search(pattern, name[len(start) :] if is_beside else name)
             if match and (is_beside or start.startswith(name[: name.rfind(".", 0, match.start()) + 1])):
-                shown.setdefault(option, f'there is "{name}"')
+                shown.setdefault(option, f"there is {quoted([name])}")
     return shown
 
 

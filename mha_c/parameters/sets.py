@@ -60,14 +60,14 @@ class Widths(NamedTuple):
         if isinstance(embed_dim, bool) or not hasattr(embed_dim, "__index__"):
             raise TypeError(f"embed_dim must be an int, but got {embed_dim!r}")
         embed_dim = operator.index(embed_dim)
-        num_heads = _positive("num_heads", int(num_heads) if int(num_heads) == num_heads else num_heads)
+        num_heads = positive("num_heads", int(num_heads) if int(num_heads) == num_heads else num_heads)
         for name, width in (("kdim", kdim), ("vdim", vdim)):
             if width is not None and integer(name, width) < 0:
                 raise RuntimeError(f"Trying to create tensor with negative dimension {width}: {name} is negative")
-        kv_heads = num_heads if num_kv_heads is None else _positive("num_kv_heads", num_kv_heads)
+        kv_heads = num_heads if num_kv_heads is None else positive("num_kv_heads", num_kv_heads)
         if num_heads % kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, but {kv_heads} does not divide {num_heads}")
-        head_dim = embed_dim // num_heads if head_dim is None else _positive("head_dim", head_dim)
+        head_dim = embed_dim // num_heads if head_dim is None else positive("head_dim", head_dim)
         return cls(
             embed_dim=embed_dim,
             kdim=embed_dim if kdim is None else operator.index(kdim),
@@ -75,8 +75,8 @@ class Widths(NamedTuple):
             num_heads=num_heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            v_head_dim=head_dim if v_head_dim is None else _positive("v_head_dim", v_head_dim),
-            out_dim=embed_dim if out_dim is None else _positive("out_dim", out_dim),
+            v_head_dim=head_dim if v_head_dim is None else positive("v_head_dim", v_head_dim),
+            out_dim=embed_dim if out_dim is None else positive("out_dim", out_dim),
         )
 
     @property
@@ -161,7 +161,8 @@ def integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an int, but got {value!r}") from None
 
 
-def _positive(name: str, value: Any) -> int:
+def positive(name: str, value: Any) -> int:
+    """The value of an argument that must be an int above 0."""
     if integer(name, value) <= 0:
         raise ValueError(f"{name} must be greater than 0, but got {value}")
     return operator.index(value)

@@ -252,7 +252,8 @@ def read_layer(layer_name: str, path: str | os.PathLike[str]) -> tuple[Parameter
 
 def check_names(state_dict: Any) -> None:
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.")
+        cure = " Pass its state_dict()." if hasattr(state_dict, "state_dict") else ""
+        raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.{cure}")
     for name in state_dict:
         if not isinstance(name, str):
             raise TypeError(f"the names in a state dict are strings, but one is {name!r}")
@@ -263,7 +264,8 @@ def missing_keys(names: Iterable[str]) -> str:
 
 
 def quoted(names: Iterable[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
+    """Names as torch prints them; those of a file could hold codes that a terminal would obey."""
+    return ", ".join(map(json.dumps, names))
 
 
 def loading_error(layer_name: str, errors: Iterable[str]) -> RuntimeError:

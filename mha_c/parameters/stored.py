@@ -101,8 +101,23 @@ class Opaque:
         self._path = path
         self.name = name
 
+    def bits(self) -> Bits:
+        """Refuse.
+
+        Returns
+        -------
+        tuple of numpy.ndarray and str
+            Never.
+
+        Raises
+        ------
+        ValueError
+            Always.
+        """
+        raise ValueError(f"expected an array, but {self._path} holds {self.name}, which mha_c does not read")
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        raise ValueError(f"expected an array, but {self._path} holds {self.name}, which is not read")
+        return self.bits()[0]
 
 
 def _widened(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
@@ -269,4 +284,5 @@ def damage_is_value_error(path: str) -> Iterator[None]:
     except FileNotFoundError:  # that an index names
         raise
     except Exception as error:
-        raise ValueError(f"cannot read {path}, which is damaged or of another kind: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"cannot read {path}, which is damaged or of another kind: {reason}") from error

@@ -41,6 +41,9 @@ _LITERALS: Final = frozenset(
     + ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
 )
 
+_MAX_NAME: Final = 500  # characters of a class or a function
+_MAX_ARGUMENTS: Final = 16  # of a call
+
 
 def read_torch_file(path: str, file: BufferedReader) -> Any:
     """What a file of ``torch.save`` or ``torch.jit.save`` holds.
@@ -132,7 +135,7 @@ class _Pickle:
 
     It knows the opcodes of protocols 2 to 5. It leaves out entries of dictionaries whose keys are not strings: no name
     leads to them, and keys can be made whose hashes take forever. For the same reason nothing is compared or printed
-    before its type is checked.
+    before its type is checked. An opcode of a few bytes may use again what is long: nothing long is copied for it.
     """
 
     def __init__(self, archive: _Archive) -> None:
@@ -140,6 +143,7 @@ class _Pickle:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._opaque: dict[str, Opaque] = {}
 
     def load(self, content: bytes) -> Any:
         """The object that a pickle describes."""
@@ -202,6 +206,7 @@ class _Pickle:
                 state = stack.pop()
                 if isinstance(stack[-1], _Module) and isinstance(state, dict):
                     stack[-1].update(state)
+                    state.clear()  # moved, not copied
             case _:
                 raise ValueError(f"its pickle has the opcode {opcode}, which torch never writes")
 
@@ -224,13 +229,17 @@ class _Pickle:
     def call(self, function: Opaque, arguments: Sequence[Any]) -> Any:
         """What a function or a class would make of arguments."""
         if function.name in _MAKERS:
+            if len(arguments) > _MAX_ARGUMENTS:
+                raise ValueError(f"its pickle calls a function with {len(arguments)} arguments")
             return _MAKERS[function.name](self, *arguments)
         is_module = function.name.startswith("__torch__.")
         return _Module() if is_module else self.opaque(f"an object of {function.name}")
 
     def opaque(self, name: str) -> Opaque:
-        """Something of this file that is not read."""
-        return Opaque(self.archive.path, name)
+        """Something of this file that is not read, the same for all that have this name."""
+        if len(name) > _MAX_NAME or not name.isprintable():
+            raise ValueError("its pickle names a class or a function in an impossible way")
+        return self._opaque.setdefault(name, Opaque(self.archive.path, name))
 
 
 def _storage(kind: str, storage_type: Opaque, key: str, location: str, numbers: int) -> _Storage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,12 +24,12 @@ __all__ = [
     "Call",
     "LayerState",
     "array_of",
+    "ask_core",
     "attend",
     "attend_apart_from_compiler",
     "attend_in_graph",
     "note_in_graph",
     "resolve_hint",
-    "threads_of_both",
     "why_not_readable",
 ]
 
@@ -115,9 +115,10 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
     --------
     >>> tensors = {"in_proj_weight": torch.ones(24, 8), "out_proj.weight": torch.ones(8, 8)}
     >>> x = torch.ones(5, 3, 8)
-    >>> attend(PackedParameters(), tensors, Call(x, x, x, None, True, None, True, False, 8, 2, 8, 8, False, False))[1].shape
+    >>> call = Call(x, x, x, None, True, None, True, False, 8, 2, 8, 8, False, False)
+    >>> attend(PackedParameters(), tensors, call)[1].shape
     torch.Size([3, 5, 5])
-    >>> attend(PackedParameters(), tensors, Call(x, x, x, None, True, None, True, False, 8, 3, 8, 8, False, False))
+    >>> attend(PackedParameters(), tensors, call._replace(num_heads=3))
     'unusual parameters'
     """
     query, key, value = call.query, call.key, call.value
@@ -134,34 +135,32 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
         mask_array = None if attn_mask is None else array_of(attn_mask)
     except (RuntimeError, TypeError, ValueError):
         return why_not_readable(query)
-    try:
-        with threads_of_both():
-            output, weights = _core.forward(
-                parameters.weights,
-                query_array,
-                key_array,
-                value_array,
-                padding_array,
-                call.need_weights,
-                mask_array,
-                call.average_attn_weights,
-                call.is_causal,
-                None,
-                call.batch_first,
-                call.add_zero_attn,
-                "torch",
-                0.0,
-                0,
-                0,
-            )
-    except Exception as error:
-        if getattr(error, "refused", False):
-            return MISFIT
-        raise
+    answer = ask_core(
+        _core.forward,
+        parameters.weights,
+        query_array,
+        key_array,
+        value_array,
+        padding_array,
+        call.need_weights,
+        mask_array,
+        call.average_attn_weights,
+        call.is_causal,
+        None,
+        call.batch_first,
+        call.add_zero_attn,
+        "torch",
+        0.0,
+        0,
+        0,
+    )
+    if isinstance(answer, str):
+        return answer
+    output, weights = answer
     return torch.from_numpy(output), None if weights is None else torch.from_numpy(weights)
 
 
-# Where torch.compile gives up a graph, its compiler looks at every function that is called, which this one is not for.
+# Where torch.compile gives up a graph, it traces the functions that are called. It must not trace this one.
 attend_apart_from_compiler = _disable_dynamo(attend)
 
 
@@ -192,7 +191,18 @@ def array_of(tensor: torch.Tensor) -> NDArray[Any]:
     return array
 
 
-def threads_of_both() -> AbstractContextManager[None]:
+def ask_core(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of the core returns, or MISFIT if its checks refuse the arguments. What fails later is raised."""
+    try:
+        with _threads_of_both():
+            return function(*arguments)
+    except Exception as error:
+        if getattr(error, "refused", False):
+            return MISFIT
+        raise
+
+
+def _threads_of_both() -> AbstractContextManager[None]:
     """Neither more threads than mha_c may use, nor more than torch may."""
     limit = torch.get_num_threads()
     return num_threads(limit) if limit < get_num_threads() else nullcontext()

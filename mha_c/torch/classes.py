@@ -36,7 +36,7 @@ def why_left_alone(layer: torch.nn.MultiheadAttention) -> str:
 def class_over(
     cls: type[torch.nn.MultiheadAttention], mixin: type[torch.nn.MultiheadAttention]
 ) -> type[torch.nn.MultiheadAttention]:
-    """`mixin` for torch's own class. For a subclass, the same one each time that is a subclass of both."""
+    """`mixin` for torch's own class; for a subclass, a class that inherits from both, the same one each time."""
     if cls is torch.nn.MultiheadAttention:
         return mixin
     if (cls, mixin) not in _classes_over:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of mha_c as torch's, their parameters as tensors, and their questions put to torch."""
+"""Convert layers between mha_c and torch, read checkpoints as tensors, and make the calls of a layer in torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _Layer = TypeVar("_Layer", bound=MultiheadAttention)
 
 
 def from_torch(module: torch.nn.MultiheadAttention, cls: type[_Layer]) -> _Layer:
-    """What ``cls.from_torch(module)`` does.
+    """Make a layer of mha_c from a layer of torch, as ``cls.from_torch(module)`` does.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def from_torch(module: torch.nn.MultiheadAttention, cls: type[_Layer]) -> _Layer
 
 
 def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
-    """The layer of torch with the arguments, the parameters and the training mode of ours.
+    """Make a layer of torch from a layer of mha_c, with its arguments, parameters and training mode.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
     Raises
     ------
     ValueError
-        If torch has no such layer: it ties the widths of heads and output to `embed_dim`.
+        If torch does not have such a layer: it ties the widths of heads and output to `embed_dim`.
 
     Examples
     --------
@@ -100,19 +100,19 @@ def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
 
 
 def state_dict(layer: MultiheadAttention, *, prefix: str = "") -> OrderedDict[str, torch.Tensor]:
-    """The parameters of a layer as tensors, for ``load_state_dict`` of torch's layer.
+    """Return the parameters of a layer as tensors, for ``load_state_dict`` of torch's layer.
 
     Parameters
     ----------
     layer : MultiheadAttention
         The layer to copy.
     prefix : str, default ""
-        What precedes each name, with no dot added.
+        What to write before each name; no dot is added.
 
     Returns
     -------
     collections.OrderedDict of str to torch.Tensor
-        Copies, which may be written to.
+        Writable copies.
 
     Examples
     --------
@@ -125,17 +125,17 @@ def state_dict(layer: MultiheadAttention, *, prefix: str = "") -> OrderedDict[st
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The tensors in a file of parameters, without executing what the file may contain.
+    """Read the tensors in a file of parameters, without executing anything in the file.
 
     Parameters
     ----------
     path : str or path-like
-        A file of ``torch.save``, a safetensors or an .npz file, or the index of several.
+        A file of ``torch.save``, a .safetensors or .npz file, or the index of several files.
 
     Returns
     -------
     dict of str to torch.Tensor
-        Copies on the CPU, of the dtypes in the file. Names of a nested mapping follow its own name and a dot.
+        Copies on the CPU, in the dtypes of the file. In a nested mapping, the names are joined by dots.
 
     Raises
     ------
@@ -165,12 +165,12 @@ def _tensor(bits: NDArray[Any], dtype: str) -> torch.Tensor:
 def forward_in_torch(
     layer: MultiheadAttention | torch.nn.MultiheadAttention, query: Any, key: Any, value: Any, **call: Any
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """What torch's layer with the same parameters answers to the same call.
+    """Make a call with torch's layer of the same parameters.
 
     Parameters
     ----------
     layer : MultiheadAttention or torch.nn.MultiheadAttention
-        The layer to imitate, or torch's layer itself, of which a copy is asked.
+        The layer. A layer of torch is copied first.
     query, key, value : array
         As for the layer itself.
     **call
@@ -184,7 +184,7 @@ def forward_in_torch(
     Raises
     ------
     ValueError
-        If torch has no such layer.
+        If torch does not have such a layer.
 
     Examples
     --------
@@ -211,7 +211,7 @@ def _copy_with_gradients(module: torch.nn.MultiheadAttention) -> torch.nn.Multih
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread within a block, which is faster for many small calls.
+    """Make torch compute on one thread within a block. This is faster for many small calls.
 
     Yields
     ------

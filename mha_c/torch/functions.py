@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from mha_c import _core
 from mha_c.display.coverage import Coverage
-from mha_c.torch.attend import MISFIT, Answer, Call, array_of, attend, resolve_hint, threads_of_both, why_not_readable
+from mha_c.torch.attend import Answer, Call, array_of, ask_core, attend, resolve_hint, why_not_readable
 from mha_c.torch.packed import PackedByWeight
 from mha_c.torch.reasons import HARMLESS_MODES, why_torch
 
@@ -28,12 +28,12 @@ _FUNCTIONS = {multi_head_attention_forward, scaled_dot_product_attention}
 
 @contextmanager
 def attention() -> Iterator[Coverage]:
-    """Let torch's functions of attention compute with mha_c within a block.
+    """Make torch's functions of attention compute with mha_c within a block.
 
-    They are ``torch.nn.functional.scaled_dot_product_attention`` and ``multi_head_attention_forward``, which
-    ``torch.nn.MultiheadAttention`` calls. They compute here on the CPU, in float32 and float64, where nothing needs a
-    gradient. Other calls are torch's, and are counted with the reason. Results mean what torch's mean, errors are
-    torch's, and a result is laid out in memory as torch's is.
+    The functions are ``torch.nn.functional.scaled_dot_product_attention`` and ``multi_head_attention_forward``, which
+    ``torch.nn.MultiheadAttention`` calls. mha_c computes calls on the CPU in float32 and float64 that need no gradient.
+    torch computes the others, which are counted with the reason. Results have torch's meaning and memory layout, and
+    errors are torch's.
 
     Yields
     ------
@@ -43,16 +43,16 @@ def attention() -> Iterator[Coverage]:
     Notes
     -----
     The block is a ``torch.overrides.TorchFunctionMode``: nothing is patched, and it is active in the thread that
-    entered it. Of blocks within each other, the innermost computes and counts a call; what it leaves to torch reaches
-    the next one. Layers of `replace_attention` compute and count by themselves.
+    entered it. In nested blocks, the innermost one computes and counts a call; if it leaves the call to torch, the call
+    reaches the next block. Layers of `replace_attention` count their own calls.
 
-    Graphs are not reached: what ``torch.compile``, ``torch.export`` or ``torch.jit`` made holds torch's attention. Inside
-    the block torch takes its ordinary path, without nested tensors and fused encoder layers, as inside any such mode.
+    Graphs made by ``torch.compile``, ``torch.export`` or ``torch.jit`` hold torch's attention and are not changed. Inside
+    the block, torch takes its ordinary path, without nested tensors and fused encoder layers, as in any such mode.
 
-    A call of one query and several keys, as in generation, is left to torch, which is faster at it so far.
+    A call with one query and several keys, as in generation, is left to torch, which is still faster at it.
 
-    Parameters are packed for the kernels once in a block, and again after a change; `ReplacedAttention` says which
-    changes are noticed. So a block around many calls is faster than a block around each.
+    Parameters are packed for the kernels once in a block, and again after a change; see `ReplacedAttention.refresh`. So
+    one block around many calls is faster than one around each call.
 
     Examples
     --------
@@ -65,7 +65,7 @@ def attention() -> Iterator[Coverage]:
     Calls of attention: 1 computed by mha_c, 1 left to torch
     <BLANKLINE>
     module  class                         here  left  reason
-            scaled_dot_product_attention     1     1  dropout
+    -       scaled_dot_product_attention     1     1  dropout
     """
     coverage = Coverage()
     with AttentionMode(coverage):
@@ -146,10 +146,6 @@ class AttentionMode(TorchFunctionMode):
         is_causal: bool = False,
     ) -> Answer | str:
         """What multi_head_attention_forward returns, or why torch is to compute it."""
-        if training and dropout_p != 0:
-            return "dropout"
-        if static_k is not None or static_v is not None:
-            return "static keys or values"
         parameters = {"in_proj_weight": in_proj_weight}
         if use_separate_proj_weight:
             parameters = {"q_proj_weight": q_proj_weight, "k_proj_weight": k_proj_weight, "v_proj_weight": v_proj_weight}
@@ -158,10 +154,15 @@ class AttentionMode(TorchFunctionMode):
         tensors = {name: tensor for name, tensor in parameters.items() if tensor is not None}
         packed = self._packed.of(out_proj_weight)
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
-        reason = why_torch((query, key, value), masks, list(tensors.values()))
+        if training and dropout_p != 0:
+            reason = "dropout"
+        elif static_k is not None or static_v is not None:
+            reason = "static keys or values"
+        else:
+            reason = why_torch((query, key, value), masks, list(tensors.values()))
+        if reason in ("dropout", "gradients"):  # these are for training, which changes the parameters
+            packed.drop()
         if reason:
-            if reason == "gradients":  # they are asked for by what changes the parameters
-                packed.drop()
             return reason
         hint = resolve_hint(is_causal, need_weights, key_padding_mask, attn_mask, "bias_k" in tensors or add_zero_attn)
         if isinstance(hint, str):
@@ -223,11 +224,5 @@ def _attend(
     options = (dropout_p, is_causal)
     kernel = torch._fused_sdp_choice(query, key, value, attn_mask, *options, scale=scale, enable_gqa=enable_gqa)
     out = torch.empty_like(query).numpy() if kernel == _FLASH else None
-    try:
-        with threads_of_both():
-            output = _core.scaled_dot_product_attention(*arrays, mask, *options, scale, enable_gqa, 0, out)
-    except Exception as error:
-        if getattr(error, "refused", False):
-            return MISFIT
-        raise
-    return torch.from_numpy(output)
+    answer = ask_core(_core.scaled_dot_product_attention, *arrays, mask, *options, scale, enable_gqa, 0, out)
+    return answer if isinstance(answer, str) else torch.from_numpy(answer)

@@ -20,15 +20,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mha_c import _core
 from mha_c.parameters.sets import ParameterSet, Widths
+from mha_c.torch.reasons import DTYPES, PLAIN_TENSORS
 
 __all__ = ["PackedByWeight", "PackedParameters"]
 
 _Arguments: TypeAlias = tuple[int, int, int | None, int | None]  # embed_dim, num_heads, kdim, vdim
 
-_DTYPES = (torch.float32, torch.float64)
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-
 
 _last_step = object()  # another one after each step of any optimiser
 
@@ -44,7 +42,7 @@ register_optimizer_step_post_hook(_note_step)
 class _Source(NamedTuple):
     """One tensor as it was when it was packed."""
 
-    tensor: torch.Tensor  # no weak reference, for which torch.utils.swap_tensors would refuse it
+    tensor: torch.Tensor  # torch.utils.swap_tensors refuses tensors with weak references
     memory: torch.Tensor  # keeps the storage from being freed and reused: the same address is the same memory
     address: int
     version: int
@@ -59,9 +57,12 @@ class _Source(NamedTuple):
             tensor is self.tensor
             and tensor.is_set_to(self.memory)
             and tensor.dtype == self.memory.dtype
-            and tensor.data_ptr() == self.address  # which share_memory_() changes, under all aliases
             and tensor._version == self.version
         )
+
+    def has_moved(self) -> bool:
+        """Whether the storage has another memory now, as after share_memory_(): what it had is freed."""
+        return self.memory.data_ptr() != self.address
 
 
 class _Kept(NamedTuple):
@@ -75,11 +76,12 @@ class _Kept(NamedTuple):
     generation: tuple[object, object]
 
     def is_of(self, tensors: Mapping[str, torch.Tensor], arguments: _Arguments) -> bool:
-        """Whether these would be packed to the same numbers again, as far as can be seen in a microsecond or two."""
+        """Whether these would be packed to the same numbers again, as far as can be seen in some microseconds."""
         if arguments != self.arguments or tensors.keys() != self.sources.keys():
             return False
         for name, source in self.sources.items():
-            if not (source.is_now(tensors[name]) or self.has_equal_bias(name, tensors[name])):
+            tensor = tensors[name]
+            if source.has_moved() or not (source.is_now(tensor) or self.has_equal_bias(name, tensor)):
                 return False
         return _core.sample(self.arrays) == self.sample
 
@@ -139,7 +141,7 @@ class PackedParameters:
 
         Examples
         --------
-        >>> tensors = {name: torch.zeros(shape) for name, shape in (("in_proj_weight", (24, 8)), ("out_proj.weight", (6, 8)))}
+        >>> tensors = {"in_proj_weight": torch.zeros(24, 8), "out_proj.weight": torch.zeros(6, 8)}
         >>> PackedParameters().get(tensors, 8, 2).widths.out_dim
         6
         """
@@ -198,8 +200,8 @@ def _pack(
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether NumPy can read the tensor where it lies, and torch counts its changes."""
     return (
-        type(tensor) in _PLAIN_TENSORS
-        and tensor.dtype in _DTYPES
+        type(tensor) in PLAIN_TENSORS
+        and tensor.dtype in DTYPES
         and tensor.is_cpu
         and tensor.layout == torch.strided
         and not tensor.is_inference()

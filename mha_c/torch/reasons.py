@@ -9,13 +9,13 @@ import torch
 from torch.overrides import _get_current_function_mode_stack, has_torch_function
 from torch.utils._device import DeviceContext
 
-__all__ = ["HARMLESS_MODES", "why_torch"]
+__all__ = ["DTYPES", "HARMLESS_MODES", "PLAIN_TENSORS", "why_torch"]
+
+DTYPES = (torch.float32, torch.float64)
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 #: Function modes that need not see attention: it makes no tensor whose device they could choose.
 HARMLESS_MODES: set[type] = {DeviceContext}
-
-_DTYPES = (torch.float32, torch.float64)
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def why_torch(
@@ -48,10 +48,10 @@ def why_torch(
     'gradients'
     """
     for tensor in (*inputs, *masks, *parameters):
-        if type(tensor) not in _PLAIN_TENSORS:
+        if type(tensor) not in PLAIN_TENSORS:
             return type(tensor).__name__
     dtype = inputs[0].dtype
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return _name(dtype)
     for mask in masks:
         if mask.dtype not in (dtype, torch.bool):

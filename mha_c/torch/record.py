@@ -160,7 +160,7 @@ def _run(model: torch.nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any
 def _run_in_float64(
     theirs: torch.nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> tuple[_Outputs | None, str]:
-    """The outputs by torch's ordinary path in float64; None and the reason if that is not to be had."""
+    """The outputs by torch's ordinary path in float64; or None and why there are none."""
     attention = [layer for _, layer in attention_layers(theirs) if not why_left_alone(layer)]
     if all(layer.out_proj.weight.dtype == torch.float64 for layer in attention):
         return None, "Nothing is wider than float64."

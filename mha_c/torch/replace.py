@@ -27,15 +27,16 @@ _FUSING: dict[type[torch.nn.Module], tuple[str, object]] = {
 def replace_attention(model: _Model) -> _Model:
     """Make every ``torch.nn.MultiheadAttention`` of a model compute its inference with mha_c, in place.
 
-    Parameters, buffers, hooks and names stay what they are, and with them state dicts, optimisers and device moves: a
-    layer merely becomes a `ReplacedAttention`. That one computes with mha_c in evaluation mode, on the CPU, in float32
-    and float64, where nothing needs a gradient, and everything else as before, with torch. Calling this again on the
-    same model refreshes it.
+    Each layer becomes a `ReplacedAttention`, which computes with mha_c in evaluation mode, on the CPU, in float32 and
+    float64, where nothing needs a gradient. torch computes every other call, as before. Parameters, buffers, hooks and
+    names stay, and with them state dicts, optimisers and device moves. Calling this again on the same model refreshes
+    it.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The whole model: a layer inside a ``torch.nn.TransformerEncoder`` is reached only if that one is told as well.
+        The whole model. An encoder layer that is fused does not call its attention: to change that, the
+        ``torch.nn.TransformerEncoder`` has to be part of the model.
 
     Returns
     -------
@@ -45,22 +46,24 @@ def replace_attention(model: _Model) -> _Model:
     Raises
     ------
     TypeError
-        If `model` is no torch module.
+        If `model` is not a torch module.
     ValueError
-        If the model has no ``torch.nn.MultiheadAttention``. Subclasses of it are left alone.
+        If the model has no ``torch.nn.MultiheadAttention``, or only layers with a forward of their own. These may
+        compute anything, and are left alone.
 
     Notes
     -----
-    The results are those of torch's ordinary path. ``torch.nn.TransformerEncoder`` has another one for inference, which
-    fuses whole layers, never calls their attention, and leaves zeros in padded positions. It is switched off in this
+    The results are those of torch's ordinary path. ``torch.nn.TransformerEncoder`` has another path for inference, which
+    fuses whole layers, does not call their attention, and leaves zeros in padded positions. It is switched off in this
     model alone, by ``use_nested_tensor = False`` on the encoder and ``activation_relu_or_gelu = 0`` on its layers.
 
     As everywhere in mha_c, NaN in a position that `key_padding_mask` hides does not spread. A call uses as many threads
     as both torch and mha_c allow.
 
-    Changes that torch counts (optimisers, ``load_state_dict``, ``model.to``) take effect at the next call. Changes made
-    behind its back, through ``parameter.data``, NumPy or shared memory, need `ReplacedAttention.refresh`.
-    ``torch.jit.script`` puts torch's own layers back into the model that it compiles.
+    Changed parameters take effect at the next call. `ReplacedAttention.refresh` names the exception.
+
+    ``torch.compile`` makes graphs in which mha_c computes. Those of ``torch.export``, ``torch.onnx.export``,
+    ``torch.jit.trace`` and ``torch.jit.script`` hold torch's attention and run without mha_c.
 
     Examples
     --------
@@ -110,7 +113,7 @@ def restore_attention(model: _Model) -> _Model:
     Raises
     ------
     TypeError
-        If `model` is no torch module.
+        If `model` is not a torch module.
 
     Examples
     --------
@@ -130,7 +133,9 @@ def restore_attention(model: _Model) -> _Model:
 
 
 def coverage(model: torch.nn.Module) -> Coverage:
-    """Which attention of a model was computed by mha_c since it was replaced, and why the rest was not.
+    """Return which calls of a model's attention mha_c computed, which it left to torch, and why.
+
+    The calls are counted from `replace_attention` on.
 
     Parameters
     ----------

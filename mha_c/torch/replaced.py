@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from mha_c.torch.attend import (
+    MISFIT,
     Answer,
     Call,
     LayerState,
@@ -55,10 +56,11 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         return LayerState()
 
     def refresh(self) -> None:
-        """Read the parameters anew at the next call, after a change that was not noticed.
+        """Read the parameters again at the next call, after a change that would not be noticed.
 
-        Every call looks for changes of the parameters. It may miss one of single numbers that torch does not count:
-        through ``parameter.data``, NumPy or shared memory.
+        Every call checks whether the parameters have changed. It can miss one kind of change: some numbers of a
+        parameter, but not all, written in a way that torch does not count, which is through ``parameter.data``, NumPy
+        or shared memory. After such a change, call this.
 
         Examples
         --------
@@ -81,7 +83,7 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> Answer:
-        """As ``torch.nn.MultiheadAttention.forward``: with mha_c where it can, else with torch.
+        """Compute ``torch.nn.MultiheadAttention.forward`` with mha_c if it can, or else with torch.
 
         Parameters
         ----------
@@ -136,7 +138,7 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool,
         is_causal: bool,
     ) -> Answer | str:
-        """What forward returns, or in a few words why torch is to answer.
+        """Return what `forward` returns, or if torch has to compute it, the reason in a few words.
 
         Parameters
         ----------
@@ -181,6 +183,8 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         out_proj: Any = self._modules["out_proj"]  # faster than as an attribute
         if "parametrizations" in self._modules or "parametrizations" in out_proj._modules:
             return "parametrized weights"
+        if not (isinstance(need_weights, bool) and isinstance(average_attn_weights, bool)):
+            return MISFIT
         tensors = self._tensors(out_proj)
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
         reason = why_torch((query, key, value), masks, tuple(tensors.values()))
@@ -196,9 +200,9 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
             key,
             value,
             key_padding_mask,
-            bool(need_weights),
+            need_weights,
             attn_mask,
-            bool(average_attn_weights),
+            average_attn_weights,
             is_causal,
             self.embed_dim,
             self.num_heads,
@@ -218,12 +222,12 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def train(self, mode: bool = True) -> ReplacedAttention:
-        """As torch's. What is packed is dropped: training changes it.
+        """Switch training mode on or off, as in torch. Packed parameters are dropped, since training changes them.
 
         Parameters
         ----------
         mode : bool, default True
-            Whether the layer is to be in training mode.
+            True for training mode, False for evaluation mode.
 
         Returns
         -------

@@ -15,8 +15,8 @@ from mha_c.torch.functions import ONE_QUERY, AttentionMode
 
 __all__ = ["register_transformers"]
 
-# Keyword arguments that do not change the result: the mask has said the same already. So do not those that ask a model
-# for more outputs, whose names begin with "output_".
+# Keyword arguments that change nothing, since the mask says the same. Those whose names begin with "output_" ask a model
+# for more outputs, and change nothing either.
 _WITHOUT_EFFECT = frozenset(
     {"cache_position", "deterministic", "logits_to_keep", "position_ids", "sliding_window", "use_cache"}
 )
@@ -25,16 +25,16 @@ _names: set[str] = set()  # registered here
 
 
 def register_transformers(name: str = "mha_c") -> Coverage:
-    """Make ``attn_implementation="mha_c"`` a choice for the models of Hugging Face's transformers.
+    """Let the models of Hugging Face's transformers use ``attn_implementation="mha_c"``.
 
-    A layer's attention then computes with mha_c on the CPU, in float32 and float64, where nothing needs a gradient. Other
-    calls are left to the function that transformers has for torch's attention, ``"sdpa"``, and are counted with the
-    reason. All results mean what that function's mean, in the version that is installed.
+    mha_c then computes the calls on the CPU in float32 and float64 that need no gradient. Other calls are left to
+    transformers' own function for torch's attention, ``"sdpa"``, and are counted with the reason. All results have the
+    meaning that they have with this function, in the installed version.
 
     Parameters
     ----------
     name : str, default "mha_c"
-        What `attn_implementation` is to be.
+        The name of the attention, for `attn_implementation`.
 
     Returns
     -------
@@ -47,17 +47,17 @@ def register_transformers(name: str = "mha_c") -> Coverage:
     ImportError
         If transformers is not installed, or is older than 4.57.
     TypeError, ValueError
-        If `name` is not an identifier, or means something to transformers already.
+        If `name` is not an identifier, or already has a meaning in transformers.
 
     Notes
     -----
-    A call raises NotImplementedError, and says what to do, where mha_c would have to ignore what a model asks for: soft
-    caps, attention sinks, any other keyword that is not known, and models that transformers does not let use ``"sdpa"``.
+    A call raises NotImplementedError, and says what to do, if mha_c would have to ignore something that the model asks
+    for: soft caps, attention sinks, any unknown keyword, and models for which transformers does not allow ``"sdpa"``.
 
-    ``output_attentions=True`` is computed as well: attention to the rows of an identity matrix gives the weights. A query
-    that sees no key has weights of 0. They are those before dropout.
+    ``output_attentions=True`` is computed as well: attention to the rows of an identity matrix gives the weights, as they
+    are before dropout. A query that sees no key has weights of 0.
 
-    A call of one query and several keys, as in generation, is left to torch, which is faster at it so far.
+    A call with one query and several keys, as in generation, is left to torch, which is still faster at it.
 
     Examples
     --------
@@ -80,7 +80,7 @@ def register_transformers(name: str = "mha_c") -> Coverage:
         if error.name != "transformers":
             raise
         raise ImportError(
-            "register_transformers needs transformers, which is not installed: `pip install 'mha_c[models]'`"
+            "register_transformers needs transformers, which is not installed: `pip install transformers`"
         ) from error
     try:
         from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -130,10 +130,10 @@ def _make_attention(sdpa_attention: Callable[..., Any], coverage: Coverage) -> C
             output: torch.Tensor = sdpa_attention(module, query, key, value, attention_mask, **kwargs)[0]
             return output  # (N, L, H, features of a value)
 
-        if torch.compiler.is_compiling():  # a compiler must not meet what comes after it
+        if torch.compiler.is_compiling():  # what follows is not for a compiler
             return attend(value, **kwargs), None
         place = _place_of(module), type(module).__name__
-        if query.shape[2] == 1 < key.shape[2]:  # of which transformers may make several, in groups of heads
+        if query.shape[2] == 1 < key.shape[2]:  # transformers may make several calls of it, for groups of heads
             coverage.add(*place, ONE_QUERY)
             output = attend(value, **kwargs)
         else:
@@ -141,7 +141,7 @@ def _make_attention(sdpa_attention: Callable[..., Any], coverage: Coverage) -> C
                 output = attend(value, **kwargs)
         if not wants_weights:
             return output, None
-        with AttentionMode(Coverage()):  # the same call, which is not counted twice
+        with AttentionMode(Coverage()):  # the same call, not counted again
             identity = torch.eye(key.shape[2], dtype=value.dtype, device=value.device).expand(*value.shape[:2], -1, -1)
             weights = attend(identity, **{**kwargs, "dropout": 0.0})
         return output, weights.transpose(1, 2)
@@ -179,7 +179,13 @@ def _place_of(module: torch.nn.Module) -> str:
 
 def _make_mask(sdpa_mask: Callable[..., Any], models: type) -> Callable[..., Any]:
     """What transformers calls for the mask of all layers."""
-    supports_sdpa: Callable[[type], bool] = functools.cache(functools.partial(_supports_sdpa, models))
+    known: Callable[[type], bool] = functools.cache(functools.partial(_supports_sdpa, models))
+
+    def supports_sdpa(config_class: type) -> bool:
+        return known(config_class)
+
+    # torch.compile calls it once, when it makes the graph.
+    supports_sdpa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def mask(*, kv_length: int, config: Any = None, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
         if not supports_sdpa(type(config)):  # some parts of such a model read masks of another kind
@@ -197,7 +203,7 @@ def _make_mask(sdpa_mask: Callable[..., Any], models: type) -> Callable[..., Any
 
 
 def _supports_sdpa(models: type, config_class: type) -> bool:
-    """What transformers says of the models with such a configuration; it asks nobody about attention that is registered."""
+    """Whether transformers lets models with such a configuration use "sdpa", which it checks for that name alone."""
     found = [model for model in _subclasses(models) if getattr(model, "config_class", None) is config_class]
     return not found or any(model._supports_sdpa for model in found)
 

@@ -1,0 +1,307 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * probabilities.c - the probabilities beside the context.
+ *
+ * Once maximum and sum are known, scores become probabilities. The probabilities of all heads are added in order, so
+ * that a matrix (N, H, L, S) does not exist where averages are wanted. The scores are those that the pass over the keys
+ * kept. If it could not keep them, a second pass computes them again, to the same bits.
+ *
+ * Owns: the order in which heads are added.
+ */
+#include "probabilities.h"
+
+#include <math.h>
+#include <string.h>
+
+enum {
+    MAX_KEPT_BYTES = 262144, /* of the scores that a task keeps, and of the sums of probabilities made from them */
+    SEGMENT_BLOCKS = 8,      /* key blocks whose probabilities the second pass collects before it writes them */
+    TASKS_PER_THREAD = 4,
+    MANY_TASKS_PER_THREAD = 16, /* with so many it matters little that one thread gets one more */
+};
+
+/* What the probabilities of some key blocks are made with, for one panel of queries. */
+typedef struct {
+    size_t n, first_head, heads;
+    mha_panel lanes;
+    char *queries, *factor;
+    char *probabilities; /* [keys of these blocks][P] */
+    char *scores;        /* [block][P], of one head */
+    char *bias;          /* [block][P]: what masks add to the scores */
+    char *rows;          /* [P][block]: transposed probabilities */
+} average;
+
+/* ---- Tasks ---- */
+
+/* The number of heads whose probabilities are averaged. */
+static size_t averaged_heads(const mha_attention *a)
+{
+    return a->wanted == MHA_WANT_AVERAGES ? a->H : 1;
+}
+
+static size_t averages_of_item(const mha_attention *a)
+{
+    return a->H / averaged_heads(a);
+}
+
+static size_t averages_of_call(const mha_attention *a)
+{
+    return a->batch->count * averages_of_item(a);
+}
+
+/* Panels of the whole call, where a task takes a panel through all heads that are averaged. */
+static size_t panels_of_averages(const mha_attention *a)
+{
+    return averages_of_call(a) * a->split.panels;
+}
+
+/* The smallest number of parts from `min` to `max` that gives every thread the same number of tasks. `max` if there is
+ * none. */
+static size_t even_parts(const mha_attention *a, size_t min, size_t max)
+{
+    size_t parts = min;
+    while (parts < max && averages_of_call(a) * parts % a->team->threads > 0)
+        parts++; /* with 11 tasks, one of two threads would wait */
+    return parts;
+}
+
+/* Whether every thread gets the same number of panels, and equal panels waste at most 40 % of their lanes. */
+static bool are_panels_even(const mha_attention *a)
+{
+    const size_t at_most = mha_divide_up(a->split.vectors, a->split.panels) * a->split.panels;
+    return panels_of_averages(a) % a->team->threads == 0 && at_most <= a->split.vectors * 7 / 5;
+}
+
+/* The most panels of a task that keeps its scores until probabilities are made from them, so that no score is computed
+ * twice. 0: there are too many keys, or too few tasks for the threads. */
+static size_t max_kept_panels(const mha_attention *a)
+{
+    if (a->wanted == MHA_WANT_SCORES)
+        return 0;
+    const size_t fitting_blocks = MAX_KEPT_BYTES / (2 * MHA_BLOCK_KEYS * mha_widest_panel(a) * a->kernels->size);
+    const size_t fit = fitting_blocks / mha_larger(mha_max_blocks(a), 1);
+    if (panels_of_averages(a) < 2 * a->team->threads && !are_panels_even(a))
+        return 0;
+    return mha_smaller(mha_smaller(MHA_MAX_TASK_PANELS, fit), a->split.panels);
+}
+
+/* There are as few panels as possible, unless more of them make the tasks even. */
+static void split_queries(mha_attention *a)
+{
+    const mha_split fewest = a->split;
+    a->kept_panels = max_kept_panels(a);
+    if (a->team->threads == 1 || panels_of_averages(a) >= MANY_TASKS_PER_THREAD * a->team->threads)
+        return;
+    a->split.panels = even_parts(a, fewest.panels, fewest.vectors);
+    if (!are_panels_even(a) || max_kept_panels(a) == 0)
+        a->split = fewest;
+    a->kept_panels = max_kept_panels(a);
+}
+
+/* Takes the next piece of a thread's scratch. With base NULL it only counts. */
+static char *take(const mha_attention *a, char *base, mha_layout *layout, size_t rows, size_t numbers)
+{
+    const size_t offset = mha_reserve(layout, rows, numbers, a->kernels->size);
+    return base ? base + offset : NULL;
+}
+
+/* Takes room for the probabilities of some blocks, and for one block of one head. */
+static void take_average(const mha_attention *a, char *base, mha_layout *layout, average *w)
+{
+    const size_t P = mha_widest_panel(a), keys = mha_max_block_keys(a);
+    w->queries = take(a, base, layout, a->D, P);
+    w->factor = take(a, base, layout, 1, P);
+    w->probabilities = take(a, base, layout, mha_smaller(SEGMENT_BLOCKS, mha_max_blocks(a)) * keys, P);
+    w->scores = take(a, base, layout, keys, P);
+    w->bias = take(a, base, layout, keys, P);
+    w->rows = take(a, base, layout, P, MHA_BLOCK_KEYS);
+}
+
+/* ---- Scores become probabilities ---- */
+
+/* Turns scores of one head and block into probabilities, and adds them to the probabilities of the heads before, unless
+ * both are the same array. If scores are wanted, they stay as they are. */
+static void add_probabilities(const mha_attention *a, const average *w, size_t h, const mha_key_block *block,
+                              char *scores, char *probabilities)
+{
+    const mha_kernels *kernels = a->kernels;
+    if (a->wanted == MHA_WANT_SCORES)
+        return;
+    const size_t at = mha_statistics_offset(a, w->n, h, w->lanes);
+    kernels->softmax_probabilities(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
+    if (a->rules->dropout_p > 0)
+        mha_drop_out(a, w->n, h, w->lanes, block, block->keys, scores);
+    if (scores != probabilities)
+        kernels->accumulate(probabilities, scores, block->keys * w->lanes.vectors * kernels->lanes);
+}
+
+static char *probabilities_row(const mha_attention *a, const average *w, size_t lane)
+{
+    return mha_row_at(&a->probabilities, w->n, w->first_head / w->heads, w->lanes.first + lane);
+}
+
+static void write_probabilities(const mha_attention *a, const average *w, const mha_key_block *block,
+                                const char *probabilities)
+{
+    const mha_kernels *kernels = a->kernels;
+    const size_t size = kernels->size;
+    if (!block->index) {
+        kernels->unpack_panel(probabilities, w->lanes.vectors, w->factor, w->lanes.count, block->keys,
+                              probabilities_row(a, w, 0) + block->first_key * size,
+                              (size_t)mha_row_numbers(&a->probabilities));
+        return;
+    }
+    kernels->unpack_panel(probabilities, w->lanes.vectors, w->factor, w->lanes.count, block->keys, w->rows,
+                          MHA_BLOCK_KEYS);
+    for (size_t lane = 0; lane < w->lanes.count; lane++)
+        for (size_t i = 0; i < block->keys; i++)
+            memcpy(probabilities_row(a, w, lane) + block->index[i] * size, w->rows + (lane * MHA_BLOCK_KEYS + i) * size,
+                   size);
+}
+
+/* Writes the columns of keys that are not live. They are all equal, so one column is computed. Its score is -inf. Its
+ * probability is 0, or NaN if the query sees no key. w->probabilities is overwritten. */
+static void write_removed(const mha_attention *a, const average *w)
+{
+    const mha_kernels *kernels = a->kernels;
+    const mha_key_block one = {.keys = 1};
+    for (size_t h = w->first_head; h < w->first_head + w->heads; h++) {
+        char *scores = h == w->first_head ? w->probabilities : w->scores;
+        kernels->fill(scores, w->lanes.vectors * kernels->lanes, -INFINITY);
+        add_probabilities(a, w, h, &one, scores, w->probabilities);
+    }
+    kernels->unpack_panel(w->probabilities, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
+    for (size_t s = mha_next_removed(a->batch, w->n, 0); s < a->batch->S; s = mha_next_removed(a->batch, w->n, s + 1))
+        for (size_t lane = 0; lane < w->lanes.count; lane++)
+            memcpy(probabilities_row(a, w, lane) + s * kernels->size, w->rows + lane * kernels->size, kernels->size);
+}
+
+/* Writes the probabilities of blocks `first` to `end`. The columns of keys that are not live are written with the first
+ * block. */
+static void write_blocks(const mha_attention *a, const average *w, size_t first, size_t end)
+{
+    a->kernels->fill(w->factor, w->lanes.vectors * a->kernels->lanes, 1 / (double)w->heads);
+    for (size_t b = first; b < end; b++) {
+        mha_key_block block;
+        mha_key_block_at(a->batch, w->n, b, &block);
+        write_probabilities(a, w, &block, w->probabilities + (b - first) * mha_block_bytes(a, w->lanes.vectors));
+    }
+    if (first == 0 && a->batch->index)
+        write_removed(a, w);
+}
+
+/* ---- Both at once: scores are kept ---- */
+
+static void add_kept(const mha_attention *a, const average *w, const mha_panel_state *s)
+{
+    for (size_t b = 0; b < mha_key_blocks(a->batch, w->n); b++) {
+        mha_key_block block;
+        mha_key_block_at(a->batch, w->n, b, &block);
+        const size_t at = b * mha_block_bytes(a, w->lanes.vectors);
+        add_probabilities(a, w, s->h, &block, s->kept + at, w->probabilities + at);
+    }
+}
+
+/* Takes some panels of an item through all heads that are averaged: their context, then their probabilities. */
+static void attend_and_write_task(void *context, size_t task, size_t worker)
+{
+    mha_attention *a = context;
+    char *base = mha_scratch_of(a->team, worker);
+    const size_t heads = averaged_heads(a), averages = averages_of_call(a);
+    const size_t n = task % averages / averages_of_item(a);
+    const size_t first_head = task % averages % averages_of_item(a) * heads;
+    const size_t group = a->averages_groups - 1 - task / averages, first = group * a->split.panels / a->averages_groups;
+    const size_t count = (group + 1) * a->split.panels / a->averages_groups - first;
+    mha_panel_state panels[MHA_MAX_TASK_PANELS];
+    average w[MHA_MAX_TASK_PANELS];
+    for (size_t h = first_head; h < first_head + heads; h++) {
+        for (size_t i = 0; i < count; i++) {
+            char *kept = base + a->kept + i * a->kept_bytes;
+            mha_set_up_panel(a, worker, i, h, mha_panel_at(&a->split, first + i), &panels[i]);
+            w[i] = (average){.n = n, .first_head = first_head, .heads = heads, .lanes = panels[i].lanes,
+                             .factor = panels[i].factor, .probabilities = kept, .scores = base + a->scores,
+                             .rows = base + a->rows};
+            panels[i].kept = h == first_head ? kept : kept + a->kept_bytes / 2;
+        }
+        if (!mha_attend_panels(a, n, panels, count, worker))
+            return;
+        for (size_t i = 0; i < count; i++)
+            add_kept(a, &w[i], &panels[i]);
+    }
+    for (size_t i = 0; i < count; i++)
+        write_blocks(a, &w[i], 0, mha_key_blocks(a->batch, n));
+}
+
+/* ---- Afterwards: scores are computed again ---- */
+
+static void second_pass_task(void *context, size_t task, size_t worker)
+{
+    const mha_attention *a = context;
+    mha_layout layout = {0};
+    const size_t heads = averaged_heads(a), segment = task % a->segments, panel = task / a->segments;
+    average w = {
+        .n = panel / a->split.panels / averages_of_item(a),
+        .first_head = panel / a->split.panels % averages_of_item(a) * heads,
+        .heads = heads,
+        .lanes = mha_panel_at(&a->split, panel % a->split.panels),
+    };
+    take_average(a, mha_scratch_of(a->team, worker), &layout, &w);
+    const size_t first = segment * SEGMENT_BLOCKS;
+    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(a->batch, w.n));
+    for (size_t h = w.first_head; h < w.first_head + heads; h++) {
+        mha_pack_queries(a, w.n, h, w.lanes, w.queries);
+        for (size_t b = first; b < end; b++) {
+            mha_key_block block;
+            mha_key_block_at(a->batch, w.n, b, &block);
+            char *probabilities = w.probabilities + (b - first) * mha_block_bytes(a, w.lanes.vectors);
+            char *scores = h == w.first_head ? probabilities : w.scores;
+            mha_score_block(a, w.n, h, w.lanes, &block, w.queries, w.bias, scores);
+            add_probabilities(a, &w, h, &block, scores, probabilities);
+        }
+    }
+    write_blocks(a, &w, first, end);
+}
+
+/* ---- The plan ---- */
+
+/* Plans the scratch of tasks that keep their scores, and returns its size. */
+static size_t plan_kept(mha_attention *a)
+{
+    const size_t P = mha_widest_panel(a), size = a->kernels->size;
+    const size_t panels = a->split.panels;
+    const size_t wanted = mha_divide_up(panels_of_averages(a), TASKS_PER_THREAD * a->team->threads);
+    mha_layout layout = {.bytes = mha_plan_panels(a, a->kept_panels)}, one = {0};
+    a->averages_groups = even_parts(a, mha_divide_up(panels, mha_smaller(a->kept_panels, wanted)), panels);
+    mha_reserve(&one, mha_max_blocks(a) * mha_max_block_keys(a), P, size);
+    a->kept_bytes = 2 * one.bytes;
+    a->kept = mha_reserve(&layout, a->kept_panels, a->kept_bytes, 1);
+    a->rows = mha_reserve(&layout, P, MHA_BLOCK_KEYS, size);
+    return layout.bytes;
+}
+
+size_t mha_plan_probabilities(mha_attention *a, mha_plan *plan)
+{
+    mha_layout second = {0};
+    size_t first_pass = mha_plan_attention(a);
+    split_queries(a);
+    const size_t statistics = a->batch->count * a->H * a->split.vectors * a->kernels->lanes;
+    mha_place(plan, &a->maximum, statistics, 1, a->kernels->size);
+    mha_place(plan, &a->sum, statistics, 1, a->kernels->size);
+    if (a->kept_panels > 0)
+        return plan_kept(a);
+    a->segments = mha_divide_up(mha_max_blocks(a), SEGMENT_BLOCKS);
+    take_average(a, NULL, &second, &(average){0});
+    return mha_larger(first_pass, second.bytes);
+}
+
+mha_status mha_attend_with_probabilities(mha_attention *a)
+{
+    mha_status status = MHA_OK;
+    if (a->kept_panels > 0)
+        return mha_parallel_for(a->team, averages_of_call(a) * a->averages_groups, attend_and_write_task, a);
+    if (a->wanted != MHA_WANT_SCORES)
+        status = mha_attend(a);
+    if (status != MHA_OK)
+        return status;
+    return mha_parallel_for(a->team, panels_of_averages(a) * a->segments, second_pass_task, a);
+}
