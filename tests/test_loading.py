@@ -927,7 +927,7 @@ def test_the_error_says_what_there_is():
     assert error_of(known, "layers.", num_heads=4)[1].endswith('It has layers with prefix="layers.0.".')
     begun = {f"attn.{name}_proj.weight": w for name in "qk"}
     words = error_of(begun, "attn.", num_heads=4)[1]
-    assert 'Missing key(s) in state_dict: "v_proj.weight", "out_proj.weight".' in words
+    assert 'Missing key(s) in state_dict: "attn.v_proj.weight", "attn.out_proj.weight".' in words
     words = error_of({"epoch": 3, "model": {}}, num_heads=4)[1]
     assert 'It holds no arrays, but "epoch" (int), "model" (dict).' in words
     assert "It holds no arrays." in error_of({}, num_heads=4)[1]

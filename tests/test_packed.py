@@ -92,6 +92,16 @@ def test_memory_that_is_freed_is_not_read(name, monkeypatch):
     assert not kept.is_of(given, kept.arguments)
 
 
+def test_dropped_while_they_are_packed(monkeypatch):
+    """By another thread: what is packed at that moment may have the numbers from before."""
+    tensors, packed = parameters(), PackedParameters()
+    original = mha_c._core.sample
+    with monkeypatch.context() as patched:
+        patched.setattr(mha_c._core, "sample", lambda arrays: packed.drop() or original(arrays))
+        first = packed.get(tensors, 8, 2)
+    assert packed.get(tensors, 8, 2) is not first
+
+
 def test_another_tensor_in_the_same_memory():
     """It counts its changes by itself, and may have come to the same number."""
     tensors, packed = parameters(), PackedParameters()

@@ -106,7 +106,7 @@ def infer_layer(
         raise ValueError(f'layout must be "stacked" or "per_head", but got {layout!r}')
     place = _find(layer_name, state_dict, prefix, SCHEMES if names is None else schemes_named(names))
     told = Config() if config is None else read_config(config, place.start)
-    is_vouched = names is not None and not strict  # by the caller: names are as they should be
+    is_vouched = names is not None and not strict  # the caller says that the model computes nothing besides
     _refuse_more(place, told, has_config=config is not None, is_vouched=is_vouched)
     given = zip(_Heads._fields, (num_heads, num_kv_heads, head_dim))
     heads = _Heads(*(None if number is None else positive(name, number) for name, number in given))
@@ -217,9 +217,9 @@ def _what_there_is(
     under = set(Part(flat, prefix))
     begun = max(schemes, key=lambda scheme: len(under.intersection(scheme.weights)))
     if len(under.intersection(begun.weights)) > 1 or len(schemes) < len(SCHEMES):
-        yield missing_keys(weight for weight in begun.weights if weight not in under).strip()
+        yield missing_keys(prefix + weight for weight in begun.weights if weight not in under).strip()
     else:
-        yield missing_keys([f"{prefix}in_proj_weight"]).strip()
+        yield missing_keys([prefix + "in_proj_weight"]).strip()
     elsewhere = found or sorted(find_layers(flat), key=lambda start: not start.startswith(prefix))
     if elsewhere:
         yield f"It has layers with {_listed((f'prefix={quoted([start])}' for start in elsewhere), 3)}."
@@ -316,7 +316,7 @@ def _read_foreign(
     lengths = {name: weight.shape[:1] for name, weight in zip(scheme.biases, weights)}
     biases, _ = match_state_dict(layer_name, lengths, biases, strict=False)
     if strict and (missing := _missing_biases(scheme.biases, biases)):
-        raise loading_error(layer_name, [missing_keys(missing), _ADVICE])
+        raise loading_error(layer_name, [missing_keys(place.start + name for name in missing), _ADVICE])
 
     order = _order(scheme.weights[-2], weights, layout, heads)
     inputs = _inputs(weights, order)

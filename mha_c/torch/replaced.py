@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 
 from mha_c.torch.attend import (
-    MISFIT,
     Answer,
     Call,
     LayerState,
@@ -183,8 +182,6 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         out_proj: Any = self._modules["out_proj"]  # faster than as an attribute
         if "parametrizations" in self._modules or "parametrizations" in out_proj._modules:
             return "parametrized weights"
-        if not (isinstance(need_weights, bool) and isinstance(average_attn_weights, bool)):
-            return MISFIT
         tensors = self._tensors(out_proj)
         masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
         reason = why_torch((query, key, value), masks, tuple(tensors.values()))
