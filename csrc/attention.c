@@ -41,6 +41,12 @@ static size_t bundled_heads(const mha_attention *a)
     return is_mask_shared(a) || a->split.panels == 1 ? a->H : a->H / a->Hkv;
 }
 
+/* Whether a query may see fewer keys than its item has. */
+static bool can_hide(const mha_attention *a)
+{
+    return a->rules->attn.kind || a->rules->padding.kind || a->rules->is_causal;
+}
+
 static size_t max_task_panels(const mha_attention *a)
 {
     const size_t fit = MAX_PANEL_BYTES / (mha_widest_panel(a) * (a->D + a->Dv) * a->kernels->size);
@@ -56,6 +62,8 @@ size_t mha_plan_panels(mha_attention *a, size_t panels)
     mha_layout layout = {0}, one = {0};
     a->scores = mha_reserve(&layout, keys, P, size);
     a->bias = mha_reserve(&layout, keys, P, size);
+    if (can_hide(a))
+        a->finite = mha_reserve(&layout, keys, a->Dv, size);
     a->states = layout.bytes;
     a->queries = mha_reserve(&one, a->D, P, size);
     a->out = mha_reserve(&one, a->Dv, P, size);
@@ -80,6 +88,7 @@ void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h,
     s->hkv = h / (a->H / a->Hkv);
     s->lanes = lanes;
     s->is_empty = true;
+    s->finite = NULL;
     s->kept = NULL;
 }
 
@@ -134,11 +143,57 @@ static void hide_rest(const mha_attention *a, mha_panel lanes, const mha_key_blo
     a->kernels->fill(scores + visible.keys * P * a->kernels->size, (block->keys - visible.keys) * P, -INFINITY);
 }
 
+/* ---- Hidden numbers ----
+ *
+ * A hidden key has the probability 0, which removes its value, unless its score is NaN or its value is not finite. Then
+ * the context of a panel is not finite, and the panel is led over the keys once more, with care: the scores of hidden
+ * keys become -inf, and numbers of values that are not finite are added only where their keys are visible. The result
+ * has the bits that it has with zeros in hidden keys. */
+
+static void hide_scores(const mha_attention *a, mha_panel lanes, mha_visible visible, const char *bias, char *scores)
+{
+    if (visible.is_biased)
+        a->kernels->hide(scores, bias, visible.keys * lanes.vectors * a->kernels->lanes, -INFINITY);
+}
+
+void mha_add_values_with_care(const mha_kernels *kernels, const mha_product *values, const char *bias, char *finite)
+{
+    const size_t size = kernels->size, features = values->rows, lanes = values->b_k;
+    const ptrdiff_t row_bytes = values->a_k * (ptrdiff_t)size;
+    mha_product product = *values;
+    product.a = finite;
+    product.a_k = (ptrdiff_t)features;
+    for (size_t key = 0; key < values->depth; key++) {
+        char *row = finite + key * features * size;
+        memcpy(row, (const char *)values->a + (ptrdiff_t)key * row_bytes, features * size);
+        for (size_t i = 0; i < features; i++)
+            if (!kernels->is_finite(row + i * size, 1))
+                kernels->fill(row + i * size, 1, 0);
+    }
+    kernels->product(&product);
+    for (size_t key = 0; key < values->depth; key++) {
+        const char *row = (const char *)values->a + (ptrdiff_t)key * row_bytes;
+        const char *exps = (const char *)values->b + key * lanes * size, *of_key = bias ? bias + key * lanes * size : NULL;
+        for (size_t i = 0; i < features; i++)
+            if (!kernels->is_finite(row + i * size, 1))
+                kernels->add_visible((char *)values->c + i * values->c_row * size, exps, row + i * size, of_key, lanes);
+    }
+}
+
+/* Whether a panel has to be led over the keys once more. */
+static bool needs_care(const mha_attention *a, const mha_panel_state *s)
+{
+    return can_hide(a) && !s->finite && !s->is_empty &&
+           !a->kernels->is_finite(s->out, a->Dv * s->lanes.vectors * a->kernels->lanes);
+}
+
 void mha_score_block(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
                      const char *queries, char *bias, char *scores)
 {
     const mha_visible visible = apply_rules(a, n, h, lanes, block, bias);
     score(a, n, h / (a->H / a->Hkv), lanes, block, visible, queries, bias, scores, NULL);
+    if (a->wanted == MHA_WANT_SCORES || atomic_load_explicit(&a->is_careful, memory_order_relaxed))
+        hide_scores(a, lanes, visible, bias, scores);
     hide_rest(a, lanes, block, visible, scores);
 }
 
@@ -187,6 +242,8 @@ static void step(const mha_attention *a, size_t n, mha_panel_state *s, const mha
         prefetch_values = prefetch_share(a, s, values_of(a, next), n, next, a->Dv);
     }
     score(a, n, s->hkv, s->lanes, block, visible, s->queries, bias, scores, next ? &prefetch_keys : NULL);
+    if (s->finite)
+        hide_scores(a, s->lanes, visible, bias, scores);
     kernels->softmax_step(scores, visible.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
     if (a->rules->dropout_p > 0)
         mha_drop_out(a, n, s->h, s->lanes, block, visible.keys, exps);
@@ -196,7 +253,10 @@ static void step(const mha_attention *a, size_t n, mha_panel_state *s, const mha
                                  .a_k = mha_row_numbers(values), .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
                                  .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
-    kernels->product(&product);
+    if (s->finite)
+        mha_add_values_with_care(kernels, &product, visible.is_biased ? bias : NULL, s->finite);
+    else
+        kernels->product(&product);
     s->is_empty = false;
 }
 
@@ -231,7 +291,7 @@ static void count_sharers(mha_panel_state *panels, size_t count)
     }
 }
 
-bool mha_attend_panels(const mha_attention *a, size_t n, mha_panel_state *panels, size_t count, size_t worker)
+bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size_t count, size_t worker)
 {
     char *base = mha_scratch_of(a->team, worker), *exps = base + a->scores, *bias = base + a->bias;
     const size_t blocks = mha_key_blocks(a->batch, n);
@@ -263,14 +323,24 @@ bool mha_attend_panels(const mha_attention *a, size_t n, mha_panel_state *panels
             return false;
         features = features < FEATURES_PER_POLL ? features : 0;
     }
-    for (size_t i = 0; i < count; i++)
-        finish(a, n, &panels[i]);
+    for (size_t i = 0; i < count; i++) {
+        mha_panel_state *s = &panels[i];
+        if (!needs_care(a, s)) {
+            finish(a, n, s);
+            continue;
+        }
+        s->finite = base + a->finite;
+        s->is_empty = true;
+        atomic_store_explicit(&a->is_careful, true, memory_order_relaxed);
+        if (!mha_attend_panels(a, n, s, 1, worker))
+            return false;
+    }
     return true;
 }
 
 static void attend_task(void *context, size_t task, size_t worker)
 {
-    const mha_attention *a = context;
+    mha_attention *a = context;
     mha_panel_state panels[MHA_MAX_TASK_PANELS];
     /* The last queries come first, because under a causal mask they see the most keys. */
     const size_t group = a->groups - 1 - task / a->bundles, bundle = task % a->bundles;
@@ -302,12 +372,13 @@ static void choose_tasks(mha_attention *a)
 
 size_t mha_plan_attention(mha_attention *a)
 {
+    atomic_init(&a->is_careful, false);
     a->split = mha_split_width(a->kernels, a->L);
     choose_tasks(a);
     return mha_plan_panels(a, max_task_panels(a));
 }
 
-mha_status mha_attend(const mha_attention *a)
+mha_status mha_attend(mha_attention *a)
 {
-    return mha_parallel_for(a->team, a->bundles * a->groups, attend_task, (void *)a);
+    return mha_parallel_for(a->team, a->bundles * a->groups, attend_task, a);
 }

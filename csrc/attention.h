@@ -5,6 +5,8 @@
 #ifndef MHA_ATTENTION_H
 #define MHA_ATTENTION_H
 
+#include <stdatomic.h>
+
 #include "panels.h"
 #include "rules.h"
 #include "threads.h"
@@ -32,6 +34,7 @@ typedef struct {
     size_t groups;      /* tasks of a bundle */
     /* Offsets into a thread's scratch, in bytes, and what a panel of a task has of it. */
     size_t scores, bias; /* [block][P] */
+    size_t finite;       /* [block][Dv]; only if the rules can hide keys */
     size_t states, state_bytes, queries, out, panel_maximum, panel_sum, factor;
 
     /* Set by mha_plan_probabilities(). */
@@ -39,6 +42,8 @@ typedef struct {
     size_t averages_groups; /* tasks of the heads whose probabilities are averaged */
     size_t segments;        /* tasks of a panel in the second pass */
     size_t kept, kept_bytes, rows; /* offsets: [panel][2][keys of all blocks][P], and [P][block] */
+
+    atomic_bool is_careful; /* numbers that are not finite were found; see "Hidden numbers" in attention.c */
 } mha_attention;
 
 /* Completes the plan of an attention without probabilities. The members before are set, except for addresses and the
@@ -46,7 +51,13 @@ typedef struct {
 size_t mha_plan_attention(mha_attention *a);
 
 /* Fills the context. */
-mha_status mha_attend(const mha_attention *attention);
+mha_status mha_attend(mha_attention *attention);
+
+/* Runs a product of values (rows: features, depth: keys) and exps in which hidden values may be NaN or infinite. The
+ * product reads `finite` [keys][features], a copy of the values with 0 for such numbers. Then they are added, each to the
+ * lanes that see its key: those whose bias [keys][P] is not -inf; NULL: all. The order of these additions does not matter,
+ * because the sums become infinite or NaN. */
+void mha_add_values_with_care(const mha_kernels *kernels, const mha_product *values, const char *bias, char *finite);
 
 /* ---- What probabilities.c shares ---- */
 
@@ -62,6 +73,7 @@ typedef struct {
     size_t share, sharers;
     mha_panel lanes;
     bool is_empty; /* no key was visible so far */
+    char *finite;  /* [block][Dv]: for mha_add_values_with_care(); NULL: without care */
     char *kept;    /* [keys of all blocks][P]: the scores, if probabilities are made from them; otherwise NULL */
 } mha_panel_state;
 
@@ -101,7 +113,7 @@ void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h,
 
 /* Leads some panels of the item at place n together over the keys of their heads, and writes their context. Returns
  * false if the call is to be stopped. */
-bool mha_attend_panels(const mha_attention *a, size_t n, mha_panel_state *panels, size_t count, size_t worker);
+bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size_t count, size_t worker);
 
 /* queries [D][P] = those of one panel, scaled. */
 void mha_pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel lanes, char *queries);

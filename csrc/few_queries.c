@@ -70,10 +70,10 @@ static size_t max_segments(const mha_batch *batch)
     return segments;
 }
 
-/* A thread's scratch: scores of a panel, a slice of a block's inputs, and a strip or the probabilities of all heads of
- * a query. */
+/* A thread's scratch: scores of a panel, a slice of a block's inputs, the same with zeros for numbers that are not finite,
+ * and a strip or the probabilities of all heads of a query. */
 typedef struct {
-    char *scores, *bias, *factor, *slice, *rows;
+    char *scores, *bias, *factor, *slice, *finite, *rows;
 } scratch_pieces;
 
 static size_t slice_stride(const mha_kernels *kernels)
@@ -88,8 +88,9 @@ static scratch_pieces take_scratch(const mha_few_queries *f, char *base, mha_lay
     const size_t scores = mha_reserve(layout, MHA_BLOCK_KEYS, P, size);
     const size_t bias = mha_reserve(layout, MHA_BLOCK_KEYS, P, size), factor = mha_reserve(layout, 1, P, size);
     const size_t slice = mha_reserve(layout, MHA_BLOCK_KEYS, slice_stride(kernels), size);
+    const size_t finite = mha_reserve(layout, MHA_BLOCK_KEYS, MHA_CHAIN, size);
     const size_t rows = mha_reserve(layout, mha_larger(H, f->a->L), mha_larger(MHA_BLOCK_KEYS, P), size);
-    return base ? (scratch_pieces){base + scores, base + bias, base + factor, base + slice, base + rows}
+    return base ? (scratch_pieces){base + scores, base + bias, base + factor, base + slice, base + finite, base + rows}
                 : (scratch_pieces){0};
 }
 
@@ -236,10 +237,10 @@ static void pack_task(void *context, size_t task, size_t worker)
 
 /* ---- attend ---- */
 
-/* Computes the masked scores of a panel for the first keys of a block, and returns for how many keys. No lane sees the
- * others. `first` is the number of lane 0 in the item. */
-static size_t score_inputs(const mha_few_queries *f, size_t i, size_t first, mha_panel panel,
-                           const mha_key_block *block, const char *queries, const scratch_pieces *s)
+/* Computes the masked scores of a panel for the visible keys of a block. `first` is the number of lane 0 in the item. A
+ * visible score that is not finite gives the item up. */
+static mha_visible score_inputs(const mha_few_queries *f, size_t i, size_t first, mha_panel panel,
+                                const mha_key_block *block, const char *queries, const scratch_pieces *s)
 {
     const mha_kernels *kernels = f->layer->kernels;
     const size_t P = panel.vectors * kernels->lanes, Ek = f->layer->widths.Ek;
@@ -256,55 +257,82 @@ static size_t score_inputs(const mha_few_queries *f, size_t i, size_t first, mha
         product.addend = e ? s->scores : NULL;
         kernels->product(&product);
     }
-    give_up_unless_finite(f, i, s->scores, visible.keys * P); /* before the masks are added, which may be infinite */
+    if (!kernels->is_finite(s->scores, visible.keys * P)) { /* before the masks are added, which may be infinite */
+        if (visible.is_biased)
+            kernels->hide(s->scores, s->bias, visible.keys * P, 0);
+        give_up_unless_finite(f, i, s->scores, visible.keys * P);
+    }
     if (visible.is_biased)
         kernels->accumulate(s->scores, s->bias, visible.keys * P);
-    return visible.keys;
+    return visible;
 }
 
+/* One panel and one segment of the keys of an item. */
+typedef struct {
+    size_t i, first_block, end_block;
+    mha_panel panel;
+    const char *queries;
+    char *sums; /* [Ev][P] */
+    char *maximum, *sum;
+} few_segment;
+
 /* sums = sums * factor + x^T exps, for a slice of features at a time. */
-static void add_values(const mha_few_queries *f, size_t i, mha_panel panel, const mha_key_block *block,
-                       const scratch_pieces *s, char *sums)
+static void add_values(const mha_few_queries *f, const few_segment *g, const mha_key_block *block, const char *bias,
+                       const scratch_pieces *s, bool is_careful)
 {
     const mha_kernels *kernels = f->layer->kernels;
-    const size_t P = panel.vectors * kernels->lanes, Ev = f->layer->widths.Ev;
-    mha_product product = {.depth = block->keys, .vectors = panel.vectors, .a = s->slice, .a_row = 1,
+    const size_t P = g->panel.vectors * kernels->lanes, Ev = f->layer->widths.Ev;
+    mha_product product = {.depth = block->keys, .vectors = g->panel.vectors, .a = s->slice, .a_row = 1,
                            .a_k = (ptrdiff_t)slice_stride(kernels), .b = s->scores, .b_k = P, .addend_row = P,
                            .factor = s->factor, .c_row = P};
     for (size_t e = 0; e < Ev; e += MHA_CHAIN) {
         product.rows = mha_smaller(Ev - e, MHA_CHAIN);
-        copy_inputs(f, f->value, i, block, e, product.rows, s->slice);
-        product.addend = product.c = sums + e * P * kernels->size;
-        kernels->product(&product);
+        copy_inputs(f, f->value, g->i, block, e, product.rows, s->slice);
+        product.addend = product.c = g->sums + e * P * kernels->size;
+        if (is_careful)
+            mha_add_values_with_care(kernels, &product, bias, s->finite);
+        else
+            kernels->product(&product);
     }
 }
 
+static void attend_segment(const mha_few_queries *f, const few_segment *g, const scratch_pieces *s, bool is_careful)
+{
+    const mha_kernels *kernels = f->layer->kernels;
+    const size_t vectors = g->panel.vectors;
+    kernels->softmax_begin(g->maximum, g->sum, vectors);
+    kernels->fill(g->sums, f->layer->widths.Ev * vectors * kernels->lanes, 0);
+    for (size_t b = g->first_block; b < g->end_block; b++) {
+        mha_key_block block;
+        mha_key_block_at(f->a->batch, g->i, b, &block);
+        const mha_visible visible = score_inputs(f, g->i, g->panel.first, g->panel, &block, g->queries, s);
+        block.keys = visible.keys;
+        if (block.keys == 0)
+            continue;
+        kernels->softmax_step(s->scores, block.keys, vectors, s->scores, g->maximum, g->sum, s->factor);
+        add_values(f, g, &block, visible.is_biased ? s->bias : NULL, s, is_careful);
+    }
+}
+
+/* Sums that are not finite are computed once more, with care, because the reason may be hidden. */
 static void attend_segment_task(void *context, size_t task, size_t worker)
 {
     const mha_few_queries *f = context;
-    const mha_kernels *kernels = f->layer->kernels;
     const scratch_pieces s = scratch_of(f, worker);
     const size_t padded = padded_lanes(f), segment = task % f->segments, i = task / f->segments / f->split.panels;
-    const size_t at_segment = i * f->segments + segment;
+    const size_t at_segment = i * f->segments + segment, first = segment * SEGMENT_BLOCKS, Ev = f->layer->widths.Ev;
     const mha_panel panel = mha_panel_at(&f->split, task / f->segments % f->split.panels);
-    const size_t Ek = f->layer->widths.Ek, Ev = f->layer->widths.Ev, P = panel.vectors * kernels->lanes;
-    const char *queries = numbers_at(f, f->t_panels, (i * padded + panel.first) * Ek);
-    char *sums = numbers_at(f, f->sums, (at_segment * padded + panel.first) * Ev);
-    char *maximum = numbers_at(f, f->maximum, at_segment * padded + panel.first);
-    char *sum = numbers_at(f, f->sum, at_segment * padded + panel.first);
-    kernels->softmax_begin(maximum, sum, panel.vectors);
-    kernels->fill(sums, Ev * P, 0);
-    const size_t first = segment * SEGMENT_BLOCKS;
-    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(f->a->batch, i));
-    for (size_t b = first; b < end; b++) {
-        mha_key_block block;
-        mha_key_block_at(f->a->batch, i, b, &block);
-        block.keys = score_inputs(f, i, panel.first, panel, &block, queries, &s);
-        if (block.keys == 0)
-            continue;
-        kernels->softmax_step(s.scores, block.keys, panel.vectors, s.scores, maximum, sum, s.factor);
-        add_values(f, i, panel, &block, &s, sums);
-    }
+    const few_segment g = {
+        .i = i, .panel = panel,
+        .first_block = first, .end_block = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(f->a->batch, i)),
+        .queries = numbers_at(f, f->t_panels, (i * padded + panel.first) * f->layer->widths.Ek),
+        .sums = numbers_at(f, f->sums, (at_segment * padded + panel.first) * Ev),
+        .maximum = numbers_at(f, f->maximum, at_segment * padded + panel.first),
+        .sum = numbers_at(f, f->sum, at_segment * padded + panel.first),
+    };
+    attend_segment(f, &g, &s, false);
+    if (!f->layer->kernels->is_finite(g.sums, Ev * panel.vectors * f->layer->kernels->lanes))
+        attend_segment(f, &g, &s, true);
 }
 
 /* ---- merge ---- */
@@ -445,7 +473,7 @@ static void probabilities_of_block(const mha_few_queries *f, const query_rows *w
         const mha_panel panel = mha_panel_at(&f->by_head, p);
         const size_t P = panel.vectors * kernels->lanes;
         const char *queries = w->panels + panel.first * f->layer->widths.Ek * size;
-        const size_t seen = is_hidden ? 0 : score_inputs(f, w->i, w->l * H + panel.first, panel, block, queries, s);
+        const size_t seen = is_hidden ? 0 : score_inputs(f, w->i, w->l * H + panel.first, panel, block, queries, s).keys;
         kernels->fill(s->scores + seen * P * size, (block->keys - seen) * P, -INFINITY);
         kernels->softmax_probabilities(s->scores, block->keys, panel.vectors, w->maximum + panel.first * size,
                                        w->sum + panel.first * size);

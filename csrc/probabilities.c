@@ -205,7 +205,7 @@ static void add_kept(const mha_attention *a, const average *w, const mha_panel_s
 /* Takes some panels of an item through all heads that are averaged: their context, then their probabilities. */
 static void attend_and_write_task(void *context, size_t task, size_t worker)
 {
-    const mha_attention *a = context;
+    mha_attention *a = context;
     char *base = mha_scratch_of(a->team, worker);
     const size_t heads = averaged_heads(a), averages = averages_of_call(a);
     const size_t n = task % averages / averages_of_item(a);
@@ -294,14 +294,14 @@ size_t mha_plan_probabilities(mha_attention *a, mha_plan *plan)
     return mha_larger(first_pass, second.bytes);
 }
 
-mha_status mha_attend_with_probabilities(const mha_attention *a)
+mha_status mha_attend_with_probabilities(mha_attention *a)
 {
     mha_status status = MHA_OK;
     if (a->kept_panels > 0)
-        return mha_parallel_for(a->team, averages_of_call(a) * a->averages_groups, attend_and_write_task, (void *)a);
+        return mha_parallel_for(a->team, averages_of_call(a) * a->averages_groups, attend_and_write_task, a);
     if (a->wanted != MHA_WANT_SCORES)
         status = mha_attend(a);
     if (status != MHA_OK)
         return status;
-    return mha_parallel_for(a->team, panels_of_averages(a) * a->segments, second_pass_task, (void *)a);
+    return mha_parallel_for(a->team, panels_of_averages(a) * a->segments, second_pass_task, a);
 }

@@ -11,6 +11,6 @@
 size_t mha_plan_probabilities(mha_attention *a, mha_plan *plan);
 
 /* Fills the context, then the probabilities; or the scores alone. */
-mha_status mha_attend_with_probabilities(const mha_attention *attention);
+mha_status mha_attend_with_probabilities(mha_attention *attention);
 
 #endif

@@ -114,6 +114,12 @@ typedef struct mha_kernels {
      * bias is undefined. Lanes from `count` on are like the last one. */
     mha_visible (*read_masks)(void *bias, size_t keys, size_t vectors, size_t count, const mha_mask_block *masks);
 
+    /* scores[i] = value where bias[i] is -inf, for i < n: the scores of hidden keys, whatever they were. */
+    void (*hide)(void *scores, const void *bias, size_t n, double value);
+
+    /* sums[lane] += exps[lane] * *number, except where bias[lane] is -inf; NULL: everywhere. */
+    void (*add_visible)(void *sums, const void *exps, const void *number, const void *bias, size_t lanes);
+
     /* One step of the online softmax: exps[key][lane] = exp(score - maximum). The running maximum [P] and sum [P] are
      * updated. factor [P] = exp(old maximum - new maximum). exps may be the same array as scores. softmax_begin() sets
      * maximum and sum before the first key. */

@@ -30,6 +30,7 @@ enum { VECTORS = 3 }; /* of a panel, at most */
         .name = isa, .dtype = kind, .size = sizeof(real), .lanes = PASTE(lanes, suffix), .vectors = VECTORS, \
         .product = PASTE(product, suffix), .pack_panel = PASTE(pack_panel, suffix), \
         .unpack_panel = PASTE(unpack_panel, suffix), .read_masks = PASTE(read_masks, suffix), \
+        .hide = PASTE(hide_scores, suffix), .add_visible = PASTE(add_visible, suffix), \
         .softmax_begin = PASTE(softmax_begin, suffix), .softmax_step = PASTE(softmax_step, suffix), \
         .softmax_merge = PASTE(softmax_merge, suffix), \
         .softmax_probabilities = PASTE(softmax_probabilities, suffix), .softmax_end = PASTE(softmax_end, suffix), \

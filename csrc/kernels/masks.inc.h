@@ -188,3 +188,21 @@ static mha_visible V(read_masks)(void *bias_, size_t keys, size_t vectors, size_
         keys--;
     return (mha_visible){keys, is_biased};
 }
+
+static void V(hide_scores)(void *scores_, const void *bias_, size_t n, double value)
+{
+    REAL *scores = scores_;
+    const REAL *bias = bias_;
+    for (size_t i = 0; i < n; i++)
+        if (bias[i] == -(REAL)INFINITY)
+            scores[i] = (REAL)value;
+}
+
+static void V(add_visible)(void *sums_, const void *exps_, const void *number, const void *bias_, size_t lanes)
+{
+    REAL *sums = sums_;
+    const REAL *exps = exps_, *bias = bias_;
+    for (size_t lane = 0; lane < lanes; lane++)
+        if (!bias || bias[lane] != -(REAL)INFINITY)
+            sums[lane] += exps[lane] * *(const REAL *)number;
+}

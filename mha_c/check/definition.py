@@ -143,10 +143,10 @@ def _attend(
             mask = mask + to_float_mask(key_padding_mask, query.dtype).reshape(n, 1, 1, s)
         if is_causal:
             mask = mask + to_float_mask(hidden_by_causality(length, s), query.dtype)
-        scores[..., :s] += mask
+        scores[..., :s] = np.where(np.isneginf(mask), -np.inf, scores[..., :s] + mask)
 
     weights = _softmax(scores, np.nan if need_weights and layer.masked_rows == "torch" else 0.0)
-    concatenation = (weights @ v).transpose(0, 2, 1, 3).reshape(n, length, h * layer.v_head_dim)
+    concatenation = _weighted_sums(weights, v, np.isneginf(scores)).transpose(0, 2, 1, 3).reshape(n, length, h * layer.v_head_dim)
     bias = layer.out_proj.bias
     output = concatenation @ convert(layer.out_proj.weight).T + (0.0 if bias is None else convert(bias))
     if average_attn_weights:
@@ -185,6 +185,17 @@ def _with_extra_keys(
     extra = [] if learnt is None else [np.broadcast_to(convert(learnt), (n, 1, features))]
     extra += [np.zeros((n, 1, features), x_nse.dtype)] if layer.add_zero_attn else []
     return np.concatenate([x_nse, *extra], axis=1)
+
+
+def _weighted_sums(weights: NDArray[Any], values: NDArray[Any], is_hidden: NDArray[np.bool_]) -> NDArray[Any]:
+    """weights @ values, to which hidden values add nothing, NaN and infinity included."""
+    is_finite = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        sums: NDArray[Any] = weights @ np.where(is_finite, values, 0)
+        for key in np.flatnonzero(~is_finite.all(axis=(0, 1, 3))):
+            others = np.where(is_finite[:, :, None, key], 0, values[:, :, None, key])
+            sums += np.where(is_hidden[..., key, None], 0, weights[..., key, None] * others)
+    return sums
 
 
 def _softmax(scores: NDArray[Any], empty: float) -> NDArray[Any]:
