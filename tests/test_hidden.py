@@ -152,7 +152,7 @@ def test_visible_numbers_still_spread(bad):
         report.assert_close()
         output, weights = module(*given, is_causal=True)
         assert np.isfinite(output[0, :40]).all() and np.isnan(output[0, 40:]).all(axis=-1).any()
-        assert any("torch lets it through" in note for note in report.notes)
+        assert any("In torch, these also reach queries" in note for note in report.notes)
 
 
 def test_explained_scores():

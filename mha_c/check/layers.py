@@ -90,8 +90,8 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     notes = []
     if leaks:
         notes.append(
-            "The key or the value holds NaN or infinity. torch lets it through where it is hidden. There, the definition "
-            "of attention takes torch's place."
+            "The key or the value holds NaN or infinity. In torch, these also reach queries from which they are "
+            "hidden. The results of such queries are compared with the definition of attention instead."
         )
     if free:
         named = ", ".join(f"{name}={width}" for name, width in free.items())
