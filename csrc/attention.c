@@ -53,16 +53,17 @@ static size_t max_task_panels(const mha_attention *a)
 size_t mha_plan_panels(mha_attention *a, size_t panels)
 {
     const size_t P = mha_widest_panel(a), keys = mha_max_block_keys(a), size = a->kernels->size;
+    mha_attention_scratch *at = &a->at;
     mha_layout layout = {0}, one = {0};
-    a->scores = mha_reserve(&layout, keys, P, size);
-    a->bias = mha_reserve(&layout, keys, P, size);
-    a->states = layout.bytes;
-    a->queries = mha_reserve(&one, a->D, P, size);
-    a->out = mha_reserve(&one, a->Dv, P, size);
-    a->panel_maximum = mha_reserve(&one, 1, P, size);
-    a->panel_sum = mha_reserve(&one, 1, P, size);
-    a->factor = mha_reserve(&one, 1, P, size);
-    a->state_bytes = one.bytes;
+    at->scores = mha_reserve(&layout, keys, P, size);
+    at->bias = mha_reserve(&layout, keys, P, size);
+    at->states = layout.bytes;
+    at->queries = mha_reserve(&one, a->D, P, size);
+    at->out = mha_reserve(&one, a->Dv, P, size);
+    at->maximum = mha_reserve(&one, 1, P, size);
+    at->sum = mha_reserve(&one, 1, P, size);
+    at->factor = mha_reserve(&one, 1, P, size);
+    at->state_bytes = one.bytes;
     mha_reserve(&layout, panels, one.bytes, 1);
     return layout.bytes;
 }
@@ -70,12 +71,12 @@ size_t mha_plan_panels(mha_attention *a, size_t panels)
 /* The state is filled in where it stays: a copy would wait for the stores to reach the cache. */
 void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h, mha_panel lanes, mha_panel_state *s)
 {
-    char *base = mha_scratch_of(a->team, worker) + a->states + i * a->state_bytes;
-    s->queries = base + a->queries;
-    s->out = base + a->out;
-    s->maximum = base + a->panel_maximum;
-    s->sum = base + a->panel_sum;
-    s->factor = base + a->factor;
+    char *base = mha_scratch_of(a->team, worker) + a->at.states + i * a->at.state_bytes;
+    s->queries = base + a->at.queries;
+    s->out = base + a->at.out;
+    s->maximum = base + a->at.maximum;
+    s->sum = base + a->at.sum;
+    s->factor = base + a->at.factor;
     s->h = h;
     s->hkv = h / a->shared;
     s->lanes = lanes;
@@ -233,7 +234,7 @@ static void count_sharers(mha_panel_state *panels, size_t count)
 
 bool mha_attend_panels(const mha_attention *a, size_t n, mha_panel_state *panels, size_t count, size_t worker)
 {
-    char *base = mha_scratch_of(a->team, worker), *exps = base + a->scores, *bias = base + a->bias;
+    char *base = mha_scratch_of(a->team, worker), *exps = base + a->at.scores, *bias = base + a->at.bias;
     const size_t blocks = mha_key_blocks(a->batch, n);
     if (blocks > 1) /* otherwise no block is prefetched */
         count_sharers(panels, count);
@@ -271,16 +272,17 @@ bool mha_attend_panels(const mha_attention *a, size_t n, mha_panel_state *panels
 static void attend_task(void *context, size_t task, size_t worker)
 {
     const mha_attention *a = context;
+    const mha_attention_tasks *t = &a->tasks;
     mha_panel_state panels[MHA_MAX_TASK_PANELS];
     /* The last queries come first, because under a causal mask they see the most keys. */
-    const size_t group = a->groups - 1 - task / a->bundles, bundle = task % a->bundles;
-    const size_t first_head = bundle * a->heads % a->H, n = bundle * a->heads / a->H;
-    const size_t first = group * a->task_panels;
-    const size_t count = mha_smaller(a->task_panels, a->heads * a->split.panels - first);
-    size_t head = first % a->heads, panel = first / a->heads;
+    const size_t group = t->groups - 1 - task / t->bundles, bundle = task % t->bundles;
+    const size_t first_head = bundle * t->heads % a->H, n = bundle * t->heads / a->H;
+    const size_t first = group * t->panels;
+    const size_t count = mha_smaller(t->panels, t->heads * a->split.panels - first);
+    size_t head = first % t->heads, panel = first / t->heads;
     for (size_t i = 0; i < count; i++) {
         mha_set_up_panel(a, worker, i, first_head + head, mha_panel_at(&a->split, panel), &panels[i]);
-        if (++head == a->heads) {
+        if (++head == t->heads) {
             head = 0;
             panel++;
         }
@@ -292,12 +294,13 @@ static void attend_task(void *context, size_t task, size_t worker)
 
 static void choose_tasks(mha_attention *a)
 {
-    a->heads = bundled_heads(a);
-    a->bundles = a->batch->count * a->H / a->heads;
-    const size_t panels = a->heads * a->split.panels, all = a->bundles * panels;
-    a->task_panels = mha_smaller(max_task_panels(a), mha_divide_up(all, TASKS_PER_THREAD * a->team->threads));
-    a->groups = mha_divide_up(panels, a->task_panels);
-    a->task_panels = mha_divide_up(panels, a->groups); /* for example 3 + 3 panels, not 4 + 2 */
+    mha_attention_tasks *t = &a->tasks;
+    t->heads = bundled_heads(a);
+    t->bundles = a->batch->count * a->H / t->heads;
+    const size_t panels = t->heads * a->split.panels, all = t->bundles * panels;
+    t->panels = mha_smaller(max_task_panels(a), mha_divide_up(all, TASKS_PER_THREAD * a->team->threads));
+    t->groups = mha_divide_up(panels, t->panels);
+    t->panels = mha_divide_up(panels, t->groups); /* for example 3 + 3 panels, not 4 + 2 */
 }
 
 size_t mha_plan_attention(mha_attention *a)
@@ -310,5 +313,5 @@ size_t mha_plan_attention(mha_attention *a)
 
 mha_status mha_attend(const mha_attention *a)
 {
-    return mha_parallel_for(a->team, a->bundles * a->groups, attend_task, (void *)a);
+    return mha_parallel_for(a->team, a->tasks.bundles * a->tasks.groups, attend_task, (void *)a);
 }

@@ -10,6 +10,27 @@
 #include "threads.h"
 #include "workspace.h"
 
+/* How the panels of all heads and items are divided into tasks. */
+typedef struct {
+    size_t heads;   /* heads of a bundle: tasks share out their panels */
+    size_t bundles; /* bundles of all items */
+    size_t panels;  /* panels of a task */
+    size_t groups;  /* tasks of a bundle, or of the heads whose probabilities are averaged */
+
+    /* For probabilities.c: */
+    size_t kept_panels; /* panels of a task that keeps its scores until probabilities are made from them; 0: none */
+    size_t segments;    /* tasks of a panel in the second pass */
+} mha_attention_tasks;
+
+/* Offsets into a thread's scratch, in bytes. */
+typedef struct {
+    size_t scores, bias;                       /* [block][P] */
+    size_t states, state_bytes;                /* a piece for each panel of a task */
+    size_t queries, out, maximum, sum, factor; /* offsets into such a piece */
+    size_t kept, kept_bytes;                   /* [panel][2][keys of all blocks][P]: probabilities, and scores */
+    size_t rows;                               /* [P][block] */
+} mha_attention_scratch;
+
 typedef struct {
     const mha_kernels *kernels;
     const mha_batch *batch;
@@ -25,21 +46,10 @@ typedef struct {
     /* Set by mha_plan_attention() or mha_plan_probabilities(). */
     size_t shared;   /* query heads of a key/value head */
     mha_split split; /* of the L queries of a head */
+    mha_attention_tasks tasks;
+    mha_attention_scratch at;
     /* [item][H][lanes of all panels of L]: results of softmax from which probabilities are made, if they are wanted */
     char *maximum, *sum;
-    size_t heads;       /* heads of a bundle: tasks share out their panels */
-    size_t bundles;     /* bundles of all items */
-    size_t task_panels; /* panels of a task */
-    size_t groups;      /* tasks of a bundle */
-    /* Offsets into a thread's scratch, in bytes, and what a panel of a task has of it. */
-    size_t scores, bias; /* [block][P] */
-    size_t states, state_bytes, queries, out, panel_maximum, panel_sum, factor;
-
-    /* Set by mha_plan_probabilities(). */
-    size_t kept_panels;     /* panels of a task that keeps its scores until probabilities are made from them; 0: none */
-    size_t averages_groups; /* tasks of the heads whose probabilities are averaged */
-    size_t segments;        /* tasks of a panel in the second pass */
-    size_t kept, kept_bytes, rows; /* offsets: [panel][2][keys of all blocks][P], and [P][block] */
 } mha_attention;
 
 /* Completes the plan of an attention without probabilities. The members before are set, except for addresses and the
