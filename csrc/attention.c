@@ -24,10 +24,10 @@
 enum {
     MAX_PANEL_BYTES = 131072, /* of all panels of a task, unless a single panel is larger */
     TASKS_PER_THREAD = 4,
-    FEATURES_PER_POLL = 1024, /* of keys and values that a task reads between two polls */
+    FEATURES_PER_POLL = 1024, /* D + Dv, added up over the blocks between two polls */
 };
 
-/* Whether a query sees the same keys in all heads. */
+/* Whether there is a mask that all heads share. */
 static bool is_mask_shared(const mha_attention *a)
 {
     return a->rules->attn.kind && a->rules->attn.stride_h == 0;
@@ -59,18 +59,19 @@ static size_t max_task_panels(const mha_attention *a)
 size_t mha_plan_panels(mha_attention *a, size_t panels)
 {
     const size_t P = mha_widest_panel(a), keys = mha_max_block_keys(a), size = a->kernels->size;
+    mha_attention_scratch *at = &a->at;
     mha_layout layout = {0}, one = {0};
-    a->scores = mha_reserve(&layout, keys, P, size);
-    a->bias = mha_reserve(&layout, keys, P, size);
+    at->scores = mha_reserve(&layout, keys, P, size);
+    at->bias = mha_reserve(&layout, keys, P, size);
     if (can_hide(a))
-        a->finite = mha_reserve(&layout, keys, a->Dv, size);
-    a->states = layout.bytes;
-    a->queries = mha_reserve(&one, a->D, P, size);
-    a->out = mha_reserve(&one, a->Dv, P, size);
-    a->panel_maximum = mha_reserve(&one, 1, P, size);
-    a->panel_sum = mha_reserve(&one, 1, P, size);
-    a->factor = mha_reserve(&one, 1, P, size);
-    a->state_bytes = one.bytes;
+        at->finite = mha_reserve(&layout, keys, a->Dv, size);
+    at->states = layout.bytes;
+    at->queries = mha_reserve(&one, a->D, P, size);
+    at->out = mha_reserve(&one, a->Dv, P, size);
+    at->maximum = mha_reserve(&one, 1, P, size);
+    at->sum = mha_reserve(&one, 1, P, size);
+    at->factor = mha_reserve(&one, 1, P, size);
+    at->state_bytes = one.bytes;
     mha_reserve(&layout, panels, one.bytes, 1);
     return layout.bytes;
 }
@@ -78,12 +79,12 @@ size_t mha_plan_panels(mha_attention *a, size_t panels)
 /* The state is filled in where it stays: a copy would wait for the stores to reach the cache. */
 void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h, mha_panel lanes, mha_panel_state *s)
 {
-    char *base = mha_scratch_of(a->team, worker) + a->states + i * a->state_bytes;
-    s->queries = base + a->queries;
-    s->out = base + a->out;
-    s->maximum = base + a->panel_maximum;
-    s->sum = base + a->panel_sum;
-    s->factor = base + a->factor;
+    char *base = mha_scratch_of(a->team, worker) + a->at.states + i * a->at.state_bytes;
+    s->queries = base + a->at.queries;
+    s->out = base + a->at.out;
+    s->maximum = base + a->at.maximum;
+    s->sum = base + a->at.sum;
+    s->factor = base + a->at.factor;
     s->h = h;
     s->hkv = h / a->shared;
     s->lanes = lanes;
@@ -135,7 +136,7 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
         kernels->accumulate(scores, bias, visible.keys * P);
 }
 
-/* Sets the scores of keys that are not visible to -inf. Weights are made from the scores of a whole block. */
+/* Sets the scores of keys that are not visible to -inf. Probabilities are made from the scores of a whole block. */
 static void hide_rest(const mha_attention *a, mha_panel lanes, const mha_key_block *block, mha_visible visible,
                       char *scores)
 {
@@ -173,7 +174,8 @@ void mha_add_values_with_care(const mha_kernels *kernels, const mha_product *val
     kernels->product(&product);
     for (size_t key = 0; key < values->depth; key++) {
         const char *row = (const char *)values->a + (ptrdiff_t)key * row_bytes;
-        const char *exps = (const char *)values->b + key * lanes * size, *of_key = bias ? bias + key * lanes * size : NULL;
+        const char *exps = (const char *)values->b + key * lanes * size;
+        const char *of_key = bias ? bias + key * lanes * size : NULL;
         for (size_t i = 0; i < features; i++)
             if (!kernels->is_finite(row + i * size, 1))
                 kernels->add_visible((char *)values->c + i * values->c_row * size, exps, row + i * size, of_key, lanes);
@@ -264,11 +266,9 @@ static void finish(const mha_attention *a, size_t n, const mha_panel_state *s)
 {
     const mha_kernels *kernels = a->kernels;
     char *inverse = s->factor;
-    /* An item without any key gives 0, as in torch. NaN is for keys that are all hidden. */
-    const mha_empty_row empty_row = a->batch->S + a->batch->extra > 0 ? a->rules->empty_row : MHA_EMPTY_ROW_ZERO;
     if (s->is_empty)
         kernels->fill(s->out, a->Dv * s->lanes.vectors * kernels->lanes, 0);
-    kernels->softmax_end(s->sum, inverse, s->lanes.vectors, empty_row);
+    kernels->softmax_end(s->sum, inverse, s->lanes.vectors, mha_empty_row_of(a));
     kernels->unpack_panel(s->out, s->lanes.vectors, inverse, s->lanes.count, a->Dv,
                           mha_row_at(&a->context, n, s->h, s->lanes.first), (size_t)mha_row_numbers(&a->context));
     if (a->wanted) {
@@ -293,7 +293,7 @@ static void count_sharers(mha_panel_state *panels, size_t count)
 
 bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size_t count, size_t worker)
 {
-    char *base = mha_scratch_of(a->team, worker), *exps = base + a->scores, *bias = base + a->bias;
+    char *base = mha_scratch_of(a->team, worker), *exps = base + a->at.scores, *bias = base + a->at.bias;
     const size_t blocks = mha_key_blocks(a->batch, n);
     if (blocks > 1) /* otherwise no block is prefetched */
         count_sharers(panels, count);
@@ -329,7 +329,7 @@ bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size
             finish(a, n, s);
             continue;
         }
-        s->finite = base + a->finite;
+        s->finite = base + a->at.finite;
         s->is_empty = true;
         atomic_store_explicit(&a->is_careful, true, memory_order_relaxed);
         if (!mha_attend_panels(a, n, s, 1, worker))
@@ -341,16 +341,17 @@ bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size
 static void attend_task(void *context, size_t task, size_t worker)
 {
     mha_attention *a = context;
+    const mha_attention_tasks *t = &a->tasks;
     mha_panel_state panels[MHA_MAX_TASK_PANELS];
     /* The last queries come first, because under a causal mask they see the most keys. */
-    const size_t group = a->groups - 1 - task / a->bundles, bundle = task % a->bundles;
-    const size_t first_head = bundle * a->heads % a->H, n = bundle * a->heads / a->H;
-    const size_t first = group * a->task_panels;
-    const size_t count = mha_smaller(a->task_panels, a->heads * a->split.panels - first);
-    size_t head = first % a->heads, panel = first / a->heads;
+    const size_t group = t->groups - 1 - task / t->bundles, bundle = task % t->bundles;
+    const size_t first_head = bundle * t->heads % a->H, n = bundle * t->heads / a->H;
+    const size_t first = group * t->panels;
+    const size_t count = mha_smaller(t->panels, t->heads * a->split.panels - first);
+    size_t head = first % t->heads, panel = first / t->heads;
     for (size_t i = 0; i < count; i++) {
         mha_set_up_panel(a, worker, i, first_head + head, mha_panel_at(&a->split, panel), &panels[i]);
-        if (++head == a->heads) {
+        if (++head == t->heads) {
             head = 0;
             panel++;
         }
@@ -362,12 +363,13 @@ static void attend_task(void *context, size_t task, size_t worker)
 
 static void choose_tasks(mha_attention *a)
 {
-    a->heads = bundled_heads(a);
-    a->bundles = a->batch->count * a->H / a->heads;
-    const size_t panels = a->heads * a->split.panels, all = a->bundles * panels;
-    a->task_panels = mha_smaller(max_task_panels(a), mha_divide_up(all, TASKS_PER_THREAD * a->team->threads));
-    a->groups = mha_divide_up(panels, a->task_panels);
-    a->task_panels = mha_divide_up(panels, a->groups); /* for example 3 + 3 panels, not 4 + 2 */
+    mha_attention_tasks *t = &a->tasks;
+    t->heads = bundled_heads(a);
+    t->bundles = a->batch->count * a->H / t->heads;
+    const size_t panels = t->heads * a->split.panels, all = t->bundles * panels;
+    t->panels = mha_smaller(max_task_panels(a), mha_divide_up(all, TASKS_PER_THREAD * a->team->threads));
+    t->groups = mha_divide_up(panels, t->panels);
+    t->panels = mha_divide_up(panels, t->groups); /* for example 3 + 3 panels, not 4 + 2 */
 }
 
 size_t mha_plan_attention(mha_attention *a)
@@ -381,5 +383,5 @@ size_t mha_plan_attention(mha_attention *a)
 
 mha_status mha_attend(mha_attention *a)
 {
-    return mha_parallel_for(a->team, a->bundles * a->groups, attend_task, a);
+    return mha_parallel_for(a->team, a->tasks.bundles * a->tasks.groups, attend_task, a);
 }

@@ -12,6 +12,28 @@
 #include "threads.h"
 #include "workspace.h"
 
+/* How the panels of all heads and items are divided into tasks. */
+typedef struct {
+    size_t heads;   /* heads of a bundle: tasks share out their panels */
+    size_t bundles; /* bundles of all items */
+    size_t panels;  /* panels of a task */
+    size_t groups;  /* tasks of a bundle, or of the heads whose probabilities are averaged */
+
+    /* For probabilities.c: */
+    size_t kept_panels; /* panels of a task that keeps its scores until probabilities are made from them; 0: none */
+    size_t segments;    /* tasks of a panel in the second pass */
+} mha_attention_tasks;
+
+/* Offsets into a thread's scratch, in bytes. */
+typedef struct {
+    size_t scores, bias;                       /* [block][P] */
+    size_t finite;                             /* [block][Dv]; only if the rules can hide keys */
+    size_t states, state_bytes;                /* a piece for each panel of a task */
+    size_t queries, out, maximum, sum, factor; /* offsets into such a piece */
+    size_t kept, kept_bytes;                   /* [panel][2][keys of all blocks][P]: probabilities, and scores */
+    size_t rows;                               /* [P][block] */
+} mha_attention_scratch;
+
 typedef struct {
     const mha_kernels *kernels;
     const mha_batch *batch;
@@ -27,23 +49,10 @@ typedef struct {
     /* Set by mha_plan_attention() or mha_plan_probabilities(). */
     size_t shared;   /* query heads of a key/value head */
     mha_split split; /* of the L queries of a head */
+    mha_attention_tasks tasks;
+    mha_attention_scratch at;
     /* [item][H][lanes of all panels of L]: results of softmax from which probabilities are made, if they are wanted */
     char *maximum, *sum;
-    size_t heads;       /* heads of a bundle: tasks share out their panels */
-    size_t bundles;     /* bundles of all items */
-    size_t task_panels; /* panels of a task */
-    size_t groups;      /* tasks of a bundle */
-    /* Offsets into a thread's scratch, in bytes, and what a panel of a task has of it. */
-    size_t scores, bias; /* [block][P] */
-    size_t finite;       /* [block][Dv]; only if the rules can hide keys */
-    size_t states, state_bytes, queries, out, panel_maximum, panel_sum, factor;
-
-    /* Set by mha_plan_probabilities(). */
-    size_t kept_panels;     /* panels of a task that keeps its scores until probabilities are made from them; 0: none */
-    size_t averages_groups; /* tasks of the heads whose probabilities are averaged */
-    size_t segments;        /* tasks of a panel in the second pass */
-    size_t kept, kept_bytes, rows; /* offsets: [panel][2][keys of all blocks][P], and [P][block] */
-
     atomic_bool is_careful; /* numbers that are not finite were found; see "Hidden numbers" in attention.c */
 } mha_attention;
 
@@ -55,9 +64,9 @@ size_t mha_plan_attention(mha_attention *a);
 mha_status mha_attend(mha_attention *attention);
 
 /* Runs a product of values (rows: features, depth: keys) and exps in which hidden values may be NaN or infinite. The
- * product reads `finite` [keys][features], a copy of the values with 0 for such numbers. Then they are added, each to the
- * lanes that see its key: those whose bias [keys][P] is not -inf; NULL: all. The order of these additions does not matter,
- * because the sums become infinite or NaN. */
+ * product reads `finite` [keys][features], a copy of the values with 0 for such numbers. Then they are added, each to
+ * the lanes that see its key: those whose bias [keys][P] is not -inf; NULL: all. The order of these additions does not
+ * matter, because the sums become infinite or NaN. */
 void mha_add_values_with_care(const mha_kernels *kernels, const mha_product *values, const char *bias, char *finite);
 
 /* ---- What probabilities.c shares ---- */
@@ -105,6 +114,12 @@ static inline size_t mha_block_bytes(const mha_attention *a, size_t vectors)
 static inline size_t mha_statistics_offset(const mha_attention *a, size_t n, size_t h, mha_panel lanes)
 {
     return ((n * a->H + h) * a->split.vectors * a->kernels->lanes + lanes.first) * a->kernels->size;
+}
+
+/* An item without any key gives 0, as in torch. NaN is for keys that are all hidden. */
+static inline mha_empty_row mha_empty_row_of(const mha_attention *a)
+{
+    return a->batch->S + a->batch->extra > 0 ? a->rules->empty_row : MHA_EMPTY_ROW_ZERO;
 }
 
 /* Plans the scratch of a thread whose tasks have up to `panels` panels, and returns its size. */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * base.h - what every file of the core may use: types, and arithmetic on sizes that cannot overflow.
+ * base.h - what every file of the core may use: types, and arithmetic on sizes.
  */
 #ifndef MHA_BASE_H
 #define MHA_BASE_H
@@ -33,7 +33,7 @@ typedef enum {
     MHA_MASK_FLOAT64,
 } mha_mask_kind;
 
-/* What a query gets when every key is hidden: attention 0, or NaN as torch has it with need_weights=True. */
+/* The attention of a query whose keys are all hidden: 0, or NaN as in torch with need_weights=True. */
 typedef enum { MHA_EMPTY_ROW_ZERO = 0, MHA_EMPTY_ROW_NAN } mha_empty_row;
 
 /* Only the calling thread asks should_stop(), between its own tasks and within long ones. If the function is NULL, it

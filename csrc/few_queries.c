@@ -3,10 +3,12 @@
  * few_queries.c - moves queries to the side of the keys' inputs, attends to the inputs, and moves the sums to the
  * values' side.
  *
- *      absorb           t = Wk_h^T q_h for every lane, then as panels            task: item, head
+ *      absorb           t = Wk_h^T q_h for every lane                            task: item, head
+ *      pack             t as panels                                              task: item, panel
  *      attend           softmax and sums over one segment of keys                task: item, panel, segment
  *      merge            the segments of a panel, in order                        task: item, panel
  *      emit             context = Wv_h y + bv                                    task: item, head
+ *      pack query       t as panels of the heads of one query                    task: item, query
  *      probabilities    from scores that are computed again                      task: item, query, segment
  *
  * Owns: the order of additions along the keys: blocks as in attention.c, then segments of SEGMENT_BLOCKS blocks.
@@ -70,8 +72,8 @@ static size_t max_segments(const mha_batch *batch)
     return segments;
 }
 
-/* A thread's scratch: scores of a panel, a slice of a block's inputs, the same with zeros for numbers that are not finite,
- * and a strip or the probabilities of all heads of a query. */
+/* A thread's scratch: scores of a panel, a slice of a block's inputs, the same with zeros for numbers that are not
+ * finite, and a strip or the probabilities of all heads of a query. */
 typedef struct {
     char *scores, *bias, *factor, *slice, *finite, *rows;
 } scratch_pieces;
@@ -111,14 +113,15 @@ size_t mha_plan_few_queries(mha_few_queries *f, const mha_attention *a, const mh
     f->t_stride = mha_row_stride(w->Ek, kernels->lanes, size);
     f->y_stride = mha_row_stride(w->Ev, kernels->lanes, size);
     const size_t padded = padded_lanes(f), rows = items * lanes_of(f);
+    const size_t lanes = mha_times(&plan->layout, mha_times(&plan->layout, items, f->segments), padded);
     const size_t widest = kernels->vectors * kernels->lanes; /* statistics are read a whole panel at a time */
     const size_t by_head = f->by_head.vectors * kernels->lanes;
     mha_place(plan, &f->t, rows, f->t_stride, size);
     mha_place(plan, &f->t_panels, items * padded, w->Ek, size);
     mha_place(plan, &f->query_panels, f->a->wanted ? items * f->a->L * by_head : 0, w->Ek, size);
-    mha_place(plan, &f->sums, items * f->segments * padded, w->Ev, size);
-    mha_place(plan, &f->maximum, items * f->segments * padded + widest, 1, size);
-    mha_place(plan, &f->sum, items * f->segments * padded + widest, 1, size);
+    mha_place(plan, &f->sums, lanes, w->Ev, size);
+    mha_place(plan, &f->maximum, lanes + widest, 1, size);
+    mha_place(plan, &f->sum, lanes + widest, 1, size);
     mha_place(plan, &f->y, rows, f->y_stride, size);
     mha_place(plan, &f->bias_factor, items * padded, 1, size);
     mha_place(plan, &f->is_given_up, items, 1, sizeof *f->is_given_up);
@@ -250,9 +253,11 @@ static mha_visible score_inputs(const mha_few_queries *f, size_t i, size_t first
     mha_product product = {.rows = visible.keys, .vectors = panel.vectors, .a = s->slice,
                            .a_row = (ptrdiff_t)slice_stride(kernels), .a_k = 1, .b_k = P, .addend_row = P,
                            .c = s->scores, .c_row = P};
-    for (size_t e = 0; e < Ek; e += MHA_CHAIN) {
+    mha_key_block seen = *block;
+    seen.keys = visible.keys;
+    for (size_t e = 0; e < Ek && seen.keys > 0; e += MHA_CHAIN) {
         product.depth = mha_smaller(Ek - e, MHA_CHAIN);
-        copy_inputs(f, f->key, i, block, e, product.depth, s->slice);
+        copy_inputs(f, f->key, i, &seen, e, product.depth, s->slice);
         product.b = queries + e * P * kernels->size;
         product.addend = e ? s->scores : NULL;
         kernels->product(&product);
@@ -362,7 +367,7 @@ static void merge_task(void *context, size_t task, size_t worker)
     for (size_t lane = 0; lane < panel.count; lane++)
         kernels->fill(bias_factor + lane * kernels->size, 1, is_zero(kernels, sum + lane * kernels->size) ? 0 : 1);
     char *inverse = scratch_of(f, worker).factor;
-    kernels->softmax_end(sum, inverse, panel.vectors, f->a->rules->empty_row);
+    kernels->softmax_end(sum, inverse, panel.vectors, mha_empty_row_of(f->a));
     kernels->unpack_panel(sums, panel.vectors, inverse, panel.count, Ev,
                           numbers_at(f, f->y, (i * lanes_of(f) + panel.first) * f->y_stride), f->y_stride);
 }
@@ -406,7 +411,7 @@ static void check_context(const mha_few_queries *f, size_t i, size_t h)
     const mha_kernels *kernels = f->layer->kernels;
     for (size_t l = 0; l < f->a->L; l++) {
         const bool is_empty = is_zero(kernels, numbers_at(f, f->bias_factor, i * padded_lanes(f) + l * w->H + h));
-        if (!is_empty || f->a->rules->empty_row != MHA_EMPTY_ROW_NAN)
+        if (!is_empty || mha_empty_row_of(f->a) != MHA_EMPTY_ROW_NAN)
             give_up_unless_finite(f, i, mha_row_at(&f->a->context, i, h, l), w->Dv);
     }
 }

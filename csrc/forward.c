@@ -77,7 +77,7 @@ static void plan_keys(pass *p, mha_plan *plan)
         mha_add_projection(p->inputs, &p->input_count, &p->keys, &p->value, &to_v);
 }
 
-/* What the keys and the values are is left open. */
+/* All but q, k, v and context, which the plans of the steps set. */
 static void describe_attention(pass *p)
 {
     const mha_layer *layer = p->f->layer;

@@ -76,7 +76,6 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
         goto done;
     made->widths = w;
     made->kernels = kernels;
-    made->bytes = plan.layout.bytes;
     made->k_weight = given->k_weight;
     pack_panels(kernels, &made->q, given->q_weight, given->q_bias);
     pack_panels(kernels, &made->k, given->k_weight, given->k_bias);

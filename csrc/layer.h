@@ -16,8 +16,7 @@ struct mha_layer {
     /* The same for every item: a row of bias_k and bias_v if the layer has them, then a row of zeros. */
     mha_rows extra_k, extra_v;
     const void *k_weight;        /* as given: few_queries.c reads its rows */
-    char *memory; /* owns everything above but k_weight */
-    size_t bytes; /* of this memory */
+    char *memory;                /* holds the panels and the extra rows */
 };
 
 #endif

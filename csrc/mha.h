@@ -1,16 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * mha.h - the core's whole interface: what a call says, and the functions that run one.
+ * mha.h - the interface of a call: what it says, and the functions that run one.
  *
  * Owns: the types that the Python binding hands to the core. Parameters are packed once. A call can be estimated and
  * run. It is a call of a whole layer, or attention alone. The core knows nothing of Python. It never modifies what it
  * is given.
  *
- * The letters are torch's own and the same in every file (ARCHITECTURE.md explains them):
+ * The letters are the same in every file (ARCHITECTURE.md explains them):
  *   N batch items   L queries of an item   S keys of an item   H heads   Hkv key/value heads
  *   D width of a query or key head   Dv width of a value head
  *   E, Ek, Ev features of the query, key and value inputs   Eo features of the output
- * A pointer carries its subscripts, outermost first: q_nlh is indexed by (n, l, h).
  */
 #ifndef MHA_H
 #define MHA_H
@@ -59,8 +58,8 @@ typedef enum {
 
 typedef struct {
     size_t N, L, S;
-    /* (N, length, features), in native byte order. Inputs with equal data and strides are the same input and are read
-     * once. */
+    /* (N, length, features), in native byte order. Neighbours with equal data and strides, of which the same
+     * rows are needed, are read once. The members `items` are NULL. */
     mha_rows query, key, value;
     mha_rows static_k, static_v; /* (N, Hkv, S, features), in place of projected keys and values; data NULL: none */
     mha_mask attn_mask;

@@ -65,7 +65,8 @@ static size_t even_parts(const mha_attention *a, size_t min, size_t max)
     return parts;
 }
 
-/* Whether every thread gets the same number of panels, and equal panels waste at most 40 % of their lanes. */
+/* Whether every thread gets the same number of panels, and equal panels have at most 40 % more lanes than are
+ * needed. */
 static bool are_panels_even(const mha_attention *a)
 {
     const size_t at_most = mha_divide_up(a->split.vectors, a->split.panels) * a->split.panels;
@@ -89,13 +90,13 @@ static size_t max_kept_panels(const mha_attention *a)
 static void split_queries(mha_attention *a)
 {
     const mha_split fewest = a->split;
-    a->kept_panels = max_kept_panels(a);
+    a->tasks.kept_panels = max_kept_panels(a);
     if (a->team->threads == 1 || panels_of_averages(a) >= MANY_TASKS_PER_THREAD * a->team->threads)
         return;
     a->split.panels = even_parts(a, fewest.panels, fewest.vectors);
     if (!are_panels_even(a) || max_kept_panels(a) == 0)
         a->split = fewest;
-    a->kept_panels = max_kept_panels(a);
+    a->tasks.kept_panels = max_kept_panels(a);
 }
 
 /* Takes the next piece of a thread's scratch. With base NULL it only counts. */
@@ -210,18 +211,18 @@ static void attend_and_write_task(void *context, size_t task, size_t worker)
     const size_t heads = averaged_heads(a), averages = averages_of_call(a);
     const size_t n = task % averages / averages_of_item(a);
     const size_t first_head = task % averages % averages_of_item(a) * heads;
-    const size_t group = a->averages_groups - 1 - task / averages, first = group * a->split.panels / a->averages_groups;
-    const size_t count = (group + 1) * a->split.panels / a->averages_groups - first;
+    const size_t group = a->tasks.groups - 1 - task / averages, first = group * a->split.panels / a->tasks.groups;
+    const size_t count = (group + 1) * a->split.panels / a->tasks.groups - first;
     mha_panel_state panels[MHA_MAX_TASK_PANELS];
     average w[MHA_MAX_TASK_PANELS];
     for (size_t h = first_head; h < first_head + heads; h++) {
         for (size_t i = 0; i < count; i++) {
-            char *kept = base + a->kept + i * a->kept_bytes;
+            char *kept = base + a->at.kept + i * a->at.kept_bytes;
             mha_set_up_panel(a, worker, i, h, mha_panel_at(&a->split, first + i), &panels[i]);
             w[i] = (average){.n = n, .first_head = first_head, .heads = heads, .lanes = panels[i].lanes,
-                             .factor = panels[i].factor, .probabilities = kept, .scores = base + a->scores,
-                             .rows = base + a->rows};
-            panels[i].kept = h == first_head ? kept : kept + a->kept_bytes / 2;
+                             .factor = panels[i].factor, .probabilities = kept, .scores = base + a->at.scores,
+                             .rows = base + a->at.rows};
+            panels[i].kept = h == first_head ? kept : kept + a->at.kept_bytes / 2;
         }
         if (!mha_attend_panels(a, n, panels, count, worker))
             return;
@@ -238,7 +239,7 @@ static void second_pass_task(void *context, size_t task, size_t worker)
 {
     const mha_attention *a = context;
     mha_layout layout = {0};
-    const size_t heads = averaged_heads(a), segment = task % a->segments, panel = task / a->segments;
+    const size_t heads = averaged_heads(a), segment = task % a->tasks.segments, panel = task / a->tasks.segments;
     average w = {
         .n = panel / a->split.panels / averages_of_item(a),
         .first_head = panel / a->split.panels % averages_of_item(a) * heads,
@@ -270,12 +271,12 @@ static size_t plan_kept(mha_attention *a)
     const size_t P = mha_widest_panel(a), size = a->kernels->size;
     const size_t panels = a->split.panels;
     const size_t wanted = mha_divide_up(panels_of_averages(a), TASKS_PER_THREAD * a->team->threads);
-    mha_layout layout = {.bytes = mha_plan_panels(a, a->kept_panels)}, one = {0};
-    a->averages_groups = even_parts(a, mha_divide_up(panels, mha_smaller(a->kept_panels, wanted)), panels);
+    mha_layout layout = {.bytes = mha_plan_panels(a, a->tasks.kept_panels)}, one = {0};
+    a->tasks.groups = even_parts(a, mha_divide_up(panels, mha_smaller(a->tasks.kept_panels, wanted)), panels);
     mha_reserve(&one, mha_max_blocks(a) * mha_max_block_keys(a), P, size);
-    a->kept_bytes = 2 * one.bytes;
-    a->kept = mha_reserve(&layout, a->kept_panels, a->kept_bytes, 1);
-    a->rows = mha_reserve(&layout, P, MHA_BLOCK_KEYS, size);
+    a->at.kept_bytes = 2 * one.bytes;
+    a->at.kept = mha_reserve(&layout, a->tasks.kept_panels, a->at.kept_bytes, 1);
+    a->at.rows = mha_reserve(&layout, P, MHA_BLOCK_KEYS, size);
     return layout.bytes;
 }
 
@@ -287,9 +288,9 @@ size_t mha_plan_probabilities(mha_attention *a, mha_plan *plan)
     const size_t statistics = a->batch->count * a->H * a->split.vectors * a->kernels->lanes;
     mha_place(plan, &a->maximum, statistics, 1, a->kernels->size);
     mha_place(plan, &a->sum, statistics, 1, a->kernels->size);
-    if (a->kept_panels > 0)
+    if (a->tasks.kept_panels > 0)
         return plan_kept(a);
-    a->segments = mha_divide_up(mha_max_blocks(a), SEGMENT_BLOCKS);
+    a->tasks.segments = mha_divide_up(mha_max_blocks(a), SEGMENT_BLOCKS);
     take_average(a, NULL, &second, &(average){0});
     return mha_larger(first_pass, second.bytes);
 }
@@ -297,11 +298,11 @@ size_t mha_plan_probabilities(mha_attention *a, mha_plan *plan)
 mha_status mha_attend_with_probabilities(mha_attention *a)
 {
     mha_status status = MHA_OK;
-    if (a->kept_panels > 0)
-        return mha_parallel_for(a->team, averages_of_call(a) * a->averages_groups, attend_and_write_task, a);
+    if (a->tasks.kept_panels > 0)
+        return mha_parallel_for(a->team, averages_of_call(a) * a->tasks.groups, attend_and_write_task, a);
     if (a->wanted != MHA_WANT_SCORES)
         status = mha_attend(a);
     if (status != MHA_OK)
         return status;
-    return mha_parallel_for(a->team, panels_of_averages(a) * a->segments, second_pass_task, a);
+    return mha_parallel_for(a->team, panels_of_averages(a) * a->tasks.segments, second_pass_task, a);
 }

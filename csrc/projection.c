@@ -32,7 +32,7 @@ enum {
     MAX_SLICED_PANELS = 8,
     TASKS_PER_THREAD = 4,   /* so that threads end at about the same time */
     PANELS_PER_POLL = 16,   /* between two polls */
-    MAX_SHORT_BYTES = 1600, /* between rows that are read in place: some of them share a page */
+    MAX_SHORT_BYTES = 1600, /* between rows read in place; several such rows share a page */
 };
 
 /* A slice of some rows. row_stride and chain_stride are the distances between rows and between chains, in numbers. */

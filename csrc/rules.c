@@ -25,7 +25,7 @@ static const char *attn_at(const mha_rules *rules, size_t n, size_t h, size_t l)
                              : mha_mask_at(&rules->attn, n, h, l);
 }
 
-/* What the numbers of queries and keys say without the masks. */
+/* The keys that the causal order leaves to the panel, and whether a bias is needed. */
 static mha_visible visible_by_numbers(const mha_rules *rules, size_t first_query, size_t last_query,
                                       const mha_key_block *block)
 {

@@ -20,7 +20,7 @@ typedef struct {
     uint32_t dropout_key[2];
 } mha_rules;
 
-/* The rules of a call that its masks and its dropout say. */
+/* The rules of a call. */
 mha_rules mha_rules_of(const mha_call *call, double scale, bool padding_adds);
 
 /* The lanes of a panel. Lane i of an item is query i / heads of head first_head + i % heads. */

@@ -51,7 +51,7 @@ mha_status mha_run_at_once(const mha_steps *steps, const void *context, const mh
 
 /* ---- Chunks ---- */
 
-/* The least number of chunks with which threads end at about the same time, if there are to be `chunks`. */
+/* The fewest chunks with which threads end at about the same time. `chunks` is the number that is possible. */
 static size_t min_chunks(const mha_batch *batch, size_t rows, size_t threads, size_t chunks)
 {
     const size_t N = batch->count;

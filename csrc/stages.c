@@ -4,6 +4,8 @@
  *
  * Owns: nothing.
  */
+#include <string.h>
+
 #include "few_queries.h"
 #include "projection.h"
 #include "spare.h"

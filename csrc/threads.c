@@ -272,7 +272,7 @@ static void start_over_in_child(void)
     forks++;
 }
 
-static bool may_publish; /* the pool is told of a fork */
+static bool may_publish; /* whether start_over_in_child() runs after every fork */
 
 static void prepare(void)
 {

@@ -4,7 +4,7 @@
  *
  * Owns: the worker threads of this process. They are created when they are first needed. They take part in one loop at
  * a time, and sleep between loops. A forked child starts with no workers. A worker does not stay on the CPU of its
- * caller if its affinity mask allows another one.
+ * caller if its affinity mask allows another one and there is a CPU for each thread.
  */
 #ifndef MHA_THREADS_H
 #define MHA_THREADS_H

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * workspace.h - the memory of a call: checked sizes, and one aligned block for all of them.
+ * workspace.h - the memory of a call: checked sizes, and one block for all of them.
  */
 #ifndef MHA_WORKSPACE_H
 #define MHA_WORKSPACE_H
+
+#include <assert.h>
 
 #include "base.h"
 
@@ -29,6 +31,16 @@ static inline size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns
     return offset;
 }
 
+/* a * b, or 0 and a layout that is too large. */
+static inline size_t mha_times(mha_layout *layout, size_t a, size_t b)
+{
+    size_t product;
+    if (!__builtin_mul_overflow(a, b, &product))
+        return product;
+    layout->too_large = true;
+    return 0;
+}
+
 /* A block whose pieces are reached by pointers. They are set when there is memory. Initialise with zeros. */
 enum { MHA_MAX_POINTERS = 40 };
 typedef struct {
@@ -43,6 +55,7 @@ typedef struct {
 /* Remembers to set *pointer to the address of an offset. The pointer must stay where it is until then. */
 static inline void mha_point(mha_plan *plan, void *pointer, size_t offset)
 {
+    assert(plan->pointers < MHA_MAX_POINTERS);
     plan->set[plan->pointers].pointer = pointer;
     plan->set[plan->pointers++].offset = offset;
 }
@@ -58,7 +71,8 @@ static inline size_t mha_place(mha_plan *plan, void *pointer, size_t rows, size_
 /* Sets the pointers of a plan whose memory begins here. */
 void mha_set_pointers(const mha_plan *plan, char *memory);
 
-/* Allocates aligned memory. Large blocks ask for huge pages: a call touches more small pages than the TLB holds. */
+/* Allocates memory, aligned to a cache line if it is more than 1 KiB. Large blocks ask for huge pages: a call touches
+ * more small pages than the TLB holds. */
 char *mha_allocate_bytes(size_t bytes);
 
 /* Allocates the planned block, uninitialised, and sets the pointers. Release it with mha_release(). */

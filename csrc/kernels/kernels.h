@@ -40,8 +40,8 @@ typedef struct {
  *   chain[r][lane] = sum over k < depth of a[r * a_row + k * a_k] * b[k * b_k + lane], one FMA after another from zero.
  *
  * addend is [rows][P] with stride addend_row, and may be c itself. A stride of 0 repeats one row, as for a bias. factor
- * is [P]. Nothing else may overlap. 1 <= vectors <= mha_kernels.vectors. Rows and depth may be any, 0 included. `next`
- * is prefetched meanwhile; NULL: nothing.
+ * is [P]. Nothing else may overlap. 1 <= vectors <= mha_kernels.vectors. Rows and depth may be 0.
+ * `prefetch` is fetched meanwhile; NULL: nothing.
  *
  *            k ->             b (panel)                    c
  *         +---------+       k +----------+        r +----------+

@@ -2,8 +2,8 @@
  *
  * kernels.inc.h - the kernels, written once over the vocabulary of simd.h. kernels.h says what each function does.
  *
- * There is no include guard. The file of an instruction set opens a target region and includes this file once per
- * dtype, after defining
+ * Only the part above VEC is guarded. The file of an instruction set opens a target region and includes this file once
+ * per dtype, after defining
  *   DTYPE     f32 or f64, the suffix of every name of the vocabulary
  *   REAL      float or double
  * Both are undefined at the end. MHA_KERNELS() initialises the table of a dtype. setuptools has no flags per source, so

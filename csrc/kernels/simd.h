@@ -32,8 +32,8 @@
 #endif
 
 /* The table with which power() makes 2^(k / 8) of an integer k. Let k = 8 n + j, shifted to where the exponent begins,
- * so that its last three bits are in the mantissa. These bits are then the float 2^n (1 + j / 8). The float nearest to
- * 2^n 2^(j / 8) is so many units in the last place away, for every n. */
+ * so that its last three bits are in the mantissa. These bits are then the float 2^n (1 + j / 8). mha_powers[j]
+ * is how many units in the last place the float nearest to 2^n 2^(j / 8) is away. It is the same for every n. */
 static const int32_t mha_powers[8] = {0, -289342, -509968, -655657, -719629, -694486, -572163, -343865};
 
 #endif

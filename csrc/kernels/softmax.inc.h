@@ -10,7 +10,7 @@ enum { EXP_VECTORS = 4, EXP_AT_ONCE = REGISTERS / 8 /* vectors that fit into the
 
 _Static_assert(EXP_VECTORS == 4, "softmax_step() adds up four sums");
 
-/* See exp(). POWERS: steps between two powers of two. ROUND: 1.5 * 2^mantissa bits + POWERS * exponent bias.
+/* See exp_of_each(). POWERS: steps between two powers of two. ROUND: 1.5 * 2^mantissa bits + POWERS * exponent bias.
  * EXP_LOWEST: the last number above -126 ln(2), for double -1022 ln(2). */
 #define LOG2_E_f32 0x1.715476p+0f
 #define LOG2_E_f64 0x1.71547652b82fep+0
