@@ -38,7 +38,7 @@ static bool is_mask_shared(const mha_attention *a)
  * would be too small. */
 static size_t bundled_heads(const mha_attention *a)
 {
-    return is_mask_shared(a) || a->split.panels == 1 ? a->H : a->H / a->Hkv;
+    return is_mask_shared(a) || a->split.panels == 1 ? a->H : a->shared;
 }
 
 /* Whether a query may see fewer keys than its item has. */
@@ -85,7 +85,7 @@ void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h,
     s->sum = base + a->panel_sum;
     s->factor = base + a->factor;
     s->h = h;
-    s->hkv = h / (a->H / a->Hkv);
+    s->hkv = h / a->shared;
     s->lanes = lanes;
     s->is_empty = true;
     s->finite = NULL;
@@ -191,7 +191,7 @@ void mha_score_block(const mha_attention *a, size_t n, size_t h, mha_panel lanes
                      const char *queries, char *bias, char *scores)
 {
     const mha_visible visible = apply_rules(a, n, h, lanes, block, bias);
-    score(a, n, h / (a->H / a->Hkv), lanes, block, visible, queries, bias, scores, NULL);
+    score(a, n, h / a->shared, lanes, block, visible, queries, bias, scores, NULL);
     if (a->wanted == MHA_WANT_SCORES || atomic_load_explicit(&a->is_careful, memory_order_relaxed))
         hide_scores(a, lanes, visible, bias, scores);
     hide_rest(a, lanes, block, visible, scores);
@@ -373,6 +373,7 @@ static void choose_tasks(mha_attention *a)
 size_t mha_plan_attention(mha_attention *a)
 {
     atomic_init(&a->is_careful, false);
+    a->shared = a->H / a->Hkv;
     a->split = mha_split_width(a->kernels, a->L);
     choose_tasks(a);
     return mha_plan_panels(a, max_task_panels(a));

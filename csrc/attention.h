@@ -25,6 +25,7 @@ typedef struct {
     const mha_team *team;
 
     /* Set by mha_plan_attention() or mha_plan_probabilities(). */
+    size_t shared;   /* query heads of a key/value head */
     mha_split split; /* of the L queries of a head */
     /* [item][H][lanes of all panels of L]: results of softmax from which probabilities are made, if they are wanted */
     char *maximum, *sum;
