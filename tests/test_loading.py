@@ -756,7 +756,7 @@ def test_a_config_tells_the_heads(tmp_path):
     assert from_state_dict(state, config={"num_attention_heads": 4}).num_kv_heads == 2
     with pytest.raises(ValueError, match="num_heads is 2, but config says 4"):
         from_state_dict(state, config=config, num_heads=2)
-    with pytest.raises(ValueError, match="heads of layers with 12 features, but this one has 10: pass num_heads"):
+    with pytest.raises(ValueError, match="config is for layers with 12 features, but this one has 10: pass num_heads"):
         from_state_dict(state, config={**config, "hidden_size": 12})
     assert from_state_dict(state, config={**config, "hidden_size": 12}, num_heads=4).num_heads == 4
 
