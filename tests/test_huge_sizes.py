@@ -54,3 +54,12 @@ def test_the_first_and_the_last_of_many_queries(keys):
     np.testing.assert_array_equal(module(ends, key, key)[0], module(np.array(ends), key, key)[0])
     backwards = ends[::-1]
     np.testing.assert_array_equal(module(key, backwards, ends)[0], module(key, np.array(backwards), np.array(ends))[0])
+
+
+def test_segments_of_keys_beyond_the_address_space():
+    """The sums of few queries over very many keys: their number exceeds 64 bits."""
+    module = layer(640, 16, kdim=16, vdim=16)
+    query = np.broadcast_to(np.zeros((1, 1, 640), np.float32), (8192, 1, 640))
+    key = np.broadcast_to(np.zeros((1, 1, 16), np.float32), (2**56, 1, 16))
+    with pytest.raises(MemoryError, match="the sizes of these arrays exceed the address space"):
+        module(query, key, key, need_weights=False)
