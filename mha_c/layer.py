@@ -309,8 +309,9 @@ class MultiheadAttention:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "forward" in cls.__dict__ and "__call__" not in cls.__dict__:
-            cls.__call__ = cls.forward  # type: ignore[method-assign]  # a call is forward without an indirection
+        # A call is forward without an indirection, unless a class defines __call__ itself.
+        if cls.__call__ in [base.__dict__.get("forward") for base in cls.__mro__]:
+            cls.__call__ = cls.forward  # type: ignore[method-assign]
 
     @overload
     def forward(

@@ -417,6 +417,31 @@ def test_parameters_are_packed_once_in_a_block(packings):
     assert len(packings) == 4 and (coverage.here, coverage.left) == (16, 0)
 
 
+def test_weights_that_are_new_in_each_call_are_not_kept():
+    """weight_norm makes another out_proj.weight for each call; the other parameters stay."""
+    module = nn.MultiheadAttention(8, 2).eval()
+    nn.utils.parametrizations.weight_norm(module.out_proj, "weight")
+    x = torch.randn(5, 1, 8)
+    with torch.no_grad(), attention() as coverage:
+        for _ in range(20):
+            module(x, x, x)
+            gc.collect()
+        alive = [one for one in gc.get_objects() if type(one).__name__ == "PackedParameters" and one._kept is not None]
+    assert len(alive) <= 3 and len(coverage.rows) == 1
+
+
+def test_nested_tensors_and_masks_of_one_axis():
+    """Both have fewer axes than others, and torch has answers."""
+    nested = torch.nested.nested_tensor([torch.randn(2, 3, 4), torch.randn(2, 5, 4)])
+    query, key, mask = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 0, 8), torch.zeros(1)
+    want = [sdpa(nested, nested, nested), sdpa(query, key, key, mask)]
+    with attention() as coverage:
+        got = [sdpa(nested, nested, nested), sdpa(query, key, key, mask)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got[0].unbind(), want[0].unbind()))
+    assert torch.equal(got[1], want[1])
+    assert coverage.rows[0].reason == "nested tensors"
+
+
 def test_what_was_packed_goes_with_the_block():
     with torch.no_grad(), attention():
         layer, x = attention_layer(), torch.randn(7, 3, 16)

@@ -597,3 +597,38 @@ def test_source_tree_without_the_extension(tmp_path):
             raise AssertionError
     """
     run_child(code)
+
+
+def test_calls_of_subclasses():
+    """A call is the forward of the class, wherever it is defined, unless a class defines __call__."""
+    class Mixin:
+        def forward(self, *given):
+            return "mixin"
+
+    class First(Mixin, mha_c.MultiheadAttention):
+        pass
+
+    class Second(First):
+        def forward(self, *given):
+            return "second"
+
+    class Third(Second):
+        pass
+
+    class Called(mha_c.MultiheadAttention):
+        def __call__(self, *given):
+            return "called"
+
+    class Fourth(Called):
+        def forward(self, *given):
+            return "fourth"
+
+    assert [cls(8, 2)(None) for cls in (First, Second, Third, Fourth)] == ["mixin", "second", "second", "called"]
+
+
+@pytest.mark.parametrize("value", [1j, "3", None, np.datetime64("2026-01-01")], ids=str)
+def test_parameters_are_real_numbers(value):
+    """Nothing else is cast in silence."""
+    module = mha_c.MultiheadAttention(8, 2)
+    with pytest.raises(ValueError, match="in_proj_weight: expected real numbers, but got"):
+        module.in_proj_weight = np.full((24, 8), value)

@@ -201,6 +201,9 @@ class ParameterSet:
     __slots__ = ("_buffer", "_shapes", "dtype", "weights", "widths")
 
     def __init__(self, widths: Widths, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any]) -> None:
+        for name, array in arrays.items():
+            if array.dtype.kind not in "biufV":  # V: bfloat16 and others of ml_dtypes
+                raise ValueError(f"{name}: expected real numbers, but got {array.dtype}")
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as in torch
             cast = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
         self.widths = widths

@@ -221,8 +221,11 @@ def _attend(
         mask = None if attn_mask is None else array_of(attn_mask)
     except (RuntimeError, TypeError, ValueError):
         return why_not_readable(query)
-    options = (dropout_p, is_causal)
-    kernel = torch._fused_sdp_choice(query, key, value, attn_mask, *options, scale=scale, enable_gqa=enable_gqa)
-    out = torch.empty_like(query).numpy() if kernel == _FLASH else None
-    answer = ask_core(_core.scaled_dot_product_attention, *arrays, mask, *options, scale, enable_gqa, 0, out)
+    out = None
+    if mask is None or mask.ndim > 1:  # torch's choice reads two axes of a mask
+        choice = torch._fused_sdp_choice(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+        out = torch.empty_like(query).numpy() if choice == _FLASH else None
+    answer = ask_core(
+        _core.scaled_dot_product_attention, *arrays, mask, 0.0, is_causal, scale, enable_gqa, 0, out
+    )
     return answer if isinstance(answer, str) else torch.from_numpy(answer)

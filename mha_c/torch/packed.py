@@ -164,7 +164,7 @@ class PackedParameters:
         self._kept = None
 
     def is_in_use(self) -> bool:
-        """Whether anything else refers to the tensors that were packed.
+        """Whether anything else refers to the output projection's weight that was packed.
 
         Examples
         --------
@@ -172,7 +172,7 @@ class PackedParameters:
         False
         """
         kept = self._kept
-        return kept is not None and any(sys.getrefcount(source.tensor) > 2 for source in kept.sources.values())
+        return kept is not None and sys.getrefcount(kept.sources["out_proj.weight"].tensor) > 2
 
 
 def _pack(
@@ -205,6 +205,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and tensor.is_cpu
         and tensor.layout == torch.strided
         and not tensor.is_inference()
+        and not tensor.is_neg()
     )
 
 

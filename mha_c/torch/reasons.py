@@ -50,6 +50,8 @@ def why_torch(
     for tensor in (*inputs, *masks, *parameters):
         if type(tensor) not in PLAIN_TENSORS:
             return type(tensor).__name__
+        if tensor.is_nested:
+            return "nested tensors"
     dtype = inputs[0].dtype
     if dtype not in DTYPES:
         return _name(dtype)
