@@ -196,6 +196,8 @@ UNSEEN = [
     Unseen("projection", r"prefetch_row\(\)|next_weights\(\)", "", "what is prefetched"),
     Unseen("attention", r"prefetch_share\(\)|count_sharers\(\)", "", "what is prefetched"),
     Unseen("projection", r"choose_tasks_per_block\(\)", "", "how threads share the work"),
+    Unseen("probabilities", r"(even_parts|are_panels_even)\(\)", "", "how threads share the work"),
+    Unseen("schedule", r"min_chunks\(\)", "", "how threads share the work"),
     Unseen("", r"_operations\(\)", "", "how many threads a call uses, and whether it keeps the GIL"),
     Unseen("processors", r"(quota_of|lists|cgroup_quota|read_line)\(\)", "", "needs a cgroup with a quota"),
     Unseen("cpu", r"detect\(\)", "", "needs a CPU with fewer instructions"),

@@ -53,12 +53,6 @@ UNFIT["tsan"] = [*UNFIT["asan"], "test_threads.py::test_numbers_written_during_c
 # What the analysers say that is not so: analyser, file that was compiled, finding with its path, reason.
 ANSWERED = [
     ("gcc", "portable.c", r"simd_portable\.h.*shift by count", "it takes the number of lanes for the width of a lane"),
-    ("gcc", "attention.c", r"use of NULL where non-null",
-     "scratch is NULL only while a call is planned, not in a task"),
-    ("clang", "forward.c", r"Dereference of null pointer",
-     "the workspace is there: list_input_rows() and list_context_rows() run after it was taken"),
-    ("clang", "attention.c", r"base\.h.*Division by zero.*'j\.groups'",
-     "mha_forward() and mha_sdpa() return before where there is nothing to do, so panels and groups are 1 or more"),
     ("clang", "few_queries.c", r"Null pointer passed", "scratch is NULL only while a call is planned, not in a task"),
 ]
 
