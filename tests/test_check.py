@@ -484,3 +484,21 @@ def test_a_broken_torch_is_not_said_to_be_missing(tmp_path):
                 print(error)
     """)
     assert done.stdout.splitlines() == ["No module named 'a_module_that_torch_needs'"] * 2
+
+
+@pytest.mark.parametrize("change", [lambda answer: (2 * answer[0], answer[1]), lambda answer: answer[0]])
+def test_hooks_that_change_the_answer_of_attention(change):
+    """What is compared is the attention's own answer; the model goes on with the changed one."""
+    class Hooked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(16, 2)
+            self.attention.register_forward_hook(lambda module, args, answer: change(answer))
+
+        def forward(self, x):
+            answer = self.attention(x, x, x)
+            return answer[0] if isinstance(answer, tuple) else answer
+
+    report = check.model(Hooked().eval(), torch.randn(5, 3, 16))
+    report.assert_close()
+    assert all(one.error.largest < 1e-5 for one in report.comparisons)

@@ -492,6 +492,7 @@ def test_subclasses():
     assert repr(module).startswith("Doubled(embed_dim=")
     np.testing.assert_array_equal(module(x, x, x), 2 * mha_c.MultiheadAttention(8, 2, seed=0)(x, x, x)[0])
     assert type(Doubled.from_torch(torch.nn.MultiheadAttention(8, 2))) is Doubled
+    assert mha_c.explain(module, x).warnings[0].startswith("Doubled overrides forward.")
 
 
 # -------------------------------------------------------------------------------------------- torch

@@ -281,5 +281,5 @@ def test_without_transformers(monkeypatch):
 
 def test_an_older_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.masking_utils", None)
-    with pytest.raises(ImportError, match="needs transformers 4.57 or later: `pip install --up.* failed: "):
+    with pytest.raises(ImportError, match="cannot be imported: .* register_transformers needs transformers 4.57 or later"):
         register_transformers()

@@ -112,9 +112,16 @@ def explain(
         heads=tuple(range(call.widths.num_heads) if call.heads is None else call.heads),
         paths=tuple("few queries" if is_few else "ordinary" for is_few in call.paths),
         masks=masks.effects,
-        warnings=words.warnings(masks),
+        warnings=(*_of_another_forward(layer), *words.warnings(masks)),
         notes=words.notes(masks, found),
     )
+
+
+def _of_another_forward(layer: MultiheadAttention) -> tuple[str, ...]:
+    if type(layer).forward is MultiheadAttention.forward:
+        return ()
+    name = type(layer).__name__
+    return (f"{name} overrides forward. This is what forward of mha_c.MultiheadAttention computes, not {name}.",)
 
 
 def _copy_of_torchs(layer: Any) -> MultiheadAttention:

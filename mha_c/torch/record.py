@@ -186,7 +186,7 @@ def _run_disturbed(theirs: torch.nn.Module, arguments: tuple[tuple[Any, ...], di
     model = copy.deepcopy(theirs)
     for _, layer in attention_layers(model):
         if not why_left_alone(layer):
-            layer.register_forward_hook(disturb)
+            layer.register_forward_hook(disturb, prepend=True)  # before hooks that change the answer
     with _PassOn():
         return _run(model, arguments)
 
@@ -218,7 +218,7 @@ class _Recorder(_PassOn):
         layers = list(attention_layers(model))
         for name, layer in layers:
             layer.register_forward_pre_hook(self._begin)
-            layer.register_forward_hook(self._hook(name, layer), with_kwargs=True)
+            layer.register_forward_hook(self._hook(name, layer), with_kwargs=True, prepend=True)
             self.coverage.add(name, torch_class_of(layer).__name__, why_left_alone(layer), calls=0)
         with self:
             yield

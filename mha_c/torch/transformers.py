@@ -88,8 +88,8 @@ def register_transformers(name: str = "mha_c") -> Coverage:
         from transformers.masking_utils import sdpa_mask
     except ImportError as error:
         raise ImportError(
-            "register_transformers needs transformers 4.57 or later: `pip install --upgrade transformers`. "
-            f"Importing its attention interface from transformers {transformers.__version__} failed: {error}"
+            f"the attention interface of transformers {transformers.__version__} cannot be imported: {error}. "
+            "register_transformers needs transformers 4.57 or later"
         ) from error
     attentions: Any = AttentionInterface
     _check_name(name, attentions())
