@@ -7,8 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mha_c.advice.arguments import (
     DTYPES,
@@ -133,8 +132,7 @@ def _length(shape: tuple[int, ...], batch_first: bool | None) -> int:
     return shape[1 if batch_first and len(shape) == 3 else 0]
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """A refused call. Each of its checks may rely on those before it, which are in the order of torch's."""
 
     query: Argument

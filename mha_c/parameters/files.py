@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
@@ -30,7 +29,6 @@ from mha_c.parameters.stored import (
     number_count,
     read_array,
 )
-from mha_c.parameters.torch_file import read_torch_file
 
 __all__ = ["Checkpoint", "open_checkpoint", "open_state_dict", "write_checkpoint"]
 
@@ -168,6 +166,10 @@ def _read(path: str, file: BufferedReader) -> Checkpoint:
 
 
 def _read_zip(path: str, file: BufferedReader) -> Checkpoint:
+    import zipfile  # takes longer than all of mha_c
+
+    from mha_c.parameters.torch_file import read_torch_file
+
     with damage_is_value_error(path):
         is_whole = zipfile.is_zipfile(file)
     if not is_whole:
