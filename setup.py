@@ -14,6 +14,9 @@ from glob import glob
 import numpy
 from setuptools import Extension, setup
 
+if sys.platform == "win32":
+    raise SystemExit("mha_c runs on Linux and macOS, not on Windows: install it in the Windows Subsystem for Linux (WSL)")
+
 # The flags that Python was built with ask for debug information, nine tenths of a wheel; CFLAGS=-g brings it back.
 debug_flags = [] if "-g" in os.environ.get("CFLAGS", "").split() else ["-g0"]
 

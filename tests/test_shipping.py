@@ -95,3 +95,10 @@ def test_workflows():
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_windows_is_refused():
+    """A build on Windows says what to do, before a compiler does."""
+    code = "import sys; sys.platform = 'win32'; import runpy; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "not on Windows: install it in the Windows Subsystem for Linux" in done.stderr
