@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mha_c.display.coverage import Coverage
 from mha_c.layer import MultiheadAttention
 from mha_c.parameters.arrays import as_array
+from mha_c.torch.attend import resolve_hint
 from mha_c.torch.classes import attention_layers, torch_class_of, why_left_alone
 from mha_c.torch.reasons import HARMLESS_MODES
 from mha_c.torch.replace import check_model, replace_attention, restore_attention
@@ -251,9 +252,11 @@ class _Recorder(_PassOn):
             if isinstance(ours, str):
                 return
             asked = bound.arguments
-            # What torch makes of its hint; see ReplacedAttention.
-            is_causal = asked["is_causal"] and asked["key_padding_mask"] is None and not asked["need_weights"]
-            asked.update(is_causal=is_causal, attn_mask=None if is_causal else asked["attn_mask"])
+            hint = resolve_hint(
+                asked["is_causal"], asked["need_weights"], asked["key_padding_mask"], asked["attn_mask"], False
+            )
+            assert not isinstance(hint, str)  # mha_c has computed the call
+            asked["attn_mask"], asked["is_causal"] = hint
             arguments = _map(lambda value: as_array(value).copy() if isinstance(value, torch.Tensor) else value, asked)
             in_mha_c = MultiheadAttention.from_torch(module).eval()
             self.runs.append(AttentionRun(name or "attention", in_mha_c, arguments, _to_arrays(ours), _to_arrays(output)))
