@@ -19,6 +19,7 @@ from mha_c.advice.calls import advise_on_call
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.products import advise_on_product
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.sets import SEPARATE_WEIGHTS
 
 __all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
 
@@ -434,7 +435,7 @@ def _output_projection(width: int, rows: int, out_weight: Any, out_bias: Any) ->
 
 def _of_one_dtype(is_separate: bool, *parameters: Array | None) -> tuple[Any, ...]:
     """The parameters, if they are all of the dtype of the first one."""
-    inputs = ("q_proj_weight", "k_proj_weight", "v_proj_weight") if is_separate else ("in_proj_weight",) * 3
+    inputs = SEPARATE_WEIGHTS if is_separate else ("in_proj_weight",) * 3
     names = (*inputs, "in_proj_bias", "bias_k", "bias_v", "out_proj_weight", "out_proj_bias")
     given = [(name, array.dtype) for name, array in zip(names, parameters, strict=True) if array is not None]
     first_name, first = given[0]

@@ -14,6 +14,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mha_c.parameters.sets import SEPARATE_WEIGHTS
+
 __all__ = ["initial_parameters"]
 
 _CHUNK: Final = 1 << 16
@@ -67,7 +69,7 @@ def initial_parameters(
     if "out_proj.bias" in parameters:
         draws.integers(parameters["out_proj.bias"].size, draws.bits)  # torch draws these, then zeroes them
 
-    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+    for name in ("in_proj_weight", *SEPARATE_WEIGHTS):
         if name in parameters:
             fan_out, fan_in = shapes[name]
             draws.fill_uniform(parameters[name], math.sqrt(3.0) * math.sqrt(2.0 / (fan_in + fan_out)))

@@ -13,16 +13,14 @@ from numpy.typing import NDArray
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.options import Config, options_shown_by_names, read_config, refusal, usual
 from mha_c.parameters.schemes import SCHEMES, Layout, Scheme, find_layers, schemes_named
-from mha_c.parameters.sets import Widths, positive
+from mha_c.parameters.sets import PARAMETERS, SEPARATE_WEIGHTS, Widths, positive
 from mha_c.parameters.state_dict import Part, check_names, loading_error, match_state_dict, missing_keys, quoted
 from mha_c.parameters.stored import Opaque, StoredArray
 
 __all__ = ["arrays_in", "infer_layer"]
 
-_INPUTS: Final = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _BIASES: Final = ("in_proj_bias", "out_proj.bias")
 _EXTRA_KEY: Final = ("bias_k", "bias_v")
-_PARAMETERS: Final = ("in_proj_weight", *_INPUTS, "in_proj_bias", *_EXTRA_KEY, "out_proj.weight", "out_proj.bias")
 
 # The longest name in nested mappings. In a hostile file, many names could share much longer beginnings.
 _MAX_LENGTH: Final = 500
@@ -114,7 +112,7 @@ def infer_layer(
     if place.scheme.kind:
         arrays, heads = _read_foreign(layer_name, place, layout or place.scheme.layout, heads, strict)
     else:
-        arrays = {name: _read(place.part, name) for name in _PARAMETERS if name in place.part}
+        arrays = {name: _read(place.part, name) for name in PARAMETERS if name in place.part}
     widths = _infer_widths(place, {name: array.shape for name, array in arrays.items()}, heads)
     if place.scheme.interleaves and not is_vouched and 1 < widths.num_kv_heads < widths.num_heads:
         raise refusal({"kv_heads": f"it has {widths.num_kv_heads} of them for {widths.num_heads} heads"})
@@ -126,8 +124,9 @@ def infer_layer(
 
     if widths.packed and "in_proj_weight" not in arrays:
         features = (widths.embed_dim, widths.kdim, widths.vdim)
-        inputs, _ = match_state_dict(layer_name, dict(zip(_INPUTS, zip(widths.rows, features))), arrays, strict=False)
-        if len(inputs) == len(_INPUTS):
+        separate = dict(zip(SEPARATE_WEIGHTS, zip(widths.rows, features)))
+        inputs, _ = match_state_dict(layer_name, separate, arrays, strict=False)
+        if len(inputs) == len(SEPARATE_WEIGHTS):
             arrays = {name: array for name, array in arrays.items() if name not in inputs}
             arrays["in_proj_weight"] = np.concatenate(list(inputs.values()))
     shapes = widths.shapes(any(name in arrays for name in _BIASES), any(name in arrays for name in _EXTRA_KEY))
@@ -260,7 +259,7 @@ def _unexpected(place: _Place) -> list[str]:
     """The names of arrays that stand beside the projections and could change what the layer computes."""
     scheme = place.scheme
     query = scheme.names[0]
-    known = {*scheme.weights, *scheme.biases, *_EXTRA_KEY} if scheme.kind else {*_PARAMETERS}
+    known = {*scheme.weights, *scheme.biases, *_EXTRA_KEY} if scheme.kind else {*PARAMETERS}
     beside = (query[: query.rfind(".") + 1], *(f"{name}." for name in scheme.names))
     names = (name for name in place.part if name not in known and name.startswith(beside))
     return [name for name in names if not name.startswith(scheme.beside) and _is_array(place.part[name])]
@@ -322,7 +321,7 @@ def _read_foreign(
 
     order = _order(scheme.weights[-2], weights, layout, heads)
     inputs = _inputs(weights, order)
-    arrays = dict(zip(_INPUTS if len(inputs) == 3 else ("in_proj_weight",), inputs))
+    arrays = dict(zip(SEPARATE_WEIGHTS if len(inputs) == 3 else ("in_proj_weight",), inputs))
     arrays["out_proj.weight"] = weights[-1]
     if biases:
         zeros: dict[str, NDArray[Any]] = {name: np.zeros(length, np.float32) for name, length in lengths.items()}
@@ -404,7 +403,7 @@ def _inputs(arrays: Sequence[NDArray[Any]], order: NDArray[Any] | None) -> list[
 
 def _shapes(place: _Place) -> str:
     """The weights of a layer, as they are called and stored."""
-    names = place.scheme.weights if place.scheme.kind else [name for name in _PARAMETERS if name.endswith("weight")]
+    names = place.scheme.weights if place.scheme.kind else [name for name in PARAMETERS if name.endswith("weight")]
     return " and ".join(f"{name} {_read(place.part, name).shape}" for name in names if name in place.part)
 
 
@@ -424,7 +423,7 @@ def _infer_widths(place: _Place, shapes: Mapping[str, tuple[int, ...]], heads: _
             "head_dim, from its configuration"
         )
 
-    for name in ("in_proj_weight", *_INPUTS, "out_proj.weight"):
+    for name in ("in_proj_weight", *SEPARATE_WEIGHTS, "out_proj.weight"):
         if len(shapes.get(name, (0, 0))) != 2:
             raise ValueError(f"{name} must be a matrix, but has shape {shapes[name]}")
     rows, embed_dim = shapes.get("in_proj_weight") or shapes["q_proj_weight"]

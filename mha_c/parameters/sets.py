@@ -6,14 +6,21 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
 
-__all__ = ["ParameterSet", "Widths", "integer", "number"]
+__all__ = ["PARAMETERS", "SEPARATE_WEIGHTS", "ParameterSet", "Widths", "integer", "number"]
+
+SEPARATE_WEIGHTS: Final = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+# All that a layer can have, in the order of torch's state dict.
+PARAMETERS: Final = (
+    "in_proj_weight", *SEPARATE_WEIGHTS, "in_proj_bias", "bias_k", "bias_v", "out_proj.weight", "out_proj.bias"
+)
 
 _Three: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 

@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo
 
 from mha_c import _core
 from mha_c.display.coverage import Calls
+from mha_c.parameters.sets import PARAMETERS
 from mha_c.threads import get_num_threads, num_threads
 from mha_c.torch.packed import PackedParameters
 
@@ -36,18 +37,6 @@ __all__ = [
 Answer: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
 MISFIT = "arguments that do not fit"  # torch has words for them, or knows an answer
-
-_NAMES = (
-    "in_proj_weight",
-    "q_proj_weight",
-    "k_proj_weight",
-    "v_proj_weight",
-    "in_proj_bias",
-    "bias_k",
-    "bias_v",
-    "out_proj.weight",
-    "out_proj.bias",
-)
 
 
 class LayerState:
@@ -240,7 +229,7 @@ def attend_in_graph(number: int, tensors: Mapping[str, torch.Tensor], call: Call
     >>> attend_in_graph(0, tensors, call)[1].shape
     torch.Size([3, 5, 5])
     """
-    output, weights = torch.ops.mha_c.attention(number, [tensors.get(name) for name in _NAMES], *call)
+    output, weights = torch.ops.mha_c.attention(number, [tensors.get(name) for name in PARAMETERS], *call)
     return output, weights if call.need_weights else None
 
 
@@ -264,7 +253,7 @@ note_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _run(number: int, parameters: Sequence[torch.Tensor | None], *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator with tensors on the CPU."""
     call = Call(*arguments)
-    tensors = {name: tensor for name, tensor in zip(_NAMES, parameters) if tensor is not None}
+    tensors = {name: tensor for name, tensor in zip(PARAMETERS, parameters) if tensor is not None}
     layer = LayerState.by_number.get(number) or LayerState()  # a graph may outlive the layer
     answer = attend(layer.packed, tensors, call)
     if isinstance(answer, str):
@@ -282,7 +271,7 @@ def _shapes_of_run(
     """The operator's results without their numbers, from tensors that have none."""
     call = Call(*arguments)
     query, key = call.query, call.key
-    out_weight = parameters[_NAMES.index("out_proj.weight")]
+    out_weight = parameters[PARAMETERS.index("out_proj.weight")]
     assert out_weight is not None
     output = query.new_empty((*query.shape[:-1], out_weight.shape[0]))
     if not call.need_weights:
@@ -290,7 +279,7 @@ def _shapes_of_run(
     length_axis = 1 if query.dim() == 3 and call.batch_first else 0
     batch = (query.shape[1 - length_axis],) if query.dim() == 3 else ()
     heads = () if call.average_attn_weights else (call.num_heads,)
-    keys = key.shape[length_axis] + call.add_zero_attn + (parameters[_NAMES.index("bias_k")] is not None)
+    keys = key.shape[length_axis] + call.add_zero_attn + (parameters[PARAMETERS.index("bias_k")] is not None)
     return output, query.new_empty((*batch, *heads, query.shape[length_axis], keys))
 
 

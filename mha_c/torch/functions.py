@@ -223,7 +223,9 @@ def _attend(
         return why_not_readable(query)
     out = None
     if mask is None or mask.ndim > 1:  # torch's choice reads two axes of a mask
-        choice = torch._fused_sdp_choice(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+        choice = torch._fused_sdp_choice(
+            query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
         out = torch.empty_like(query).numpy() if choice == _FLASH else None
     answer = ask_core(
         _core.scaled_dot_product_attention, *arrays, mask, 0.0, is_causal, scale, enable_gqa, 0, out

@@ -19,14 +19,12 @@ from numpy.typing import NDArray
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mha_c import _core
-from mha_c.parameters.sets import ParameterSet, Widths
+from mha_c.parameters.sets import SEPARATE_WEIGHTS, ParameterSet, Widths
 from mha_c.torch.reasons import DTYPES, PLAIN_TENSORS
 
 __all__ = ["PackedByWeight", "PackedParameters"]
 
 _Arguments: TypeAlias = tuple[int, int, int | None, int | None]  # embed_dim, num_heads, kdim, vdim
-
-_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 _last_step = object()  # another one after each step of any optimiser
 
@@ -193,7 +191,7 @@ def _pack(
     memory = tuple(arrays.values())
     sample = _core.sample(memory)
     if widths.packed and "in_proj_weight" not in arrays:
-        arrays["in_proj_weight"] = np.concatenate([arrays.pop(name) for name in _SEPARATE])
+        arrays["in_proj_weight"] = np.concatenate([arrays.pop(name) for name in SEPARATE_WEIGHTS])
     return _Kept(ParameterSet(widths, arrays, memory[0].dtype), arguments, sources, memory, sample, generation)
 
 
@@ -214,7 +212,7 @@ def _expected_shapes(widths: Widths, names: Container[str]) -> dict[str, tuple[i
     shapes = widths.shapes(bias=True, bias_kv="bias_k" in names or "bias_v" in names)
     if widths.packed and "q_proj_weight" in names:  # separate, although the widths are the same
         del shapes["in_proj_weight"]
-        shapes |= {name: (rows, widths.embed_dim) for name, rows in zip(_SEPARATE, widths.rows)}
+        shapes |= {name: (rows, widths.embed_dim) for name, rows in zip(SEPARATE_WEIGHTS, widths.rows)}
     return {name: shape for name, shape in shapes.items() if name in names or not name.endswith("bias")}
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from mha_c.parameters.sets import SEPARATE_WEIGHTS
 from mha_c.torch.attend import (
     Answer,
     Call,
@@ -27,7 +28,7 @@ __all__ = ["ReplacedAttention"]
 
 _OWN = ("in_proj_bias", "bias_k", "bias_v")
 _PACKED = ("in_proj_weight", *_OWN)
-_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight", *_OWN)
+_SEPARATE = (*SEPARATE_WEIGHTS, *_OWN)
 
 
 class ReplacedAttention(torch.nn.MultiheadAttention):
