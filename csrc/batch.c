@@ -28,7 +28,8 @@ mha_status mha_list_items(const mha_call *call, size_t extra, mha_items *items)
 {
     const mha_mask *padding = &call->key_padding_mask;
     const size_t N = call->N, S = call->S;
-    mha_plan plan = {0};
+    mha_plan plan;
+    mha_begin_plan(&plan);
     ptrdiff_t *numbers;
     size_t *start, *index, positions, total = 0;
     *items = (mha_items){.memory = NULL};

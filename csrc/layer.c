@@ -60,7 +60,8 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
 {
     const mha_widths w = *widths;
     const mha_kernels *kernels = mha_cpu_kernels(dtype);
-    mha_plan plan = {0};
+    mha_plan plan;
+    mha_begin_plan(&plan);
     mha_status status = MHA_NO_MEMORY;
     mha_layer *made = calloc(1, sizeof *made);
     if (!made)

@@ -39,7 +39,8 @@ typedef struct {
 mha_status mha_run_at_once(const mha_steps *steps, const void *context, const mha_batch *batch, const mha_team *team)
 {
     pass_room pass;
-    mha_plan plan = {0};
+    mha_plan plan;
+    mha_begin_plan(&plan);
     char *workspace = NULL;
     steps->plan(&pass, context, batch, team, &plan);
     mha_status status = mha_take_workspace(&plan, &workspace);
@@ -92,7 +93,8 @@ static void chunk_task(void *context, size_t task, size_t worker)
     const chunk_tasks *j = context;
     const mha_batch chunk = chunk_at(j, task);
     pass_room pass;
-    mha_plan plan = {0};
+    mha_plan plan;
+    mha_begin_plan(&plan);
     plan_chunk(j, &chunk, pass.bytes, &plan);
     mha_set_pointers(&plan, j->workspaces + worker * j->bytes);
     (void)j->steps->run(&pass); /* a chunk is stopped only together with the whole loop */
@@ -100,11 +102,13 @@ static void chunk_task(void *context, size_t task, size_t worker)
 
 static mha_status run_in_chunks(chunk_tasks *j, const mha_team *team)
 {
-    mha_plan all = {0};
+    mha_plan all;
+    mha_begin_plan(&all);
     for (size_t i = 0; i < j->chunks; i++) {
         const mha_batch chunk = chunk_at(j, i);
         pass_room pass;
-        mha_plan plan = {0};
+        mha_plan plan;
+        mha_begin_plan(&plan);
         plan_chunk(j, &chunk, pass.bytes, &plan);
         j->bytes = mha_larger(j->bytes, plan.layout.bytes);
         all.layout.too_large |= plan.layout.too_large;

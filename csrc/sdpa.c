@@ -138,7 +138,8 @@ static void fill_workspace(sdpa *s)
 mha_status mha_sdpa(const mha_sdpa_call *call)
 {
     sdpa s = {.call = call, .team = {.threads = call->threads, .stop = call->stop}};
-    mha_plan plan = {0};
+    mha_plan plan;
+    mha_begin_plan(&plan);
     char *workspace = NULL;
     mha_status status = count_items(&s);
     if (status != MHA_OK || s.items == 0 || call->query.heads == 0 || call->L == 0 || call->Dv == 0)

@@ -30,7 +30,8 @@ mha_status mha_project_input(const mha_input_projection *input)
     mha_projection projection = {.walk = &walk, .x = &input->x, .targets = 1,
                                  .target = {{panels, &input->y, 0, panels->split.width}}};
     mha_team team = {.threads = input->threads, .stop = input->stop};
-    mha_plan plan = {0};
+    mha_plan plan;
+    mha_begin_plan(&plan);
     char *workspace = NULL;
     size_t rows;
     if (__builtin_mul_overflow(input->N, input->length, &rows))

@@ -41,7 +41,7 @@ static inline size_t mha_times(mha_layout *layout, size_t a, size_t b)
     return 0;
 }
 
-/* A block whose pieces are reached by pointers. They are set when there is memory. Initialise with zeros. */
+/* A block whose pieces are reached by pointers. They are set when there is memory. Begin with mha_begin_plan(). */
 enum { MHA_MAX_POINTERS = 40 };
 typedef struct {
     mha_layout layout;
@@ -51,6 +51,13 @@ typedef struct {
         size_t offset;
     } set[MHA_MAX_POINTERS];
 } mha_plan;
+
+/* `set` is left as it is. It takes more bytes than the rest of a tiny call's plan. */
+static inline void mha_begin_plan(mha_plan *plan)
+{
+    plan->layout = (mha_layout){0};
+    plan->pointers = 0;
+}
 
 /* Remembers to set *pointer to the address of an offset. The pointer must stay where it is until then. */
 static inline void mha_point(mha_plan *plan, void *pointer, size_t offset)
