@@ -2,6 +2,7 @@
 """The map of ARCHITECTURE.md is true: what uses what."""
 
 import ast
+import inspect
 import re
 import shutil
 import subprocess
@@ -38,6 +39,25 @@ def test_nothing_uses_the_package_itself():
                 assert {alias.name for alias in node.names} <= modules, path
             if isinstance(node, ast.Import) and path != PACKAGE / "__init__.py":
                 assert all(alias.name.split(".")[0] != "mha_c" for alias in node.names), path
+
+
+def test_the_core_gets_each_argument_in_its_place():
+    """Where a call of _core passes a name of its signature, perhaps as a private attribute, it does so in its place."""
+    checked = 0
+    for path in PACKAGE.rglob("*.py"):
+        for call in [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]:
+            given = [call.func, *call.args]
+            for i, function in enumerate(given[:2]):  # called by another function that takes it first, too
+                if not isinstance(function, ast.Attribute) or ast.unparse(function) != f"_core.{function.attr}":
+                    continue
+                names = list(inspect.signature(getattr(mha_c._core, function.attr)).parameters)
+                plain = [argument for argument in given[i + 1:] if not isinstance(argument, ast.Starred)]
+                passed = [ast.unparse(argument).split(".")[-1].lstrip("_") for argument in plain]
+                if len(plain) == len(given[i + 1:]):
+                    for name in set(passed) & set(names):
+                        assert passed[names.index(name)] == name, f"{path.name}, line {call.lineno}: {name}"
+                        checked += 1
+    assert checked > 20
 
 
 # ------------------------------------------------------------------------------------------- C files

@@ -5,6 +5,7 @@ crash, and the layer is what it was."""
 import contextlib
 import copy
 import gc
+import inspect
 import pickle
 import random
 import sys
@@ -664,17 +665,23 @@ def test_garbage_for_the_core():
     make, (widths, arrays, _) = module._parameters.__reduce__()
     q, k, v = np.split(arrays["in_proj_weight"], 3)
     x = X[:, None]
-    of_stages = [weights, x, x, x, None, False, None, True, False, None, False, False, "zero", 0.0, 0, 0]
+    named = {"weights": weights, "query": x, "key": x, "value": x, "need_weights": False, "average_attn_weights": True,
+             "is_causal": False, "batch_first": False, "add_zero_attn": False, "masked_rows": "zero", "dropout_p": 0.0,
+             "dropout_seed": 0, "dropout_call": 0, "enable_gqa": False, "paths": np.array([False]), "input": "key"}
+
+    def arguments_of(function, **others):
+        return [{**named, **others}.get(name) for name in inspect.signature(function).parameters]
+
     calls = {
-        _core.forward: [weights, X, X, X, None, True, None, True, False, None, False, False, "torch", 0.0, 0, 0, None,
-                        None],
-        _core.scaled_dot_product_attention: [X, X, X, None, 0.0, False, None, False, 0, None],
+        _core.forward: arguments_of(_core.forward, query=X, key=X, value=X, need_weights=True, masked_rows="torch"),
+        _core.scaled_dot_product_attention: arguments_of(_core.scaled_dot_product_attention),
         _core.Weights: [2, 2, 4, 4, q, k, v, arrays["in_proj_bias"], None, None, arrays["out_proj.weight"],
                         arrays["out_proj.bias"]],
         _core.set_num_threads: [2],
-        _core.takes_few_queries: of_stages, _core.attend: [*of_stages, np.array([False])],
-        _core.scores: [*of_stages[:5], True, None, False, *of_stages[8:]],
-        _core.project: [weights, "key", x, False],
+        _core.takes_few_queries: arguments_of(_core.takes_few_queries),
+        _core.attend: arguments_of(_core.attend),
+        _core.scores: arguments_of(_core.scores, need_weights=True, average_attn_weights=False),
+        _core.project: arguments_of(_core.project, x=x),
     }
     garbage = [None, True, 0, -1, 2**31, 2**63, 2**64, -(2**63), 0.5, float("nan"), float("inf"), "torch", b"ab", [],
                (), {}, object(), Untrue(), X, X.T, X[:0], X[0], X[None, None], X.astype("f8"), X.astype("f2"),

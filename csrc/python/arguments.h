@@ -33,25 +33,18 @@ typedef struct {
     mha_call call;
 } call_arguments;
 
-/* The positional arguments of _core.forward(). */
+/* The positional arguments of a call: their numbers, and their names in _core's signatures. */
+#define CALL_ARGUMENTS(X) \
+    X(WEIGHTS, weights) X(QUERY, query) X(KEY, key) X(VALUE, value) X(KEY_PADDING_MASK, key_padding_mask) \
+    X(NEED_WEIGHTS, need_weights) X(ATTN_MASK, attn_mask) X(AVERAGE_ATTN_WEIGHTS, average_attn_weights) \
+    X(IS_CAUSAL, is_causal) X(OUT, out) X(BATCH_FIRST, batch_first) X(ADD_ZERO_ATTN, add_zero_attn) \
+    X(MASKED_ROWS, masked_rows) X(DROPOUT_P, dropout_p) X(DROPOUT_SEED, dropout_seed) X(DROPOUT_CALL, dropout_call)
+
 enum {
-    ARGUMENT_WEIGHTS,
-    ARGUMENT_QUERY,
-    ARGUMENT_KEY,
-    ARGUMENT_VALUE,
-    ARGUMENT_KEY_PADDING_MASK,
-    ARGUMENT_NEED_WEIGHTS,
-    ARGUMENT_ATTN_MASK,
-    ARGUMENT_AVERAGE_ATTN_WEIGHTS,
-    ARGUMENT_IS_CAUSAL,
-    ARGUMENT_OUT,
-    ARGUMENT_BATCH_FIRST,
-    ARGUMENT_ADD_ZERO_ATTN,
-    ARGUMENT_MASKED_ROWS,
-    ARGUMENT_DROPOUT_P,
-    ARGUMENT_DROPOUT_SEED,
-    ARGUMENT_DROPOUT_CALL,
-    ARGUMENT_STATIC_K, /* this argument and the next may be missing */
+#define NUMBER(number, name) ARGUMENT_##number,
+    CALL_ARGUMENTS(NUMBER)
+#undef NUMBER
+    ARGUMENT_STATIC_K, /* forward() alone takes this argument and the next, which may be missing */
     ARGUMENT_STATIC_V,
     ARGUMENT_COUNT
 };

@@ -5,13 +5,13 @@
 #ifndef MHA_PYTHON_DOCSTRINGS_H
 #define MHA_PYTHON_DOCSTRINGS_H
 
-/* The arguments of a call of a layer, in the order of arguments.h. */
-#define CALL_ARGUMENTS                                                                                                \
-    "weights, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, out, "   \
-    "batch_first, add_zero_attn, masked_rows, dropout_p, dropout_seed, dropout_call"
+#include "arguments.h"
+#include "sdpa.h"
+
+#define NAME(number, name) #name ", "
 
 static const char forward_doc[] =
-    "forward($module, " CALL_ARGUMENTS ", static_k=None, static_v=None, /)\n--\n\n"
+    "forward($module, " CALL_ARGUMENTS(NAME) "static_k=None, static_v=None, /)\n--\n\n"
     "The forward pass: torch's checks, in torch's order and words, then the result.\n\n"
     "masked_rows is \"torch\", \"zero\" or \"nan\". dropout_p is that of this call: 0 outside training. Inputs and\n"
     "masks are whatever exposes an array; None is no mask. out is returned as the first result; as with NumPy's\n"
@@ -20,8 +20,7 @@ static const char forward_doc[] =
     "An exception that the checks raise has the attribute refused: nothing was computed.";
 
 static const char scaled_dot_product_attention_doc[] =
-    "scaled_dot_product_attention($module, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, "
-    "dropout_seed, out, /)\n--\n\n"
+    "scaled_dot_product_attention($module, " SDPA_ARGUMENTS(NAME) "/)\n--\n\n"
     "Attention without projections: torch's checks, in torch's order and words, then the result: a new C-contiguous\n"
     "array, or out, as in forward().\n"
     "An exception that the checks raise has the attribute refused: nothing was computed.";
@@ -31,16 +30,16 @@ static const char project_doc[] =
     "The projection of one input, \"query\", \"key\" or \"value\": (N, length, features), or (length, features).";
 
 static const char scores_doc[] =
-    "scores($module, " CALL_ARGUMENTS ", /)\n--\n\n"
+    "scores($module, " CALL_ARGUMENTS(NAME) "/)\n--\n\n"
     "The arguments of forward() that ask for the weights of each head; the scores after the masks in their place.";
 
 static const char attend_doc[] =
-    "attend($module, " CALL_ARGUMENTS ", paths, /)\n--\n\n"
+    "attend($module, " CALL_ARGUMENTS(NAME) "paths, /)\n--\n\n"
     "The heads' results side by side, (N, L, H * Dv) or (L, H * Dv), and the weights where forward() returns them.\n\n"
     "paths is what takes_few_queries() says, if need be of another layer.";
 
 static const char takes_few_queries_doc[] =
-    "takes_few_queries($module, " CALL_ARGUMENTS ", /)\n--\n\n"
+    "takes_few_queries($module, " CALL_ARGUMENTS(NAME) "/)\n--\n\n"
     "(N,) booleans: whether forward() treats a batch item without projecting its keys. Makes the checks of forward().";
 
 static const char sample_doc[] =
@@ -61,5 +60,7 @@ static const char config_doc[] =
     "What was built, and what this process uses of it.\n\n"
     "cpu_level: str, cpu_levels: list of str (best first), threads: int, usable_cpus: int, compiler: str, numpy: str\n"
     "(the version that the extension was built against).";
+
+#undef NAME
 
 #endif

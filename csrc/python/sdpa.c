@@ -13,18 +13,10 @@
 #include "arrays.h"
 #include "run.h"
 
-/* The positional arguments of _core.scaled_dot_product_attention(). */
 enum {
-    ARGUMENT_QUERY,
-    ARGUMENT_KEY,
-    ARGUMENT_VALUE,
-    ARGUMENT_ATTN_MASK,
-    ARGUMENT_DROPOUT_P,
-    ARGUMENT_IS_CAUSAL,
-    ARGUMENT_SCALE,
-    ARGUMENT_ENABLE_GQA,
-    ARGUMENT_DROPOUT_SEED,
-    ARGUMENT_OUT,
+#define NUMBER(number, name) ARGUMENT_##number,
+    SDPA_ARGUMENTS(NUMBER)
+#undef NUMBER
     ARGUMENT_COUNT
 };
 

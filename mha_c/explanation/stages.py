@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ STAGES = (
     "concatenated",
     "output",
 )
+
+_ARGUMENTS = tuple(inspect.signature(_core.takes_few_queries).parameters)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,23 +171,27 @@ class StagedCall:
         dropout_p: float | None = None,
     ) -> tuple[Any, ...]:
         """The positional arguments of the core's functions."""
+        query, key, value = self.inputs
         key_padding_mask, attn_mask, is_causal = self.masks if masks is None else masks
-        return (
-            weights,
-            *self.inputs,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            average,
-            is_causal,
-            None,
-            self.batch_first,
-            self.add_zero_attn,
-            self.empty,
-            self.dropout_p if dropout_p is None else dropout_p,
-            self.dropout_seed,
-            self.dropout_call,
-        )
+        named = {
+            "weights": weights,
+            "query": query,
+            "key": key,
+            "value": value,
+            "key_padding_mask": key_padding_mask,
+            "need_weights": need_weights,
+            "attn_mask": attn_mask,
+            "average_attn_weights": average,
+            "is_causal": is_causal,
+            "out": None,
+            "batch_first": self.batch_first,
+            "add_zero_attn": self.add_zero_attn,
+            "masked_rows": self.empty,
+            "dropout_p": self.dropout_p if dropout_p is None else dropout_p,
+            "dropout_seed": self.dropout_seed,
+            "dropout_call": self.dropout_call,
+        }
+        return tuple(named[name] for name in _ARGUMENTS)
 
     @property
     def masks_of_heads(self) -> tuple[Any, Any, bool]:
