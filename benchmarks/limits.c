@@ -32,6 +32,7 @@ typedef struct {
     mha_product product;
     mha_mask_block masks;
     mha_dropout_block dropout;
+    mha_handful handful;
 } record;
 
 static record records[MAX_RECORDS];
@@ -315,6 +316,26 @@ static void dropout(void *probabilities, size_t keys, size_t vectors, size_t use
     TIMED(r, real->dropout(probabilities, keys, vectors, used, block));
 }
 
+static void again_attend_handful(const void *what)
+{
+    const record *r = what;
+    real->attend_handful(&r->handful);
+}
+
+static void attend_handful(const mha_handful *h)
+{
+    const size_t q_row = (size_t)h->q_row, k_row = (size_t)h->k_row, v_row = (size_t)h->v_row;
+    record *r = COUNT(attend_handful, h->queries, h->keys, h->D, h->Dv, q_row, k_row, v_row, (size_t)h->context_row);
+    if (r->calls == 1) {
+        r->handful = *h;
+        r->handful.q = room(h->queries * q_row + h->D);
+        r->handful.k = room(h->keys * k_row + h->D);
+        r->handful.v = room(h->keys * v_row + h->Dv);
+        r->handful.context = room(h->queries * (size_t)h->context_row + h->Dv);
+    }
+    TIMED(r, real->attend_handful(h));
+}
+
 /* ---- The pass ---- */
 
 const mha_kernels *__real_mha_cpu_kernels(mha_dtype dtype);
@@ -330,6 +351,7 @@ const mha_kernels *__wrap_mha_cpu_kernels(mha_dtype dtype)
         .softmax_begin = softmax_begin, .softmax_step = softmax_step, .softmax_merge = softmax_merge,
         .softmax_end = softmax_end, .softmax_probabilities = softmax_probabilities, .accumulate = accumulate,
         .fill = fill, .is_finite = is_finite, .dropout = dropout,
+        .attend_handful = attend_handful,
     };
     return &recording;
 }

@@ -359,6 +359,40 @@ static void attend_task(void *context, size_t task, size_t worker)
     mha_attend_panels(a, n, panels, count, worker);
 }
 
+/* ---- A handful of tokens ---- */
+
+/* Whether items are so small that the calls of the kernels above would take longer than their numbers. */
+static bool is_handful(const mha_attention *a)
+{
+    return a->L <= MHA_HANDFUL && a->batch->S <= MHA_HANDFUL && a->D <= MHA_HANDFUL && a->Dv <= MHA_HANDFUL &&
+           a->batch->extra == 0 && !can_hide(a) && !a->wanted && !(a->rules->dropout_p > 0);
+}
+
+/* The tasks of an item, which share its heads. */
+static size_t tasks_of_handful(const mha_attention *a)
+{
+    const size_t threads = a->team->threads;
+    return threads == 1 ? 1 : mha_smaller(a->H, mha_divide_up(TASKS_PER_THREAD * threads, a->batch->count));
+}
+
+static void attend_handful_task(void *context, size_t task, size_t worker)
+{
+    const mha_attention *a = context;
+    const size_t tasks = tasks_of_handful(a), n = task / tasks, part = task % tasks;
+    mha_handful one = {.queries = a->L, .keys = mha_live_keys(a->batch, n), .D = a->D, .Dv = a->Dv,
+                       .q_row = mha_row_numbers(&a->q), .k_row = mha_row_numbers(&a->k),
+                       .v_row = mha_row_numbers(&a->v), .context_row = mha_row_numbers(&a->context),
+                       .scale = a->rules->scale, .empty_row = mha_empty_row_of(a)};
+    (void)worker;
+    for (size_t h = mha_first_of_part(a->H, tasks, part); h < mha_first_of_part(a->H, tasks, part + 1); h++) {
+        one.q = mha_row_at(&a->q, n, h, 0);
+        one.k = mha_row_at(&a->k, n, h / a->shared, 0);
+        one.v = mha_row_at(&a->v, n, h / a->shared, 0);
+        one.context = mha_row_at(&a->context, n, h, 0);
+        a->kernels->attend_handful(&one);
+    }
+}
+
 /* ---- The plan ---- */
 
 static void choose_tasks(mha_attention *a)
@@ -383,5 +417,7 @@ size_t mha_plan_attention(mha_attention *a)
 
 mha_status mha_attend(mha_attention *a)
 {
+    if (is_handful(a))
+        return mha_parallel_for(a->team, a->batch->count * tasks_of_handful(a), attend_handful_task, a);
     return mha_parallel_for(a->team, a->tasks.bundles * a->tasks.groups, attend_task, a);
 }

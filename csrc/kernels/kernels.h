@@ -92,6 +92,18 @@ typedef struct {
     size_t first_key;
 } mha_dropout_block;
 
+/* Attention of one head in which nothing is hidden, for up to a vector of queries. At most MHA_HANDFUL keys; D and Dv
+ * are at most that, too. Distances between rows are in numbers. */
+enum { MHA_HANDFUL = 16 };
+typedef struct {
+    size_t queries, keys, D, Dv;
+    const void *q, *k, *v; /* rows of adjacent numbers */
+    void *context;
+    ptrdiff_t q_row, k_row, v_row, context_row;
+    double scale;
+    mha_empty_row empty_row;
+} mha_handful;
+
 typedef struct mha_kernels {
     const char *name; /* of the instruction set, as in MHA_C_CPU */
     mha_dtype dtype;
@@ -146,6 +158,9 @@ typedef struct mha_kernels {
 
     /* probabilities[key][lane] is multiplied by 0 or by dropout->scale, for lane < count. */
     void (*dropout)(void *probabilities, size_t keys, size_t vectors, size_t count, const mha_dropout_block *dropout);
+
+    /* context = softmax(scale q k^T) v, with the bits that the functions above give one after another. */
+    void (*attend_handful)(const mha_handful *handful);
 } mha_kernels;
 
 /* One table per dtype, indexed by mha_dtype. cpu.c knows which of them this CPU can run. */

@@ -8,7 +8,7 @@
 
 enum { EXP_VECTORS = 4, EXP_AT_ONCE = REGISTERS / 8 /* vectors that fit into the registers */ };
 
-_Static_assert(EXP_VECTORS == 4, "softmax_step() adds up four sums");
+_Static_assert(EXP_VECTORS == 4, "sum_of_exps() adds up four sums");
 
 /* See exp_of_each(). POWERS: steps between two powers of two. ROUND: 1.5 * 2^mantissa bits + POWERS * exponent bias.
  * EXP_LOWEST: the last number above -126 ln(2), for double -1022 ln(2). */
@@ -134,6 +134,20 @@ INLINE VEC V(largest)(const REAL *scores, size_t keys, size_t P, VEC so_far)
     return V(max)(even, odd);
 }
 
+/* exps[i] = exp(score of key i - maximum), and their sum. Four short sums have a smaller error than a long one. */
+INLINE VEC V(sum_of_exps)(const REAL *scores, size_t keys, size_t P, VEC maximum, REAL *exps)
+{
+    VEC sums[EXP_VECTORS] = {V(splat)(0), V(splat)(0), V(splat)(0), V(splat)(0)};
+    size_t i = 0;
+    for (; i + EXP_VECTORS <= keys; i += EXP_VECTORS)
+        V(sum_up)(scores + i * P, P, maximum, exps + i * P, sums, EXP_VECTORS);
+    MHA_UNROLL
+    for (size_t rest = 1; rest < EXP_VECTORS; rest++)
+        if (rest == keys - i)
+            V(sum_up)(scores + i * P, P, maximum, exps + i * P, sums, rest);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 static void V(softmax_step)(const void *scores_, size_t keys, size_t vectors, void *exps_, void *maximum_, void *sum_,
                             void *factor_)
 {
@@ -144,16 +158,7 @@ static void V(softmax_step)(const void *scores_, size_t keys, size_t vectors, vo
         REAL *sum = (REAL *)sum_ + lane, *factor = (REAL *)factor_ + lane;
         const VEC old = V(load)(maximum);
         const VEC new = V(largest)(scores, keys, P, old);
-        /* four short sums have a smaller error than a long one */
-        VEC sums[EXP_VECTORS] = {V(splat)(0), V(splat)(0), V(splat)(0), V(splat)(0)};
-        size_t i = 0;
-        for (; i + EXP_VECTORS <= keys; i += EXP_VECTORS)
-            V(sum_up)(scores + i * P, P, new, exps + i * P, sums, EXP_VECTORS);
-        MHA_UNROLL
-        for (size_t rest = 1; rest < EXP_VECTORS; rest++)
-            if (rest == keys - i)
-                V(sum_up)(scores + i * P, P, new, exps + i * P, sums, rest);
-        const VEC block_sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        const VEC block_sum = V(sum_of_exps)(scores, keys, P, new, exps);
         const VEC rescale = V(exp)(old - new);
         V(store)(sum, V(fma)(V(load)(sum), rescale, block_sum));
         V(store)(maximum, new);

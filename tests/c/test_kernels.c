@@ -501,6 +501,76 @@ static void test_philox(void)
     }
 }
 
+/* ---- A handful of tokens ---- */
+
+/* The same attention, by one kernel after another: rows [queries][Dv]. */
+static void attend_step_by_step(const bench *b, const mha_handful *h, char *rows)
+{
+    const size_t size = b->k->size, lanes = b->k->lanes, most = MHA_HANDFUL * lanes;
+    char *steps = buffer(b, 5, 3 * most + 3 * lanes);
+    char *panel = steps, *scores = panel + most * size, *sums = scores + most * size, *maximum = sums + most * size;
+    char *sum = maximum + lanes * size, *factor = sum + lanes * size;
+    const mha_product to_scores = {.rows = h->keys, .depth = h->D, .vectors = 1, .a = h->k, .a_row = h->k_row, .a_k = 1,
+                                   .b = panel, .b_k = lanes, .c = scores, .c_row = lanes};
+    const mha_product to_sums = {.rows = h->Dv, .depth = h->keys, .vectors = 1, .a = h->v, .a_row = 1, .a_k = h->v_row,
+                                 .b = scores, .b_k = lanes, .c = sums, .c_row = lanes};
+    for (size_t first = 0; first < h->queries; first += lanes) {
+        const size_t count = h->queries - first < lanes ? h->queries - first : lanes;
+        b->k->pack_panel((const char *)h->q + first * (size_t)h->q_row * size, (size_t)h->q_row, count, h->D, h->scale,
+                         panel, 1);
+        b->k->product(&to_scores);
+        b->k->softmax_begin(maximum, sum, 1);
+        b->k->softmax_step(scores, h->keys, 1, scores, maximum, sum, factor);
+        b->k->product(&to_sums);
+        b->k->softmax_end(sum, factor, 1, h->empty_row);
+        b->k->unpack_panel(sums, 1, factor, count, h->Dv, rows + first * h->Dv * size, h->Dv);
+    }
+}
+
+static void check_handful(const bench *b, size_t queries, size_t keys, size_t D, size_t Dv, size_t gap, double spoilt)
+{
+    const mha_dtype t = b->dtype;
+    const size_t size = b->k->size;
+    mha_handful h = {.queries = queries, .keys = keys, .D = D, .Dv = Dv, .q_row = (ptrdiff_t)(D + gap),
+                     .k_row = (ptrdiff_t)(D + 2 * gap), .v_row = (ptrdiff_t)(Dv + gap),
+                     .context_row = (ptrdiff_t)(Dv + gap), .scale = 0.3,
+                     .empty_row = gap ? MHA_EMPTY_ROW_NAN : MHA_EMPTY_ROW_ZERO};
+    DESCRIBE("%s %s attend_handful, %zu queries of %zu, %zu keys of %zu, gap %zu, %a", b->k->name, dtype_name(t),
+             queries, D, keys, Dv, gap, spoilt);
+    h.q = random_buffer(b, 0, queries * (D + gap) - gap, 1);
+    h.k = random_buffer(b, 1, keys ? keys * (D + 2 * gap) - 2 * gap : 0, 2);
+    void *v = random_buffer(b, 2, keys ? keys * (Dv + gap) - gap : 0, 3);
+    h.v = v;
+    h.context = buffer(b, 3, queries * (Dv + gap) - gap);
+    if (spoilt != 0 && keys > 0)
+        put(t, v, (ptrdiff_t)((keys - 1) * (Dv + gap)), spoilt);
+    char *wanted = buffer(b, 4, queries * Dv);
+    attend_step_by_step(b, &h, wanted);
+    b->k->attend_handful(&h);
+    for (size_t l = 0; l < queries; l++) {
+        for (size_t d = 0; d < Dv; d++)
+            CHECK_SAME(get(t, h.context, (ptrdiff_t)(l * (Dv + gap) + d)), get(t, wanted, (ptrdiff_t)(l * Dv + d)), l,
+                       d);
+        if (l + 1 < queries)
+            CHECK(all_canaries((unsigned char *)h.context + (l * (Dv + gap) + Dv) * size, gap * size),
+                  "wrote behind row %zu", l);
+    }
+    for (size_t slot = 0; slot < 6; slot++)
+        CHECK(guarded_intact(slot), "wrote beside buffer %zu", slot);
+}
+
+static void test_handful(const bench *b)
+{
+    static const size_t some[] = {1, 2, 3, 5, 8, 13, 16};
+    enum { SOME = sizeof some / sizeof *some };
+    for (size_t i = 0; i < SOME * SOME * SOME && b->vectors == 1; i++) {
+        const size_t queries = some[i % SOME], D = some[i / SOME % SOME], Dv = some[i / SOME / SOME];
+        for (size_t keys = 0; keys <= MHA_HANDFUL; keys += 1 + i % 3)
+            check_handful(b, queries, keys, D, Dv, i % 2 * 3, 0);
+        check_handful(b, queries, 1 + i % MHA_HANDFUL, D, Dv, 0, i % 2 ? NAN : INFINITY);
+    }
+}
+
 int main(void)
 {
     test_philox();
@@ -511,5 +581,6 @@ int main(void)
     on_every_bench(test_accumulate_and_fill);
     on_every_bench(test_is_finite);
     on_every_bench(test_dropout);
+    on_every_bench(test_handful);
     return check_report("test_kernels");
 }

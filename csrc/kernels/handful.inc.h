@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * handful.inc.h - attention of a handful of tokens in one call (kernels.inc.h includes it).
+ */
+
+/* c[r][lane] = sum over k of a[r * a_row + k * a_k] * b[k][lane], as in tile.inc.h. `rows` is a constant. */
+INLINE void V(sums)(const REAL *a, ptrdiff_t a_row, ptrdiff_t a_k, const REAL *b, size_t depth, REAL *c,
+                    const size_t rows)
+{
+    VEC sum[8];
+    MHA_UNROLL
+    for (size_t r = 0; r < rows; r++)
+        sum[r] = V(splat)(0);
+    for (size_t k = 0; k < depth; k++, a += a_k) {
+        const VEC b_k = V(load)(b + k * LANES);
+        MHA_UNROLL
+        for (size_t r = 0; r < rows; r++)
+            sum[r] = V(fma)(V(broadcast)(a + (ptrdiff_t)r * a_row), b_k, sum[r]);
+    }
+    MHA_UNROLL
+    for (size_t r = 0; r < rows; r++)
+        V(store)(c + r * LANES, sum[r]);
+}
+
+INLINE void V(small_product)(const REAL *a, ptrdiff_t a_row, ptrdiff_t a_k, size_t rows, const REAL *b, size_t depth,
+                             REAL *c)
+{
+    size_t r = 0;
+    for (; r + 8 <= rows; r += 8)
+        V(sums)(a + (ptrdiff_t)r * a_row, a_row, a_k, b, depth, c + r * LANES, 8);
+    if (r + 4 <= rows) {
+        V(sums)(a + (ptrdiff_t)r * a_row, a_row, a_k, b, depth, c + r * LANES, 4);
+        r += 4;
+    }
+    if (r + 2 <= rows) {
+        V(sums)(a + (ptrdiff_t)r * a_row, a_row, a_k, b, depth, c + r * LANES, 2);
+        r += 2;
+    }
+    if (r < rows)
+        V(sums)(a + (ptrdiff_t)r * a_row, a_row, a_k, b, depth, c + r * LANES, 1);
+}
+
+/* Some queries, at most a vector of them. */
+INLINE void V(attend_vector)(const mha_handful *h, const REAL *q, size_t queries, REAL *context)
+{
+    REAL panel[MHA_HANDFUL * LANES], scores[MHA_HANDFUL * LANES], sums[MHA_HANDFUL * LANES];
+    REAL sum[LANES], inverse[LANES];
+    const size_t q_row = (size_t)h->q_row, context_row = (size_t)h->context_row;
+    if (h->D < LANES)
+        V(pack_narrow)(q, q_row, queries, 0, h->D, (REAL)h->scale, panel, LANES);
+    else
+        V(pack_panel)(q, q_row, queries, h->D, h->scale, panel, 1);
+    V(small_product)(h->k, h->k_row, 1, h->keys, panel, h->D, scores);
+    const VEC maximum = V(largest)(scores, h->keys, LANES, V(splat)(V(LOWEST)));
+    V(store)(sum, V(sum_of_exps)(scores, h->keys, LANES, maximum, scores));
+    V(softmax_end)(sum, inverse, 1, h->empty_row);
+    V(small_product)(h->v, 1, h->v_row, h->Dv, scores, h->keys, sums);
+    if (h->Dv < LANES)
+        V(unpack_narrow)(sums, LANES, inverse, queries, 0, h->Dv, context, context_row);
+    else
+        V(unpack_panel)(sums, 1, inverse, queries, h->Dv, context, context_row);
+}
+
+static void V(attend_handful)(const mha_handful *h)
+{
+    for (size_t first = 0; first < h->queries; first += LANES) {
+        const size_t queries = h->queries - first < LANES ? h->queries - first : LANES;
+        V(attend_vector)(h, (const REAL *)h->q + (ptrdiff_t)first * h->q_row, queries,
+                         (REAL *)h->context + (ptrdiff_t)first * h->context_row);
+    }
+}
