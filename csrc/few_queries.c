@@ -124,7 +124,7 @@ size_t mha_plan_few_queries(mha_few_queries *f, const mha_attention *a, const mh
     mha_place(plan, &f->sum, lanes + widest, 1, size);
     mha_place(plan, &f->y, rows, f->y_stride, size);
     mha_place(plan, &f->bias_factor, items * padded, 1, size);
-    mha_place(plan, &f->is_given_up, items, 1, sizeof *f->is_given_up);
+    mha_place(plan, &f->is_given_up, items, f->a->L, sizeof *f->is_given_up);
     take_scratch(f, NULL, &scratch);
     return scratch.bytes;
 }
@@ -142,15 +142,57 @@ static char *numbers_at(const mha_few_queries *f, char *numbers, size_t index)
     return numbers + index * f->layer->kernels->size;
 }
 
-static void give_up_unless_finite(const mha_few_queries *f, size_t i, const char *numbers, size_t count)
+/* ---- What is given up ---- */
+
+static bool is_given_up(const mha_few_queries *f, size_t i, size_t l)
 {
-    if (!f->layer->kernels->is_finite(numbers, count))
-        atomic_store_explicit(&f->is_given_up[i], true, memory_order_relaxed);
+    return atomic_load_explicit(&f->is_given_up[i * f->a->L + l], memory_order_relaxed);
 }
 
-bool mha_is_given_up(const mha_few_queries *f, size_t i)
+/* Gives query l of an item up unless these numbers of it are finite. */
+static void give_up_unless_finite(const mha_few_queries *f, size_t i, size_t l, const char *numbers, size_t count)
 {
-    return atomic_load_explicit(&f->is_given_up[i], memory_order_relaxed);
+    if (!f->layer->kernels->is_finite(numbers, count))
+        atomic_store_explicit(&f->is_given_up[i * f->a->L + l], true, memory_order_relaxed);
+}
+
+/* The same for the queries of some lanes, of which x [rows][lanes] has a column each. */
+static void give_up_lanes(const mha_few_queries *f, size_t i, size_t first_lane, size_t count, const char *x,
+                          size_t rows, size_t lanes)
+{
+    const size_t size = f->layer->kernels->size;
+    if (f->layer->kernels->is_finite(x, rows * lanes))
+        return;
+    for (size_t lane = 0; lane < count; lane++)
+        for (size_t row = 0; row < rows; row++)
+            give_up_unless_finite(f, i, (first_lane + lane) / f->layer->widths.H, x + (row * lanes + lane) * size, 1);
+}
+
+static size_t count_given_up(const mha_few_queries *f, size_t i)
+{
+    size_t count = 0;
+    for (size_t l = 0; l < f->a->L; l++)
+        count += is_given_up(f, i, l);
+    return count;
+}
+
+mha_status mha_give_up_items(const mha_few_queries *f, const mha_call *call, mha_items *items, mha_kept *kept)
+{
+    const mha_batch *batch = f->a->batch;
+    size_t queries = 0;
+    for (size_t i = 0; i < batch->count; i++) {
+        const size_t given_up = count_given_up(f, i);
+        items->is_picked[mha_number_of(batch, i)] = given_up == 0;
+        queries += given_up > 0 ? f->a->L - given_up : 0;
+    }
+    if (queries == 0)
+        return MHA_OK;
+    const mha_status status = mha_make_room(kept, f->layer, call, queries);
+    for (size_t i = 0; status == MHA_OK && i < batch->count; i++)
+        for (size_t l = 0; l < f->a->L && !items->is_picked[mha_number_of(batch, i)]; l++)
+            if (!is_given_up(f, i, l))
+                mha_keep_results(kept, mha_number_of(batch, i), l);
+    return status;
 }
 
 /* ---- Keys' inputs ---- */
@@ -205,7 +247,8 @@ static void check_constants(const mha_few_queries *f, size_t i, size_t h, const 
         product.addend = d ? s->rows : NULL;
         kernels->product(&product);
     }
-    give_up_unless_finite(f, i, s->rows, f->a->L * P);
+    for (size_t l = 0; l < f->a->L; l++)
+        give_up_unless_finite(f, i, l, s->rows + l * P * size, P);
 }
 
 static void absorb_task(void *context, size_t task, size_t worker)
@@ -241,7 +284,7 @@ static void pack_task(void *context, size_t task, size_t worker)
 /* ---- attend ---- */
 
 /* Computes the masked scores of a panel for the visible keys of a block. `first` is the number of lane 0 in the item. A
- * visible score that is not finite gives the item up. */
+ * visible score that is not finite gives its query up. */
 static mha_visible score_inputs(const mha_few_queries *f, size_t i, size_t first, mha_panel panel,
                                 const mha_key_block *block, const char *queries, const scratch_pieces *s)
 {
@@ -265,7 +308,7 @@ static mha_visible score_inputs(const mha_few_queries *f, size_t i, size_t first
     if (!kernels->is_finite(s->scores, visible.keys * P)) { /* before the masks are added, which may be infinite */
         if (visible.is_biased)
             kernels->hide(s->scores, s->bias, visible.keys * P, 0);
-        give_up_unless_finite(f, i, s->scores, visible.keys * P);
+        give_up_lanes(f, i, first, panel.count, s->scores, visible.keys, P);
     }
     if (visible.is_biased)
         kernels->accumulate(s->scores, s->bias, visible.keys * P);
@@ -412,7 +455,7 @@ static void check_context(const mha_few_queries *f, size_t i, size_t h)
     for (size_t l = 0; l < f->a->L; l++) {
         const bool is_empty = is_zero(kernels, numbers_at(f, f->bias_factor, i * padded_lanes(f) + l * w->H + h));
         if (!is_empty || mha_empty_row_of(f->a) != MHA_EMPTY_ROW_NAN)
-            give_up_unless_finite(f, i, mha_row_at(&f->a->context, i, h, l), w->Dv);
+            give_up_unless_finite(f, i, l, mha_row_at(&f->a->context, i, h, l), w->Dv);
     }
 }
 
@@ -545,7 +588,7 @@ mha_status mha_attend_few_queries(const mha_few_queries *f)
     };
     enum { STAGES = sizeof stages / sizeof *stages, TO_CONTEXT = STAGES - 2 };
     mha_status status = MHA_OK;
-    for (size_t i = 0; i < items; i++)
+    for (size_t i = 0; i < items * f->a->L; i++)
         atomic_init(&f->is_given_up[i], false);
     for (size_t i = 0; i < (f->a->wanted ? STAGES : TO_CONTEXT) && status == MHA_OK; i++)
         status = mha_parallel_for(f->a->team, stages[i].tasks, stages[i].task, (void *)f);

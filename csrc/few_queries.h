@@ -9,7 +9,8 @@
  * for every head. All heads of all queries of an item are lanes side by side: lane i is query i / H, head i % H.
  *
  * The equations hold for finite numbers only. An infinite x_s makes the score infinite, but projecting the key gives
- * infinities of both signs, whose sum is NaN. So an item is given up when a number that is not finite is found.
+ * infinities of both signs, whose sum is NaN. So a query is given up when it meets a number that is not finite. Its item
+ * goes through another pass, and of the results of that pass it gets its own. Those of the other queries stay.
  */
 #ifndef MHA_FEW_QUERIES_H
 #define MHA_FEW_QUERIES_H
@@ -17,6 +18,7 @@
 #include <stdatomic.h>
 
 #include "attention.h"
+#include "kept.h"
 #include "layer.h"
 
 typedef struct {
@@ -35,7 +37,7 @@ typedef struct {
     char *maximum, *sum;
     char *y;           /* [item][L * H]: rows sum_s p_s x_s, normalised */
     char *bias_factor; /* [item][lanes]: what bv is multiplied by: 1, or 0 if the query sees no key */
-    atomic_bool *is_given_up; /* [item]: a number that is not finite was found */
+    atomic_bool *is_given_up; /* [item][L]: the query met a number that is not finite */
     size_t t_stride, y_stride; /* numbers between rows of t, and of y */
 } mha_few_queries;
 
@@ -48,10 +50,11 @@ void mha_pick_few_queries(const mha_layer *layer, const mha_call *call, mha_item
 size_t mha_plan_few_queries(mha_few_queries *f, const mha_attention *a, const mha_layer *layer, const mha_rows *key,
                             const mha_rows *value, mha_plan *plan);
 
-/* Fills the context of the items, and their probabilities if they are wanted. The results of items that are given up
- * are undefined. */
+/* Fills the context of the items, and their probabilities if they are wanted. */
 mha_status mha_attend_few_queries(const mha_few_queries *f);
 
-bool mha_is_given_up(const mha_few_queries *f, size_t i);
+/* When the results of a call have been written: items with queries that were given up are no longer picked, and the
+ * results of their other queries are kept. */
+mha_status mha_give_up_items(const mha_few_queries *f, const mha_call *call, mha_items *items, mha_kept *kept);
 
 #endif

@@ -44,15 +44,6 @@ static inline mha_rows mha_numbered(const mha_rows *x, const ptrdiff_t *numbers)
     return rows;
 }
 
-/* The same rows with items in the place of rows, and rows in the place of items. */
-static inline mha_rows mha_by_rows(const mha_rows *x)
-{
-    mha_rows rows = *x;
-    rows.item = x->row;
-    rows.row = x->item;
-    return rows;
-}
-
 /* The distance between rows in numbers, for kernels. */
 static inline ptrdiff_t mha_row_numbers(const mha_rows *x)
 {

@@ -10,10 +10,8 @@ enum { MIN_APART = 4 }; /* vectors of a head; narrower heads are not apart, sinc
 
 void mha_walk_live_keys(mha_walk *walk, const mha_batch *batch, mha_plan *plan)
 {
-    const bool is_whole = mha_all_live_keys(batch) == batch->count * batch->S;
-    *walk = (mha_walk){.items = batch->count, .length = batch->S, .live = is_whole ? NULL : batch};
-    if (!is_whole)
-        walk->first_at = mha_place(plan, &walk->first, walk->items + 1, 1, sizeof *walk->first);
+    *walk = (mha_walk){.items = batch->count, .length = batch->S, .live = batch};
+    walk->first_at = mha_place(plan, &walk->first, walk->items + 1, 1, sizeof *walk->first);
 }
 
 void mha_number_rows(const mha_walk *walk)
@@ -32,7 +30,7 @@ static size_t rows_of_item(const mha_walk *walk, size_t i)
 
 bool mha_is_same_walk(const mha_walk *a, const mha_walk *b)
 {
-    return a->items == b->items && a->length == b->length && a->live == b->live;
+    return a->items == b->items && a->length == b->length && a->by_rows == b->by_rows && a->live == b->live;
 }
 
 size_t mha_walk_rows(const mha_walk *walk)
@@ -75,6 +73,14 @@ static mha_run run_of_item(const mha_walk *walk, const mha_rows *x, bool is_gath
     return (mha_run){mha_row_at(x, i, 0, numbers[0]), rows, x->row};
 }
 
+/* The same for a walk by rows: row l of items i, i + 1, ..., and then row l + 1. */
+static mha_run run_by_rows(const mha_walk *walk, const mha_rows *x, size_t r, size_t end)
+{
+    const size_t i = r % walk->items, rows = end - r;
+    const bool goes_on = x->row == (ptrdiff_t)walk->items * x->item;
+    return (mha_run){mha_row_at(x, i, 0, r / walk->items), goes_on ? rows : mha_smaller(walk->items - i, rows), x->item};
+}
+
 /* Whether rows lie in the order of their numbers, as in the workspace. */
 static bool is_in_order(const mha_walk *walk, const mha_rows *x)
 {
@@ -84,6 +90,8 @@ static bool is_in_order(const mha_walk *walk, const mha_rows *x)
 
 mha_run mha_run_at(const mha_walk *walk, const mha_rows *x, bool is_gathered, size_t r, size_t end)
 {
+    if (walk->by_rows)
+        return run_by_rows(walk, x, r, end);
     if (is_in_order(walk, x))
         return (mha_run){x->data + (ptrdiff_t)r * x->row, end - r, x->row};
     size_t l, i = find_item(walk, r, &l), of_item = rows_of_item(walk, i);
@@ -114,9 +122,9 @@ static size_t place(mha_plan *plan, const mha_kernels *kernels, const mha_walk *
     const size_t size = kernels->size;
     rows->type = kernels->dtype;
     rows->step = (ptrdiff_t)size;
-    rows->row = (ptrdiff_t)(row * size);
+    rows->row = (ptrdiff_t)((walk->by_rows ? walk->items : 1) * row * size);
     rows->head = (ptrdiff_t)(head * size);
-    rows->item = walk->live ? rows->row : (ptrdiff_t)(walk->length * row * size);
+    rows->item = (ptrdiff_t)((walk->by_rows || walk->live ? 1 : walk->length) * row * size);
     rows->items = NULL;
     if (walk->live)
         mha_point(plan, &rows->items, walk->first_at);

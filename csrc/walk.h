@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * walk.h - goes through rows of all items, one item after another, in runs of rows at equal distances.
+ * walk.h - goes through rows of all items, in runs of rows at equal distances.
  */
 #ifndef MHA_WALK_H
 #define MHA_WALK_H
@@ -8,9 +8,11 @@
 #include "batch.h"
 #include "workspace.h"
 
-/* Which rows: the first `length` of each item, or its live keys. They are numbered through all items. */
+/* Which rows: the first `length` of each item, or its live keys. They are numbered item by item, or row by row through
+ * all items. */
 typedef struct {
     size_t items, length;
+    bool by_rows;          /* row 0 of every item comes first, then row 1; only for all items of a call, and all rows */
     const mha_batch *live; /* NULL: all items have `length` rows */
     ptrdiff_t *first;      /* [items + 1]: the number of the first row of each item; not used if live is NULL */
     size_t first_at;       /* its place in the workspace */

@@ -55,8 +55,8 @@ class Explanation:
     heads : tuple of int
         The heads that were asked for.
     paths : tuple of str
-        How the layer computes each batch item: "ordinary", or "few queries", which does not project keys. An item on
-        the latter path is computed again on the ordinary one if its scores or results are not finite.
+        How the layer computes each batch item: "ordinary", or "few queries", which does not project keys. A query
+        on the latter path is computed again on the ordinary one if its scores or results are not finite.
     masks : tuple of MaskEffect
         What each mask hides.
     warnings : tuple of str

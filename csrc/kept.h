@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * kept.h - results of some queries, which are kept while another pass writes all results of their items.
+ */
+#ifndef MHA_KEPT_H
+#define MHA_KEPT_H
+
+#include "mha.h"
+
+/* Initialise with zeros. Release `memory` with mha_release(), also after an error. */
+typedef struct {
+    struct {
+        mha_rows rows; /* of the call */
+        size_t heads;
+        size_t bytes; /* of a row; 0: not wanted */
+    } results[3];     /* output, context, probabilities */
+    size_t queries;
+    size_t (*query)[2]; /* [queries]: an item's number, and the query's */
+    char *copies;
+    char *memory;
+} mha_kept;
+
+/* Makes room for the results of some queries. */
+mha_status mha_make_room(mha_kept *kept, const mha_layer *layer, const mha_call *call, size_t queries);
+
+/* Copies the results of one more query. */
+void mha_keep_results(mha_kept *kept, size_t n, size_t l);
+
+/* Writes them where they came from. */
+void mha_put_back(const mha_kept *kept);
+
+#endif

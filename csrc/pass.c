@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * pass.c - plans a pass: where the rows of each step are, and in which order it goes through them.
+ *
+ * Owns: the layout of the workspace.
+ */
+#include "pass.h"
+
+#include "probabilities.h"
+#include "schedule.h"
+
+/* Between rows of an item in the workspace; several such rows share a page. */
+enum { MAX_ROW_BYTES = 1024 };
+
+_Static_assert(sizeof(mha_pass) <= MHA_MAX_PASS, "schedule.c has room for it");
+
+/* Whether other items' rows lie between those of an item, as in an array (length, N, features). */
+static bool lies_by_rows(const mha_pass *p, const mha_rows *x)
+{
+    return p->batch->count > 1 && p->batch->count == p->of->call->N && x->item < x->row;
+}
+
+/* A walk through rows of an input that are projected to `width` numbers. It goes as they lie, unless projected rows of
+ * an item would be too far apart. */
+static mha_walk walk_of_input(const mha_pass *p, const mha_rows *x, size_t length, size_t width)
+{
+    const size_t bytes = p->batch->count * width * p->of->layer->kernels->size;
+    return (mha_walk){.items = p->batch->count, .length = length,
+                      .by_rows = bytes <= MAX_ROW_BYTES && lies_by_rows(p, x)};
+}
+
+/* Rows y of the workspace as a target. */
+static mha_target target_of(const mha_panels *panels, const mha_rows *y, size_t head_width)
+{
+    const ptrdiff_t row = y->item < y->row ? y->item : y->row;
+    return (mha_target){panels, y, head_width, (size_t)row / mha_size_of(y->type)};
+}
+
+static void plan_queries(mha_pass *p, mha_plan *plan)
+{
+    const mha_layer *layer = p->of->layer;
+    const mha_widths *w = &layer->widths;
+    mha_rows *q = &p->attention.q;
+    p->query = mha_numbered(&p->of->call->query, p->batch->numbers);
+    p->queries = walk_of_input(p, &p->query, p->of->call->L, w->H * w->D);
+    const size_t heads = mha_place_heads(plan, layer->kernels, &p->queries, w->H, w->D, q);
+    const mha_target target = target_of(&layer->q, q, heads);
+    mha_add_projection(p->inputs, &p->input_count, &p->queries, &p->query, &target);
+}
+
+static void plan_keys(mha_pass *p, mha_plan *plan)
+{
+    const mha_layer *layer = p->of->layer;
+    const mha_call *call = p->of->call;
+    const mha_widths *w = &layer->widths;
+    mha_rows *k = &p->attention.k, *v = &p->attention.v;
+    if (mha_all_live_keys(p->batch) == p->batch->count * call->S)
+        p->keys = walk_of_input(p, &p->key, call->S, w->Hkv * mha_larger(w->D, w->Dv));
+    else
+        mha_walk_live_keys(&p->keys, p->batch, plan);
+    const size_t k_heads = mha_place_heads(plan, layer->kernels, &p->keys, w->Hkv, w->D, k);
+    const size_t v_heads = mha_place_heads(plan, layer->kernels, &p->keys, w->Hkv, w->Dv, v);
+    const mha_target to_k = target_of(&layer->k, k, k_heads), to_v = target_of(&layer->v, v, v_heads);
+    if (!call->static_k.data)
+        mha_add_projection(p->inputs, &p->input_count, &p->keys, &p->key, &to_k);
+    if (!call->static_v.data)
+        mha_add_projection(p->inputs, &p->input_count, &p->keys, &p->value, &to_v);
+}
+
+/* All but q, k, v and context, which the plans of the steps set. */
+static void describe_attention(mha_pass *p)
+{
+    const mha_layer *layer = p->of->layer;
+    const mha_call *call = p->of->call;
+    const mha_widths *w = &layer->widths;
+    const size_t heads = call->wanted == MHA_WANT_AVERAGES ? 1 : w->H;
+    mha_attention *a = &p->attention;
+    a->kernels = layer->kernels;
+    a->batch = p->batch;
+    a->rules = &p->of->rules;
+    a->L = call->L;
+    a->H = w->H;
+    a->Hkv = w->Hkv;
+    a->D = w->D;
+    a->Dv = w->Dv;
+    a->extra_k = layer->extra_k;
+    a->extra_v = layer->extra_v;
+    a->wanted = call->wanted;
+    a->probabilities = mha_contiguous_rows(call->attn_weights, layer->kernels->dtype, heads, call->L,
+                                           call->S + p->batch->extra);
+    a->probabilities.items = p->batch->numbers;
+    a->team = &p->team;
+}
+
+static void plan_output(mha_pass *p, mha_plan *plan)
+{
+    const mha_layer *layer = p->of->layer;
+    mha_rows *context = &p->attention.context;
+    mha_place_rows(plan, layer->kernels, &p->queries, layer->widths.H, layer->widths.Dv, context);
+    p->output = mha_numbered(&p->of->call->output, p->batch->numbers);
+    p->results = p->queries;
+    p->results.by_rows = lies_by_rows(p, &p->output);
+    p->last = (mha_projection){.walk = &p->results, .x = context, .targets = 1,
+                               .target = {{&layer->out, &p->output, 0, layer->widths.Eo}}};
+}
+
+void mha_plan_pass(void *memory, const void *passes, const mha_batch *batch, const mha_team *team, mha_plan *plan)
+{
+    mha_pass *p = memory;
+    p->of = passes;
+    p->batch = batch;
+    p->team = *team;
+    p->key = mha_numbered(&p->of->call->key, batch->numbers);
+    p->value = mha_numbered(&p->of->call->value, batch->numbers);
+    p->input_count = 0;
+    plan_queries(p, plan);
+    if (!p->of->is_few)
+        plan_keys(p, plan);
+    describe_attention(p);
+    plan_output(p, plan);
+    if (plan->layout.too_large)
+        return;
+
+    const mha_layer *layer = p->of->layer;
+    mha_attention *a = &p->attention;
+    size_t scratch = p->of->is_few ? mha_plan_few_queries(&p->few, a, layer, &p->key, &p->value, plan)
+                     : a->wanted   ? mha_plan_probabilities(a, plan)
+                                   : mha_plan_attention(a);
+    for (size_t i = 0; i < p->input_count; i++)
+        scratch = mha_larger(scratch, mha_plan_projection(layer->kernels, &p->inputs[i], team->threads));
+    p->team.scratch_bytes = mha_larger(scratch, mha_plan_projection(layer->kernels, &p->last, team->threads));
+    mha_place(plan, &p->team.scratch, team->threads, p->team.scratch_bytes, 1);
+}

@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * pass.h - a pass over items of a call: what each of its steps is about, and what each hands to the next.
+ */
+#ifndef MHA_PASS_H
+#define MHA_PASS_H
+
+#include "few_queries.h"
+#include "layer.h"
+#include "projection.h"
+
+/* What the passes of a call have in common. */
+typedef struct {
+    const mha_layer *layer;
+    const mha_call *call;
+    mha_rules rules;
+    mha_items *items; /* few_queries.c takes those that are picked */
+    bool is_few;      /* whether a pass is over these */
+    mha_kept *kept;   /* results of few_queries.c that the next pass leaves alone */
+} mha_passes;
+
+/* Rows of the call are reached by an item's number, those of the workspace by its place in the batch. */
+typedef struct {
+    const mha_passes *of;
+    const mha_batch *batch;
+    mha_team team;
+    mha_walk queries, keys, results;
+    mha_rows query, key, value, output;
+    mha_projection inputs[MHA_TARGETS], last;
+    size_t input_count;
+    mha_attention attention; /* its q, k, v and context are what the steps hand on */
+    mha_few_queries few;
+} mha_pass;
+
+/* Plans a pass, as mha_steps says (schedule.h). `memory` has room for an mha_pass. `passes` is an mha_passes. */
+void mha_plan_pass(void *memory, const void *passes, const mha_batch *batch, const mha_team *team, mha_plan *plan);
+
+#endif
