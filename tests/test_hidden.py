@@ -152,6 +152,31 @@ def test_visible_numbers_still_spread(bad):
         assert any("In torch, these also reach queries" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_mask_hides_what_another_one_spoils(dtype, bad, need_weights):
+    """-inf in one mask, or the causal order, hides a key also where another mask has NaN or infinity, unlike in torch."""
+    module = helpers.layer(64, 4, batch_first=True, dtype=dtype)
+    x = normal((2, 70, 64), dtype)
+    late = helpers.causal_mask(70, 70)
+    spoilt = {"attn_mask": np.where(late, bad, 0.5).astype(dtype), "is_causal": True}
+    calls = [(spoilt, {"attn_mask": np.full((70, 70), 0.5, dtype), "is_causal": True})]
+    mask, padding = normal((70, 70), dtype), normal((2, 70), dtype, 1)
+    mask[:, 30:40], padding[:, 30:40] = -np.inf, bad
+    calls.append(({"attn_mask": mask, "key_padding_mask": padding},
+                  {"attn_mask": mask, "key_padding_mask": np.where(np.isfinite(padding), padding, 0)}))
+    for given, plain in calls:
+        output, weights = module(x, x, x, need_weights=need_weights, **given)
+        want = module(x, x, x, need_weights=need_weights, **plain)
+        np.testing.assert_array_equal(output, want[0])
+        if need_weights:
+            np.testing.assert_array_equal(weights, want[1])
+        masks = {"key_padding_mask": None, "attn_mask": None, "is_causal": False, **given}
+        defined = check.definition.attend(module, x, x, x, need_weights=need_weights, average_attn_weights=True, **masks)
+        np.testing.assert_allclose(output, defined[0], atol=1e-5)
+
+
 def test_explained_scores():
     """The scores of hidden keys are -inf, whatever is stored there."""
     module = helpers.layer(8, 2, batch_first=True)

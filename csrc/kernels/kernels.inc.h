@@ -25,6 +25,9 @@
 
 enum { VECTORS = 3 }; /* of a panel, at most */
 
+#define LOWEST_f32 (-FLT_MAX)
+#define LOWEST_f64 (-DBL_MAX)
+
 #define MHA_KERNELS(isa, suffix, real, kind) \
     { \
         .name = isa, .dtype = kind, .size = sizeof(real), .lanes = PASTE(lanes, suffix), .vectors = VECTORS, \

@@ -105,6 +105,14 @@ static void V(read_row)(mha_mask_kind kind, const char *row, ptrdiff_t stride, c
         V(read_row_of)(MHA_MASK_FLOAT64, row, stride, block, keys, values);
 }
 
+/* The sum of two masks, or -inf where one of them is -inf: it hides the key, even if the other one is inf or NaN. */
+INLINE VEC V(add_numbers)(VEC a, VEC b)
+{
+    const VEC lowest = V(splat)(V(LOWEST));
+    b = V(zero_below)(b, a, lowest);
+    return V(zero_below)(a, b, lowest) + b;
+}
+
 /* bias = what the masks of numbers add. Returns whether that is anything but 0. */
 static bool V(read_numbers)(REAL *bias, size_t keys, size_t P, size_t count, const mha_mask_block *block)
 {
@@ -132,7 +140,9 @@ static bool V(read_numbers)(REAL *bias, size_t keys, size_t P, size_t count, con
                 v[i] = has_attn ? V(load)(row[i] + k) : V(splat)(0);
             V(transpose)(v);
             for (size_t i = 0; i < LANES && k + i < keys; i++) {
-                const VEC x = v[i] + V(splat)(of_keys[k + i]);
+                VEC x = v[i] + V(splat)(0); /* -0 would look like a bias */
+                if (block->padding_kind)
+                    x = V(add_numbers)(x, V(splat)(of_keys[k + i]));
                 V(store)(bias + (k + i) * P + first, x);
                 not_zero = V(either)(not_zero, x);
             }
@@ -181,7 +191,7 @@ static mha_visible V(read_masks)(void *bias_, size_t keys, size_t vectors, size_
             REAL *at = bias + k * P + lane;
             VEC x = V(hide)(V(load)(hidden[k / WORD_BITS] + lane), k % WORD_BITS);
             if (has_numbers)
-                x = V(load)(at) + x;
+                x = V(add_numbers)(V(load)(at), x);
             V(store)(at, x);
         }
     while (has_numbers && keys > 0 && V(is_hidden)(bias + (keys - 1) * P, P))

@@ -18,8 +18,6 @@ _Static_assert(EXP_VECTORS == 4, "sum_of_exps() adds up four sums");
 #define LN_2_f64 0x1.62e42fefa39efp-1
 #define POWERS_f32 8
 #define POWERS_f64 1
-#define LOWEST_f32 (-FLT_MAX)
-#define LOWEST_f64 (-DBL_MAX)
 #define EXP_LOWEST_f32 (-0x1.5d589ep+6f)
 #define EXP_LOWEST_f64 (-0x1.6232bdd7abcd2p+9)
 #define ROUND_f32 (12582912.0f + POWERS_f32 * 127)

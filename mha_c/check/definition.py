@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -134,16 +135,18 @@ def _attend(
     n, h, length, _ = scores.shape
     s = k_nse.shape[1]
     # Masks are added up in the layer's own dtype, in which -1e38 and -3e38 are together -inf. The extra keys have none.
-    mask = np.zeros((n, h, length, s), query.dtype)
+    masks = [np.zeros((n, h, length, s), query.dtype)]
+    if attn_mask is not None:
+        added = to_float_mask(attn_mask, query.dtype)
+        masks.append(added if added.ndim == 2 else added.reshape(n, h, length, s))
+    if key_padding_mask is not None:
+        masks.append(to_float_mask(key_padding_mask, query.dtype).reshape(n, 1, 1, s))
+    if is_causal:
+        masks.append(to_float_mask(hidden_by_causality(length, s), query.dtype))
     with np.errstate(over="ignore", invalid="ignore"):
-        if attn_mask is not None:
-            added = to_float_mask(attn_mask, query.dtype)
-            mask = mask + (added if added.ndim == 2 else added.reshape(n, h, length, s))
-        if key_padding_mask is not None:
-            mask = mask + to_float_mask(key_padding_mask, query.dtype).reshape(n, 1, 1, s)
-        if is_causal:
-            mask = mask + to_float_mask(hidden_by_causality(length, s), query.dtype)
-        scores[..., :s] = np.where(np.isneginf(mask), -np.inf, scores[..., :s] + mask)
+        mask = functools.reduce(np.add, masks)
+        hides = functools.reduce(np.logical_or, map(np.isneginf, [*masks, mask]))  # -inf hides, also beside NaN
+        scores[..., :s] = np.where(hides, -np.inf, scores[..., :s] + mask)
 
     weights = _softmax(scores, np.nan if need_weights and layer.masked_rows == "torch" else 0.0)
     concatenation = _weighted_sums(weights, v, np.isneginf(scores)).transpose(0, 2, 1, 3).reshape(n, length, h * layer.v_head_dim)

@@ -249,8 +249,8 @@ static double mask_number(mha_mask_kind kind, const char *at)
 
 static void put_mask_number(mha_mask_kind kind, char *at, uint64_t word)
 {
-    static const double special[] = {0, -INFINITY, -FLT_MAX, -DBL_MAX, 0.1, -3};
-    const double x = word % 8 < 6 ? special[word % 8] : (double)(word >> 44) * 0x1p-18;
+    static const double special[] = {0, -INFINITY, -FLT_MAX, -DBL_MAX, 0.1, -3, NAN, INFINITY};
+    const double x = word % 10 < 8 ? special[word % 10] : (double)(word >> 44) * 0x1p-18;
     if (kind == MHA_MASK_FLOAT64)
         put_at(MHA_FLOAT64, at, x);
     else if (kind == MHA_MASK_FLOAT32)
@@ -288,13 +288,14 @@ static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t lanes
 static double expected_bias(const bench *b, const mha_mask_block *m, size_t i, size_t lane)
 {
     const size_t s = key_number(m, i);
-    double bias = 0;
+    double attn = 0, padding = 0;
     if (m->attn_kind)
-        bias = rounded(b->dtype, mask_number(m->attn_kind, m->attn[lane] + (ptrdiff_t)s * m->attn_s));
+        attn = rounded(b->dtype, mask_number(m->attn_kind, m->attn[lane] + (ptrdiff_t)s * m->attn_s));
     if (m->padding_kind)
-        bias = rounded(b->dtype, bias + rounded(b->dtype, mask_number(m->padding_kind, m->padding + (ptrdiff_t)s *
-                                                                                                  m->padding_s)));
-    return m->is_causal && s > m->query[lane] ? -INFINITY : bias;
+        padding = rounded(b->dtype, mask_number(m->padding_kind, m->padding + (ptrdiff_t)s * m->padding_s));
+    if (attn == -INFINITY || padding == -INFINITY || (m->is_causal && s > m->query[lane]))
+        return -INFINITY;
+    return rounded(b->dtype, attn + padding);
 }
 
 static void check_masks(const bench *b, size_t keys, size_t count, mha_mask_block m, mask_case attn, mask_case of_keys,
