@@ -410,6 +410,8 @@ size_t mha_plan_attention(mha_attention *a)
 {
     atomic_init(&a->is_careful, false);
     a->shared = a->H / a->Hkv;
+    if (is_handful(a))
+        return 0; /* its kernel has what it needs on the stack */
     a->split = mha_split_width(a->kernels, a->L);
     choose_tasks(a);
     return mha_plan_panels(a, max_task_panels(a));
