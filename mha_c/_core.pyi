@@ -136,6 +136,16 @@ def scaled_dot_product_attention(
     /,
 ) -> NDArray[Any]: ...
 
+def normalize(
+    input: Any,
+    normalized_shape: tuple[int, ...],
+    weight: Any,
+    bias: Any,
+    eps: float,
+    is_rms: bool,
+    /,
+) -> NDArray[Any]: ...
+
 def sample(arrays: tuple[NDArray[Any], ...], /) -> bytes: ...
 
 num_threads: ContextVar[int | None]

@@ -35,7 +35,7 @@ enum { VECTORS = 3 }; /* of a panel, at most */
         .softmax_merge = PASTE(softmax_merge, suffix), \
         .softmax_probabilities = PASTE(softmax_probabilities, suffix), .softmax_end = PASTE(softmax_end, suffix), \
         .accumulate = PASTE(accumulate, suffix), .fill = PASTE(fill, suffix), .is_finite = PASTE(is_finite, suffix), \
-        .dropout = PASTE(dropout, suffix), \
+        .dropout = PASTE(dropout, suffix), .normalize = PASTE(normalize, suffix), \
     }
 
 #endif
@@ -55,6 +55,8 @@ _Static_assert(MHA_BLOCK_KEYS % LANES == 0, "a row of a block of masks is whole 
 #include "softmax.inc.h"
 
 #include "rows.inc.h"
+
+#include "norm.inc.h"
 
 #undef LANES
 #undef VEC
