@@ -1,6 +1,6 @@
 """The C extension: the forward pass, its packed parameters and the thread pool; help() describes its parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, Generic, ParamSpec, TypeVar, final
 
@@ -138,10 +138,10 @@ def scaled_dot_product_attention(
 
 def normalize(
     input: Any,
-    normalized_shape: tuple[int, ...],
+    normalized_shape: Sequence[int],
     weight: Any,
     bias: Any,
-    eps: float,
+    eps: float | None,
     is_rms: bool,
     /,
 ) -> NDArray[Any]: ...

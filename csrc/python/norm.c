@@ -8,6 +8,8 @@
  */
 #include "norm.h"
 
+#include <float.h>
+
 #include "../norm.h"
 #include "arrays.h"
 #include "run.h"
@@ -29,6 +31,8 @@ typedef struct {
     int ndim; /* the axes that are normalized: the last ones of the input */
     npy_intp normalized_shape[NPY_MAXDIMS];
 
+    bool has_eps;
+
     size_t length[NPY_MAXDIMS]; /* what `call` points to */
     ptrdiff_t distance[NPY_MAXDIMS];
     mha_norm_call call;
@@ -36,24 +40,65 @@ typedef struct {
 
 /* ---- Arguments ---- */
 
+static const char *function_name(const norm_arguments *arguments)
+{
+    return arguments->call.is_rms ? "rms_norm" : "layer_norm";
+}
+
+static int raise_shape_type(const norm_arguments *arguments, PyObject *object)
+{
+    PyErr_Format(PyExc_TypeError, "%s(): argument 'normalized_shape' (position 2) must be tuple of ints, not %s",
+                 function_name(arguments), Py_TYPE(object)->tp_name);
+    return -1;
+}
+
+/* Any object with __index__ is an int, except that torch takes no bool for one. */
+static int collect_size(const norm_arguments *arguments, PyObject *object, Py_ssize_t i, npy_intp *size)
+{
+    if (!PyIndex_Check(object) || PyBool_Check(object)) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s(): argument 'normalized_shape' (position 2) must be tuple of ints, but found element of type "
+                     "%s at pos %zd",
+                     function_name(arguments), Py_TYPE(object)->tp_name, i);
+        return -1;
+    }
+    *size = PyNumber_AsSsize_t(object, PyExc_OverflowError);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 static int collect_shape(PyObject *object, norm_arguments *arguments)
 {
-    if (!PyTuple_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "normalized_shape must be a tuple of ints, not %s", Py_TYPE(object)->tp_name);
+    if (!PyTuple_Check(object) && !PyList_Check(object))
+        return raise_shape_type(arguments, object);
+    PyObject *shape = PySequence_Tuple(object); /* a list may change meanwhile */
+    if (shape == NULL)
         return -1;
-    }
-    const Py_ssize_t ndim = PyTuple_GET_SIZE(object);
+    const Py_ssize_t ndim = PyTuple_GET_SIZE(shape);
+    int result = 0;
     if (ndim > NPY_MAXDIMS) {
         PyErr_Format(PyExc_ValueError, "normalized_shape has %zd axes, and an array at most %d", ndim, NPY_MAXDIMS);
-        return -1;
+        result = -1;
     }
+    for (Py_ssize_t i = 0; result == 0 && i < ndim; i++)
+        result = collect_size(arguments, PyTuple_GET_ITEM(shape, i), i, &arguments->normalized_shape[i]);
     arguments->ndim = (int)ndim;
-    for (Py_ssize_t i = 0; i < ndim; i++) {
-        arguments->normalized_shape[i] = PyLong_AsSsize_t(PyTuple_GET_ITEM(object, i));
-        if (PyErr_Occurred())
-            return -1;
-    }
-    return 0;
+    Py_DECREF(shape);
+    return result;
+}
+
+/* None is the machine's epsilon, and rms_norm alone has that default. */
+static int collect_eps(PyObject *object, norm_arguments *arguments)
+{
+    arguments->has_eps = object != Py_None || !arguments->call.is_rms;
+    if (!arguments->has_eps)
+        return 0;
+    arguments->call.eps = PyFloat_AsDouble(object);
+    if (!PyErr_Occurred())
+        return 0;
+    if (PyErr_ExceptionMatches(PyExc_TypeError))
+        PyErr_Format(PyExc_TypeError, "%s(): argument 'eps' (position %d) must be float, not %s",
+                     function_name(arguments), arguments->call.is_rms ? 4 : 5, Py_TYPE(object)->tp_name);
+    return -1;
 }
 
 static int collect_parameter(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
@@ -101,10 +146,10 @@ static int make_readable(norm_arguments *arguments)
 static int collect(const module_state *state, PyObject *const *objects, norm_arguments *arguments)
 {
     const int is_rms = PyObject_IsTrue(objects[ARGUMENT_IS_RMS]);
-    arguments->call.eps = PyFloat_AsDouble(objects[ARGUMENT_EPS]);
-    if (PyErr_Occurred() || collect_shape(objects[ARGUMENT_NORMALIZED_SHAPE], arguments) < 0)
+    arguments->call.is_rms = is_rms > 0;
+    if (is_rms < 0 || collect_shape(objects[ARGUMENT_NORMALIZED_SHAPE], arguments) < 0 ||
+        collect_eps(objects[ARGUMENT_EPS], arguments) < 0)
         return -1;
-    arguments->call.is_rms = is_rms != 0;
     arguments->input = array_from_object(state, objects[ARGUMENT_INPUT], "input");
     if (arguments->input == NULL ||
         collect_parameter(state, objects[ARGUMENT_WEIGHT], "weight", &arguments->weight) < 0 ||
@@ -209,6 +254,8 @@ static int prepare(norm_arguments *arguments)
     mha_norm_call *call = &arguments->call;
     const int lead = PyArray_NDIM(input) - arguments->ndim;
     call->dtype = array_has_dtype(input, MHA_FLOAT64) ? MHA_FLOAT64 : MHA_FLOAT32;
+    if (!arguments->has_eps)
+        call->eps = call->dtype == MHA_FLOAT64 ? DBL_EPSILON : FLT_EPSILON;
     call->axes = (size_t)lead;
     call->length = arguments->length;
     call->distance = arguments->distance;
