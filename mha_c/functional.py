@@ -524,7 +524,7 @@ def rms_norm(
 
     Raises
     ------
-    RuntimeError, TypeError, NotImplementedError
+    RuntimeError, ValueError, TypeError, NotImplementedError
         If shapes, dtypes or types do not fit, as in torch. Unlike in torch, the weight must have the input's dtype.
 
     Examples

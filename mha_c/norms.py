@@ -142,33 +142,7 @@ class _Norm(Module):
         """Whether the layer has parameters."""
         return self._parameters.weight is not None
 
-    def forward(self, input: AnyArray) -> Array:
-        """Normalize every row of the input; calling the layer does the same.
-
-        Parameters
-        ----------
-        input : array, (..., *normalized_shape)
-            Of the layer's dtype. A layer without parameters takes float32 and float64. NumPy arrays, or other objects
-            on the CPU with the array interface, the buffer protocol or DLPack. It is not modified. It is copied only if
-            the numbers of a row are not adjacent, or if it is misaligned or byte-swapped.
-
-        Returns
-        -------
-        numpy.ndarray
-            C-contiguous, of the input's shape and dtype.
-
-        Raises
-        ------
-        RuntimeError, TypeError, NotImplementedError
-            If the shape, the dtype or the type does not fit, as in torch. The message has torch's words and says what
-            to write instead.
-
-        Examples
-        --------
-        >>> import mha_c, numpy as np
-        >>> mha_c.LayerNorm(4).forward(np.zeros((2, 3, 4), np.float32)).shape
-        (2, 3, 4)
-        """
+    def _normalize(self, input: Any) -> Array:
         parameters = self._parameters
         try:
             return _core.normalize(
@@ -177,8 +151,6 @@ class _Norm(Module):
         except REFUSALS as error:
             advise_on_norm(error, input, self._normalized_shape, parameters.weight, parameters.bias, is_layer=True)
             raise
-
-    __call__ = forward
 
     @classmethod
     @knows_foreign_keywords
@@ -460,6 +432,37 @@ class LayerNorm(_Norm):
         names = (("weight", "bias") if bias else ("weight",)) if elementwise_affine else ()
         self._make(normalized_shape, eps, names, device, dtype)
 
+    def forward(self, input: AnyArray) -> Array:
+        """Normalize every row of the input; calling the layer does the same.
+
+        Parameters
+        ----------
+        input : array, (..., *normalized_shape)
+            Of the layer's dtype. A layer without parameters takes float32 and float64. NumPy arrays, or other objects
+            on the CPU with the array interface, the buffer protocol or DLPack. It is not modified. It is copied only if
+            the numbers of a row are not adjacent, or if it is misaligned or byte-swapped.
+
+        Returns
+        -------
+        numpy.ndarray
+            C-contiguous, of the input's shape and dtype.
+
+        Raises
+        ------
+        RuntimeError, TypeError, NotImplementedError
+            If the shape, the dtype or the type does not fit, as in torch. The message has torch's words and says what
+            to write instead.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> mha_c.LayerNorm(4).forward(np.zeros((2, 3, 4), np.float32)).shape
+        (2, 3, 4)
+        """
+        return self._normalize(input)
+
+    __call__ = forward
+
 
 class RMSNorm(_Norm):
     """Root mean square layer normalization, as ``torch.nn.RMSNorm`` computes it.
@@ -534,3 +537,34 @@ class RMSNorm(_Norm):
         dtype: Any = None,
     ) -> None:
         self._make(normalized_shape, eps, ("weight",) if elementwise_affine else (), device, dtype)
+
+    def forward(self, x: AnyArray) -> Array:
+        """Normalize every row of the input; calling the layer does the same.
+
+        Parameters
+        ----------
+        x : array, (..., *normalized_shape)
+            Of the layer's dtype. A layer without parameters takes float32 and float64. NumPy arrays, or other objects
+            on the CPU with the array interface, the buffer protocol or DLPack. It is not modified. It is copied only if
+            the numbers of a row are not adjacent, or if it is misaligned or byte-swapped.
+
+        Returns
+        -------
+        numpy.ndarray
+            C-contiguous, of the input's shape and dtype.
+
+        Raises
+        ------
+        RuntimeError, ValueError, TypeError, NotImplementedError
+            If the shape, the dtype or the type does not fit, as in torch. The message has torch's words and says what
+            to write instead.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> mha_c.RMSNorm(4).forward(np.zeros((2, 3, 4), np.float32)).shape
+        (2, 3, 4)
+        """
+        return self._normalize(x)
+
+    __call__ = forward

@@ -206,6 +206,11 @@ static int check_shapes(const norm_arguments *arguments)
         return raise_parameter_shape(arguments, weight, "weight");
     if (bias != NULL && !array_has_shape(bias, ndim, shape))
         return raise_parameter_shape(arguments, bias, "bias");
+    if (lead < 0 && arguments->call.is_rms) {
+        PyErr_Format(PyExc_ValueError, "Input tensor must have at least %d dimensions, but got %d", ndim,
+                     PyArray_NDIM(input));
+        return -1;
+    }
     if (lead < 0 || !PyArray_CompareLists(PyArray_DIMS(input) + lead, shape, ndim))
         return raise_input_shape(arguments);
     return 0;

@@ -216,7 +216,7 @@ class ArraySet:
             if array.dtype.kind not in "biufV":  # V: bfloat16 and others of ml_dtypes
                 raise ValueError(f"{name}: expected real numbers, but got {array.dtype}")
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as in torch
-            cast = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
+            cast = {name: np.asarray(array, dtype, order="C") for name, array in arrays.items()}
         self.dtype = dtype
         self._buffer = b"".join(array.data for array in cast.values())
         self._shapes = {name: array.shape for name, array in cast.items()}
