@@ -463,13 +463,13 @@ def layer_norm(
 
     Parameters
     ----------
-    input : array, (..., *normalized_shape)
+    input : array, (..., normalized_shape)
         float32 or float64.
     normalized_shape : tuple or list of int
         The sizes of the last axes, over which the input is normalized.
-    weight : array, (*normalized_shape,), optional
+    weight : array, of the shape `normalized_shape`, optional
         The factors of the features, of the input's dtype.
-    bias : array, (*normalized_shape,), optional
+    bias : array, of the shape `normalized_shape`, optional
         What is added to the features, of the input's dtype.
     eps : float, default 1e-05
         Added to the variance.
@@ -508,11 +508,11 @@ def rms_norm(
 
     Parameters
     ----------
-    input : array, (..., *normalized_shape)
+    input : array, (..., normalized_shape)
         float32 or float64.
     normalized_shape : tuple or list of int
         The sizes of the last axes, over which the input is normalized.
-    weight : array, (*normalized_shape,), optional
+    weight : array, of the shape `normalized_shape`, optional
         The factors of the features, of the input's dtype.
     eps : float, optional
         Added to the mean of the squares. None: the machine's epsilon in the input's dtype.

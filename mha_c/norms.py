@@ -437,7 +437,7 @@ class LayerNorm(_Norm):
 
         Parameters
         ----------
-        input : array, (..., *normalized_shape)
+        input : array, (..., normalized_shape)
             Of the layer's dtype. A layer without parameters takes float32 and float64. NumPy arrays, or other objects
             on the CPU with the array interface, the buffer protocol or DLPack. It is not modified. It is copied only if
             the numbers of a row are not adjacent, or if it is misaligned or byte-swapped.
@@ -543,7 +543,7 @@ class RMSNorm(_Norm):
 
         Parameters
         ----------
-        x : array, (..., *normalized_shape)
+        x : array, (..., normalized_shape)
             Of the layer's dtype. A layer without parameters takes float32 and float64. NumPy arrays, or other objects
             on the CPU with the array interface, the buffer protocol or DLPack. It is not modified. It is copied only if
             the numbers of a row are not adjacent, or if it is misaligned or byte-swapped.

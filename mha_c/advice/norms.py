@@ -28,7 +28,7 @@ def advise_on_norm(
     Examples
     --------
     >>> import numpy as np
-    >>> error = RuntimeError("Given normalized_shape=[8], expected input with shape [*, 8], but got input of size[8, 2]")
+    >>> error = RuntimeError("expected input with shape [*, 8], but got input of size[8, 2]")
     >>> advise_on_norm(error, np.zeros((8, 2), np.float32), (8,), None, None)
     >>> str(error).partition("size[8, 2]. ")[2]
     'input has the shape (8, 2), but its last axis must be 8: if axis 0 is meant, pass np.moveaxis(input, 0, -1).'
