@@ -13,7 +13,9 @@ from __future__ import annotations
 
 __all__ = [
     "AnyArray",
+    "LayerNorm",
     "MultiheadAttention",
+    "RMSNorm",
     "explain",
     "get_num_threads",
     "num_threads",
@@ -36,6 +38,7 @@ except ModuleNotFoundError as error:
 
 from mha_c._version import __version__ as __version__
 from mha_c.layer import MultiheadAttention
+from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray
 from mha_c.threads import get_num_threads, num_threads, set_num_threads, show_config
 

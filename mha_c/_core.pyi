@@ -1,6 +1,6 @@
 """The C extension: the forward pass, its packed parameters and the thread pool; help() describes its parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, Generic, ParamSpec, TypeVar, final
 
@@ -133,6 +133,16 @@ def scaled_dot_product_attention(
     enable_gqa: bool,
     dropout_seed: int,
     out: NDArray[Any] | None,
+    /,
+) -> NDArray[Any]: ...
+
+def normalize(
+    input: Any,
+    normalized_shape: Sequence[int],
+    weight: Any,
+    bias: Any,
+    eps: float | None,
+    is_rms: bool,
     /,
 ) -> NDArray[Any]: ...
 

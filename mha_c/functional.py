@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention as functions: torch.nn.functional's scaled_dot_product_attention and multi_head_attention_forward.
+"""Attention and norms as functions: torch.nn.functional's scaled_dot_product_attention, multi_head_attention_forward,
+layer_norm and rms_norm.
 
-Both have torch's signatures, shapes, exceptions and words, on NumPy arrays. There are two additions: masks can be
+They have torch's signatures, shapes, exceptions and words, on NumPy arrays. There are two additions: masks can be
 combined with `is_causal`, and `dropout_seed` makes dropout repeatable.
 """
 
 import math
 import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
@@ -17,11 +18,12 @@ from mha_c import _core
 from mha_c.advice.arguments import REFUSALS, shape_of
 from mha_c.advice.calls import advise_on_call
 from mha_c.advice.keywords import knows_foreign_keywords
+from mha_c.advice.norms import advise_on_norm
 from mha_c.advice.products import advise_on_product
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.sets import SEPARATE_WEIGHTS
 
-__all__ = ["multi_head_attention_forward", "scaled_dot_product_attention"]
+__all__ = ["layer_norm", "multi_head_attention_forward", "rms_norm", "scaled_dot_product_attention"]
 
 
 def __dir__() -> list[str]:
@@ -447,3 +449,93 @@ def _of_one_dtype(is_separate: bool, *parameters: Array | None) -> tuple[Any, ..
                 f"torch says: mat1 and mat2 must have the same dtype, but got {a} and {b}"
             )
     return parameters
+
+
+@knows_foreign_keywords
+def layer_norm(
+    input: AnyArray,
+    normalized_shape: Sequence[int],
+    weight: AnyArray | None = None,
+    bias: AnyArray | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    """Compute what `mha_c.LayerNorm` computes, with the parameters as arguments.
+
+    Parameters
+    ----------
+    input : array, (..., normalized_shape)
+        float32 or float64.
+    normalized_shape : tuple or list of int
+        The sizes of the last axes, over which the input is normalized.
+    weight : array, of the shape `normalized_shape`, optional
+        The factors of the features, of the input's dtype.
+    bias : array, of the shape `normalized_shape`, optional
+        What is added to the features, of the input's dtype.
+    eps : float, default 1e-05
+        Added to the variance.
+
+    Returns
+    -------
+    numpy.ndarray
+        C-contiguous, of the input's shape and dtype.
+
+    Raises
+    ------
+    RuntimeError, TypeError, NotImplementedError
+        If shapes, dtypes or types do not fit, as in torch. The message has torch's words and says what to write
+        instead.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mha_c.functional import layer_norm
+    >>> layer_norm(np.array([[1.0, 3.0], [5.0, 5.0]]), (2,), eps=0.0625).round(4)
+    array([[-0.9701,  0.9701],
+           [ 0.    ,  0.    ]])
+    """
+    try:
+        return _core.normalize(input, normalized_shape, weight, bias, eps, False)
+    except REFUSALS as error:
+        advise_on_norm(error, input, normalized_shape, weight, bias)
+        raise
+
+
+@knows_foreign_keywords
+def rms_norm(
+    input: AnyArray, normalized_shape: Sequence[int], weight: AnyArray | None = None, eps: float | None = None
+) -> Array:
+    """Compute what `mha_c.RMSNorm` computes, with the weight as an argument.
+
+    Parameters
+    ----------
+    input : array, (..., normalized_shape)
+        float32 or float64.
+    normalized_shape : tuple or list of int
+        The sizes of the last axes, over which the input is normalized.
+    weight : array, of the shape `normalized_shape`, optional
+        The factors of the features, of the input's dtype.
+    eps : float, optional
+        Added to the mean of the squares. None: the machine's epsilon in the input's dtype.
+
+    Returns
+    -------
+    numpy.ndarray
+        C-contiguous, of the input's shape and dtype.
+
+    Raises
+    ------
+    RuntimeError, ValueError, TypeError, NotImplementedError
+        If shapes, dtypes or types do not fit, as in torch. Unlike in torch, the weight must have the input's dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mha_c.functional import rms_norm
+    >>> rms_norm(np.array([3.0, 4.0, 0.0, 0.0]), (4,), np.array([1.0, 1.0, 1.0, 2.0])).round(4)
+    array([1.2, 1.6, 0. , 0. ])
+    """
+    try:
+        return _core.normalize(input, normalized_shape, weight, None, eps, True)
+    except REFUSALS as error:
+        advise_on_norm(error, input, normalized_shape, weight, None)
+        raise

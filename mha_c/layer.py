@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head attention as a layer: torch's constructor, call, attributes and state dict over the C core."""
 
-import math
 import operator
 import os
 import sys
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, overload
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
@@ -16,13 +13,24 @@ from mha_c import _core
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.calls import advise_on_call, warn_of_decoding
 from mha_c.advice.keywords import knows_foreign_keywords
+from mha_c.module import (
+    Module,
+    Option,
+    Parameter,
+    check_device,
+    check_memory,
+    check_torch_module,
+    flag,
+    float_dtype,
+    lock,
+)
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.initialization import initial_parameters
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.loading import infer_layer
 from mha_c.parameters.schemes import Layout
 from mha_c.parameters.sets import ParameterSet, Widths, integer, number
-from mha_c.parameters.state_dict import IncompatibleKeys, match_state_dict, read_layer, write_layer
+from mha_c.parameters.state_dict import read_layer, write_layer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,15 +42,6 @@ else:
 __all__ = ["MultiheadAttention", "OutputProjection", "facts_of", "layer_with", "next_dropout_call", "parameters_of"]
 
 MaskedRows: TypeAlias = Literal["torch", "zero"]
-
-_Value = TypeVar("_Value")
-
-_DEVICES = ("cpu", "cuda", "hip", "hpu", "meta", "mps", "mtia", "xla", "xpu")
-
-# Held for an instant, to count a call or to swap a set of parameters, so one lock serves all layers. Forking waits for
-# it, or a child could inherit it locked. Reentrant, since a signal handler or a finalizer may call a layer in that instant.
-_lock = threading.RLock()
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class _Width(property):
@@ -57,48 +56,6 @@ class _Width(property):
         def __get__(self, layer: Any, owner: type | None = None) -> int: ...  # type: ignore[override]
 
 
-class _Parameter(property):
-    """A parameter as an attribute: reading gives the array, or None where the layer has none; assigning replaces it."""
-
-    def __init__(self, name: str, doc: str) -> None:
-        def read(layer: "MultiheadAttention") -> Array | None:
-            return layer._parameters.arrays.get(name)
-
-        def replace(layer: "MultiheadAttention", value: Any) -> None:
-            layer._assign(name, value)
-
-        super().__init__(read, replace)
-        self.__doc__ = doc  # before Python 3.12, property's own argument for it does nothing in a subclass
-
-    if TYPE_CHECKING:
-
-        def __get__(self, layer: Any, owner: type | None = None) -> Array | None: ...  # type: ignore[override]
-
-
-class _Option(property, Generic[_Value]):
-    """An argument of the constructor as an attribute, which is checked whenever it is assigned."""
-
-    def __init__(self, name: str, check: Callable[[str, Any], _Value], doc: str) -> None:
-        def assign(layer: "MultiheadAttention", value: Any) -> None:
-            setattr(layer, f"_{name}", check(name, value))
-
-        super().__init__(operator.attrgetter(f"_{name}"), assign)
-        self.__doc__ = f"{doc}; a change takes effect at the next call."
-
-    if TYPE_CHECKING:
-
-        def __get__(self, layer: Any, owner: type | None = None) -> _Value: ...  # type: ignore[override]
-
-        def __set__(self, layer: Any, value: _Value) -> None: ...
-
-
-def _flag(name: str, value: Any) -> bool:
-    """Any object that Python can test for truth, as in torch, except text: "no" would be true."""
-    if isinstance(value, str):
-        raise TypeError(f"{name} must be True or False, but got {value!r}")
-    return value  # type: ignore[no-any-return]
-
-
 def _seed(name: str, value: Any) -> int:
     """A seed of 64 bits; a random one if `value` is None."""
     return int.from_bytes(os.urandom(8), "little") if value is None else integer(name, value) % 2**64
@@ -110,7 +67,7 @@ def _masked_rows(name: str, value: Any) -> MaskedRows:
     return value  # type: ignore[no-any-return]
 
 
-class MultiheadAttention:
+class MultiheadAttention(Module):
     """Multi-head attention on NumPy arrays, as ``torch.nn.MultiheadAttention`` computes it.
 
     Each head compares every query with every key, turns the scores into weights that sum to 1, and takes the weighted
@@ -220,30 +177,29 @@ class MultiheadAttention:
     v_head_dim = _Width("v_head_dim", "Features of a value head")
     out_dim = _Width("out_dim", "Features of the output")
 
-    in_proj_weight = _Parameter(
+    in_proj_weight = Parameter(
         "in_proj_weight", "The query, key and value projections, stacked, if kdim = vdim = embed_dim; else None."
     )
-    q_proj_weight = _Parameter("q_proj_weight", "The query projection, if kdim or vdim is not embed_dim; else None.")
-    k_proj_weight = _Parameter("k_proj_weight", "The key projection, if kdim or vdim is not embed_dim; else None.")
-    v_proj_weight = _Parameter("v_proj_weight", "The value projection, if kdim or vdim is not embed_dim; else None.")
-    in_proj_bias = _Parameter(
+    q_proj_weight = Parameter("q_proj_weight", "The query projection, if kdim or vdim is not embed_dim; else None.")
+    k_proj_weight = Parameter("k_proj_weight", "The key projection, if kdim or vdim is not embed_dim; else None.")
+    v_proj_weight = Parameter("v_proj_weight", "The value projection, if kdim or vdim is not embed_dim; else None.")
+    in_proj_bias = Parameter(
         "in_proj_bias", "The biases of the query, key and value projections, stacked; None without `bias`."
     )
-    bias_k = _Parameter("bias_k", "The learned key of `add_bias_kv`, (1, 1, features); else None.")
-    bias_v = _Parameter("bias_v", "The learned value of `add_bias_kv`, (1, 1, features); else None.")
+    bias_k = Parameter("bias_k", "The learned key of `add_bias_kv`, (1, 1, features); else None.")
+    bias_v = Parameter("bias_v", "The learned value of `add_bias_kv`, (1, 1, features); else None.")
 
-    dropout = _Option("dropout", number, "Probability of dropping an attention weight, in training mode only")
-    batch_first = _Option("batch_first", _flag, "Whether inputs are (N, L, E) rather than (L, N, E)")
-    add_zero_attn = _Option("add_zero_attn", _flag, "Whether to append one key and value of zeros")
-    masked_rows = _Option("masked_rows", _masked_rows, "What a query gets if every key is hidden from it")
-    training = _Option("training", _flag, "Whether the layer is in training mode")
-    dropout_seed = _Option("dropout_seed", _seed, "Seed of the dropped weights")
+    dropout = Option("dropout", number, "Probability of dropping an attention weight, in training mode only")
+    batch_first = Option("batch_first", flag, "Whether inputs are (N, L, E) rather than (L, N, E)")
+    add_zero_attn = Option("add_zero_attn", flag, "Whether to append one key and value of zeros")
+    masked_rows = Option("masked_rows", _masked_rows, "What a query gets if every key is hidden from it")
+    dropout_seed = Option("dropout_seed", _seed, "Seed of the dropped weights")
 
+    _parameters: ParameterSet
     _dropout: float  # where these are kept: each call reads them, and a property takes longer
     _batch_first: bool
     _add_zero_attn: bool
     _masked_rows: MaskedRows
-    _training: bool
     _dropout_seed: int
     _warns_of_decoding = True
 
@@ -271,12 +227,10 @@ class MultiheadAttention:
         num_kv_heads: int | None = None,
     ) -> None:
         widths = Widths.from_arguments(embed_dim, num_heads, kdim, vdim, head_dim, v_head_dim, out_dim, num_kv_heads)
-        _check_device(device)
-        real = _float_dtype(dtype)
-        shapes = widths.shapes(bool(_flag("bias", bias)), bool(_flag("add_bias_kv", add_bias_kv)))
-        size = sum(math.prod(shape) for shape in shapes.values()) * real.itemsize
-        if size > sys.maxsize:
-            raise MemoryError(f"the parameters would take {size:,} bytes, with embed_dim={widths.embed_dim:,}")
+        check_device(device)
+        real = float_dtype(dtype)
+        shapes = widths.shapes(bool(flag("bias", bias)), bool(flag("add_bias_kv", add_bias_kv)))
+        check_memory(shapes, real, f"embed_dim={widths.embed_dim:,}")
         arrays = initial_parameters(shapes, real, seed)
         parameters = ParameterSet(widths, arrays, real)
         self._set_up(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
@@ -306,12 +260,6 @@ class MultiheadAttention:
         layer = cls.__new__(cls)
         layer._set_up(parameters, *arguments, **named)
         return layer
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        # A call is forward without an indirection, unless a class defines __call__ itself.
-        if cls.__call__ in [base.__dict__.get("forward") for base in cls.__mro__]:
-            cls.__call__ = cls.forward  # type: ignore[method-assign]
 
     @overload
     def forward(
@@ -439,7 +387,7 @@ class MultiheadAttention:
     __call__ = forward
 
     def _count_dropout_call(self) -> int:
-        with _lock:
+        with lock:
             call = self._dropout_calls
             self._dropout_calls = call + 1
         return call
@@ -452,201 +400,6 @@ class MultiheadAttention:
     @property
     def _qkv_same_embed_dim(self) -> bool:
         return self._parameters.widths.packed
-
-    def _assign(self, name: str, value: Any) -> None:
-        """Replace one parameter, cast to the layer's dtype."""
-        current = self._parameters.arrays.get(name)
-        if current is None:
-            raise AttributeError(f"this layer has no {name}: it has {', '.join(self._parameters.arrays)}")
-        array = as_array(value)
-        if array.shape != current.shape:
-            raise ValueError(f"{name} has shape {current.shape}, but got an array of shape {array.shape}")
-        self._replace({name: array})
-
-    def _replace(self, arrays: Mapping[str, Array], dtype: np.dtype[Any] | None = None) -> None:
-        """Swap in a new set of parameters. If another thread was faster, start again from its set."""
-        while True:
-            old = self._parameters
-            new = ParameterSet(old.widths, {**old.arrays, **arrays}, dtype or old.dtype)
-            with _lock:
-                if self._parameters is old:
-                    self._parameters = new
-                    return
-
-    def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Array]]:
-        """Iterate over the names and arrays of the parameters, in the order of the state dict.
-
-        Parameters
-        ----------
-        prefix : str, default ""
-            What to write before each name, followed by a dot.
-
-        Yields
-        ------
-        tuple of str and numpy.ndarray
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> [(name, array.shape) for name, array in mha_c.MultiheadAttention(4, 2, bias=False).named_parameters()]
-        [('in_proj_weight', (12, 4)), ('out_proj.weight', (4, 4))]
-        """
-        for name, array in self._parameters.arrays.items():
-            yield f"{prefix}.{name}" if prefix else name, array
-
-    def parameters(self) -> Iterator[Array]:
-        """Iterate over the arrays of the parameters, in the order of the state dict.
-
-        Yields
-        ------
-        numpy.ndarray
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> sum(array.size for array in mha_c.MultiheadAttention(8, 2).parameters())
-        288
-        """
-        yield from self._parameters.arrays.values()
-
-    def state_dict(self, *, prefix: str = "") -> OrderedDict[str, Array]:
-        """Return the parameters by name, with torch's names in torch's order.
-
-        Parameters
-        ----------
-        prefix : str, default ""
-            What to write before each name; no dot is added.
-
-        Returns
-        -------
-        collections.OrderedDict of str to numpy.ndarray
-            The layer's own read-only arrays.
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> list(mha_c.MultiheadAttention(8, 2).state_dict(prefix="attention."))[:2]
-        ['attention.in_proj_weight', 'attention.in_proj_bias']
-        """
-        return OrderedDict((prefix + name, array) for name, array in self._parameters.arrays.items())
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
-        """Replace the parameters by those of a state dict; if there is an error, nothing changes.
-
-        Parameters
-        ----------
-        state_dict : mapping of str to array or tensor
-            The arrays by torch's names. Any dtype is cast to the layer's.
-        strict : bool, default True
-            Whether the names must be exactly the layer's.
-
-        Returns
-        -------
-        IncompatibleKeys
-            The named tuple (missing_keys, unexpected_keys).
-
-        Raises
-        ------
-        RuntimeError
-            If names (with `strict`) or shapes differ; the message has torch's words.
-        TypeError
-            If `state_dict` is not a mapping.
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> attention = mha_c.MultiheadAttention(8, 2)
-        >>> attention.load_state_dict(mha_c.MultiheadAttention(8, 2).state_dict())
-        <All keys matched successfully>
-        """
-        shapes = {name: array.shape for name, array in self._parameters.arrays.items()}
-        arrays, incompatible = match_state_dict(type(self).__name__, shapes, state_dict, strict)
-        self._replace(arrays)
-        return incompatible
-
-    def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> Self:
-        """Cast the parameters, in place; the CPU is the only device.
-
-        Parameters
-        ----------
-        device : str, torch.device, or the dtype
-            "cpu" or None. As in torch, the dtype may be the only argument.
-        dtype : str, numpy.dtype or torch.dtype, optional
-            float32 or float64. None: no change.
-        non_blocking : bool, default False
-            Ignored. torch has it.
-
-        Returns
-        -------
-        MultiheadAttention
-            The layer itself.
-
-        Raises
-        ------
-        TypeError
-            If the dtype is not float32 or float64.
-        RuntimeError
-            If the device is not the CPU.
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> mha_c.MultiheadAttention(8, 2).to("float64").out_proj.weight.dtype
-        dtype('float64')
-        >>> mha_c.MultiheadAttention(8, 2).to("cpu", "float64").out_proj.weight.dtype
-        dtype('float64')
-        """
-        if dtype is None and not _is_device(device):
-            device, dtype = None, device
-        _check_device(device)
-        if dtype is not None:
-            self._replace({}, _float_dtype(dtype))
-        return self
-
-    def train(self, mode: bool = True) -> Self:
-        """Switch training mode on or off. Dropout is active in training mode only.
-
-        Parameters
-        ----------
-        mode : bool, default True
-            True for training mode, False for evaluation mode.
-
-        Returns
-        -------
-        MultiheadAttention
-            The layer itself.
-
-        Raises
-        ------
-        ValueError
-            If `mode` is not a bool.
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> mha_c.MultiheadAttention(8, 2).train(False).training
-        False
-        """
-        if not isinstance(mode, bool):
-            raise ValueError("training mode is expected to be boolean")
-        self.training = mode
-        return self
-
-    def eval(self) -> Self:
-        """Switch to evaluation mode, without dropout: ``train(False)``.
-
-        Returns
-        -------
-        MultiheadAttention
-            The layer itself.
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> mha_c.MultiheadAttention(8, 2, dropout=0.1).eval().training
-        False
-        """
-        return self.train(False)
 
     @classmethod
     @knows_foreign_keywords
@@ -760,7 +513,7 @@ class MultiheadAttention:
             )
         if dtype is None and arrays["out_proj.weight"].dtype == np.float64:
             dtype = np.float64
-        parameters = ParameterSet(widths, arrays, _float_dtype(dtype))
+        parameters = ParameterSet(widths, arrays, float_dtype(dtype))
         return cls._from_parameters(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -864,17 +617,12 @@ class MultiheadAttention:
         >>> mha_c.MultiheadAttention.from_torch(torch.nn.MultiheadAttention(8, 2)).num_heads
         2
         """
-        torch = sys.modules.get("torch")  # where it was not imported, this cannot be a layer of it
-        if torch is None or not isinstance(module, torch.nn.MultiheadAttention):
-            raise TypeError(f"from_torch takes a torch.nn.MultiheadAttention, but got {_describe_module(module)}")
-        # A layer that mha_c.torch.replace_attention has changed knows its class in torch.
-        module_class = getattr(type(module), "_torch_class", type(module))
-        if "forward" in vars(module) or module_class.forward is not torch.nn.MultiheadAttention.forward:
-            raise TypeError(
-                f"from_torch takes a torch.nn.MultiheadAttention, but this {module_class.__name__} overrides forward, "
-                "which could compute anything. If it computes torch's attention, write "
-                "MultiheadAttention.from_state_dict(module.state_dict(), num_heads=module.num_heads)"
-            )
+        torch = check_torch_module(
+            module,
+            "MultiheadAttention",
+            "If it computes torch's attention, write "
+            "MultiheadAttention.from_state_dict(module.state_dict(), num_heads=module.num_heads)",
+        )
         out_dim = len(module.out_proj.weight)
         widths = Widths.from_arguments(module.embed_dim, module.num_heads, module.kdim, module.vdim, out_dim=out_dim)
         dtype = np.dtype(np.float64 if module.out_proj.weight.dtype == torch.float64 else np.float32)
@@ -888,77 +636,6 @@ class MultiheadAttention:
         parameters = ParameterSet(widths, arrays, dtype)
         layer = cls._from_parameters(parameters, module.dropout, module.add_zero_attn, module.batch_first)
         return layer.train(module.training)
-
-    def cpu(self) -> Self:
-        """Return the layer itself, which is always on the CPU.
-
-        Returns
-        -------
-        MultiheadAttention
-            The layer itself.
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> mha_c.MultiheadAttention(8, 2).cpu().embed_dim
-        8
-        """
-        return self
-
-    def cuda(self, device: Any = None) -> Self:
-        """Raise an error: mha_c computes on the CPU only.
-
-        Parameters
-        ----------
-        device : optional
-            Ignored. torch has it.
-
-        Returns
-        -------
-        MultiheadAttention
-            Never.
-
-        Raises
-        ------
-        RuntimeError
-            Always.
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> mha_c.MultiheadAttention(8, 2).cuda()
-        Traceback (most recent call last):
-        RuntimeError: mha_c computes on the CPU: device must be None or "cpu", but got 'cuda'
-        """
-        return self.to("cuda")
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Accept False, which changes nothing, and refuse True: mha_c has no backward pass.
-
-        Parameters
-        ----------
-        requires_grad : bool, default True
-            Must be False. The default is torch's.
-
-        Returns
-        -------
-        MultiheadAttention
-            The layer itself.
-
-        Raises
-        ------
-        RuntimeError
-            If `requires_grad` is true.
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> mha_c.MultiheadAttention(8, 2).requires_grad_(False).embed_dim
-        8
-        """
-        if requires_grad:
-            raise RuntimeError("mha_c has no backward pass: requires_grad must be False; torch's layer can be trained")
-        return self
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self._arguments())}, training={self.training})"
@@ -1004,84 +681,6 @@ class MultiheadAttention:
         title = f"<p><b>{escape(type(self).__name__)}</b>({escape(', '.join(self._arguments()))})</p>"
         parameters = table(("parameter", "axes", "shape", "bytes"), rows, text=(0, 1))
         return block(title + parameters + "".join(f'<p class="faint">{escape(fact)}</p>' for fact in facts))
-
-    # Below all signatures: in this class, `float` is from here on a method.
-
-    def double(self) -> Self:
-        """Cast the parameters to float64, in place: ``to("float64")``.
-
-        Returns
-        -------
-        MultiheadAttention
-            The layer itself.
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> mha_c.MultiheadAttention(8, 2).double().out_proj.weight.dtype
-        dtype('float64')
-        """
-        return self.to("float64")
-
-    def float(self) -> Self:
-        """Cast the parameters to float32, in place: ``to("float32")``.
-
-        Returns
-        -------
-        MultiheadAttention
-            The layer itself.
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> mha_c.MultiheadAttention(8, 2, dtype="float64").float().out_proj.weight.dtype
-        dtype('float32')
-        """
-        return self.to("float32")
-
-    def half(self) -> Self:
-        """Raise an error: mha_c computes in float32 and float64 only.
-
-        Returns
-        -------
-        MultiheadAttention
-            Never.
-
-        Raises
-        ------
-        TypeError
-            Always.
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> mha_c.MultiheadAttention(8, 2).half()
-        Traceback (most recent call last):
-        TypeError: dtype must be float32 or float64, in which mha_c computes, but got 'float16'
-        """
-        return self.to("float16")
-
-    def bfloat16(self) -> Self:
-        """Raise an error: mha_c computes in float32 and float64 only.
-
-        Returns
-        -------
-        MultiheadAttention
-            Never.
-
-        Raises
-        ------
-        TypeError
-            Always.
-
-        Examples
-        --------
-        >>> import mha_c
-        >>> mha_c.MultiheadAttention(8, 2).bfloat16()
-        Traceback (most recent call last):
-        TypeError: dtype must be float32 or float64, in which mha_c computes, but got 'bfloat16'
-        """
-        return self.to("bfloat16")
 
 
 class OutputProjection:
@@ -1166,44 +765,3 @@ def parameters_of(layer: MultiheadAttention) -> ParameterSet:
 def next_dropout_call(layer: MultiheadAttention) -> int:
     """The number of the layer's next call in training mode."""
     return layer._dropout_calls
-
-
-def _is_device(value: Any) -> bool:
-    """Whether torch would take it for a device, rather than for a dtype."""
-    return type(value).__name__ in ("device", "int") or str(value).partition(":")[0] in _DEVICES
-
-
-def _describe_module(module: Any) -> str:
-    """The class of a module, and the attention layers of torch in it."""
-    torch = sys.modules.get("torch")
-    described = f"{type(module).__module__}.{type(module).__qualname__}"
-    if torch is None or not isinstance(module, torch.nn.Module):
-        return described
-    names = [name for name, part in module.named_modules() if isinstance(part, torch.nn.MultiheadAttention)]
-    if not names:
-        return described
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{described}. It holds {', '.join(names[:3])}{more}: pass {'one of them' if len(names) > 1 else 'that layer'}"
-
-
-def _check_device(device: Any) -> None:
-    if device is not None and str(device) not in ("cpu", "cpu:0"):
-        raise RuntimeError(f'mha_c computes on the CPU: device must be None or "cpu", but got {device!r}')
-
-
-def _float_dtype(dtype: Any) -> np.dtype[Any]:
-    """float32 or float64 from a name, a NumPy dtype or, without importing torch, a torch dtype."""
-    if dtype is None:
-        return np.dtype(np.float32)
-    try:
-        found = np.dtype(str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else dtype)
-    except TypeError:  # bfloat16 among others
-        found = None
-    if found is not None and found in (np.float32, np.float64):
-        return found
-    if found is not None and found.kind in "iub":
-        raise RuntimeError(
-            "Only Tensors of floating point and complex dtype can require gradients: "
-            f"dtype must be float32 or float64, but got {dtype!r}"
-        )
-    raise TypeError(f"dtype must be float32 or float64, in which mha_c computes, but got {dtype!r}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-PROGRAMS = ["kernels", "softmax", "exp", "forward", "sdpa", "allocations"]  # and "threads"
+PROGRAMS = ["kernels", "softmax", "exp", "norm", "forward", "sdpa", "allocations"]  # and "threads"
 ONE_LEVEL = ["forward", "sdpa"]  # the others try all levels by themselves
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wconversion", "-Wshadow",
          "-pthread", f"-I{REPOSITORY / 'csrc'}"]
@@ -149,9 +149,9 @@ def test_on_aarch64(workshop, name):
     assert " 0 failures" in workshop.output(CROSS, name)
 
 
-@pytest.mark.parametrize("name", [*ONE_LEVEL, "softmax", "exp"])
+@pytest.mark.parametrize("name", [*ONE_LEVEL, "softmax", "exp", "norm"])
 def test_equal_bits_everywhere(workshop, name):
-    """AVX2, AVX-512 and NEON, gcc and clang: one set of results. (softmax and exp compare the levels of a CPU.)"""
+    """AVX2, AVX-512 and NEON, gcc and clang: one set of results. (The last three compare the levels of a CPU.)"""
     found = {}
     for compiler in [c for c in NATIVE if shutil.which(c)]:
         levels = [level for level in workshop.levels(compiler) if level != "portable"] if name in ONE_LEVEL else [None]

@@ -49,6 +49,10 @@ ACCEPTED = {"ES01", "GL01", "GL02", "GL03", "PR08", "PR09", "RT03", "RT04", "RT0
 MODULES = ("check", "functional", "heads", "plot", "threads", "torch")
 CLASSES = (
     "layer.OutputProjection",
+    "module.Module",
+    "norms.LayerNorm",
+    "norms.RMSNorm",
+    "norms._Norm",
     "explanation.Explanation",
     "explanation.Stage",
     "explanation.MaskEffect",

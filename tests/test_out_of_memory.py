@@ -59,7 +59,7 @@ PREPARE = """
     import copy, gc, pickle, sys
     import numpy as np
     import mha_c
-    from mha_c.functional import multi_head_attention_forward, scaled_dot_product_attention
+    from mha_c.functional import layer_norm, multi_head_attention_forward, rms_norm, scaled_dot_product_attention
     from helpers import inputs, layer, normal
     mha_c.set_num_threads(2)
     small = layer(8, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True)
@@ -91,6 +91,12 @@ PREPARE = """
         except (AssertionError, RuntimeError, ValueError):
             return [arguments[0]]
 
+    def refused_norm(*arguments):
+        try:
+            layer_norm(*arguments)
+        except RuntimeError:
+            return [arguments[0]]
+
     core, weights, narrow = mha_c._core, middle._parameters.weights, small._parameters.weights
     rest = [None, True, None, False, False, None, True, False, "zero", 0.0, 0, 0]  # weights of heads, batch_first
 
@@ -111,6 +117,10 @@ PREPARE = """
         "refused mask": lambda: refused(*tiny, attn_mask=np.zeros((4, 5), bool)),
         "refused out": lambda: refused(*tiny, out=np.zeros((2, 5, 7), "f4")),
         "out": lambda: small(*tiny, out=np.zeros((2, 8, 5), "f4").swapaxes(1, 2)),
+        "norm": lambda: [rms_norm(tiny[0], [8])],
+        "norm of copies": lambda: [layer_norm(Provider(large[0].astype(">f4")[..., ::2]), [32], large[1][0, 0, ::2])],
+        "refused norms": lambda: refused_norm(tiny[0], (3,)) + refused_norm(tiny[0], (8,), tiny[1]),
+        "layer of norms": lambda: [mha_c.LayerNorm(8)(tiny[0])],
         "config": lambda: [np.array(core.config()["threads"])],
         "paths": lambda: [core.takes_few_queries(narrow, *tiny, *rest)],
         "scores": lambda: [core.scores(weights, *large, *rest)],

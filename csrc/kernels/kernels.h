@@ -6,8 +6,9 @@
  * numbers is behind these tables, so that the rest of the core is the same for float32 and float64.
  *
  * A *vector* holds `lanes` numbers. A *panel* is a matrix [k][P] whose P = vectors * lanes columns are computed side by
- * side. Every operation is *vertical*: no lane looks at another. So the bits of a result do not depend on the lane or
- * the panel that computed it, nor on the width of either.
+ * side. Every operation on a panel is *vertical*: no lane looks at another. So the bits of a result do not depend on
+ * the lane or the panel that computed it, nor on the width of either. normalize() alone adds the numbers of a row, in
+ * an order that does not depend on the width of a vector.
  *
  * No pointer needs more alignment than its type. Panels are padded to whole vectors. Unused lanes are computed like the
  * others and never read. Strides and sizes count numbers unless a name says bytes.
@@ -104,6 +105,23 @@ typedef struct {
     mha_empty_row empty_row;
 } mha_handful;
 
+/* Some rows, each of which is normalized by itself, over its `width` numbers:
+ *
+ *   y = (x - mean) / sqrt(variance + eps) * weight + bias     variance: the mean of (x - mean)^2
+ *   y = x / sqrt(mean of x^2 + eps) * weight + bias           if is_rms
+ *
+ * y may be x, with the same distance between rows. Nothing else may overlap. Rows and width may be 0. */
+typedef struct {
+    size_t rows, width;
+    const void *x;
+    ptrdiff_t x_row; /* the distance between rows */
+    void *y;
+    ptrdiff_t y_row;
+    const void *weight, *bias; /* [width]; NULL: none */
+    double eps;
+    bool is_rms;
+} mha_norm_rows;
+
 typedef struct mha_kernels {
     const char *name; /* of the instruction set, as in MHA_C_CPU */
     mha_dtype dtype;
@@ -161,6 +179,8 @@ typedef struct mha_kernels {
 
     /* context = softmax(scale q k^T) v, with the bits that the functions above give one after another. */
     void (*attend_handful)(const mha_handful *handful);
+
+    void (*normalize)(const mha_norm_rows *norm);
 } mha_kernels;
 
 /* One table per dtype, indexed by mha_dtype. cpu.c knows which of them this CPU can run. */

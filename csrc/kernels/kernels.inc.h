@@ -39,6 +39,7 @@ enum { VECTORS = 3 }; /* of a panel, at most */
         .softmax_probabilities = PASTE(softmax_probabilities, suffix), .softmax_end = PASTE(softmax_end, suffix), \
         .accumulate = PASTE(accumulate, suffix), .fill = PASTE(fill, suffix), .is_finite = PASTE(is_finite, suffix), \
         .dropout = PASTE(dropout, suffix), .attend_handful = PASTE(attend_handful, suffix), \
+        .normalize = PASTE(normalize, suffix), \
     }
 
 #endif
@@ -60,6 +61,8 @@ _Static_assert(MHA_BLOCK_KEYS % LANES == 0, "a row of a block of masks is whole 
 #include "rows.inc.h"
 
 #include "handful.inc.h"
+
+#include "norm.inc.h"
 
 #undef LANES
 #undef VEC

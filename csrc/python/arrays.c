@@ -160,6 +160,14 @@ bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape)
     return PyArray_NDIM(array) == ndim && PyArray_CompareLists(PyArray_DIMS(array), shape, ndim);
 }
 
+PyObject *shape_as_list(int ndim, const npy_intp *shape)
+{
+    PyObject *tuple = PyArray_IntTupleFromIntp(ndim, shape);
+    PyObject *list = tuple == NULL ? NULL : PySequence_List(tuple);
+    Py_XDECREF(tuple);
+    return list;
+}
+
 /* Addresses are compared as numbers, because C does not compare pointers to different objects. */
 static void find_bounds(PyArrayObject *array, uintptr_t *begin, uintptr_t *end)
 {

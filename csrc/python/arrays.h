@@ -29,6 +29,9 @@ const char *torch_type_name(PyArrayObject *array);
 
 bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape);
 
+/* A new list of a shape's sizes, which prints as torch's shapes do in most messages. */
+PyObject *shape_as_list(int ndim, const npy_intp *shape);
+
 /* Whether the memory of two arrays, from the first to the last byte, may overlap. False if one is NULL. */
 bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);
 

@@ -25,6 +25,12 @@ static const char scaled_dot_product_attention_doc[] =
     "array, or out, as in forward().\n"
     "An exception that the checks raise has the attribute refused: nothing was computed.";
 
+static const char normalize_doc[] =
+    "normalize($module, input, normalized_shape, weight, bias, eps, is_rms, /)\n--\n\n"
+    "layer_norm, or rms_norm if is_rms: torch's checks, in torch's order and words, then the result: a new\n"
+    "C-contiguous array. None is no weight, no bias, and the machine's epsilon for rms_norm.\n"
+    "An exception that the checks raise has the attribute refused: nothing was computed.";
+
 static const char project_doc[] =
     "project($module, weights, input, x, batch_first, /)\n--\n\n"
     "The projection of one input, \"query\", \"key\" or \"value\": (N, length, features), or (length, features).";

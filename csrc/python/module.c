@@ -13,6 +13,7 @@
 #include "arguments.h"
 #include "arrays.h"
 #include "docstrings.h"
+#include "norm.h"
 #include "run.h"
 #include "sample.h"
 #include "sdpa.h"
@@ -79,6 +80,7 @@ static PyMethodDef module_methods[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, forward_doc},
     {"scaled_dot_product_attention", (PyCFunction)(void (*)(void))scaled_dot_product_attention, METH_FASTCALL,
      scaled_dot_product_attention_doc},
+    {"normalize", (PyCFunction)(void (*)(void))normalize, METH_FASTCALL, normalize_doc},
     {"project", (PyCFunction)(void (*)(void))project, METH_FASTCALL, project_doc},
     {"scores", (PyCFunction)(void (*)(void))scores, METH_FASTCALL, scores_doc},
     {"attend", (PyCFunction)(void (*)(void))attend, METH_FASTCALL, attend_doc},

@@ -323,15 +323,11 @@ static int check_mask_shape(const sdpa_arguments *arguments)
         return -1;
     if (both.ndim == scores->ndim && PyArray_CompareLists(both.dims, scores->dims, both.ndim))
         return 0;
-    PyObject *scores_tuple = PyArray_IntTupleFromIntp(scores->ndim, scores->dims);
-    PyObject *both_tuple = PyArray_IntTupleFromIntp(both.ndim, both.dims);
-    PyObject *scores_list = scores_tuple == NULL ? NULL : PySequence_List(scores_tuple);
-    PyObject *both_list = both_tuple == NULL ? NULL : PySequence_List(both_tuple);
+    PyObject *scores_list = shape_as_list(scores->ndim, scores->dims);
+    PyObject *both_list = shape_as_list(both.ndim, both.dims);
     if (scores_list != NULL && both_list != NULL)
         PyErr_Format(PyExc_RuntimeError, "output with shape %R doesn't match the broadcast shape %R", scores_list,
                      both_list);
-    Py_XDECREF(scores_tuple);
-    Py_XDECREF(both_tuple);
     Py_XDECREF(scores_list);
     Py_XDECREF(both_list);
     return -1;

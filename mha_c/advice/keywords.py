@@ -24,7 +24,7 @@ _FOREIGN_NAMES: Final = {
     "v_head_dim": "value_dim",
     "dropout": "attention_dropout dropout_p dropout_rate",
     "dropout_p": "attention_dropout dropout dropout_rate",
-    "bias": "qkv_bias use_bias",
+    "bias": "beta qkv_bias use_bias",
     "query": "q queries",
     "key": "k keys",
     "value": "v values",
@@ -35,6 +35,10 @@ _FOREIGN_NAMES: Final = {
     "is_causal": "causal use_causal_mask",
     "enable_gqa": "gqa",
     "scale": "sm_scale softmax_scale",
+    "normalized_shape": "d_model dim embed_dim hidden_size normalized_dim num_features",
+    "eps": "epsilon layer_norm_eps layer_norm_epsilon norm_eps rms_norm_eps variance_epsilon",
+    "elementwise_affine": "affine",
+    "weight": "gamma",
 }
 
 # Hugging Face's attention_mask, where True hides a key and where it shows one.

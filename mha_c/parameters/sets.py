@@ -6,14 +6,17 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
 
-__all__ = ["PARAMETERS", "SEPARATE_WEIGHTS", "ParameterSet", "Widths", "integer", "number"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["PARAMETERS", "SEPARATE_WEIGHTS", "ArraySet", "ParameterSet", "Widths", "integer", "number"]
 
 SEPARATE_WEIGHTS: Final = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -184,8 +187,63 @@ def _ways_to_divide(embed_dim: int, num_heads: int) -> str:
     return f"Choose embed_dim={choices} for {num_heads} heads, or give the heads a width of their own with head_dim=..."
 
 
-class ParameterSet:
-    """One immutable set of parameters: as read-only arrays, and packed for the kernels.
+class ArraySet:
+    """One immutable set of parameters, as read-only arrays.
+
+    Parameters
+    ----------
+    arrays : mapping of str to numpy.ndarray
+        The parameters by name, in the order of the state dict.
+    dtype : numpy.dtype
+        float32 or float64, to which the arrays are cast.
+
+    Attributes
+    ----------
+    arrays : dict of str to numpy.ndarray
+        Views of one `bytes` object, which is why NumPy refuses to make them writable; new ones each time, since whoever
+        has an array may assign to its shape.
+
+    Examples
+    --------
+    >>> ArraySet({"weight": np.ones(2)}, np.dtype("float32")).arrays
+    {'weight': array([1., 1.], dtype=float32)}
+    """
+
+    __slots__ = ("_buffer", "_shapes", "dtype")
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any]) -> None:
+        for name, array in arrays.items():
+            if array.dtype.kind not in "biufV":  # V: bfloat16 and others of ml_dtypes
+                raise ValueError(f"{name}: expected real numbers, but got {array.dtype}")
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as in torch
+            cast = {name: np.asarray(array, dtype, order="C") for name, array in arrays.items()}
+        self.dtype = dtype
+        self._buffer = b"".join(array.data for array in cast.values())
+        self._shapes = {name: array.shape for name, array in cast.items()}
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The parameters by name, in the order of the state dict."""
+        views: dict[str, NDArray[Any]] = {}
+        start = 0
+        for name, shape in self._shapes.items():
+            views[name] = np.ndarray(shape, self.dtype, self._buffer, start)
+            start += views[name].nbytes
+        return views
+
+    def with_arrays(self, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any] | None) -> Self:
+        """A set with some arrays in the place of those of their names, and perhaps of another dtype."""
+        return type(self)({**self.arrays, **arrays}, dtype or self.dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.arrays, self.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # nothing in it can change
+
+
+class ParameterSet(ArraySet):
+    """The parameters of an attention layer: as read-only arrays, and packed for the kernels.
 
     Parameters
     ----------
@@ -198,25 +256,15 @@ class ParameterSet:
 
     Attributes
     ----------
-    arrays : dict of str to numpy.ndarray
-        Views of one `bytes` object, which is why NumPy refuses to make them writable; new ones each time, since whoever
-        has an array may assign to its shape.
     weights : mha_c._core.Weights
         What the forward pass reads.
     """
 
-    __slots__ = ("_buffer", "_shapes", "dtype", "weights", "widths")
+    __slots__ = ("weights", "widths")
 
     def __init__(self, widths: Widths, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any]) -> None:
-        for name, array in arrays.items():
-            if array.dtype.kind not in "biufV":  # V: bfloat16 and others of ml_dtypes
-                raise ValueError(f"{name}: expected real numbers, but got {array.dtype}")
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as in torch
-            cast = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
+        super().__init__(arrays, dtype)
         self.widths = widths
-        self.dtype = dtype
-        self._buffer = b"".join(array.data for array in cast.values())
-        self._shapes = {name: array.shape for name, array in cast.items()}
         views = self.arrays
         self.weights = _core.Weights(
             widths.num_heads,
@@ -231,15 +279,8 @@ class ParameterSet:
             views.get("out_proj.bias"),
         )
 
-    @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The parameters by name, in the order of the state dict."""
-        views: dict[str, NDArray[Any]] = {}
-        start = 0
-        for name, shape in self._shapes.items():
-            views[name] = np.ndarray(shape, self.dtype, self._buffer, start)
-            start += views[name].nbytes
-        return views
+    def with_arrays(self, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any] | None) -> Self:
+        return type(self)(self.widths, {**self.arrays, **arrays}, dtype or self.dtype)
 
     @property
     def input_weights(self) -> _Three:
@@ -292,6 +333,3 @@ class ParameterSet:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ParameterSet, (self.widths, self.arrays, self.dtype)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ParameterSet:
-        return self  # nothing in it can change

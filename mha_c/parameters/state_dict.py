@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -20,8 +21,10 @@ __all__ = [
     "Part",
     "check_names",
     "loading_error",
+    "match_saved_arrays",
     "match_state_dict",
     "missing_keys",
+    "open_saved_layer",
     "quoted",
     "read_layer",
     "write_layer",
@@ -30,7 +33,7 @@ __all__ = [
 _Shape = tuple[int, ...]
 
 # What a file says of a layer beside its parameters: the constructor's arguments, and the mode.
-_CONFIG: Final[dict[str, type]] = {
+_CONFIG: Final[dict[str, Any]] = {
     **dict.fromkeys(Widths._fields, int),
     "bias": bool,
     "add_bias_kv": bool,
@@ -227,25 +230,10 @@ def read_layer(layer_name: str, path: str | os.PathLike[str]) -> tuple[Parameter
     >>> parameters.widths.head_dim, arguments["batch_first"]
     (4, False)
     """
-    with open_checkpoint(path) as checkpoint:
-        if checkpoint.config is None:
-            raise ValueError(
-                f"{checkpoint.path} was not written by {layer_name}.save, so that the layer's arguments are not known: "
-                f"{layer_name}.from_state_dict reads it, given num_heads"
-            )
-        try:
-            config = json.loads(checkpoint.config)
-            for name, kind in _CONFIG.items():
-                if type(config[name]) is not kind:
-                    raise TypeError(f"{name} is {config[name]!r}")
-            dtype = np.dtype(config["dtype"])
-            widths = Widths.from_arguments(**{name: config[name] for name in Widths._fields})
-            shapes = widths.shapes(config["bias"], config["add_bias_kv"])
-            arrays, _ = match_state_dict(layer_name, shapes, checkpoint.content, strict=True)
-            if dtype not in (np.float32, np.float64) or any(array.dtype != dtype for array in arrays.values()):
-                raise TypeError(f"its parameters should be of {dtype}, and that float32 or float64")
-        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{checkpoint.path} holds no layer: {error}") from error
+    with open_saved_layer(layer_name, path, _CONFIG, ", given num_heads") as (config, content):
+        widths = Widths.from_arguments(**{name: config[name] for name in Widths._fields})
+        shapes = widths.shapes(config["bias"], config["add_bias_kv"])
+        arrays, dtype = match_saved_arrays(layer_name, shapes, content, config["dtype"])
     told = {*Widths._fields, "bias", "add_bias_kv", "dtype"}
     return ParameterSet(widths, arrays, dtype), {name: config[name] for name in _CONFIG if name not in told}
 
@@ -270,3 +258,97 @@ def quoted(names: Iterable[str]) -> str:
 
 def loading_error(layer_name: str, errors: Iterable[str]) -> RuntimeError:
     return RuntimeError("Error(s) in loading state_dict for {}:\n\t{}".format(layer_name, "\n\t".join(errors)))
+
+
+@contextmanager
+def open_saved_layer(
+    layer_name: str, path: str | os.PathLike[str], kinds: Mapping[str, type | tuple[type, ...]], given: str = ""
+) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
+    """Open a file of a layer; what is raised meanwhile, because of what the file says, becomes a ValueError.
+
+    Parameters
+    ----------
+    layer_name : str
+        The name of the layer's class, for the errors.
+    path : str or path-like
+        The file.
+    kinds : mapping of str to type or types
+        What the file must say of the layer beside its parameters.
+    given : str, default ""
+        What `from_state_dict` needs besides, for the error.
+
+    Yields
+    ------
+    dict of str to object
+        What the file says of the layer.
+    mapping of str to array
+        Its parameters, to be read within the ``with`` statement.
+
+    Raises
+    ------
+    ValueError
+        If no such layer was saved to this file, or it is damaged.
+    ImportError, OSError
+        As `open_checkpoint`.
+
+    Examples
+    --------
+    >>> import mha_c, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     mha_c.RMSNorm(8).save(f"{folder}/norm.npz")
+    ...     with open_saved_layer("RMSNorm", f"{folder}/norm.npz", {"eps": (float, type(None))}) as (config, arrays):
+    ...         config["eps"], list(arrays)
+    (None, ['weight'])
+    """
+    with open_checkpoint(path) as checkpoint:
+        if checkpoint.config is None:
+            raise ValueError(
+                f"{checkpoint.path} was not written by {layer_name}.save, so that the layer's arguments are not known: "
+                f"{layer_name}.from_state_dict reads it{given}"
+            )
+        try:
+            config = json.loads(checkpoint.config)
+            for name, kind in kinds.items():
+                if type(config[name]) not in (kind if isinstance(kind, tuple) else (kind,)):
+                    raise TypeError(f"{name} is {config[name]!r}")
+            yield config, checkpoint.content
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{checkpoint.path} holds no layer: {error}") from error
+
+
+def match_saved_arrays(
+    layer_name: str, shapes: Mapping[str, _Shape], content: Mapping[str, Any], dtype_name: str
+) -> tuple[dict[str, NDArray[Any]], np.dtype[Any]]:
+    """The parameters of a saved layer, and their dtype.
+
+    Parameters
+    ----------
+    layer_name, shapes
+        As for `match_state_dict`.
+    content : mapping of str to array
+        What the file holds.
+    dtype_name : str
+        The dtype that the file states.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+    numpy.dtype
+
+    Raises
+    ------
+    TypeError
+        If the dtype is not that of all arrays, or not float32 or float64.
+    RuntimeError
+        As `match_state_dict`.
+
+    Examples
+    --------
+    >>> match_saved_arrays("Layer", {"weight": (1,)}, {"weight": np.ones(1)}, "float64")
+    ({'weight': array([1.])}, dtype('float64'))
+    """
+    dtype = np.dtype(dtype_name)
+    arrays, _ = match_state_dict(layer_name, shapes, content, strict=True)
+    if dtype not in (np.float32, np.float64) or any(array.dtype != dtype for array in arrays.values()):
+        raise TypeError(f"its parameters should be of {dtype}, and that float32 or float64")
+    return arrays, dtype

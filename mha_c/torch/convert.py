@@ -8,13 +8,15 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mha_c.layer import MultiheadAttention, parameters_of
+from mha_c.module import Module
+from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.files import open_checkpoint
 from mha_c.parameters.loading import arrays_in
 from mha_c.parameters.stored import StoredArray
@@ -24,22 +26,22 @@ __all__ = ["TORCH_VERSION", "forward_in_torch", "from_torch", "one_thread", "rea
 
 TORCH_VERSION = str(torch.__version__)
 
-_Layer = TypeVar("_Layer", bound=MultiheadAttention)
+_Layer = TypeVar("_Layer", MultiheadAttention, LayerNorm, RMSNorm)
 
 
-def from_torch(module: torch.nn.MultiheadAttention, cls: type[_Layer]) -> _Layer:
+def from_torch(module: torch.nn.Module, cls: type[_Layer]) -> _Layer:
     """Make a layer of mha_c from a layer of torch, as ``cls.from_torch(module)`` does.
 
     Parameters
     ----------
-    module : torch.nn.MultiheadAttention
+    module : torch.nn.MultiheadAttention, torch.nn.LayerNorm or torch.nn.RMSNorm
         The layer to copy.
     cls : type
-        `mha_c.MultiheadAttention` or a subclass of it.
+        `mha_c.MultiheadAttention`, `mha_c.LayerNorm`, `mha_c.RMSNorm`, or a subclass.
 
     Returns
     -------
-    MultiheadAttention
+    MultiheadAttention, LayerNorm or RMSNorm
 
     Examples
     --------
@@ -50,17 +52,23 @@ def from_torch(module: torch.nn.MultiheadAttention, cls: type[_Layer]) -> _Layer
     return cls.from_torch(module)
 
 
-def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
+@overload
+def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention: ...
+@overload
+def to_torch(layer: LayerNorm) -> torch.nn.LayerNorm: ...
+@overload
+def to_torch(layer: RMSNorm) -> torch.nn.RMSNorm: ...
+def to_torch(layer: MultiheadAttention | LayerNorm | RMSNorm) -> torch.nn.Module:
     """Make a layer of torch from a layer of mha_c, with its arguments, parameters and training mode.
 
     Parameters
     ----------
-    layer : MultiheadAttention
+    layer : MultiheadAttention, LayerNorm or RMSNorm
         The layer to copy.
 
     Returns
     -------
-    torch.nn.MultiheadAttention
+    torch.nn.MultiheadAttention, torch.nn.LayerNorm or torch.nn.RMSNorm
 
     Raises
     ------
@@ -72,7 +80,25 @@ def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
     >>> import mha_c
     >>> to_torch(mha_c.MultiheadAttention(8, 2)).num_heads
     2
+    >>> to_torch(mha_c.RMSNorm(8))
+    RMSNorm((8,), eps=None, elementwise_affine=True)
     """
+    module = _attention_in_torch(layer) if isinstance(layer, MultiheadAttention) else _norm_in_torch(layer)
+    module.load_state_dict(state_dict(layer))
+    return module.train(layer.training)
+
+
+def _norm_in_torch(layer: LayerNorm | RMSNorm) -> torch.nn.Module:
+    """A norm with the arguments of a layer, and new parameters."""
+    options = {"eps": layer.eps, "elementwise_affine": layer.elementwise_affine}
+    dtype = None if layer.weight is None else getattr(torch, layer.weight.dtype.name)
+    if isinstance(layer, RMSNorm):
+        return torch.nn.RMSNorm(layer.normalized_shape, **options, dtype=dtype)
+    return torch.nn.LayerNorm(layer.normalized_shape, **options, bias=layer.bias is not None, dtype=dtype)
+
+
+def _attention_in_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
+    """A layer of attention with the arguments of another one; its parameters are not initialised."""
     widths = parameters_of(layer).widths
     if free := widths.beyond_torch():
         named = ", ".join(f"{name}={width}" for name, width in free.items())
@@ -80,7 +106,7 @@ def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
             f"torch.nn.MultiheadAttention has no such layer ({named}): it ties the widths of heads and output to "
             f"embed_dim={widths.embed_dim} and num_heads={widths.num_heads}"
         )
-    parameters = state_dict(layer)
+    parameters = layer.state_dict()
     # skip_init leaves torch's random numbers alone.
     module: torch.nn.MultiheadAttention = torch.nn.utils.skip_init(  # type: ignore[no-untyped-call]
         torch.nn.MultiheadAttention,
@@ -93,18 +119,17 @@ def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention:
         kdim=widths.kdim,
         vdim=widths.vdim,
         batch_first=layer.batch_first,
-        dtype=parameters["out_proj.weight"].dtype,
+        dtype=getattr(torch, parameters["out_proj.weight"].dtype.name),
     )
-    module.load_state_dict(parameters)
-    return module.train(layer.training)
+    return module
 
 
-def state_dict(layer: MultiheadAttention, *, prefix: str = "") -> OrderedDict[str, torch.Tensor]:
+def state_dict(layer: Module, *, prefix: str = "") -> OrderedDict[str, torch.Tensor]:
     """Return the parameters of a layer as tensors, for ``load_state_dict`` of torch's layer.
 
     Parameters
     ----------
-    layer : MultiheadAttention
+    layer : MultiheadAttention, LayerNorm or RMSNorm
         The layer to copy.
     prefix : str, default ""
         What to write before each name; no dot is added.

@@ -1,0 +1,570 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that normalize rows of features: torch's LayerNorm and RMSNorm over the C core."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import numbers
+import operator
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
+
+import numpy as np
+
+from mha_c import _core
+from mha_c.advice.arguments import REFUSALS
+from mha_c.advice.keywords import knows_foreign_keywords
+from mha_c.advice.norms import advise_on_norm
+from mha_c.module import Module, Option, Parameter, check_device, check_memory, check_torch_module, float_dtype
+from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.files import open_state_dict, write_checkpoint
+from mha_c.parameters.loading import arrays_in
+from mha_c.parameters.sets import ArraySet, number
+from mha_c.parameters.state_dict import (
+    Part,
+    check_names,
+    loading_error,
+    match_saved_arrays,
+    match_state_dict,
+    missing_keys,
+    open_saved_layer,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+elif sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    Self = Any
+
+__all__ = ["LayerNorm", "RMSNorm"]
+
+_Shape: TypeAlias = tuple[int, ...]
+
+# What a file says of a layer beside its parameters.
+_CONFIG: Final[dict[str, type | tuple[type, ...]]] = {
+    "layer": str,
+    "normalized_shape": list,
+    "eps": (float, type(None)),
+    "parameters": list,
+    "dtype": str,
+    "training": bool,
+}
+
+# What torch, TensorFlow, Keras and Flax call the weight and the bias.
+_NAMES: Final = (("weight", "bias"), ("gamma", "beta"), ("scale", "bias"))
+
+
+class _Parameters(ArraySet):
+    """The weight and the bias, also as arrays that calls alone use: whoever has an array may assign to its shape."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, arrays: Mapping[str, Array], dtype: np.dtype[Any]) -> None:
+        super().__init__(arrays, dtype)
+        views = self.arrays
+        self.weight = views.get("weight")
+        self.bias = views.get("bias")
+
+
+def _shape(normalized_shape: Any) -> _Shape:
+    """The sizes of the normalized axes, from an int or several; the errors are those of torch."""
+    sizes = (normalized_shape,) if isinstance(normalized_shape, numbers.Integral) else tuple(normalized_shape)
+    for i, size in enumerate(sizes):
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            raise TypeError(
+                "normalized_shape must be an int or several: empty(): argument 'size' (position 1) must be tuple of "
+                f"ints, but found element of type {type(size).__name__} at pos {i}"
+            )
+    shape = tuple(operator.index(size) for size in sizes)
+    for size in shape:
+        if size < 0:
+            raise RuntimeError(f"Trying to create tensor with negative dimension {size}: {list(shape)}")
+    return shape
+
+
+def _optional_number(name: str, value: Any) -> Any:
+    return None if value is None else number(name, value)
+
+
+class _Norm(Module):
+    """What the two norms have in common.
+
+    Examples
+    --------
+    >>> import mha_c
+    >>> isinstance(mha_c.RMSNorm(8), _Norm)
+    True
+    """
+
+    _kind: ClassVar[str]  # the name of the class in torch.nn
+    _is_rms: ClassVar[bool]
+    _default_eps: ClassVar[float | None]
+    _parameter_names: ClassVar[tuple[str, ...]]
+
+    weight = Parameter("weight", "The factors of the features, of the shape `normalized_shape`; else None.")
+
+    _parameters: _Parameters
+    _normalized_shape: _Shape
+    _eps: Any
+
+    def _make(self, normalized_shape: Any, eps: Any, names: Sequence[str], device: Any, dtype: Any) -> None:
+        """Set up a new layer, whose parameters are ones and zeros."""
+        shape = _shape(normalized_shape)
+        check_device(device)
+        real = float_dtype(dtype)
+        check_memory(dict.fromkeys(names, shape), real, f"normalized_shape={shape}")
+        arrays = {name: np.ones(shape, real) if name == "weight" else np.zeros(shape, real) for name in names}
+        self._set_up(_Parameters(arrays, real), shape, eps)
+
+    def _set_up(self, parameters: _Parameters, normalized_shape: _Shape, eps: Any) -> None:
+        self.eps = eps
+        self.training = True
+        self._normalized_shape = normalized_shape
+        self._parameters = parameters
+
+    @classmethod
+    def _from_parameters(cls, parameters: _Parameters, normalized_shape: _Shape, eps: Any) -> Self:
+        layer = cls.__new__(cls)
+        layer._set_up(parameters, normalized_shape, eps)
+        return layer
+
+    @property
+    def normalized_shape(self) -> tuple[int, ...]:
+        """The sizes of the last axes, over which the layer normalizes, fixed at construction."""
+        return self._normalized_shape
+
+    @property
+    def elementwise_affine(self) -> bool:
+        """Whether the layer has parameters."""
+        return self._parameters.weight is not None
+
+    def _normalize(self, input: Any) -> Array:
+        parameters = self._parameters
+        try:
+            return _core.normalize(
+                input, self._normalized_shape, parameters.weight, parameters.bias, self._eps, self._is_rms
+            )
+        except REFUSALS as error:
+            advise_on_norm(error, input, self._normalized_shape, parameters.weight, parameters.bias, is_layer=True)
+            raise
+
+    @classmethod
+    @knows_foreign_keywords
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Any] | str | os.PathLike[str],
+        prefix: str = "",
+        *,
+        eps: float | None = None,
+        strict: bool = True,
+        dtype: Any = None,
+    ) -> Self:
+        """Make a layer from trained parameters: those of one layer in a state dict or a file.
+
+        The shape of the weight is the layer's `normalized_shape`.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array or tensor, or str or path-like
+            The parameters of the layer or of a whole model, or a file of them: of torch (.pt, .pth, .bin, .ckpt),
+            safetensors, .npz, or the index of several files. Nothing in the file is executed. Mappings may be nested.
+        prefix : str, default ""
+            The beginning of the layer's names, including the dot, such as ``"encoder.layers.0.norm1."``.
+        eps : float, optional
+            As for the constructor, whose default it has. A state dict does not record it.
+        strict : bool, default True
+            Whether other names that begin with `prefix` are an error.
+        dtype : optional
+            float32 or float64, to which the parameters are cast. None: float64 for float64 weights, else float32.
+
+        Returns
+        -------
+        LayerNorm or RMSNorm
+            The layer, in training mode like any new layer.
+
+        Raises
+        ------
+        RuntimeError
+            If there is no weight, or shapes do not fit, or other names begin with `prefix`.
+        ValueError
+            If a file is incomplete, damaged or of another kind.
+        TypeError
+            If `state_dict` is neither a mapping nor a path.
+        OSError
+            If the file cannot be opened.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> model = {"norm.weight": np.ones(8), "norm.bias": np.zeros(8), "head.weight": np.ones((2, 8))}
+        >>> mha_c.LayerNorm.from_state_dict(model, "norm.", eps=1e-12)
+        LayerNorm((8,), eps=1e-12, elementwise_affine=True, bias=True)
+        """
+        with open_state_dict(state_dict) as tensors:
+            arrays = cls._find(tensors, prefix, strict)
+        weight = arrays["weight"]
+        if dtype is None and weight.dtype == np.float64:
+            dtype = np.float64
+        parameters = _Parameters(arrays, float_dtype(dtype))
+        return cls._from_parameters(parameters, weight.shape, cls._default_eps if eps is None else eps)
+
+    @classmethod
+    def _find(cls, tensors: Mapping[str, Any], prefix: str, strict: bool) -> dict[str, Array]:
+        """The parameters of a layer by torch's names, perhaps among those of other layers."""
+        check_names(tensors)
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a string, but got {prefix!r}")
+        for is_flat, names in itertools.product((False, True), _NAMES):
+            part = Part(arrays_in(tensors) if is_flat else tensors, prefix)
+            if names[0] in part:
+                torchs = dict(zip(names, cls._parameter_names))
+                state = {torchs.get(name, name): part[name] for name in part if strict or name in torchs}
+                shape = as_array(state["weight"]).shape
+                shapes = {name: shape for name in cls._parameter_names if name in state}
+                return match_state_dict(cls.__name__, shapes, state, strict)[0]
+        raise loading_error(cls.__name__, [missing_keys([f"{prefix}weight"])])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the layer to a file: its parameters, its arguments and its mode.
+
+        An existing file is replaced only when the new one is complete.
+
+        Parameters
+        ----------
+        path : str or path-like
+            A name that ends in .npz, or in .safetensors if the package safetensors is installed.
+
+        Raises
+        ------
+        ValueError
+            If the name has another ending.
+        ImportError
+            If safetensors is needed and not installed.
+        OSError
+            If the file cannot be written; an existing file is then unchanged.
+
+        Examples
+        --------
+        >>> import mha_c, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mha_c.RMSNorm(8).eval().save(f"{folder}/norm.npz")
+        ...     mha_c.RMSNorm.load(f"{folder}/norm.npz")
+        RMSNorm((8,), eps=None, elementwise_affine=True)
+        """
+        arrays = self._parameters.arrays
+        config = {
+            "layer": self._kind,
+            "normalized_shape": list(self._normalized_shape),
+            "eps": None if self._eps is None else float(self._eps),
+            "parameters": list(arrays),
+            "dtype": self._parameters.dtype.name,
+            "training": bool(self.training),
+        }
+        write_checkpoint(path, arrays, json.dumps(config))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Load a layer that `save` wrote: its parameters bit for bit, its arguments and its mode.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file. Its name does not matter.
+
+        Returns
+        -------
+        LayerNorm or RMSNorm
+
+        Raises
+        ------
+        ValueError
+            If the file is incomplete or damaged, was not written by `save`, or holds another layer.
+        OSError
+            If the file cannot be opened.
+
+        Examples
+        --------
+        >>> import mha_c, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mha_c.LayerNorm((3, 8), bias=False).save(f"{folder}/norm.npz")
+        ...     mha_c.LayerNorm.load(f"{folder}/norm.npz")
+        LayerNorm((3, 8), eps=1e-05, elementwise_affine=True, bias=False)
+        """
+        with open_saved_layer(cls.__name__, path, _CONFIG) as (config, content):
+            if config["layer"] != cls._kind:
+                raise ValueError(f"it is a {config['layer']}, not a {cls._kind}")
+            shape, names = _shape(config["normalized_shape"]), config["parameters"]
+            if not set(names).issubset(cls._parameter_names):
+                raise ValueError(f"a {cls._kind} has no parameters {names}")
+            shapes = {name: shape for name in cls._parameter_names if name in names}
+            arrays, dtype = match_saved_arrays(cls.__name__, shapes, content, config["dtype"])
+            layer = cls._from_parameters(_Parameters(arrays, dtype), shape, config["eps"])
+        return layer.train(config["training"])
+
+    @classmethod
+    def from_torch(cls, module: Any) -> Self:
+        """Make a layer from a layer of torch, with its arguments, parameters and training mode.
+
+        Parameters
+        ----------
+        module : torch.nn.LayerNorm or torch.nn.RMSNorm
+            The layer to copy, of the same name as this class. A subclass will do if it has torch's forward. Parameters
+            in float16 or bfloat16 become float32.
+
+        Returns
+        -------
+        LayerNorm or RMSNorm
+
+        Raises
+        ------
+        TypeError
+            If `module` is something else, or if it overrides forward, which could then compute anything.
+
+        Examples
+        --------
+        >>> import mha_c, torch
+        >>> mha_c.LayerNorm.from_torch(torch.nn.LayerNorm(8, eps=1e-6))
+        LayerNorm((8,), eps=1e-06, elementwise_affine=True, bias=True)
+        """
+        instead = f"If it computes the same, write {cls._kind}.from_state_dict(module.state_dict(), eps=module.eps)"
+        torch = check_torch_module(module, cls._kind, instead)
+        given = {name: getattr(module, name) for name in cls._parameter_names}
+        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+        is_double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
+        dtype = np.dtype(np.float64 if is_double else np.float32)
+        parameters = _Parameters({name: as_array(tensor) for name, tensor in tensors.items()}, dtype)
+        return cls._from_parameters(parameters, _shape(module.normalized_shape), module.eps).train(module.training)
+
+    def __repr__(self) -> str:
+        bias = f", bias={self._parameters.bias is not None}" if "bias" in self._parameter_names else ""
+        affine = self.elementwise_affine
+        shape = self._normalized_shape
+        return f"{type(self).__name__}({shape}, eps={self.eps}, elementwise_affine={affine}{bias})"
+
+
+class LayerNorm(_Norm):
+    """Layer normalization, as ``torch.nn.LayerNorm`` computes it.
+
+    The numbers of every row get the mean 0 and the variance 1, then a weight and a bias for each feature
+    ("Layer Normalization", Ba, Kiros and Hinton, 2016)::
+
+        y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias
+
+    Mean and variance are those of the last axes, which have the shape `normalized_shape`. The variance is the mean of
+    the squared differences (torch's page on LayerNorm).
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        The sizes of the last axes of the input, over which it is normalized.
+    eps : float, default 1e-05
+        Added to the variance.
+    elementwise_affine : bool, default True
+        Whether the layer has a weight, ones at first, and a bias, zeros at first.
+    bias : bool, default True
+        Whether it has a bias, if it has a weight.
+    device : optional
+        None or "cpu".
+    dtype : optional
+        float32 (the default) or float64, as a name, a NumPy or a torch dtype: that of the parameters.
+
+    Attributes
+    ----------
+    weight : numpy.ndarray or None
+        The factors of the features, of the shape `normalized_shape`; None without `elementwise_affine`.
+    bias : numpy.ndarray or None
+        What is added to the features, of the same shape; None without `elementwise_affine` or `bias`.
+    normalized_shape : tuple of int
+        Fixed at construction.
+    eps : float
+        It may be changed; a change takes effect at the next call.
+    elementwise_affine : bool
+        Whether the layer has a weight.
+    training : bool
+        The mode, which changes nothing here.
+
+    Raises
+    ------
+    TypeError, RuntimeError
+        If an argument has a wrong type, a size is negative, or `dtype` or `device` is not supported.
+    MemoryError
+        If the parameters do not fit into memory.
+
+    Notes
+    -----
+    The mean of a row is taken in two passes, of which the second corrects the first ("Algorithms for computing the
+    sample variance", Chan, Golub and LeVeque, 1983). So the error stays small where the mean is far larger than the
+    differences. The bits of a row's result do not depend on other rows, threads or strides. They are equal on AVX2,
+    AVX-512 and NEON.
+
+    Parameters are read-only arrays. Assigning to one, `load_state_dict` and `to` replace all of them at once.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> norm = mha_c.LayerNorm(4, dtype="float64")
+    >>> norm(np.array([[1.0, 2.0, 3.0, 4.0]])).round(4)
+    array([[-1.3416, -0.4472,  0.4472,  1.3416]])
+    """
+
+    _kind = "LayerNorm"
+    _is_rms = False
+    _default_eps = 1e-5
+    _parameter_names = ("weight", "bias")
+
+    bias = Parameter("bias", "What is added to the features, of the shape `normalized_shape`; else None.")
+    eps = Option("eps", number, "Added to the variance")
+
+    @knows_foreign_keywords
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        names = (("weight", "bias") if bias else ("weight",)) if elementwise_affine else ()
+        self._make(normalized_shape, eps, names, device, dtype)
+
+    def forward(self, input: AnyArray) -> Array:
+        """Normalize every row of the input; calling the layer does the same.
+
+        Parameters
+        ----------
+        input : array, (..., normalized_shape)
+            Of the layer's dtype. A layer without parameters takes float32 and float64. NumPy arrays, or other objects
+            on the CPU with the array interface, the buffer protocol or DLPack. It is not modified. It is copied only if
+            the numbers of a row are not adjacent, or if it is misaligned or byte-swapped.
+
+        Returns
+        -------
+        numpy.ndarray
+            C-contiguous, of the input's shape and dtype.
+
+        Raises
+        ------
+        RuntimeError, TypeError, NotImplementedError
+            If the shape, the dtype or the type does not fit, as in torch. The message has torch's words and says what
+            to write instead.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> mha_c.LayerNorm(4).forward(np.zeros((2, 3, 4), np.float32)).shape
+        (2, 3, 4)
+        """
+        return self._normalize(input)
+
+    __call__ = forward
+
+
+class RMSNorm(_Norm):
+    """Root mean square layer normalization, as ``torch.nn.RMSNorm`` computes it.
+
+    The numbers of every row get the root mean square 1, then a weight for each feature ("Root Mean Square Layer
+    Normalization", Zhang and Sennrich, 2019)::
+
+        y = x / sqrt(mean(x²) + eps) * weight
+
+    The mean is that of the last axes, which have the shape `normalized_shape` (torch's page on RMSNorm).
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        The sizes of the last axes of the input, over which it is normalized.
+    eps : float, optional
+        Added to the mean of the squares. None: the machine's epsilon in the input's dtype, ``numpy.finfo(dtype).eps``.
+    elementwise_affine : bool, default True
+        Whether the layer has a weight, ones at first.
+    device : optional
+        None or "cpu".
+    dtype : optional
+        float32 (the default) or float64, as a name, a NumPy or a torch dtype: that of the weight.
+
+    Attributes
+    ----------
+    weight : numpy.ndarray or None
+        The factors of the features, of the shape `normalized_shape`; None without `elementwise_affine`.
+    normalized_shape : tuple of int
+        Fixed at construction.
+    eps : float or None
+        It may be changed; a change takes effect at the next call.
+    elementwise_affine : bool
+        Whether the layer has a weight.
+    training : bool
+        The mode, which changes nothing here.
+
+    Raises
+    ------
+    TypeError, RuntimeError
+        If an argument has a wrong type, a size is negative, or `dtype` or `device` is not supported.
+    MemoryError
+        If the weight does not fit into memory.
+
+    Notes
+    -----
+    The bits of a row's result do not depend on other rows, threads or strides. They are equal on AVX2, AVX-512 and
+    NEON. torch casts an input and a weight of different dtypes to a common one; here they are refused, as in LayerNorm.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> norm = mha_c.RMSNorm(4, dtype="float64")
+    >>> norm(np.array([[1.0, 2.0, 3.0, 4.0]])).round(4)
+    array([[0.3651, 0.7303, 1.0954, 1.4606]])
+    """
+
+    _kind = "RMSNorm"
+    _is_rms = True
+    _default_eps = None
+    _parameter_names = ("weight",)
+
+    eps = Option("eps", _optional_number, "Added to the mean of the squares")
+
+    @knows_foreign_keywords
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        self._make(normalized_shape, eps, ("weight",) if elementwise_affine else (), device, dtype)
+
+    def forward(self, x: AnyArray) -> Array:
+        """Normalize every row of the input; calling the layer does the same.
+
+        Parameters
+        ----------
+        x : array, (..., normalized_shape)
+            Of the layer's dtype. A layer without parameters takes float32 and float64. NumPy arrays, or other objects
+            on the CPU with the array interface, the buffer protocol or DLPack. It is not modified. It is copied only if
+            the numbers of a row are not adjacent, or if it is misaligned or byte-swapped.
+
+        Returns
+        -------
+        numpy.ndarray
+            C-contiguous, of the input's shape and dtype.
+
+        Raises
+        ------
+        RuntimeError, ValueError, TypeError, NotImplementedError
+            If the shape, the dtype or the type does not fit, as in torch. The message has torch's words and says what
+            to write instead.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> mha_c.RMSNorm(4).forward(np.zeros((2, 3, 4), np.float32)).shape
+        (2, 3, 4)
+        """
+        return self._normalize(x)
+
+    __call__ = forward
