@@ -93,14 +93,13 @@ typedef struct {
     size_t first_key;
 } mha_dropout_block;
 
-/* Attention of one head in which nothing is hidden, for up to a vector of queries. At most MHA_HANDFUL keys; D and Dv
- * are at most that, too. Distances between rows are in numbers. */
+/* Attention of one head, in which every query sees every key. Queries, keys, D and Dv are at most MHA_HANDFUL. */
 enum { MHA_HANDFUL = 16 };
 typedef struct {
     size_t queries, keys, D, Dv;
     const void *q, *k, *v; /* rows of adjacent numbers */
     void *context;
-    ptrdiff_t q_row, k_row, v_row, context_row;
+    ptrdiff_t q_row, k_row, v_row, context_row; /* distances between rows */
     double scale;
     mha_empty_row empty_row;
 } mha_handful;
