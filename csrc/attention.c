@@ -361,7 +361,7 @@ static void attend_task(void *context, size_t task, size_t worker)
 
 /* ---- A handful of tokens ---- */
 
-/* Whether items are so small that the calls of the kernels above would take longer than their numbers. */
+/* Whether items are so small that calling the kernels above would take longer than the arithmetic. */
 static bool is_handful(const mha_attention *a)
 {
     return a->L <= MHA_HANDFUL && a->batch->S <= MHA_HANDFUL && a->D <= MHA_HANDFUL && a->Dv <= MHA_HANDFUL &&

@@ -149,23 +149,25 @@ static bool is_given_up(const mha_few_queries *f, size_t i, size_t l)
     return atomic_load_explicit(&f->is_given_up[i * f->a->L + l], memory_order_relaxed);
 }
 
-/* Gives query l of an item up unless these numbers of it are finite. */
+/* Gives up query l of an item if one of these numbers, which belong to it, is not finite. */
 static void give_up_unless_finite(const mha_few_queries *f, size_t i, size_t l, const char *numbers, size_t count)
 {
     if (!f->layer->kernels->is_finite(numbers, count))
         atomic_store_explicit(&f->is_given_up[i * f->a->L + l], true, memory_order_relaxed);
 }
 
-/* The same for the queries of some lanes, of which x [rows][lanes] has a column each. */
+/* The same for several lanes. Column i of x [rows][lanes] belongs to lane first_lane + i. */
 static void give_up_lanes(const mha_few_queries *f, size_t i, size_t first_lane, size_t count, const char *x,
                           size_t rows, size_t lanes)
 {
     const size_t size = f->layer->kernels->size;
     if (f->layer->kernels->is_finite(x, rows * lanes))
         return;
-    for (size_t lane = 0; lane < count; lane++)
-        for (size_t row = 0; row < rows; row++)
-            give_up_unless_finite(f, i, (first_lane + lane) / f->layer->widths.H, x + (row * lanes + lane) * size, 1);
+    for (size_t lane = 0; lane < count; lane++) {
+        const size_t l = (first_lane + lane) / f->layer->widths.H;
+        for (size_t row = 0; row < rows && !is_given_up(f, i, l); row++)
+            give_up_unless_finite(f, i, l, x + (row * lanes + lane) * size, 1);
+    }
 }
 
 static size_t count_given_up(const mha_few_queries *f, size_t i)

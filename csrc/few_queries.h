@@ -10,7 +10,7 @@
  *
  * The equations hold for finite numbers only. An infinite x_s makes the score infinite, but projecting the key gives
  * infinities of both signs, whose sum is NaN. So a query is given up when it meets a number that is not finite. Its item
- * goes through another pass, and of the results of that pass it gets its own. Those of the other queries stay.
+ * goes through another pass. Only queries that were given up take their results from it. The others keep theirs.
  */
 #ifndef MHA_FEW_QUERIES_H
 #define MHA_FEW_QUERIES_H
@@ -53,8 +53,8 @@ size_t mha_plan_few_queries(mha_few_queries *f, const mha_attention *a, const mh
 /* Fills the context of the items, and their probabilities if they are wanted. */
 mha_status mha_attend_few_queries(const mha_few_queries *f);
 
-/* When the results of a call have been written: items with queries that were given up are no longer picked, and the
- * results of their other queries are kept. */
+/* Call this when the results are written. Every item with a query that was given up is no longer picked. The results
+ * of the item's other queries are kept. */
 mha_status mha_give_up_items(const mha_few_queries *f, const mha_call *call, mha_items *items, mha_kept *kept);
 
 #endif

@@ -20,34 +20,34 @@
 
 static mha_status project_inputs(mha_pass *p)
 {
-    const mha_call *call = p->of->call;
-    const mha_widths *w = &p->of->layer->widths;
+    const mha_call *call = p->passes->call;
+    const mha_widths *w = &p->passes->layer->widths;
     const mha_rows k = mha_numbered(&call->static_k, p->batch->numbers);
     const mha_rows v = mha_numbered(&call->static_v, p->batch->numbers);
-    if (!p->of->is_few)
+    if (!p->passes->is_few)
         mha_number_rows(&p->keys);
     if (k.data)
         mha_copy_rows(&p->keys, &k, &p->attention.k, w->Hkv, w->D);
     if (v.data)
         mha_copy_rows(&p->keys, &v, &p->attention.v, w->Hkv, w->Dv);
-    return mha_project(p->of->layer->kernels, p->inputs, p->input_count, &p->team);
+    return mha_project(p->passes->layer->kernels, p->inputs, p->input_count, &p->team);
 }
 
 static mha_status attend(mha_pass *p)
 {
-    return p->of->is_few         ? mha_attend_few_queries(&p->few)
-           : p->of->call->wanted ? mha_attend_with_probabilities(&p->attention)
+    return p->passes->is_few         ? mha_attend_few_queries(&p->few)
+           : p->passes->call->wanted ? mha_attend_with_probabilities(&p->attention)
                                  : mha_attend(&p->attention);
 }
 
 static mha_status project_output(const mha_pass *p)
 {
-    const mha_call *call = p->of->call;
-    const mha_widths *w = &p->of->layer->widths;
+    const mha_call *call = p->passes->call;
+    const mha_widths *w = &p->passes->layer->widths;
     const mha_rows context = mha_numbered(&call->context, p->batch->numbers);
     if (context.data)
         mha_copy_rows(&p->queries, &p->attention.context, &context, 1, w->H * w->Dv);
-    return call->output.data ? mha_project(p->of->layer->kernels, &p->last, 1, &p->team) : MHA_OK;
+    return call->output.data ? mha_project(p->passes->layer->kernels, &p->last, 1, &p->team) : MHA_OK;
 }
 
 static mha_status run_pass(void *memory)
@@ -58,8 +58,8 @@ static mha_status run_pass(void *memory)
         status = attend(p);
     if (status == MHA_OK)
         status = project_output(p);
-    if (status == MHA_OK && p->of->is_few)
-        status = mha_give_up_items(&p->few, p->of->call, p->of->items, p->of->kept);
+    if (status == MHA_OK && p->passes->is_few)
+        status = mha_give_up_items(&p->few, p->passes->call, p->passes->items, p->passes->kept);
     return status;
 }
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * kept.h - results of some queries, which are kept while another pass writes all results of their items.
+ * kept.h - copies of the results of some queries. Another pass overwrites all results of their items. Then the copies are
+ * put back.
  */
 #ifndef MHA_KEPT_H
 #define MHA_KEPT_H

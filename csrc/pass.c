@@ -9,27 +9,31 @@
 #include "probabilities.h"
 #include "schedule.h"
 
-/* Between rows of an item in the workspace; several such rows share a page. */
-enum { MAX_ROW_BYTES = 1024 };
+/* Of q, k or v. They are in the first-level cache together, so it does not matter in which order they lie. */
+enum { MAX_NEAR_BYTES = 49152 };
 
 _Static_assert(sizeof(mha_pass) <= MHA_MAX_PASS, "schedule.c has room for it");
 
 /* Whether other items' rows lie between those of an item, as in an array (length, N, features). */
 static bool lies_by_rows(const mha_pass *p, const mha_rows *x)
 {
-    return p->batch->count > 1 && p->batch->count == p->of->call->N && x->item < x->row;
+    return p->batch->count > 1 && p->batch->count == p->passes->call->N && x->item > 0 && x->item < x->row;
 }
 
-/* A walk through rows of an input that are projected to `width` numbers. It goes as they lie, unless projected rows of
- * an item would be too far apart. */
-static mha_walk walk_of_input(const mha_pass *p, const mha_rows *x, size_t length, size_t width)
+/* Whether the walks through the inputs visit rows in the order in which these lie. The rows of an item are then apart
+ * in the workspace. */
+static bool goes_by_rows(const mha_pass *p)
 {
-    const size_t bytes = p->batch->count * width * p->of->layer->kernels->size;
-    return (mha_walk){.items = p->batch->count, .length = length,
-                      .by_rows = bytes <= MAX_ROW_BYTES && lies_by_rows(p, x)};
+    const mha_layer *layer = p->passes->layer;
+    const mha_call *call = p->passes->call;
+    const mha_widths *w = &layer->widths;
+    const size_t width = mha_larger(w->H * w->D, w->Hkv * mha_larger(w->D, w->Dv)), size = layer->kernels->size;
+    const size_t row = mha_row_stride(width, layer->kernels->lanes, size) * size;
+    return mha_larger(call->L, call->S) <= MAX_NEAR_BYTES / row / p->batch->count && lies_by_rows(p, &call->query) &&
+           lies_by_rows(p, &call->key) && lies_by_rows(p, &call->value);
 }
 
-/* Rows y of the workspace as a target. */
+/* Rows that walk.c placed, as a target. */
 static mha_target target_of(const mha_panels *panels, const mha_rows *y, size_t head_width)
 {
     const ptrdiff_t row = y->item < y->row ? y->item : y->row;
@@ -38,11 +42,11 @@ static mha_target target_of(const mha_panels *panels, const mha_rows *y, size_t 
 
 static void plan_queries(mha_pass *p, mha_plan *plan)
 {
-    const mha_layer *layer = p->of->layer;
+    const mha_layer *layer = p->passes->layer;
     const mha_widths *w = &layer->widths;
     mha_rows *q = &p->attention.q;
-    p->query = mha_numbered(&p->of->call->query, p->batch->numbers);
-    p->queries = walk_of_input(p, &p->query, p->of->call->L, w->H * w->D);
+    p->query = mha_numbered(&p->passes->call->query, p->batch->numbers);
+    p->queries = (mha_walk){.items = p->batch->count, .length = p->passes->call->L, .by_rows = p->by_rows};
     const size_t heads = mha_place_heads(plan, layer->kernels, &p->queries, w->H, w->D, q);
     const mha_target target = target_of(&layer->q, q, heads);
     mha_add_projection(p->inputs, &p->input_count, &p->queries, &p->query, &target);
@@ -50,12 +54,12 @@ static void plan_queries(mha_pass *p, mha_plan *plan)
 
 static void plan_keys(mha_pass *p, mha_plan *plan)
 {
-    const mha_layer *layer = p->of->layer;
-    const mha_call *call = p->of->call;
+    const mha_layer *layer = p->passes->layer;
+    const mha_call *call = p->passes->call;
     const mha_widths *w = &layer->widths;
     mha_rows *k = &p->attention.k, *v = &p->attention.v;
     if (mha_all_live_keys(p->batch) == p->batch->count * call->S)
-        p->keys = walk_of_input(p, &p->key, call->S, w->Hkv * mha_larger(w->D, w->Dv));
+        p->keys = (mha_walk){.items = p->batch->count, .length = call->S, .by_rows = p->by_rows};
     else
         mha_walk_live_keys(&p->keys, p->batch, plan);
     const size_t k_heads = mha_place_heads(plan, layer->kernels, &p->keys, w->Hkv, w->D, k);
@@ -70,14 +74,14 @@ static void plan_keys(mha_pass *p, mha_plan *plan)
 /* All but q, k, v and context, which the plans of the steps set. */
 static void describe_attention(mha_pass *p)
 {
-    const mha_layer *layer = p->of->layer;
-    const mha_call *call = p->of->call;
+    const mha_layer *layer = p->passes->layer;
+    const mha_call *call = p->passes->call;
     const mha_widths *w = &layer->widths;
     const size_t heads = call->wanted == MHA_WANT_AVERAGES ? 1 : w->H;
     mha_attention *a = &p->attention;
     a->kernels = layer->kernels;
     a->batch = p->batch;
-    a->rules = &p->of->rules;
+    a->rules = &p->passes->rules;
     a->L = call->L;
     a->H = w->H;
     a->Hkv = w->Hkv;
@@ -94,10 +98,10 @@ static void describe_attention(mha_pass *p)
 
 static void plan_output(mha_pass *p, mha_plan *plan)
 {
-    const mha_layer *layer = p->of->layer;
+    const mha_layer *layer = p->passes->layer;
     mha_rows *context = &p->attention.context;
     mha_place_rows(plan, layer->kernels, &p->queries, layer->widths.H, layer->widths.Dv, context);
-    p->output = mha_numbered(&p->of->call->output, p->batch->numbers);
+    p->output = mha_numbered(&p->passes->call->output, p->batch->numbers);
     p->results = p->queries;
     p->results.by_rows = lies_by_rows(p, &p->output);
     p->last = (mha_projection){.walk = &p->results, .x = context, .targets = 1,
@@ -107,23 +111,24 @@ static void plan_output(mha_pass *p, mha_plan *plan)
 void mha_plan_pass(void *memory, const void *passes, const mha_batch *batch, const mha_team *team, mha_plan *plan)
 {
     mha_pass *p = memory;
-    p->of = passes;
+    p->passes = passes;
     p->batch = batch;
     p->team = *team;
-    p->key = mha_numbered(&p->of->call->key, batch->numbers);
-    p->value = mha_numbered(&p->of->call->value, batch->numbers);
+    p->key = mha_numbered(&p->passes->call->key, batch->numbers);
+    p->value = mha_numbered(&p->passes->call->value, batch->numbers);
+    p->by_rows = goes_by_rows(p);
     p->input_count = 0;
     plan_queries(p, plan);
-    if (!p->of->is_few)
+    if (!p->passes->is_few)
         plan_keys(p, plan);
     describe_attention(p);
     plan_output(p, plan);
     if (plan->layout.too_large)
         return;
 
-    const mha_layer *layer = p->of->layer;
+    const mha_layer *layer = p->passes->layer;
     mha_attention *a = &p->attention;
-    size_t scratch = p->of->is_few ? mha_plan_few_queries(&p->few, a, layer, &p->key, &p->value, plan)
+    size_t scratch = p->passes->is_few ? mha_plan_few_queries(&p->few, a, layer, &p->key, &p->value, plan)
                      : a->wanted   ? mha_plan_probabilities(a, plan)
                                    : mha_plan_attention(a);
     for (size_t i = 0; i < p->input_count; i++)

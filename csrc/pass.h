@@ -16,15 +16,16 @@ typedef struct {
     mha_rules rules;
     mha_items *items; /* few_queries.c takes those that are picked */
     bool is_few;      /* whether a pass is over these */
-    mha_kept *kept;   /* results of few_queries.c that the next pass leaves alone */
+    mha_kept *kept;   /* results of few_queries.c that are put back after the next pass */
 } mha_passes;
 
 /* Rows of the call are reached by an item's number, those of the workspace by its place in the batch. */
 typedef struct {
-    const mha_passes *of;
+    const mha_passes *passes;
     const mha_batch *batch;
     mha_team team;
     mha_walk queries, keys, results;
+    bool by_rows; /* how the walks through the inputs go */
     mha_rows query, key, value, output;
     mha_projection inputs[MHA_TARGETS], last;
     size_t input_count;

@@ -73,7 +73,8 @@ static mha_run run_of_item(const mha_walk *walk, const mha_rows *x, bool is_gath
     return (mha_run){mha_row_at(x, i, 0, numbers[0]), rows, x->row};
 }
 
-/* The same for a walk by rows: row l of items i, i + 1, ..., and then row l + 1. */
+/* The run of a walk by rows that begins with row r: row l of items i, i + 1, ... If row l + 1 of the first item follows
+ * at the same distance, the run goes on with it. */
 static mha_run run_by_rows(const mha_walk *walk, const mha_rows *x, size_t r, size_t end)
 {
     const size_t i = r % walk->items, rows = end - r;

@@ -176,7 +176,7 @@ typedef struct mha_kernels {
     /* probabilities[key][lane] is multiplied by 0 or by dropout->scale, for lane < count. */
     void (*dropout)(void *probabilities, size_t keys, size_t vectors, size_t count, const mha_dropout_block *dropout);
 
-    /* context = softmax(scale q k^T) v, with the bits that the functions above give one after another. */
+    /* context = softmax(scale q k^T) v. The bits are those of calling the functions above in order. */
     void (*attend_handful)(const mha_handful *handful);
 
     void (*normalize)(const mha_norm_rows *norm);
