@@ -37,8 +37,9 @@ def test_set_and_get():
         assert pool.submit(mha_c.get_num_threads).result() == 3
         pool.submit(mha_c.set_num_threads, 2).result()
     assert mha_c.get_num_threads() == 2
-    mha_c.set_num_threads(np.int64(4))
-    assert mha_c.get_num_threads() == 4
+    for count in (1, np.int64(4)):
+        mha_c.set_num_threads(count)
+        assert mha_c.get_num_threads() == mha_c._core.config()["threads"] == count
 
 
 @pytest.mark.parametrize("wrong", [0, -1, -(2**70), 2.0, "2", None, [2]])

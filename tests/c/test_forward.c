@@ -214,7 +214,7 @@ static void test_problem(const problem *p, mha_dtype dtype, uint64_t *hash)
     free_parameters(&given);
 }
 
-/* ---- Padding and dropout ---- */
+/* ---- Padding, hidden numbers and dropout ---- */
 
 /* Keys behind the last one that counts change nothing, however many there are and whatever they hold. */
 static void test_padding(mha_dtype dtype)
@@ -240,6 +240,54 @@ static void test_padding(mha_dtype dtype)
     free_answer(&got);
     mha_layer_destroy(layer);
     free_parameters(&given);
+}
+
+/* The second half of the keys is hidden from every query by attn_mask, and holds these numbers in turn. */
+static answer run_hidden(const problem *p, const mha_layer *layer, mha_dtype dtype, mha_wanted wanted,
+                         const double numbers[3])
+{
+    const manner m = {.threads = 2, .wanted = wanted};
+    const mha_call c = make_call(p, dtype, &m);
+    for (size_t s = p->S / 2; s < p->S; s++) {
+        for (size_t l = 0; l < p->L; l++)
+            put_mask_number(p->attn, (char *)c.attn_mask.data + (ptrdiff_t)l * c.attn_mask.stride_l +
+                                         (ptrdiff_t)s * c.attn_mask.stride_s, 0);
+        for (size_t n = 0; n < p->N; n++)
+            for (size_t e = 0; e < p->w.Ek; e++)
+                put_at(dtype, mha_row_at(&c.key, n, 0, s) + (ptrdiff_t)e * c.key.step, numbers[(s + e) % 3]);
+        for (size_t n = 0; n < p->N; n++)
+            for (size_t e = 0; e < p->w.Ev; e++)
+                put_at(dtype, mha_row_at(&c.value, n, 0, s) + (ptrdiff_t)e * c.value.step, numbers[(s + e) % 3]);
+    }
+    return call_forward(p, layer, dtype, &c);
+}
+
+/* What no query sees changes nothing, whatever it is. */
+static void test_hidden(mha_dtype dtype)
+{
+    static const problem all[] = {
+        {.name = "hidden numbers", .N = 2, .L = 70, .S = 150, .w = SQUARE(2, 4, 8), .attn = MHA_MASK_HIDE},
+        {.name = "hidden numbers, a float mask", .N = 2, .L = 20, .S = 90, .w = RAGGED, .attn = MHA_MASK_FLOAT32},
+        {.name = "hidden numbers, few queries", .N = 2, .L = 2, .S = 700, .w = {.H = 4, .Hkv = 2, .D = 16, .Dv = 24,
+         .E = 20, .Ek = 17, .Ev = 18, .Eo = 6}, .has_bias = true, .attn = MHA_MASK_SHOW},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        for (int wanted = 0; wanted < 3; wanted++) {
+            const problem *p = &all[i];
+            const size_t heads = wanted == MHA_WANT_PROBABILITIES ? p->w.H : wanted != MHA_WANT_NONE;
+            parameters given = make_parameters(p, dtype);
+            mha_layer *layer = NULL;
+            DESCRIBE("%s %s '%s', weights %d", mha_cpu_name(), dtype_name(dtype), p->name, wanted);
+            CHECK(pack_parameters(p, &given, &layer) == MHA_OK, "no weights");
+            answer zeros = run_hidden(p, layer, dtype, (mha_wanted)wanted, (const double[]){0, 0, 0});
+            answer others = run_hidden(p, layer, dtype, (mha_wanted)wanted, (const double[]){NAN, INFINITY, -INFINITY});
+            check_identical("output", others.output, zeros.output, p->N * p->L * p->w.Eo);
+            check_identical("weights", others.weights, zeros.weights, p->N * heads * p->L * p->S);
+            free_answer(&zeros);
+            free_answer(&others);
+            mha_layer_destroy(layer);
+            free_parameters(&given);
+        }
 }
 
 /* The weights that dropout leaves are 0 or scaled, and the output is made of them. */
@@ -293,6 +341,7 @@ int main(int argc, char **argv)
             test_problem(&problems[i], (mha_dtype)dtype, &hash);
         printf("hash forward %s %016llx\n", dtype_name((mha_dtype)dtype), (unsigned long long)hash);
         test_padding((mha_dtype)dtype);
+        test_hidden((mha_dtype)dtype);
         test_dropout((mha_dtype)dtype);
     }
     return check_report("test_forward");
