@@ -242,22 +242,22 @@ static void test_padding(mha_dtype dtype)
     free_parameters(&given);
 }
 
-/* The second half of the keys is hidden from every query by attn_mask, and holds these numbers in turn. */
+/* Every other key is hidden from every query by attn_mask, and holds these numbers in turn. */
 static answer run_hidden(const problem *p, const mha_layer *layer, mha_dtype dtype, mha_wanted wanted,
                          const double numbers[3])
 {
     const manner m = {.threads = 2, .wanted = wanted};
     const mha_call c = make_call(p, dtype, &m);
-    for (size_t s = p->S / 2; s < p->S; s++) {
+    for (size_t s = 0; s < p->S; s += 2) {
         for (size_t l = 0; l < p->L; l++)
             put_mask_number(p->attn, (char *)c.attn_mask.data + (ptrdiff_t)l * c.attn_mask.stride_l +
                                          (ptrdiff_t)s * c.attn_mask.stride_s, 0);
         for (size_t n = 0; n < p->N; n++)
             for (size_t e = 0; e < p->w.Ek; e++)
-                put_at(dtype, mha_row_at(&c.key, n, 0, s) + (ptrdiff_t)e * c.key.step, numbers[(s + e) % 3]);
+                put_at(dtype, mha_row_at(&c.key, n, 0, s) + (ptrdiff_t)e * c.key.step, numbers[(s / 2 + e) % 3]);
         for (size_t n = 0; n < p->N; n++)
             for (size_t e = 0; e < p->w.Ev; e++)
-                put_at(dtype, mha_row_at(&c.value, n, 0, s) + (ptrdiff_t)e * c.value.step, numbers[(s + e) % 3]);
+                put_at(dtype, mha_row_at(&c.value, n, 0, s) + (ptrdiff_t)e * c.value.step, numbers[(s / 2 + e) % 3]);
     }
     return call_forward(p, layer, dtype, &c);
 }
@@ -268,6 +268,8 @@ static void test_hidden(mha_dtype dtype)
     static const problem all[] = {
         {.name = "hidden numbers", .N = 2, .L = 70, .S = 150, .w = SQUARE(2, 4, 8), .attn = MHA_MASK_HIDE},
         {.name = "hidden numbers, a float mask", .N = 2, .L = 20, .S = 90, .w = RAGGED, .attn = MHA_MASK_FLOAT32},
+        {.name = "hidden numbers, scores computed twice", .N = 1, .L = 30, .S = 1500, .w = SQUARE(2, 8, 16),
+         .attn = MHA_MASK_HIDE},
         {.name = "hidden numbers, few queries", .N = 2, .L = 2, .S = 700, .w = {.H = 4, .Hkv = 2, .D = 16, .Dv = 24,
          .E = 20, .Ek = 17, .Ev = 18, .Eo = 6}, .has_bias = true, .attn = MHA_MASK_SHOW},
     };

@@ -257,6 +257,7 @@ NAMED = [
 # The tests of a subject, quick ones first: C programs by name, files of pytest or tests in them.
 SUBJECTS = [
     (r"kernels/", "kernels softmax exp forward test_dropout.py"),
+    (r"cpu", "kernels softmax forward test_reproducibility.py"),
     (r"threads|processors", "threads test_threads.py test_processes.py"),
     (r"python/advised", "test_advice.py test_ownership.py test_out_of_memory.py"),
     (r"python/sample", "test_packed.py test_hostile_arguments.py test_out_of_memory.py"),
@@ -267,7 +268,7 @@ SUBJECTS = [
     (r"python/", "test_inputs.py test_errors.py test_packed.py test_functional.py test_hostile_arguments.py test_explain.py "
                  "test_out_of_memory.py test_ownership.py test_advice.py test_threads.py test_interrupt.py"),
     (r"", "forward sdpa allocations test_inputs.py test_dropout.py test_functional.py::test_static_keys_and_values "
-          "test_reproducibility.py::test_chunks test_hidden.py::test_layer "
+          "test_reproducibility.py::test_chunks test_hidden.py "
           "test_ownership.py::test_memory_of_a_very_large_call test_explain.py test_extreme_numbers.py"),
 ]
 
