@@ -292,6 +292,37 @@ static void test_hidden(mha_dtype dtype)
         }
 }
 
+/* The path of few queries gives an item up when it meets a number that is not finite, be it the last one of a
+ * parameter. The item then has the bits of the ordinary path. */
+static void test_given_up(mha_dtype dtype)
+{
+    static const int spoilt[] = {K_WEIGHT, V_WEIGHT, K_BIAS, V_BIAS};
+    static const bool ordinary[1];
+    const problem p = {.name = "an item that is given up", .N = 1, .L = 1, .S = 700, .w = {.H = 4, .Hkv = 4, .D = 65,
+                       .Dv = 65, .E = 8, .Ek = 65, .Ev = 65, .Eo = 6}, .has_bias = true};
+    size_t rows[PARAMETERS], columns[PARAMETERS];
+    parameter_shapes(&p, rows, columns);
+    for (size_t i = 0; i < sizeof spoilt / sizeof *spoilt; i++) {
+        parameters given = make_parameters(&p, dtype);
+        put(dtype, given.array[spoilt[i]], (ptrdiff_t)(rows[spoilt[i]] * columns[spoilt[i]]) - 1, INFINITY);
+        mha_layer *layer = NULL;
+        DESCRIBE("%s %s '%s', parameter %d", mha_cpu_name(), dtype_name(dtype), p.name, spoilt[i]);
+        CHECK(pack_parameters(&p, &given, &layer) == MHA_OK, "no weights");
+        mha_call c = make_call(&p, dtype, &plainly);
+        bool is_few[1];
+        CHECK(mha_choose_paths(layer, &c, is_few) == MHA_OK && is_few[0], "another path");
+        answer got = call_forward(&p, layer, dtype, &c);
+        c.is_few = ordinary;
+        answer wanted = call_forward(&p, layer, dtype, &c);
+        check_identical("output", got.output, wanted.output, p.L * p.w.Eo);
+        check_identical("weights", got.weights, wanted.weights, p.w.H * p.L * p.S);
+        free_answer(&got);
+        free_answer(&wanted);
+        mha_layer_destroy(layer);
+        free_parameters(&given);
+    }
+}
+
 /* The weights that dropout leaves are 0 or scaled, and the output is made of them. */
 static void test_dropout(mha_dtype dtype)
 {
@@ -344,6 +375,7 @@ int main(int argc, char **argv)
         printf("hash forward %s %016llx\n", dtype_name((mha_dtype)dtype), (unsigned long long)hash);
         test_padding((mha_dtype)dtype);
         test_hidden((mha_dtype)dtype);
+        test_given_up((mha_dtype)dtype);
         test_dropout((mha_dtype)dtype);
     }
     return check_report("test_forward");
