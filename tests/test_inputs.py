@@ -4,6 +4,7 @@
 import array
 import ctypes
 import mmap
+import pickle
 
 import numpy as np
 import pytest
@@ -142,10 +143,13 @@ def test_torch_tensors():
         module(x, x, x, attn_mask=torch.zeros(5, 5, requires_grad=True))
 
 
+released = pickle.PickleBuffer(b"abcd" * 8)  # NumPy makes an array of one object of it
+released.release()
+
 WRONG = {
     "a list": [[1.0] * 8] * 5, "a tuple": ((1.0,) * 8,) * 5, "a float": 1.0, "text": "abc", "bytes": b"abcd" * 8,
     "an object": object(), "a dict": {}, "a generator": (x for x in ()), "a scalar": np.float32(1),
-    "a class": np.ndarray,
+    "a class": np.ndarray, "a buffer that was released": released,
 }
 
 

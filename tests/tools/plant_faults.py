@@ -156,8 +156,8 @@ def exchanged_arguments(text: str) -> Iterator[Edit]:
 
 
 def last_turns(text: str) -> Iterator[Edit]:
-    for found in re.finditer(r"\bfor \([^;]*; (\w+) < ", text):
-        yield found.start(1), found.end(1), f"{found[1]} + 1"
+    for found in re.finditer(r"\bfor \([^;]*; (\w+) < [^;]*; (?:\1 \+= (\w+))?", text):
+        yield found.start(1), found.end(1), f"{found[1]} + {found[2] or 1}"
 
 
 def exchanged_names(others: dict[str, list[str]]) -> Callable[[str], Iterator[Edit]]:
@@ -263,11 +263,14 @@ SUBJECTS = [
     (r"python/advised", "test_advice.py test_ownership.py test_out_of_memory.py"),
     (r"python/sample", "test_packed.py test_hostile_arguments.py test_out_of_memory.py"),
     (r"python/thread_count", "test_threads.py test_hostile_arguments.py test_out_of_memory.py"),
-    (r"python/sdpa", "test_functional.py test_hostile_arguments.py test_out_of_memory.py test_ownership.py test_advice.py"),
+    (r"python/sdpa", "test_functional.py test_hostile_arguments.py test_out_of_memory.py test_ownership.py"),
     (r"python/stages", "test_explain.py test_hostile_arguments.py test_out_of_memory.py test_ownership.py"),
     (r"python/torch_checks", "test_errors.py test_inputs.py test_functional.py test_hostile_arguments.py"),
-    (r"python/", "test_inputs.py test_errors.py test_packed.py test_functional.py test_hostile_arguments.py test_explain.py "
-                 "test_out_of_memory.py test_ownership.py test_advice.py test_threads.py test_interrupt.py"),
+    (r"python/module", "test_inputs.py test_threads.py test_ownership.py test_out_of_memory.py test_advice.py "
+                       "test_interrupt.py"),
+    (r"python/run", "test_inputs.py test_hostile_arguments.py test_threads.py test_out_of_memory.py test_interrupt.py"),
+    (r"python/", "test_inputs.py test_errors.py test_packed.py test_functional.py test_hostile_arguments.py "
+                 "test_out_of_memory.py test_ownership.py test_advice.py"),
     (r"", "forward sdpa allocations test_inputs.py test_dropout.py test_functional.py::test_static_keys_and_values "
           "test_reproducibility.py::test_chunks test_hidden.py "
           "test_ownership.py::test_memory_of_a_very_large_call test_explain.py test_extreme_numbers.py"),
