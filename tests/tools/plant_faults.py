@@ -186,7 +186,8 @@ def kinds(source: Path) -> dict[str, Callable[[str], Iterator[Edit]]]:
 # ---- What no test can notice ----
 
 class Unseen(NamedTuple):
-    """Faults that change no result: those of some files whose name and change (see describe()) match, and why."""
+    """Faults that change no result: those of some files whose name and change (see describe()) match, and why. With no
+    change, all faults of a function."""
 
     files: str
     name: str
@@ -395,10 +396,10 @@ class FaultyBench(Workbench):
         return None
 
 
-def explain(fault: Fault, text: str) -> str | None:
+def explain(fault: Fault, text: str) -> Unseen | None:
     """Why no test can notice a fault, if UNSEEN says so."""
     change = describe(fault, text)
-    return next((unseen.why for unseen in UNSEEN if re.search(unseen.files, fault.file)
+    return next((unseen for unseen in UNSEEN if re.search(unseen.files, fault.file)
                  and re.search(unseen.name, fault.name) and re.search(unseen.change, change)), None)
 
 
@@ -425,10 +426,12 @@ def main() -> int:
             if options.words and not any(word in fault.name for word in options.words):
                 continue
             text = (bench.source / fault.file).read_text()
-            if why := explain(fault, text):
+            if unseen := explain(fault, text):
                 left_out += 1
-                print(f"left out: {fault.name}, {why}", flush=True)
-                continue
+                print(f"left out: {fault.name}, {unseen.why}", flush=True)
+                if unseen.change:
+                    continue
+                break
             before = time.monotonic()
             if not bench.plant(fault):
                 continue
