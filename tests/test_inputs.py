@@ -404,6 +404,17 @@ def test_out_overlapping_an_input(same):
             np.testing.assert_array_equal(module(*given, out=room[2::-1], need_weights=need_weights)[0], want[0])
 
 
+def test_out_that_begins_where_an_input_ends():
+    """One number in common is enough: the last items of a large batch are read after the first ones are written."""
+    module = layer(16, 2, batch_first=True)
+    x = normal((100, 9, 16))
+    want = module(x, x, x, need_weights=False)[0]
+    room = np.zeros(2 * x.size - 1, "float32")
+    given, out = room[:x.size].reshape(x.shape), room[x.size - 1:].reshape(x.shape)
+    given[...] = x
+    np.testing.assert_array_equal(module(given, given, given, need_weights=False, out=out)[0], want)
+
+
 def test_out_overlapping_a_mask():
     module = layer(16, 2, batch_first=True)
     given = inputs(1, 16, 16, 16)
