@@ -14,19 +14,21 @@ from mha_c.functional import scaled_dot_product_attention
 from test_reproducibility import LEVELS, skip_unless_supported
 
 DTYPES = ("float32", "float64")
-# N, L, S, E, H, Hkv: one panel and several, one block of keys and several; the last three are calls with few queries.
+# N, L, S, E, H, Hkv: one panel and several, one block of keys and several, so many keys that scores are
+# computed twice for the weights; the last three are calls with few queries.
 SHAPES = ((2, 64, 64, 64, 4, 4), (2, 70, 130, 48, 4, 2), (1, 90, 300, 130, 1, 1), (3, 5, 5, 8, 4, 4),
-          (2, 2, 900, 64, 4, 4), (1, 1, 600, 64, 4, 4), (2, 3, 1500, 32, 2, 2))
+          (1, 30, 1500, 16, 2, 2), (2, 2, 900, 64, 4, 4), (1, 1, 600, 64, 4, 4), (2, 3, 1500, 32, 2, 2))
 KINDS = ("bool", "float", "heads", "causal", "causal and bool", "padding and bool")
 BAD = (np.nan, np.inf, -np.inf)
 
 
 def make_masks(kind, shape, dtype):
-    """The masks of a kind that hide the second half of the keys and some others; and what they leave, (N, H, L, S)."""
+    """The masks of a kind that hide the second half of the keys, each seventh and some others; and what they leave,
+    (N, H, L, S)."""
     n, length, s, _, h, _ = shape
     rng = np.random.default_rng(length)
     hidden = rng.random((n * h, length, s)) < 0.3
-    hidden[:, :, 0], hidden[:, :, (s + 1) // 2:] = False, True
+    hidden[:, :, 0], hidden[:, :, 3::7], hidden[:, :, (s + 1) // 2:] = False, True, True
     if kind != "heads":
         hidden = hidden[0]
     is_visible = ~np.broadcast_to(hidden if hidden.ndim == 2 else hidden.reshape(n, h, length, s), (n, h, length, s))

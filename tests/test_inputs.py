@@ -4,6 +4,7 @@
 import array
 import ctypes
 import mmap
+import pickle
 
 import numpy as np
 import pytest
@@ -142,10 +143,13 @@ def test_torch_tensors():
         module(x, x, x, attn_mask=torch.zeros(5, 5, requires_grad=True))
 
 
+released = pickle.PickleBuffer(b"abcd" * 8)  # NumPy makes an array of one object of it
+released.release()
+
 WRONG = {
     "a list": [[1.0] * 8] * 5, "a tuple": ((1.0,) * 8,) * 5, "a float": 1.0, "text": "abc", "bytes": b"abcd" * 8,
     "an object": object(), "a dict": {}, "a generator": (x for x in ()), "a scalar": np.float32(1),
-    "a class": np.ndarray,
+    "a class": np.ndarray, "a buffer that was released": released,
 }
 
 
@@ -398,6 +402,17 @@ def test_out_overlapping_an_input(same):
             np.testing.assert_array_equal(module(*given, out=room[1:], need_weights=need_weights)[0], want[0])
             room[:3] = inputs(3, 9, 9, 16, same=same)[where]
             np.testing.assert_array_equal(module(*given, out=room[2::-1], need_weights=need_weights)[0], want[0])
+
+
+def test_out_that_begins_where_an_input_ends():
+    """One number in common is enough: the last items of a large batch are read after the first ones are written."""
+    module = layer(16, 2, batch_first=True)
+    x = normal((100, 9, 16))
+    want = module(x, x, x, need_weights=False)[0]
+    room = np.zeros(2 * x.size - 1, "float32")
+    given, out = room[:x.size].reshape(x.shape), room[x.size - 1:].reshape(x.shape)
+    given[...] = x
+    np.testing.assert_array_equal(module(given, given, given, need_weights=False, out=out)[0], want)
 
 
 def test_out_overlapping_a_mask():

@@ -184,6 +184,19 @@ def test_key_weights_live_as_long_as_they_are_read():
     assert alive() is None
 
 
+def test_referrers():
+    """The garbage collector's list of who refers to an object has a function for what it holds, and for nothing else."""
+    class Held:
+        pass
+
+    function, advise, attribute, stranger = (Held() for _ in range(4))
+    made = mha_c._core.AdvisedFunction(function, advise)
+    made.attribute = attribute
+    named = [any(x is made or x is made.__dict__ for x in gc.get_referrers(held))
+             for held in (function, advise, attribute, stranger)]
+    assert named == [True, True, True, False]
+
+
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"),
                                 reason="memory in use is read from /proc")
 
@@ -248,6 +261,34 @@ def test_memory_of_a_very_large_call():
     assert offered > 56 * 2**20
     assert kept < 68 * 2**20
     assert faults < 10
+
+
+@needs_proc
+def test_a_module_that_is_let_go():
+    """A module that nothing refers to any more takes its names along, and the memory that it keeps for the next call."""
+    run_child("""
+        import gc, glob, importlib.util, os, sys
+        import numpy as np
+        from helpers import memory_in_use
+        library, = glob.glob(os.path.join(importlib.util.find_spec("mha_c").submodule_search_locations[0], "_core.*.so"))
+        x = np.ones((300_000, 1, 1), np.float32)  # tables of its items take more than 10 MiB
+        names = [sys.intern(name) for name in ("__array__", "__array_interface__", "__array_struct__", "__dlpack__",
+                                               "filled", "ident")]
+        def use():
+            spec = importlib.util.spec_from_file_location("_core", library)
+            core = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(core)
+            core.set_num_threads(1)
+            core.scaled_dot_product_attention(x, x, x, None, 0.0, False, None, False, 0, None)
+            return memory_in_use("Rss")
+        use()
+        gc.collect()
+        before = [sys.getrefcount(name) for name in names]
+        used = use()
+        gc.collect()
+        assert [sys.getrefcount(name) for name in names] == before
+        assert used - memory_in_use("Rss") > 8 * 2**20
+        """)
 
 
 @needs_proc

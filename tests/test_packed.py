@@ -39,6 +39,11 @@ def test_sample_of_a_matrix_is_spread_over_rows_and_columns():
         assert np.unique(np.frombuffer(mha_c._core.sample((index,)), index.dtype)).size > 60
 
 
+def test_sample_of_a_vector_is_spread_over_it():
+    """Its second half is made of other numbers than its first."""
+    assert np.unique(np.frombuffer(mha_c._core.sample((np.arange(2304),)), np.arange(1).dtype)).size > 60
+
+
 def test_sample_of_something_else():
     for wrong in ([], None, np.zeros(3), ("a",), (None,), (np.array(["a"]),), (np.array([None]),)):
         with pytest.raises(TypeError, match="sample expected"):

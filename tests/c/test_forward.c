@@ -56,6 +56,7 @@ static const problem problems[] = {
      .Ev = 9, .Eo = 30}, .has_bias = true, .has_bias_kv = true, .add_zero_attn = true, .padding = MHA_MASK_HIDE},
     {.name = "a mask for all heads", .N = 2, .L = 70, .S = 131, .w = RAGGED, .has_bias = true,
      .attn = MHA_MASK_FLOAT32, .padding = MHA_MASK_HIDE},
+    {.name = "a mask, heads of two chains", .N = 1, .L = 9, .S = 70, .w = SQUARE(1, 80, 8), .attn = MHA_MASK_FLOAT32},
     {.name = "chunks of items", .N = 49, .L = 9, .S = 40, .w = RAGGED, .has_bias = true, .has_bias_kv = true,
      .add_zero_attn = true, .attn = MHA_MASK_FLOAT32, .attn_per_head = true, .empty_row = MHA_EMPTY_ROW_NAN},
     {.name = "chunks of items with padding", .N = 13, .L = 50, .S = 33, .w = {.H = 2, .Hkv = 2, .D = 64, .Dv = 64,
@@ -67,6 +68,8 @@ static const problem problems[] = {
      .padding = MHA_MASK_FLOAT64, .attn = MHA_MASK_HIDE},
     {.name = "few queries, few keys left", .N = 3, .L = 2, .S = 700, .w = {.H = 4, .Hkv = 2, .D = 16, .Dv = 24, .E = 20,
      .Ek = 17, .Ev = 18, .Eo = 6}, .has_bias = true, .padding = MHA_MASK_FLOAT64, .attn = MHA_MASK_HIDE},
+    {.name = "few queries, a feature beyond a chain", .N = 2, .L = 1, .S = 300, .w = {.H = 4, .Hkv = 4, .D = 16,
+     .Dv = 16, .E = 8, .Ek = 65, .Ev = 129, .Eo = 6}, .has_bias = true},
     {.name = "no items", .N = 0, .L = 3, .S = 4, .w = SQUARE(2, 4, 8), .has_bias = true},
     {.name = "no queries", .N = 2, .L = 0, .S = 4, .w = SQUARE(2, 4, 8), .padding = MHA_MASK_HIDE},
     {.name = "no keys", .N = 2, .L = 3, .S = 0, .w = SQUARE(2, 4, 8), .has_bias = true, .padding = MHA_MASK_HIDE,
@@ -211,7 +214,7 @@ static void test_problem(const problem *p, mha_dtype dtype, uint64_t *hash)
     free_parameters(&given);
 }
 
-/* ---- Padding and dropout ---- */
+/* ---- Padding, hidden numbers and dropout ---- */
 
 /* Keys behind the last one that counts change nothing, however many there are and whatever they hold. */
 static void test_padding(mha_dtype dtype)
@@ -237,6 +240,87 @@ static void test_padding(mha_dtype dtype)
     free_answer(&got);
     mha_layer_destroy(layer);
     free_parameters(&given);
+}
+
+/* Every other key is hidden from every query by attn_mask, and holds these numbers in turn. */
+static answer run_hidden(const problem *p, const mha_layer *layer, mha_dtype dtype, mha_wanted wanted,
+                         const double numbers[3])
+{
+    const manner m = {.threads = 2, .wanted = wanted};
+    const mha_call c = make_call(p, dtype, &m);
+    for (size_t s = 0; s < p->S; s += 2) {
+        for (size_t l = 0; l < p->L; l++)
+            put_mask_number(p->attn, (char *)c.attn_mask.data + (ptrdiff_t)l * c.attn_mask.stride_l +
+                                         (ptrdiff_t)s * c.attn_mask.stride_s, 0);
+        for (size_t n = 0; n < p->N; n++)
+            for (size_t e = 0; e < p->w.Ek; e++)
+                put_at(dtype, mha_row_at(&c.key, n, 0, s) + (ptrdiff_t)e * c.key.step, numbers[(s / 2 + e) % 3]);
+        for (size_t n = 0; n < p->N; n++)
+            for (size_t e = 0; e < p->w.Ev; e++)
+                put_at(dtype, mha_row_at(&c.value, n, 0, s) + (ptrdiff_t)e * c.value.step, numbers[(s / 2 + e) % 3]);
+    }
+    return call_forward(p, layer, dtype, &c);
+}
+
+/* What no query sees changes nothing, whatever it is. */
+static void test_hidden(mha_dtype dtype)
+{
+    static const problem all[] = {
+        {.name = "hidden numbers", .N = 2, .L = 70, .S = 150, .w = SQUARE(2, 4, 8), .attn = MHA_MASK_HIDE},
+        {.name = "hidden numbers, a float mask", .N = 2, .L = 20, .S = 90, .w = RAGGED, .attn = MHA_MASK_FLOAT32},
+        {.name = "hidden numbers, scores computed twice", .N = 1, .L = 30, .S = 1500, .w = SQUARE(2, 8, 16),
+         .attn = MHA_MASK_HIDE},
+        {.name = "hidden numbers, few queries", .N = 2, .L = 2, .S = 700, .w = {.H = 4, .Hkv = 2, .D = 16, .Dv = 24,
+         .E = 20, .Ek = 17, .Ev = 18, .Eo = 6}, .has_bias = true, .attn = MHA_MASK_SHOW},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        for (int wanted = 0; wanted < 3; wanted++) {
+            const problem *p = &all[i];
+            const size_t heads = wanted == MHA_WANT_PROBABILITIES ? p->w.H : wanted != MHA_WANT_NONE;
+            parameters given = make_parameters(p, dtype);
+            mha_layer *layer = NULL;
+            DESCRIBE("%s %s '%s', weights %d", mha_cpu_name(), dtype_name(dtype), p->name, wanted);
+            CHECK(pack_parameters(p, &given, &layer) == MHA_OK, "no weights");
+            answer zeros = run_hidden(p, layer, dtype, (mha_wanted)wanted, (const double[]){0, 0, 0});
+            answer others = run_hidden(p, layer, dtype, (mha_wanted)wanted, (const double[]){NAN, INFINITY, -INFINITY});
+            check_identical("output", others.output, zeros.output, p->N * p->L * p->w.Eo);
+            check_identical("weights", others.weights, zeros.weights, p->N * heads * p->L * p->S);
+            free_answer(&zeros);
+            free_answer(&others);
+            mha_layer_destroy(layer);
+            free_parameters(&given);
+        }
+}
+
+/* The path of few queries gives an item up when it meets a number that is not finite, be it the last one of a
+ * parameter. The item then has the bits of the ordinary path. */
+static void test_given_up(mha_dtype dtype)
+{
+    static const int spoilt[] = {K_WEIGHT, V_WEIGHT, K_BIAS, V_BIAS};
+    static const bool ordinary[1];
+    const problem p = {.name = "an item that is given up", .N = 1, .L = 1, .S = 700, .w = {.H = 4, .Hkv = 4, .D = 65,
+                       .Dv = 65, .E = 8, .Ek = 65, .Ev = 65, .Eo = 6}, .has_bias = true};
+    size_t rows[PARAMETERS], columns[PARAMETERS];
+    parameter_shapes(&p, rows, columns);
+    for (size_t i = 0; i < sizeof spoilt / sizeof *spoilt; i++) {
+        parameters given = make_parameters(&p, dtype);
+        put(dtype, given.array[spoilt[i]], (ptrdiff_t)(rows[spoilt[i]] * columns[spoilt[i]]) - 1, INFINITY);
+        mha_layer *layer = NULL;
+        DESCRIBE("%s %s '%s', parameter %d", mha_cpu_name(), dtype_name(dtype), p.name, spoilt[i]);
+        CHECK(pack_parameters(&p, &given, &layer) == MHA_OK, "no weights");
+        mha_call c = make_call(&p, dtype, &plainly);
+        bool is_few[1];
+        CHECK(mha_choose_paths(layer, &c, is_few) == MHA_OK && is_few[0], "another path");
+        answer got = call_forward(&p, layer, dtype, &c);
+        c.is_few = ordinary;
+        answer wanted = call_forward(&p, layer, dtype, &c);
+        check_identical("output", got.output, wanted.output, p.L * p.w.Eo);
+        check_identical("weights", got.weights, wanted.weights, p.w.H * p.L * p.S);
+        free_answer(&got);
+        free_answer(&wanted);
+        mha_layer_destroy(layer);
+        free_parameters(&given);
+    }
 }
 
 /* The weights that dropout leaves are 0 or scaled, and the output is made of them. */
@@ -290,6 +374,8 @@ int main(int argc, char **argv)
             test_problem(&problems[i], (mha_dtype)dtype, &hash);
         printf("hash forward %s %016llx\n", dtype_name((mha_dtype)dtype), (unsigned long long)hash);
         test_padding((mha_dtype)dtype);
+        test_hidden((mha_dtype)dtype);
+        test_given_up((mha_dtype)dtype);
         test_dropout((mha_dtype)dtype);
     }
     return check_report("test_forward");

@@ -386,11 +386,13 @@ static void workers_round_as_the_caller(void)
 static void look_at_signals(size_t worker)
 {
     static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGALRM, SIGCHLD, SIGUSR1, SIGPIPE, SIGPROF};
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE}; /* of the thread itself */
     sigset_t blocked;
     CHECK(pthread_sigmask(SIG_SETMASK, NULL, &blocked) == 0);
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
         CHECK(sigismember(&blocked, signals[i]) == (worker != 0));
-    CHECK(sigismember(&blocked, SIGSEGV) == 0);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
+        CHECK(sigismember(&blocked, faults[i]) == 0);
 }
 
 static void workers_leave_signals_alone(void)
