@@ -393,6 +393,17 @@ def test_a_head_takes_the_path_of_its_layer(kv_heads):
     assert paths == ["ordinary" if kv_heads == 1 else "few queries", "ordinary"]
 
 
+def test_paths_are_two_orders_of_additions():
+    """So their bits differ, and the core really takes the one that it is told to take."""
+    module = layer(64, 4)
+    query, key = normal((2, 1, 64)), normal((600, 1, 64), seed=1)
+    arguments = (module._parameters.weights, query, key, key, None, False, None, True, False, None, False, False, "zero", 0.0,
+                 0, 0)
+    few, ordinary = (_core.attend(*arguments, np.array([is_few]))[0] for is_few in (True, False))
+    assert (few != ordinary).any()
+    np.testing.assert_allclose(few, ordinary, atol=1e-6)
+
+
 def test_paths_that_cannot_be():
     """The core keeps to what it can do, whatever it is told: a narrow input has no vector to fill."""
     module = layer(8, 2)

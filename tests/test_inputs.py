@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import pickle
 
+import mha_c
 import numpy as np
 import pytest
 from helpers import assert_matches, inputs, layer, normal
@@ -467,3 +468,21 @@ def test_a_query_that_is_the_beginning_of_its_keys():
     got = module(query, x, x, key_padding_mask=padding)
     for a, b in zip(got, module(query.copy(), x.copy(), x.copy(), key_padding_mask=padding)):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_items_that_take_different_paths(batch_first):
+    """Items with far more keys than queries go first, the others after them. Each gets what it gets by itself."""
+    module = layer(64, 4, batch_first=batch_first)
+    query, key = normal((5, 2, 64)), normal((5, 900, 64), seed=1)
+    hidden = np.zeros((5, 900), bool)
+    hidden[1::2, 3:] = True  # so that these items have few keys, too
+    given = (query, key, key) if batch_first else (query.swapaxes(0, 1), *[key.swapaxes(0, 1)] * 2)
+    paths = mha_c.explain(module, *given, key_padding_mask=hidden, stages=[]).paths
+    assert paths == ("few queries", "ordinary") * 2 + ("few queries",)
+    output, weights = module(*given, key_padding_mask=hidden)
+    for n in range(5):
+        one = [x[n] for x in (query, key, key)]
+        alone = module(*one, key_padding_mask=hidden[n])
+        np.testing.assert_array_equal(output[n] if batch_first else output[:, n], alone[0])
+        np.testing.assert_array_equal(weights[n], alone[1])

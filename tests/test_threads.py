@@ -544,6 +544,14 @@ def test_ctrl_c(threads):
 
 
 @POSIX
+def test_main_thread_that_is_not_one(monkeypatch):
+    """A library has put something else in its place. A long call asks it whether to look at signals."""
+    module, x = layer(64, 4), np.zeros((128, 1, 64), np.float32)
+    monkeypatch.setattr(threading, "_main_thread", object())
+    with pytest.raises(AttributeError, match="ident"):
+        module(x, x, x)
+
+
 def test_signal_handler_that_returns():
     """A handler that raises nothing runs in the middle of a call, which then goes on to the right result."""
     run_child(PREPARE + """

@@ -222,8 +222,9 @@ UNSEEN = [
     Unseen("threads", r"withdraw\(\)", r"-> .*gate == 0 && changes_soon", "how long the caller waits before it sleeps"),
     Unseen("workspace", r"mha_row_stride\(\)", r"-> .*lines / 2 == 0", "where rows begin"),
     Unseen("arrays", r"find_bounds\(\)", r"-> .*stride <= 0", "a distance of 0 moves neither bound"),
-    Unseen("python/sdpa", r"collect_double\(\)", r"^PyErr_Clear\(\); -> +;", "PyErr_Format() does it, too"),
+    Unseen("python/sdpa", r"collect_double\(\)", r"^PyErr_Clear\(\); +-> +;", "PyErr_Format() does it, too"),
     Unseen("python/sdpa", r"is_readable\(\)", r"-> .*<= 1 && strides", "rows are copied that could be read in place"),
+    Unseen("python/", "", r"\? -1 : 0.* -> .*\? -1 : 1", "callers ask whether it is negative"),
     Unseen("torch_checks", r"check_batch\(\)", r"-> .*key = arguments->value_shape", "the shapes agree here"),
     Unseen("cpu", r"detect\(\)", "", "needs a CPU with fewer instructions"),
 ]
