@@ -341,7 +341,7 @@ static void test_masks(const bench *b)
         {MHA_MASK_HIDE, -1, 64, NULL},      {MHA_MASK_SHOW, 200, 1, NULL},    {MHA_MASK_SHOW, 1, 99, NULL},
         {MHA_MASK_FLOAT32, 900, 4, NULL},   {MHA_MASK_FLOAT32, 4, 1001, NULL}, {MHA_MASK_FLOAT32, 2000, -5, NULL},
         {MHA_MASK_FLOAT32, 7, 0, NULL},     {MHA_MASK_FLOAT64, 2000, 8, NULL}, {MHA_MASK_FLOAT64, -9, 999, NULL},
-        {MHA_MASK_FLOAT64, 0, 0, NULL},
+        {MHA_MASK_FLOAT64, 0, 0, NULL},     {MHA_MASK_FLOAT64, 2000, 4, NULL},
     };
     enum { MASKS = sizeof masks / sizeof *masks };
     static size_t index[MHA_BLOCK_KEYS];
