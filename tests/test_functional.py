@@ -294,6 +294,18 @@ def test_random_calls():
     check()
 
 
+@pytest.mark.parametrize("overlapped", range(4))
+def test_a_result_over_an_input(overlapped):
+    """The core's `out`, which mha_c.torch uses, may be one of the arrays that the call reads."""
+    arrays = [normal((80, 80), seed=seed) for seed in range(4)]
+    query, key, value, mask = arrays
+    want = scaled_dot_product_attention(query, key, value, mask)
+    out = arrays[overlapped]
+    got = mha_c._core.scaled_dot_product_attention(query, key, value, mask, 0.0, False, None, False, 0, out)
+    assert got is out
+    np.testing.assert_array_equal(out, want)
+
+
 # ---------------------------------------------------------------------------------------------- dropout
 
 
