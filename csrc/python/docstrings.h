@@ -6,6 +6,7 @@
 #define MHA_PYTHON_DOCSTRINGS_H
 
 #include "arguments.h"
+#include "norm.h"
 #include "sdpa.h"
 
 #define NAME(number, name) #name ", "
@@ -26,7 +27,7 @@ static const char scaled_dot_product_attention_doc[] =
     "An exception that the checks raise has the attribute refused: nothing was computed.";
 
 static const char normalize_doc[] =
-    "normalize($module, input, normalized_shape, weight, bias, eps, is_rms, /)\n--\n\n"
+    "normalize($module, " NORM_ARGUMENTS(NAME) "/)\n--\n\n"
     "layer_norm, or rms_norm if is_rms: torch's checks, in torch's order and words, then the result: a new\n"
     "C-contiguous array. None is no weight, no bias, and the machine's epsilon for rms_norm.\n"
     "An exception that the checks raise has the attribute refused: nothing was computed.";

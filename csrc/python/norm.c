@@ -14,14 +14,10 @@
 #include "arrays.h"
 #include "run.h"
 
-/* The positional arguments of _core.normalize(). */
 enum {
-    ARGUMENT_INPUT,
-    ARGUMENT_NORMALIZED_SHAPE,
-    ARGUMENT_WEIGHT,
-    ARGUMENT_BIAS,
-    ARGUMENT_EPS,
-    ARGUMENT_IS_RMS,
+#define NUMBER(number, name) ARGUMENT_##number,
+    NORM_ARGUMENTS(NUMBER)
+#undef NUMBER
     ARGUMENT_COUNT
 };
 

@@ -7,6 +7,10 @@
 
 #include "module.h"
 
+/* Its positional arguments: their numbers, and their names in its signature. */
+#define NORM_ARGUMENTS(X) \
+    X(INPUT, input) X(NORMALIZED_SHAPE, normalized_shape) X(WEIGHT, weight) X(BIAS, bias) X(EPS, eps) X(IS_RMS, is_rms)
+
 /* Module function. */
 PyObject *normalize(PyObject *module, PyObject *const *objects, Py_ssize_t count);
 
