@@ -117,6 +117,14 @@ assert_type(mha_c.plot.entropy([x, x]), Axes)
 assert_type(mha_c.plot.distance(x, ax=mha_c.plot.token(x, "a", layer="decoder.0")), Axes)
 assert_type(mha_c.plot.masking(x, x), Array)
 
+norm = mha_c.LayerNorm((2, 8), bias=False)
+assert_type(norm(x), Array)
+assert_type(norm.bias, Array | None)
+assert_type(norm.normalized_shape, tuple[int, ...])
+assert_type(mha_c.RMSNorm(8).eval(), mha_c.RMSNorm)
+assert_type(mha_c.LayerNorm.from_torch(torch.nn.LayerNorm(8)), mha_c.LayerNorm)
+assert_type(mha_c.functional.layer_norm(x, (8,)), Array)
+
 report = mha_c.check.against_torch(layer, x, x, x, need_weights=False)
 assert_type(report, mha_c.check.Report)
 assert_type(report.agrees, bool)
@@ -136,6 +144,8 @@ mha_c.MultiheadAttention(8, 4, dropout="0.1")  # type: ignore[arg-type]
 mha_c.MultiheadAttention(8, 4, seed="a")  # type: ignore[arg-type]
 mha_c.MultiheadAttention(d_model=8, nhead=4)  # type: ignore[call-arg]
 mha_c.MultiHeadAttention(8, 4)  # type: ignore[attr-defined]
+mha_c.LayerNorm("8")  # type: ignore[arg-type]
+mha_c.RMSNorm(8, bias=True)  # type: ignore[call-arg]
 layer(x, x, x, causal=True)  # type: ignore[call-overload]
 layer(x, x, x, is_causal="yes")  # type: ignore[call-overload]
 layer([[0.0] * 8], x, x)  # type: ignore[call-overload]
