@@ -296,15 +296,22 @@ static void test_hidden(mha_dtype dtype)
  * parameter. The item then has the bits of the ordinary path. */
 static void test_given_up(mha_dtype dtype)
 {
-    static const int spoilt[] = {K_WEIGHT, V_WEIGHT, K_BIAS, V_BIAS};
+    enum { TOO_LARGE_TOGETHER = PARAMETERS };
+    static const int spoilt[] = {K_WEIGHT, V_WEIGHT, K_BIAS, V_BIAS, TOO_LARGE_TOGETHER};
     static const bool ordinary[1];
+    const double large = dtype == MHA_FLOAT32 ? 1e30 : 1e300;
     const problem p = {.name = "an item that is given up", .N = 1, .L = 1, .S = 700, .w = {.H = 4, .Hkv = 4, .D = 65,
                        .Dv = 65, .E = 8, .Ek = 65, .Ev = 65, .Eo = 6}, .has_bias = true};
     size_t rows[PARAMETERS], columns[PARAMETERS];
     parameter_shapes(&p, rows, columns);
     for (size_t i = 0; i < sizeof spoilt / sizeof *spoilt; i++) {
         parameters given = make_parameters(&p, dtype);
-        put(dtype, given.array[spoilt[i]], (ptrdiff_t)(rows[spoilt[i]] * columns[spoilt[i]]) - 1, INFINITY);
+        if (spoilt[i] == TOO_LARGE_TOGETHER) { /* finite, but the product of a query's feature and a key's is not */
+            put(dtype, given.array[Q_BIAS], 1, large);
+            put(dtype, given.array[K_BIAS], 1, large);
+        } else {
+            put(dtype, given.array[spoilt[i]], (ptrdiff_t)(rows[spoilt[i]] * columns[spoilt[i]]) - 1, INFINITY);
+        }
         mha_layer *layer = NULL;
         DESCRIBE("%s %s '%s', parameter %d", mha_cpu_name(), dtype_name(dtype), p.name, spoilt[i]);
         CHECK(pack_parameters(&p, &given, &layer) == MHA_OK, "no weights");
