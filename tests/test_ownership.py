@@ -264,7 +264,7 @@ def test_memory_of_a_very_large_call():
 
 
 @needs_proc
-def test_a_module_that_is_let_go():
+def test_memory_of_a_module_that_is_let_go():
     """A module that nothing refers to any more takes its names along, and the memory that it keeps for the next call."""
     run_child("""
         import gc, glob, importlib.util, os, sys
