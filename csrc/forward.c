@@ -37,7 +37,7 @@ static mha_status attend(mha_pass *p)
 {
     return p->passes->is_few         ? mha_attend_few_queries(&p->few)
            : p->passes->call->wanted ? mha_attend_with_probabilities(&p->attention)
-                                 : mha_attend(&p->attention);
+                                     : mha_attend(&p->attention);
 }
 
 static mha_status project_output(const mha_pass *p)

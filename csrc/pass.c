@@ -129,8 +129,8 @@ void mha_plan_pass(void *memory, const void *passes, const mha_batch *batch, con
     const mha_layer *layer = p->passes->layer;
     mha_attention *a = &p->attention;
     size_t scratch = p->passes->is_few ? mha_plan_few_queries(&p->few, a, layer, &p->key, &p->value, plan)
-                     : a->wanted   ? mha_plan_probabilities(a, plan)
-                                   : mha_plan_attention(a);
+                     : a->wanted        ? mha_plan_probabilities(a, plan)
+                                        : mha_plan_attention(a);
     for (size_t i = 0; i < p->input_count; i++)
         scratch = mha_larger(scratch, mha_plan_projection(layer->kernels, &p->inputs[i], team->threads));
     p->team.scratch_bytes = mha_larger(scratch, mha_plan_projection(layer->kernels, &p->last, team->threads));

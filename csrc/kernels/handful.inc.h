@@ -3,41 +3,20 @@
  * handful.inc.h - attention of a handful of tokens in one call (kernels.inc.h includes it).
  */
 
-/* c[r][lane] = sum over k of a[r * a_row + k * a_k] * b[k][lane], as in tile.inc.h. `rows` is a constant. */
-INLINE void V(sums)(const REAL *a, ptrdiff_t a_row, ptrdiff_t a_k, const REAL *b, size_t depth, REAL *c,
-                    const size_t rows)
-{
-    VEC sum[8];
-    MHA_UNROLL
-    for (size_t r = 0; r < rows; r++)
-        sum[r] = V(splat)(0);
-    for (size_t k = 0; k < depth; k++, a += a_k) {
-        const VEC b_k = V(load)(b + k * LANES);
-        MHA_UNROLL
-        for (size_t r = 0; r < rows; r++)
-            sum[r] = V(fma)(V(broadcast)(a + (ptrdiff_t)r * a_row), b_k, sum[r]);
-    }
-    MHA_UNROLL
-    for (size_t r = 0; r < rows; r++)
-        V(store)(c + r * LANES, sum[r]);
-}
-
+/* c[r][lane] = sum over k of a[r * a_row + k * a_k] * b[k][lane]: the tile without what a product of any size needs. */
 INLINE void V(small_product)(const REAL *a, ptrdiff_t a_row, ptrdiff_t a_k, size_t rows, const REAL *b, size_t depth,
                              REAL *c)
 {
-    size_t r = 0;
-    for (; r + 8 <= rows; r += 8)
-        V(sums)(a + (ptrdiff_t)r * a_row, a_row, a_k, b, depth, c + r * LANES, 8);
-    if (r + 4 <= rows) {
-        V(sums)(a + (ptrdiff_t)r * a_row, a_row, a_k, b, depth, c + r * LANES, 4);
-        r += 4;
-    }
-    if (r + 2 <= rows) {
-        V(sums)(a + (ptrdiff_t)r * a_row, a_row, a_k, b, depth, c + r * LANES, 2);
-        r += 2;
-    }
-    if (r < rows)
-        V(sums)(a + (ptrdiff_t)r * a_row, a_row, a_k, b, depth, c + r * LANES, 1);
+    const mha_product p = {.depth = depth, .a_row = a_row, .a_k = a_k, .b = b, .b_k = LANES, .c_row = LANES};
+    V(progress) at = {.a = a, .c = c, .ahead = (const char *)a};
+    for (size_t eights = rows / 8; eights > 0; eights--)
+        V(tile)(8, 1, &p, &at);
+    if (rows & 4)
+        V(tile)(4, 1, &p, &at);
+    if (rows & 2)
+        V(tile)(2, 1, &p, &at);
+    if (rows & 1)
+        V(tile)(1, 1, &p, &at);
 }
 
 /* Some queries, at most a vector of them. */
