@@ -19,7 +19,7 @@ import warnings
 import numpy as np
 import pytest
 from helpers import bits, normal, outcome, run_child, to_torch, torch_words
-from test_reproducibility import LEVELS, WITH_FMA, skip_unless_supported
+from test_reproducibility import LEVELS, WITH_FMA, assert_agrees, skip_unless_supported
 
 mha_c = pytest.importorskip("mha_c")
 torch = pytest.importorskip("torch")
@@ -254,11 +254,7 @@ def digest():
 
 @pytest.mark.parametrize("level", WITH_FMA)
 def test_instruction_sets_with_fma_agree(level):
-    skip_unless_supported(level)
-    if mha_c._core.config()["cpu_level"] == "portable":
-        pytest.skip("the kernels in use, portable, have no FMA")
-    child = run_child("import test_norms; print(test_norms.digest())", env={"MHA_C_CPU": level})
-    assert child.stdout.strip() == digest()
+    assert_agrees(level, digest)
 
 
 @pytest.mark.parametrize("level", LEVELS)
