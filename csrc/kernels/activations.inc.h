@@ -9,23 +9,23 @@
 #ifndef MHA_ACTIVATIONS_INC_H
 #define MHA_ACTIVATIONS_INC_H
 
-/* The probability that a standard normal number is above t >= 0 is s p(s) exp(-t^2 / 2), where s = TAIL / (TAIL + t) is
- * between 0 and 1. The polynomials are minimax in the relative error, which is 2^-24.5 for t up to 13.5, and 2^-56.2 for
- * t up to 38 (Remez' algorithm). TAIL makes it small. Above LAST_TAIL, the exponential is 0. */
+/* The probability that a standard normal number is above t >= 0 is (1 - w) p(w) exp(-t^2 / 2), where w = t / (TAIL + t)
+ * is between 0 and 1. The polynomials p are minimax in the relative error, which is 2^-24.5 for t up to 13.5, and 2^-56.2
+ * for t up to 38 (Remez' algorithm). TAIL makes it small. Above LAST_TAIL, the exponential is 0. */
 #define TAIL_f32 3.0f
 #define TAIL_f64 5.0
 #define LAST_TAIL_f32 16.0f
 #define LAST_TAIL_f64 40.0
 static const float tail_coefficients_f32[] = {
-    -0x1.7a61b6p-6f, 0x1.0c9faap-3f, -0x1.1904f0p-2f, 0x1.c79538p-3f, -0x1.c85192p-5f,
-    0x1.ef14f0p-4f,  0x1.cb82a2p-4f, 0x1.11a012p-3f,  0x1.1049c0p-3f,
+    -0x1.7a61b6p-6f, 0x1.b7082ep-5f, -0x1.808d42p-9f, -0x1.2f1be2p-5f, -0x1.5f8226p-4f,
+    0x1.19201ap-4f,  0x1.6cf4bap-2f, -0x1.64c6d6p-1f, 0x1.000000p-1f,
 };
 static const double tail_coefficients_f64[] = {
-    -0x1.c1361cdf1579ep-11, 0x1.589d8b64dcb6ap-7,  -0x1.e43d7ad845565p-5, 0x1.9baefbf4558acp-3,  -0x1.d8837419bf2e5p-2,
-    0x1.84a537af85e42p-1,   -0x1.de6e1dba4017fp-1, 0x1.c96de0b9a4aa7p-1,  -0x1.5b7d3a07cd71dp-1, 0x1.a4ba6028f5a0bp-2,
-    -0x1.a47343a72bd50p-3,  0x1.5635b9f58d1c6p-4,  -0x1.47748776f446ap-6, 0x1.6cc7fd2076c74p-6,  0x1.8adcdb10aef1dp-6,
-    0x1.36085a7b78996p-5,   0x1.97934bb1cea59p-5,  0x1.f3ec67dab2b19p-5,  0x1.1f984390828b0p-4,  0x1.39bdb460b5e02p-4,
-    0x1.46d04277ffdd7p-4,   0x1.46d04297e12a7p-4,
+    0x1.c1361cdf1579ep-11, -0x1.e9f2f4ffdef2bp-8, 0x1.d646a137e87a2p-6,  -0x1.03e2ac8068d35p-4, 0x1.706d03982c0dbp-4,
+    -0x1.6f52b30009d38p-4, 0x1.22f4be7fa6068p-4,  -0x1.625676e0db040p-5, 0x1.25d804220674ep-7,  -0x1.c1fbbebc1b585p-10,
+    0x1.cfd354bae3b80p-6,  0x1.1b81ac3de8426p-9,  -0x1.6010843cef2c8p-4, -0x1.ac56691aa47f2p-7, 0x1.35542d049d938p-2,
+    -0x1.3368db875c10bp-3, -0x1.fffdad7bed2a8p-1, 0x1.4bf069c26ad1ep+1,  -0x1.ada94d9cb37e2p+1, 0x1.615a97f36c25ep+1,
+    -0x1.7ea5680c943fbp+0, 0x1.0000000000000p-1,
 };
 
 #endif
@@ -35,10 +35,10 @@ INLINE VEC V(minus)(VEC x)
     return V(splat)(0) - x;
 }
 
-/* -|x| */
-INLINE VEC V(minus_magnitude)(VEC x)
+/* -|x|, but not below `lowest` */
+INLINE VEC V(minus_magnitude)(VEC x, REAL lowest)
 {
-    return V(minus)(V(max)(x, V(minus)(x)));
+    return V(max)(V(minus)(V(max)(x, V(minus)(x))), V(splat)(lowest));
 }
 
 /* NaN stays, as in torch. */
@@ -51,21 +51,21 @@ INLINE VEC V(relu)(VEC x)
  * |x| (Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016). */
 INLINE VEC V(gelu)(VEC x)
 {
-    const VEC t = V(minus)(V(max)(V(minus_magnitude)(x), V(splat)(-V(LAST_TAIL))));
-    const VEC s = V(splat)(V(TAIL)) / (V(splat)(V(TAIL)) + t);
+    const VEC minus_t = V(minus_magnitude)(x, -V(LAST_TAIL));
+    const VEC w = minus_t / (minus_t - V(splat)(V(TAIL)));
     VEC p = V(splat)(V(tail_coefficients)[0]);
     MHA_UNROLL
     for (size_t c = 1; c < sizeof V(tail_coefficients) / sizeof(REAL); c++)
-        p = V(fma)(p, s, V(splat)(V(tail_coefficients)[c]));
-    const VEC beyond = (p * s) * V(exp)(t * t * V(splat)((REAL)-0.5));
-    return V(fma)(V(minus)(t), beyond, V(relu)(x));
+        p = V(fma)(p, w, V(splat)(V(tail_coefficients)[c]));
+    const VEC beyond = V(fma)(V(minus)(w), p, p) * V(exp)(minus_t * minus_t * V(splat)((REAL)-0.5));
+    return V(fma)(minus_t, beyond, V(relu)(x));
 }
 
-/* x / (1 + exp(-z)), with an exponential of at most 1. */
+/* x / (1 + exp(-z)), where z has the sign of x: the positive part of x, less |x| / (1 + exp(|z|)). */
 INLINE VEC V(times_sigmoid)(VEC x, VEC z)
 {
-    const VEC one = V(splat)(1), e = V(exp)(V(minus_magnitude)(z));
-    return x * V(max)(e, V(zero_below)(one, z, V(splat)(0))) / (one + e);
+    const VEC e = V(exp)(V(minus_magnitude)(z, V(LOWEST)));
+    return V(fma)(V(minus_magnitude)(x, V(LOWEST)), e / (V(splat)(1) + e), V(relu)(x));
 }
 
 /* x (1 + tanh(u)) / 2 is x / (1 + exp(-2 u)), where u = sqrt(2 / pi) (x + 0.044715 x^3). */
