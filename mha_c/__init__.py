@@ -13,9 +13,14 @@ from __future__ import annotations
 
 __all__ = [
     "AnyArray",
+    "Dropout",
     "LayerNorm",
+    "Linear",
+    "ModuleList",
     "MultiheadAttention",
     "RMSNorm",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "explain",
     "get_num_threads",
     "num_threads",
@@ -37,10 +42,14 @@ except ModuleNotFoundError as error:
     ) from error
 
 from mha_c._version import __version__ as __version__
+from mha_c.container import ModuleList
+from mha_c.dropout import Dropout
 from mha_c.layer import MultiheadAttention
+from mha_c.linear import Linear
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray
 from mha_c.threads import get_num_threads, num_threads, set_num_threads, show_config
+from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer
 
 # Imported when first used: `import mha_c` needs NumPy alone.
 _SUBMODULES = ("check", "demo", "functional", "heads", "plot", "torch")

@@ -13,8 +13,8 @@ from mha_c import _core
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.calls import advise_on_call, warn_of_decoding
 from mha_c.advice.keywords import knows_foreign_keywords
+from mha_c.dropout import RandomModule
 from mha_c.module import (
-    Module,
     Option,
     Parameter,
     check_device,
@@ -22,15 +22,14 @@ from mha_c.module import (
     check_torch_module,
     flag,
     float_dtype,
-    lock,
 )
 from mha_c.parameters.files import open_state_dict
-from mha_c.parameters.initialization import initial_parameters
+from mha_c.parameters.initialization import Draws, initial_parameters
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.loading import infer_layer
 from mha_c.parameters.schemes import Layout
 from mha_c.parameters.sets import ParameterSet, Widths, integer, number
-from mha_c.parameters.state_dict import read_layer, write_layer
+from mha_c.parameters.state_dict import ATTENTION, check_description, describe_attention, described_attention
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -56,18 +55,13 @@ class _Width(property):
         def __get__(self, layer: Any, owner: type | None = None) -> int: ...  # type: ignore[override]
 
 
-def _seed(name: str, value: Any) -> int:
-    """A seed of 64 bits; a random one if `value` is None."""
-    return int.from_bytes(os.urandom(8), "little") if value is None else integer(name, value) % 2**64
-
-
 def _masked_rows(name: str, value: Any) -> MaskedRows:
     if value not in ("torch", "zero"):
         raise ValueError(f'{name} must be "torch" or "zero", but got {value!r}')
     return value  # type: ignore[no-any-return]
 
 
-class MultiheadAttention(Module):
+class MultiheadAttention(RandomModule):
     """Multi-head attention on NumPy arrays, as ``torch.nn.MultiheadAttention`` computes it.
 
     Each head compares every query with every key, turns the scores into weights that sum to 1, and takes the weighted
@@ -193,14 +187,14 @@ class MultiheadAttention(Module):
     batch_first = Option("batch_first", flag, "Whether inputs are (N, L, E) rather than (L, N, E)")
     add_zero_attn = Option("add_zero_attn", flag, "Whether to append one key and value of zeros")
     masked_rows = Option("masked_rows", _masked_rows, "What a query gets if every key is hidden from it")
-    dropout_seed = Option("dropout_seed", _seed, "Seed of the dropped weights")
+
+    _kind = "MultiheadAttention"
 
     _parameters: ParameterSet
     _dropout: float  # where these are kept: each call reads them, and a property takes longer
     _batch_first: bool
     _add_zero_attn: bool
     _masked_rows: MaskedRows
-    _dropout_seed: int
     _warns_of_decoding = True
 
     @knows_foreign_keywords
@@ -218,7 +212,7 @@ class MultiheadAttention(Module):
         device: Any = None,
         dtype: Any = None,
         *,
-        seed: int | None = None,
+        seed: int | Draws | None = None,
         dropout_seed: int | None = None,
         masked_rows: MaskedRows = "torch",
         head_dim: int | None = None,
@@ -250,8 +244,7 @@ class MultiheadAttention(Module):
         self.add_zero_attn = add_zero_attn
         self.masked_rows = masked_rows
         self.training = True
-        self.dropout_seed = _seed("dropout_seed", dropout_seed)
-        self._dropout_calls = 0
+        self._set_up_dropout(dropout_seed)
         self._parameters = parameters
 
     @classmethod
@@ -386,12 +379,6 @@ class MultiheadAttention(Module):
 
     __call__ = forward
 
-    def _count_dropout_call(self) -> int:
-        with lock:
-            call = self._dropout_calls
-            self._dropout_calls = call + 1
-        return call
-
     @property
     def out_proj(self) -> "OutputProjection":
         """The output projection: its ``weight`` and ``bias``."""
@@ -516,80 +503,21 @@ class MultiheadAttention(Module):
         parameters = ParameterSet(widths, arrays, float_dtype(dtype))
         return cls._from_parameters(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the layer to a file.
-
-        The file holds the parameters, the constructor's arguments and the training mode, but not the number of calls
-        that dropout has counted. An existing file is replaced only when the new one is complete.
-
-        Parameters
-        ----------
-        path : str or path-like
-            A name that ends in .npz, or in .safetensors if the package safetensors is installed.
-
-        Raises
-        ------
-        ValueError
-            If the name has another ending.
-        ImportError
-            If safetensors is needed and not installed.
-        OSError
-            If the file cannot be written; an existing file is then unchanged.
-
-        Examples
-        --------
-        >>> import mha_c, tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     mha_c.MultiheadAttention(8, 2, seed=0).eval().save(f"{folder}/layer.npz")
-        ...     mha_c.MultiheadAttention.load(f"{folder}/layer.npz").training
-        False
-        """
-        write_layer(
-            path,
+    def _description(self) -> dict[str, Any]:
+        return describe_attention(
             self._parameters,
             dropout=self.dropout,
             add_zero_attn=self.add_zero_attn,
             batch_first=self.batch_first,
             dropout_seed=self.dropout_seed,
             masked_rows=self.masked_rows,
-            training=self.training,
         )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Load a layer that `save` wrote: its parameters bit for bit, its arguments and its training mode.
-
-        Parameters
-        ----------
-        path : str or path-like
-            The file. Its name does not matter.
-
-        Returns
-        -------
-        MultiheadAttention
-
-        Raises
-        ------
-        ValueError
-            If the file is incomplete or damaged, was not written by `save`, or is of another kind.
-        OSError
-            If the file cannot be opened.
-
-        Examples
-        --------
-        >>> import mha_c, tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     mha_c.MultiheadAttention(8, 2, kdim=5, dtype="float64").save(f"{folder}/layer.npz")
-        ...     mha_c.MultiheadAttention.load(f"{folder}/layer.npz").k_proj_weight.shape
-        (8, 5)
-        """
-        parameters, arguments = read_layer(cls.__name__, path)
-        training = arguments.pop("training")
-        try:
-            layer = cls._from_parameters(parameters, **arguments)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)} holds no layer: {error}") from error
-        return layer.train(training)
+    def _described(cls, description: Mapping[str, Any], content: Mapping[str, Any]) -> Self:
+        check_description(description, ATTENTION)
+        parameters, arguments = described_attention(cls.__name__, description, content)
+        return cls._from_parameters(parameters, **arguments)
 
     @classmethod
     def from_torch(cls, module: Any) -> Self:

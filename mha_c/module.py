@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every layer has, as torch.nn.Module gives it: immutable parameters, casts, modes, state dicts."""
 
+import json
 import math
 import operator
 import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 import numpy as np
 
 from mha_c.parameters.arrays import Array, as_array
+from mha_c.parameters.files import write_checkpoint
 from mha_c.parameters.sets import ArraySet
-from mha_c.parameters.state_dict import IncompatibleKeys, match_state_dict
+from mha_c.parameters.state_dict import IncompatibleKeys, check_description, match_state_dict, open_saved_layer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,9 +36,12 @@ __all__ = [
     "flag",
     "float_dtype",
     "lock",
+    "module_from_description",
+    "module_from_torch",
 ]
 
 _Value = TypeVar("_Value")
+_Module = TypeVar("_Module", bound="Module")
 
 _DEVICES = ("cpu", "cuda", "hip", "hpu", "meta", "mps", "mtia", "xla", "xpu")
 
@@ -88,8 +94,12 @@ def flag(name: str, value: Any) -> bool:
     return value  # type: ignore[no-any-return]
 
 
+_kinds: Final[dict[str, type["Module"]]] = {}
+"""The classes of this package that torch has too, by their names in torch.nn, which files use."""
+
+
 class Module:
-    """The base of all layers; its subclasses set `_parameters`.
+    """The base of all layers: it has parameters of its own, and layers in it, or none.
 
     Attributes
     ----------
@@ -105,11 +115,17 @@ class Module:
 
     training = Option("training", flag, "Whether the layer is in training mode")
 
-    _parameters: ArraySet  # of all parameters; replaced as a whole, so that a call uses one set throughout
+    _kind: ClassVar[str]  # the name of the class in torch.nn
+
+    # Of the layer itself; replaced as a whole, so that a call uses one set throughout.
+    _parameters: ArraySet = ArraySet({}, np.dtype(np.float32))
+    _children: Mapping[str, "Module | None"] = MappingProxyType({})
     _training: bool  # where it is kept: each call may read it, and a property takes longer
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "_kind" in vars(cls):
+            _kinds[cls._kind] = cls
         # A call is forward without an indirection, unless a class defines __call__ itself.
         if cls.__call__ in [base.__dict__.get("forward") for base in cls.__mro__]:
             cls.__call__ = cls.forward  # type: ignore[attr-defined, method-assign]
@@ -125,14 +141,88 @@ class Module:
         self._replace({name: array})
 
     def _replace(self, arrays: Mapping[str, Array], dtype: np.dtype[Any] | None = None) -> None:
-        """Swap in a new set of parameters. If another thread was faster, start again from its set."""
-        while True:
-            old = self._parameters
-            new = old.with_arrays(arrays, dtype)
-            with lock:
-                if self._parameters is old:
-                    self._parameters = new
-                    return
+        """Swap in a new set of parameters."""
+        _replace([(self, arrays)], dtype)
+
+    def _places(self, prefix: str = "") -> Iterator[tuple[str, "Module"]]:
+        """This layer and all in it, before each what precedes the names of its parameters, in torch's order."""
+        yield prefix, self
+        for name, child in self._children.items():
+            if child is not None:
+                yield from child._places(f"{prefix}{name}.")
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, "Module"]]:
+        """Iterate over this layer and all layers in it, with their names; each layer once.
+
+        Parameters
+        ----------
+        prefix : str, default ""
+            The name of this layer. A dot is added before those of the others.
+
+        Yields
+        ------
+        tuple of str and Module
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> [name for name, _ in mha_c.TransformerEncoderLayer(4, 2).named_modules()][:3]
+        ['', 'self_attn', 'linear1']
+        """
+        seen = set()
+        for place, module in self._places(f"{prefix}." if prefix else ""):
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield place.removesuffix("."), module
+
+    def modules(self) -> Iterator["Module"]:
+        """Iterate over this layer and all layers in it, each once.
+
+        Yields
+        ------
+        Module
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> [type(module).__name__ for module in mha_c.TransformerEncoderLayer(4, 2).modules()][:3]
+        ['TransformerEncoderLayer', 'MultiheadAttention', 'Linear']
+        """
+        yield from (module for _, module in self.named_modules())
+
+    def named_children(self) -> Iterator[tuple[str, "Module"]]:
+        """Iterate over the layers right in this one, with their names; each layer once.
+
+        Yields
+        ------
+        tuple of str and Module
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> dict(mha_c.TransformerEncoderLayer(4, 2).named_children())["norm1"]
+        LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True)
+        """
+        seen = set()
+        for name, child in self._children.items():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                yield name, child
+
+    def children(self) -> Iterator["Module"]:
+        """Iterate over the layers right in this one, each once.
+
+        Yields
+        ------
+        Module
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> len(list(mha_c.TransformerEncoderLayer(4, 2).children()))
+        8
+        """
+        yield from (child for _, child in self.named_children())
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Array]]:
         """Iterate over the names and arrays of the parameters, in the order of the state dict.
@@ -152,8 +242,9 @@ class Module:
         >>> [(name, array.shape) for name, array in mha_c.MultiheadAttention(4, 2, bias=False).named_parameters()]
         [('in_proj_weight', (12, 4)), ('out_proj.weight', (4, 4))]
         """
-        for name, array in self._parameters.arrays.items():
-            yield f"{prefix}.{name}" if prefix else name, array
+        for place, module in self.named_modules(prefix):
+            for name, array in module._parameters.arrays.items():
+                yield f"{place}.{name}" if place else name, array
 
     def parameters(self) -> Iterator[Array]:
         """Iterate over the arrays of the parameters, in the order of the state dict.
@@ -168,7 +259,7 @@ class Module:
         >>> sum(array.size for array in mha_c.MultiheadAttention(8, 2).parameters())
         288
         """
-        yield from self._parameters.arrays.values()
+        yield from (array for _, array in self.named_parameters())
 
     def state_dict(self, *, prefix: str = "") -> OrderedDict[str, Array]:
         """Return the parameters by name, with torch's names in torch's order.
@@ -189,7 +280,8 @@ class Module:
         >>> list(mha_c.MultiheadAttention(8, 2).state_dict(prefix="attention."))[:2]
         ['attention.in_proj_weight', 'attention.in_proj_bias']
         """
-        return OrderedDict((prefix + name, array) for name, array in self._parameters.arrays.items())
+        places = self._places(prefix)
+        return OrderedDict((at + name, array) for at, one in places for name, array in one._parameters.arrays.items())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Replace the parameters by those of a state dict; if there is an error, nothing changes.
@@ -220,9 +312,14 @@ class Module:
         >>> attention.load_state_dict(mha_c.MultiheadAttention(8, 2).state_dict())
         <All keys matched successfully>
         """
-        shapes = {name: array.shape for name, array in self._parameters.arrays.items()}
+        shapes = {name: array.shape for name, array in self.state_dict().items()}
         arrays, incompatible = match_state_dict(type(self).__name__, shapes, state_dict, strict)
-        self._replace(arrays)
+        _replace(
+            [
+                (module, {name: arrays[at + name] for name in module._parameters.arrays if at + name in arrays})
+                for at, module in self._places()
+            ]
+        )
         return incompatible
 
     def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> Self:
@@ -261,7 +358,7 @@ class Module:
             device, dtype = None, device
         check_device(device)
         if dtype is not None:
-            self._replace({}, float_dtype(dtype))
+            _replace([(module, {}) for module in self.modules()], float_dtype(dtype))
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -290,7 +387,8 @@ class Module:
         """
         if not isinstance(mode, bool):
             raise ValueError("training mode is expected to be boolean")
-        self.training = mode
+        for module in self.modules():
+            module.training = mode
         return self
 
     def eval(self) -> Self:
@@ -380,6 +478,85 @@ class Module:
             raise RuntimeError("mha_c has no backward pass: requires_grad must be False; torch's layer can be trained")
         return self
 
+    def _description(self) -> dict[str, Any]:
+        """What a file says of the layer beside its parameters and its mode, for `_described`."""
+        raise NotImplementedError
+
+    @classmethod
+    def _described(cls, description: Mapping[str, Any], content: Mapping[str, Any]) -> Self:
+        """The layer that a file describes. What does not fit is an error, not always a clear one."""
+        raise NotImplementedError
+
+    def _full_description(self) -> dict[str, Any]:
+        return {"layer": self._kind, **self._description(), "training": bool(self.training)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the layer to a file.
+
+        The file holds the parameters, the constructor's arguments and the training mode, also those of the layers in
+        this one, but not the number of calls that dropout has counted. An existing file is replaced only when the new
+        one is complete.
+
+        Parameters
+        ----------
+        path : str or path-like
+            A name that ends in .npz, or in .safetensors if the package safetensors is installed.
+
+        Raises
+        ------
+        ValueError
+            If the name has another ending.
+        TypeError
+            If the layer computes something that a file cannot describe, such as a function of the caller.
+        ImportError
+            If safetensors is needed and not installed.
+        OSError
+            If the file cannot be written; an existing file is then unchanged.
+
+        Examples
+        --------
+        >>> import mha_c, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mha_c.MultiheadAttention(8, 2, seed=0).eval().save(f"{folder}/layer.npz")
+        ...     mha_c.MultiheadAttention.load(f"{folder}/layer.npz").training
+        False
+        """
+        write_checkpoint(path, self.state_dict(), json.dumps(self._full_description()))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Load a layer that `save` wrote: its parameters bit for bit, its arguments and its training mode.
+
+        Nothing in the file is executed.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file. Its name does not matter.
+
+        Returns
+        -------
+        Module
+            A layer of this class.
+
+        Raises
+        ------
+        ValueError
+            If the file is incomplete or damaged, was not written by `save`, or holds another layer.
+        OSError
+            If the file cannot be opened.
+
+        Examples
+        --------
+        >>> import mha_c, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mha_c.MultiheadAttention(8, 2, kdim=5, dtype="float64").save(f"{folder}/layer.npz")
+        ...     mha_c.MultiheadAttention.load(f"{folder}/layer.npz").k_proj_weight.shape
+        (8, 5)
+        """
+        with open_saved_layer(cls._kind, path) as (description, content):
+            return _load(cls, description, content)
+
     # Below all signatures: in this class, `float` is from here on a method.
 
     def double(self) -> Self:
@@ -459,13 +636,51 @@ class Module:
         return self.to("bfloat16")
 
 
+def _replace(changes: Sequence[tuple[Module, Mapping[str, Array]]], dtype: np.dtype[Any] | None = None) -> None:
+    """Swap in new sets of parameters, all or none. If another thread was faster, start again from its sets."""
+    while True:
+        old = [module._parameters for module, _ in changes]
+        new = [parameters.with_arrays(arrays, dtype) for parameters, (_, arrays) in zip(old, changes)]
+        with lock:
+            if all(module._parameters is parameters for parameters, (module, _) in zip(old, changes)):
+                for parameters, (module, _) in zip(new, changes):
+                    module._parameters = parameters
+                return
+
+
+def _load(cls: type[_Module], description: Mapping[str, Any], content: Mapping[str, Any]) -> _Module:
+    """A layer of a class, from what `_full_description` gave and its parameters."""
+    kind = description.get("layer", "MultiheadAttention")  # which older files do not say
+    if kind != cls._kind:
+        raise ValueError(f"it is a {kind}, not a {cls._kind}")
+    check_description(description, {"training": bool})
+    layer = cls._described(description, content)
+    layer.training = description["training"]
+    return layer
+
+
+def module_from_description(description: Mapping[str, Any], content: Mapping[str, Any]) -> Module:
+    """A layer of any class, as a part of a file describes it, and its parameters."""
+    return _load(_kinds[description["layer"]], description, content)
+
+
+def module_from_torch(module: Any) -> Module:
+    """A layer from a layer of torch, of the same name."""
+    torch = sys.modules.get("torch")
+    for kind, cls in _kinds.items() if torch is not None else ():
+        if isinstance(module, getattr(torch.nn, kind)):
+            made: Module = cls.from_torch(module)
+            return made
+    raise TypeError(f"from_torch takes layers that mha_c has, but got {_name_of_class(module)}")
+
+
 def _is_device(value: Any) -> bool:
     """Whether torch would take it for a device, rather than for a dtype."""
     return type(value).__name__ in ("device", "int") or str(value).partition(":")[0] in _DEVICES
 
 
-def check_torch_module(module: Any, kind: str, instead: str) -> Any:
-    """What `from_torch` accepts: a layer of torch of this kind, with torch's forward.
+def check_torch_module(module: Any, kind: str, instead: str, methods: Sequence[str] = ("forward",)) -> Any:
+    """What `from_torch` accepts: a layer of torch of this kind, with torch's methods.
 
     Parameters
     ----------
@@ -475,6 +690,8 @@ def check_torch_module(module: Any, kind: str, instead: str) -> Any:
         The name of the class in ``torch.nn``.
     instead : str
         What to do with a layer that overrides forward, for the error.
+    methods : sequence of str, default ("forward",)
+        The names of torch's methods that compute.
 
     Returns
     -------
@@ -498,18 +715,19 @@ def check_torch_module(module: Any, kind: str, instead: str) -> Any:
         raise TypeError(f"from_torch takes a torch.nn.{kind}, but got {_describe_module(module, kind)}")
     # A layer that mha_c.torch.replace_attention has changed knows its class in torch.
     module_class = getattr(type(module), "_torch_class", type(module))
-    if "forward" in vars(module) or module_class.forward is not expected.forward:
-        raise TypeError(
-            f"from_torch takes a torch.nn.{kind}, but this {module_class.__name__} overrides forward, which could "
-            f"compute anything. {instead}"
-        )
+    for name in methods:
+        if name in vars(module) or getattr(module_class, name) is not getattr(expected, name):
+            raise TypeError(
+                f"from_torch takes a torch.nn.{kind}, but this {module_class.__name__} overrides {name}, which could "
+                f"compute anything. {instead}"
+            )
     return torch
 
 
 def _describe_module(module: Any, kind: str) -> str:
     """The class of a module, and the layers of a kind of torch's in it."""
     torch = sys.modules.get("torch")
-    described = f"{type(module).__module__}.{type(module).__qualname__}"
+    described = _name_of_class(module)
     if torch is None or not isinstance(module, torch.nn.Module):
         return described
     names = [name for name, part in module.named_modules() if isinstance(part, getattr(torch.nn, kind, ()))]
@@ -518,6 +736,10 @@ def _describe_module(module: Any, kind: str) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     which = "one of them" if len(names) > 1 else "that layer"
     return f"{described}. It holds {', '.join(names[:3])}{more}: pass {which}"
+
+
+def _name_of_class(module: Any) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def check_device(device: Any) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import numbers
 import operator
 import os
@@ -20,17 +19,17 @@ from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.norms import advise_on_norm
 from mha_c.module import Module, Option, Parameter, check_device, check_memory, check_torch_module, float_dtype
 from mha_c.parameters.arrays import AnyArray, Array, as_array
-from mha_c.parameters.files import open_state_dict, write_checkpoint
+from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.loading import arrays_in
 from mha_c.parameters.sets import ArraySet, number
 from mha_c.parameters.state_dict import (
     Part,
+    check_description,
     check_names,
     loading_error,
     match_saved_arrays,
     match_state_dict,
     missing_keys,
-    open_saved_layer,
 )
 
 if TYPE_CHECKING:
@@ -45,13 +44,11 @@ __all__ = ["LayerNorm", "RMSNorm"]
 _Shape: TypeAlias = tuple[int, ...]
 
 # What a file says of a layer beside its parameters.
-_CONFIG: Final[dict[str, type | tuple[type, ...]]] = {
-    "layer": str,
+_DESCRIPTION: Final[dict[str, type | tuple[type, ...]]] = {
     "normalized_shape": list,
     "eps": (float, type(None)),
     "parameters": list,
     "dtype": str,
-    "training": bool,
 }
 
 # What torch, TensorFlow, Keras and Flax call the weight and the bias.
@@ -100,7 +97,6 @@ class _Norm(Module):
     True
     """
 
-    _kind: ClassVar[str]  # the name of the class in torch.nn
     _is_rms: ClassVar[bool]
     _default_eps: ClassVar[float | None]
     _parameter_names: ClassVar[tuple[str, ...]]
@@ -228,82 +224,23 @@ class _Norm(Module):
                 return match_state_dict(cls.__name__, shapes, state, strict)[0]
         raise loading_error(cls.__name__, [missing_keys([f"{prefix}weight"])])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the layer to a file: its parameters, its arguments and its mode.
-
-        An existing file is replaced only when the new one is complete.
-
-        Parameters
-        ----------
-        path : str or path-like
-            A name that ends in .npz, or in .safetensors if the package safetensors is installed.
-
-        Raises
-        ------
-        ValueError
-            If the name has another ending.
-        ImportError
-            If safetensors is needed and not installed.
-        OSError
-            If the file cannot be written; an existing file is then unchanged.
-
-        Examples
-        --------
-        >>> import mha_c, tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     mha_c.RMSNorm(8).eval().save(f"{folder}/norm.npz")
-        ...     mha_c.RMSNorm.load(f"{folder}/norm.npz")
-        RMSNorm((8,), eps=None, elementwise_affine=True)
-        """
-        arrays = self._parameters.arrays
-        config = {
-            "layer": self._kind,
+    def _description(self) -> dict[str, Any]:
+        return {
             "normalized_shape": list(self._normalized_shape),
             "eps": None if self._eps is None else float(self._eps),
-            "parameters": list(arrays),
+            "parameters": list(self._parameters.arrays),
             "dtype": self._parameters.dtype.name,
-            "training": bool(self.training),
         }
-        write_checkpoint(path, arrays, json.dumps(config))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Load a layer that `save` wrote: its parameters bit for bit, its arguments and its mode.
-
-        Parameters
-        ----------
-        path : str or path-like
-            The file. Its name does not matter.
-
-        Returns
-        -------
-        LayerNorm or RMSNorm
-
-        Raises
-        ------
-        ValueError
-            If the file is incomplete or damaged, was not written by `save`, or holds another layer.
-        OSError
-            If the file cannot be opened.
-
-        Examples
-        --------
-        >>> import mha_c, tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     mha_c.LayerNorm((3, 8), bias=False).save(f"{folder}/norm.npz")
-        ...     mha_c.LayerNorm.load(f"{folder}/norm.npz")
-        LayerNorm((3, 8), eps=1e-05, elementwise_affine=True, bias=False)
-        """
-        with open_saved_layer(cls.__name__, path, _CONFIG) as (config, content):
-            if config["layer"] != cls._kind:
-                raise ValueError(f"it is a {config['layer']}, not a {cls._kind}")
-            shape, names = _shape(config["normalized_shape"]), config["parameters"]
-            if not set(names).issubset(cls._parameter_names):
-                raise ValueError(f"a {cls._kind} has no parameters {names}")
-            shapes = {name: shape for name in cls._parameter_names if name in names}
-            arrays, dtype = match_saved_arrays(cls.__name__, shapes, content, config["dtype"])
-            layer = cls._from_parameters(_Parameters(arrays, dtype), shape, config["eps"])
-        return layer.train(config["training"])
+    def _described(cls, description: Mapping[str, Any], content: Mapping[str, Any]) -> Self:
+        check_description(description, _DESCRIPTION)
+        shape, names = _shape(description["normalized_shape"]), description["parameters"]
+        if not set(names).issubset(cls._parameter_names):
+            raise ValueError(f"a {cls._kind} has no parameters {names}")
+        shapes = {name: shape for name in cls._parameter_names if name in names}
+        arrays, dtype = match_saved_arrays(cls.__name__, shapes, content, description["dtype"])
+        return cls._from_parameters(_Parameters(arrays, dtype), shape, description["eps"])
 
     @classmethod
     def from_torch(cls, module: Any) -> Self:

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from mha_c.parameters.sets import SEPARATE_WEIGHTS
 
-__all__ = ["initial_parameters"]
+__all__ = ["Draws", "initial_linear", "initial_parameters", "reset_matrices"]
 
 _CHUNK: Final = 1 << 16
 """Draws taken at a time: their temporaries stay in the cache."""
 
 
 def initial_parameters(
-    shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any], seed: int | None
+    shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any], seed: int | Draws | None
 ) -> dict[str, NDArray[Any]]:
     """The parameters that torch's constructor gives after ``torch.manual_seed(seed)``.
 
@@ -33,8 +33,8 @@ def initial_parameters(
         The parameters' names, in the order of torch's state dict, and their shapes.
     dtype : numpy.dtype
         float32 or float64.
-    seed : int or None
-        From -2**63 to 2**64 - 1, of which torch uses the 32 low bits. None: fresh entropy.
+    seed : int, Draws or None
+        From -2**63 to 2**64 - 1, of which torch uses the 32 low bits. None: fresh entropy. `Draws`: the draws continue.
 
     Returns
     -------
@@ -59,20 +59,17 @@ def initial_parameters(
     array([[-0.00529398,  0.3793229 ],
            [-0.58198076, -0.5203875 ]], dtype=float32)
     """
-    draws = _Draws(seed, dtype)
+    draws = Draws.of(seed, dtype)
     parameters = {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
 
     # The order is that of the draws in torch's constructor, not that of the state dict.
-    gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
-    out_weight = parameters["out_proj.weight"]
-    draws.fill_uniform(out_weight, math.sqrt(3.0) * (gain / math.sqrt(out_weight.shape[1])))
+    draws.fill_kaiming(parameters["out_proj.weight"])
     if "out_proj.bias" in parameters:
         draws.integers(parameters["out_proj.bias"].size, draws.bits)  # torch draws these, then zeroes them
 
     for name in ("in_proj_weight", *SEPARATE_WEIGHTS):
         if name in parameters:
-            fan_out, fan_in = shapes[name]
-            draws.fill_uniform(parameters[name], math.sqrt(3.0) * math.sqrt(2.0 / (fan_in + fan_out)))
+            draws.fill_xavier(parameters[name])
     for name in ("bias_k", "bias_v"):
         if name in parameters:
             fan = parameters[name].size
@@ -80,8 +77,93 @@ def initial_parameters(
     return parameters
 
 
-class _Draws:
-    """torch's CPU generator: what follows ``torch.manual_seed(seed)``."""
+def initial_linear(
+    out_features: int, in_features: int, bias: bool, dtype: np.dtype[Any], seed: int | Draws | None
+) -> dict[str, NDArray[Any]]:
+    """The parameters of torch's Linear after ``torch.manual_seed(seed)``.
+
+    Parameters
+    ----------
+    out_features, in_features : int
+        The shape of the weight.
+    bias : bool
+        Whether there is a bias.
+    dtype, seed
+        As for `initial_parameters`.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        Equal to torch's in every bit.
+
+    Notes
+    -----
+    Weight and bias are uniform within 1 / sqrt(in_features) (He et al. 2015, as ``torch.nn.Linear`` applies it).
+
+    Examples
+    --------
+    >>> initial_linear(1, 2, True, np.dtype("float32"), seed=0)
+    {'weight': array([[-0.00529398,  0.3793229 ]], dtype=float32), 'bias': array([-0.58198076], dtype=float32)}
+    """
+    draws = Draws.of(seed, dtype)
+    parameters = {"weight": np.zeros((out_features, in_features), dtype)}
+    if in_features:  # else torch draws nothing
+        draws.fill_kaiming(parameters["weight"])
+    if bias:
+        parameters["bias"] = np.zeros(out_features, dtype)
+        if in_features:
+            draws.fill_uniform(parameters["bias"], 1 / math.sqrt(in_features))
+    return parameters
+
+
+def reset_matrices(arrays: Mapping[str, NDArray[Any]], seed: int | Draws | None) -> dict[str, NDArray[Any]]:
+    """New matrices for those among some parameters, in their order, as torch's Transformer draws them at its end.
+
+    Parameters
+    ----------
+    arrays : mapping of str to numpy.ndarray
+        The parameters by name, in the order of the state dict.
+    seed : int, Draws or None
+        As for `initial_parameters`.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        The matrices, uniform as in Glorot and Bengio (2010).
+
+    Examples
+    --------
+    >>> list(reset_matrices({"weight": np.zeros((2, 2)), "bias": np.zeros(2)}, seed=0))
+    ['weight']
+    """
+    matrices = {name: np.empty_like(array) for name, array in arrays.items() if array.ndim > 1}
+    for matrix in matrices.values():
+        Draws.of(seed, matrix.dtype).fill_xavier(matrix)
+    return matrices
+
+
+class Draws:
+    """torch's CPU generator: what follows ``torch.manual_seed(seed)``.
+
+    Parameters
+    ----------
+    seed : int or None
+        As for `initial_parameters`.
+    dtype : numpy.dtype
+        float32 or float64, of the numbers drawn.
+
+    Examples
+    --------
+    >>> draws = Draws(0, np.dtype("float32"))
+    >>> first, second = (initial_linear(1, 1, False, draws.dtype, draws) for _ in range(2))
+    >>> bool(first["weight"] == second["weight"])
+    False
+    """
+
+    @classmethod
+    def of(cls, seed: int | Draws | None, dtype: np.dtype[Any]) -> Draws:
+        """The generator of a seed, or the one given as a seed, which continues."""
+        return seed if isinstance(seed, Draws) else cls(seed, dtype)
 
     def __init__(self, seed: int | None, dtype: np.dtype[Any]) -> None:
         if seed is not None:
@@ -122,6 +204,16 @@ class _Draws:
             k = self.integers(chunk.size, self.bits)
             chunk[:] = k.view(np.dtype(f"i{k.itemsize}")) - half
             chunk *= scale
+
+    def fill_kaiming(self, out: NDArray[Any]) -> None:
+        """Fill a weight with uniform numbers within 1 / sqrt(fan_in), computed as torch does."""
+        gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
+        self.fill_uniform(out, math.sqrt(3.0) * (gain / math.sqrt(out.shape[1])))
+
+    def fill_xavier(self, out: NDArray[Any]) -> None:
+        """Fill a matrix with uniform numbers whose bound depends on both sizes."""
+        fan_out, fan_in = out.shape
+        self.fill_uniform(out, math.sqrt(3.0) * math.sqrt(2.0 / (fan_in + fan_out)))
 
     def fill_normal(self, out: NDArray[Any], std: float) -> None:
         """Fill `out` with normal numbers of mean 0 (Box and Muller, 1958)."""

@@ -12,28 +12,30 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mha_c.parameters.files import open_checkpoint, write_checkpoint
+from mha_c.parameters.files import open_checkpoint
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.sets import ParameterSet, Widths
 
 __all__ = [
+    "ATTENTION",
     "IncompatibleKeys",
     "Part",
+    "check_description",
     "check_names",
+    "describe_attention",
+    "described_attention",
     "loading_error",
     "match_saved_arrays",
     "match_state_dict",
     "missing_keys",
     "open_saved_layer",
     "quoted",
-    "read_layer",
-    "write_layer",
 ]
 
 _Shape = tuple[int, ...]
 
-# What a file says of a layer beside its parameters: the constructor's arguments, and the mode.
-_CONFIG: Final[dict[str, Any]] = {
+# What a file says of an attention layer beside its parameters: the constructor's arguments.
+ATTENTION: Final[dict[str, Any]] = {
     **dict.fromkeys(Widths._fields, int),
     "bias": bool,
     "add_bias_kv": bool,
@@ -43,7 +45,6 @@ _CONFIG: Final[dict[str, Any]] = {
     "batch_first": bool,
     "dropout_seed": int,
     "masked_rows": str,
-    "training": bool,
 }
 
 
@@ -136,7 +137,9 @@ def match_state_dict(
     check_names(state_dict)
     missing = [name for name in shapes if name not in state_dict]
     unexpected = [name for name in state_dict if name not in shapes]
-    unexpected.sort(key=lambda name: name.startswith("out_proj."))  # torch asks the layer first, then its out_proj
+    # torch asks each layer before the layers in it.
+    places = list(dict.fromkeys(["", *(place for name in shapes for place in _places(name))]))
+    unexpected.sort(key=lambda name: max(places.index(place) for place in _places(name) if place in places))
     errors = []
     if strict and missing:
         errors.append(missing_keys(missing))
@@ -167,75 +170,78 @@ def match_state_dict(
     return found, IncompatibleKeys(missing, unexpected)
 
 
-def write_layer(path: str | os.PathLike[str], parameters: ParameterSet, **arguments: Any) -> None:
-    """Write a layer to a file.
+def _places(name: str) -> list[str]:
+    """The layers around a parameter, from the outermost: "", "norm1." for "norm1.weight"."""
+    parts = name.split(".")
+    return ["", *(".".join(parts[:i]) + "." for i in range(1, len(parts)))]
+
+
+def describe_attention(parameters: ParameterSet, **arguments: Any) -> dict[str, Any]:
+    """What a file says of an attention layer beside its parameters.
 
     Parameters
     ----------
-    path : str or path-like
-        Ends in .safetensors or .npz.
     parameters : ParameterSet
         The layer's parameters.
     **arguments
-        The constructor's arguments that `parameters` do not tell, and ``training``.
+        The constructor's arguments that `parameters` do not tell.
 
-    Raises
-    ------
-    ValueError, ImportError, OSError
-        As `write_checkpoint`.
+    Returns
+    -------
+    dict of str to object
+        Numbers, strings and booleans.
 
     Examples
     --------
-    >>> import mha_c, tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     mha_c.MultiheadAttention(8, 2).save(f"{folder}/layer.npz")  # which calls write_layer
+    >>> import mha_c
+    >>> mha_c.MultiheadAttention(8, 2)._description()["head_dim"]
+    4
     """
     arguments |= parameters.widths._asdict()
     arguments["bias"] = "in_proj_bias" in parameters.arrays
     arguments["add_bias_kv"] = "bias_k" in parameters.arrays
     arguments["dtype"] = parameters.dtype.name
-    config = json.dumps({name: kind(arguments[name]) for name, kind in _CONFIG.items()})
-    write_checkpoint(path, parameters.arrays, config)
+    return {name: kind(arguments[name]) for name, kind in ATTENTION.items()}
 
 
-def read_layer(layer_name: str, path: str | os.PathLike[str]) -> tuple[ParameterSet, dict[str, Any]]:
-    """Read what `write_layer` wrote.
+def described_attention(
+    layer_name: str, description: Mapping[str, Any], content: Mapping[str, Any]
+) -> tuple[ParameterSet, dict[str, Any]]:
+    """The parameters and arguments of an attention layer that a file describes.
 
     Parameters
     ----------
     layer_name : str
         The name of the layer's class, for the errors.
-    path : str or path-like
-        The file.
+    description : mapping of str to object
+        What `describe_attention` gave.
+    content : mapping of str to array
+        The parameters in the file.
 
     Returns
     -------
     ParameterSet
     dict of str to object
-        The other arguments, as they were given to `write_layer`.
+        The other arguments, as they were given to `describe_attention`.
 
     Raises
     ------
-    ValueError
-        If no layer was saved to this file, or it is damaged.
-    ImportError, OSError
-        As `open_checkpoint`.
+    AssertionError, RuntimeError, TypeError, ValueError
+        If there is no such layer, or the parameters do not fit.
 
     Examples
     --------
-    >>> import mha_c, tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     mha_c.MultiheadAttention(8, 2).save(f"{folder}/layer.npz")
-    ...     parameters, arguments = read_layer("Layer", f"{folder}/layer.npz")
+    >>> import mha_c
+    >>> layer = mha_c.MultiheadAttention(8, 2)
+    >>> parameters, arguments = described_attention("Layer", layer._description(), layer.state_dict())
     >>> parameters.widths.head_dim, arguments["batch_first"]
     (4, False)
     """
-    with open_saved_layer(layer_name, path, _CONFIG, ", given num_heads") as (config, content):
-        widths = Widths.from_arguments(**{name: config[name] for name in Widths._fields})
-        shapes = widths.shapes(config["bias"], config["add_bias_kv"])
-        arrays, dtype = match_saved_arrays(layer_name, shapes, content, config["dtype"])
+    widths = Widths.from_arguments(**{name: description[name] for name in Widths._fields})
+    shapes = widths.shapes(description["bias"], description["add_bias_kv"])
+    arrays, dtype = match_saved_arrays(layer_name, shapes, content, description["dtype"])
     told = {*Widths._fields, "bias", "add_bias_kv", "dtype"}
-    return ParameterSet(widths, arrays, dtype), {name: config[name] for name in _CONFIG if name not in told}
+    return ParameterSet(widths, arrays, dtype), {name: description[name] for name in ATTENTION if name not in told}
 
 
 def check_names(state_dict: Any) -> None:
@@ -262,7 +268,7 @@ def loading_error(layer_name: str, errors: Iterable[str]) -> RuntimeError:
 
 @contextmanager
 def open_saved_layer(
-    layer_name: str, path: str | os.PathLike[str], kinds: Mapping[str, type | tuple[type, ...]], given: str = ""
+    layer_name: str, path: str | os.PathLike[str]
 ) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
     """Open a file of a layer; what is raised meanwhile, because of what the file says, becomes a ValueError.
 
@@ -272,15 +278,11 @@ def open_saved_layer(
         The name of the layer's class, for the errors.
     path : str or path-like
         The file.
-    kinds : mapping of str to type or types
-        What the file must say of the layer beside its parameters.
-    given : str, default ""
-        What `from_state_dict` needs besides, for the error.
 
     Yields
     ------
     dict of str to object
-        What the file says of the layer.
+        What the file says of the layer beside its parameters.
     mapping of str to array
         Its parameters, to be read within the ``with`` statement.
 
@@ -296,24 +298,28 @@ def open_saved_layer(
     >>> import mha_c, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     mha_c.RMSNorm(8).save(f"{folder}/norm.npz")
-    ...     with open_saved_layer("RMSNorm", f"{folder}/norm.npz", {"eps": (float, type(None))}) as (config, arrays):
-    ...         config["eps"], list(arrays)
+    ...     with open_saved_layer("RMSNorm", f"{folder}/norm.npz") as (description, arrays):
+    ...         description["eps"], list(arrays)
     (None, ['weight'])
     """
     with open_checkpoint(path) as checkpoint:
         if checkpoint.config is None:
+            given = ", given num_heads" if layer_name == "MultiheadAttention" else ""
             raise ValueError(
                 f"{checkpoint.path} was not written by {layer_name}.save, so that the layer's arguments are not known: "
                 f"{layer_name}.from_state_dict reads it{given}"
             )
         try:
-            config = json.loads(checkpoint.config)
-            for name, kind in kinds.items():
-                if type(config[name]) not in (kind if isinstance(kind, tuple) else (kind,)):
-                    raise TypeError(f"{name} is {config[name]!r}")
-            yield config, checkpoint.content
-        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            yield json.loads(checkpoint.config), checkpoint.content
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.path} holds no layer: {error}") from error
+
+
+def check_description(description: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Refuse what a file says of a layer, with LookupError or TypeError, where it lacks something or has wrong types."""
+    for name, kind in kinds.items():
+        if type(description[name]) not in (kind if isinstance(kind, tuple) else (kind,)):
+            raise TypeError(f"{name} is {description[name]!r}")
 
 
 def match_saved_arrays(

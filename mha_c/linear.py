@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear map of rows of features: torch's Linear."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from mha_c.advice.keywords import knows_foreign_keywords
+from mha_c.advice.linear import advise_on_linear
+from mha_c.module import Module, Parameter, check_device, check_memory, check_torch_module, float_dtype
+from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.initialization import Draws, initial_linear
+from mha_c.parameters.sets import ArraySet, integer
+from mha_c.parameters.state_dict import check_description, match_saved_arrays
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+elif sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    Self = Any
+
+__all__ = ["Linear"]
+
+# What a file says of a layer beside its parameters.
+_DESCRIPTION: Final[dict[str, type | tuple[type, ...]]] = {
+    "in_features": int,
+    "out_features": int,
+    "bias": bool,
+    "dtype": str,
+}
+
+
+class _Parameters(ArraySet):
+    """The weight and the bias, also as arrays that calls alone use: whoever has an array may assign to its shape."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, arrays: Mapping[str, Array], dtype: np.dtype[Any]) -> None:
+        super().__init__(arrays, dtype)
+        views = self.arrays
+        self.weight = views["weight"]
+        self.bias = views.get("bias")
+
+
+def _size(name: str, value: Any) -> int:
+    if integer(name, value) < 0:
+        raise RuntimeError(f"Trying to create tensor with negative dimension {value}: {name} is negative")
+    return integer(name, value)
+
+
+class Linear(Module):
+    """A linear map of features, as ``torch.nn.Linear`` computes it::
+
+        y = x Wᵀ + b
+
+    Parameters
+    ----------
+    in_features : int
+        Features of the input.
+    out_features : int
+        Features of the output.
+    bias : bool, default True
+        Whether the layer adds a bias.
+    device : optional
+        None or "cpu".
+    dtype : optional
+        float32 (the default) or float64, as a name, a NumPy or a torch dtype.
+    seed : int, optional
+        Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. None:
+        a random seed.
+
+    Attributes
+    ----------
+    weight : numpy.ndarray
+        W, (out_features, in_features).
+    bias : numpy.ndarray or None
+        b, (out_features,); None without `bias`.
+    in_features, out_features : int
+        Fixed at construction.
+    training : bool
+        The mode, which changes nothing here.
+
+    Raises
+    ------
+    TypeError, RuntimeError
+        If an argument has a wrong type, a size is negative, or `dtype` or `device` is not supported.
+    MemoryError
+        If the parameters do not fit into memory.
+
+    Notes
+    -----
+    Parameters are read-only arrays. Assigning to one, `load_state_dict` and `to` replace all of them at once.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> linear = mha_c.Linear(2, 3, seed=0)
+    >>> linear
+    Linear(in_features=2, out_features=3, bias=True)
+    >>> linear(np.zeros((5, 2), np.float32)).shape
+    (5, 3)
+    """
+
+    weight = Parameter("weight", "The weight, (out_features, in_features).")
+    bias = Parameter("bias", "The bias, (out_features,); None without `bias`.")
+
+    _kind = "Linear"
+    _parameters: _Parameters
+
+    @knows_foreign_keywords
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        seed: int | Draws | None = None,
+    ) -> None:
+        rows, columns = _size("out_features", out_features), _size("in_features", in_features)
+        check_device(device)
+        real = float_dtype(dtype)
+        check_memory({"weight": (rows, columns)}, real, f"in_features={columns:,} and out_features={rows:,}")
+        self._set_up(_Parameters(initial_linear(rows, columns, bool(bias), real, seed), real))
+
+    def _set_up(self, parameters: _Parameters) -> None:
+        self.training = True
+        self._parameters = parameters
+
+    @classmethod
+    def _from_parameters(cls, parameters: _Parameters) -> Self:
+        layer = cls.__new__(cls)
+        layer._set_up(parameters)
+        return layer
+
+    @property
+    def in_features(self) -> int:
+        """The features of the input."""
+        return int(self._parameters.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        """The features of the output."""
+        return int(self._parameters.weight.shape[0])
+
+    def forward(self, input: AnyArray) -> Array:
+        """Map every row of the input; calling the layer does the same.
+
+        Parameters
+        ----------
+        input : array, (..., in_features)
+            Of the layer's dtype. NumPy arrays, or other objects on the CPU with the array interface, the buffer
+            protocol or DLPack. It is not modified.
+
+        Returns
+        -------
+        numpy.ndarray
+            (..., out_features), of the input's dtype.
+
+        Raises
+        ------
+        RuntimeError, TypeError
+            If the shape, the dtype or the type does not fit, as in torch. The message has torch's words and says what
+            to write instead.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> mha_c.Linear(4, 2).forward(np.zeros((3, 5, 4), np.float32)).shape
+        (3, 5, 2)
+        """
+        parameters = self._parameters
+        array = as_array(input)
+        if array.ndim == 0 or array.shape[-1] != parameters.weight.shape[1] or array.dtype != parameters.dtype:
+            raise advise_on_linear(input, parameters.weight)
+        output: Array = np.matmul(array, parameters.weight.T)
+        if parameters.bias is not None:
+            output += parameters.bias
+        return output
+
+    __call__ = forward
+
+    @classmethod
+    def from_torch(cls, module: Any) -> Self:
+        """Make a layer from a layer of torch, with its parameters and training mode.
+
+        Parameters
+        ----------
+        module : torch.nn.Linear
+            The layer to copy. A subclass will do if it has torch's forward. Parameters in float16 or bfloat16 become
+            float32.
+
+        Returns
+        -------
+        Linear
+
+        Raises
+        ------
+        TypeError
+            If `module` is something else, or if it overrides forward, which could then compute anything.
+
+        Examples
+        --------
+        >>> import mha_c, torch
+        >>> mha_c.Linear.from_torch(torch.nn.Linear(8, 2, bias=False))
+        Linear(in_features=8, out_features=2, bias=False)
+        """
+        instead = "If it computes the same, make a Linear and pass module.state_dict() to its load_state_dict"
+        torch = check_torch_module(module, "Linear", instead)
+        given = {"weight": module.weight, "bias": module.bias}
+        arrays = {name: as_array(tensor) for name, tensor in given.items() if tensor is not None}
+        dtype = np.dtype(np.float64 if module.weight.dtype == torch.float64 else np.float32)
+        return cls._from_parameters(_Parameters(arrays, dtype)).train(module.training)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "dtype": self._parameters.dtype.name,
+        }
+
+    @classmethod
+    def _described(cls, description: Mapping[str, Any], content: Mapping[str, Any]) -> Self:
+        check_description(description, _DESCRIPTION)
+        rows, columns = _size("out_features", description["out_features"]), _size("in_features", description["in_features"])
+        shapes: dict[str, tuple[int, ...]] = {"weight": (rows, columns)}
+        if description["bias"]:
+            shapes["bias"] = (rows,)
+        arrays, dtype = match_saved_arrays(cls.__name__, shapes, content, description["dtype"])
+        return cls._from_parameters(_Parameters(arrays, dtype))
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None})"
+        )

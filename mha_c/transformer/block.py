@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers of encoders and decoders share."""
+
+from __future__ import annotations
+
+import sys
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from mha_c.activations import Activation, activate, activation, torch_activation
+from mha_c.container import Child, Container
+from mha_c.dropout import Dropout
+from mha_c.linear import Linear
+from mha_c.module import Module, Option, check_torch_module, flag
+from mha_c.norms import LayerNorm, RMSNorm
+from mha_c.parameters.arrays import AnyArray, Array, as_array
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+elif sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    Self = Any
+
+__all__ = ["Block", "Norm", "Padded", "check_padded", "is_padding", "make_norm", "truth", "zero_padded_rows"]
+
+Norm: TypeAlias = Literal["layer", "rms"]
+Padded: TypeAlias = Literal["zero", "computed"]
+
+
+def truth(name: str, value: Any) -> bool:
+    """True or False from any object that Python can test for truth, except text."""
+    return bool(flag(name, value))
+
+
+def check_padded(name: str, value: Any) -> Padded | None:
+    if value not in (None, "zero", "computed"):
+        raise ValueError(f'{name} must be None, "zero" or "computed", but got {value!r}')
+    return value  # type: ignore[no-any-return]
+
+
+def make_norm(norm: Any, d_model: int, eps: float, bias: bool, device: Any, dtype: Any) -> LayerNorm | RMSNorm:
+    if norm == "layer":
+        return LayerNorm(d_model, eps, bias=bias, device=device, dtype=dtype)
+    if norm == "rms":
+        return RMSNorm(d_model, eps, device=device, dtype=dtype)
+    raise ValueError(f'norm must be "layer" or "rms", but got {norm!r}')
+
+
+def is_padding(key_padding_mask: AnyArray) -> Array:
+    """Where a mask hides keys for certain: True, or -inf. Any other float changes their scores."""
+    mask = as_array(key_padding_mask)
+    return mask if mask.dtype == bool else mask == -np.inf
+
+
+def zero_padded_rows(output: Array, key_padding_mask: AnyArray, batch_first: bool) -> Array:
+    """The output with zeros in the rows that a mask names."""
+    rows = is_padding(key_padding_mask)
+    if not batch_first:
+        rows = rows.T
+    return np.where(rows[..., None], output.dtype.type(0), output)
+
+
+class Block(Container):
+    """A layer of an encoder or a decoder: attention, then a feed-forward network, each added to its input.
+
+    Examples
+    --------
+    >>> import mha_c
+    >>> isinstance(mha_c.TransformerEncoderLayer(4, 2), Block)
+    True
+    """
+
+    linear1 = Child[Linear]("linear1", "The first map of the feed-forward network.")
+    dropout = Child[Dropout]("dropout", "The dropout between the two maps.")
+    linear2 = Child[Linear]("linear2", "The second map of the feed-forward network.")
+    norm_first = Option("norm_first", truth, "Whether norms come before attention and feed-forward, or after them")
+    activation = Option("activation", activation, "The activation between the two maps, a name or a callable")
+    padded = Option("padded", check_padded, "What the padded rows of the output hold")
+
+    _option_kinds = {"norm_first": bool, "activation": str, "padded": (str, NoneType)}
+
+    _norm_first: bool
+    _activation: Activation
+    _padded: Padded | None
+
+    def _add_attention(self, x: Array, norm: Module, attention: Any, dropout: Any, *memory: Any, **masks: Any) -> Array:
+        """One step: x + attention(norm(x)), or norm(x + attention(x))."""
+        query = norm(x) if self._norm_first else x
+        key, value = memory or (query, query)
+        update = dropout(attention(query, key, value, need_weights=False, **masks)[0])
+        added = as_array(x) + update
+        return added if self._norm_first else norm(added)
+
+    def _add_feed_forward(self, x: Array, norm: Any, dropout: Any) -> Array:
+        """The last step: x + feed(norm(x)), or norm(x + feed(x))."""
+        hidden = self.dropout(activate(self.linear1(norm(x) if self._norm_first else x), self._activation))
+        added = x + dropout(self.linear2(hidden))
+        return added if self._norm_first else norm(added)
+
+    @classmethod
+    def _block_from_torch(cls, module: Any, methods: tuple[str, ...]) -> Self:
+        instead = "The layers in it may be copied one by one"
+        check_torch_module(module, cls._kind, instead, methods)
+        name = torch_activation(module.activation)
+        if name is None:
+            raise TypeError(f"from_torch knows the activations relu, gelu and silu, but got {module.activation!r}")
+        options = {"norm_first": module.norm_first, "activation": name, "padded": None}
+        made = cls._assemble(cls._children_from_torch(module), options)
+        made.training = module.training
+        return made

@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder: torch's TransformerEncoderLayer, and a stack of such layers."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+from mha_c.activations import Activation, activation as check_activation, is_gated
+from mha_c.advice.keywords import knows_foreign_keywords
+from mha_c.container import Child, Container, ModuleList
+from mha_c.dropout import Dropout, seeds_for
+from mha_c.layer import MaskedRows, MultiheadAttention
+from mha_c.linear import Linear
+from mha_c.module import Module, Option, check_torch_module, float_dtype
+from mha_c.norms import LayerNorm, RMSNorm
+from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.initialization import Draws
+from mha_c.parameters.sets import integer
+from mha_c.transformer.block import (
+    Block,
+    Norm,
+    Padded,
+    check_padded,
+    is_padding,
+    make_norm,
+    truth,
+    zero_padded_rows,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+elif sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    Self = Any
+
+__all__ = ["TransformerEncoder", "TransformerEncoderLayer"]
+
+
+class TransformerEncoderLayer(Block):
+    """A layer of an encoder, as ``torch.nn.TransformerEncoderLayer`` computes it.
+
+    Self-attention and a feed-forward network are each added to their input, and the sum is normalized ("Attention Is
+    All You Need", Vaswani et al., 2017, section 3.1)::
+
+        x = norm1(x + self_attn(x, x, x))
+        x = norm2(x + linear2(activation(linear1(x))))
+
+    With `norm_first` ("On Layer Normalization in the Transformer Architecture", Xiong et al., 2020)::
+
+        y = norm1(x)
+        x = x + self_attn(y, y, y)
+        x = x + linear2(activation(linear1(norm2(x))))
+
+    Parameters
+    ----------
+    d_model : int
+        Features of the input and the output.
+    nhead : int
+        Number of heads. A divisor of `d_model` unless `head_dim` is given.
+    dim_feedforward : int, default 2048
+        Features between the two maps of the feed-forward network.
+    dropout : float, default 0.1
+        Probability of dropping an attention weight, an activation, or a number that is added to an input, in training
+        mode only. A new layer is in training mode.
+    activation : str or callable, default "relu"
+        "relu", "gelu", "gelu_tanh", "silu" or "quick_gelu"; the gated "swiglu" or "geglu", with which linear1 has
+        2 * `dim_feedforward` outputs, the gates first; torch's functions and modules for these; or any other callable,
+        which takes an array and returns one.
+    layer_norm_eps : float, default 1e-05
+        The `eps` of the norms.
+    batch_first : bool, default False
+        Whether inputs are (N, S, E) rather than (S, N, E).
+    norm_first : bool, default False
+        Whether norms come before attention and feed-forward, or after them.
+    bias : bool, default True
+        Whether maps and norms have biases.
+    device : optional
+        None or "cpu".
+    dtype : optional
+        float32 (the default) or float64, as a name, a NumPy or a torch dtype.
+    seed : int, optional
+        Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. None:
+        a random seed.
+    dropout_seed : int, optional
+        Seed of what is dropped, which differs for each place in the layer, and in each copy of the layer. None: a
+        random seed.
+    norm : {"layer", "rms"}, default "layer"
+        The norms: LayerNorm or RMSNorm.
+    padded : {"zero", "computed"}, optional
+        What the rows of the output hold that `src_key_padding_mask` names by True or -inf. "zero": zeros. "computed":
+        what the layer computes for them. None: "computed".
+    masked_rows, num_kv_heads, head_dim, v_head_dim
+        As for `MultiheadAttention`.
+
+    Attributes
+    ----------
+    self_attn : MultiheadAttention
+        The attention.
+    linear1, linear2 : Linear
+        The feed-forward network.
+    norm1, norm2 : LayerNorm or RMSNorm
+        The norms.
+    dropout, dropout1, dropout2 : Dropout
+        The dropout of activations, of the attention's output and of the feed-forward network's output.
+    norm_first, activation, padded, training
+        The options. They may be changed; a change takes effect at the next call.
+
+    Raises
+    ------
+    ValueError
+        If a width is not positive, `dropout` is not between 0 and 1, or `norm` or `padded` is unknown.
+    AssertionError
+        If `d_model` is not divisible by `nhead` and `head_dim` is not given.
+    RuntimeError, TypeError
+        If the name of an activation is unknown, an argument has a wrong type, or `dtype` or `device` is not supported.
+    MemoryError
+        If the parameters do not fit into memory.
+
+    Notes
+    -----
+    The layers in this one may be assigned. Parameters are replaced as in `MultiheadAttention`: each layer in this one
+    uses one set of parameters throughout a call.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> layer = mha_c.TransformerEncoderLayer(8, 2, 16, batch_first=True, seed=0).eval()
+    >>> layer(np.zeros((3, 5, 8), np.float32)).shape
+    (3, 5, 8)
+    >>> layer
+    TransformerEncoderLayer(
+      (self_attn): MultiheadAttention(embed_dim=8, num_heads=2, dropout=0.1, batch_first=True, dtype=float32, training=False)
+      (linear1): Linear(in_features=8, out_features=16, bias=True)
+      (dropout): Dropout(p=0.1, inplace=False)
+      (linear2): Linear(in_features=16, out_features=8, bias=True)
+      (norm1): LayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True)
+      (norm2): LayerNorm((8,), eps=1e-05, elementwise_affine=True, bias=True)
+      (dropout1): Dropout(p=0.1, inplace=False)
+      (dropout2): Dropout(p=0.1, inplace=False)
+    )
+    """
+
+    self_attn = Child[MultiheadAttention]("self_attn", "The attention.")
+    norm1 = Child[LayerNorm | RMSNorm]("norm1", "The norm of the attention.")
+    norm2 = Child[LayerNorm | RMSNorm]("norm2", "The norm of the feed-forward network.")
+    dropout1 = Child[Dropout]("dropout1", "The dropout of the attention's output.")
+    dropout2 = Child[Dropout]("dropout2", "The dropout of the feed-forward network's output.")
+
+    _kind = "TransformerEncoderLayer"
+    _child_names = ("self_attn", "linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
+
+    @knows_foreign_keywords
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: Activation = "relu",
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        seed: int | Draws | None = None,
+        dropout_seed: int | None = None,
+        norm: Norm = "layer",
+        padded: Padded | None = None,
+        masked_rows: MaskedRows = "torch",
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        v_head_dim: int | None = None,
+    ) -> None:
+        real = float_dtype(dtype)
+        draws = Draws.of(seed, real)
+        seeds = iter(seeds_for(dropout_seed, 4))
+        act = check_activation("activation", activation)
+        self_attn = MultiheadAttention(
+            d_model, nhead, dropout, bias, batch_first=batch_first, device=device, dtype=real, seed=draws,
+            dropout_seed=next(seeds), masked_rows=masked_rows, head_dim=head_dim, v_head_dim=v_head_dim,
+            num_kv_heads=num_kv_heads,
+        )  # fmt: skip
+        hidden = integer("dim_feedforward", dim_feedforward)
+        children = {
+            "self_attn": self_attn,
+            "linear1": Linear(d_model, hidden * (1 + is_gated(act)), bias, device, real, seed=draws),
+            "dropout": Dropout(dropout, dropout_seed=next(seeds)),
+            "linear2": Linear(hidden, d_model, bias, device, real, seed=draws),
+            "norm1": make_norm(norm, d_model, layer_norm_eps, bias, device, real),
+            "norm2": make_norm(norm, d_model, layer_norm_eps, bias, device, real),
+            "dropout1": Dropout(dropout, dropout_seed=next(seeds)),
+            "dropout2": Dropout(dropout, dropout_seed=next(seeds)),
+        }
+        self._set_up(children, {"norm_first": norm_first, "activation": act, "padded": padded})
+
+    @knows_foreign_keywords
+    def forward(
+        self,
+        src: AnyArray,
+        src_mask: AnyArray | None = None,
+        src_key_padding_mask: AnyArray | None = None,
+        is_causal: bool = False,
+    ) -> Array:
+        """Compute the output of the layer; calling the layer does the same.
+
+        Inputs are arrays of the layer's dtype, as for `MultiheadAttention`. They are not modified. N is the batch size
+        and S the length.
+
+        Parameters
+        ----------
+        src : array, (S, N, d_model)
+            (N, S, d_model) with `batch_first`; (S, d_model) without a batch.
+        src_mask : array, (S, S) or (N * nhead, S, S) or (nhead, S, S), optional
+            Booleans: True hides this key from this query. Floats: added to the scores.
+        src_key_padding_mask : array, (N, S) or (S,), optional
+            Booleans: True hides this key. Floats: added to the scores of this key.
+        is_causal : bool, default False
+            Whether position i sees only the positions 0..i, in addition to the masks.
+
+        Returns
+        -------
+        numpy.ndarray
+            Of the shape and dtype of `src`.
+
+        Raises
+        ------
+        AssertionError, RuntimeError, TypeError, ValueError
+            If ranks, shapes or dtypes do not fit, as in torch. The message has torch's words and says what to write
+            instead.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> layer = mha_c.TransformerEncoderLayer(4, 2, 8, padded="zero", seed=0).eval()
+        >>> layer(np.ones((3, 4), np.float32), src_key_padding_mask=np.array([False, False, True]))[2]
+        array([0., 0., 0., 0.], dtype=float32)
+        """
+        output = self._attend_and_feed(src, src_mask, src_key_padding_mask, is_causal)
+        if self._padded == "zero" and src_key_padding_mask is not None:
+            output = zero_padded_rows(output, src_key_padding_mask, self.self_attn.batch_first)
+        return output
+
+    __call__ = forward
+
+    def _attend_and_feed(self, src: Any, src_mask: Any, src_key_padding_mask: Any, is_causal: Any) -> Array:
+        """The layer, step by step."""
+        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
+        x = self._add_attention(src, self.norm1, self.self_attn, self.dropout1, **masks)
+        return self._add_feed_forward(x, self.norm2, self.dropout2)
+
+    @classmethod
+    def from_torch(cls, module: Any) -> Self:
+        """Make a layer from a layer of torch, with its arguments, parameters and training mode.
+
+        Parameters
+        ----------
+        module : torch.nn.TransformerEncoderLayer
+            The layer to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
+            Parameters in float16 or bfloat16 become float32.
+
+        Returns
+        -------
+        TransformerEncoderLayer
+
+        Raises
+        ------
+        TypeError
+            If `module` is something else, if it overrides forward, or if its activation or a layer in it has no
+            counterpart here.
+
+        Examples
+        --------
+        >>> import mha_c, torch
+        >>> mha_c.TransformerEncoderLayer.from_torch(torch.nn.TransformerEncoderLayer(8, 2, 16)).linear1
+        Linear(in_features=8, out_features=16, bias=True)
+        """
+        return cls._block_from_torch(module, ("forward", "_sa_block", "_ff_block"))
+
+
+class TransformerEncoder(Container):
+    """A stack of encoder layers, as ``torch.nn.TransformerEncoder`` computes it.
+
+    Parameters
+    ----------
+    encoder_layer : TransformerEncoderLayer
+        The layer, of which the stack holds deep copies. Their parameters are equal, and their dropout differs.
+    num_layers : int
+        How many copies.
+    norm : Module, optional
+        What normalizes the output of the last layer.
+    enable_nested_tensor : bool, default True
+        False: padded rows are computed, unless `padded` is given. torch has this argument for speed.
+    mask_check : bool, default True
+        Ignored. torch has it.
+    padded : {"zero", "computed"}, optional
+        What the rows hold that `src_key_padding_mask` names by True or -inf, after the last layer and before `norm`.
+        "zero": zeros. "computed": what the layers compute for them. None: what torch gives without gradients.
+        See the notes.
+
+    Attributes
+    ----------
+    layers : ModuleList of TransformerEncoderLayer
+        The layers.
+    num_layers : int
+        How many.
+    norm : Module or None
+        The norm of the output.
+    enable_nested_tensor, mask_check, use_nested_tensor : bool
+        As in torch.
+    padded, training
+        They may be changed; a change takes effect at the next call.
+
+    Raises
+    ------
+    TypeError
+        If an argument has a wrong type.
+    ValueError
+        If `padded` is unknown.
+
+    Notes
+    -----
+    With ``padded=None``, padded rows are zeros exactly where torch leaves out padding: in evaluation mode, for a batch,
+    without `mask`, and with a padding mask in which the tokens of every item come first. It needs
+    `enable_nested_tensor` and layers with `batch_first`, `bias`, an even number of heads, relu or gelu, equal `eps` in
+    both norms, and without `norm_first`. Otherwise padded rows are computed. Other rows do not depend on this.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> layer = mha_c.TransformerEncoderLayer(4, 2, 8, batch_first=True, seed=0)
+    >>> encoder = mha_c.TransformerEncoder(layer, num_layers=2).eval()
+    >>> padding = np.array([[False, False, True]])
+    >>> encoder(np.ones((1, 3, 4), np.float32), src_key_padding_mask=padding)[0, 2]
+    array([0., 0., 0., 0.], dtype=float32)
+    """
+
+    layers = Child[ModuleList[TransformerEncoderLayer]]("layers", "The layers.")
+    norm = Child[Any]("norm", "The norm of the output, or None.")
+    padded = Option("padded", check_padded, "What padded rows hold")
+    enable_nested_tensor = Option("enable_nested_tensor", truth, "torch's argument")
+    use_nested_tensor = Option("use_nested_tensor", truth, "Whether padded rows may be zeros if `padded` is None")
+    mask_check = Option("mask_check", truth, "torch's argument")
+    num_layers = Option("num_layers", integer, "How many layers there are")
+
+    _kind = "TransformerEncoder"
+    _child_names = ("layers", "norm")
+    _option_kinds = {
+        "num_layers": int,
+        "enable_nested_tensor": bool,
+        "use_nested_tensor": bool,
+        "mask_check": bool,
+        "padded": (str, NoneType),
+    }
+
+    _padded: Padded | None
+
+    @knows_foreign_keywords
+    def __init__(
+        self,
+        encoder_layer: TransformerEncoderLayer,
+        num_layers: int,
+        norm: Module | None = None,
+        enable_nested_tensor: bool = True,
+        mask_check: bool = True,
+        *,
+        padded: Padded | None = None,
+    ) -> None:
+        layers = ModuleList([copy.deepcopy(encoder_layer) for _ in range(integer("num_layers", num_layers))])
+        options = {
+            "num_layers": num_layers,
+            "enable_nested_tensor": enable_nested_tensor,
+            "use_nested_tensor": enable_nested_tensor and _torch_leaves_out_padding(encoder_layer),
+            "mask_check": mask_check,
+            "padded": padded,
+        }
+        self._set_up({"layers": layers, "norm": norm}, options)
+
+    @knows_foreign_keywords
+    def forward(
+        self,
+        src: AnyArray,
+        mask: AnyArray | None = None,
+        src_key_padding_mask: AnyArray | None = None,
+        is_causal: bool | None = None,
+    ) -> Array:
+        """Compute the output of all layers, one after the other; calling the encoder does the same.
+
+        Parameters
+        ----------
+        src : array, (S, N, d_model)
+            (N, S, d_model) with `batch_first`; (S, d_model) without a batch. It is not modified.
+        mask : array, (S, S) or (N * nhead, S, S) or (nhead, S, S), optional
+            Booleans: True hides this key from this query. Floats: added to the scores.
+        src_key_padding_mask : array, (N, S) or (S,), optional
+            Booleans: True hides this key. Floats: added to the scores of this key.
+        is_causal : bool, optional
+            Whether position i sees only the positions 0..i, in addition to the masks.
+
+        Returns
+        -------
+        numpy.ndarray
+            Of the shape and dtype of `src`.
+
+        Raises
+        ------
+        AssertionError, RuntimeError, TypeError, ValueError
+            If ranks, shapes or dtypes do not fit, as in torch. The message has torch's words and says what to write
+            instead.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> layer = mha_c.TransformerEncoderLayer(4, 2, 8, seed=0)
+        >>> mha_c.TransformerEncoder(layer, 2).eval()(np.zeros((5, 3, 4), np.float32), is_causal=True).shape
+        (5, 3, 4)
+        """
+        output: Any = src
+        for layer in self.layers:
+            output = layer(output, mask, src_key_padding_mask, is_causal or False)
+        if self._gives_zeros(src, mask, src_key_padding_mask):
+            output = zero_padded_rows(output, src_key_padding_mask, self.layers[0].self_attn.batch_first)
+        return as_array(output) if self.norm is None else self.norm(output)  # type: ignore[no-any-return]
+
+    __call__ = forward
+
+    def _gives_zeros(self, src: Any, mask: Any, src_key_padding_mask: Any) -> bool:
+        """Whether padded rows are zeros."""
+        if src_key_padding_mask is None or not self.layers:
+            return False
+        if self._padded is not None:
+            return self._padded == "zero"
+        if not self.use_nested_tensor or self.layers[0].training or mask is not None or as_array(src).ndim != 3:
+            return False
+        rows = is_padding(src_key_padding_mask)
+        return not (rows[:, :-1] & ~rows[:, 1:]).any()  # no token after padding
+
+    @classmethod
+    def from_torch(cls, module: Any) -> Self:
+        """Make an encoder from an encoder of torch, with its arguments, parameters and training mode.
+
+        Parameters
+        ----------
+        module : torch.nn.TransformerEncoder
+            The encoder to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
+
+        Returns
+        -------
+        TransformerEncoder
+
+        Raises
+        ------
+        TypeError
+            If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
+            here.
+
+        Examples
+        --------
+        >>> import mha_c, torch
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> mha_c.TransformerEncoder.from_torch(torch.nn.TransformerEncoder(layer, 3)).num_layers
+        3
+        """
+        check_torch_module(module, "TransformerEncoder", "Its layers may be copied one by one")
+        options = {name: getattr(module, name) for name in cls._option_kinds if name != "padded"}
+        made = cls._assemble(cls._children_from_torch(module), {**options, "padded": None})
+        made.training = module.training
+        return made
+
+
+def _torch_leaves_out_padding(layer: Any) -> bool:
+    """Whether torch, without gradients, would compute a stack of such layers without the padding."""
+    return (
+        isinstance(layer, TransformerEncoderLayer)
+        and not layer.norm_first
+        and layer.self_attn.batch_first
+        and layer.self_attn.in_proj_bias is not None
+        and layer.activation in ("relu", "gelu", "gelu_tanh")
+        and layer.norm1.eps == layer.norm2.eps
+        and layer.self_attn.num_heads % 2 == 0
+    )
