@@ -19,6 +19,9 @@ __all__ = [
     "ModuleList",
     "MultiheadAttention",
     "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "explain",
@@ -49,7 +52,9 @@ from mha_c.linear import Linear
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray
 from mha_c.threads import get_num_threads, num_threads, set_num_threads, show_config
+from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
 from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer
+from mha_c.transformer.transformer import Transformer
 
 # Imported when first used: `import mha_c` needs NumPy alone.
 _SUBMODULES = ("check", "demo", "functional", "heads", "plot", "torch")

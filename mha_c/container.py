@@ -105,9 +105,14 @@ class Container(Module):
         return _children_described(described, content)
 
     @classmethod
-    def _children_from_torch(cls, module: Any) -> dict[str, Module | None]:
+    def _copied(cls, module: Any, options: Mapping[str, Any]) -> Self:
+        """A layer with the options given, of copies of the layers in a layer of torch, in its mode."""
         children = {name: getattr(module, name) for name in cls._child_names}
-        return {name: None if child is None else module_from_torch(child) for name, child in children.items()}
+        made = cls._assemble(
+            {name: None if child is None else module_from_torch(child) for name, child in children.items()}, options
+        )
+        made.training = module.training
+        return made
 
     def __repr__(self) -> str:
         return _tree(self, [(name, repr(child)) for name, child in self._children.items()])

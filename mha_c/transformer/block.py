@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from mha_c.activations import Activation, activate, activation, torch_activation
+from mha_c.activations import Activation, activate, activation as check_activation, is_gated, torch_activation
+from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.container import Child, Container
-from mha_c.dropout import Dropout
+from mha_c.dropout import Dropout, seeds_for
+from mha_c.layer import MaskedRows, MultiheadAttention
 from mha_c.linear import Linear
-from mha_c.module import Module, Option, check_torch_module, flag
+from mha_c.module import Module, Option, check_torch_module, flag, float_dtype
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.initialization import Draws
+from mha_c.parameters.sets import integer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -77,7 +81,7 @@ class Block(Container):
     dropout = Child[Dropout]("dropout", "The dropout between the two maps.")
     linear2 = Child[Linear]("linear2", "The second map of the feed-forward network.")
     norm_first = Option("norm_first", truth, "Whether norms come before attention and feed-forward, or after them")
-    activation = Option("activation", activation, "The activation between the two maps, a name or a callable")
+    activation = Option("activation", check_activation, "The activation between the two maps, a name or a callable")
     padded = Option("padded", check_padded, "What the padded rows of the output hold")
 
     _option_kinds = {"norm_first": bool, "activation": str, "padded": (str, NoneType)}
@@ -85,6 +89,54 @@ class Block(Container):
     _norm_first: bool
     _activation: Activation
     _padded: Padded | None
+
+    @knows_foreign_keywords
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: Activation = "relu",
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        seed: int | Draws | None = None,
+        dropout_seed: int | None = None,
+        norm: Norm = "layer",
+        padded: Padded | None = None,
+        masked_rows: MaskedRows = "torch",
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        v_head_dim: int | None = None,
+    ) -> None:
+        real = float_dtype(dtype)
+        draws = Draws.of(seed, real)
+        seeds = iter(seeds_for(dropout_seed, len(self._child_names)))
+        act = check_activation("activation", activation)
+        hidden = integer("dim_feedforward", dim_feedforward)
+
+        def make(name: str) -> Module:
+            if name.endswith("attn"):
+                return MultiheadAttention(
+                    d_model, nhead, dropout, bias, batch_first=batch_first, device=device, dtype=real, seed=draws,
+                    dropout_seed=next(seeds), masked_rows=masked_rows, num_kv_heads=num_kv_heads, head_dim=head_dim,
+                    v_head_dim=v_head_dim,
+                )  # fmt: skip
+            if name.startswith("dropout"):
+                return Dropout(dropout, dropout_seed=next(seeds))
+            if name.startswith("norm"):
+                return make_norm(norm, d_model, layer_norm_eps, bias, device, real)
+            if name == "linear1":
+                return Linear(d_model, hidden * (1 + is_gated(act)), bias, device, real, seed=draws)
+            return Linear(hidden, d_model, bias, device, real, seed=draws)
+
+        children = {name: make(name) for name in self._child_names}  # in the order in which torch draws parameters
+        self._set_up(children, {"norm_first": norm_first, "activation": act, "padded": padded})
 
     def _add_attention(self, x: Array, norm: Module, attention: Any, dropout: Any, *memory: Any, **masks: Any) -> Array:
         """One step: x + attention(norm(x)), or norm(x + attention(x))."""
@@ -108,6 +160,4 @@ class Block(Container):
         if name is None:
             raise TypeError(f"from_torch knows the activations relu, gelu and silu, but got {module.activation!r}")
         options = {"norm_first": module.norm_first, "activation": name, "padded": None}
-        made = cls._assemble(cls._children_from_torch(module), options)
-        made.training = module.training
-        return made
+        return cls._copied(module, options)

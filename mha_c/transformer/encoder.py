@@ -8,27 +8,15 @@ import sys
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from mha_c.activations import Activation, activation as check_activation, is_gated
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.container import Child, Container, ModuleList
-from mha_c.dropout import Dropout, seeds_for
-from mha_c.layer import MaskedRows, MultiheadAttention
-from mha_c.linear import Linear
-from mha_c.module import Module, Option, check_torch_module, float_dtype
+from mha_c.dropout import Dropout
+from mha_c.layer import MultiheadAttention
+from mha_c.module import Module, Option, check_torch_module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
-from mha_c.parameters.initialization import Draws
 from mha_c.parameters.sets import integer
-from mha_c.transformer.block import (
-    Block,
-    Norm,
-    Padded,
-    check_padded,
-    is_padding,
-    make_norm,
-    truth,
-    zero_padded_rows,
-)
+from mha_c.transformer.block import Block, Padded, check_padded, is_padding, truth, zero_padded_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -152,52 +140,6 @@ class TransformerEncoderLayer(Block):
 
     _kind = "TransformerEncoderLayer"
     _child_names = ("self_attn", "linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
-
-    @knows_foreign_keywords
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: Activation = "relu",
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        seed: int | Draws | None = None,
-        dropout_seed: int | None = None,
-        norm: Norm = "layer",
-        padded: Padded | None = None,
-        masked_rows: MaskedRows = "torch",
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        v_head_dim: int | None = None,
-    ) -> None:
-        real = float_dtype(dtype)
-        draws = Draws.of(seed, real)
-        seeds = iter(seeds_for(dropout_seed, 4))
-        act = check_activation("activation", activation)
-        self_attn = MultiheadAttention(
-            d_model, nhead, dropout, bias, batch_first=batch_first, device=device, dtype=real, seed=draws,
-            dropout_seed=next(seeds), masked_rows=masked_rows, head_dim=head_dim, v_head_dim=v_head_dim,
-            num_kv_heads=num_kv_heads,
-        )  # fmt: skip
-        hidden = integer("dim_feedforward", dim_feedforward)
-        children = {
-            "self_attn": self_attn,
-            "linear1": Linear(d_model, hidden * (1 + is_gated(act)), bias, device, real, seed=draws),
-            "dropout": Dropout(dropout, dropout_seed=next(seeds)),
-            "linear2": Linear(hidden, d_model, bias, device, real, seed=draws),
-            "norm1": make_norm(norm, d_model, layer_norm_eps, bias, device, real),
-            "norm2": make_norm(norm, d_model, layer_norm_eps, bias, device, real),
-            "dropout1": Dropout(dropout, dropout_seed=next(seeds)),
-            "dropout2": Dropout(dropout, dropout_seed=next(seeds)),
-        }
-        self._set_up(children, {"norm_first": norm_first, "activation": act, "padded": padded})
 
     @knows_foreign_keywords
     def forward(
@@ -466,11 +408,9 @@ class TransformerEncoder(Container):
         >>> mha_c.TransformerEncoder.from_torch(torch.nn.TransformerEncoder(layer, 3)).num_layers
         3
         """
-        check_torch_module(module, "TransformerEncoder", "Its layers may be copied one by one")
+        check_torch_module(module, cls._kind, "Its layers may be copied one by one")
         options = {name: getattr(module, name) for name in cls._option_kinds if name != "padded"}
-        made = cls._assemble(cls._children_from_torch(module), {**options, "padded": None})
-        made.training = module.training
-        return made
+        return cls._copied(module, {**options, "padded": None})
 
 
 def _torch_leaves_out_padding(layer: Any) -> bool:

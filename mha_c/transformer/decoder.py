@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder: torch's TransformerDecoderLayer, and a stack of such layers."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+from mha_c.advice.keywords import knows_foreign_keywords
+from mha_c.container import Child, Container, ModuleList
+from mha_c.dropout import Dropout
+from mha_c.layer import MultiheadAttention
+from mha_c.module import Module, Option, check_torch_module
+from mha_c.norms import LayerNorm, RMSNorm
+from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.sets import integer
+from mha_c.transformer.block import Block, Padded, check_padded, zero_padded_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+elif sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    Self = Any
+
+__all__ = ["TransformerDecoder", "TransformerDecoderLayer"]
+
+
+class TransformerDecoderLayer(Block):
+    """A layer of a decoder, as ``torch.nn.TransformerDecoderLayer`` computes it.
+
+    Self-attention, attention to the output of an encoder, and a feed-forward network are each added to their input, and
+    the sum is normalized ("Attention Is All You Need", Vaswani et al., 2017, section 3.1)::
+
+        x = norm1(x + self_attn(x, x, x))
+        x = norm2(x + multihead_attn(x, memory, memory))
+        x = norm3(x + linear2(activation(linear1(x))))
+
+    With `norm_first`, norms come before attention and feed-forward, as in `TransformerEncoderLayer`; `memory` is not
+    normalized.
+
+    Parameters
+    ----------
+    d_model : int
+        Features of the inputs and the output.
+    nhead : int
+        Number of heads. A divisor of `d_model` unless `head_dim` is given.
+    dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
+        As for `TransformerEncoderLayer`.
+    seed, dropout_seed, norm
+        As for `TransformerEncoderLayer`.
+    padded : {"zero", "computed"}, optional
+        What the rows of the output hold that `tgt_key_padding_mask` names by True or -inf. "zero": zeros. "computed":
+        what the layer computes for them. None: "computed".
+    masked_rows, num_kv_heads, head_dim, v_head_dim
+        As for `MultiheadAttention`.
+
+    Attributes
+    ----------
+    self_attn, multihead_attn : MultiheadAttention
+        The attention to the target itself, and to the memory.
+    linear1, linear2 : Linear
+        The feed-forward network.
+    norm1, norm2, norm3 : LayerNorm or RMSNorm
+        The norms.
+    dropout, dropout1, dropout2, dropout3 : Dropout
+        The dropout of activations, of the outputs of both attentions, and of the feed-forward network's output.
+    norm_first, activation, padded, training
+        The options. They may be changed; a change takes effect at the next call.
+
+    Raises
+    ------
+    ValueError, AssertionError, RuntimeError, TypeError, MemoryError
+        As `TransformerEncoderLayer`.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> layer = mha_c.TransformerDecoderLayer(8, 2, 16, batch_first=True, seed=0).eval()
+    >>> tgt, memory = np.zeros((3, 5, 8), np.float32), np.zeros((3, 7, 8), np.float32)
+    >>> layer(tgt, memory, tgt_is_causal=True).shape
+    (3, 5, 8)
+    """
+
+    self_attn = Child[MultiheadAttention]("self_attn", "The attention to the target itself.")
+    multihead_attn = Child[MultiheadAttention]("multihead_attn", "The attention to the memory.")
+    norm1 = Child[LayerNorm | RMSNorm]("norm1", "The norm of the attention to the target.")
+    norm2 = Child[LayerNorm | RMSNorm]("norm2", "The norm of the attention to the memory.")
+    norm3 = Child[LayerNorm | RMSNorm]("norm3", "The norm of the feed-forward network.")
+    dropout1 = Child[Dropout]("dropout1", "The dropout of the output of the attention to the target.")
+    dropout2 = Child[Dropout]("dropout2", "The dropout of the output of the attention to the memory.")
+    dropout3 = Child[Dropout]("dropout3", "The dropout of the feed-forward network's output.")
+
+    _kind = "TransformerDecoderLayer"
+    _child_names = (
+        "self_attn", "multihead_attn", "linear1", "dropout", "linear2",
+        "norm1", "norm2", "norm3", "dropout1", "dropout2", "dropout3",
+    )  # fmt: skip
+
+    @knows_foreign_keywords
+    def forward(
+        self,
+        tgt: AnyArray,
+        memory: AnyArray,
+        tgt_mask: AnyArray | None = None,
+        memory_mask: AnyArray | None = None,
+        tgt_key_padding_mask: AnyArray | None = None,
+        memory_key_padding_mask: AnyArray | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Array:
+        """Compute the output of the layer; calling the layer does the same.
+
+        Inputs are arrays of the layer's dtype, as for `MultiheadAttention`. They are not modified. N is the batch size,
+        T the length of the target and S that of the memory.
+
+        Parameters
+        ----------
+        tgt : array, (T, N, d_model)
+            The target; (N, T, d_model) with `batch_first`; (T, d_model) without a batch.
+        memory : array, (S, N, d_model)
+            The output of an encoder; or (N, S, d_model), or (S, d_model).
+        tgt_mask : array, (T, T) or (N * nhead, T, T) or (nhead, T, T), optional
+            Booleans: True hides this position of the target from this one. Floats: added to the scores.
+        memory_mask : array, (T, S) or (N * nhead, T, S) or (nhead, T, S), optional
+            Booleans: True hides this position of the memory from this one of the target. Floats: added to the scores.
+        tgt_key_padding_mask : array, (N, T) or (T,), optional
+            Booleans: True hides this position of the target. Floats: added to its scores.
+        memory_key_padding_mask : array, (N, S) or (S,), optional
+            Booleans: True hides this position of the memory. Floats: added to its scores.
+        tgt_is_causal : bool, default False
+            Whether position i sees only the positions 0..i of the target, in addition to the masks.
+        memory_is_causal : bool, default False
+            Whether position i of the target sees only the positions 0..i of the memory, in addition to the masks.
+
+        Returns
+        -------
+        numpy.ndarray
+            Of the shape and dtype of `tgt`.
+
+        Raises
+        ------
+        AssertionError, RuntimeError, TypeError, ValueError
+            If ranks, shapes or dtypes do not fit, as in torch. The message has torch's words and says what to write
+            instead.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> layer = mha_c.TransformerDecoderLayer(4, 2, 8, seed=0).eval()
+        >>> tgt, memory = np.zeros((5, 4), np.float32), np.zeros((7, 4), np.float32)
+        >>> layer(tgt, memory).shape
+        (5, 4)
+        """
+        masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal)
+        output = self._attend_and_feed(tgt, memory, *masks)
+        if self._padded == "zero" and tgt_key_padding_mask is not None:
+            output = zero_padded_rows(output, tgt_key_padding_mask, self.self_attn.batch_first)
+        return output
+
+    __call__ = forward
+
+    def _attend_and_feed(
+        self,
+        tgt: Any,
+        memory: Any,
+        tgt_mask: Any,
+        memory_mask: Any,
+        tgt_key_padding_mask: Any,
+        memory_key_padding_mask: Any,
+        tgt_is_causal: Any,
+        memory_is_causal: Any,
+    ) -> Array:
+        """The layer, step by step."""
+        masks = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
+        x = self._add_attention(tgt, self.norm1, self.self_attn, self.dropout1, **masks)
+        masks = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
+        x = self._add_attention(x, self.norm2, self.multihead_attn, self.dropout2, memory, memory, **masks)
+        return self._add_feed_forward(x, self.norm3, self.dropout3)
+
+    @classmethod
+    def from_torch(cls, module: Any) -> Self:
+        """Make a layer from a layer of torch, with its arguments, parameters and training mode.
+
+        Parameters
+        ----------
+        module : torch.nn.TransformerDecoderLayer
+            The layer to copy. A subclass will do if it has torch's methods. Hooks and buffers are not copied.
+            Parameters in float16 or bfloat16 become float32.
+
+        Returns
+        -------
+        TransformerDecoderLayer
+
+        Raises
+        ------
+        TypeError
+            If `module` is something else, if it overrides forward, or if its activation or a layer in it has no
+            counterpart here.
+
+        Examples
+        --------
+        >>> import mha_c, torch
+        >>> mha_c.TransformerDecoderLayer.from_torch(torch.nn.TransformerDecoderLayer(8, 2, 16)).linear1
+        Linear(in_features=8, out_features=16, bias=True)
+        """
+        return cls._block_from_torch(module, ("forward", "_sa_block", "_mha_block", "_ff_block"))
+
+
+class TransformerDecoder(Container):
+    """A stack of decoder layers, as ``torch.nn.TransformerDecoder`` computes it.
+
+    Parameters
+    ----------
+    decoder_layer : TransformerDecoderLayer
+        The layer, of which the stack holds deep copies. Their parameters are equal, and their dropout differs.
+    num_layers : int
+        How many copies.
+    norm : Module, optional
+        What normalizes the output of the last layer.
+    padded : {"zero", "computed"}, optional
+        What the rows hold that `tgt_key_padding_mask` names by True or -inf, after the last layer and before `norm`.
+        "zero": zeros. "computed": what the layers compute for them. None: "computed", as in torch.
+
+    Attributes
+    ----------
+    layers : ModuleList of TransformerDecoderLayer
+        The layers.
+    num_layers : int
+        How many.
+    norm : Module or None
+        The norm of the output.
+    padded, training
+        They may be changed; a change takes effect at the next call.
+
+    Raises
+    ------
+    TypeError
+        If an argument has a wrong type.
+    ValueError
+        If `padded` is unknown.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> layer = mha_c.TransformerDecoderLayer(4, 2, 8, seed=0)
+    >>> decoder = mha_c.TransformerDecoder(layer, num_layers=2, norm=mha_c.LayerNorm(4)).eval()
+    >>> decoder(np.zeros((5, 3, 4), np.float32), np.zeros((7, 3, 4), np.float32)).shape
+    (5, 3, 4)
+    """
+
+    layers = Child[ModuleList[TransformerDecoderLayer]]("layers", "The layers.")
+    norm = Child[Any]("norm", "The norm of the output, or None.")
+    padded = Option("padded", check_padded, "What padded rows hold")
+    num_layers = Option("num_layers", integer, "How many layers there are")
+
+    _kind = "TransformerDecoder"
+    _child_names = ("layers", "norm")
+    _option_kinds = {"num_layers": int, "padded": (str, NoneType)}
+
+    _padded: Padded | None
+
+    @knows_foreign_keywords
+    def __init__(
+        self,
+        decoder_layer: TransformerDecoderLayer,
+        num_layers: int,
+        norm: Module | None = None,
+        *,
+        padded: Padded | None = None,
+    ) -> None:
+        layers = ModuleList([copy.deepcopy(decoder_layer) for _ in range(integer("num_layers", num_layers))])
+        self._set_up({"layers": layers, "norm": norm}, {"num_layers": num_layers, "padded": padded})
+
+    @knows_foreign_keywords
+    def forward(
+        self,
+        tgt: AnyArray,
+        memory: AnyArray,
+        tgt_mask: AnyArray | None = None,
+        memory_mask: AnyArray | None = None,
+        tgt_key_padding_mask: AnyArray | None = None,
+        memory_key_padding_mask: AnyArray | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Array:
+        """Compute the output of all layers, one after the other; calling the decoder does the same.
+
+        Parameters
+        ----------
+        tgt : array, (T, N, d_model)
+            The target; (N, T, d_model) with `batch_first`; (T, d_model) without a batch. It is not modified.
+        memory : array, (S, N, d_model)
+            The output of an encoder; or (N, S, d_model), or (S, d_model). It is not modified.
+        tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
+            As for `TransformerDecoderLayer`.
+
+        Returns
+        -------
+        numpy.ndarray
+            Of the shape and dtype of `tgt`.
+
+        Raises
+        ------
+        AssertionError, RuntimeError, TypeError, ValueError
+            If ranks, shapes or dtypes do not fit, as in torch. The message has torch's words and says what to write
+            instead.
+
+        Examples
+        --------
+        >>> import mha_c, numpy as np
+        >>> layer = mha_c.TransformerDecoderLayer(4, 2, 8, seed=0)
+        >>> decoder = mha_c.TransformerDecoder(layer, 2).eval()
+        >>> decoder(np.zeros((5, 4), np.float32), np.zeros((7, 4), np.float32), tgt_is_causal=True).shape
+        (5, 4)
+        """
+        masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+        output: Any = tgt
+        for layer in self.layers:
+            output = layer(output, memory, *masks, tgt_is_causal or False, memory_is_causal)
+        if self._padded == "zero" and tgt_key_padding_mask is not None and self.layers:
+            output = zero_padded_rows(output, tgt_key_padding_mask, self.layers[0].self_attn.batch_first)
+        return as_array(output) if self.norm is None else self.norm(output)  # type: ignore[no-any-return]
+
+    __call__ = forward
+
+    @classmethod
+    def from_torch(cls, module: Any) -> Self:
+        """Make a decoder from a decoder of torch, with its arguments, parameters and training mode.
+
+        Parameters
+        ----------
+        module : torch.nn.TransformerDecoder
+            The decoder to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
+
+        Returns
+        -------
+        TransformerDecoder
+
+        Raises
+        ------
+        TypeError
+            If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
+            here.
+
+        Examples
+        --------
+        >>> import mha_c, torch
+        >>> layer = torch.nn.TransformerDecoderLayer(8, 2, 16)
+        >>> mha_c.TransformerDecoder.from_torch(torch.nn.TransformerDecoder(layer, 3)).num_layers
+        3
+        """
+        check_torch_module(module, cls._kind, "Its layers may be copied one by one")
+        return cls._copied(module, {"num_layers": module.num_layers, "padded": None})
