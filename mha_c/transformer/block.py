@@ -105,7 +105,7 @@ class Block(Container):
         device: Any = None,
         dtype: Any = None,
         *,
-        seed: int | Draws | None = None,
+        seed: int | None = None,
         dropout_seed: int | None = None,
         norm: Norm = "layer",
         padded: Padded | None = None,
@@ -115,7 +115,7 @@ class Block(Container):
         v_head_dim: int | None = None,
     ) -> None:
         real = float_dtype(dtype)
-        draws = Draws.of(seed, real)
+        draws: Any = Draws.of(seed, real)  # a seed that continues, for the layers in this one
         seeds = iter(seeds_for(dropout_seed, len(self._child_names)))
         act = check_activation("activation", activation)
         hidden = integer("dim_feedforward", dim_feedforward)
@@ -138,7 +138,7 @@ class Block(Container):
         children = {name: make(name) for name in self._child_names}  # in the order in which torch draws parameters
         self._set_up(children, {"norm_first": norm_first, "activation": act, "padded": padded})
 
-    def _add_attention(self, x: Array, norm: Module, attention: Any, dropout: Any, *memory: Any, **masks: Any) -> Array:
+    def _add_attention(self, x: Any, norm: Any, attention: Any, dropout: Any, *memory: Any, **masks: Any) -> Any:
         """One step: x + attention(norm(x)), or norm(x + attention(x))."""
         query = norm(x) if self._norm_first else x
         key, value = memory or (query, query)
@@ -146,7 +146,7 @@ class Block(Container):
         added = as_array(x) + update
         return added if self._norm_first else norm(added)
 
-    def _add_feed_forward(self, x: Array, norm: Any, dropout: Any) -> Array:
+    def _add_feed_forward(self, x: Any, norm: Any, dropout: Any) -> Any:
         """The last step: x + feed(norm(x)), or norm(x + feed(x))."""
         hidden = self.dropout(activate(self.linear1(norm(x) if self._norm_first else x), self._activation))
         added = x + dropout(self.linear2(hidden))

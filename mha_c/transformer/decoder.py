@@ -178,7 +178,8 @@ class TransformerDecoderLayer(Block):
         x = self._add_attention(tgt, self.norm1, self.self_attn, self.dropout1, **masks)
         masks = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
         x = self._add_attention(x, self.norm2, self.multihead_attn, self.dropout2, memory, memory, **masks)
-        return self._add_feed_forward(x, self.norm3, self.dropout3)
+        output: Array = self._add_feed_forward(x, self.norm3, self.dropout3)
+        return output
 
     @classmethod
     def from_torch(cls, module: Any) -> Self:
@@ -322,7 +323,7 @@ class TransformerDecoder(Container):
             output = layer(output, memory, *masks, tgt_is_causal or False, memory_is_causal)
         if self._padded == "zero" and tgt_key_padding_mask is not None and self.layers:
             output = zero_padded_rows(output, tgt_key_padding_mask, self.layers[0].self_attn.batch_first)
-        return as_array(output) if self.norm is None else self.norm(output)  # type: ignore[no-any-return]
+        return as_array(output) if self.norm is None else self.norm(output)
 
     __call__ = forward
 

@@ -194,7 +194,8 @@ class TransformerEncoderLayer(Block):
         """The layer, step by step."""
         masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         x = self._add_attention(src, self.norm1, self.self_attn, self.dropout1, **masks)
-        return self._add_feed_forward(x, self.norm2, self.dropout2)
+        output: Array = self._add_feed_forward(x, self.norm2, self.dropout2)
+        return output
 
     @classmethod
     def from_torch(cls, module: Any) -> Self:
@@ -365,15 +366,15 @@ class TransformerEncoder(Container):
         output: Any = src
         for layer in self.layers:
             output = layer(output, mask, src_key_padding_mask, is_causal or False)
-        if self._gives_zeros(src, mask, src_key_padding_mask):
+        if src_key_padding_mask is not None and self._gives_zeros(src, mask, src_key_padding_mask):
             output = zero_padded_rows(output, src_key_padding_mask, self.layers[0].self_attn.batch_first)
-        return as_array(output) if self.norm is None else self.norm(output)  # type: ignore[no-any-return]
+        return as_array(output) if self.norm is None else self.norm(output)
 
     __call__ = forward
 
     def _gives_zeros(self, src: Any, mask: Any, src_key_padding_mask: Any) -> bool:
         """Whether padded rows are zeros."""
-        if src_key_padding_mask is None or not self.layers:
+        if not self.layers:
             return False
         if self._padded is not None:
             return self._padded == "zero"

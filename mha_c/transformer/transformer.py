@@ -136,7 +136,7 @@ class Transformer(Container):
         head_dim: int | None = None,
         v_head_dim: int | None = None,
     ) -> None:
-        draws = Draws.of(seed, float_dtype(dtype))
+        draws: Any = Draws.of(seed, float_dtype(dtype))  # a seed that continues, for both
         of_encoder, of_decoder = seeds_for(dropout_seed, 2)
         arguments: Any = (
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
