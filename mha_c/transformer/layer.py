@@ -28,7 +28,7 @@ elif sys.version_info >= (3, 11):
 else:
     Self = Any
 
-__all__ = ["Block", "Norm", "Padded", "check_padded", "is_padding", "make_norm", "truth", "zero_padded_rows"]
+__all__ = ["TransformerLayer", "Norm", "Padded", "check_padded", "is_padding", "make_norm", "truth", "zero_padded_rows"]
 
 Norm: TypeAlias = Literal["layer", "rms"]
 Padded: TypeAlias = Literal["zero", "computed"]
@@ -67,13 +67,13 @@ def zero_padded_rows(output: Array, key_padding_mask: AnyArray, batch_first: boo
     return np.where(rows[..., None], output.dtype.type(0), output)
 
 
-class Block(Container):
+class TransformerLayer(Container):
     """A layer of an encoder or a decoder: attention, then a feed-forward network, each added to its input.
 
     Examples
     --------
     >>> import mha_c
-    >>> isinstance(mha_c.TransformerEncoderLayer(4, 2), Block)
+    >>> isinstance(mha_c.TransformerEncoderLayer(4, 2), TransformerLayer)
     True
     """
 
@@ -153,7 +153,7 @@ class Block(Container):
         return added if self._norm_first else norm(added)
 
     @classmethod
-    def _block_from_torch(cls, module: Any, methods: tuple[str, ...]) -> Self:
+    def _layer_from_torch(cls, module: Any, methods: tuple[str, ...]) -> Self:
         instead = "The layers in it may be copied one by one"
         check_torch_module(module, cls._kind, instead, methods)
         name = torch_activation(module.activation)
