@@ -21,17 +21,20 @@ _erf: Final = np.vectorize(math.erf, otypes=[np.float64])
 
 def _gelu(x: Array) -> Array:
     """x Phi(x), with the distribution function of the normal distribution (Hendrycks and Gimpel, 2016)."""
-    return (x * 0.5 * (1 + _erf(x * math.sqrt(0.5)))).astype(x.dtype)
+    activated: Array = (x * 0.5 * (1 + _erf(x * math.sqrt(0.5)))).astype(x.dtype)
+    return activated
 
 
 def _gelu_tanh(x: Array) -> Array:
     """The approximation of GELU by a hyperbolic tangent (Hendrycks and Gimpel, 2016)."""
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    activated: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    return activated
 
 
 def _logistic(x: Array) -> Array:
     with np.errstate(over="ignore"):  # exp(-x) may be infinite: the result is then 0
-        return 1 / (1 + np.exp(-x))
+        logistic: Array = 1 / (1 + np.exp(-x))
+    return logistic
 
 
 _FUNCTIONS: Final[dict[str, Callable[[Array], Array]]] = {
@@ -136,5 +139,6 @@ def activate(input: Array, value: Activation) -> Array:
         return value(input)  # type: ignore[no-any-return]
     if value in _GATED:
         gates, passed = np.split(input, 2, axis=-1)
-        return _FUNCTIONS[_GATED[value]](gates) * passed
+        gated: Array = _FUNCTIONS[_GATED[value]](gates) * passed
+        return gated
     return _FUNCTIONS[value](input)

@@ -75,7 +75,7 @@ class RandomModule(Module):
 
     _dropout_seed: int
     _dropout_calls: int
-    _dropout_copies: int
+    _dropout_copies: int = 0
 
     def _set_up_dropout(self, dropout_seed: int | None) -> None:
         self.dropout_seed = _seed("dropout_seed", dropout_seed)

@@ -24,11 +24,11 @@ from mha_c.module import (
     float_dtype,
 )
 from mha_c.parameters.files import open_state_dict
-from mha_c.parameters.initialization import Draws, initial_parameters
+from mha_c.parameters.initialization import initial_parameters
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.loading import infer_layer
 from mha_c.parameters.schemes import Layout
-from mha_c.parameters.sets import ParameterSet, Widths, integer, number
+from mha_c.parameters.sets import ParameterSet, Widths, number
 from mha_c.parameters.state_dict import ATTENTION, check_description, describe_attention, described_attention
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class MultiheadAttention(RandomModule):
         device: Any = None,
         dtype: Any = None,
         *,
-        seed: int | Draws | None = None,
+        seed: int | None = None,
         dropout_seed: int | None = None,
         masked_rows: MaskedRows = "torch",
         head_dim: int | None = None,

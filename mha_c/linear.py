@@ -13,7 +13,7 @@ from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.linear import advise_on_linear
 from mha_c.module import Module, Parameter, check_device, check_memory, check_torch_module, float_dtype
 from mha_c.parameters.arrays import AnyArray, Array, as_array
-from mha_c.parameters.initialization import Draws, initial_linear
+from mha_c.parameters.initialization import initial_linear
 from mha_c.parameters.sets import ArraySet, integer
 from mha_c.parameters.state_dict import check_description, match_saved_arrays
 
@@ -121,7 +121,7 @@ class Linear(Module):
         device: Any = None,
         dtype: Any = None,
         *,
-        seed: int | Draws | None = None,
+        seed: int | None = None,
     ) -> None:
         rows, columns = _size("out_features", out_features), _size("in_features", in_features)
         check_device(device)
@@ -229,7 +229,7 @@ class Linear(Module):
     @classmethod
     def _described(cls, description: Mapping[str, Any], content: Mapping[str, Any]) -> Self:
         check_description(description, _DESCRIPTION)
-        rows, columns = _size("out_features", description["out_features"]), _size("in_features", description["in_features"])
+        rows, columns = (_size(name, description[name]) for name in ("out_features", "in_features"))
         shapes: dict[str, tuple[int, ...]] = {"weight": (rows, columns)}
         if description["bias"]:
             shapes["bias"] = (rows,)

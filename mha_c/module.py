@@ -666,10 +666,10 @@ def module_from_description(description: Mapping[str, Any], content: Mapping[str
 
 def module_from_torch(module: Any) -> Module:
     """A layer from a layer of torch, of the same name."""
-    torch = sys.modules.get("torch")
-    for kind, cls in _kinds.items() if torch is not None else ():
-        if isinstance(module, getattr(torch.nn, kind)):
-            made: Module = cls.from_torch(module)
+    nn: Any = getattr(sys.modules.get("torch"), "nn", None)
+    for kind, cls in _kinds.items():
+        if isinstance(module, getattr(nn, kind, ())):
+            made: Module = cls.from_torch(module)  # type: ignore[attr-defined]  # each of them has it
             return made
     raise TypeError(f"from_torch takes layers that mha_c has, but got {_name_of_class(module)}")
 

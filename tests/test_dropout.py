@@ -207,17 +207,30 @@ def test_evaluation_is_untouched():
     np.testing.assert_array_equal(module(*given)[0], other(*given)[0])
 
 
-@pytest.mark.parametrize("duplicate", [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy],
-                         ids=["pickle", "deepcopy"])
-def test_copies_continue_the_stream(duplicate):
+def test_pickled_layers_continue_the_stream():
     """The state of the stream is part of the layer."""
     module = training(0.5)
     given = inputs(2, 20, 30, 16)
     module(*given)
     module(*given)
-    twin = duplicate(module)
+    twin = pickle.loads(pickle.dumps(module))
     for _ in range(3):
         np.testing.assert_array_equal(twin(*given)[0], module(*given)[0])
+
+
+def test_deep_copies_have_streams_of_their_own():
+    """As the layers of a stack need them. They are the same ones whenever the original's seed and history are."""
+    given = inputs(2, 20, 30, 16)
+    masks = []
+    for _ in range(2):
+        module = training(0.5)
+        copies = [copy.deepcopy(module) for _ in range(3)]
+        copies.append(copy.deepcopy(copies[0]))
+        masks.append([kept(one, given)[1] for one in (module, *copies)])
+    np.testing.assert_array_equal(masks[0], masks[1])
+    for i, mask in enumerate(masks[0]):
+        for other in masks[0][:i]:  # independent: equal in half of the places
+            assert abs((mask == other).mean() - 0.5) < 0.05
 
 
 def test_masked_rows_under_dropout():

@@ -417,7 +417,8 @@ def test_train_and_eval():
 )
 @pytest.mark.parametrize("options", [{}, {"kdim": 5, "bias": False, "dtype": "float64"}, {"add_bias_kv": True}])
 def test_copies(duplicate, options):
-    """A copy answers alike, dropout included, goes on counting by itself, and has read-only parameters too."""
+    """A copy answers alike, goes on counting by itself, and has read-only parameters too. A deep copy alone drops other
+    weights."""
     original = mha_c.MultiheadAttention(8, 2, dropout=0.5, masked_rows="zero", batch_first=True, **options)
     dtype = options.get("dtype", "float32")
     given = [normal((3, 5, width), dtype) for width in (8, options.get("kdim", 8), 8)]
@@ -425,8 +426,10 @@ def test_copies(duplicate, options):
     twin = duplicate(original)
     assert pickle.dumps(twin.state_dict()) == pickle.dumps(original.state_dict())
     assert (twin.masked_rows, twin.batch_first, twin.training) == ("zero", True, True)
+    drops_alike = duplicate is not copy.deepcopy
     for _ in range(2):
-        assert original(*given)[1].tobytes() == twin(*given)[1].tobytes()
+        assert (original(*given)[1].tobytes() == twin(*given)[1].tobytes()) == drops_alike
+    assert original.eval()(*given)[1].tobytes() == twin.eval()(*given)[1].tobytes()
     with pytest.raises(ValueError, match="WRITEABLE"):
         twin.out_proj.weight.setflags(write=True)
     twin.out_proj.weight = np.zeros((8, 8))

@@ -8,15 +8,17 @@ import sys
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
+from mha_c.advice.transformers import AttentionCall, advise_on_steps
 from mha_c.container import Child, Container, ModuleList
 from mha_c.dropout import Dropout
-from mha_c.layer import MultiheadAttention
+from mha_c.layer import MultiheadAttention, facts_of
 from mha_c.module import Module, Option, check_torch_module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.sets import integer
-from mha_c.transformer.block import Block, Padded, check_padded, is_padding, truth, zero_padded_rows
+from mha_c.transformer.layer import TransformerLayer, Padded, check_padded, is_padding, truth, zero_padded_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,10 +27,10 @@ elif sys.version_info >= (3, 11):
 else:
     Self = Any
 
-__all__ = ["TransformerEncoder", "TransformerEncoderLayer"]
+__all__ = ["TransformerEncoder", "TransformerEncoderLayer", "attention_call"]
 
 
-class TransformerEncoderLayer(Block):
+class TransformerEncoderLayer(TransformerLayer):
     """A layer of an encoder, as ``torch.nn.TransformerEncoderLayer`` computes it.
 
     Self-attention and a feed-forward network are each added to their input, and the sum is normalized ("Attention Is
@@ -121,7 +123,8 @@ class TransformerEncoderLayer(Block):
     (3, 5, 8)
     >>> layer
     TransformerEncoderLayer(
-      (self_attn): MultiheadAttention(embed_dim=8, num_heads=2, dropout=0.1, batch_first=True, dtype=float32, training=False)
+      (self_attn): MultiheadAttention(embed_dim=8, num_heads=2, dropout=0.1, batch_first=True, dtype=float32, \
+training=False)
       (linear1): Linear(in_features=8, out_features=16, bias=True)
       (dropout): Dropout(p=0.1, inplace=False)
       (linear2): Linear(in_features=16, out_features=8, bias=True)
@@ -183,7 +186,12 @@ class TransformerEncoderLayer(Block):
         >>> layer(np.ones((3, 4), np.float32), src_key_padding_mask=np.array([False, False, True]))[2]
         array([0., 0., 0., 0.], dtype=float32)
         """
-        output = self._attend_and_feed(src, src_mask, src_key_padding_mask, is_causal)
+        try:
+            output = self._attend_and_feed(src, src_mask, src_key_padding_mask, is_causal)
+        except REFUSALS as error:
+            call = (src, src_mask, src_key_padding_mask, is_causal, [self])
+            advise_on_steps(error, attention_call(*call, mask_name="src_mask"))
+            raise
         if self._padded == "zero" and src_key_padding_mask is not None:
             output = zero_padded_rows(output, src_key_padding_mask, self.self_attn.batch_first)
         return output
@@ -194,7 +202,8 @@ class TransformerEncoderLayer(Block):
         """The layer, step by step."""
         masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
         x = self._add_attention(src, self.norm1, self.self_attn, self.dropout1, **masks)
-        return self._add_feed_forward(x, self.norm2, self.dropout2)
+        output: Array = self._add_feed_forward(x, self.norm2, self.dropout2)
+        return output
 
     @classmethod
     def from_torch(cls, module: Any) -> Self:
@@ -222,7 +231,7 @@ class TransformerEncoderLayer(Block):
         >>> mha_c.TransformerEncoderLayer.from_torch(torch.nn.TransformerEncoderLayer(8, 2, 16)).linear1
         Linear(in_features=8, out_features=16, bias=True)
         """
-        return cls._block_from_torch(module, ("forward", "_sa_block", "_ff_block"))
+        return cls._layer_from_torch(module, ("forward", "_sa_block", "_ff_block"))
 
 
 class TransformerEncoder(Container):
@@ -363,17 +372,22 @@ class TransformerEncoder(Container):
         (5, 3, 4)
         """
         output: Any = src
-        for layer in self.layers:
-            output = layer(output, mask, src_key_padding_mask, is_causal or False)
-        if self._gives_zeros(src, mask, src_key_padding_mask):
+        try:
+            for layer in self.layers:
+                output = layer(output, mask, src_key_padding_mask, False if is_causal is None else is_causal)
+        except REFUSALS as error:
+            call = (src, mask, src_key_padding_mask, is_causal, self.layers)
+            advise_on_steps(error, attention_call(*call, mask_name="mask"))
+            raise
+        if src_key_padding_mask is not None and self._gives_zeros(src, mask, src_key_padding_mask):
             output = zero_padded_rows(output, src_key_padding_mask, self.layers[0].self_attn.batch_first)
-        return as_array(output) if self.norm is None else self.norm(output)  # type: ignore[no-any-return]
+        return as_array(output) if self.norm is None else self.norm(output)
 
     __call__ = forward
 
     def _gives_zeros(self, src: Any, mask: Any, src_key_padding_mask: Any) -> bool:
         """Whether padded rows are zeros."""
-        if src_key_padding_mask is None or not self.layers:
+        if not self.layers:
             return False
         if self._padded is not None:
             return self._padded == "zero"
@@ -411,6 +425,16 @@ class TransformerEncoder(Container):
         check_torch_module(module, cls._kind, "Its layers may be copied one by one")
         options = {name: getattr(module, name) for name in cls._option_kinds if name != "padded"}
         return cls._copied(module, {**options, "padded": None})
+
+
+def attention_call(
+    src: Any, mask: Any, padding: Any, is_causal: Any, layers: Any, *, mask_name: str, flag_name: str = "is_causal"
+) -> AttentionCall:
+    """The attention of the first of some layers, for advice."""
+    return AttentionCall(
+        "src", src, "src", src, mask_name, mask, "src_key_padding_mask", padding, flag_name, is_causal,
+        lambda: facts_of(layers[0].self_attn),
+    )  # fmt: skip
 
 
 def _torch_leaves_out_padding(layer: Any) -> bool:

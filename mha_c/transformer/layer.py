@@ -28,7 +28,7 @@ elif sys.version_info >= (3, 11):
 else:
     Self = Any
 
-__all__ = ["Block", "Norm", "Padded", "check_padded", "is_padding", "make_norm", "truth", "zero_padded_rows"]
+__all__ = ["TransformerLayer", "Norm", "Padded", "check_padded", "is_padding", "make_norm", "truth", "zero_padded_rows"]
 
 Norm: TypeAlias = Literal["layer", "rms"]
 Padded: TypeAlias = Literal["zero", "computed"]
@@ -67,13 +67,13 @@ def zero_padded_rows(output: Array, key_padding_mask: AnyArray, batch_first: boo
     return np.where(rows[..., None], output.dtype.type(0), output)
 
 
-class Block(Container):
+class TransformerLayer(Container):
     """A layer of an encoder or a decoder: attention, then a feed-forward network, each added to its input.
 
     Examples
     --------
     >>> import mha_c
-    >>> isinstance(mha_c.TransformerEncoderLayer(4, 2), Block)
+    >>> isinstance(mha_c.TransformerEncoderLayer(4, 2), TransformerLayer)
     True
     """
 
@@ -105,7 +105,7 @@ class Block(Container):
         device: Any = None,
         dtype: Any = None,
         *,
-        seed: int | Draws | None = None,
+        seed: int | None = None,
         dropout_seed: int | None = None,
         norm: Norm = "layer",
         padded: Padded | None = None,
@@ -115,7 +115,7 @@ class Block(Container):
         v_head_dim: int | None = None,
     ) -> None:
         real = float_dtype(dtype)
-        draws = Draws.of(seed, real)
+        draws: Any = Draws.of(seed, real)  # a seed that continues, for the layers in this one
         seeds = iter(seeds_for(dropout_seed, len(self._child_names)))
         act = check_activation("activation", activation)
         hidden = integer("dim_feedforward", dim_feedforward)
@@ -138,7 +138,7 @@ class Block(Container):
         children = {name: make(name) for name in self._child_names}  # in the order in which torch draws parameters
         self._set_up(children, {"norm_first": norm_first, "activation": act, "padded": padded})
 
-    def _add_attention(self, x: Array, norm: Module, attention: Any, dropout: Any, *memory: Any, **masks: Any) -> Array:
+    def _add_attention(self, x: Any, norm: Any, attention: Any, dropout: Any, *memory: Any, **masks: Any) -> Any:
         """One step: x + attention(norm(x)), or norm(x + attention(x))."""
         query = norm(x) if self._norm_first else x
         key, value = memory or (query, query)
@@ -146,14 +146,14 @@ class Block(Container):
         added = as_array(x) + update
         return added if self._norm_first else norm(added)
 
-    def _add_feed_forward(self, x: Array, norm: Any, dropout: Any) -> Array:
+    def _add_feed_forward(self, x: Any, norm: Any, dropout: Any) -> Any:
         """The last step: x + feed(norm(x)), or norm(x + feed(x))."""
         hidden = self.dropout(activate(self.linear1(norm(x) if self._norm_first else x), self._activation))
         added = x + dropout(self.linear2(hidden))
         return added if self._norm_first else norm(added)
 
     @classmethod
-    def _block_from_torch(cls, module: Any, methods: tuple[str, ...]) -> Self:
+    def _layer_from_torch(cls, module: Any, methods: tuple[str, ...]) -> Self:
         instead = "The layers in it may be copied one by one"
         check_torch_module(module, cls._kind, instead, methods)
         name = torch_activation(module.activation)
