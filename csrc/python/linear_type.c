@@ -138,15 +138,19 @@ static PyArrayObject *with_last_axis(PyArrayObject *input, npy_intp length, mha_
 static int check_linear_input(const linear_object *weights, PyArrayObject *input)
 {
     const int ndim = PyArray_NDIM(input);
+    if (ndim == 0) {
+        PyErr_SetString(PyExc_RuntimeError, "both arguments to linear need to be at least 1D, but they are 0D and 2D");
+        return -1;
+    }
+    const npy_intp last = PyArray_DIM(input, ndim - 1);
+    if (last != weights->depth) {
+        PyErr_Format(PyExc_RuntimeError, "mat1 and mat2 shapes cannot be multiplied (%zdx%zd and %zdx%zd)",
+                     PyArray_MultiplyList(PyArray_DIMS(input), ndim - 1), last, weights->depth, weights->features);
+        return -1;
+    }
     if (!array_has_dtype(input, weights->dtype)) {
         PyErr_Format(PyExc_RuntimeError, "mat1 and mat2 must have the same dtype, but got %s and %s",
                      torch_type_name(input), weights->dtype == MHA_FLOAT32 ? "Float" : "Double");
-        return -1;
-    }
-    if (ndim == 0 || PyArray_DIM(input, ndim - 1) != weights->depth) {
-        const npy_intp last = ndim == 0 ? 1 : PyArray_DIM(input, ndim - 1);
-        PyErr_Format(PyExc_RuntimeError, "mat1 and mat2 shapes cannot be multiplied (%zdx%zd and %zdx%zd)",
-                     last == 0 ? 0 : PyArray_SIZE(input) / last, last, weights->depth, weights->features);
         return -1;
     }
     return 0;
