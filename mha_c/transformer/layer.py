@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -137,6 +138,12 @@ class TransformerLayer(Container):
 
         children = {name: make(name) for name in self._child_names}  # in the order in which torch draws parameters
         self._set_up(children, {"norm_first": norm_first, "activation": act, "padded": padded})
+
+    def _set_up(self, children: Mapping[str, Module | None], options: Mapping[str, Any]) -> None:
+        super()._set_up(children, options)
+        for child in children.values():
+            if isinstance(child, MultiheadAttention):
+                child._warns_of_decoding = False  # with a memory, fewer queries than keys are no sign of decoding
 
     def _add_attention(self, x: Any, norm: Any, attention: Any, dropout: Any, *memory: Any, **masks: Any) -> Any:
         """One step: x + attention(norm(x)), or norm(x + attention(x))."""
