@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -148,6 +149,12 @@ class TransformerLayer(Container):
         children = {name: make(name) for name in self._child_names}  # in the order in which torch draws parameters
         self._set_up(children, {"norm_first": norm_first, "activation": act, "padded": padded})
 
+    def _set_up(self, children: Mapping[str, Module | None], options: Mapping[str, Any]) -> None:
+        super()._set_up(children, options)
+        for child in children.values():
+            if isinstance(child, MultiheadAttention):
+                child._warns_of_decoding = False  # with a memory, fewer queries than keys are no sign of decoding
+
     def _run(
         self,
         x: Any,
@@ -196,7 +203,7 @@ class TransformerLayer(Container):
         key_padding_mask: Any,
         is_causal: Any,
     ) -> Any:
-        if memory and is_causal and attn_mask is None:
+        if memory and is_causal and attn_mask is None and attention._warns_of_decoding:
             warn_of_decoding(x, memory[0], attention._batch_first)
         key, value = memory or (x, x)
         parameters = attention._parameters
