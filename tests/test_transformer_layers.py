@@ -262,6 +262,7 @@ def test_fewer_layers():
     np.testing.assert_array_equal(encoder(X), want)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_repr_is_torchs_tree():
     torch = pytest.importorskip("torch")
     ours = mha_c.Transformer(8, 2, 2, 1, 16)
@@ -309,6 +310,7 @@ def test_from_torch():
         mha_c.TransformerEncoderLayer.from_torch(layer)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_custom_encoder_and_decoder():
     """They are used, and their matrices are drawn anew, as in torch."""
     torch = pytest.importorskip("torch")
@@ -595,3 +597,13 @@ def test_generate_square_subsequent_mask():
     assert mha_c.Transformer.generate_square_subsequent_mask(2, dtype="float64").dtype == np.float64
     with pytest.raises(RuntimeError, match="negative dimension"):
         mha_c.Transformer.generate_square_subsequent_mask(-1)
+
+
+def test_numbers_that_are_not_finite_give_no_warnings():
+    x = X.copy()
+    x[0, 0, 0], x[1, 1, 1] = np.inf, np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for module, given in modules().values():
+            module(*(x[:, : one.shape[1]] for one in given))
+        assert np.isfinite(encoder_layer()(x)[2]).all()

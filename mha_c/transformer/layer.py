@@ -172,9 +172,10 @@ class TransformerLayer(Container):
             except REFUSALS as error:
                 if not hasattr(error, "refused"):
                     raise  # else the steps refuse it in their words
-        x = self._add_attention(x, norms[0], attention, dropouts[0], *memory, **masks)
-        if len(norms) > 1:
-            x = self._add_feed_forward(x, norms[1], dropouts[1])
+        with np.errstate(over="ignore", invalid="ignore"):
+            x = self._add_attention(x, norms[0], attention, dropouts[0], *memory, **masks)
+            if len(norms) > 1:
+                x = self._add_feed_forward(x, norms[1], dropouts[1])
         if zeroes_padding:
             x = zero_padded_rows(x, masks["key_padding_mask"], attention.batch_first)
         return x
