@@ -3,65 +3,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 
+from onnx_graph import CONTRIB, Graph
 from peers import Unsupported
 from problem import Array, Problem
 
-CONTRIB = "com.microsoft"
-OPSET = 23  # the first with an Attention of its own
-IR_VERSION = 11
 
-
-@dataclass
-class OnnxLayer:
+class OnnxLayer(Graph):
     """A model in the making, then the whole of it: `feeds` are its inputs, `outputs` the names of its results."""
 
-    problem: Problem
-    feeds: dict[str, Array] = field(default_factory=dict)
-    outputs: list[str] = field(default_factory=list)
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: list[onnx.TensorProto] = field(default_factory=list)
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.problem = problem
+        self.outputs: list[str] = []
 
-    def op(self, kind: str, *inputs: str, results: int = 1, domain: str = "", **attributes: Any) -> Any:
-        """Adds a node; the name of its result, or a list of names."""
-        names = [f"{kind}_{len(self.nodes)}_{i}" for i in range(results)]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, **attributes))
-        return names[0] if results == 1 else names
-
-    def constant(self, array: Array) -> str:
-        name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
-
-    def input(self, name: str, array: Array) -> str:
-        self.feeds[name] = np.ascontiguousarray(array)
-        return name
-
-    def shape(self, *sizes: int) -> str:
-        return self.constant(np.array(sizes, dtype=np.int64))
-
-    def model(self) -> onnx.ModelProto:
-        def value(name: str, array: Array) -> onnx.ValueInfoProto:
-            return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-
+    def whole(self) -> onnx.ModelProto:
         case = self.problem.case
-        sizes = ((case.N, case.L, case.E), (case.N, case.L, case.keys))
-        kind = helper.np_dtype_to_tensor_dtype(np.dtype(case.dtype))
-        graph = helper.make_graph(
-            self.nodes,
-            "layer",
-            [value(name, array) for name, array in self.feeds.items()],
-            [helper.make_tensor_value_info(name, kind, size) for name, size in zip(self.outputs, sizes, strict=False)],
-            self.constants,
-        )
-        imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
-        return helper.make_model(graph, opset_imports=imports, ir_version=IR_VERSION)
+        shapes = ((case.N, case.L, case.E), (case.N, case.L, case.keys))
+        return self.model(dict(zip(self.outputs, shapes, strict=False)), case.dtype)
 
     # ---- What all four share
 

@@ -23,9 +23,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import peers
-from cases import Case
-from problem import Array, make
+from numpy.typing import NDArray
+
+from peers import Candidate, Prepared, Unsupported
+
+Array = NDArray[Any]
 
 WARM_UP = 0.003  # seconds at the start of a turn
 TRIAL = 0.02  # seconds that the first estimate of a call's time may take
@@ -51,24 +53,24 @@ def one_cpu() -> Iterator[None]:
         os.sched_setaffinity(0, cpus)
 
 
-def serve(connection: Connection, name: str, threads: int, packages: Path | None) -> None:
+def serve(connection: Connection, candidate: Candidate, threads: int, packages: Path | None) -> None:
     """The other process: answers ("prepare", case) and ("measure", calls, calls beforehand) until it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, which then kills this one
     if packages is not None:
         sys.path.insert(0, str(packages))
     try:
-        peer = peers.create(name, threads)
+        peer = candidate.create(threads)
         connection.send(("ok", peer.version))
     except Exception as error:
         connection.send(("gone", f"{type(error).__name__}: {error}"))
         return
-    prepared: peers.Prepared | None = None
+    prepared: Prepared | None = None
     while True:
         request, *arguments = connection.recv()
         try:
             if request == "prepare":
                 prepared = None  # frees the layer before
-                prepared = peer.prepare(make(*arguments))
+                prepared = peer.prepare(*arguments)
                 output, weights = prepared.result(prepared.call())
                 connection.send(("ok", (output, weights, _trial(prepared.call))))
                 del output, weights
@@ -79,7 +81,7 @@ def serve(connection: Connection, name: str, threads: int, packages: Path | None
                 calls, beforehand = arguments
                 _repeat(prepared.call, beforehand)
                 connection.send(("ok", _repeat(prepared.call, calls) / calls))
-        except peers.Unsupported as error:
+        except Unsupported as error:
             connection.send(("error", str(error)))
         except Exception as error:
             connection.send(("error", f"{type(error).__name__}: {error}"))
@@ -107,8 +109,9 @@ class Worker:
     Its library is imported from the folder `packages`, if one is given, and else from where Python finds it.
     """
 
-    def __init__(self, name: str, threads: int, packages: Path | None = None) -> None:
-        self.name, self.threads, self.packages = name, threads, packages
+    def __init__(self, candidate: Candidate, threads: int, packages: Path | None = None) -> None:
+        self.candidate, self.threads, self.packages = candidate, threads, packages
+        self.name = candidate.name
         self.version = ""
 
     def __enter__(self) -> Worker:
@@ -120,7 +123,9 @@ class Worker:
 
     def _start(self) -> None:
         self._connection, theirs = _spawn.Pipe()
-        self._process = _spawn.Process(target=serve, args=(theirs, self.name, self.threads, self.packages), daemon=True)
+        self._process = _spawn.Process(
+            target=serve, args=(theirs, self.candidate, self.threads, self.packages), daemon=True
+        )
         self._process.start()
         theirs.close()
         try:
@@ -161,7 +166,7 @@ class Worker:
         self._connection.send(request)
         return self._answer()
 
-    def prepare(self, case: Case) -> tuple[Array, Array | None, float]:
+    def prepare(self, case: Any) -> tuple[Array, Array | None, float]:
         """Sets up a case: its output, its weights, and about how many seconds a call takes."""
         output, weights, seconds = self._ask("prepare", case)
         return output, weights, seconds

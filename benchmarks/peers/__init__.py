@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every implementation that is measured, ours among them.
 
-A peer is an object with a `version`, the name and number of its library, and a method `prepare(problem)` that returns a
+A peer is an object with a `version`, the name and number of its library, and a method `prepare(case)` that returns a
 `Prepared`, or raises Unsupported where the library does not have the layer. It is created in a process of its own, for
 one number of threads.
 """
@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
-
-from problem import Problem
 
 
 class Unsupported(Exception):
@@ -31,30 +29,48 @@ class Prepared:
 class Peer(Protocol):
     version: str
 
-    def prepare(self, problem: Problem) -> Prepared: ...
+    def prepare(self, case: Any) -> Prepared: ...
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to use a library: a class of a module in this folder, and its arguments after the number of threads."""
+
+    name: str
+    module: str
+    kind: str
+    arguments: tuple[Any, ...] = ()
+
+    def create(self, threads: int) -> Peer:
+        """The peer; ImportError where its library is not installed."""
+        peer: Peer = getattr(import_module(f"peers.{self.module}"), self.kind)(threads, *self.arguments)
+        return peer
 
 
 OURS = "mha_c"
 
-# name: (module, class, further arguments after the number of threads)
-_PEERS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
-    OURS: ("ours", "Ours", ()),
-    "torch": ("torch_layer", "TorchLayer", (False,)),
-    "torch fast path": ("torch_layer", "TorchLayer", (True,)),
-    "ORT MultiHeadAttention": ("onnx_runtime", "OnnxRuntime", ("MultiHeadAttention",)),
-    "ORT Attention": ("onnx_runtime", "OnnxRuntime", ("Attention",)),
-    "ORT ai.onnx Attention": ("onnx_runtime", "OnnxRuntime", ("ai.onnx Attention",)),
-    "ORT plain operators": ("onnx_runtime", "OnnxRuntime", ("plain",)),
-    "OpenVINO plain operators": ("open_vino", "OpenVino", ("plain",)),
-    "OpenVINO SDPA": ("open_vino", "OpenVino", ("static",)),
-    "OpenVINO SDPA, any length": ("open_vino", "OpenVino", ("dynamic",)),
-}
+LAYERS = (
+    Candidate(OURS, "ours", "Ours"),
+    Candidate("torch", "torch_layer", "TorchLayer", (False,)),
+    Candidate("torch fast path", "torch_layer", "TorchLayer", (True,)),
+    Candidate("ORT MultiHeadAttention", "onnx_runtime", "OnnxRuntime", ("MultiHeadAttention",)),
+    Candidate("ORT Attention", "onnx_runtime", "OnnxRuntime", ("Attention",)),
+    Candidate("ORT ai.onnx Attention", "onnx_runtime", "OnnxRuntime", ("ai.onnx Attention",)),
+    Candidate("ORT plain operators", "onnx_runtime", "OnnxRuntime", ("plain",)),
+    Candidate("OpenVINO plain operators", "open_vino", "OpenVino", ("plain",)),
+    Candidate("OpenVINO SDPA", "open_vino", "OpenVino", ("static",)),
+    Candidate("OpenVINO SDPA, any length", "open_vino", "OpenVino", ("dynamic",)),
+)
 
-NAMES: tuple[str, ...] = tuple(_PEERS)
-
-
-def create(name: str, threads: int) -> Peer:
-    """The peer of that name; ImportError where its library is not installed."""
-    module, kind, arguments = _PEERS[name]
-    peer: Peer = getattr(import_module(f"peers.{module}"), kind)(threads, *arguments)
-    return peer
+ENCODERS = (
+    Candidate(OURS, "ours", "OurEncoder"),
+    Candidate("torch", "torch_encoder", "TorchEncoder", ("eager",)),
+    Candidate("torch fast path", "torch_encoder", "TorchEncoder", ("fast path",)),
+    Candidate("torch compiled", "torch_encoder", "TorchEncoder", ("compiled",)),
+    Candidate("ORT optimizer", "onnx_runtime", "OnnxRuntimeEncoder", (True,)),
+    Candidate("ORT plain operators", "onnx_runtime", "OnnxRuntimeEncoder", (False,)),
+    Candidate("OpenVINO plain operators", "open_vino", "OpenVinoEncoder", ("plain",)),
+    Candidate("OpenVINO SDPA", "open_vino", "OpenVinoEncoder", ("static",)),
+    Candidate("OpenVINO SDPA, any length", "open_vino", "OpenVinoEncoder", ("dynamic",)),
+    Candidate("CTranslate2", "ctranslate2_encoder", "CTranslate2Encoder"),
+)

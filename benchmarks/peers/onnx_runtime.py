@@ -5,34 +5,67 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx
 import onnxruntime
+from onnxruntime.transformers.optimizer import optimize_model
 
+import encoder_problem
+import onnx_encoder
 import onnx_layer
+from cases import Case
+from encoder_cases import EncoderCase
 from peers import Prepared
-from problem import Problem
+from problem import Array, make
 
 
 class OnnxRuntime:
     def __init__(self, threads: int, kind: str) -> None:
         self.kind = kind
         self.version = f"ONNX Runtime {onnxruntime.__version__}"
-        self.options = onnxruntime.SessionOptions()
-        self.options.intra_op_num_threads = threads
-        self.options.inter_op_num_threads = 1
-        self.options.log_severity_level = 3
+        self.options = session_options(threads)
 
-    def prepare(self, problem: Problem) -> Prepared:
-        layer = onnx_layer.build(problem, self.kind)
-        model = layer.model().SerializeToString()
-        session = onnxruntime.InferenceSession(model, self.options, providers=["CPUExecutionProvider"])
-        binding = session.io_binding()
-        for name, array in layer.feeds.items():
-            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        for name in layer.outputs:
-            binding.bind_output(name, "cpu")
+    def prepare(self, case: Case) -> Prepared:
+        layer = onnx_layer.build(make(case), self.kind)
+        return bind(layer.whole(), layer.feeds, self.options)
 
-        def result(_: Any) -> tuple[Any, Any]:
-            outputs = [value.numpy() for value in binding.get_outputs()]
-            return outputs[0], outputs[1] if problem.case.need_weights else None
 
-        return Prepared(lambda: session.run_with_iobinding(binding), result)
+class OnnxRuntimeEncoder:
+    """`optimized` by the optimizer for BERT that comes with ONNX Runtime, or as the runtime optimizes every model."""
+
+    def __init__(self, threads: int, optimized: bool) -> None:
+        self.optimized = optimized
+        self.version = f"ONNX Runtime {onnxruntime.__version__}"
+        self.options = session_options(threads)
+
+    def prepare(self, case: EncoderCase) -> Prepared:
+        model, feeds = onnx_encoder.build(encoder_problem.make(case))
+        if self.optimized:
+            kind = "vit" if case.model.norm_first else "bert"
+            model = optimize_model(model, kind, case.model.H, case.model.E, opt_level=0).model
+            operators = {node.op_type for node in model.graph.node}
+            assert {"Attention", "BiasGelu", "SkipLayerNormalization"} <= operators, operators
+        return bind(model, feeds, self.options)
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def bind(model: onnx.ModelProto, feeds: dict[str, Array], options: onnxruntime.SessionOptions) -> Prepared:
+    """A session of the model with its inputs and its outputs, which are a layer's output and its weights, if any."""
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+    for output in session.get_outputs():
+        binding.bind_output(output.name, "cpu")
+
+    def result(_: Any) -> tuple[Any, Any]:
+        output, *weights = (value.numpy() for value in binding.get_outputs())
+        return output, weights[0] if weights else None
+
+    return Prepared(lambda: session.run_with_iobinding(binding), result)

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
+import encoder_problem
 import mha_c
+from cases import Case
+from encoder_cases import EncoderCase
 from peers import Prepared
-from problem import Problem
+from problem import Problem, make
 
 
 def layer(problem: Problem) -> mha_c.MultiheadAttention:
@@ -40,8 +43,9 @@ class Ours:
         mha_c.set_num_threads(threads)
         self.version = f"mha_c {mha_c.__version__}"
 
-    def prepare(self, problem: Problem) -> Prepared:
-        attend, case = layer(problem), problem.case
+    def prepare(self, case: Case) -> Prepared:
+        problem = make(case)
+        attend = layer(problem)
         query, key, value = problem.query, problem.key, problem.value
         padding, mask = problem.padding, problem.attn_mask
         wanted, causal = case.need_weights, case.causal
@@ -50,3 +54,27 @@ class Ours:
             return attend(query, key, value, padding, wanted, mask, True, causal)
 
         return Prepared(call, lambda result: result)
+
+
+class OurEncoder:
+    def __init__(self, threads: int) -> None:
+        mha_c.set_num_threads(threads)
+        self.version = f"mha_c {mha_c.__version__}"
+
+    def prepare(self, case: EncoderCase) -> Prepared:
+        problem, model = encoder_problem.make(case), case.model
+        layer = mha_c.TransformerEncoderLayer(
+            model.E,
+            model.H,
+            model.F,
+            activation="gelu",
+            layer_norm_eps=model.eps,
+            batch_first=True,
+            norm_first=model.norm_first,
+            dtype=case.dtype,
+            seed=0,
+        )
+        encoder = mha_c.TransformerEncoder(layer, model.layers, padded="zero").eval()
+        encoder.load_state_dict(problem.parameters)
+        x, padding = problem.x, problem.padding
+        return Prepared(lambda: encoder(x, None, padding), lambda output: (output, None))

@@ -10,8 +10,9 @@ from unittest import mock
 import torch
 from torch.nn import functional as F
 
+from cases import Case
 from peers import Prepared, Unsupported
-from problem import Array, Problem
+from problem import Array, Problem, make
 
 
 def tensor(array: Array | None) -> torch.Tensor | None:
@@ -27,7 +28,8 @@ class TorchLayer:
         self.fast_path = fast_path
         self.version = f"torch {torch.__version__}"
 
-    def prepare(self, problem: Problem) -> Prepared:
+    def prepare(self, case: Case) -> Prepared:
+        problem = make(case)
         call = self._grouped_call(problem) if problem.case.kv_heads else self._layer_call(problem)
         if self.fast_path and not takes_fast_path(call):
             raise Unsupported("torch does not take its fast path here")
