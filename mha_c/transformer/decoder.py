@@ -8,8 +8,6 @@ import sys
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.transformers import AttentionCall, advise_on_steps

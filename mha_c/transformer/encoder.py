@@ -654,7 +654,6 @@ class TransformerEncoder(Container):
         return cls._copied(module, {**options, "padded": None})
 
 
-<<<<<<< HEAD
 def attention_call(
     src: Any, mask: Any, padding: Any, is_causal: Any, layers: Any, *, mask_name: str, flag_name: str = "is_causal"
 ) -> AttentionCall:
@@ -663,11 +662,11 @@ def attention_call(
         "src", src, "src", src, mask_name, mask, "src_key_padding_mask", padding, flag_name, is_causal,
         lambda: facts_of(layers[0].self_attn),
     )  # fmt: skip
-=======
+
+
 def _trained_dtype(weight: Array, dtype: Any) -> Any:
     """float64 for float64 weights, unless `dtype` says otherwise."""
     return np.float64 if dtype is None and weight.dtype == np.float64 else dtype
->>>>>>> encoders
 
 
 def _torch_leaves_out_padding(layer: Any) -> bool:
