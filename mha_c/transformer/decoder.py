@@ -8,8 +8,6 @@ import sys
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.transformers import AttentionCall, advise_on_steps
@@ -192,12 +190,11 @@ class TransformerDecoderLayer(TransformerLayer):
         memory_is_causal: Any,
     ) -> Array:
         """The layer, step by step."""
-        own = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
-        other = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
-        with np.errstate(over="ignore", invalid="ignore"):
-            x = self._add_attention(tgt, self.norm1, self.self_attn, self.dropout1, **own)
-            x = self._add_attention(x, self.norm2, self.multihead_attn, self.dropout2, memory, memory, **other)
-            output: Array = self._add_feed_forward(x, self.norm3, self.dropout3)
+        masks = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
+        x = self._add_attention(tgt, self.norm1, self.self_attn, self.dropout1, **masks)
+        masks = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
+        x = self._add_attention(x, self.norm2, self.multihead_attn, self.dropout2, memory, memory, **masks)
+        output: Array = self._add_feed_forward(x, self.norm3, self.dropout3)
         return output
 
     @classmethod

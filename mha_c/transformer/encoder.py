@@ -8,8 +8,6 @@ import sys
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.transformers import AttentionCall, advise_on_steps
@@ -203,9 +201,8 @@ training=False)
     def _attend_and_feed(self, src: Any, src_mask: Any, src_key_padding_mask: Any, is_causal: Any) -> Array:
         """The layer, step by step."""
         masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
-        with np.errstate(over="ignore", invalid="ignore"):
-            x = self._add_attention(src, self.norm1, self.self_attn, self.dropout1, **masks)
-            output: Array = self._add_feed_forward(x, self.norm2, self.dropout2)
+        x = self._add_attention(src, self.norm1, self.self_attn, self.dropout1, **masks)
+        output: Array = self._add_feed_forward(x, self.norm2, self.dropout2)
         return output
 
     @classmethod
