@@ -165,6 +165,11 @@ class Dropout(RandomModule):
         self.training = True
         self._set_up_dropout(dropout_seed)
 
+    @property
+    def is_active(self) -> bool:
+        """Whether a call drops anything: in training mode, unless `p` is 0."""
+        return bool(self._training and self._p > 0)
+
     def forward(self, input: AnyArray) -> Array:
         """Drop numbers in training mode; calling the layer does the same.
 

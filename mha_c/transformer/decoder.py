@@ -189,12 +189,26 @@ class TransformerDecoderLayer(TransformerLayer):
         tgt_is_causal: Any,
         memory_is_causal: Any,
     ) -> Array:
-        """The layer, step by step."""
-        masks = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
-        x = self._add_attention(tgt, self.norm1, self.self_attn, self.dropout1, **masks)
-        masks = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
-        x = self._add_attention(x, self.norm2, self.multihead_attn, self.dropout2, memory, memory, **masks)
-        output: Array = self._add_feed_forward(x, self.norm3, self.dropout3)
+        x = self._run(
+            tgt,
+            attention=self.self_attn,
+            norms=(self.norm1,),
+            dropouts=(self.dropout1,),
+            attn_mask=tgt_mask,
+            key_padding_mask=tgt_key_padding_mask,
+            is_causal=tgt_is_causal,
+        )
+        output: Array = self._run(
+            x,
+            memory,
+            memory,
+            attention=self.multihead_attn,
+            norms=(self.norm2, self.norm3),
+            dropouts=(self.dropout2, self.dropout3),
+            attn_mask=memory_mask,
+            key_padding_mask=memory_key_padding_mask,
+            is_causal=memory_is_causal,
+        )
         return output
 
     @classmethod

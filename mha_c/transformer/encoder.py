@@ -187,22 +187,27 @@ training=False)
         array([0., 0., 0., 0.], dtype=float32)
         """
         try:
-            output = self._attend_and_feed(src, src_mask, src_key_padding_mask, is_causal)
+            return self._compute(src, src_mask, src_key_padding_mask, is_causal, self._padded == "zero")
         except REFUSALS as error:
             call = (src, src_mask, src_key_padding_mask, is_causal, [self])
             advise_on_steps(error, attention_call(*call, mask_name="src_mask"))
             raise
-        if self._padded == "zero" and src_key_padding_mask is not None:
-            output = zero_padded_rows(output, src_key_padding_mask, self.self_attn.batch_first)
-        return output
 
     __call__ = forward
 
-    def _attend_and_feed(self, src: Any, src_mask: Any, src_key_padding_mask: Any, is_causal: Any) -> Array:
-        """The layer, step by step."""
-        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
-        x = self._add_attention(src, self.norm1, self.self_attn, self.dropout1, **masks)
-        output: Array = self._add_feed_forward(x, self.norm2, self.dropout2)
+    def _compute(
+        self, src: Any, src_mask: Any, src_key_padding_mask: Any, is_causal: Any, zeroes_padding: bool
+    ) -> Array:
+        output: Array = self._run(
+            src,
+            attention=self.self_attn,
+            norms=(self.norm1, self.norm2),
+            dropouts=(self.dropout1, self.dropout2),
+            zeroes_padding=zeroes_padding and src_key_padding_mask is not None,
+            attn_mask=src_mask,
+            key_padding_mask=src_key_padding_mask,
+            is_causal=is_causal,
+        )
         return output
 
     @classmethod
@@ -372,14 +377,19 @@ class TransformerEncoder(Container):
         (5, 3, 4)
         """
         output: Any = src
+        masks = (mask, src_key_padding_mask, False if is_causal is None else is_causal)
         try:
+            zeroes = src_key_padding_mask is not None and self._gives_zeros(src, mask, src_key_padding_mask)
             for layer in self.layers:
-                output = layer(output, mask, src_key_padding_mask, False if is_causal is None else is_causal)
+                if type(layer) is TransformerEncoderLayer:
+                    output = layer._compute(output, *masks, zeroes or layer.padded == "zero")
+                else:
+                    output = layer(output, *masks)
         except REFUSALS as error:
             call = (src, mask, src_key_padding_mask, is_causal, self.layers)
             advise_on_steps(error, attention_call(*call, mask_name="mask"))
             raise
-        if src_key_padding_mask is not None and self._gives_zeros(src, mask, src_key_padding_mask):
+        if zeroes and src_key_padding_mask is not None and type(self.layers[-1]) is not TransformerEncoderLayer:
             output = zero_padded_rows(output, src_key_padding_mask, self.layers[0].self_attn.batch_first)
         return as_array(output) if self.norm is None else self.norm(output)
 

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from mha_c.activations import Activation, activate, activation as check_activation, is_gated, torch_activation
+from mha_c import _core
+from mha_c.activations import (
+    CORE_ACTIVATIONS,
+    Activation,
+    activate,
+    activation as check_activation,
+    is_gated,
+    torch_activation,
+)
+from mha_c.advice.arguments import REFUSALS
+from mha_c.advice.calls import warn_of_decoding
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.container import Child, Container
 from mha_c.dropout import Dropout, seeds_for
@@ -151,6 +161,88 @@ class TransformerLayer(Container):
         for child in children.values():
             if isinstance(child, MultiheadAttention):
                 child._warns_of_decoding = False  # with a memory, fewer queries than keys are no sign of decoding
+
+    def _run(
+        self,
+        x: Any,
+        *memory: Any,
+        attention: Any,
+        norms: tuple[Any, ...],
+        dropouts: tuple[Any, ...],
+        zeroes_padding: bool = False,
+        **masks: Any,
+    ) -> Any:
+        """Attention, then with a second norm the feed-forward network: in one call of the core where it has all of it."""
+        if self._is_plain(attention, norms, dropouts):
+            try:
+                return self._transform(x, memory, attention, norms, zeroes_padding, **masks)
+            except REFUSALS as error:
+                if not hasattr(error, "refused"):
+                    raise  # else the steps refuse it in their words
+        x = self._add_attention(x, norms[0], attention, dropouts[0], *memory, **masks)
+        if len(norms) > 1:
+            x = self._add_feed_forward(x, norms[1], dropouts[1])
+        if zeroes_padding:
+            x = zero_padded_rows(x, masks["key_padding_mask"], attention.batch_first)
+        return x
+
+    def _is_plain(self, attention: Any, norms: tuple[Any, ...], dropouts: tuple[Any, ...]) -> bool:
+        """Whether all parts are of mha_c's classes, none of them drops anything, and the activation has a name."""
+        if len(norms) > 1:
+            dropouts = (*dropouts, self.dropout)
+            if not (type(self.linear1) is type(self.linear2) is Linear and isinstance(self._activation, str)):
+                return False
+        return (
+            type(attention) is MultiheadAttention
+            and not (attention._training and attention._dropout > 0)
+            and all(type(norm) in (LayerNorm, RMSNorm) for norm in norms)
+            and all(type(dropout) is Dropout and not dropout.is_active for dropout in dropouts)
+        )
+
+    def _transform(
+        self,
+        x: Any,
+        memory: tuple[Any, ...],
+        attention: MultiheadAttention,
+        norms: tuple[Any, ...],
+        zeroes_padding: bool,
+        attn_mask: Any,
+        key_padding_mask: Any,
+        is_causal: Any,
+    ) -> Any:
+        if memory and is_causal and attn_mask is None and attention._warns_of_decoding:
+            warn_of_decoding(x, memory[0], attention._batch_first)
+        key, value = memory or (x, x)
+        parameters = attention._parameters
+        first, *last = [norm._for_core(parameters.dtype) for norm in norms]
+        activation, is_gated = CORE_ACTIVATIONS[self._activation] if last else ("relu", False)  # type: ignore[index]
+        return _core.transform(
+            parameters.weights,
+            x,
+            key,
+            value,
+            key_padding_mask,
+            False,
+            attn_mask,
+            True,
+            is_causal,
+            None,
+            attention._batch_first,
+            attention._add_zero_attn,
+            attention._masked_rows,
+            0.0,
+            0,
+            0,
+            self._norm_first,
+            not memory,
+            first,
+            self.linear1._parameters.packed if last else None,
+            activation,
+            is_gated,
+            self.linear2._parameters.packed if last else None,
+            last[0] if last else first,
+            zeroes_padding,
+        )
 
     def _add_attention(self, x: Any, norm: Any, attention: Any, dropout: Any, *memory: Any, **masks: Any) -> Any:
         """One step: x + attention(norm(x)), or norm(x + attention(x))."""
