@@ -39,7 +39,7 @@ elif sys.version_info >= (3, 11):
 else:
     Self = Any
 
-__all__ = ["TransformerLayer", "Norm", "Padded", "check_padded", "is_padding", "make_norm", "truth", "zero_padded_rows"]
+__all__ = ["Norm", "Padded", "TransformerLayer", "check_padded", "is_padding", "make_norm", "truth", "zero_padded_rows"]
 
 Norm: TypeAlias = Literal["layer", "rms"]
 Padded: TypeAlias = Literal["zero", "computed"]
@@ -76,6 +76,13 @@ def zero_padded_rows(output: Array, key_padding_mask: AnyArray, batch_first: boo
     if not batch_first:
         rows = rows.T
     return np.where(rows[..., None], output.dtype.type(0), output)
+
+
+def _add(x: Array, update: Array) -> Array:
+    """The sum, without NumPy's warnings about numbers that are not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        added: Array = x + update
+    return added
 
 
 class TransformerLayer(Container):
@@ -242,14 +249,13 @@ class TransformerLayer(Container):
         """One step: x + attention(norm(x)), or norm(x + attention(x))."""
         query = norm(x) if self._norm_first else x
         key, value = memory or (query, query)
-        update = dropout(attention(query, key, value, need_weights=False, **masks)[0])
-        added = as_array(x) + update
+        added = _add(as_array(x), dropout(attention(query, key, value, need_weights=False, **masks)[0]))
         return added if self._norm_first else norm(added)
 
     def _add_feed_forward(self, x: Any, norm: Any, dropout: Any) -> Any:
         """The last step: x + feed(norm(x)), or norm(x + feed(x))."""
         hidden = self.dropout(activate(self.linear1(norm(x) if self._norm_first else x), self._activation))
-        added = x + dropout(self.linear2(hidden))
+        added = _add(x, dropout(self.linear2(hidden)))
         return added if self._norm_first else norm(added)
 
     @classmethod
