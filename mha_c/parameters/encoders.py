@@ -134,7 +134,7 @@ def infer_encoder(
     arrays = {f"layers.{i}.{name}": array for i, layer in enumerate(layers) for name, array in layer.arrays.items()}
     has_norm = bool(told.model.norm) and (f"{norm}weight" in flat or told.model not in LIBRARIES)
     if has_norm:
-        kinds = ("weight", "bias") if options["bias"] else ("weight",)
+        kinds = ("weight", "bias") if options["bias"] or f"{norm}bias" in flat else ("weight",)
         shapes = {norm + kind: (options["d_model"],) for kind in kinds}
         there = [name for name in flat if name.startswith(norm)]
         matched = _match(layer_name, flat, shapes, there, strict)
@@ -445,8 +445,8 @@ def _match(
 
 
 def _scaled(arrays: Mapping[str, NDArray[Any]], name: str, scale: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """A map whose outputs are multiplied by numbers: (s W) x + s b is s (W x + b)."""
-    scale = scale.astype(np.result_type(scale, np.float32))
+    """A map whose outputs are multiplied by numbers: (s W) x + s b is s (W x + b). Products are rounded once."""
+    scale = scale.astype(np.float64)
     scaled = {f"{name}.weight": arrays[f"{name}.weight"] * scale[:, None]}
     if f"{name}.bias" in arrays:
         scaled[f"{name}.bias"] = arrays[f"{name}.bias"] * scale
