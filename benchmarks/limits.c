@@ -254,20 +254,20 @@ static void softmax_probabilities(void *scores, size_t keys, size_t vectors, con
     TIMED(r, real->softmax_probabilities(scores, keys, vectors, maximum, sum));
 }
 
-static void again_accumulate(const void *what)
+static void again_add(const void *what)
 {
     const record *r = what;
-    real->accumulate(r->operand[0], r->operand[1], r->size[0]);
+    real->add(r->operand[0], r->operand[0], r->operand[1], r->size[0]);
 }
 
-static void accumulate(void *total, const void *x, size_t n)
+static void add(void *sum, const void *a, const void *b, size_t n)
 {
-    record *r = COUNT(accumulate, n);
+    record *r = COUNT(add, n);
     if (r->calls == 1) {
         r->operand[0] = room(n);
         r->operand[1] = room(n);
     }
-    TIMED(r, real->accumulate(total, x, n));
+    TIMED(r, real->add(sum, a, b, n));
 }
 
 static void again_fill(const void *what)
@@ -349,7 +349,7 @@ const mha_kernels *__wrap_mha_cpu_kernels(mha_dtype dtype)
         .name = real->name, .dtype = real->dtype, .size = real->size, .lanes = real->lanes, .vectors = real->vectors,
         .product = product, .pack_panel = pack_panel, .unpack_panel = unpack_panel, .read_masks = read_masks,
         .softmax_begin = softmax_begin, .softmax_step = softmax_step, .softmax_merge = softmax_merge,
-        .softmax_end = softmax_end, .softmax_probabilities = softmax_probabilities, .accumulate = accumulate,
+        .softmax_end = softmax_end, .softmax_probabilities = softmax_probabilities, .add = add,
         .fill = fill, .is_finite = is_finite, .dropout = dropout,
         .attend_handful = attend_handful,
     };

@@ -133,7 +133,7 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
                            .c = scores, .c_row = P, .prefetch = prefetch};
     mha_multiply_chained(kernels, &product, a->D);
     if (visible.is_biased && a->D > MHA_CHAIN)
-        kernels->accumulate(scores, bias, visible.keys * P);
+        kernels->add(scores, scores, bias, visible.keys * P);
 }
 
 /* Sets the scores of keys that are not visible to -inf. Probabilities are made from the scores of a whole block. */
@@ -338,6 +338,17 @@ bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size
     return true;
 }
 
+/* The lanes of a panel of L queries that an item of fewer queries has. */
+static mha_panel first_lanes(const mha_attention *a, mha_panel lanes, size_t queries)
+{
+    const size_t left = queries > lanes.first ? queries - lanes.first : 0;
+    if (left < lanes.count) {
+        lanes.count = left;
+        lanes.vectors = mha_divide_up(left, a->kernels->lanes);
+    }
+    return lanes;
+}
+
 static void attend_task(void *context, size_t task, size_t worker)
 {
     mha_attention *a = context;
@@ -348,15 +359,20 @@ static void attend_task(void *context, size_t task, size_t worker)
     const size_t first_head = bundle * t->heads % a->H, n = bundle * t->heads / a->H;
     const size_t first = group * t->panels;
     const size_t count = mha_smaller(t->panels, t->heads * a->split.panels - first);
-    size_t head = first % t->heads, panel = first / t->heads;
+    const size_t queries = mha_queries_of(a, n);
+    size_t head = first % t->heads, panel = first / t->heads, used = 0;
     for (size_t i = 0; i < count; i++) {
-        mha_set_up_panel(a, worker, i, first_head + head, mha_panel_at(&a->split, panel), &panels[i]);
+        const mha_panel lanes = first_lanes(a, mha_panel_at(&a->split, panel), queries);
+        if (lanes.count > 0) {
+            mha_set_up_panel(a, worker, used, first_head + head, lanes, &panels[used]);
+            used++;
+        }
         if (++head == t->heads) {
             head = 0;
             panel++;
         }
     }
-    mha_attend_panels(a, n, panels, count, worker);
+    mha_attend_panels(a, n, panels, used, worker);
 }
 
 /* ---- A handful of tokens ---- */
@@ -379,7 +395,7 @@ static void attend_handful_task(void *context, size_t task, size_t worker)
 {
     const mha_attention *a = context;
     const size_t tasks = tasks_of_handful(a), n = task / tasks, part = task % tasks;
-    mha_handful one = {.queries = a->L, .keys = mha_live_keys(a->batch, n), .D = a->D, .Dv = a->Dv,
+    mha_handful one = {.queries = mha_queries_of(a, n), .keys = mha_live_keys(a->batch, n), .D = a->D, .Dv = a->Dv,
                        .q_row = mha_row_numbers(&a->q), .k_row = mha_row_numbers(&a->k),
                        .v_row = mha_row_numbers(&a->v), .context_row = mha_row_numbers(&a->context),
                        .scale = a->rules->scale, .empty_row = mha_empty_row_of(a)};

@@ -39,6 +39,7 @@ typedef struct {
     const mha_batch *batch;
     const mha_rules *rules;
     size_t L, H, Hkv, D, Dv;
+    bool is_live_only; /* queries are the live keys' tokens: an item has as many rows of q and context as live keys */
     mha_rows q, context;
     mha_rows k, v;             /* row l of an item is that of its live key l */
     mha_rows extra_k, extra_v; /* of the extra keys; the same for every item */
@@ -91,6 +92,12 @@ typedef struct {
 static inline size_t mha_widest_panel(const mha_attention *a)
 {
     return a->kernels->lanes * mha_smaller(a->split.vectors, a->kernels->vectors);
+}
+
+/* The number of queries of the item at place n. */
+static inline size_t mha_queries_of(const mha_attention *a, size_t n)
+{
+    return a->is_live_only ? mha_live_keys(a->batch, n) : a->L;
 }
 
 /* Keys of the largest possible block. S is an upper bound of the live keys of an item. */

@@ -24,6 +24,9 @@ static inline size_t mha_size_of(mha_dtype type)
     return type == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
 }
 
+/* What a feed-forward network does to each number; GELU_TANH is gelu's approximation by tanh. */
+typedef enum { MHA_RELU = 0, MHA_GELU, MHA_GELU_TANH, MHA_SILU, MHA_QUICK_GELU } mha_activation;
+
 /* What the elements of a mask are. */
 typedef enum {
     MHA_MASK_NONE = 0,

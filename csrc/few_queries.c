@@ -313,7 +313,7 @@ static mha_visible score_inputs(const mha_few_queries *f, size_t i, size_t first
         give_up_lanes(f, i, first, panel.count, s->scores, visible.keys, P);
     }
     if (visible.is_biased)
-        kernels->accumulate(s->scores, s->bias, visible.keys * P);
+        kernels->add(s->scores, s->scores, s->bias, visible.keys * P);
     return visible;
 }
 
@@ -532,7 +532,7 @@ static void probabilities_of_block(const mha_few_queries *f, const query_rows *w
                               s->rows + panel.first * MHA_BLOCK_KEYS * size, MHA_BLOCK_KEYS);
     }
     for (size_t h = 1; is_averaged && h < H; h++)
-        kernels->accumulate(s->rows, s->rows + h * MHA_BLOCK_KEYS * size, MHA_BLOCK_KEYS);
+        kernels->add(s->rows, s->rows, s->rows + h * MHA_BLOCK_KEYS * size, MHA_BLOCK_KEYS);
 }
 
 /* Copies what probabilities_of_block() computed for key i of its block to the column of key s. */

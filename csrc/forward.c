@@ -6,6 +6,8 @@
  *   2   context_h = softmax(rules(q_h k_h^T)) v_h, for every head h              attention.c
  *   3   output = context Wo^T + bo, the heads side by side                       projection.c
  *
+ * In a layer of a Transformer, residual connections, norms and the feed-forward network stand around them: block.c.
+ *
  * (Vaswani et al., "Attention Is All You Need", 2017; torch.nn.MultiheadAttention.)
  *
  * Owns: these steps. pass.c says where their rows are. Items with far more keys than queries go through them first, and
@@ -53,11 +55,17 @@ static mha_status project_output(const mha_pass *p)
 static mha_status run_pass(void *memory)
 {
     mha_pass *p = memory;
-    mha_status status = project_inputs(p);
+    const mha_block_pass *block = p->block.block ? &p->block : NULL;
+    mha_number_rows(&p->queries);
+    mha_status status = block ? mha_begin_block(block) : MHA_OK;
+    if (status == MHA_OK)
+        status = project_inputs(p);
     if (status == MHA_OK)
         status = attend(p);
     if (status == MHA_OK)
         status = project_output(p);
+    if (status == MHA_OK && block)
+        status = mha_end_block(block, p->batch);
     if (status == MHA_OK && p->passes->is_few)
         status = mha_give_up_items(&p->few, p->passes->call, p->passes->items, p->passes->kept);
     return status;
@@ -73,7 +81,9 @@ double mha_forward_operations(const mha_layer *layer, const mha_call *call)
     const double in = L * H * D * (double)w->E + S * Hkv * (D * (double)w->Ek + Dv * (double)w->Ev);
     const double out = L * H * Dv * (double)w->Eo;
     const double attention = L * S * H * (D + Dv + (call->wanted ? D : 0));
-    return 2 * N * (in + attention + out);
+    const mha_linear *linear1 = call->block ? call->block->linear1 : NULL, *linear2 = linear1 ? call->block->linear2 : NULL;
+    const double hidden = linear1 ? (double)linear1->panels.split.width + (double)linear2->panels.depth : 0;
+    return 2 * N * (in + attention + out + L * hidden * (double)w->E);
 }
 
 mha_status mha_forward(const mha_layer *layer, const mha_call *call)

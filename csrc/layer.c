@@ -2,7 +2,7 @@
  *
  * layer.c - packs parameters into panels for the kernels of this CPU, once, when a layer is loaded.
  *
- * Owns: the memory of mha_layer.
+ * Owns: the memory of mha_layer and mha_linear.
  */
 #include "layer.h"
 
@@ -99,6 +99,36 @@ void mha_layer_destroy(mha_layer *layer)
     if (layer)
         mha_release(layer->memory);
     free(layer);
+}
+
+mha_status mha_linear_create(mha_dtype dtype, size_t features, size_t depth, const void *weight, const void *bias,
+                             mha_linear **linear)
+{
+    const mha_kernels *kernels = mha_cpu_kernels(dtype);
+    mha_plan plan;
+    mha_begin_plan(&plan);
+    mha_status status = MHA_NO_MEMORY;
+    mha_linear *made = calloc(1, sizeof *made);
+    if (made) {
+        made->kernels = kernels;
+        place_panels(&plan, kernels, &made->panels, features, depth, bias != NULL);
+        status = mha_allocate(&plan, &made->memory);
+    }
+    if (status == MHA_OK) {
+        pack_panels(kernels, &made->panels, weight, bias);
+    } else {
+        mha_linear_destroy(made);
+        made = NULL;
+    }
+    *linear = made;
+    return status;
+}
+
+void mha_linear_destroy(mha_linear *linear)
+{
+    if (linear)
+        mha_release(linear->memory);
+    free(linear);
 }
 
 size_t mha_extra_keys(const mha_layer *layer, const mha_call *call)

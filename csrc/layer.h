@@ -19,4 +19,10 @@ struct mha_layer {
     char *memory;                /* holds the panels and the extra rows */
 };
 
+struct mha_linear {
+    const mha_kernels *kernels;
+    mha_panels panels;
+    char *memory;
+};
+
 #endif

@@ -42,6 +42,39 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
                             mha_layer **layer);
 void mha_layer_destroy(mha_layer *layer); /* NULL is allowed */
 
+/* A linear map x W^T + b, packed like a layer. Nothing that it is made from is referenced afterwards. */
+typedef struct mha_linear mha_linear;
+
+/* weight (features, depth), bias (features); bias NULL: none */
+mha_status mha_linear_create(mha_dtype dtype, size_t features, size_t depth, const void *weight, const void *bias,
+                             mha_linear **linear);
+void mha_linear_destroy(mha_linear *linear); /* NULL is allowed */
+
+/* A norm over E features. */
+typedef struct {
+    const void *weight, *bias; /* (E); NULL: none */
+    double eps;
+    bool is_rms; /* no mean is subtracted */
+} mha_norm;
+
+/* What a layer of a Transformer does besides attention. Rows x of the query become
+ *
+ *      y = attention_norm(x + attention(x))      output = feed_forward_norm(y + feed_forward(y))
+ *      y = x + attention(attention_norm(x))      output = y + feed_forward(feed_forward_norm(y))     if norm_first
+ *
+ *      feed_forward(y) = activation(y W1^T + b1) W2^T + b2
+ *
+ * The first half of a gated linear1's features is activated, and multiplied by the second half. */
+typedef struct {
+    bool norm_first;
+    bool is_self_attention; /* keys and values are the query's rows: they are normalized with it if norms come first */
+    bool zeroes_padding; /* of self-attention: rows that the padding hides as keys are 0, and not computed where that is possible */
+    mha_norm attention_norm, feed_forward_norm;
+    const mha_linear *linear1, *linear2; /* NULL: the output is y */
+    mha_activation activation;
+    bool is_gated;
+} mha_block;
+
 /* A mask of shape (N, H, L, S). Strides are in bytes. A stride of 0 broadcasts. */
 typedef struct {
     const void *data;
@@ -82,6 +115,10 @@ typedef struct {
     mha_wanted wanted;
     void *attn_weights; /* C-contiguous (N, L, S') or (N, H, L, S'), where S' = S + mha_extra_keys() */
 
+    /* NULL: attention alone. Otherwise the output is that of a layer, and nothing else is wanted. E is Eo. The features
+     * of the query are adjacent and aligned. */
+    const mha_block *block;
+
     size_t threads; /* at least 1 */
     mha_stop stop;
 } mha_call;
@@ -112,6 +149,36 @@ typedef struct {
 } mha_input_projection;
 
 mha_status mha_project_input(const mha_input_projection *input);
+
+/* ---- Parts of a feed-forward network alone ---- */
+
+typedef struct {
+    const mha_linear *linear;
+    size_t rows;
+    const void *x; /* C-contiguous (rows, depth) */
+    void *y;       /* C-contiguous (rows, features) */
+    size_t threads;
+    mha_stop stop;
+} mha_linear_call;
+
+double mha_linear_operations(const mha_linear_call *call);
+
+mha_status mha_apply_linear(const mha_linear_call *call);
+
+typedef struct {
+    mha_dtype dtype;
+    mha_activation activation;
+    bool is_gated; /* the first half of a row is activated, and multiplied by the second half */
+    size_t rows, width;
+    const void *x; /* C-contiguous (rows, width), or (rows, 2 * width) if gated */
+    void *y;       /* C-contiguous (rows, width) */
+    size_t threads;
+    mha_stop stop;
+} mha_activation_call;
+
+double mha_activation_operations(const mha_activation_call *call);
+
+mha_status mha_apply_activation(const mha_activation_call *call);
 
 /* ---- Attention alone: softmax(scale q k^T + mask) v, torch's scaled_dot_product_attention ---- */
 

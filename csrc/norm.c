@@ -68,7 +68,7 @@ static void normalize_task(void *context, size_t task, size_t worker)
     }
 }
 
-mha_status mha_norm(const mha_norm_call *call)
+mha_status mha_apply_norm(const mha_norm_call *call)
 {
     norm_loop loop = {.call = call, .kernels = mha_cpu_kernels(call->dtype), .rows = count_rows(call)};
     if (loop.rows == 0 || call->width == 0)

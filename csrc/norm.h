@@ -29,6 +29,6 @@ typedef struct {
 double mha_norm_operations(const mha_norm_call *call);
 
 /* Needs no memory: the status is MHA_OK or MHA_STOPPED. */
-mha_status mha_norm(const mha_norm_call *call);
+mha_status mha_apply_norm(const mha_norm_call *call);
 
 #endif

@@ -40,16 +40,59 @@ static mha_target target_of(const mha_panels *panels, const mha_rows *y, size_t 
     return (mha_target){panels, y, head_width, (size_t)row / mha_size_of(y->type)};
 }
 
+/* Whether rows that padding hides as keys are not computed as queries either. Masks and the causal order refer to queries
+ * by their numbers, so with them all are computed. */
+static bool skips_padding(const mha_pass *p)
+{
+    const mha_call *call = p->passes->call;
+    return call->block && call->block->zeroes_padding && !call->attn_mask.kind && !call->is_causal &&
+           mha_all_live_keys(p->batch) < p->batch->count * call->S;
+}
+
+static void walk_queries(mha_pass *p, mha_plan *plan)
+{
+    p->attention.is_live_only = skips_padding(p);
+    if (p->attention.is_live_only)
+        mha_walk_live_keys(&p->queries, p->batch, plan);
+    else
+        p->queries = (mha_walk){.items = p->batch->count, .length = p->passes->call->L, .by_rows = p->by_rows};
+}
+
+/* Returns the bytes of scratch that each thread needs. */
+static size_t plan_block(mha_pass *p, mha_plan *plan)
+{
+    mha_block_pass *b = &p->block;
+    b->block = p->passes->call->block;
+    if (!b->block)
+        return 0;
+    b->kernels = p->passes->layer->kernels;
+    b->walk = &p->queries;
+    b->team = &p->team;
+    b->width = p->passes->layer->widths.E;
+    b->x = p->query;
+    b->output = mha_numbered(&p->passes->call->output, p->batch->numbers);
+    return mha_plan_block(b, plan);
+}
+
+static const mha_rows *projected_query(const mha_pass *p)
+{
+    return p->block.block && p->block.block->norm_first ? &p->block.normal : &p->query;
+}
+
+/* x is the key or the value. */
+static const mha_rows *projected(const mha_pass *p, const mha_rows *x)
+{
+    return p->block.block && p->block.block->is_self_attention ? projected_query(p) : x;
+}
+
 static void plan_queries(mha_pass *p, mha_plan *plan)
 {
     const mha_layer *layer = p->passes->layer;
     const mha_widths *w = &layer->widths;
     mha_rows *q = &p->attention.q;
-    p->query = mha_numbered(&p->passes->call->query, p->batch->numbers);
-    p->queries = (mha_walk){.items = p->batch->count, .length = p->passes->call->L, .by_rows = p->by_rows};
     const size_t heads = mha_place_heads(plan, layer->kernels, &p->queries, w->H, w->D, q);
     const mha_target target = target_of(&layer->q, q, heads);
-    mha_add_projection(p->inputs, &p->input_count, &p->queries, &p->query, &target);
+    mha_add_projection(p->inputs, &p->input_count, &p->queries, projected_query(p), &target);
 }
 
 static void plan_keys(mha_pass *p, mha_plan *plan)
@@ -60,15 +103,17 @@ static void plan_keys(mha_pass *p, mha_plan *plan)
     mha_rows *k = &p->attention.k, *v = &p->attention.v;
     if (mha_all_live_keys(p->batch) == p->batch->count * call->S)
         p->keys = (mha_walk){.items = p->batch->count, .length = call->S, .by_rows = p->by_rows};
+    else if (p->attention.is_live_only)
+        mha_walk_again(&p->keys, &p->queries, plan);
     else
         mha_walk_live_keys(&p->keys, p->batch, plan);
     const size_t k_heads = mha_place_heads(plan, layer->kernels, &p->keys, w->Hkv, w->D, k);
     const size_t v_heads = mha_place_heads(plan, layer->kernels, &p->keys, w->Hkv, w->Dv, v);
     const mha_target to_k = target_of(&layer->k, k, k_heads), to_v = target_of(&layer->v, v, v_heads);
     if (!call->static_k.data)
-        mha_add_projection(p->inputs, &p->input_count, &p->keys, &p->key, &to_k);
+        mha_add_projection(p->inputs, &p->input_count, &p->keys, projected(p, &p->key), &to_k);
     if (!call->static_v.data)
-        mha_add_projection(p->inputs, &p->input_count, &p->keys, &p->value, &to_v);
+        mha_add_projection(p->inputs, &p->input_count, &p->keys, projected(p, &p->value), &to_v);
 }
 
 /* All but q, k, v and context, which the plans of the steps set. */
@@ -102,6 +147,11 @@ static void plan_output(mha_pass *p, mha_plan *plan)
     mha_rows *context = &p->attention.context;
     mha_place_rows(plan, layer->kernels, &p->queries, layer->widths.H, layer->widths.Dv, context);
     p->output = mha_numbered(&p->passes->call->output, p->batch->numbers);
+    if (p->block.block) {
+        p->last = (mha_projection){.walk = &p->queries, .x = context, .targets = 1,
+                                   .target = {target_of(&layer->out, &p->block.attended, 0)}};
+        return;
+    }
     p->results = p->queries;
     p->results.by_rows = lies_by_rows(p, &p->output);
     p->last = (mha_projection){.walk = &p->results, .x = context, .targets = 1,
@@ -114,10 +164,13 @@ void mha_plan_pass(void *memory, const void *passes, const mha_batch *batch, con
     p->passes = passes;
     p->batch = batch;
     p->team = *team;
+    p->query = mha_numbered(&p->passes->call->query, batch->numbers);
     p->key = mha_numbered(&p->passes->call->key, batch->numbers);
     p->value = mha_numbered(&p->passes->call->value, batch->numbers);
     p->by_rows = goes_by_rows(p);
     p->input_count = 0;
+    walk_queries(p, plan);
+    size_t scratch = plan_block(p, plan);
     plan_queries(p, plan);
     if (!p->passes->is_few)
         plan_keys(p, plan);
@@ -128,9 +181,10 @@ void mha_plan_pass(void *memory, const void *passes, const mha_batch *batch, con
 
     const mha_layer *layer = p->passes->layer;
     mha_attention *a = &p->attention;
-    size_t scratch = p->passes->is_few ? mha_plan_few_queries(&p->few, a, layer, &p->key, &p->value, plan)
-                     : a->wanted        ? mha_plan_probabilities(a, plan)
-                                        : mha_plan_attention(a);
+    const mha_rows *key = projected(p, &p->key), *value = projected(p, &p->value);
+    scratch = mha_larger(scratch, p->passes->is_few ? mha_plan_few_queries(&p->few, a, layer, key, value, plan)
+                                  : a->wanted       ? mha_plan_probabilities(a, plan)
+                                                    : mha_plan_attention(a));
     for (size_t i = 0; i < p->input_count; i++)
         scratch = mha_larger(scratch, mha_plan_projection(layer->kernels, &p->inputs[i], team->threads));
     p->team.scratch_bytes = mha_larger(scratch, mha_plan_projection(layer->kernels, &p->last, team->threads));

@@ -5,6 +5,7 @@
 #ifndef MHA_PASS_H
 #define MHA_PASS_H
 
+#include "block.h"
 #include "few_queries.h"
 #include "layer.h"
 #include "projection.h"
@@ -31,6 +32,7 @@ typedef struct {
     size_t input_count;
     mha_attention attention; /* its q, k, v and context are what the steps hand on */
     mha_few_queries few;
+    mha_block_pass block; /* where the call has one */
 } mha_pass;
 
 /* Plans a pass, as mha_steps says (schedule.h). `memory` has room for an mha_pass. `passes` is an mha_passes. */

@@ -133,7 +133,7 @@ static void add_probabilities(const mha_attention *a, const average *w, size_t h
     if (a->rules->dropout_p > 0)
         mha_drop_out(a, w->n, h, w->lanes, block, block->keys, scores);
     if (scores != probabilities)
-        kernels->accumulate(probabilities, scores, block->keys * w->lanes.vectors * kernels->lanes);
+        kernels->add(probabilities, probabilities, scores, block->keys * w->lanes.vectors * kernels->lanes);
 }
 
 static char *probabilities_row(const mha_attention *a, const average *w, size_t lane)

@@ -31,6 +31,12 @@ class Weights:
     def nbytes(self) -> int: ...
 
 @final
+class Linear:
+    def __new__(cls, weight: NDArray[Any], bias: NDArray[Any] | None, /) -> Linear: ...
+    @property
+    def nbytes(self) -> int: ...
+
+@final
 class AdvisedFunction(Generic[_Arguments, _Result]):
     def __new__(
         cls, function: Callable[_Arguments, _Result], advise: Callable[[TypeError, dict[str, Any]], None], /
@@ -58,6 +64,39 @@ def forward(
     static_v: Any = None,
     /,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]: ...
+
+def transform(
+    weights: Weights,
+    query: Any,
+    key: Any,
+    value: Any,
+    key_padding_mask: Any,
+    need_weights: bool,
+    attn_mask: Any,
+    average_attn_weights: bool,
+    is_causal: bool,
+    out: NDArray[Any] | None,
+    batch_first: bool,
+    add_zero_attn: bool,
+    masked_rows: str,
+    dropout_p: float,
+    dropout_seed: int,
+    dropout_call: int,
+    norm_first: bool,
+    is_self_attention: bool,
+    attention_norm: tuple[NDArray[Any] | None, NDArray[Any] | None, float, bool],
+    linear1: Linear | None,
+    activation: str,
+    is_gated: bool,
+    linear2: Linear | None,
+    feed_forward_norm: tuple[NDArray[Any] | None, NDArray[Any] | None, float, bool],
+    zeroes_padding: bool,
+    /,
+) -> NDArray[Any]: ...
+
+def linear(weights: Linear, input: Any, /) -> NDArray[Any]: ...
+
+def activate(input: Any, activation: str, is_gated: bool, /) -> NDArray[Any]: ...
 
 def project(weights: Weights, input: str, x: Any, batch_first: bool, /) -> NDArray[Any]: ...
 

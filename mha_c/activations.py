@@ -3,53 +3,27 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
-import numpy as np
-
+from mha_c import _core
 from mha_c.parameters.arrays import Array
 
-__all__ = ["ACTIVATIONS", "Activation", "activate", "activation", "is_gated", "torch_activation"]
+__all__ = ["CORE_ACTIVATIONS", "Activation", "activate", "activation", "is_gated", "torch_activation"]
 
 Activation: TypeAlias = str | Callable[[Any], Any]
 
-_erf: Final = np.vectorize(math.erf, otypes=[np.float64])
-
-
-def _gelu(x: Array) -> Array:
-    """x Phi(x), with the distribution function of the normal distribution (Hendrycks and Gimpel, 2016)."""
-    activated: Array = (x * 0.5 * (1 + _erf(x * math.sqrt(0.5)))).astype(x.dtype)
-    return activated
-
-
-def _gelu_tanh(x: Array) -> Array:
-    """The approximation of GELU by a hyperbolic tangent (Hendrycks and Gimpel, 2016)."""
-    activated: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
-    return activated
-
-
-def _logistic(x: Array) -> Array:
-    with np.errstate(over="ignore"):  # exp(-x) may be infinite: the result is then 0
-        logistic: Array = 1 / (1 + np.exp(-x))
-    return logistic
-
-
-_FUNCTIONS: Final[dict[str, Callable[[Array], Array]]] = {
-    "relu": lambda x: np.maximum(x, 0),
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "silu": lambda x: x * _logistic(x),
-    "quick_gelu": lambda x: x * _logistic(1.702 * x),
+CORE_ACTIVATIONS: Final[dict[str, tuple[str, bool]]] = {
+    "relu": ("relu", False),
+    "gelu": ("gelu", False),
+    "gelu_tanh": ("gelu_tanh", False),
+    "silu": ("silu", False),
+    "quick_gelu": ("quick_gelu", False),
+    "swiglu": ("silu", True),
+    "geglu": ("gelu", True),
 }
-
-# The gated ones ("GLU Variants Improve Transformer", Shazeer, 2020), with what activates the gate.
-_GATED: Final = {"swiglu": "silu", "geglu": "gelu"}
-
-ACTIVATIONS: Final = (*_FUNCTIONS, *_GATED)
-"""All names."""
+"""All names, with what the core calls them, and whether they are gated (Shazeer, "GLU Variants Improve Transformer", 2020)."""
 
 
 def activation(name: str, value: Any) -> Activation:
@@ -60,7 +34,7 @@ def activation(name: str, value: Any) -> Activation:
     name : str
         The name of the argument.
     value : str or callable
-        One of `ACTIVATIONS`; a function or a module of torch, such as ``torch.nn.functional.relu``; or any other
+        One of `CORE_ACTIVATIONS`; a function or a module of torch, such as ``torch.nn.functional.relu``; or any other
         callable, which takes and returns arrays.
 
     Returns
@@ -80,8 +54,8 @@ def activation(name: str, value: Any) -> Activation:
     'relu'
     """
     if isinstance(value, str):
-        if value not in ACTIVATIONS:
-            known = ", ".join(map(repr, ACTIVATIONS))
+        if value not in CORE_ACTIVATIONS:
+            known = ", ".join(map(repr, CORE_ACTIVATIONS))
             raise RuntimeError(f"activation should be relu/gelu, not {value}: mha_c knows {known}")
         return value
     known_name = torch_activation(value)
@@ -112,7 +86,7 @@ def torch_activation(value: Any) -> str | None:
 
 def is_gated(value: Activation) -> bool:
     """Whether it takes twice as many features as it gives: gates, then what they let through."""
-    return value in _GATED
+    return isinstance(value, str) and CORE_ACTIVATIONS[value][1]
 
 
 def activate(input: Array, value: Activation) -> Array:
@@ -132,13 +106,10 @@ def activate(input: Array, value: Activation) -> Array:
 
     Examples
     --------
+    >>> import numpy as np
     >>> activate(np.array([-1.0, 2.0]), "relu")
     array([0., 2.])
     """
     if not isinstance(value, str):
         return value(input)  # type: ignore[no-any-return]
-    if value in _GATED:
-        gates, passed = np.split(input, 2, axis=-1)
-        gated: Array = _FUNCTIONS[_GATED[value]](gates) * passed
-        return gated
-    return _FUNCTIONS[value](input)
+    return _core.activate(input, *CORE_ACTIVATIONS[value])

@@ -165,6 +165,11 @@ class Dropout(RandomModule):
         self.training = True
         self._set_up_dropout(dropout_seed)
 
+    @property
+    def is_active(self) -> bool:
+        """Whether a call drops anything: in training mode, unless `p` is 0."""
+        return bool(self._training and self._p > 0)
+
     def forward(self, input: AnyArray) -> Array:
         """Drop numbers in training mode; calling the layer does the same.
 
@@ -197,7 +202,8 @@ class Dropout(RandomModule):
         kept = (words >= self._p * 2.0**32).reshape(array.shape)
         factors = np.zeros(array.shape, array.dtype)
         np.copyto(factors, array.dtype.type(1 / (1 - self._p) if self._p < 1 else 0), where=kept)
-        return array * factors  # infinity, dropped, is NaN in torch, too
+        with np.errstate(invalid="ignore", over="ignore"):
+            return array * factors  # infinity, dropped, is NaN in torch, too
 
     __call__ = forward
 

@@ -28,7 +28,7 @@ from mha_c.parameters.initialization import initial_parameters
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.loading import infer_layer
 from mha_c.parameters.schemes import Layout
-from mha_c.parameters.sets import ParameterSet, Widths, integer, number
+from mha_c.parameters.sets import ParameterSet, Widths, number
 from mha_c.parameters.state_dict import ATTENTION, check_description, describe_attention, described_attention
 
 if TYPE_CHECKING:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from mha_c import _core
+from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.linear import advise_on_linear
 from mha_c.module import Module, Parameter, check_device, check_memory, check_torch_module, float_dtype
@@ -36,15 +38,14 @@ _DESCRIPTION: Final[dict[str, type | tuple[type, ...]]] = {
 
 
 class _Parameters(ArraySet):
-    """The weight and the bias, also as arrays that calls alone use: whoever has an array may assign to its shape."""
+    """The weight and the bias, also packed for the kernels."""
 
-    __slots__ = ("bias", "weight")
+    __slots__ = ("packed",)
 
     def __init__(self, arrays: Mapping[str, Array], dtype: np.dtype[Any]) -> None:
         super().__init__(arrays, dtype)
         views = self.arrays
-        self.weight = views["weight"]
-        self.bias = views.get("bias")
+        self.packed = _core.Linear(views["weight"], views.get("bias"))
 
 
 def _size(name: str, value: Any) -> int:
@@ -54,7 +55,9 @@ def _size(name: str, value: Any) -> int:
 
 
 class Linear(Module):
-    """A linear map of features, as ``torch.nn.Linear`` computes it::
+    """A linear map of features, as ``torch.nn.Linear`` computes it.
+
+    Every row x of the input becomes::
 
         y = x Wᵀ + b
 
@@ -142,12 +145,12 @@ class Linear(Module):
     @property
     def in_features(self) -> int:
         """The features of the input."""
-        return int(self._parameters.weight.shape[1])
+        return int(self._parameters.arrays["weight"].shape[1])
 
     @property
     def out_features(self) -> int:
         """The features of the output."""
-        return int(self._parameters.weight.shape[0])
+        return int(self._parameters.arrays["weight"].shape[0])
 
     def forward(self, input: AnyArray) -> Array:
         """Map every row of the input; calling the layer does the same.
@@ -176,13 +179,11 @@ class Linear(Module):
         (3, 5, 2)
         """
         parameters = self._parameters
-        array = as_array(input)
-        if array.ndim == 0 or array.shape[-1] != parameters.weight.shape[1] or array.dtype != parameters.dtype:
-            raise advise_on_linear(input, parameters.weight)
-        output: Array = np.matmul(array, parameters.weight.T)
-        if parameters.bias is not None:
-            output += parameters.bias
-        return output
+        try:
+            return _core.linear(parameters.packed, input)
+        except REFUSALS as error:
+            advise_on_linear(error, input, parameters.arrays["weight"])
+            raise
 
     __call__ = forward
 

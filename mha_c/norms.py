@@ -138,6 +138,12 @@ class _Norm(Module):
         """Whether the layer has parameters."""
         return self._parameters.weight is not None
 
+    def _for_core(self, dtype: np.dtype[Any]) -> tuple[Array | None, Array | None, float, bool]:
+        """The norm as the core takes it; `dtype` is that of the input."""
+        parameters = self._parameters
+        eps = float(np.finfo(dtype).eps) if self._eps is None else self._eps
+        return parameters.weight, parameters.bias, eps, self._is_rms
+
     def _normalize(self, input: Any) -> Array:
         parameters = self._parameters
         try:

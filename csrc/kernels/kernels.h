@@ -169,7 +169,7 @@ typedef struct mha_kernels {
      * final. */
     void (*softmax_probabilities)(void *scores, size_t keys, size_t vectors, const void *maximum, const void *sum);
 
-    void (*accumulate)(void *total, const void *x, size_t n); /* total[i] += x[i]; n is a multiple of lanes */
+    void (*add)(void *sum, const void *a, const void *b, size_t n); /* sum may be a or b */
     void (*fill)(void *x, size_t n, double value);
     bool (*is_finite)(const void *x, size_t n); /* no number is NaN or infinite */
 
@@ -180,6 +180,9 @@ typedef struct mha_kernels {
     void (*attend_handful)(const mha_handful *handful);
 
     void (*normalize)(const mha_norm_rows *norm);
+
+    /* x[i] = activation(x[i]) * factor[i]; NULL: without a factor. */
+    void (*activate)(mha_activation activation, void *x, const void *factor, size_t n);
 } mha_kernels;
 
 /* One table per dtype, indexed by mha_dtype. cpu.c knows which of them this CPU can run. */

@@ -37,9 +37,9 @@ enum { VECTORS = 3 }; /* of a panel, at most */
         .softmax_begin = PASTE(softmax_begin, suffix), .softmax_step = PASTE(softmax_step, suffix), \
         .softmax_merge = PASTE(softmax_merge, suffix), \
         .softmax_probabilities = PASTE(softmax_probabilities, suffix), .softmax_end = PASTE(softmax_end, suffix), \
-        .accumulate = PASTE(accumulate, suffix), .fill = PASTE(fill, suffix), .is_finite = PASTE(is_finite, suffix), \
+        .add = PASTE(add, suffix), .fill = PASTE(fill, suffix), .is_finite = PASTE(is_finite, suffix), \
         .dropout = PASTE(dropout, suffix), .attend_handful = PASTE(attend_handful, suffix), \
-        .normalize = PASTE(normalize, suffix), \
+        .normalize = PASTE(normalize, suffix), .activate = PASTE(activate, suffix), \
     }
 
 #endif
@@ -63,6 +63,8 @@ _Static_assert(MHA_BLOCK_KEYS % LANES == 0, "a row of a block of masks is whole 
 #include "handful.inc.h"
 
 #include "norm.inc.h"
+
+#include "activations.inc.h"
 
 #undef LANES
 #undef VEC

@@ -3,12 +3,15 @@
  * rows.inc.h - sums, constants, checks and dropout of rows of numbers (kernels.inc.h includes it).
  */
 
-static void V(accumulate)(void *total_, const void *x_, size_t n)
+static void V(add)(void *sum_, const void *a_, const void *b_, size_t n)
 {
-    REAL *total = total_;
-    const REAL *x = x_;
-    for (size_t i = 0; i < n; i += LANES)
-        V(store)(total + i, V(load)(total + i) + V(load)(x + i));
+    REAL *sum = sum_;
+    const REAL *a = a_, *b = b_;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        V(store)(sum + i, V(load)(a + i) + V(load)(b + i));
+    for (; i < n; i++)
+        sum[i] = a[i] + b[i];
 }
 
 static void V(fill)(void *x_, size_t n, double value)

@@ -49,7 +49,7 @@ static int collect_inputs(const module_state *state, PyObject *const *objects, c
 }
 
 /* Whatever Python takes for true or false, as torch does, but for text: "no" would be true. */
-static int collect_flag(PyObject *object, const char *name, bool *flag)
+int collect_flag(PyObject *object, const char *name, bool *flag)
 {
     if (PyUnicode_Check(object)) {
         PyErr_Format(PyExc_TypeError, "%s must be True or False, but got %R", name, object);
@@ -254,7 +254,8 @@ int run_forward(module_state *state, call_arguments *arguments)
 {
     mha_call *call = &arguments->call;
     PyArrayObject *const arrays[] = {arguments->query, arguments->key, arguments->value, arguments->key_padding_mask,
-                                     arguments->attn_mask, arguments->static_k, arguments->static_v, arguments->output};
+                                     arguments->attn_mask, arguments->static_k, arguments->static_v, arguments->output,
+                                     arguments->norms[0], arguments->norms[1], arguments->norms[2], arguments->norms[3]};
     return run_core(state, mha_forward_operations(arguments->weights->packed, call), &call->threads, &call->stop,
                     arrays, sizeof arrays / sizeof *arrays, start_forward, arguments);
 }

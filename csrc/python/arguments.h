@@ -21,6 +21,7 @@ typedef struct {
     PyArrayObject *static_k, *static_v;           /* NULL: none */
     PyArrayObject *output;                        /* what the core writes; may be out */
     PyArrayObject *attn_weights;                  /* NULL: not wanted */
+    PyArrayObject *norms[4]; /* weights and biases of a layer's norms, borrowed like out; NULL: none */
 
     bool is_batched, batch_first, need_weights, average_attn_weights;
     bool without_output; /* only parts of the pass are wanted (stages.c) */
@@ -58,6 +59,9 @@ int prepare_call(call_arguments *arguments);    /* allocates the results and com
 
 /* Runs the core. Returns 0, or -1 with an exception. */
 int run_forward(module_state *state, call_arguments *arguments);
+
+/* The value of a flag: anything that Python can test for truth, except text. */
+int collect_flag(PyObject *object, const char *name, bool *flag);
 
 /* The tuple that forward() returns. */
 PyObject *hand_back(const call_arguments *arguments);

@@ -6,6 +6,7 @@
 #define MHA_PYTHON_DOCSTRINGS_H
 
 #include "arguments.h"
+#include "block.h"
 #include "norm.h"
 #include "sdpa.h"
 
@@ -31,6 +32,22 @@ static const char normalize_doc[] =
     "layer_norm, or rms_norm if is_rms: torch's checks, in torch's order and words, then the result: a new\n"
     "C-contiguous array. None is no weight, no bias, and the machine's epsilon for rms_norm.\n"
     "An exception that the checks raise has the attribute refused: nothing was computed.";
+
+static const char transform_doc[] =
+    "transform($module, " CALL_ARGUMENTS(NAME) BLOCK_ARGUMENTS(NAME) "/)\n--\n\n"
+    "A layer of a Transformer: forward() without weights, between a residual connection and a norm, then the\n"
+    "feed-forward network between others. Without linear1 and linear2, it ends after the first norm.\n\n"
+    "A norm is a tuple (weight, bias, eps, is_rms). With zeroes_padding, rows that key_padding_mask hides are 0.\n"
+    "An exception that the checks raise has the attribute refused: nothing was computed.";
+
+static const char linear_map_doc[] =
+    "linear($module, weights, input, /)\n--\n\n"
+    "The rows of the input times a Linear: a new C-contiguous array.";
+
+static const char activate_doc[] =
+    "activate($module, input, activation, is_gated, /)\n--\n\n"
+    "The activation of each number: \"relu\", \"gelu\", \"gelu_tanh\", \"silu\" or \"quick_gelu\". If it is gated, that of\n"
+    "the first half of each row, times the second half.";
 
 static const char project_doc[] =
     "project($module, weights, input, x, batch_first, /)\n--\n\n"

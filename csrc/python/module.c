@@ -12,7 +12,9 @@
 #include "advised_function.h"
 #include "arguments.h"
 #include "arrays.h"
+#include "block.h"
 #include "docstrings.h"
+#include "linear_type.h"
 #include "norm.h"
 #include "run.h"
 #include "sample.h"
@@ -81,6 +83,9 @@ static PyMethodDef module_methods[] = {
     {"scaled_dot_product_attention", (PyCFunction)(void (*)(void))scaled_dot_product_attention, METH_FASTCALL,
      scaled_dot_product_attention_doc},
     {"normalize", (PyCFunction)(void (*)(void))normalize, METH_FASTCALL, normalize_doc},
+    {"transform", (PyCFunction)(void (*)(void))transform, METH_FASTCALL, transform_doc},
+    {"linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL, linear_map_doc},
+    {"activate", (PyCFunction)(void (*)(void))activate, METH_FASTCALL, activate_doc},
     {"project", (PyCFunction)(void (*)(void))project, METH_FASTCALL, project_doc},
     {"scores", (PyCFunction)(void (*)(void))scores, METH_FASTCALL, scores_doc},
     {"attend", (PyCFunction)(void (*)(void))attend, METH_FASTCALL, attend_doc},
@@ -135,6 +140,7 @@ static int module_exec(PyObject *module)
         return -1;
 
     if (add_type(module, &weights_type_spec, &state->weights_type) < 0 ||
+        add_type(module, &linear_type_spec, &state->linear_type) < 0 ||
         add_type(module, &advised_function_spec, &state->advised_function_type) < 0)
         return -1;
     return PyModule_AddObjectRef(module, "num_threads", state->num_threads);
@@ -144,6 +150,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     const module_state *state = PyModule_GetState(module);
     Py_VISIT(state->weights_type);
+    Py_VISIT(state->linear_type);
     Py_VISIT(state->advised_function_type);
     Py_VISIT(state->from_dlpack);
     Py_VISIT(state->main_thread);
@@ -155,6 +162,7 @@ static int module_clear(PyObject *module)
 {
     module_state *state = PyModule_GetState(module);
     Py_CLEAR(state->weights_type);
+    Py_CLEAR(state->linear_type);
     Py_CLEAR(state->advised_function_type);
     Py_CLEAR(state->from_dlpack);
     Py_CLEAR(state->main_thread);

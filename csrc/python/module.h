@@ -24,7 +24,7 @@
 #include "../mha.h"
 
 typedef struct {
-    PyTypeObject *weights_type, *advised_function_type;
+    PyTypeObject *weights_type, *linear_type, *advised_function_type;
     PyObject *from_dlpack; /* numpy.from_dlpack */
     PyObject *main_thread; /* threading.main_thread */
     PyObject *num_threads; /* the ContextVar */

@@ -277,7 +277,7 @@ static int prepare(norm_arguments *arguments)
 
 static mha_status start(const void *call)
 {
-    return mha_norm(call);
+    return mha_apply_norm(call);
 }
 
 static void release(norm_arguments *arguments)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
@@ -20,6 +21,7 @@ __all__ = [
     "distinct",
     "dtypes_of",
     "listed",
+    "rename_mask",
     "shape_of",
 ]
 
@@ -85,7 +87,9 @@ def shape_of(value: Any) -> tuple[int, ...]:
 
 
 def add_advice(error: Exception, advice: Iterator[Advice]) -> None:
-    """Add the first piece of advice, if there is any, to the words of a refusal.
+    """Add the first piece of advice, if there is any, to the words of a refusal, in place of earlier advice.
+
+    A layer advises in the names of its arguments. The layer around it, which knows them by other names, advises anew.
 
     Parameters
     ----------
@@ -103,11 +107,20 @@ def add_advice(error: Exception, advice: Iterator[Advice]) -> None:
     """
     if type(error) not in REFUSALS:  # one of the caller's own
         return
+    words = vars(error).setdefault("_words", str(error))
     with suppress(Exception):
         for sentence, leads in advice:
-            words = str(error)
             error.args = (f"{sentence}. torch says: {words}" if leads else f"{words.rstrip('.')}. {sentence}.",)
             return
+
+
+def rename_mask(error: Exception, *, attn_mask: str, key_padding_mask: str) -> None:
+    """Put other names of the masks into torch's words about their dtypes, as torch's encoder does."""
+    words = vars(error).get("_words", str(error))
+    found = re.fullmatch(r"(only bool and floating types of )(\w+)( are supported)", words)
+    if found:
+        name = key_padding_mask if found[2].endswith("padding_mask") else attn_mask
+        vars(error)["_words"] = f"{found[1]}{name}{found[3]}"
 
 
 def advice_on_lists(dtype: str, **arguments: Any) -> Iterator[Advice]:

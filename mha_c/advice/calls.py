@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mha_c.advice.arguments import (
@@ -23,7 +25,7 @@ from mha_c.advice.arguments import (
 )
 from mha_c.advice.masks import fits, meaning_of_mask
 
-__all__ = ["advise_on_call", "decoding_advice", "warn_of_decoding"]
+__all__ = ["advice_on_call", "advise_on_call", "decoding_advice", "warn_of_decoding"]
 
 def decoding_advice(length: int | str, source_length: int | str) -> str:
     """What is_causal=True does where there are fewer queries than keys, and what to write instead.
@@ -103,9 +105,66 @@ def advise_on_call(
     >>> str(error)
     'was expecting embedding dimension of 8, but got 6. query has 6 features, but embed_dim is 8.'
     """
+    flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
+    advice = advice_on_call(
+        flags,
+        query,
+        key,
+        value,
+        key_padding_mask,
+        attn_mask,
+        num_heads=num_heads,
+        features=features,
+        parameters=parameters,
+        extra_keys=extra_keys,
+        batch_first=batch_first,
+    )
+    add_advice(error, advice)
+
+
+def advice_on_call(
+    flags: Mapping[str, Any],
+    query: Any,
+    key: Any,
+    value: Any,
+    key_padding_mask: Any,
+    attn_mask: Any,
+    *,
+    names: Mapping[str, str] = MappingProxyType({}),
+    num_heads: int,
+    features: tuple[int, int | None, int | None],
+    parameters: Iterable[Any],
+    extra_keys: int,
+    batch_first: bool | None,
+) -> Iterator[Advice]:
+    """What does not fit in a call of an attention layer, perhaps in a layer whose arguments have other names.
+
+    Parameters
+    ----------
+    flags : mapping of str to object
+        The arguments that are True or False.
+    query, key, value, key_padding_mask, attn_mask, num_heads, features, parameters, extra_keys, batch_first
+        As for `advise_on_call`.
+    names : mapping of str to str, default {}
+        What the caller knows as "query", "key", "value", "key_padding_mask", "attn_mask", and the widths.
+
+    Yields
+    ------
+    Advice
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.zeros((5, 3, 6), np.float32)
+    >>> layer = dict(num_heads=2, features=(8, 8, 8), parameters=[x], extra_keys=0, batch_first=False)
+    >>> next(advice_on_call({}, x, x, x, None, None, names={"query": "src", "embed_dim": "d_model"}, **layer)).sentence
+    'src has 6 features, but d_model is 8'
+    """
     inputs = {"query": query, "key": key, "value": value}
     masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
-    flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
+
+    def named(value: Any, name: str) -> Argument:
+        return Argument.of(names.get(name, name), value)
 
     def advice() -> Iterator[Advice]:
         yield from _advice_on_flags(flags)
@@ -113,12 +172,15 @@ def advise_on_call(
         if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
             return
         dtype = dtypes.pop()
-        yield from advice_on_lists(dtype, **inputs, **masks)
-        q, k, v = (Argument.of(*item) for item in inputs.items())
+        yield from advice_on_lists(dtype, **{names.get(name, name): one for name, one in inputs.items()}, **masks)
+        q, k, v = (named(one, name) for name, one in inputs.items())
         padding, mask = (None if item[1] is None else Argument.of(*item) for item in masks.items())
         yield from _Call(q, k, v, padding, mask, num_heads, features, dtype, extra_keys, batch_first).advice()
 
-    add_advice(error, advice())
+    others = {own: other for own, other in names.items() if own not in inputs}
+    pattern = r"\b(%s)(?!\w)" % "|".join(map(re.escape, others)) if others else "(?!)"
+    for sentence, leads in advice():
+        yield Advice(re.sub(pattern, lambda match: others[match[1]], sentence), leads)
 
 
 def _advice_on_flags(flags: Mapping[str, Any]) -> Iterator[Advice]:
@@ -189,7 +251,12 @@ class _Call(NamedTuple):
         cure = f"set layer.batch_first = {not self.batch_first}"
         if self.is_function:
             cure = "pass query.swapaxes(0, 1), key.swapaxes(0, 1) and value.swapaxes(0, 1)"
-        return f"if the batch is the {axis} axis of query, key and value, {cure}"
+        return f"if the batch is the {axis} axis of {listed(self._names(self.query, self.key, self.value))}, {cure}"
+
+    @staticmethod
+    def _names(*arguments: Argument) -> list[str]:
+        """Their names, each once: one argument of a layer may be key and value of the attention in it."""
+        return list(dict.fromkeys(one.name for one in arguments))
 
     # ---- What may be wrong
 
@@ -198,10 +265,11 @@ class _Call(NamedTuple):
         if len(self.query.shape) not in (2, 3):
             batched = "(batch, length, {0})" if self.batch_first else "(length, batch, {0})"
             expected = f"{batched}, or (length, {{0}}) without a batch".format(self.features[0])
-            yield Advice(f"query has the shape {self.query.shape}: it must be {expected}")
+            yield Advice(f"{self.query.name} has the shape {self.query.shape}: it must be {expected}")
         if len({len(shape) for shape in shapes}) > 1:
-            found = f"query has the shape {shapes[0]}, key {shapes[1]} and value {shapes[2]}"
-            yield Advice(f"{found}: give all three a batch axis, or none")
+            others = list(dict.fromkeys(f"{one.name} {one.shape}" for one in (self.key, self.value)))
+            found = f"{self.query.name} has the shape {shapes[0]}, {listed(others)}"
+            yield Advice(f"{found}: give {'all three' if others[1:] else 'both'} a batch axis, or none")
 
     def _on_ranks_of_masks(self) -> Iterator[Advice]:
         if self.key_padding_mask is not None and len(self.key_padding_mask.shape) != len(self.query.shape) - 1:
@@ -211,7 +279,8 @@ class _Call(NamedTuple):
 
     def _on_features_of_query(self) -> Iterator[Advice]:
         if self.query.shape[-1] != self.features[0]:
-            yield Advice(f"query has {self.query.shape[-1]} features, but embed_dim is {self.features[0]}")
+            found = f"{self.query.name} has {self.query.shape[-1]} features"
+            yield Advice(f"{found}, but embed_dim is {self.features[0]}")
 
     def _on_key_beside_value(self) -> Iterator[Advice]:
         """Where torch compares their shapes, in words that have the batch on the second axis."""
@@ -235,6 +304,8 @@ class _Call(NamedTuple):
         wrong = [(name, one, width) for name, one, width in inputs if width not in (None, one.shape[-1])]
         if not wrong:
             return
+        if wrong[0][1].name == wrong[-1][1].name:  # one argument is key and value
+            wrong = wrong[:1]
         found = ", and ".join(f"{one.name} has {one.shape[-1]} features, but {name} is {w}" for name, one, w in wrong)
         widths = listed(f"{name}={one.shape[-1]}" for name, one, _ in wrong)
         cure = f"make the layer with {widths}"
@@ -265,9 +336,10 @@ class _Call(NamedTuple):
         of_query, of_key = self._batch(self.query), self._batch(self.key)
         if of_query == of_key:
             return
-        sentence = f"query has a batch of {of_query}, key and value of {of_key}"
+        others = self._names(self.key, self.value)
+        sentence = f"{self.query.name} has a batch of {of_query}, {listed(others)} of {of_key}"
         if 1 in (of_query, of_key):
-            shared = [self.query] if of_query == 1 else [self.key, self.value]
+            shared = [self.query] if of_query == 1 else [self.key, self.value][: len(others)]
             cure = listed(f"np.broadcast_to({one.name}, {self._with_batch(one, of_query * of_key)})" for one in shared)
             sentence += f": if all items share {listed(one.name for one in shared)}, pass {cure}"
         if self._sizes_in_the_other_layout() is not None:

@@ -18,7 +18,14 @@ _Result = TypeVar("_Result")
 # What other classes of torch, Hugging Face, Keras and flash-attention call the arguments of our functions.
 _FOREIGN_NAMES: Final = {
     "embed_dim": "d_model dim hidden_size embedding_dim",
+    "d_model": "dim embed_dim embedding_dim hidden_size n_embd",
     "num_heads": "heads n_head n_heads nhead nheads num_attention_heads",
+    "nhead": "heads n_head n_heads nheads num_attention_heads num_heads",
+    "dim_feedforward": "d_ff dim_ff ffn_dim hidden_dim intermediate_size mlp_dim",
+    "layer_norm_eps": "eps epsilon layer_norm_epsilon norm_eps rms_norm_eps",
+    "num_layers": "depth n_layer n_layers num_hidden_layers",
+    "in_features": "d_in in_dim input_dim",
+    "out_features": "d_out out_dim output_dim units",
     "num_kv_heads": "kv_heads n_kv_heads num_key_value_heads",
     "head_dim": "dim_head key_dim",
     "v_head_dim": "value_dim",
@@ -29,7 +36,13 @@ _FOREIGN_NAMES: Final = {
     "key": "k keys",
     "value": "v values",
     "attn_mask": "mask src_mask tgt_mask memory_mask",
+    "src_mask": "attn_mask mask",
+    "tgt_mask": "attn_mask mask",
+    "mask": "attn_mask src_mask",
     "key_padding_mask": "mask key_mask padding_mask src_key_padding_mask tgt_key_padding_mask memory_key_padding_mask",
+    "src_key_padding_mask": "key_mask key_padding_mask padding_mask",
+    "tgt_key_padding_mask": "key_mask key_padding_mask padding_mask",
+    "tgt_is_causal": "causal is_causal",
     "need_weights": "output_attentions return_attention return_attention_scores return_weights",
     "average_attn_weights": "average_weights",
     "is_causal": "causal use_causal_mask",
@@ -87,7 +100,7 @@ batch_first=True instead of batchfirst=True.
 
 def _advice(name: str, value: Any, known: Collection[str]) -> str | None:
     """What to write instead of an unknown keyword, if it can be told."""
-    hides = "key_padding_mask" in known
+    hides = any(own.endswith("key_padding_mask") for own in known)
     if name == "attention_mask" and "attn_mask" in known:
         return _HIDING if hides else _SHOWING
     meant = [own for own in known if name in _FOREIGN_NAMES.get(own, "").split()] or _most_alike(name, known)

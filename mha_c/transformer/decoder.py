@@ -8,15 +8,17 @@ import sys
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
+from mha_c.advice.transformers import AttentionCall, advise_on_steps
 from mha_c.container import Child, Container, ModuleList
 from mha_c.dropout import Dropout
-from mha_c.layer import MultiheadAttention
+from mha_c.layer import MultiheadAttention, facts_of
 from mha_c.module import Module, Option, check_torch_module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.sets import integer
-from mha_c.transformer.block import Block, Padded, check_padded, zero_padded_rows
+from mha_c.transformer.layer import TransformerLayer, Padded, check_padded, zero_padded_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,7 +30,7 @@ else:
 __all__ = ["TransformerDecoder", "TransformerDecoderLayer"]
 
 
-class TransformerDecoderLayer(Block):
+class TransformerDecoderLayer(TransformerLayer):
     """A layer of a decoder, as ``torch.nn.TransformerDecoderLayer`` computes it.
 
     Self-attention, attention to the output of an encoder, and a feed-forward network are each added to their input, and
@@ -155,7 +157,21 @@ class TransformerDecoderLayer(Block):
         (5, 4)
         """
         masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal)
-        output = self._attend_and_feed(tgt, memory, *masks)
+        try:
+            output = self._attend_and_feed(tgt, memory, *masks)
+        except REFUSALS as error:
+            advise_on_steps(
+                error,
+                AttentionCall(
+                    "tgt", tgt, "tgt", tgt, "tgt_mask", tgt_mask, "tgt_key_padding_mask", tgt_key_padding_mask,
+                    "tgt_is_causal", tgt_is_causal, lambda: facts_of(self.self_attn),
+                ),
+                AttentionCall(
+                    "tgt", tgt, "memory", memory, "memory_mask", memory_mask, "memory_key_padding_mask",
+                    memory_key_padding_mask, "memory_is_causal", memory_is_causal, lambda: facts_of(self.multihead_attn),
+                ),
+            )  # fmt: skip
+            raise
         if self._padded == "zero" and tgt_key_padding_mask is not None:
             output = zero_padded_rows(output, tgt_key_padding_mask, self.self_attn.batch_first)
         return output
@@ -173,12 +189,26 @@ class TransformerDecoderLayer(Block):
         tgt_is_causal: Any,
         memory_is_causal: Any,
     ) -> Array:
-        """The layer, step by step."""
-        masks = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
-        x = self._add_attention(tgt, self.norm1, self.self_attn, self.dropout1, **masks)
-        masks = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
-        x = self._add_attention(x, self.norm2, self.multihead_attn, self.dropout2, memory, memory, **masks)
-        output: Array = self._add_feed_forward(x, self.norm3, self.dropout3)
+        x = self._run(
+            tgt,
+            attention=self.self_attn,
+            norms=(self.norm1,),
+            dropouts=(self.dropout1,),
+            attn_mask=tgt_mask,
+            key_padding_mask=tgt_key_padding_mask,
+            is_causal=tgt_is_causal,
+        )
+        output: Array = self._run(
+            x,
+            memory,
+            memory,
+            attention=self.multihead_attn,
+            norms=(self.norm2, self.norm3),
+            dropouts=(self.dropout2, self.dropout3),
+            attn_mask=memory_mask,
+            key_padding_mask=memory_key_padding_mask,
+            is_causal=memory_is_causal,
+        )
         return output
 
     @classmethod
@@ -207,7 +237,7 @@ class TransformerDecoderLayer(Block):
         >>> mha_c.TransformerDecoderLayer.from_torch(torch.nn.TransformerDecoderLayer(8, 2, 16)).linear1
         Linear(in_features=8, out_features=16, bias=True)
         """
-        return cls._block_from_torch(module, ("forward", "_sa_block", "_mha_block", "_ff_block"))
+        return cls._layer_from_torch(module, ("forward", "_sa_block", "_mha_block", "_ff_block"))
 
 
 class TransformerDecoder(Container):
@@ -320,7 +350,7 @@ class TransformerDecoder(Container):
         masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         output: Any = tgt
         for layer in self.layers:
-            output = layer(output, memory, *masks, tgt_is_causal or False, memory_is_causal)
+            output = layer(output, memory, *masks, False if tgt_is_causal is None else tgt_is_causal, memory_is_causal)
         if self._padded == "zero" and tgt_key_padding_mask is not None and self.layers:
             output = zero_padded_rows(output, tgt_key_padding_mask, self.layers[0].self_attn.batch_first)
         return as_array(output) if self.norm is None else self.norm(output)

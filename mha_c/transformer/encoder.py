@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mha_c.activations import Activation
+from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
+from mha_c.advice.transformers import AttentionCall, advise_on_steps
 from mha_c.container import Child, Container, ModuleList
 from mha_c.dropout import Dropout
-from mha_c.layer import MaskedRows, MultiheadAttention
+from mha_c.layer import MaskedRows, MultiheadAttention, facts_of
 from mha_c.module import Module, Option, check_torch_module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.encoders import infer_encoder, infer_encoder_layer
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.sets import integer
-from mha_c.transformer.block import Block, Padded, check_padded, is_padding, truth, zero_padded_rows
+from mha_c.transformer.layer import TransformerLayer, Padded, check_padded, is_padding, truth, zero_padded_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,10 +34,10 @@ elif sys.version_info >= (3, 11):
 else:
     Self = Any
 
-__all__ = ["TransformerEncoder", "TransformerEncoderLayer"]
+__all__ = ["TransformerEncoder", "TransformerEncoderLayer", "attention_call"]
 
 
-class TransformerEncoderLayer(Block):
+class TransformerEncoderLayer(TransformerLayer):
     """A layer of an encoder, as ``torch.nn.TransformerEncoderLayer`` computes it.
 
     Self-attention and a feed-forward network are each added to their input, and the sum is normalized ("Attention Is
@@ -128,7 +130,8 @@ class TransformerEncoderLayer(Block):
     (3, 5, 8)
     >>> layer
     TransformerEncoderLayer(
-      (self_attn): MultiheadAttention(embed_dim=8, num_heads=2, dropout=0.1, batch_first=True, dtype=float32, training=False)
+      (self_attn): MultiheadAttention(embed_dim=8, num_heads=2, dropout=0.1, batch_first=True, dtype=float32, \
+training=False)
       (linear1): Linear(in_features=8, out_features=16, bias=True)
       (dropout): Dropout(p=0.1, inplace=False)
       (linear2): Linear(in_features=16, out_features=8, bias=True)
@@ -190,18 +193,28 @@ class TransformerEncoderLayer(Block):
         >>> layer(np.ones((3, 4), np.float32), src_key_padding_mask=np.array([False, False, True]))[2]
         array([0., 0., 0., 0.], dtype=float32)
         """
-        output = self._attend_and_feed(src, src_mask, src_key_padding_mask, is_causal)
-        if self._padded == "zero" and src_key_padding_mask is not None:
-            output = zero_padded_rows(output, src_key_padding_mask, self.self_attn.batch_first)
-        return output
+        try:
+            return self._compute(src, src_mask, src_key_padding_mask, is_causal, self._padded == "zero")
+        except REFUSALS as error:
+            call = (src, src_mask, src_key_padding_mask, is_causal, [self])
+            advise_on_steps(error, attention_call(*call, mask_name="src_mask"))
+            raise
 
     __call__ = forward
 
-    def _attend_and_feed(self, src: Any, src_mask: Any, src_key_padding_mask: Any, is_causal: Any) -> Array:
-        """The layer, step by step."""
-        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
-        x = self._add_attention(src, self.norm1, self.self_attn, self.dropout1, **masks)
-        output: Array = self._add_feed_forward(x, self.norm2, self.dropout2)
+    def _compute(
+        self, src: Any, src_mask: Any, src_key_padding_mask: Any, is_causal: Any, zeroes_padding: bool
+    ) -> Array:
+        output: Array = self._run(
+            src,
+            attention=self.self_attn,
+            norms=(self.norm1, self.norm2),
+            dropouts=(self.dropout1, self.dropout2),
+            zeroes_padding=zeroes_padding and src_key_padding_mask is not None,
+            attn_mask=src_mask,
+            key_padding_mask=src_key_padding_mask,
+            is_causal=is_causal,
+        )
         return output
 
     @classmethod
@@ -328,7 +341,7 @@ class TransformerEncoderLayer(Block):
         >>> mha_c.TransformerEncoderLayer.from_torch(torch.nn.TransformerEncoderLayer(8, 2, 16)).linear1
         Linear(in_features=8, out_features=16, bias=True)
         """
-        return cls._block_from_torch(module, ("forward", "_sa_block", "_ff_block"))
+        return cls._layer_from_torch(module, ("forward", "_sa_block", "_ff_block"))
 
 
 class TransformerEncoder(Container):
@@ -469,9 +482,19 @@ class TransformerEncoder(Container):
         (5, 3, 4)
         """
         output: Any = src
-        for layer in self.layers:
-            output = layer(output, mask, src_key_padding_mask, is_causal or False)
-        if src_key_padding_mask is not None and self._gives_zeros(src, mask, src_key_padding_mask):
+        masks = (mask, src_key_padding_mask, False if is_causal is None else is_causal)
+        try:
+            zeroes = src_key_padding_mask is not None and self._gives_zeros(src, mask, src_key_padding_mask)
+            for layer in self.layers:
+                if type(layer) is TransformerEncoderLayer:
+                    output = layer._compute(output, *masks, zeroes or layer.padded == "zero")
+                else:
+                    output = layer(output, *masks)
+        except REFUSALS as error:
+            call = (src, mask, src_key_padding_mask, is_causal, self.layers)
+            advise_on_steps(error, attention_call(*call, mask_name="mask"))
+            raise
+        if zeroes and src_key_padding_mask is not None and type(self.layers[-1]) is not TransformerEncoderLayer:
             output = zero_padded_rows(output, src_key_padding_mask, self.layers[0].self_attn.batch_first)
         return as_array(output) if self.norm is None else self.norm(output)
 
@@ -634,6 +657,16 @@ class TransformerEncoder(Container):
 def _trained_dtype(weight: Array, dtype: Any) -> Any:
     """float64 for float64 weights, unless `dtype` says otherwise."""
     return np.float64 if dtype is None and weight.dtype == np.float64 else dtype
+
+
+def attention_call(
+    src: Any, mask: Any, padding: Any, is_causal: Any, layers: Any, *, mask_name: str, flag_name: str = "is_causal"
+) -> AttentionCall:
+    """The attention of the first of some layers, for advice."""
+    return AttentionCall(
+        "src", src, "src", src, mask_name, mask, "src_key_padding_mask", padding, flag_name, is_causal,
+        lambda: facts_of(layers[0].self_attn),
+    )  # fmt: skip
 
 
 def _torch_leaves_out_padding(layer: Any) -> bool:

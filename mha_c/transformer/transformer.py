@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mha_c.activations import Activation
+from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
-from mha_c.advice.transformers import check_transformer_call
+from mha_c.advice.transformers import advise_on_steps, check_transformer_call
 from mha_c.container import Child, Container
 from mha_c.dropout import seeds_for
 from mha_c.layer import MaskedRows
@@ -18,9 +19,9 @@ from mha_c.module import Module, Option, check_device, check_torch_module, float
 from mha_c.parameters.arrays import AnyArray, Array
 from mha_c.parameters.initialization import Draws, reset_matrices
 from mha_c.parameters.sets import integer
-from mha_c.transformer.block import Norm, Padded, make_norm, truth
+from mha_c.transformer.layer import Norm, Padded, make_norm, truth
 from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
-from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer
+from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer, attention_call
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -56,7 +57,8 @@ class Transformer(Container):
     dim_feedforward, dropout, activation
         As for `TransformerEncoderLayer`.
     custom_encoder : Module, optional
-        The encoder; a `TransformerEncoder` with a norm at its end unless given. Its matrices are drawn anew, as in torch.
+        The encoder; a `TransformerEncoder` with a norm at its end unless given. Its matrices are drawn anew, as in
+        torch.
     custom_decoder : Module, optional
         The decoder, likewise.
     layer_norm_eps, batch_first, norm_first, bias, device, dtype
@@ -220,7 +222,12 @@ class Transformer(Container):
         (5, 4)
         """
         check_transformer_call(src, tgt, self.d_model, self.batch_first)
-        memory = self.encoder(src, src_mask, src_key_padding_mask, src_is_causal)
+        try:
+            memory = self.encoder(src, src_mask, src_key_padding_mask, src_is_causal)
+        except REFUSALS as error:
+            call = (src, src_mask, src_key_padding_mask, src_is_causal, getattr(self.encoder, "layers", ()))
+            advise_on_steps(error, attention_call(*call, mask_name="src_mask", flag_name="src_is_causal"))
+            raise
         return self.decoder(
             tgt,
             memory,

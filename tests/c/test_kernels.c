@@ -385,13 +385,12 @@ static void test_softmax_end(const bench *b)
     }
 }
 
-static void test_accumulate_and_fill(const bench *b)
+static void test_add_and_fill(const bench *b)
 {
-    describe(b, "accumulate");
-    for (size_t vectors = 0; vectors < 8; vectors++) {
-        const size_t n = vectors * b->k->lanes;
+    describe(b, "add");
+    for (size_t n = 0; n < 4 * b->k->lanes; n++) {
         void *total = random_buffer(b, 0, n, 1), *x = random_buffer(b, 1, n, 2);
-        b->k->accumulate(total, x, n);
+        b->k->add(total, total, x, n);
         for (size_t i = 0; i < n; i++)
             CHECK_SAME(get(b->dtype, total, (ptrdiff_t)i),
                        rounded(b->dtype, random_number(b->dtype, 1, i) + random_number(b->dtype, 2, i)), i, n);
@@ -579,7 +578,7 @@ int main(void)
     on_every_bench(test_panels);
     on_every_bench(test_masks);
     on_every_bench(test_softmax_end);
-    on_every_bench(test_accumulate_and_fill);
+    on_every_bench(test_add_and_fill);
     on_every_bench(test_is_finite);
     on_every_bench(test_dropout);
     on_every_bench(test_handful);

@@ -4,12 +4,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from mha_c.activations import Activation, activate, activation as check_activation, is_gated, torch_activation
+from mha_c import _core
+from mha_c.activations import (
+    CORE_ACTIVATIONS,
+    Activation,
+    activate,
+    activation as check_activation,
+    is_gated,
+    torch_activation,
+)
+from mha_c.advice.arguments import REFUSALS
+from mha_c.advice.calls import warn_of_decoding
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.container import Child, Container
 from mha_c.dropout import Dropout, seeds_for
@@ -28,7 +39,7 @@ elif sys.version_info >= (3, 11):
 else:
     Self = Any
 
-__all__ = ["Block", "Norm", "Padded", "check_padded", "is_padding", "make_norm", "truth", "zero_padded_rows"]
+__all__ = ["Norm", "Padded", "TransformerLayer", "check_padded", "is_padding", "make_norm", "truth", "zero_padded_rows"]
 
 Norm: TypeAlias = Literal["layer", "rms"]
 Padded: TypeAlias = Literal["zero", "computed"]
@@ -67,13 +78,20 @@ def zero_padded_rows(output: Array, key_padding_mask: AnyArray, batch_first: boo
     return np.where(rows[..., None], output.dtype.type(0), output)
 
 
-class Block(Container):
+def _add(x: Array, update: Array) -> Array:
+    """The sum, without NumPy's warnings about numbers that are not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        added: Array = x + update
+    return added
+
+
+class TransformerLayer(Container):
     """A layer of an encoder or a decoder: attention, then a feed-forward network, each added to its input.
 
     Examples
     --------
     >>> import mha_c
-    >>> isinstance(mha_c.TransformerEncoderLayer(4, 2), Block)
+    >>> isinstance(mha_c.TransformerEncoderLayer(4, 2), TransformerLayer)
     True
     """
 
@@ -138,22 +156,109 @@ class Block(Container):
         children = {name: make(name) for name in self._child_names}  # in the order in which torch draws parameters
         self._set_up(children, {"norm_first": norm_first, "activation": act, "padded": padded})
 
+    def _set_up(self, children: Mapping[str, Module | None], options: Mapping[str, Any]) -> None:
+        super()._set_up(children, options)
+        for child in children.values():
+            if isinstance(child, MultiheadAttention):
+                child._warns_of_decoding = False  # with a memory, fewer queries than keys are no sign of decoding
+
+    def _run(
+        self,
+        x: Any,
+        *memory: Any,
+        attention: Any,
+        norms: tuple[Any, ...],
+        dropouts: tuple[Any, ...],
+        zeroes_padding: bool = False,
+        **masks: Any,
+    ) -> Any:
+        """Attention, then with a second norm the feed-forward network: in one call of the core where it has all of it."""
+        if self._is_plain(attention, norms, dropouts):
+            try:
+                return self._transform(x, memory, attention, norms, zeroes_padding, **masks)
+            except REFUSALS as error:
+                if not hasattr(error, "refused"):
+                    raise  # else the steps refuse it in their words
+        x = self._add_attention(x, norms[0], attention, dropouts[0], *memory, **masks)
+        if len(norms) > 1:
+            x = self._add_feed_forward(x, norms[1], dropouts[1])
+        if zeroes_padding:
+            x = zero_padded_rows(x, masks["key_padding_mask"], attention.batch_first)
+        return x
+
+    def _is_plain(self, attention: Any, norms: tuple[Any, ...], dropouts: tuple[Any, ...]) -> bool:
+        """Whether all parts are of mha_c's classes, none of them drops anything, and the activation has a name."""
+        if len(norms) > 1:
+            dropouts = (*dropouts, self.dropout)
+            if not (type(self.linear1) is type(self.linear2) is Linear and isinstance(self._activation, str)):
+                return False
+        return (
+            type(attention) is MultiheadAttention
+            and not (attention._training and attention._dropout > 0)
+            and all(type(norm) in (LayerNorm, RMSNorm) for norm in norms)
+            and all(type(dropout) is Dropout and not dropout.is_active for dropout in dropouts)
+        )
+
+    def _transform(
+        self,
+        x: Any,
+        memory: tuple[Any, ...],
+        attention: MultiheadAttention,
+        norms: tuple[Any, ...],
+        zeroes_padding: bool,
+        attn_mask: Any,
+        key_padding_mask: Any,
+        is_causal: Any,
+    ) -> Any:
+        if memory and is_causal and attn_mask is None and attention._warns_of_decoding:
+            warn_of_decoding(x, memory[0], attention._batch_first)
+        key, value = memory or (x, x)
+        parameters = attention._parameters
+        first, *last = [norm._for_core(parameters.dtype) for norm in norms]
+        activation, is_gated = CORE_ACTIVATIONS[self._activation] if last else ("relu", False)  # type: ignore[index]
+        return _core.transform(
+            parameters.weights,
+            x,
+            key,
+            value,
+            key_padding_mask,
+            False,
+            attn_mask,
+            True,
+            is_causal,
+            None,
+            attention._batch_first,
+            attention._add_zero_attn,
+            attention._masked_rows,
+            0.0,
+            0,
+            0,
+            self._norm_first,
+            not memory,
+            first,
+            self.linear1._parameters.packed if last else None,
+            activation,
+            is_gated,
+            self.linear2._parameters.packed if last else None,
+            last[0] if last else first,
+            zeroes_padding,
+        )
+
     def _add_attention(self, x: Any, norm: Any, attention: Any, dropout: Any, *memory: Any, **masks: Any) -> Any:
         """One step: x + attention(norm(x)), or norm(x + attention(x))."""
         query = norm(x) if self._norm_first else x
         key, value = memory or (query, query)
-        update = dropout(attention(query, key, value, need_weights=False, **masks)[0])
-        added = as_array(x) + update
+        added = _add(as_array(x), dropout(attention(query, key, value, need_weights=False, **masks)[0]))
         return added if self._norm_first else norm(added)
 
     def _add_feed_forward(self, x: Any, norm: Any, dropout: Any) -> Any:
         """The last step: x + feed(norm(x)), or norm(x + feed(x))."""
         hidden = self.dropout(activate(self.linear1(norm(x) if self._norm_first else x), self._activation))
-        added = x + dropout(self.linear2(hidden))
+        added = _add(x, dropout(self.linear2(hidden)))
         return added if self._norm_first else norm(added)
 
     @classmethod
-    def _block_from_torch(cls, module: Any, methods: tuple[str, ...]) -> Self:
+    def _layer_from_torch(cls, module: Any, methods: tuple[str, ...]) -> Self:
         instead = "The layers in it may be copied one by one"
         check_torch_module(module, cls._kind, instead, methods)
         name = torch_activation(module.activation)

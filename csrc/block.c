@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * block.c - a layer of a Transformer around its attention ("Attention Is All You Need", Vaswani et al., 2017, section
+ * 3.1; norms that come first: "On Layer Normalization in the Transformer Architecture", Xiong et al., 2020).
+ *
+ * Owns: the rows between its steps. They lie in the workspace one after another, whatever item they belong to.
+ */
+#include "block.h"
+
+#include "projection.h"
+
+/* Of the hidden features of rows that go through the feed-forward network together. So the workspace does not grow with
+ * them. The weights are read once for all these rows. */
+enum { MAX_HIDDEN_BYTES = 8 << 20 };
+
+/* A row of the workspace by its number, and the distance to the next one. */
+static mha_rows rows_from(const mha_rows *rows, size_t first)
+{
+    const ptrdiff_t distance = rows->item < rows->row ? rows->item : rows->row;
+    return (mha_rows){.data = rows->data + (ptrdiff_t)first * distance, .type = rows->type, .row = distance,
+                      .step = rows->step};
+}
+
+static size_t room_of(const mha_rows *rows)
+{
+    return (size_t)rows->row / mha_size_of(rows->type);
+}
+
+/* ---- The feed-forward network ---- */
+
+static size_t hidden_width(const mha_block *block)
+{
+    return block->linear1->panels.split.width;
+}
+
+/* The rows are divided evenly among so many parts. */
+static size_t count_parts(const mha_block_pass *b)
+{
+    const size_t row = mha_row_stride(hidden_width(b->block), b->kernels->lanes, b->kernels->size) * b->kernels->size;
+    return mha_divide_up(mha_walk_rows(b->walk), mha_larger(MAX_HIDDEN_BYTES / mha_larger(row, 1), 1));
+}
+
+/* One part: hidden = activation(x W1^T + b1), y = hidden W2^T + b2. */
+typedef struct {
+    mha_walk walk;
+    mha_rows x, hidden, y;
+    mha_projection up, down;
+} part;
+
+/* Describes a part, and returns the bytes of scratch that each thread needs. */
+static size_t plan_part(const mha_block_pass *b, size_t first, size_t rows, part *p)
+{
+    const mha_block *block = b->block;
+    p->walk = (mha_walk){.items = 1, .length = rows};
+    p->x = rows_from(block->norm_first ? &b->normal : &b->attended, first);
+    p->hidden = rows_from(&b->hidden, 0);
+    p->y = rows_from(&b->change, first);
+    p->up = (mha_projection){.walk = &p->walk, .x = &p->x, .targets = 1,
+                             .target = {{&block->linear1->panels, &p->hidden, 0, room_of(&p->hidden)}}};
+    p->down = (mha_projection){.walk = &p->walk, .x = &p->hidden, .targets = 1,
+                               .target = {{&block->linear2->panels, &p->y, 0, room_of(&p->y)}}};
+    return mha_larger(mha_plan_projection(b->kernels, &p->up, b->team->threads),
+                      mha_plan_projection(b->kernels, &p->down, b->team->threads));
+}
+
+static mha_status feed_forward(const mha_block_pass *b)
+{
+    const size_t rows = mha_walk_rows(b->walk), parts = count_parts(b);
+    mha_status status = MHA_OK;
+    for (size_t i = 0; i < parts && status == MHA_OK; i++) {
+        part p;
+        const size_t first = mha_first_of_part(rows, parts, i), end = mha_first_of_part(rows, parts, i + 1);
+        plan_part(b, first, end - first, &p);
+        const size_t distance = (size_t)p.hidden.row;
+        const mha_activated_rows activated = {.kernels = b->kernels, .activation = b->block->activation,
+                                              .is_gated = b->block->is_gated, .rows = end - first,
+                                              .width = b->block->linear2->panels.depth, .x = p.hidden.data,
+                                              .x_distance = distance, .y = p.hidden.data, .y_distance = distance};
+        status = mha_project(b->kernels, &p.up, 1, b->team);
+        if (status == MHA_OK)
+            status = mha_activate_rows(&activated, b->team);
+        if (status == MHA_OK)
+            status = mha_project(b->kernels, &p.down, 1, b->team);
+    }
+    return status;
+}
+
+/* ---- The steps ---- */
+
+size_t mha_plan_block(mha_block_pass *b, mha_plan *plan)
+{
+    const mha_block *block = b->block;
+    const size_t rows = mha_walk_rows(b->walk);
+    b->normal.data = NULL; /* not set by the plan if there is no norm */
+    if (block->norm_first)
+        mha_place_rows(plan, b->kernels, b->walk, 1, b->width, &b->normal);
+    mha_place_rows(plan, b->kernels, b->walk, 1, b->width, &b->attended);
+    if (!block->linear1)
+        return 0;
+    mha_place_rows(plan, b->kernels, b->walk, 1, b->width, &b->change);
+    const size_t parts = count_parts(b), largest = parts ? mha_divide_up(rows, parts) : 0;
+    const mha_walk of_part = {.items = 1, .length = largest};
+    mha_place_rows(plan, b->kernels, &of_part, 1, hidden_width(block), &b->hidden);
+    if (parts == 0 || plan->layout.too_large)
+        return 0;
+    part p;
+    return mha_larger(plan_part(b, 0, largest, &p), plan_part(b, 0, rows / parts, &p));
+}
+
+mha_status mha_begin_block(const mha_block_pass *b)
+{
+    const mha_residual norm = {.kernels = b->kernels, .walk = b->walk, .width = b->width, .x = &b->x,
+                               .norm = &b->block->attention_norm, .y = &b->normal};
+    return b->block->norm_first ? mha_add_and_normalize(&norm, b->team) : MHA_OK;
+}
+
+/* Rows of the output that padding hides become 0. */
+static void zero_padding(const mha_block_pass *b, const mha_batch *batch)
+{
+    for (size_t i = 0; i < batch->count; i++)
+        for (size_t l = 0, live = 0; l < batch->S; l++)
+            if (live < mha_live_keys(batch, i) && mha_live_numbers(batch, i)[live] == l)
+                live++;
+            else
+                b->kernels->fill(mha_row_at(&b->output, i, 0, l), b->width, 0);
+}
+
+mha_status mha_end_block(const mha_block_pass *b, const mha_batch *batch)
+{
+    const mha_block *block = b->block;
+    const bool is_last = !block->linear1, norm_first = block->norm_first;
+    const mha_rows *end = is_last ? &b->output : &b->attended;
+    const mha_norm *next = norm_first ? &block->feed_forward_norm : &block->attention_norm;
+    const mha_residual first = {.kernels = b->kernels, .walk = b->walk, .width = b->width, .x = &b->x,
+                                .added = &b->attended, .sum = end, .norm = next,
+                                .y = !norm_first ? end : is_last ? NULL : &b->normal};
+    const mha_residual last = {.kernels = b->kernels, .walk = b->walk, .width = b->width, .x = &b->attended,
+                               .added = &b->change, .sum = &b->output, .norm = &block->feed_forward_norm,
+                               .y = norm_first ? NULL : &b->output};
+    mha_status status = mha_add_and_normalize(&first, b->team);
+    if (status == MHA_OK && !is_last)
+        status = feed_forward(b);
+    if (status == MHA_OK && !is_last)
+        status = mha_add_and_normalize(&last, b->team);
+    if (status == MHA_OK && block->zeroes_padding && batch->index)
+        zero_padding(b, batch);
+    return status;
+}
