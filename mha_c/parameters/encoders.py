@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ _ADVICE: Final = "(strict=False ignores other keys, and takes zeros for missing 
 
 
 class _Told(NamedTuple):
-    """What arguments, config and names tell together."""
+    """What arguments, config and names tell together; `num_heads` is the argument, beside which config counts."""
 
     config: Mapping[str, Any] | None
     model: Model
@@ -122,7 +122,7 @@ def infer_encoder(
     found = find_encoder_layers(flat)
     stack = _find_stack(layer_name, flat, found, prefix, config)
     names = found[f"{stack}0."]
-    told = _told(flat, f"{stack}0.", names, config, num_heads, activation, layer_norm_eps, norm_first)
+    told = _told(f"{stack}0.", names, config, num_heads, activation, layer_norm_eps, norm_first)
     starts = _find_layers(layer_name, flat, stack, names)
     declared = number_in(told.config or {}, _LAYERS)
     if declared not in (None, len(starts)):
@@ -134,7 +134,7 @@ def infer_encoder(
     arrays = {f"layers.{i}.{name}": array for i, layer in enumerate(layers) for name, array in layer.arrays.items()}
     has_norm = bool(told.model.norm) and (f"{norm}weight" in flat or told.model not in LIBRARIES)
     if has_norm:
-        kinds = ("weight", "bias") if options["bias"] else ("weight",)
+        kinds = ("weight", "bias") if options["bias"] or f"{norm}bias" in flat else ("weight",)
         shapes = {norm + kind: (options["d_model"],) for kind in kinds}
         there = [name for name in flat if name.startswith(norm)]
         matched = _match(layer_name, flat, shapes, there, strict)
@@ -187,7 +187,7 @@ def infer_encoder_layer(
     flat = _arrays(state_dict, prefix)
     found = find_encoder_layers(flat)
     start = _only(layer_name, flat, found, prefix, config, lambda start: f".{start}".endswith(f".{prefix}"))
-    told = _told(flat, start, found[start], config, num_heads, activation, layer_norm_eps, norm_first)
+    told = _told(start, found[start], config, num_heads, activation, layer_norm_eps, norm_first)
     layers = _read_layers(layer_name, flat, [start], found[start], told, strict)
     return _options(layers, told), layers[0].arrays
 
@@ -314,8 +314,8 @@ def _find_model(names: Names, config: Mapping[str, Any] | None) -> Model:
 
 
 def _told(
-    flat: Mapping[str, Any], start: str, names: Names, config: Any, num_heads: int | None, activation: Any,
-    layer_norm_eps: float | None, norm_first: bool | None,
+    start: str, names: Names, config: Any, num_heads: int | None, activation: Any, layer_norm_eps: float | None,
+    norm_first: bool | None,
 ) -> _Told:  # fmt: skip
     """What arguments and config tell together."""
     if config is not None:
@@ -329,9 +329,12 @@ def _told(
         "layer_norm_eps": entries.get(_EPS) if model.eps is None else model.eps,
         "norm_first": model.norm_first,
     }
-    given = dict(
-        num_heads=num_heads, activation=activation, layer_norm_eps=layer_norm_eps, norm_first=norm_first
-    )
+    given = {
+        "num_heads": num_heads,
+        "activation": activation,
+        "layer_norm_eps": layer_norm_eps,
+        "norm_first": norm_first,
+    }
     for name, value in given.items():
         if value is not None and not callable(value) and told[name] not in (None, value):
             raise ValueError(f"{name} is {value!r}, but the model has {told[name]!r}")
@@ -341,7 +344,7 @@ def _told(
         hint = f". Most models of {names.models} have {usual}" if usual else ""
         source = "the state dict does not show" if config is None else "neither the state dict nor config shows"
         raise TypeError(f"from_state_dict() needs {', '.join(missing)}, which {source}{hint}")
-    return _Told(config, model, **known)
+    return _Told(config, model, **known | {"num_heads": num_heads})
 
 
 def _activation(config: Mapping[str, Any], given: Any) -> str | None:
@@ -354,13 +357,11 @@ def _activation(config: Mapping[str, Any], given: Any) -> str | None:
     return None
 
 
-def _options(layers: Collection[_Layer], told: _Told) -> dict[str, Any]:
+def _options(layers: Sequence[_Layer], told: _Told) -> dict[str, Any]:
     """The arguments of the layers."""
-    widths, dim_feedforward, arrays = next(iter(layers))
-    has_bias = any(name.endswith("bias") for layer in layers for name in layer.arrays)
-    for layer in layers:
-        if (layer.widths, layer.dim_feedforward) != (widths, dim_feedforward):
-            raise ValueError("the layers of the encoder have different widths")
+    widths, dim_feedforward, _ = layers[0]
+    if any(layer[:2] != (widths, dim_feedforward) for layer in layers):
+        raise ValueError("the layers of the encoder have different widths")
     return {
         "d_model": widths.embed_dim,
         "nhead": widths.num_heads,
@@ -369,7 +370,7 @@ def _options(layers: Collection[_Layer], told: _Told) -> dict[str, Any]:
         "layer_norm_eps": told.layer_norm_eps,
         "batch_first": told.model.batch_first,
         "norm_first": told.norm_first,
-        "bias": has_bias,
+        "bias": _has_bias(layers),
         "num_kv_heads": widths.num_kv_heads,
         "head_dim": widths.head_dim,
         "v_head_dim": widths.v_head_dim,
@@ -386,7 +387,7 @@ def _read_layers(
     besides = [f"{name}.bias" for name in (*names.norms, *names.maps, names.linears[1])] + [*names.scales]
     there = [name for name in besides if any(start + name in flat for start in starts)]
     layers = [_read_layer(layer_name, flat, start, names, there, told, strict) for start in starts]
-    if any(name.endswith("bias") for layer in layers for name in layer.arrays):
+    if _has_bias(layers):
         layers = [layer._replace(arrays=_with_all_biases(layer)) for layer in layers]
     return layers
 
@@ -445,12 +446,16 @@ def _match(
 
 
 def _scaled(arrays: Mapping[str, NDArray[Any]], name: str, scale: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """A map whose outputs are multiplied by numbers: (s W) x + s b is s (W x + b)."""
-    scale = scale.astype(np.result_type(scale, np.float32))
+    """A map whose outputs are multiplied by numbers: (s W) x + s b is s (W x + b). Products are rounded once."""
+    scale = scale.astype(np.float64)
     scaled = {f"{name}.weight": arrays[f"{name}.weight"] * scale[:, None]}
     if f"{name}.bias" in arrays:
         scaled[f"{name}.bias"] = arrays[f"{name}.bias"] * scale
     return scaled
+
+
+def _has_bias(layers: Iterable[_Layer]) -> bool:
+    return any(name.endswith("bias") for layer in layers for name in layer.arrays)
 
 
 def _with_all_biases(layer: _Layer) -> dict[str, NDArray[Any]]:
