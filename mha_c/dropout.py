@@ -202,7 +202,8 @@ class Dropout(RandomModule):
         kept = (words >= self._p * 2.0**32).reshape(array.shape)
         factors = np.zeros(array.shape, array.dtype)
         np.copyto(factors, array.dtype.type(1 / (1 - self._p) if self._p < 1 else 0), where=kept)
-        return array * factors  # infinity, dropped, is NaN in torch, too
+        with np.errstate(invalid="ignore", over="ignore"):
+            return array * factors  # infinity, dropped, is NaN in torch, too
 
     __call__ = forward
 

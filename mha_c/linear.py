@@ -55,7 +55,9 @@ def _size(name: str, value: Any) -> int:
 
 
 class Linear(Module):
-    """A linear map of features, as ``torch.nn.Linear`` computes it::
+    """A linear map of features, as ``torch.nn.Linear`` computes it.
+
+    Every row x of the input becomes::
 
         y = x Wᵀ + b
 

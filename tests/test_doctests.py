@@ -21,7 +21,10 @@ def names_of_modules(package, path):
 
 
 MODULES = list(names_of_modules("mha_c", mha_c.__path__[0]))
-NEED_TORCH = ("mha_c.layer", "mha_c.norms", "mha_c.check", "mha_c.heads", "mha_c.torch")
+NEED_TORCH = (
+    "mha_c.layer", "mha_c.norms", "mha_c.linear", "mha_c.dropout", "mha_c.container", "mha_c.transformer", "mha_c.check",
+    "mha_c.heads", "mha_c.torch",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -48,7 +48,17 @@ ACCEPTED = {"ES01", "GL01", "GL02", "GL03", "PR08", "PR09", "RT03", "RT04", "RT0
 
 MODULES = ("check", "functional", "heads", "plot", "threads", "torch")
 CLASSES = (
+    "container.Container",
+    "container.ModuleList",
+    "dropout.Dropout",
+    "dropout.RandomModule",
     "layer.OutputProjection",
+    "linear.Linear",
+    "transformer.decoder.TransformerDecoder",
+    "transformer.decoder.TransformerDecoderLayer",
+    "transformer.encoder.TransformerEncoder",
+    "transformer.encoder.TransformerEncoderLayer",
+    "transformer.transformer.Transformer",
     "module.Module",
     "norms.LayerNorm",
     "norms.RMSNorm",

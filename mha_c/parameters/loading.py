@@ -17,7 +17,7 @@ from mha_c.parameters.sets import PARAMETERS, SEPARATE_WEIGHTS, Widths, positive
 from mha_c.parameters.state_dict import Part, check_names, loading_error, match_state_dict, missing_keys, quoted
 from mha_c.parameters.stored import Opaque, StoredArray
 
-__all__ = ["arrays_in", "infer_layer"]
+__all__ = ["arrays_in", "infer_layer", "listed", "read_array"]
 
 _BIASES: Final = ("in_proj_bias", "out_proj.bias")
 _EXTRA_KEY: Final = ("bias_k", "bias_v")
@@ -112,7 +112,7 @@ def infer_layer(
     if place.scheme.kind:
         arrays, heads = _read_foreign(layer_name, place, layout or place.scheme.layout, heads, strict)
     else:
-        arrays = {name: _read(place.part, name) for name in PARAMETERS if name in place.part}
+        arrays = {name: read_array(place.part, name) for name in PARAMETERS if name in place.part}
     widths = _infer_widths(place, {name: array.shape for name, array in arrays.items()}, heads)
     if place.scheme.interleaves and not is_vouched and 1 < widths.num_kv_heads < widths.num_heads:
         raise refusal({"kv_heads": f"it has {widths.num_kv_heads} of them for {widths.num_heads} heads"})
@@ -221,17 +221,24 @@ def _what_there_is(
         yield missing_keys([prefix + "in_proj_weight"]).strip()
     elsewhere = found or sorted(find_layers(flat), key=lambda start: not start.startswith(prefix))
     if elsewhere:
-        yield f"It has layers with {_listed((f'prefix={quoted([start])}' for start in elsewhere), 3)}."
+        yield f"It has layers with {listed((f'prefix={quoted([start])}' for start in elsewhere), 3)}."
     if not any(_is_array(value) for value in flat.values()):
         other = (f"{quoted([str(name)])} ({_kind(value)})" for name, value in state_dict.items())
-        yield f"It holds no arrays{', but ' if state_dict else ''}{_listed(other, 8)}."
+        yield f"It holds no arrays{', but ' if state_dict else ''}{listed(other, 8)}."
     elif under and not (elsewhere and elsewhere[0].startswith(prefix)):
         beginning = f" that begin with {quoted([prefix])}" if prefix else ""
-        yield f"The names{beginning} are {_listed((quoted([name]) for name in Part(flat, prefix)), 8)}."
+        yield f"The names{beginning} are {listed((quoted([name]) for name in Part(flat, prefix)), 8)}."
         yield "names=(query, key, value, output) says what to take, or two names if one weight holds the first three."
 
 
-def _listed(words: Iterable[str], most: int) -> str:
+def listed(words: Iterable[str], most: int) -> str:
+    """The first words in a sentence, and how many more there are.
+
+    Examples
+    --------
+    >>> listed(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
     words = list(words)
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more
@@ -285,7 +292,30 @@ def _known(heads: _Heads) -> int:
     return heads.num_heads
 
 
-def _read(part: Mapping[str, Any], name: str) -> NDArray[Any]:
+def read_array(part: Mapping[str, Any], name: str) -> NDArray[Any]:
+    """An array of real numbers in a state dict.
+
+    Parameters
+    ----------
+    part : mapping of str to array or tensor
+        The state dict.
+    name : str
+        The name of the array.
+
+    Returns
+    -------
+    numpy.ndarray
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is something else. The message begins with the name.
+
+    Examples
+    --------
+    >>> read_array({"weight": np.ones(2)}, "weight")
+    array([1., 1.])
+    """
     try:
         array = as_array(part[name])
     except TypeError as error:
@@ -302,8 +332,8 @@ def _read_foreign(
 ) -> tuple[dict[str, NDArray[Any]], _Heads]:
     """The parameters of projections with other names, by torch's names, and what shapes tell of the heads."""
     part, scheme = place.part, place.scheme
-    weights = [_read(part, name) for name in scheme.weights]
-    biases = {name: _read(part, name) for name in scheme.biases if name in part}
+    weights = [read_array(part, name) for name in scheme.weights]
+    biases = {name: read_array(part, name) for name in scheme.biases if name in part}
     if scheme.kind == ".kernel" and len(weights) == 4 and weights[0].ndim == 3:
         weights, by_shape = _without_head_axis(scheme.weights, weights)
         biases = {name: bias.reshape(-1) for name, bias in biases.items()}
@@ -328,7 +358,7 @@ def _read_foreign(
         complete = list((zeros | biases).values())
         arrays["in_proj_bias"] = np.concatenate(_inputs(complete, order))
         arrays["out_proj.bias"] = complete[-1]
-    arrays |= {name: _read(part, name) for name in _EXTRA_KEY if name in part}
+    arrays |= {name: read_array(part, name) for name in _EXTRA_KEY if name in part}
     return arrays, heads
 
 
@@ -404,7 +434,7 @@ def _inputs(arrays: Sequence[NDArray[Any]], order: NDArray[Any] | None) -> list[
 def _shapes(place: _Place) -> str:
     """The weights of a layer, as they are called and stored."""
     names = place.scheme.weights if place.scheme.kind else [name for name in PARAMETERS if name.endswith("weight")]
-    return " and ".join(f"{name} {_read(place.part, name).shape}" for name in names if name in place.part)
+    return " and ".join(f"{name} {read_array(place.part, name).shape}" for name in names if name in place.part)
 
 
 def _infer_widths(place: _Place, shapes: Mapping[str, tuple[int, ...]], heads: _Heads) -> Widths:

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 from mha_c.parameters.state_dict import quoted
 from mha_c.parameters.stored import damage_is_value_error
 
-__all__ = ["Config", "options_shown_by_names", "read_config", "refusal", "usual"]
+__all__ = ["Config", "number_in", "open_config", "options_shown_by_names", "read_config", "refusal", "usual"]
 
 _OPTIONS: Final = {
     "rope": "rotates queries and keys by their positions",
@@ -59,6 +59,9 @@ _ENTRIES: Final = {
     "approximation": r"attention_type=block_sparse|^model_type=(nystromformer|yoso|mra)$",
 }
 
+# The parts of a model, by what the names of their layers and the entries of a config.json begin with.
+_PARTS: Final = ("text", "vision")
+
 _HEADS: Final = ("num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads")
 _KV_HEADS: Final = ("num_key_value_heads", "num_kv_heads")
 _HEAD_DIM: Final = ("head_dim", "d_kv")
@@ -75,6 +78,47 @@ class Config(NamedTuple):
     shown: Mapping[str, str] = {}
 
 
+def open_config(source: Any, start: str) -> Mapping[str, Any]:
+    """The configuration of a Hugging Face model, or of the part of it to which a layer belongs.
+
+    Parameters
+    ----------
+    source : mapping of str to object, or str or path-like
+        The configuration, or its file ``config.json``.
+    start : str
+        How the layer's names begin. "text_model." or "vision_model." in it tells the part.
+
+    Returns
+    -------
+    mapping of str to object
+
+    Raises
+    ------
+    ValueError
+        If a file is damaged.
+    TypeError
+        If `source` is neither a mapping nor a path.
+    OSError
+        If the file cannot be opened.
+
+    Examples
+    --------
+    >>> clip = {"model_type": "clip", "text_config": {"num_attention_heads": 8}, "vision_config": {}}
+    >>> open_config(clip, "text_model.encoder.layers.0.")
+    {'model_type': 'clip_text_model', 'num_attention_heads': 8}
+    """
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file, damage_is_value_error(os.fspath(source)):
+            source = json.load(file)
+    if not isinstance(source, Mapping):
+        raise TypeError(f"config must be a mapping, such as model.config.to_dict(), or a path, but got {type(source)}")
+    for part in _PARTS:
+        config = source.get(f"{part}_config")
+        if isinstance(config, Mapping) and f".{part}_model." in f".{start}":
+            return {"model_type": f"{source.get('model_type')}_{part}_model", **config}
+    return source
+
+
 def read_config(source: Any, start: str) -> Config:
     """Read the configuration of a Hugging Face model.
 
@@ -83,7 +127,7 @@ def read_config(source: Any, start: str) -> Config:
     source : mapping of str to object, or str or path-like
         The configuration, or its file ``config.json``.
     start : str
-        How the layer's names begin, which tells encoders and decoders apart.
+        How the layer's names begin, which tells encoders and decoders apart, and the parts of `open_config`.
 
     Returns
     -------
@@ -104,31 +148,33 @@ def read_config(source: Any, start: str) -> Config:
     >>> config.num_heads, config.embed_dim, config.shown
     (12, 768, {'alibi': 'its config has "alibi=True"'})
     """
-    if isinstance(source, str | os.PathLike):
-        with open(source, "rb") as file, damage_is_value_error(os.fspath(source)):
-            source = json.load(file)
-    if not isinstance(source, Mapping):
-        raise TypeError(f"config must be a mapping, such as model.config.to_dict(), or a path, but got {type(source)}")
-    heads = _number(source, _HEADS) or _heads_of_part(source, start)
+    source = open_config(source, start)
+    heads = number_in(source, _HEADS) or _heads_of_part(source, start)
     if heads is None:
-        parts = [name for name, value in source.items() if isinstance(value, Mapping) and _number(value, _HEADS)]
+        parts = [name for name, value in source.items() if isinstance(value, Mapping) and number_in(value, _HEADS)]
         if parts:
             which = " or ".join(f"config[{name!r}]" for name in parts)
             raise ValueError(f"config has the heads of several parts of the model: pass {which}")
     is_multi_query = source.get("multi_query") and not source.get("new_decoder_architecture")
-    kv_heads = 1 if is_multi_query else _number(source, _KV_HEADS)
+    kv_heads = 1 if is_multi_query else number_in(source, _KV_HEADS)
     shown = _options_shown_by_config(source)
-    return Config(heads, kv_heads, _number(source, _HEAD_DIM), _number(source, _EMBED_DIM), shown)
+    return Config(heads, kv_heads, number_in(source, _HEAD_DIM), number_in(source, _EMBED_DIM), shown)
 
 
-def _number(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
-    """The first of these entries that is a positive number."""
+def number_in(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """The first of these entries of a config that is a positive number.
+
+    Examples
+    --------
+    >>> number_in({"n_layers": 6, "dim": 768}, ["num_hidden_layers", "n_layers"])
+    6
+    """
     return next((config[name] for name in names if type(config.get(name)) is int and config[name] > 0), None)
 
 
 def _heads_of_part(config: Mapping[str, Any], start: str) -> int | None:
     """The heads of the encoder or of the decoder, whichever the layer's names mention first."""
-    heads = {part: _number(config, [f"{part}_attention_heads"]) for part in ("encoder", "decoder")}
+    heads = {part: number_in(config, [f"{part}_attention_heads"]) for part in ("encoder", "decoder")}
     if heads["encoder"] == heads["decoder"]:
         return heads["encoder"]
     mentioned = re.search("encoder|decoder", start)

@@ -4,19 +4,26 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
+from collections.abc import Mapping
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mha_c.activations import Activation
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.transformers import AttentionCall, advise_on_steps
 from mha_c.container import Child, Container, ModuleList
 from mha_c.dropout import Dropout
-from mha_c.layer import MultiheadAttention, facts_of
+from mha_c.layer import MaskedRows, MultiheadAttention, facts_of
 from mha_c.module import Module, Option, check_torch_module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.encoders import infer_encoder, infer_encoder_layer
+from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.sets import integer
 from mha_c.transformer.layer import TransformerLayer, Padded, check_padded, is_padding, truth, zero_padded_rows
 
@@ -209,6 +216,104 @@ training=False)
             is_causal=is_causal,
         )
         return output
+
+    @classmethod
+    @knows_foreign_keywords
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Any] | str | os.PathLike[str],
+        prefix: str = "",
+        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        *,
+        num_heads: int | None = None,
+        activation: Activation | None = None,
+        layer_norm_eps: float | None = None,
+        norm_first: bool | None = None,
+        strict: bool = True,
+        dropout: float = 0.0,
+        batch_first: bool | None = None,
+        dtype: Any = None,
+        dropout_seed: int | None = None,
+        padded: Padded | None = None,
+        masked_rows: MaskedRows = "torch",
+    ) -> Self:
+        """Make a layer from trained parameters: those of one layer of an encoder in a state dict or a file.
+
+        The state dict and `config` determine the arguments that are not given here. Models are those
+        that `TransformerEncoder.from_state_dict` knows.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array or tensor, or str or path-like
+            The parameters of the layer or of a whole model, or a file of them, as for
+            `MultiheadAttention.from_state_dict`. Only the layer is read, and nothing in a file is executed.
+        prefix : str, default ""
+            The beginning of the layer's names, including the dot, such as ``"encoder.layer.0."``. More may precede it.
+        config : mapping of str to object, or str or path-like, optional
+            The configuration of a Hugging Face model, or its ``config.json``. It is needed for the names of these
+            models, and tells the four arguments that follow.
+        num_heads : int, optional
+            Number of heads.
+        activation : str or callable, optional
+            As for the constructor.
+        layer_norm_eps : float, optional
+            The `eps` of the norms.
+        norm_first : bool, optional
+            Whether norms come before attention and feed-forward. Only torch's names leave it open.
+        strict : bool, default True
+            Whether unknown arrays in a layer, or a missing bias that other layers have, are an error. If False, missing
+            biases are zeros.
+        dropout : float, default 0.0
+            As for the constructor. A state dict does not record it.
+        batch_first : bool, optional
+            Whether inputs are (N, S, E). None: as in the model; False, torch's default, for torch's names.
+        dtype : optional
+            float32 or float64, to which the parameters are cast. None: float64 for float64 weights, else float32.
+        dropout_seed, masked_rows
+            As for the constructor.
+        padded : {"zero", "computed"}, optional
+            As for the constructor.
+
+        Returns
+        -------
+        TransformerEncoderLayer
+            In training mode like any new layer.
+
+        Raises
+        ------
+        RuntimeError
+            If names or shapes do not fit. The message has torch's words.
+        NotImplementedError
+            If the model is not known, or computes something that an encoder does not. The message names it.
+        ValueError
+            If no layer with `num_heads` heads has such shapes; if arguments, `config` and names contradict each other;
+            or if a file is damaged.
+        TypeError
+            If `state_dict` is neither a mapping nor a path, or if something is not told.
+        OSError
+            If a file cannot be opened.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> trained = mha_c.TransformerEncoderLayer(8, 2, 16).state_dict(prefix="layers.0.")
+        >>> mha_c.TransformerEncoderLayer.from_state_dict(
+        ...     trained, "layers.0.", num_heads=2, activation="relu", layer_norm_eps=1e-5, norm_first=False).linear1
+        Linear(in_features=8, out_features=16, bias=True)
+        """
+        with open_state_dict(state_dict) as tensors:
+            options, arrays = infer_encoder_layer(
+                cls.__name__, tensors, prefix, config, num_heads=num_heads, activation=activation,
+                layer_norm_eps=layer_norm_eps, norm_first=norm_first, strict=strict,
+            )  # fmt: skip
+        if batch_first is not None:
+            options["batch_first"] = batch_first
+        layer = cls(
+            **options, dropout=dropout, dtype=_trained_dtype(arrays["linear1.weight"], dtype),
+            dropout_seed=dropout_seed, padded=padded, masked_rows=masked_rows,
+        )  # fmt: skip
+        layer.load_state_dict(arrays)
+        return layer
 
     @classmethod
     def from_torch(cls, module: Any) -> Self:
@@ -407,6 +512,118 @@ class TransformerEncoder(Container):
         return not (rows[:, :-1] & ~rows[:, 1:]).any()  # no token after padding
 
     @classmethod
+    @knows_foreign_keywords
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Any] | str | os.PathLike[str],
+        prefix: str = "",
+        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        *,
+        num_heads: int | None = None,
+        activation: Activation | None = None,
+        layer_norm_eps: float | None = None,
+        norm_first: bool | None = None,
+        strict: bool = True,
+        dropout: float = 0.0,
+        batch_first: bool | None = None,
+        dtype: Any = None,
+        dropout_seed: int | None = None,
+        padded: Padded | None = None,
+        masked_rows: MaskedRows = "torch",
+    ) -> Self:
+        """Make an encoder from trained parameters: the layers, and the norm of their output if the model has it.
+
+        The state dict and `config` determine the arguments that are not given here. Models are those
+        of torch, timm, torchvision, and Hugging Face's BERT, RoBERTa, ELECTRA, DistilBERT, ViT, DeiT, DINOv2, CLIP,
+        SigLIP, BART, mBART and Whisper.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array or tensor, or str or path-like
+            The parameters of the encoder or of a whole model, or a file of them, as for
+            `MultiheadAttention.from_state_dict`. Only the encoder is read, and nothing in a file is executed.
+        prefix : str, default ""
+            The beginning of the encoder's names, including the dot, such as ``"vision_model."``. It is needed if
+            there are several encoders. More may precede it.
+        config : mapping of str to object, or str or path-like, optional
+            The configuration of a Hugging Face model, or its ``config.json``. It is needed for the names of these
+            models, and tells the four arguments that follow.
+        num_heads : int, optional
+            Number of heads.
+        activation : str or callable, optional
+            As for the constructor of the layers.
+        layer_norm_eps : float, optional
+            The `eps` of the norms.
+        norm_first : bool, optional
+            Whether norms come before attention and feed-forward. Only torch's names leave it open.
+        strict : bool, default True
+            Whether unknown arrays in a layer, or a missing bias that other layers have, are an error. If False, missing
+            biases are zeros.
+        dropout : float, default 0.0
+            As for the constructor of the layers. A state dict does not record it.
+        batch_first : bool, optional
+            Whether inputs are (N, S, E). None: as in the model; False, torch's default, for torch's names.
+        dtype : optional
+            float32 or float64, to which the parameters are cast. None: float64 for float64 weights, else float32.
+        dropout_seed, masked_rows
+            As for the constructor of the layers.
+        padded : {"zero", "computed"}, optional
+            As for the constructor.
+
+        Returns
+        -------
+        TransformerEncoder
+            In training mode like any new layer.
+
+        Raises
+        ------
+        RuntimeError
+            If names or shapes do not fit. The message has torch's words.
+        NotImplementedError
+            If the model is not known, or computes something that an encoder does not. The message names it.
+        ValueError
+            If no layer with `num_heads` heads has such shapes; if arguments, `config` and names contradict each other;
+            or if a file is damaged.
+        TypeError
+            If `state_dict` is neither a mapping nor a path, or if something is not told.
+        OSError
+            If a file cannot be opened.
+
+        Notes
+        -----
+        The output is what the model calls its last hidden state. Embeddings, poolers, heads and masks are not part of
+        an encoder. CLIP's text encoder is causal: call it with ``is_causal=True``. The layer scale of DINOv2 and timm
+        becomes part of the maps before it, which is the same up to rounding.
+
+        Examples
+        --------
+        >>> import mha_c
+        >>> model = mha_c.TransformerEncoder(mha_c.TransformerEncoderLayer(8, 2, 16, activation="gelu"), 3)
+        >>> encoder = mha_c.TransformerEncoder.from_state_dict(
+        ...     model.state_dict(prefix="encoder."), "encoder.", num_heads=2, activation="gelu", layer_norm_eps=1e-5,
+        ...     norm_first=False)
+        >>> encoder.num_layers, encoder.layers[0].activation
+        (3, 'gelu')
+        """
+        with open_state_dict(state_dict) as tensors:
+            options, num_layers, has_norm, arrays = infer_encoder(
+                cls.__name__, tensors, prefix, config, num_heads=num_heads, activation=activation,
+                layer_norm_eps=layer_norm_eps, norm_first=norm_first, strict=strict,
+            )  # fmt: skip
+        if batch_first is not None:
+            options["batch_first"] = batch_first
+        real = _trained_dtype(arrays["layers.0.linear1.weight"], dtype)
+        layer = TransformerEncoderLayer(
+            **options, dropout=dropout, dtype=real, dropout_seed=dropout_seed, masked_rows=masked_rows
+        )
+        norm = None
+        if has_norm:
+            norm = LayerNorm(options["d_model"], options["layer_norm_eps"], bias="norm.bias" in arrays, dtype=real)
+        encoder = cls(layer, num_layers, norm, padded=padded)
+        encoder.load_state_dict(arrays)
+        return encoder
+
+    @classmethod
     def from_torch(cls, module: Any) -> Self:
         """Make an encoder from an encoder of torch, with its arguments, parameters and training mode.
 
@@ -435,6 +652,11 @@ class TransformerEncoder(Container):
         check_torch_module(module, cls._kind, "Its layers may be copied one by one")
         options = {name: getattr(module, name) for name in cls._option_kinds if name != "padded"}
         return cls._copied(module, {**options, "padded": None})
+
+
+def _trained_dtype(weight: Array, dtype: Any) -> Any:
+    """float64 for float64 weights, unless `dtype` says otherwise."""
+    return np.float64 if dtype is None and weight.dtype == np.float64 else dtype
 
 
 def attention_call(

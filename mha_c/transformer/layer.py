@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -38,7 +39,7 @@ elif sys.version_info >= (3, 11):
 else:
     Self = Any
 
-__all__ = ["TransformerLayer", "Norm", "Padded", "check_padded", "is_padding", "make_norm", "truth", "zero_padded_rows"]
+__all__ = ["Norm", "Padded", "TransformerLayer", "check_padded", "is_padding", "make_norm", "truth", "zero_padded_rows"]
 
 Norm: TypeAlias = Literal["layer", "rms"]
 Padded: TypeAlias = Literal["zero", "computed"]
@@ -75,6 +76,13 @@ def zero_padded_rows(output: Array, key_padding_mask: AnyArray, batch_first: boo
     if not batch_first:
         rows = rows.T
     return np.where(rows[..., None], output.dtype.type(0), output)
+
+
+def _add(x: Array, update: Array) -> Array:
+    """The sum, without NumPy's warnings about numbers that are not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        added: Array = x + update
+    return added
 
 
 class TransformerLayer(Container):
@@ -148,6 +156,12 @@ class TransformerLayer(Container):
         children = {name: make(name) for name in self._child_names}  # in the order in which torch draws parameters
         self._set_up(children, {"norm_first": norm_first, "activation": act, "padded": padded})
 
+    def _set_up(self, children: Mapping[str, Module | None], options: Mapping[str, Any]) -> None:
+        super()._set_up(children, options)
+        for child in children.values():
+            if isinstance(child, MultiheadAttention):
+                child._warns_of_decoding = False  # with a memory, fewer queries than keys are no sign of decoding
+
     def _run(
         self,
         x: Any,
@@ -196,7 +210,7 @@ class TransformerLayer(Container):
         key_padding_mask: Any,
         is_causal: Any,
     ) -> Any:
-        if memory and is_causal and attn_mask is None:
+        if memory and is_causal and attn_mask is None and attention._warns_of_decoding:
             warn_of_decoding(x, memory[0], attention._batch_first)
         key, value = memory or (x, x)
         parameters = attention._parameters
@@ -234,14 +248,13 @@ class TransformerLayer(Container):
         """One step: x + attention(norm(x)), or norm(x + attention(x))."""
         query = norm(x) if self._norm_first else x
         key, value = memory or (query, query)
-        update = dropout(attention(query, key, value, need_weights=False, **masks)[0])
-        added = as_array(x) + update
+        added = _add(as_array(x), dropout(attention(query, key, value, need_weights=False, **masks)[0]))
         return added if self._norm_first else norm(added)
 
     def _add_feed_forward(self, x: Any, norm: Any, dropout: Any) -> Any:
         """The last step: x + feed(norm(x)), or norm(x + feed(x))."""
         hidden = self.dropout(activate(self.linear1(norm(x) if self._norm_first else x), self._activation))
-        added = x + dropout(self.linear2(hidden))
+        added = _add(x, dropout(self.linear2(hidden)))
         return added if self._norm_first else norm(added)
 
     @classmethod

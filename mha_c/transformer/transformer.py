@@ -225,7 +225,7 @@ class Transformer(Container):
         try:
             memory = self.encoder(src, src_mask, src_key_padding_mask, src_is_causal)
         except REFUSALS as error:
-            call = (src, src_mask, src_key_padding_mask, src_is_causal, self.encoder.layers)
+            call = (src, src_mask, src_key_padding_mask, src_is_causal, getattr(self.encoder, "layers", ()))
             advise_on_steps(error, attention_call(*call, mask_name="src_mask", flag_name="src_is_causal"))
             raise
         return self.decoder(
