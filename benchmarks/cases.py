@@ -4,9 +4,29 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, TypeVar
+
+AnyCase = TypeVar("AnyCase", bound="Named")
+
+
+class Named(Protocol):
+    """What every case has."""
+
+    @property
+    def group(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def needed_flops(self) -> float: ...
+
 
 @dataclass(frozen=True)
 class Case:
@@ -126,16 +146,15 @@ WORKLOADS: dict[str, str] = {
     "1,512,512,8 S=16": "512 queries, 16 keys",
 }
 
-GROUPS: list[str] = list(dict.fromkeys(case.group for case in CASES))
 
+def select(parser: argparse.ArgumentParser, cases: Sequence[AnyCase]) -> Callable[[argparse.Namespace], list[AnyCase]]:
+    """Adds the options that choose from the cases; returns what chooses, all where no option was given."""
+    groups = list(dict.fromkeys(case.group for case in cases))
+    parser.add_argument("--classes", nargs="+", choices=groups, metavar="CLASS", help=f"of {', '.join(groups)}")
+    parser.add_argument("--shapes", nargs="+", metavar="TEXT", help=f'only cases whose name has TEXT, as "{cases[1].name}"')
 
-def select(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], list[Case]]:
-    """Adds the options that choose cases; returns what chooses them, all where no option was given."""
-    parser.add_argument("--classes", nargs="+", choices=GROUPS, metavar="CLASS", help=f"of {', '.join(GROUPS)}")
-    parser.add_argument("--shapes", nargs="+", metavar="TEXT", help='only cases whose name has TEXT, as "8,128,768,12"')
-
-    def choose(options: argparse.Namespace) -> list[Case]:
-        cases = [case for case in CASES if case.group in (options.classes or GROUPS)]
-        return [case for case in cases if any(text in case.name for text in options.shapes or [""])]
+    def choose(options: argparse.Namespace) -> list[AnyCase]:
+        chosen = [case for case in cases if case.group in (options.classes or groups)]
+        return [case for case in chosen if any(text in case.name for text in options.shapes or [""])]
 
     return choose

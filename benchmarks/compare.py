@@ -15,6 +15,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,25 @@ from typing import Any
 import machine
 import peers
 import report
-from cases import Case, select
+from cases import CASES, Named, select
 from compiler import NoCompiler
 from peak import Peak
-from problem import make, reference, relative_error
+from problem import judge
 from workers import PeerError, Worker, one_cpu
 
 from mha_c.display.progress import progress, say
 
 # Relative rms error of a right answer: a few hundred times the unit in the last place. bfloat16 would be at 1e-2.
 TOLERANCE = {"float32": 3e-5, "float64": 1e-13}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is measured, who takes part, and what makes a function of a result that tells its relative error."""
+
+    cases: Sequence[Any]
+    candidates: Sequence[peers.Candidate]
+    judge: Callable[[Any], Callable[[Any], float]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,8 @@ QUICK = Effort(sample=0.005, case=1.0, least_rounds=5, most_rounds=11)
 
 
 def measure_case(
-    case: Case,
+    case: Named,
+    relative_error: Callable[[Any], float],
     workers: list[Worker],
     threads: int,
     level: str,
@@ -58,8 +69,6 @@ def measure_case(
     effort: Effort,
 ) -> dict[str, Any]:
     """Everything known about one case, for the JSON file."""
-    problem = make(case)
-    expected = reference(problem)
     taking_part: list[tuple[Worker, float]] = []
     errors: dict[str, float] = {}
     left_out: dict[str, str] = {}
@@ -69,7 +78,7 @@ def measure_case(
         except PeerError as error:
             left_out[worker.name] = str(error)
             continue
-        errors[worker.name] = relative_error(problem, (output, weights), expected)
+        errors[worker.name] = relative_error((output, weights))
         if errors[worker.name] < TOLERANCE[case.dtype]:
             taking_part.append((worker, seconds))
         else:
@@ -89,7 +98,7 @@ def measure_case(
 
 
 def _rounds(
-    case: Case,
+    case: Named,
     taking_part: list[tuple[Worker, float]],
     left_out: dict[str, str],
     threads: int,
@@ -116,10 +125,10 @@ def _rounds(
     return times, peaks
 
 
-def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: Effort, file: Path) -> dict[str, Any]:
+def run(comparison: Comparison, thread_counts: list[int], effort: Effort, file: Path) -> dict[str, Any]:
     """All measurements, also written to a JSON file, anew after each case; those before Ctrl-C, if it comes."""
     results: dict[str, Any] = {"machine": machine.describe(), "versions": {}, "missing": {}, "runs": []}
-    results["command"] = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
+    results["command"] = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     results["interrupted"] = False
     with tempfile.TemporaryDirectory() as folder:
         level = results["machine"]["level"]
@@ -129,9 +138,9 @@ def run(cases: list[Case], names: list[str], thread_counts: list[int], effort: E
                 with ExitStack() as stack:
                     if threads == 1:
                         stack.enter_context(one_cpu())
-                    workers = _start(names, threads, stack, results)
-                    for case in progress(cases, "case", f"{threads} thread{'s' * (threads > 1)}"):
-                        done = measure_case(case, workers, threads, level, peak, effort)
+                    workers = _start(comparison.candidates, threads, stack, results)
+                    for case in progress(comparison.cases, "case", f"{threads} thread{'s' * (threads > 1)}"):
+                        done = measure_case(case, comparison.judge(case), workers, threads, level, peak, effort)
                         results["runs"].append(done)
                         file.write_text(json.dumps(results, indent=1))
                         say(report.line(done))
@@ -149,24 +158,28 @@ def _peak(level: str, folder: Path) -> Peak | None:
         return None
 
 
-def _start(names: list[str], threads: int, stack: ExitStack, results: dict[str, Any]) -> list[Worker]:
+def _start(
+    candidates: Sequence[peers.Candidate], threads: int, stack: ExitStack, results: dict[str, Any]
+) -> list[Worker]:
     """The processes of the peers; `stack` ends them."""
     workers = []
-    for name in names:
+    for candidate in candidates:
         try:
-            workers.append(stack.enter_context(Worker(name, threads)))
-            results["versions"][name] = workers[-1].version
+            workers.append(stack.enter_context(Worker(candidate, threads)))
+            results["versions"][candidate.name] = workers[-1].version
         except PeerError as error:
-            results["missing"][name] = str(error)
-            print(f"{name} is left out: {error}", file=sys.stderr)
+            results["missing"][candidate.name] = str(error)
+            print(f"{candidate.name} is left out: {error}", file=sys.stderr)
     return workers
 
 
-def arguments() -> tuple[argparse.Namespace, list[Case]]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def command(description: str, comparison: Comparison, file: str, write: Callable[[report.Summary, Path], Path]) -> int:
+    """Measures what the command line asks for, keeps all samples in the file, and writes what is made of them."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter samples; without the class 'lengths'")
-    choose = select(parser)
-    parser.add_argument("--peers", nargs="+", choices=peers.NAMES, metavar="PEER", help=f"of {', '.join(peers.NAMES)}")
+    choose = select(parser, comparison.cases)
+    names = [candidate.name for candidate in comparison.candidates]
+    parser.add_argument("--peers", nargs="+", choices=names, metavar="PEER", help=f"of {', '.join(names)}")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N")
     parser.add_argument("--seconds", type=float, help="about how long to measure each case")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"), metavar="DIR")
@@ -174,19 +187,16 @@ def arguments() -> tuple[argparse.Namespace, list[Case]]:
     cases = choose(options)
     if options.quick and not options.classes:
         cases = [case for case in cases if case.group != "lengths"]
-    return options, cases
-
-
-def main() -> int:
-    options, cases = arguments()
+    wanted = [peers.OURS.name, *(options.peers or names)]
+    candidates = [candidate for candidate in comparison.candidates if candidate.name in wanted]
     effort = QUICK if options.quick else FULL
     if options.seconds:
         effort = dataclasses.replace(effort, case=options.seconds)
-    names = [name for name in peers.NAMES if not options.peers or name in (peers.OURS, *options.peers)]
     options.output.mkdir(parents=True, exist_ok=True)
-    results = run(cases, names, options.threads, effort, options.output / "results.json")
+    chosen = dataclasses.replace(comparison, cases=cases, candidates=candidates)
+    results = run(chosen, options.threads, effort, options.output / file)
     if results["runs"]:
-        print(f"\n{report.write(report.summarize(results), options.output)} has it all.")
+        print(f"\n{write(report.summarize(results), options.output)} has it all.")
     if results["interrupted"]:
         print("interrupted", file=sys.stderr)
         return 130
@@ -194,4 +204,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(__doc__.splitlines()[0], Comparison(CASES, peers.LAYERS, judge), "results.json", report.write))

@@ -29,14 +29,15 @@ MODELS = {
 class EncoderCase:
     """One call of an encoder, on sequences of these lengths, which are padded to the longest."""
 
-    group: str  # the model
+    group: str
+    model_name: str
     lengths: tuple[int, ...]
     tokens: tuple[tuple[int, ...], ...] = ()  # MiniLM only: the numbers of the tokens; random ones if there are none
     dtype: str = "float32"
 
     @property
     def model(self) -> Model:
-        return MODELS[self.group]
+        return MODELS[self.model_name]
 
     @property
     def N(self) -> int:
@@ -52,7 +53,7 @@ class EncoderCase:
 
     @property
     def name(self) -> str:
-        return f"{self.group} {self.N}×{self.L}{', padded' if self.is_padded else ''}"
+        return f"{self.model_name} {self.N}×{self.L}{', padded' if self.is_padded else ''}"
 
     @property
     def needed_flops(self) -> float:
@@ -70,11 +71,11 @@ def _uneven(count: int, longest: int) -> tuple[int, ...]:
 
 
 CASES = [
-    *(EncoderCase("MiniLM", (length,)) for length in (24, 128, 384)),
-    EncoderCase("MiniLM", _uneven(32, 24)),
-    EncoderCase("MiniLM", _uneven(8, 128)),
-    *(EncoderCase("BERT-base layer", (length,)) for length in (24, 128, 384)),
-    EncoderCase("BERT-base layer", _uneven(8, 128)),
-    EncoderCase("ViT-B/16 layer", (197,)),
-    EncoderCase("ViT-B/16 layer", (197,) * 8),
+    *(EncoderCase("encoder", "MiniLM", (length,)) for length in (24, 128, 384)),
+    EncoderCase("encoder", "MiniLM", _uneven(32, 24)),
+    EncoderCase("encoder", "MiniLM", _uneven(8, 128)),
+    *(EncoderCase("layer", "BERT-base layer", (length,)) for length in (24, 128, 384)),
+    EncoderCase("layer", "BERT-base layer", _uneven(8, 128)),
+    EncoderCase("layer", "ViT-B/16 layer", (197,)),
+    EncoderCase("layer", "ViT-B/16 layer", (197,) * 8),
 ]

@@ -43,7 +43,7 @@ def make(case: EncoderCase) -> EncoderProblem:
     """The problem of a case: always the same numbers."""
     rng = np.random.default_rng(case.lengths)
     padding = np.arange(case.L) >= np.array(case.lengths)[:, None]
-    parameters, x = (_minilm if case.group == "MiniLM" else _random)(case, padding, rng)
+    parameters, x = (_minilm if case.model_name == "MiniLM" else _random)(case, padding, rng)
     return EncoderProblem(case, parameters, x, padding if case.is_padded else None)
 
 
@@ -121,7 +121,7 @@ def reference(problem: EncoderProblem) -> Array:
 
 
 def judge(case: EncoderCase) -> Callable[[tuple[Array, Array | None]], float]:
-    """What tells the rms error of a peer's output, of padded rows aside, in units of the rms of what it should be."""
+    """A function of a peer's output: its rms error, without padded rows, in units of the rms of what it should be."""
     problem = make(case)
     real = slice(None) if problem.padding is None else ~problem.padding
     expected = reference(problem)[real]

@@ -57,7 +57,7 @@ class Limits:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    choose = select(parser)
+    choose = select(parser, CASES)
     cases = choose(parser.parse_args())
     level = machine.describe()["level"]
     with tempfile.TemporaryDirectory() as folder:

@@ -107,11 +107,10 @@ def too_many(samples: int) -> dict[str, float]:
     return in_turns(samples, as_many_as_cpus=lambda: seconds(few), eight_times_as_many=lambda: seconds(many))
 
 
-def beside(samples: int, name: str) -> dict[str, float]:
+def beside(samples: int, candidate: peers.Candidate) -> dict[str, float]:
     """A call of ours right after one of another library, whose threads then still watch for work."""
     call = calling(LARGE, 2)
-    peer = peers.create(name, 2)
-    other = peer.prepare(make(LARGE))
+    other = candidate.create(2).prepare(LARGE)
 
     def after_other() -> float:
         other.call()
@@ -137,11 +136,12 @@ def main() -> None:
         "4 callers": callers(options.samples, 4),
         "too many threads": too_many(options.samples),
     }
-    for name in ("torch", "ORT MultiHeadAttention", "OpenVINO SDPA"):
-        try:
-            measured[f"beside {name}"] = beside(options.samples, name)
-        except ImportError as error:
-            print(f"{name} is left out: {error}")
+    for candidate in peers.LAYERS:
+        if candidate.name in ("torch", "ORT MultiHeadAttention", "OpenVINO SDPA"):
+            try:
+                measured[f"beside {candidate.name}"] = beside(options.samples, candidate)
+            except ImportError as error:
+                print(f"{candidate.name} is left out: {error}")
     for what, figures in measured.items():
         print(f"{what:<32}", ", ".join(f"{name.replace('_', ' ')} {value:.0f} us" for name, value in figures.items()))
     if options.output:

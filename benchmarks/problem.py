@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,15 +125,20 @@ def reference(problem: Problem) -> tuple[Array, Array | None]:
     return output, average if case.need_weights else None
 
 
-def relative_error(problem: Problem, got: tuple[Array, Array | None], want: tuple[Array, Array | None]) -> float:
-    """The larger of the rms errors of output and weights, in units of the rms of what they should be."""
-    rows = checked_rows(problem.case)
-    errors = []
-    for ours, theirs in zip(got, want, strict=True):
-        if theirs is None:
-            continue
-        if ours is None:
-            return float("inf")
-        difference = ours[:, rows].astype(np.float64) - theirs
-        errors.append(float(np.sqrt(np.mean(difference**2) / np.mean(theirs**2))))
-    return max(errors)
+def judge(case: Case) -> Callable[[tuple[Array, Array | None]], float]:
+    """A function of a peer's output and weights: the larger of their rms errors, in units of the rms of what they
+    should be."""
+    rows, expected = checked_rows(case), reference(make(case))
+
+    def relative_error(result: tuple[Array, Array | None]) -> float:
+        errors = []
+        for ours, theirs in zip(result, expected, strict=True):
+            if theirs is None:
+                continue
+            if ours is None:
+                return float("inf")
+            difference = ours[:, rows].astype(np.float64) - theirs
+            errors.append(float(np.sqrt(np.mean(difference**2) / np.mean(theirs**2))))
+        return max(errors)
+
+    return relative_error

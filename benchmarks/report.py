@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import chart
+import peers
 from cases import WORKLOADS
-from peers import OURS
 
+OURS = peers.OURS.name
 LEVELS = {"avx2": "AVX2", "avx512": "AVX-512", "neon": "NEON", "portable": "portable C"}
 README_BLOCK = re.compile(r"(?<=<!-- speed -->\n).*?(?=\n<!-- end of speed -->)", re.S)
 
@@ -258,18 +259,6 @@ def page(summary: Summary) -> str:
         for row in rows
     ]
     table = _table(["shape", *_TIMES, "of the peak"], cells)
-    machine = summary.machine
-    lines = {
-        "CPU": f"{machine['cpu']}, {machine['cpus']} CPUs usable",
-        "Instruction set of mha_c": LEVELS[machine["level"]],
-        "System": f"{machine['system']}, Python {machine['python']}, NumPy {machine['numpy']}",
-        "Compiler of mha_c": machine["compiler"],
-        "Versions": ", ".join(f"{name} {version}" for name, version in summary.versions.items()),
-        "Date": machine["date"][:10],
-        "Command": f"`{summary.command}`",
-        "All figures": "[performance.json](performance.json)",
-    }
-    facts = "\n".join(f"- {name}: {value}" for name, value in lines.items())
     text = f"""# Performance
 
 {headline(summary)}
@@ -278,7 +267,7 @@ def page(summary: Summary) -> str:
 
 {" ".join(also)}
 
-{facts}
+{facts(summary, "performance.json")}
 
 ## All shapes
 
@@ -303,6 +292,48 @@ It takes 12 minutes. [benchmarks/README.md](benchmarks/README.md) has the option
     return re.sub("\n{3,}", "\n\n", text)  # where there is no picture, or one number of threads
 
 
+def facts(summary: Summary, file: str) -> str:
+    """On what the figures were measured and with what, as a list; all of them are in the file beside the page."""
+    machine = summary.machine
+    lines = {
+        "CPU": f"{machine['cpu']}, {machine['cpus']} CPUs usable",
+        "Instruction set of mha_c": LEVELS[machine["level"]],
+        "System": f"{machine['system']}, Python {machine['python']}, NumPy {machine['numpy']}",
+        "Compiler of mha_c": machine["compiler"],
+        "Versions": ", ".join(f"{name} {version}" for name, version in summary.versions.items()),
+        "Date": machine["date"][:10],
+        "Command": f"`{summary.command}`",
+        "All figures": f"[{file}]({file})",
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items())
+
+
+def encoders_page(summary: Summary) -> str:
+    """A table of every library for each number of threads."""
+    tables = []
+    for threads in summary.threads:
+        rows = [row for row in summary.rows if row.threads == threads]
+        cells = [
+            [row.shape, time_text(row.seconds), percent(row.share)]
+            + [chart.times(row.ratios[name]) if name in row.ratios else "" for name in summary.libraries]
+            for row in rows
+        ]
+        others = [f"{name} takes" for name in summary.libraries]
+        table = _table(["encoder, sequences × tokens", "mha_c takes", "of the peak", *others], cells)
+        tables.append(f"With {_threads(threads)}:\n\n{table}")
+    both = "\n\n".join(tables)
+    return f"""# Whole encoders
+
+{facts(summary, "encoders.json")}
+
+Each library computes the same encoder from the same vectors of tokens. 1.06× means 1.06 times as long as mha_c. Each library is
+used in several ways, and the fastest one counts, separately for each row. The share of the peak counts the multiplications and
+additions of the products; padding does not count.
+
+{both}
+"""
+
+
 def write(summary: Summary, folder: Path) -> Path:
     """Writes performance.json, performance.md and its picture, performance.svg, into the folder."""
     (folder / "performance.json").write_text(dump(summary), "utf-8")
@@ -310,6 +341,13 @@ def write(summary: Summary, folder: Path) -> Path:
         (folder / "performance.svg").write_text(picture(summary), "utf-8")
     made = folder / "performance.md"
     made.write_text(page(summary), "utf-8")
+    return made
+
+
+def write_encoders(summary: Summary, folder: Path) -> Path:
+    """Writes encoders.md into the folder."""
+    made = folder / "encoders.md"
+    made.write_text(encoders_page(summary), "utf-8")
     return made
 
 

@@ -47,10 +47,11 @@ class Candidate:
         return peer
 
 
-OURS = "mha_c"
+OURS = Candidate("mha_c", "ours", "Ours")
 
+# Of single attention layers.
 LAYERS = (
-    Candidate(OURS, "ours", "Ours"),
+    OURS,
     Candidate("torch", "torch_layer", "TorchLayer", (False,)),
     Candidate("torch fast path", "torch_layer", "TorchLayer", (True,)),
     Candidate("ORT MultiHeadAttention", "onnx_runtime", "OnnxRuntime", ("MultiHeadAttention",)),
@@ -62,8 +63,9 @@ LAYERS = (
     Candidate("OpenVINO SDPA, any length", "open_vino", "OpenVino", ("dynamic",)),
 )
 
+# Of whole encoders.
 ENCODERS = (
-    Candidate(OURS, "ours", "OurEncoder"),
+    Candidate(OURS.name, "ours", "OurEncoder"),
     Candidate("torch", "torch_encoder", "TorchEncoder", ("eager",)),
     Candidate("torch fast path", "torch_encoder", "TorchEncoder", ("fast path",)),
     Candidate("torch compiled", "torch_encoder", "TorchEncoder", ("compiled",)),

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -20,6 +22,7 @@ class TorchEncoder:
         self.mode = torch.inference_mode()
         self.mode.__enter__()  # for good: entering it in each call would cost the peer microseconds
         self.kind = kind
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype stage")
         torch.backends.mha.set_fastpath_enabled(kind == "fast path")
         self.version = f"torch {torch.__version__}"
 
@@ -36,8 +39,9 @@ class TorchEncoder:
             dtype=getattr(torch, case.dtype),
         )
         fast = self.kind == "fast path"
-        encoder: Any = torch.nn.TransformerEncoder(layer, model.layers, enable_nested_tensor=fast).eval()
-        encoder.load_state_dict({name: torch.from_numpy(array) for name, array in problem.parameters.items()})
+        nested = fast and not model.norm_first  # leaves out the padding
+        encoder: Any = torch.nn.TransformerEncoder(layer, model.layers, enable_nested_tensor=nested).eval()
+        encoder.load_state_dict({name: torch.tensor(array) for name, array in problem.parameters.items()})
         x = torch.from_numpy(problem.x)
         padding = None if problem.padding is None else torch.from_numpy(problem.padding)
         if fast and not takes_fast_path(encoder, x, padding):
@@ -49,8 +53,6 @@ class TorchEncoder:
 
 
 def takes_fast_path(encoder: Any, x: torch.Tensor, padding: torch.Tensor | None) -> bool:
-    from unittest import mock
-
     native = torch._transformer_encoder_layer_fwd
     with mock.patch.object(torch, "_transformer_encoder_layer_fwd", side_effect=native) as spy:
         encoder(x, None, padding)

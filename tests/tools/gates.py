@@ -38,6 +38,7 @@ from test_hot_loops import compile_flags  # noqa: E402,I001
 sys.path.append(str(REPOSITORY / "benchmarks"))
 
 from cases import CASES, Case  # noqa: E402
+from peers import OURS  # noqa: E402
 from workers import Worker, one_cpu  # noqa: E402
 
 MOST_MORE_INSTRUCTIONS = 0.01
@@ -220,7 +221,7 @@ def compare_speed(old: Side, new: Side, repetitions: int, rounds: int, sample: f
             with contextlib.ExitStack() as stack:
                 if threads == 1:
                     stack.enter_context(one_cpu())
-                workers = [stack.enter_context(Worker("mha_c", threads, side.packages)) for side in (old, new)]
+                workers = [stack.enter_context(Worker(OURS, threads, side.packages)) for side in (old, new)]
                 for case in cases:
                     ratio = ratio_of(case, workers, rounds, sample)
                     ratios.setdefault(f"{case.name}, {threads} threads", []).append(ratio)

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures whole encoders, and single layers of encoders, in mha_c and every other library that is installed.
+
+The cases are those of encoder_cases.py. They are measured as compare.py measures attention layers.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import peers
+import report
+from compare import Comparison, command
+from encoder_cases import CASES
+from encoder_problem import judge
+
+if __name__ == "__main__":
+    comparison = Comparison(CASES, peers.ENCODERS, judge)
+    sys.exit(command(__doc__.splitlines()[0], comparison, "encoders.json", report.write_encoders))
