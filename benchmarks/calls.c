@@ -90,6 +90,25 @@ static mha_layer *make_layer(const described_call *c)
     return layer;
 }
 
+static mha_linear *make_linear(const described_call *c, size_t features, size_t depth)
+{
+    mha_linear *linear = NULL;
+    const void *weight = numbers(c->dtype, features * depth), *bias = numbers(c->dtype, features);
+    if (mha_linear_create(c->dtype, features, depth, weight, bias, &linear) != MHA_OK)
+        abort();
+    return linear;
+}
+
+static mha_block *make_block(const described_call *c)
+{
+    const mha_norm norm = {.weight = numbers(c->dtype, c->E), .bias = numbers(c->dtype, c->E), .eps = 1e-5};
+    mha_block *block = allocate(sizeof *block);
+    *block = (mha_block){.is_self_attention = true, .zeroes_padding = c->live[0] > 0, .attention_norm = norm,
+                         .feed_forward_norm = norm, .linear1 = make_linear(c, c->F, c->E),
+                         .linear2 = make_linear(c, c->E, c->F), .activation = MHA_GELU};
+    return block;
+}
+
 prepared_call prepare_call(const described_call *c)
 {
     const mha_rows query = input(c, c->L, c->E);
@@ -100,6 +119,7 @@ prepared_call prepare_call(const described_call *c)
         .attn_mask = attention_mask(c), .key_padding_mask = padding_mask(c), .is_causal = c->is_causal,
         .dropout_p = c->dropout_p, .output = input(c, c->L, c->E), .wanted = c->wanted,
         .attn_weights = allocate(c->N * c->L * c->S * size_of(c->dtype)), .threads = 1,
+        .block = c->F > 0 ? make_block(c) : NULL,
     };
     return (prepared_call){make_layer(c), call};
 }

@@ -18,6 +18,7 @@ typedef struct {
     bool is_causal;
     mha_wanted wanted;
     double dropout_p;
+    size_t F; /* hidden features of a layer of a Transformer with gelu, which skips padding; 0: attention alone */
 } described_call;
 
 /* Memory on a cache line of its own; the process ends where there is none. */
