@@ -234,8 +234,8 @@ training=False)
         batch_first: bool | None = None,
         dtype: Any = None,
         dropout_seed: int | None = None,
-        padded: Padded | None = None,
         masked_rows: MaskedRows = "torch",
+        padded: Padded | None = None,
     ) -> Self:
         """Make a layer from trained parameters: those of one layer of an encoder in a state dict or a file.
 
@@ -528,8 +528,8 @@ class TransformerEncoder(Container):
         batch_first: bool | None = None,
         dtype: Any = None,
         dropout_seed: int | None = None,
-        padded: Padded | None = None,
         masked_rows: MaskedRows = "torch",
+        padded: Padded | None = None,
     ) -> Self:
         """Make an encoder from trained parameters: the layers, and the norm of their output if the model has it.
 
