@@ -267,6 +267,35 @@ static void test_given_up(mha_dtype dtype)
     free_parameters(&of_attention);
 }
 
+/* ---- Activations ---- */
+
+/* For any number of threads, with the factor beside the numbers or without. */
+static void test_activations(mha_dtype dtype, uint64_t *hash)
+{
+    enum { ROWS = 61, WIDTH = 333 };
+    char *x = guarded_buffer(INPUTS, 2 * ROWS * WIDTH * size_of(dtype), AT_END);
+    for (ptrdiff_t i = 0; i < 2 * ROWS * WIDTH; i++)
+        put(dtype, x, i, rounded(dtype, random_number(dtype, 80, (uint64_t)i) * (i % 3 ? 1 : 12)));
+    for (unsigned i = 0; i < 2 * (MHA_QUICK_GELU + 1); i++)
+        for (size_t threads = 1; threads < 4; threads++) {
+            char *y = guarded_buffer(OUTPUT, ROWS * WIDTH * size_of(dtype), threads % 2 ? AT_END : AT_START);
+            const mha_activation_call call = {.dtype = dtype, .activation = (mha_activation)(i / 2), .is_gated = i % 2,
+                                              .rows = ROWS, .width = WIDTH, .x = x, .y = y, .threads = threads};
+            const size_t row = (call.is_gated ? 2u : 1u) * WIDTH * size_of(dtype);
+            DESCRIBE("%s %s activation %u, gated %d, %zu threads", mha_cpu_name(), dtype_name(dtype), i / 2,
+                     call.is_gated, threads);
+            CHECK(mha_apply_activation(&call) == MHA_OK, "no answer");
+            for (size_t r = 0; r < ROWS; r++) {
+                char wanted[WIDTH * sizeof(double)];
+                memcpy(wanted, x + r * row, WIDTH * size_of(dtype));
+                mha_cpu_kernels(dtype)->activate(call.activation, wanted, i % 2 ? x + r * row + row / 2 : NULL, WIDTH);
+                CHECK(memcmp(wanted, y + r * WIDTH * size_of(dtype), WIDTH * size_of(dtype)) == 0, "row %zu", r);
+            }
+            for (ptrdiff_t j = 0; j < ROWS * WIDTH && threads == 1; j++)
+                hash_number(hash, get(dtype, y, j));
+        }
+}
+
 int main(void)
 {
     if (!choose_kernels())
@@ -275,6 +304,7 @@ int main(void)
         uint64_t hash = HASH_OF_NOTHING;
         for (size_t i = 0; i < PROBLEMS; i++)
             test_problem(&problems[i], (mha_dtype)dtype, &hash);
+        test_activations((mha_dtype)dtype, &hash);
         printf("hash block %s %016llx\n", dtype_name((mha_dtype)dtype), (unsigned long long)hash);
         test_given_up((mha_dtype)dtype);
     }
