@@ -72,6 +72,8 @@ static void activation_task(void *context, size_t task, size_t worker)
 
 mha_status mha_activate_rows(const mha_activated_rows *activated, const mha_team *team)
 {
+    if (activated->width == 0)
+        return MHA_OK; /* there may be any number of such rows */
     const size_t tasks = mha_divide_up(activated->rows, rows_per_task(activated->width));
     return mha_parallel_for(team, tasks, activation_task, (void *)activated);
 }

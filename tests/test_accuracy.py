@@ -6,12 +6,14 @@ kernels with FMA, and for the median over ten seeds: errors are random, and one 
 Run with `-s` to see the ratios.
 """
 
+import math
+
 import numpy as np
 import pytest
 import reference
-from helpers import call_torch, inputs, torch_twin
+from helpers import call_torch, inputs, normal, torch_twin
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 mha_c = pytest.importorskip("mha_c")
 
 if mha_c._core.config()["cpu_level"] == "portable":
@@ -62,3 +64,50 @@ def test_rms_error(dtype, n, length, s, e, h, options):
     median = np.median(ratios, axis=0)
     print(f"\nrms error / torch's: output {median[0]:.3f}, with weights {median[1]:.3f}, weights {median[2]:.3f}")
     assert (median <= 1).all()
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_rms_error_of_layers(activation, norm_first):
+    """No larger than torch's own, both against torch's in float64; in the median over seeds."""
+    options = {"activation": activation, "norm_first": norm_first, "batch_first": True}
+    ratios = []
+    for seed in range(6):
+        module = mha_c.TransformerEncoderLayer(256, 4, 512, seed=seed, **options).eval()
+        state = {name: torch.from_numpy(array.copy()) for name, array in module.state_dict().items()}
+        x = normal((2, 100, 256), seed=seed)
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            theirs = torch.nn.TransformerEncoderLayer(256, 4, 512, dtype=dtype, **options).eval()
+            theirs.load_state_dict(state)
+            with torch.no_grad():
+                found.append(theirs(torch.from_numpy(x).to(dtype)).numpy())
+        ratios.append(rms(module(x) - found[1]) / rms(found[0] - found[1]))
+    print(f"\nrms error / torch's: {np.median(ratios):.3f}")
+    assert np.median(ratios) <= 1
+
+
+def define_activation(name, x):
+    """In a wider type. NumPy has no error function: that of gelu is for float32 alone."""
+    if name == "gelu":
+        return x * np.vectorize(math.erfc)(-x.astype(float) / math.sqrt(2)) / 2
+    u = np.sqrt(2 / np.arccos(np.longdouble(-1))) * (x + np.longdouble("0.044715") * x**3)
+    return np.maximum(x, 0) if name == "relu" else x / (1 + np.exp(-x if name == "silu" else -2 * u))
+
+
+@pytest.mark.parametrize("dtype, name, size", [
+    *(pytest.param("float32", name, size) for name in ("relu", "gelu", "silu") for size in (0.01, 1, 5)),
+    *(pytest.param("float64", name, size, marks=FLOAT64) for name in ("relu", "silu") for size in (0.01, 1, 5)),
+    # Near 0, that of gelu_tanh is up to 6 % larger.
+    *(pytest.param("float32", "gelu_tanh", size) for size in (1, 5)),
+    *(pytest.param("float64", "gelu_tanh", size, marks=FLOAT64) for size in (1, 5)),
+])
+def test_rms_error_of_activations(name, dtype, size):
+    """The same of an activation alone, for normal numbers of some size."""
+    functional = torch.nn.functional
+    theirs = functional.gelu if name.startswith("gelu") else getattr(functional, name)
+    options = {"approximate": "tanh"} if name == "gelu_tanh" else {}
+    x = normal((20_000,), dtype) * np.array(size, dtype)
+    want = define_activation(name, x.astype(np.longdouble))
+    ours = rms(mha_c._core.activate(x, name, False) - want)
+    assert ours <= rms(theirs(torch.from_numpy(x), **options).numpy() - want)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-PROGRAMS = ["kernels", "softmax", "exp", "norm", "forward", "sdpa", "allocations"]  # and "threads"
-ONE_LEVEL = ["forward", "sdpa"]  # the others try all levels by themselves
+PROGRAMS = ["kernels", "softmax", "exp", "norm", "forward", "block", "sdpa", "allocations"]  # and "threads"
+ONE_LEVEL = ["forward", "block", "sdpa"]  # the others try all levels by themselves
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wconversion", "-Wshadow",
          "-pthread", f"-I{REPOSITORY / 'csrc'}"]
 WRAP = ["-Wl," + ",".join(f"--wrap={name}" for name in ("malloc", "calloc", "aligned_alloc", "free"))]

@@ -20,9 +20,22 @@ enum {
     BLOCK_COUNT
 };
 
+/* A norm is a tuple (weight, bias, eps, is_rms). The parameters are checked when no more Python code runs. */
+static int collect_norm(PyObject *object, mha_norm *norm)
+{
+    if (!PyTuple_CheckExact(object) || PyTuple_GET_SIZE(object) != 4) {
+        PyErr_SetString(PyExc_TypeError, "a norm must be a tuple (weight, bias, eps, is_rms)");
+        return -1;
+    }
+    norm->eps = PyFloat_AsDouble(PyTuple_GET_ITEM(object, 2));
+    if (norm->eps == -1 && PyErr_Occurred())
+        return -1;
+    return collect_flag(PyTuple_GET_ITEM(object, 3), "is_rms", &norm->is_rms);
+}
+
 /* A parameter of a norm: None, or an array of E numbers. */
-static int collect_norm_parameter(const call_arguments *arguments, PyObject *object, PyArrayObject **array,
-                                  const void **numbers)
+static int check_norm_parameter(const call_arguments *arguments, PyObject *object, PyArrayObject **array,
+                                const void **numbers)
 {
     const npy_intp E = (npy_intp)arguments->weights->widths.E;
     if (object == Py_None)
@@ -38,21 +51,11 @@ static int collect_norm_parameter(const call_arguments *arguments, PyObject *obj
     return 0;
 }
 
-/* A norm is a tuple (weight, bias, eps, is_rms). */
-static int collect_norm(call_arguments *arguments, PyObject *object, size_t first, mha_norm *norm)
+static int check_norm(call_arguments *arguments, PyObject *object, size_t first, mha_norm *norm)
 {
-    if (!PyTuple_CheckExact(object) || PyTuple_GET_SIZE(object) != 4) {
-        PyErr_SetString(PyExc_TypeError, "a norm must be a tuple (weight, bias, eps, is_rms)");
-        return -1;
-    }
-    norm->eps = PyFloat_AsDouble(PyTuple_GET_ITEM(object, 2));
-    if (norm->eps == -1 && PyErr_Occurred())
-        return -1;
-    if (collect_flag(PyTuple_GET_ITEM(object, 3), "is_rms", &norm->is_rms) < 0)
-        return -1;
-    return collect_norm_parameter(arguments, PyTuple_GET_ITEM(object, 0), &arguments->norms[first], &norm->weight) < 0 ||
-                   collect_norm_parameter(arguments, PyTuple_GET_ITEM(object, 1), &arguments->norms[first + 1],
-                                          &norm->bias) < 0
+    PyArrayObject **arrays = &arguments->norms[first];
+    return check_norm_parameter(arguments, PyTuple_GET_ITEM(object, 0), &arrays[0], &norm->weight) < 0 ||
+                   check_norm_parameter(arguments, PyTuple_GET_ITEM(object, 1), &arrays[1], &norm->bias) < 0
                ? -1
                : 0;
 }
@@ -96,8 +99,8 @@ static int collect_block(const module_state *state, PyObject *const *objects, ca
         collect_activation(objects[BLOCK_ACTIVATION], &block->activation) < 0 ||
         collect_linear(state, objects[BLOCK_LINEAR1], "linear1", &linear1) < 0 ||
         collect_linear(state, objects[BLOCK_LINEAR2], "linear2", &linear2) < 0 ||
-        collect_norm(arguments, objects[BLOCK_ATTENTION_NORM], 0, &block->attention_norm) < 0 ||
-        collect_norm(arguments, objects[BLOCK_FEED_FORWARD_NORM], 2, &block->feed_forward_norm) < 0)
+        collect_norm(objects[BLOCK_ATTENTION_NORM], &block->attention_norm) < 0 ||
+        collect_norm(objects[BLOCK_FEED_FORWARD_NORM], &block->feed_forward_norm) < 0)
         return -1;
     const bool is_one = arguments->key == arguments->query && arguments->value == arguments->query;
     if ((block->is_self_attention && !is_one) || (block->zeroes_padding && !block->is_self_attention) ||
@@ -142,6 +145,8 @@ PyObject *transform(PyObject *module, PyObject *const *objects, Py_ssize_t count
     }
     if (collect_arguments(state, objects, ARGUMENT_STATIC_K, &arguments) < 0 ||
         collect_block(state, objects, &arguments, &block) < 0 || make_query_adjacent(&arguments) < 0 ||
+        check_norm(&arguments, objects[BLOCK_ATTENTION_NORM], 0, &block.attention_norm) < 0 ||
+        check_norm(&arguments, objects[BLOCK_FEED_FORWARD_NORM], 2, &block.feed_forward_norm) < 0 ||
         check_arguments(&arguments) < 0) {
         mark_refused();
         goto done;

@@ -7,7 +7,7 @@
  *
  * Also: sizes that no memory could hold, and a call that is asked to stop, at any moment.
  */
-#include "problems.h"
+#include "layers.h"
 #include "spare.h"
 
 /* ---- Allocations, counted and refused ---- */
@@ -70,6 +70,34 @@ void __wrap_free(void *old)
     __real_free(old);
 }
 
+/* ---- Asked to stop ---- */
+
+typedef struct {
+    size_t asked, patience; /* questions that are answered with no */
+} questions;
+
+static bool is_impatient(void *context)
+{
+    questions *q = context;
+    return ++q->asked > q->patience;
+}
+
+/* Stopped at the first question, the second, ... until the call gets through. */
+static void expect_stops(const problem *p, const mha_layer *layer, mha_call c, long before)
+{
+    mha_status status = MHA_STOPPED;
+    for (size_t patience = 0; patience < 10000 && status != MHA_OK; patience += 1 + patience / 8) {
+        questions q = {.patience = patience};
+        c.stop = (mha_stop){.should_stop = is_impatient, .context = &q};
+        DESCRIBE("'%s', %zu threads, stopped after %zu questions", p->name, c.threads, patience);
+        status = mha_forward(layer, &c);
+        CHECK(status == (q.asked > patience ? MHA_STOPPED : MHA_OK), "asked %zu times, status %d", q.asked,
+              (int)status);
+        CHECK(in_use() == before, "%ld allocations leaked", live - before);
+    }
+    CHECK(status == MHA_OK, "never got through");
+}
+
 /* ---- The n-th allocation fails ---- */
 
 #define RAGGED {.H = 6, .Hkv = 2, .D = 5, .Dv = 7, .E = 11, .Ek = 13, .Ev = 3, .Eo = 9}
@@ -127,6 +155,77 @@ static void test_problem(const problem *p, mha_dtype dtype, mha_wanted wanted)
     }
     CHECK(status == MHA_OK && memcmp(complete, c.output.data, bytes) == 0, "status %d, or another answer", (int)status);
     free(complete);
+    mha_layer_destroy(layer);
+    CHECK(in_use() == at_first, "%ld allocations leaked", live - at_first);
+    free_parameters(&given);
+}
+
+#define NARROW {.H = 2, .Hkv = 2, .D = 8, .Dv = 8, .E = 16, .Ek = 16, .Ev = 16, .Eo = 16}
+
+static const struct {
+    problem p;
+    surroundings s;
+} layers[] = {
+    {{.name = "a layer", .N = 3, .L = 70, .S = 70, .w = NARROW, .is_self = true, .padding = MHA_MASK_HIDE},
+     {.norm_first = true, .zeroes_padding = true, .has_network = true, .hidden = 40}},
+    {{.name = "a layer of few queries", .N = 4, .L = 1, .S = 700, .w = NARROW, .padding = MHA_MASK_HIDE},
+     {.has_network = true, .is_gated = true, .hidden = 40}},
+    {{.name = "a layer in chunks", .N = 96, .L = 50, .S = 50, .w = NARROW, .is_self = true},
+     {.has_network = true, .hidden = 40}},
+    {{.name = "hidden features in parts", .N = 1, .L = 500, .S = 500, .w = NARROW, .is_self = true},
+     {.norm_first = true, .has_network = true, .hidden = 9000}},
+    {{.name = "a layer without a network", .N = 2, .L = 30, .S = 50, .w = NARROW}, {.has_norm_parameters = true}},
+};
+enum { BLOCK_PROBLEMS = sizeof layers / sizeof *layers };
+
+/* The linear maps of a layer, made with ever more memory until they can be. */
+static void make_block_at_last(const problem *p, const surroundings *s, mha_dtype dtype, made_block *made)
+{
+    const long before = in_use();
+    mha_status status = MHA_NO_MEMORY;
+    for (size_t n = s->has_network ? 4 : 0; n < MAX_ALLOCATIONS && status != MHA_OK; n++) { /* 4: the test's own arrays */
+        DESCRIBE("'%s', linear maps, %zu allocations", p->name, n);
+        allocations_left = n + (s->has_norm_parameters ? 4 : 0);
+        status = make_block(p, s, dtype, made);
+        allocations_left = SIZE_MAX;
+        CHECK(status == MHA_OK || status == MHA_NO_MEMORY, "status %d", (int)status);
+        CHECK(n > 4 || !s->has_network || status == MHA_NO_MEMORY, "needs no memory");
+        if (status != MHA_OK)
+            free_block(made);
+        CHECK(status == MHA_OK || in_use() == before, "%ld allocations leaked", live - before);
+    }
+    CHECK(status == MHA_OK, "never enough memory");
+}
+
+/* A whole layer: the same, and stopped at any moment. */
+static void test_layer(const problem *p, const surroundings *s, size_t threads)
+{
+    parameters given = make_parameters(p, MHA_FLOAT32);
+    const long at_first = in_use();
+    mha_layer *layer = make_layer(p, &given);
+    made_block made;
+    make_block_at_last(p, s, MHA_FLOAT32, &made);
+    const manner m = {.threads = threads};
+    mha_call c = make_call(p, MHA_FLOAT32, &m);
+    const size_t bytes = p->N * p->L * p->w.Eo * size_of(MHA_FLOAT32);
+    char *complete = malloc(bytes);
+    c.block = &made.block;
+    CHECK(compute_in_steps(layer, &c, p->w.E, s->hidden, MHA_FLOAT32, complete) == MHA_OK, "no steps");
+    const long before = in_use();
+    mha_status status = MHA_NO_MEMORY;
+    for (size_t n = 0; n < MAX_ALLOCATIONS && status != MHA_OK; n++) {
+        DESCRIBE("'%s', %zu threads, %zu allocations", p->name, threads, n);
+        allocations_left = n;
+        status = mha_forward(layer, &c);
+        allocations_left = SIZE_MAX;
+        CHECK(status == (n < 2 ? MHA_NO_MEMORY : status) && (status == MHA_OK || status == MHA_NO_MEMORY), "status %d",
+              (int)status);
+        CHECK(in_use() == before, "%ld allocations leaked", live - before);
+    }
+    CHECK(status == MHA_OK && memcmp(complete, c.output.data, bytes) == 0, "status %d, or another answer", (int)status);
+    expect_stops(p, layer, c, before);
+    free(complete);
+    free_block(&made);
     mha_layer_destroy(layer);
     CHECK(in_use() == at_first, "%ld allocations leaked", live - at_first);
     free_parameters(&given);
@@ -254,35 +353,12 @@ static void test_sizes(void)
     free_parameters(&given);
 }
 
-typedef struct {
-    size_t asked, patience; /* questions that are answered with no */
-} questions;
-
-static bool is_impatient(void *context)
-{
-    questions *q = context;
-    return ++q->asked > q->patience;
-}
-
-/* Stopped at the first question, the second, ... until the call gets through. */
 static void stop_everywhere(const problem *p, size_t threads)
 {
     parameters given = make_parameters(p, MHA_FLOAT32);
     mha_layer *layer = make_layer(p, &given);
-    const long before = in_use();
     const manner m = {.threads = threads, .wanted = MHA_WANT_AVERAGES};
-    mha_call c = make_call(p, MHA_FLOAT32, &m);
-    mha_status status = MHA_STOPPED;
-    for (size_t patience = 0; patience < 10000 && status != MHA_OK; patience += 1 + patience / 8) {
-        questions q = {.patience = patience};
-        c.stop = (mha_stop){.should_stop = is_impatient, .context = &q};
-        DESCRIBE("'%s', %zu threads, stopped after %zu questions", p->name, threads, patience);
-        status = mha_forward(layer, &c);
-        CHECK(status == (q.asked > patience ? MHA_STOPPED : MHA_OK), "asked %zu times, status %d", q.asked,
-              (int)status);
-        CHECK(in_use() == before, "%ld allocations leaked", live - before);
-    }
-    CHECK(status == MHA_OK, "never got through");
+    expect_stops(p, layer, make_call(p, MHA_FLOAT32, &m), in_use());
     mha_layer_destroy(layer);
     free_parameters(&given);
 }
@@ -308,6 +384,9 @@ int main(void)
         for (int dtype = 0; dtype < 2; dtype++)
             for (int wanted = 0; wanted < 3; wanted++)
                 test_problem(&problems[i], (mha_dtype)dtype, (mha_wanted)wanted);
+    for (size_t i = 0; i < BLOCK_PROBLEMS; i++)
+        for (size_t threads = 1; threads < 4; threads++)
+            test_layer(&layers[i].p, &layers[i].s, threads);
     test_parts();
     test_layouts();
     test_workspaces();

@@ -571,6 +571,97 @@ static void test_handful(const bench *b)
     }
 }
 
+/* ---- Activations ---- */
+
+enum { SAMPLES = 1 << 12 };
+
+/* By libm, in the widest type. Where a tail is near 0, no digits cancel. */
+static long double activated(mha_activation activation, long double x, long double *exponent)
+{
+    const long double u = sqrtl(2 / acosl(-1)) * (x + 0.044715L * x * x * x);
+    const long double z = activation == MHA_GELU_TANH ? 2 * u : activation == MHA_QUICK_GELU ? 1.702L * x : x;
+    *exponent = activation == MHA_RELU ? 0 : activation == MHA_GELU ? x * x / 2 : z;
+    if (activation == MHA_RELU)
+        return x > 0 ? x : 0;
+    return activation == MHA_GELU ? x * erfcl(-x / sqrtl(2)) / 2 : x / (1 + expl(-z));
+}
+
+/* An exponent is rounded up to four times. Each rounding changes the exponential by half as many units as the exponent is
+ * large. An exponential that underflows is 0. */
+static void check_activated(const bench *b, mha_activation activation, double x, double factor, double got)
+{
+    long double exponent;
+    const long double exact = activated(activation, (long double)x, &exponent) * (long double)factor;
+    const long double units = activation == MHA_RELU ? 0 : 4 + 2 * fabsl(exponent), unit = (long double)eps_of(b->dtype);
+    const long double least = (long double)(smallest_of(b->dtype) * (1 + fabs(x)) * (1 + fabs(factor)));
+    if (factor == 1 && units == 0)
+        CHECK(got == (double)exact, "%a becomes %a instead of %a", x, got, (double)exact);
+    else
+        CHECK(fabsl((long double)got - exact) <= (units + 1) * unit * fabsl(exact) + least, "%a becomes %a instead of %a",
+              x, got, (double)exact);
+}
+
+/* Of any size, from 2^-40 to 2^7, of both signs. */
+static double sample(const bench *b, size_t i)
+{
+    const double x = random_number(b->dtype, 70, i);
+    return rounded(b->dtype, i % 2 ? x * 16 : ldexp(x, (int)(random_word(71, i) % 47) - 39));
+}
+
+/* Rows of 0 numbers to three vectors and more, with a factor or without; every number has its own place. */
+static void check_rows_activated(const bench *b, mha_activation activation, bool has_factor)
+{
+    for (size_t n = 0, first = 0; first < SAMPLES; n = (n + 1) % (3 * b->k->lanes + 2), first += n) {
+        char *x = buffer(b, 0, n);
+        const void *factor = has_factor ? random_buffer(b, 1, n, 72) : NULL;
+        for (size_t i = 0; i < n; i++)
+            put(b->dtype, x, (ptrdiff_t)i, sample(b, first + i));
+        DESCRIBE("%s %s activation %d of %zu numbers, factor %d", b->k->name, dtype_name(b->dtype), (int)activation, n,
+                 has_factor);
+        b->k->activate(activation, x, factor, n);
+        for (size_t i = 0; i < n; i++)
+            check_activated(b, activation, sample(b, first + i), factor ? get(b->dtype, factor, (ptrdiff_t)i) : 1,
+                            get(b->dtype, x, (ptrdiff_t)i));
+        CHECK(guarded_intact(0) && (!has_factor || guarded_intact(1)), "wrote beside a buffer");
+    }
+}
+
+/* The n-th number alone: what comes out does not depend on its place. */
+static double activate_alone(const bench *b, mha_activation activation, double x)
+{
+    char *number = buffer(b, 0, 1);
+    put(b->dtype, number, 0, x);
+    b->k->activate(activation, number, NULL, 1);
+    return get(b->dtype, number, 0);
+}
+
+/* NaN stays NaN, infinity stays, minus infinity becomes 0, and small numbers keep their digits. */
+static void check_special_numbers(const bench *b, mha_activation activation)
+{
+    const double tiny = smallest_of(b->dtype), least = tiny * eps_of(b->dtype), large = -lowest_of(b->dtype);
+    const double specials[] = {0, -0.0, tiny, -tiny, least, -least, tiny / 8, -tiny / 8};
+    DESCRIBE("%s %s activation %d", b->k->name, dtype_name(b->dtype), (int)activation);
+    CHECK(isnan(activate_alone(b, activation, NAN)), "NaN is lost");
+    CHECK(activate_alone(b, activation, INFINITY) == INFINITY, "infinity is lost");
+    CHECK(activate_alone(b, activation, large) == large, "%a", activate_alone(b, activation, large));
+    CHECK(activate_alone(b, activation, -INFINITY) == 0, "%a", activate_alone(b, activation, -INFINITY));
+    CHECK(activate_alone(b, activation, -large) == 0, "%a", activate_alone(b, activation, -large));
+    for (size_t i = 0; i < sizeof specials / sizeof *specials; i++) {
+        const double x = specials[i], got = activate_alone(b, activation, x);
+        const double wanted = activation == MHA_RELU ? (x > 0 ? x : 0) : x / 2;
+        CHECK(fabs(got - wanted) <= least, "%a becomes %a instead of %a", x, got, wanted);
+    }
+}
+
+static void test_activations(const bench *b)
+{
+    for (int activation = MHA_RELU; b->vectors == 1 && activation <= MHA_QUICK_GELU; activation++) {
+        check_rows_activated(b, (mha_activation)activation, false);
+        check_rows_activated(b, (mha_activation)activation, true);
+        check_special_numbers(b, (mha_activation)activation);
+    }
+}
+
 int main(void)
 {
     test_philox();
@@ -582,5 +673,6 @@ int main(void)
     on_every_bench(test_is_finite);
     on_every_bench(test_dropout);
     on_every_bench(test_handful);
+    on_every_bench(test_activations);
     return check_report("test_kernels");
 }
