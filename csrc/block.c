@@ -9,9 +9,9 @@
 
 #include "projection.h"
 
-/* Of the hidden features of rows that go through the feed-forward network together. So the workspace does not grow with
- * them. The weights are read once for all these rows. */
-enum { MAX_HIDDEN_BYTES = 8 << 20 };
+/* Of the hidden features of rows that go through the feed-forward network together, for each thread: about what its
+ * second-level cache holds. The weights are read once for all these rows. */
+enum { MAX_HIDDEN_BYTES = 524288 };
 
 /* A row of the workspace by its number, and the distance to the next one. */
 static mha_rows rows_from(const mha_rows *rows, size_t first)
@@ -37,7 +37,8 @@ static size_t hidden_width(const mha_block *block)
 static size_t count_parts(const mha_block_pass *b)
 {
     const size_t row = mha_row_stride(hidden_width(b->block), b->kernels->lanes, b->kernels->size) * b->kernels->size;
-    return mha_divide_up(mha_walk_rows(b->walk), mha_larger(MAX_HIDDEN_BYTES / mha_larger(row, 1), 1));
+    return mha_divide_up(mha_walk_rows(b->walk),
+                         mha_larger(b->team->threads * MAX_HIDDEN_BYTES / mha_larger(row, 1), 1));
 }
 
 /* One part: hidden = activation(x W1^T + b1), y = hidden W2^T + b2. */
