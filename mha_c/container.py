@@ -87,7 +87,9 @@ class Container(Module):
         for name, value in options.items():
             if callable(value):
                 raise TypeError(f"a file cannot hold {name}={value!r}: it is code")
-        described = {name: child and child._full_description() for name, child in self._children.items()}
+        described = {
+            name: None if child is None else child._full_description() for name, child in self._children.items()
+        }
         return {"options": options, "children": described}
 
     @classmethod
@@ -115,7 +117,7 @@ class Container(Module):
         return made
 
     def __repr__(self) -> str:
-        return _tree(self, [(name, repr(child)) for name, child in self._children.items()])
+        return _tree(self, [(name, repr(child)) for name, child in self._children.items() if child is not None])
 
 
 def _children_described(described: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Module | None]:

@@ -487,6 +487,11 @@ class Module:
         """The layer that a file describes. What does not fit is an error, not always a clear one."""
         raise NotImplementedError
 
+    @classmethod
+    def _how_to_read(cls) -> str:
+        """How to read a file of parameters that `save` did not write, for the error of `load`."""
+        return f"make a {cls._kind} with its arguments, and pass the arrays of the file to load_state_dict"
+
     def _full_description(self) -> dict[str, Any]:
         return {"layer": self._kind, **self._description(), "training": bool(self.training)}
 
@@ -554,7 +559,7 @@ class Module:
         ...     mha_c.MultiheadAttention.load(f"{folder}/layer.npz").k_proj_weight.shape
         (8, 5)
         """
-        with open_saved_layer(cls._kind, path) as (description, content):
+        with open_saved_layer(cls._kind, path, cls._how_to_read()) as (description, content):
             return _load(cls, description, content)
 
     # Below all signatures: in this class, `float` is from here on a method.

@@ -68,7 +68,7 @@ def randomize_both(ours, theirs):
 
 
 def in_torch(theirs, call):
-    """What torch gives for the arguments by name: causal masks spelt out, masks of floats in the dtype of the inputs."""
+    """What torch gives for the arguments by name: causal masks spelt out, float masks in the dtype of the inputs."""
     call = dict(call)
     lengths = {name: call[name].shape[-2 if theirs_batch_first(theirs) else 0] for name in INPUTS if name in call}
     lengths.setdefault("memory", lengths.get("src"))
@@ -182,7 +182,7 @@ def test_results(case):
     for name, array in ours.state_dict().items():
         np.testing.assert_array_equal(array, theirs_state[name].numpy(), err_msg=name)  # one seed, the same bits
     randomize_both(ours, theirs)
-    if kind in ("TransformerEncoder", "Transformer"):  # what torch gives here; see test_rows_of_padding for its fast path
+    if kind in ("TransformerEncoder", "Transformer"):  # torch's fast path is off; test_rows_of_padding is about it
         (ours if kind == "TransformerEncoder" else ours.encoder).padded = "computed"
     got, want = ours(**call), in_torch(theirs, call)
     assert got.shape == want.shape and got.dtype == want.dtype
@@ -274,7 +274,8 @@ def check_rows_of_padding(ours, theirs, call, case):
 
 def test_inside_transformer():
     """The encoder in a Transformer gives zeros to the decoder, as torch's does."""
-    ours, theirs = (make(library, "Transformer", 8, 2, 16, batch_first=True, dtype="float32") for library in (mha_c, torch))
+    options = {"batch_first": True, "dtype": "float32"}
+    ours, theirs = (make(library, "Transformer", 8, 2, 16, **options) for library in (mha_c, torch))
     randomize_both(ours, theirs)
     given_to_both = {"src": normal((2, 5, 8)), "tgt": normal((2, 4, 8)),
                      "src_key_padding_mask": np.arange(5) >= np.array([[5], [3]])}

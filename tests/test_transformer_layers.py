@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear, Dropout and the Transformer's layers as objects: state dicts, copies, files, parts that are assigned, dropout,
-and what mha_c can do besides torch. What they compute is compared with torch in test_transformer_differential.py."""
+"""Linear, Dropout and the Transformer's layers as objects: state dicts, copies, files, parts that are assigned,
+dropout, and what mha_c can do besides torch. test_transformer_differential.py compares what they compute with torch."""
 
 import copy
 import json
@@ -192,6 +192,21 @@ def test_files_with_too_much(tmp_path, name):
     write_checkpoint(tmp_path / "layer.npz", arrays, json.dumps(layer._full_description()))
     with pytest.raises(ValueError, match=r"layer\.npz holds no layer"):
         mha_c.TransformerEncoderLayer.load(tmp_path / "layer.npz")
+
+
+def test_files_without_a_description(tmp_path):
+    np.savez(tmp_path / "layer.npz", **encoder_layer().state_dict())
+    with pytest.raises(ValueError, match="make a TransformerEncoderLayer .* to load_state_dict"):
+        mha_c.TransformerEncoderLayer.load(tmp_path / "layer.npz")
+
+
+@pytest.mark.parametrize("num_layers", [0, 1])
+def test_encoders_without_layers_or_norm(tmp_path, num_layers):
+    encoder = mha_c.TransformerEncoder(encoder_layer(), num_layers).eval()
+    encoder.save(tmp_path / "encoder.npz")
+    loaded = mha_c.TransformerEncoder.load(tmp_path / "encoder.npz")
+    assert len(loaded.layers) == num_layers and loaded.norm is None and "norm)" not in repr(loaded)
+    np.testing.assert_array_equal(loaded(X), encoder(X))
 
 
 def test_files_of_other_layers(tmp_path):

@@ -27,6 +27,7 @@ from mha_c.advice.masks import fits, meaning_of_mask
 
 __all__ = ["advice_on_call", "advise_on_call", "decoding_advice", "warn_of_decoding"]
 
+
 def decoding_advice(length: int | str, source_length: int | str) -> str:
     """What is_causal=True does where there are fewer queries than keys, and what to write instead.
 

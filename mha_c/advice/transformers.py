@@ -16,6 +16,7 @@ _WIDTHS: Final = {
     "set layer.batch_first =": "make the layers with batch_first =",
 }
 
+
 class AttentionCall(NamedTuple):
     """A call of attention in a layer: its arguments, by the names that the caller of the layer knows, and its facts."""
 
@@ -54,7 +55,6 @@ def advise_on_steps(error: Exception, *calls: AttentionCall) -> None:
     >>> str(error)
     'was expecting embedding dimension of 8, but got 6. src has 6 features, but d_model is 8.'
     """
-
     if len(calls) == 1:
         rename_mask(error, attn_mask=calls[0].mask_name, key_padding_mask=calls[0].padding_name)
 
@@ -63,7 +63,8 @@ def advise_on_steps(error: Exception, *calls: AttentionCall) -> None:
             names = {"query": one.query_name, "key": one.key_name, "value": one.key_name}
             names |= {"attn_mask": one.mask_name, "key_padding_mask": one.padding_name, **_WIDTHS}
             flags = {one.flag_name: one.is_causal}
-            yield from advice_on_call(flags, one.query, one.key, one.key, one.padding, one.mask, names=names, **one.facts())
+            inputs = (one.query, one.key, one.key, one.padding, one.mask)
+            yield from advice_on_call(flags, *inputs, names=names, **one.facts())
 
     add_advice(error, advice())
 

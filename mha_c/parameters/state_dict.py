@@ -268,7 +268,7 @@ def loading_error(layer_name: str, errors: Iterable[str]) -> RuntimeError:
 
 @contextmanager
 def open_saved_layer(
-    layer_name: str, path: str | os.PathLike[str]
+    layer_name: str, path: str | os.PathLike[str], reader: str
 ) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
     """Open a file of a layer; what is raised meanwhile, because of what the file says, becomes a ValueError.
 
@@ -278,6 +278,8 @@ def open_saved_layer(
         The name of the layer's class, for the errors.
     path : str or path-like
         The file.
+    reader : str
+        How to read a file without a description of the layer, for the error.
 
     Yields
     ------
@@ -298,16 +300,15 @@ def open_saved_layer(
     >>> import mha_c, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     mha_c.RMSNorm(8).save(f"{folder}/norm.npz")
-    ...     with open_saved_layer("RMSNorm", f"{folder}/norm.npz") as (description, arrays):
+    ...     with open_saved_layer("RMSNorm", f"{folder}/norm.npz", "load_state_dict reads it") as (description, arrays):
     ...         description["eps"], list(arrays)
     (None, ['weight'])
     """
     with open_checkpoint(path) as checkpoint:
         if checkpoint.config is None:
-            given = ", given num_heads" if layer_name == "MultiheadAttention" else ""
             raise ValueError(
                 f"{checkpoint.path} was not written by {layer_name}.save, so that the layer's arguments are not known: "
-                f"{layer_name}.from_state_dict reads it{given}"
+                f"{reader}"
             )
         try:
             yield json.loads(checkpoint.config), checkpoint.content
@@ -316,7 +317,7 @@ def open_saved_layer(
 
 
 def check_description(description: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Refuse what a file says of a layer, with LookupError or TypeError, where it lacks something or has wrong types."""
+    """Refuse what a file says of a layer, with LookupError or TypeError, if something is missing or of a wrong type."""
     for name, kind in kinds.items():
         if type(description[name]) not in (kind if isinstance(kind, tuple) else (kind,)):
             raise TypeError(f"{name} is {description[name]!r}")

@@ -168,7 +168,8 @@ class TransformerDecoderLayer(TransformerLayer):
                 ),
                 AttentionCall(
                     "tgt", tgt, "memory", memory, "memory_mask", memory_mask, "memory_key_padding_mask",
-                    memory_key_padding_mask, "memory_is_causal", memory_is_causal, lambda: facts_of(self.multihead_attn),
+                    memory_key_padding_mask, "memory_is_causal", memory_is_causal,
+                    lambda: facts_of(self.multihead_attn),
                 ),
             )  # fmt: skip
             raise
