@@ -6,11 +6,11 @@ import json
 import sys
 from operator import attrgetter
 
-import mha_c
 import numpy as np
 import pytest
 from helpers import REPOSITORY, outcome
 from mha_c import TransformerEncoder, TransformerEncoderLayer
+from mha_c.parameters import encoder_names
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision_operators")
@@ -97,17 +97,16 @@ class Case:
     def __init__(self, model, part, layers, run):
         self.model = model.eval()
         outputs = []
-        for model in (copy.deepcopy(self.model).double(), self.model):
-            part_of_model = attrgetter(part)(model) if part else model
-            caught = []
-            first = attrgetter(layers)(part_of_model)
-            first.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
+        for one in (self.model, copy.deepcopy(self.model).double()):  # what is caught last is float64
+            part_of_model = attrgetter(part)(one) if part else one
+            hook = attrgetter(layers)(part_of_model).register_forward_pre_hook(self.catch)
             with torch.no_grad():
                 outputs.append(run(part_of_model).numpy())
-            if len(outputs) == 1:
-                self.hidden = caught[0].numpy()
-            first._forward_pre_hooks.clear()
-        self.exact, self.torchs = outputs
+            hook.remove()
+        self.torchs, self.exact = outputs
+
+    def catch(self, _, arguments):
+        self.hidden = arguments[0].numpy()
 
     def check(self, encoder, seen=slice(None), **call):
         """float64 tells one model from another. In units of the last place, torch's error in float32 is the measure."""
@@ -306,6 +305,11 @@ def test_contradictions(change, words):
 # --------------------------------------------------------------------------------------- what is refused
 
 
+def test_every_model_is_documented():
+    text = (REPOSITORY / "docs" / "loading.md").read_text()
+    assert all(f"`{kind}`" in text for kind in encoder_names.MODELS)
+
+
 @pytest.mark.parametrize("kind, config, words", [
     (_t.T5Model, _t.T5Config(vocab_size=90, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4), "bias: "),
     (_t.DebertaV2Model, _t.DebertaV2Config(**_text, relative_attention=True), "(bias: "),
@@ -368,11 +372,11 @@ def test_other_shapes():
 def test_several_encoders():
     both = {f"{side}.{name}": array for name, array in VIT.items() for side in ("left", "right")}
     words = refusal(RuntimeError, both, **TIMM)
-    assert 'several layers fit prefix="". It has prefix="left.blocks.", prefix="right.blocks."' in words
+    assert 'several encoder layers that mha_c knows fit prefix="". It has prefix="left.blocks.", prefix="right.blocks."' in words
     assert TransformerEncoder.from_state_dict(both, "left.", **TIMM).num_layers == 2
     assert 'It has prefix="left.blocks."' in refusal(RuntimeError, both, "middle.", **TIMM)
     assert "The names are" in refusal(RuntimeError, {"weight": np.ones(3)}, **TIMM)
-    assert "several layers fit" in refusal(RuntimeError, both, "blocks.0.", cls=TransformerEncoderLayer, **TIMM)
+    assert "several encoder layers" in refusal(RuntimeError, both, "blocks.0.", cls=TransformerEncoderLayer, **TIMM)
 
 
 @pytest.mark.parametrize("arguments, kind", [

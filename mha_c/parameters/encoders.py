@@ -219,7 +219,7 @@ def _only(
     layer_name: str, flat: Mapping[str, Any], places: Iterable[str], prefix: str, config: Any,
     is_meant: Callable[[str], bool], number: str = "",
 ) -> str:  # fmt: skip
-    """The only place that `prefix` can mean; decoders do not count where there are encoders."""
+    """The only place that `prefix` can mean; `number` is that of a stack's first layer. Decoders do not count."""
     places = list(places)
     meant = [place for place in places if place.startswith(prefix)] if number else [p for p in places if p == prefix]
     meant = meant or [place for place in places if is_meant(place)]
@@ -236,7 +236,7 @@ def _only(
         _refuse_unknown(layer_name, flat, prefix, config)
     choice = listed((f"prefix={quoted([place])}" for place in encoders or places), 3)
     names = listed((quoted([name]) for name in Part(flat, prefix)), 8)
-    words = f"several layers fit prefix={quoted([prefix])}." if meant else "There are no such layers."
+    words = f"{'several' if meant else 'no'} encoder layers that mha_c knows fit prefix={quoted([prefix])}."
     raise loading_error(
         layer_name, [f"{words} It has {choice}." if choice else f"{words} The names are {names or 'others'}."]
     )
