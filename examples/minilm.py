@@ -78,7 +78,7 @@ class SentenceEncoder:
 
         folder = model_folder()
         tensors = load_file(folder / "model.safetensors")
-        self.encoder = mha_c.TransformerEncoder.from_state_dict(tensors, config=folder / "config.json", padded="zero")
+        self.encoder = mha_c.TransformerEncoder.from_state_dict(tensors, config=folder / "config.json").eval()
         self._words, self._positions, self._segments = (
             tensors[f"embeddings.{kind}_embeddings.weight"] for kind in ("word", "position", "token_type")
         )

@@ -21,8 +21,8 @@ def outputs(notebook):
     return [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
 
 
-def test_that_there_are_four():
-    assert len(NOTEBOOKS) == 4
+def test_that_there_are_five():
+    assert len(NOTEBOOKS) == 5
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.name)

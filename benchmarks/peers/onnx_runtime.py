@@ -40,8 +40,7 @@ class OnnxRuntimeEncoder:
     def prepare(self, case: EncoderCase) -> Prepared:
         model, feeds = onnx_encoder.build(encoder_problem.make(case))
         if self.optimized:
-            kind = "vit" if case.model.norm_first else "bert"
-            model = optimize_model(model, kind, case.model.H, case.model.E, opt_level=0).model
+            model = optimize_model(model, "bert", case.model.H, case.model.E, opt_level=0).model
             operators = {node.op_type for node in model.graph.node}
             assert {"Attention", "BiasGelu", "SkipLayerNormalization"} <= operators, operators
         return bind(model, feeds, self.options)
