@@ -306,6 +306,45 @@ def test_numbers_written_during_calls(queries, width):
     assert module(*given, **masks)[0].tobytes() == want
 
 
+def test_a_layer_changed_during_calls():
+    """Its parts are replaced, and its inputs and masks written to: each part is the old or the new one, and no call goes
+    astray."""
+    module = mha_c.TransformerEncoderLayer(48, 4, 64, batch_first=True, seed=0, padded="zero").eval()
+    parts = [mha_c.TransformerEncoderLayer(48, 4, 64, seed=seed).linear1 for seed in (1, 2)]
+    x, padding = inputs(3, 90, 90, 48)[0].copy(), np.zeros((3, 90), bool)
+    kept, wanted = x.copy(), set()
+    for part in parts:
+        module.linear1 = part
+        wanted.add(module(x, src_key_padding_mask=padding).tobytes())
+    stop, turns, results = threading.Event(), [], []
+
+    def change(turn):
+        while not stop.is_set():
+            turn(len(turns))
+            turns.append(None)
+
+    def write(number):
+        padding[...] = np.random.default_rng(number).random(padding.shape) < (0, 0.5, 0.99, 1)[number % 4]
+        x[0] = (1, np.inf, np.nan)[number % 3]
+
+    for turn in (lambda number: setattr(module, "linear1", parts[number % 2]),
+                 lambda number: module.linear1.load_state_dict(parts[number % 2].state_dict()), write):
+        changer = threading.Thread(target=change, args=(turn,))
+        turns.clear()
+        changer.start()
+        try:
+            while len(turns) < 100 or turn is write and len(results) < 200:
+                results.append(module(x, src_key_padding_mask=padding).tobytes())
+                assert turn is write or results[-1] in wanted
+        finally:
+            stop.set()
+            changer.join()
+        stop.clear()
+    x[...], padding[...] = kept, False
+    module.linear1 = parts[0]
+    assert module(x, src_key_padding_mask=padding).tobytes() in wanted
+
+
 def test_loading_from_many_threads(tmp_path):
     """Loads by state dict, by file and from torch at once, calls and states read meanwhile: each sees one set."""
     torch = pytest.importorskip("torch")
@@ -540,6 +579,30 @@ def test_ctrl_c(threads):
     for _ in range(2):
         assert_interruptible(lambda: small(*long, average_attn_weights=True, need_weights=False))
         assert module(*given)[0].tobytes() == want
+    """)
+
+
+@POSIX
+@pytest.mark.parametrize("what", ["attention", "hidden features", "linear", "activation"])
+def test_ctrl_c_in_a_layer(what):
+    """Whichever step is the long one. The attention of a long item, the feed-forward network of many rows."""
+    run_child(PREPARE + f"""
+    import numpy as np
+    from helpers import lasting_inputs
+    whole = mha_c.TransformerEncoderLayer(16, 2, 4096, batch_first=True, seed=0).eval()
+    short = np.ones((1, 50, 16), "f4")
+    of_layer = whole(short).tobytes()
+    wide, rows = np.ones((150_000, 1, 16), "f4"), np.ones((40_000, 4096), "f4")
+    call = {{"attention": lambda: whole(lasting_inputs.long), "hidden features": lambda: whole(wide),
+            "linear": lambda: whole.linear2(rows), "activation": lambda: mha_c._core.activate(rows, "gelu", False)}}
+    lasting_inputs.long = np.ones((1, 30_000, 16), "f4")
+    lasting = call[{what!r}]
+    begun, repeats = time.process_time(), 0
+    while time.process_time() - begun < 1:
+        lasting()
+        repeats += 1
+    assert_interruptible(lambda: [lasting() for _ in range(repeats)])
+    assert whole(short).tobytes() == of_layer and module(*given)[0].tobytes() == want
     """)
 
 
