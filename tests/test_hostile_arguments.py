@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import inspect
+import itertools
 import pickle
 import random
 import sys
@@ -123,6 +124,55 @@ def test_an_array_changed_in_scaled_dot_product_attention(victim, change):
         got = outcome(lambda: [functional.scaled_dot_product_attention(*given, OVERFLOWING)])
     with np.errstate(over="ignore"):
         assert_same_outcome(got, outcome(lambda: [functional.scaled_dot_product_attention(*given, OVERFLOWING)]))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+def test_an_array_changed_in_a_layer(kind, change):
+    """One argument changes another in place, before or after the core has looked at it: the call is that with the changed
+    array, whether the core takes it or not."""
+    module = getattr(mha_c, f"Transformer{kind}Layer")(8, 2, 16, batch_first=True, seed=1).eval()
+    names = {"Encoder": ("src", "src_mask", "src_key_padding_mask"),
+             "Decoder": ("tgt", "memory", "tgt_mask", "memory_mask", "memory_key_padding_mask")}[kind]
+    for by, victim in itertools.permutations(names, 2):
+        if by.startswith("memory") and victim.startswith("tgt"):
+            continue  # it was used by the time that anything of the memory is looked at
+        x, memory, _ = (x.copy() for x in inputs(2, 40, 40, 8))
+        given = {"src": x, "tgt": x, "memory": memory, "src_mask": normal((40, 40)), "tgt_mask": normal((40, 40)),
+                 "memory_mask": normal((40, 40)), "src_key_padding_mask": np.zeros((2, 40), "f4"),
+                 "memory_key_padding_mask": np.zeros((2, 40), "f4")}
+        given = {name: given[name] for name in names}
+        changes = iter([CHANGES[change]])
+        action = lambda: next(changes, id)(given[victim])  # noqa: B023, E731 - called before the next turn
+        with np.errstate(all="ignore"):
+            got = outcome(lambda: [module(**{**given, by: OnDemand(given[by], action)})])  # noqa: B023
+            want = outcome(lambda: [module(**given)])  # noqa: B023
+        assert_same_outcome(got, want)
+
+
+def test_parameters_of_a_norm_changed_by_another():
+    """The core's own function takes numbers from anything; what they do to arrays is seen."""
+    width = 1_000_000
+    weights = mha_c.MultiheadAttention(width, 1, head_dim=1)._parameters.weights
+    x, last = np.ones((1, width), "f4"), np.ones(width, "f4")
+
+    class Eps:
+        def __float__(self):
+            first.resize((1,), refcheck=False)
+            return 1e-5
+
+    for position in range(2):
+        first = np.ones(width, "f4")
+        norms = [(first, first, 1e-5, False), (last, last, Eps(), False)]
+        if position:
+            norms = [(last, first, Eps(), False), (last, last, 1e-5, False)]
+        named = {"weights": weights, "query": x, "key": x, "value": x, "need_weights": False,
+                 "average_attn_weights": True, "is_causal": False, "batch_first": True, "add_zero_attn": False,
+                 "masked_rows": "zero", "dropout_p": 0.0, "dropout_seed": 0, "dropout_call": 0, "norm_first": False,
+                 "is_self_attention": True, "attention_norm": norms[0], "activation": "relu", "is_gated": False,
+                 "feed_forward_norm": norms[1], "zeroes_padding": False}
+        with pytest.raises(ValueError, match="parameters of a norm"):
+            _core.transform(*[named.get(name) for name in inspect.signature(_core.transform).parameters])
 
 
 def test_out_that_warns():
@@ -668,6 +718,11 @@ def test_garbage_for_the_core():
     named = {"weights": weights, "query": x, "key": x, "value": x, "need_weights": False, "average_attn_weights": True,
              "is_causal": False, "batch_first": False, "add_zero_attn": False, "masked_rows": "zero", "dropout_p": 0.0,
              "dropout_seed": 0, "dropout_call": 0, "enable_gqa": False, "paths": np.array([False]), "input": "key"}
+    whole = mha_c.TransformerEncoderLayer(8, 2, 4, seed=0)
+    norm = (np.ones(8, "f4"), None, 1e-5, False)
+    around = {"norm_first": True, "is_self_attention": True, "attention_norm": norm, "feed_forward_norm": norm,
+              "linear1": whole.linear1._parameters.packed, "linear2": whole.linear2._parameters.packed,
+              "activation": "gelu", "is_gated": False, "zeroes_padding": True}
 
     def arguments_of(function, **others):
         return [{**named, **others}.get(name) for name in inspect.signature(function).parameters]
@@ -682,12 +737,18 @@ def test_garbage_for_the_core():
         _core.attend: arguments_of(_core.attend),
         _core.scores: arguments_of(_core.scores, need_weights=True, average_attn_weights=False),
         _core.project: arguments_of(_core.project, x=x),
+        _core.transform: arguments_of(_core.transform, query=X, key=X, value=X, **around),
+        _core.Linear: [q, None],
+        _core.linear: [_core.Linear(q, None), X],
+        _core.activate: [X, "silu", True],
     }
     garbage = [None, True, 0, -1, 2**31, 2**63, 2**64, -(2**63), 0.5, float("nan"), float("inf"), "torch", b"ab", [],
                (), {}, object(), Untrue(), X, X.T, X[:0], X[0], X[None, None], X.astype("f8"), X.astype("f2"),
                X.astype(">f4"), X.astype(object), X.astype(bool), np.zeros((), "f4"), np.zeros((0, 8), "f4"),
                np.zeros((5, 5), bool), weights, type, raising(Custom(), *PROTOCOLS), np.float32(1), memoryview(b"abcd"),
-               np.broadcast_to(np.float32(1), (5, 8))]
+               np.broadcast_to(np.float32(1), (5, 8)), norm, (*norm, 1), (np.ones(8), None, 1e-5, False),
+               (X[0], np.ones((), "f4"), 1e-5, 0), (None, None, Untrue(), 0), (None, None, 0, Untrue()),
+               around["linear1"], _core.Linear(q.astype("f8"), None), _core.Linear(q[:, :0].copy(), None), "geglu"]
     before = mha_c.get_num_threads()
     for call, arguments in calls.items():
         assert outcome(lambda: call(*arguments)).error is None  # noqa: B023
@@ -793,3 +854,18 @@ def test_empty_arrays_of_any_length():
             assert attended.result.shape == (n, length, 8)
         else:  # keys whose features do not lie side by side are copied
             assert isinstance(attended.error, MemoryError) and n * s > 2**32
+
+
+def test_empty_rows_of_a_layer():
+    """Of any number, they take no time either."""
+    for shape in ((2**58, 0), (0, 2**58)):
+        x = np.zeros((*shape, 4), "f4")
+        for norm_first in (False, True):
+            module = mha_c.TransformerEncoderLayer(4, 2, 8, padded="zero", batch_first=True, norm_first=norm_first).eval()
+            assert module(x, src_key_padding_mask=np.zeros(shape, bool)).shape == x.shape
+        decoder = mha_c.TransformerDecoderLayer(4, 2, 8, batch_first=True).eval()
+        assert decoder(x, x).shape == x.shape
+    rows = np.zeros((2**60, 0), "f4")
+    assert mha_c.Linear(0, 0)(rows).shape == rows.shape
+    for is_gated in (False, True):
+        assert _core.activate(rows, "gelu", is_gated).shape == rows.shape

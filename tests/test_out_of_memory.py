@@ -100,6 +100,17 @@ PREPARE = """
     core, weights, narrow = mha_c._core, middle._parameters.weights, small._parameters.weights
     rest = [None, True, None, False, False, None, True, False, "zero", 0.0, 0, 0]  # weights of heads, batch_first
 
+    whole, decoder = (make(64, 4, 96, batch_first=True, seed=1, activation="gelu").eval()
+                      for make in (mha_c.TransformerEncoderLayer, mha_c.TransformerDecoderLayer))
+    gated = mha_c.TransformerEncoderLayer(8, 2, 4, batch_first=True, seed=1, activation="swiglu", padded="zero").eval()
+    hidden = np.arange(5) > np.array([[9], [2]])
+
+    def refused_layer(x, **masks):
+        try:
+            gated(x, **masks)
+        except (AssertionError, RuntimeError):
+            return [x]
+
     def loaded():
         fresh = copy.copy(middle)
         fresh.load_state_dict(state)
@@ -121,6 +132,16 @@ PREPARE = """
         "norm of copies": lambda: [layer_norm(Provider(large[0].astype(">f4")[..., ::2]), [32], large[1][0, 0, ::2])],
         "refused norms": lambda: refused_norm(tiny[0], (3,)) + refused_norm(tiny[0], (8,), tiny[1]),
         "layer of norms": lambda: [mha_c.LayerNorm(8)(tiny[0])],
+        "layer": lambda: [whole(large[0])],
+        "layer of copies": lambda: [gated(Provider(np.repeat(tiny[0], 2, 2)[..., ::2]), src_key_padding_mask=hidden)],
+        "step by step": lambda: [mha_c.TransformerEncoderLayer(
+            8, 2, 4, batch_first=True, seed=1, dropout=0, activation=lambda x: x)(tiny[0])],
+        "decoder": lambda: [decoder(few[0], few[1])],
+        "refused layer": lambda: refused_layer(tiny[0][..., :3]),
+        "refused padding": lambda: refused_layer(tiny[0], src_key_padding_mask=np.zeros((3, 5), bool)),
+        "linear": lambda: [whole.linear1(Provider(large[0].astype(">f4")))],
+        "activation": lambda: [core.activate(large[0][..., ::2], "gelu", True)],
+        "new layer": lambda: [gated.linear1.__class__(8, 2, seed=1)(tiny[0])],
         "config": lambda: [np.array(core.config()["threads"])],
         "paths": lambda: [core.takes_few_queries(narrow, *tiny, *rest)],
         "scores": lambda: [core.scores(weights, *large, *rest)],
@@ -256,8 +277,9 @@ def test_limited_address_space():
     from mha_c.functional import scaled_dot_product_attention
     from helpers import inputs, layer
     module = layer(64, 4, batch_first=True)
+    whole = mha_c.TransformerEncoderLayer(64, 4, 1024, batch_first=True, seed=0).eval()
     given = inputs(2, 90, 90, 64)
-    want = module(*given)[0].tobytes()
+    want, of_layer = module(*given)[0].tobytes(), whole(given[0]).tobytes()
     pages = int(open("/proc/self/statm").read().split()[0])
     limit = pages * resource.getpagesize() + (300 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -267,6 +289,9 @@ def test_limited_address_space():
         for call in (lambda: module(long, long[:, :1], long[:, :1], need_weights=False),
                      lambda: module(long[:, :5], long, long),
                      lambda: module(long, long, long, average_attn_weights=False),
+                     lambda: whole(np.broadcast_to(one[0], (n, 9, 64)) if n > 2_000 else long),
+                     lambda: whole.linear1(long),
+                     lambda: mha_c._core.activate(np.broadcast_to(one, (n, 9, 64)), "silu", False),
                      lambda: scaled_dot_product_attention(long, given[1][:1], given[2][:1]),
                      lambda: mha_c.MultiheadAttention(n, 1)):
             if n == 2_000:
@@ -277,5 +302,5 @@ def test_limited_address_space():
                 assert n < 200_000_000
             except MemoryError:
                 pass
-        assert module(*given)[0].tobytes() == want
+        assert module(*given)[0].tobytes() == want and whole(given[0]).tobytes() == of_layer
     """, env={"OPENBLAS_NUM_THREADS": "1", "MHA_C_NUM_THREADS": "2"})

@@ -131,6 +131,43 @@ def test_references(module, arguments):
             f"{x!r}: {before[i]} references became {after[i]}")
 
 
+def layer_scenarios():
+    """The same of whole layers and linear maps."""
+    x = normal((2, 5, 8))
+    options = {"batch_first": True, "seed": 1, "padded": "zero"}
+    encoder = mha_c.TransformerEncoderLayer(8, 2, 4, **options).eval()
+    decoder = mha_c.TransformerDecoderLayer(8, 2, 4, batch_first=True, seed=1).eval()
+    training = mha_c.TransformerEncoderLayer(8, 2, 4, **options, norm_first=True, activation="swiglu")
+    padding = np.zeros((2, 5), bool)
+    yield pytest.param(encoder, {"src": x.copy(), "src_key_padding_mask": padding}, id="layer")
+    yield pytest.param(encoder, {"src": Provider(x.astype(">f4")), "src_mask": np.zeros((5, 5), "f2")}, id="copies")
+    yield pytest.param(encoder, {"src": x.copy()[:, :, ::-1]}, id="strided")
+    yield pytest.param(encoder, {"src": x[..., :6].copy()}, id="too narrow")
+    yield pytest.param(encoder, {"src": x.astype("f8")}, id="float64")
+    yield pytest.param(encoder, {"src": Broken()}, id="broken")
+    yield pytest.param(encoder, {"src": x.copy(), "src_key_padding_mask": padding[:1]}, id="padding of another shape")
+    yield pytest.param(encoder, {"src": x.copy(), "is_causal": np.zeros(2)}, id="is_causal raises")
+    yield pytest.param(training, {"src": x.copy(), "src_key_padding_mask": padding}, id="training")
+    yield pytest.param(decoder, {"tgt": x.copy(), "memory": x.copy()}, id="decoder")
+    yield pytest.param(decoder, {"tgt": x.copy(), "memory": x[:1].copy()}, id="memory of another batch")
+    yield pytest.param(encoder.linear1, {"input": x.copy()[:, ::-1]}, id="linear")
+    yield pytest.param(encoder.linear1, {"input": x[0, 0, :3]}, id="linear, too narrow")
+
+
+@pytest.mark.parametrize("module, arguments", list(layer_scenarios()))
+def test_references_of_layers(module, arguments):
+    """Everything that took part has as many references as before."""
+    own = [module, *(x for x in arguments.values() if not isinstance(x, bool)), *module.parameters()]
+    own += [part._parameters for part in (getattr(module, "self_attn", module), getattr(module, "linear1", module))]
+    outcome(lambda: module(**arguments))
+    gc.collect()
+    before = counts(own)
+    for _ in range(CALLS):
+        outcome(lambda: module(**arguments))
+    gc.collect()
+    assert counts(own) == before
+
+
 def test_results_die():
     """Results are held by nobody else, and neither are the inputs after the call."""
     module = layer(8, 2)
@@ -223,6 +260,20 @@ def test_memory(module, arguments):
 
     A call that lost even 48 bytes would lose 33,600 in a round."""
     assert_flat(lambda: outcome(lambda: module(**arguments)), max(CALLS, 700), 32 * 1024)
+
+
+@needs_proc
+@pytest.mark.parametrize("module, arguments", list(layer_scenarios()))
+def test_memory_of_calls_of_layers(module, arguments):
+    assert_flat(lambda: outcome(lambda: module(**arguments)), max(CALLS, 700), 32 * 1024)
+
+
+@needs_proc
+def test_memory_of_linear_maps():
+    """Made, refused and dropped."""
+    weight, bias = normal((300, 40)), normal((300,))
+    assert_flat(lambda: mha_c._core.Linear(weight, bias), 200, 64 * 1024)
+    assert_flat(lambda: outcome(lambda: mha_c._core.Linear(weight, bias[:7])), 700, 32 * 1024)
 
 
 @needs_proc

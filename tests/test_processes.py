@@ -89,6 +89,46 @@ def test_fork_in_a_signal_handler():
     """)
 
 
+def test_forks_of_a_process_with_layers():
+    """A whole layer before a fork, in the child, in its child, and of a child that is forked while others compute."""
+    run_child(PREPARE + f"""
+    import threading
+    mha_c.set_num_threads(3)
+    whole = mha_c.TransformerEncoderLayer(64, 4, 512, batch_first=True, seed=0, padded="zero").eval()
+    padding = np.arange(120) > np.array([[99], [30], [119], [64]])
+    call = lambda: whole(given[0], src_key_padding_mask=padding).tobytes()
+    expected = call()
+
+    def fork_and_check(action):
+        child = os.fork()
+        if child == 0:
+            signal.alarm({PATIENCE})
+            try:
+                action()
+                os._exit(0 if call() == expected else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    fork_and_check(lambda: fork_and_check(call))
+    stop, wrong = threading.Event(), []
+
+    def compute():
+        while not stop.is_set():
+            wrong.extend([None] * (call() != expected))
+
+    callers = [threading.Thread(target=compute, daemon=True) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for _ in range(8):
+        fork_and_check(call)
+    stop.set()
+    for caller in callers:
+        caller.join()
+    assert call() == expected and not wrong
+    """)
+
+
 def test_interpreters_within_the_interpreter():
     """Importing the package in one is an ImportError, NumPy's or ours; the main interpreter goes on."""
     done = run_child(PREPARE + """

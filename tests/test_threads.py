@@ -306,6 +306,45 @@ def test_numbers_written_during_calls(queries, width):
     assert module(*given, **masks)[0].tobytes() == want
 
 
+def test_a_layer_changed_during_calls():
+    """Its parts are replaced, and its inputs and masks written to: each part is the old or the new one, and no call goes
+    astray."""
+    module = mha_c.TransformerEncoderLayer(48, 4, 64, batch_first=True, seed=0, padded="zero").eval()
+    parts = [mha_c.TransformerEncoderLayer(48, 4, 64, seed=seed).linear1 for seed in (1, 2)]
+    x, padding = inputs(3, 90, 90, 48)[0].copy(), np.zeros((3, 90), bool)
+    kept, wanted = x.copy(), set()
+    for part in parts:
+        module.linear1 = part
+        wanted.add(module(x, src_key_padding_mask=padding).tobytes())
+    stop, turns, results = threading.Event(), [], []
+
+    def change(turn):
+        while not stop.is_set():
+            turn(len(turns))
+            turns.append(None)
+
+    def write(number):
+        padding[...] = np.random.default_rng(number).random(padding.shape) < (0, 0.5, 0.99, 1)[number % 4]
+        x[0] = (1, np.inf, np.nan)[number % 3]
+
+    for turn in (lambda number: setattr(module, "linear1", parts[number % 2]),
+                 lambda number: module.linear1.load_state_dict(parts[number % 2].state_dict()), write):
+        changer = threading.Thread(target=change, args=(turn,))
+        turns.clear()
+        changer.start()
+        try:
+            while len(turns) < 100 or turn is write and len(results) < 200:
+                results.append(module(x, src_key_padding_mask=padding).tobytes())
+                assert turn is write or results[-1] in wanted
+        finally:
+            stop.set()
+            changer.join()
+        stop.clear()
+    x[...], padding[...] = kept, False
+    module.linear1 = parts[0]
+    assert module(x, src_key_padding_mask=padding).tobytes() in wanted
+
+
 def test_loading_from_many_threads(tmp_path):
     """Loads by state dict, by file and from torch at once, calls and states read meanwhile: each sees one set."""
     torch = pytest.importorskip("torch")
@@ -540,6 +579,27 @@ def test_ctrl_c(threads):
     for _ in range(2):
         assert_interruptible(lambda: small(*long, average_attn_weights=True, need_weights=False))
         assert module(*given)[0].tobytes() == want
+    """)
+
+
+@POSIX
+@pytest.mark.parametrize("what", ["a layer", "a linear map"])
+def test_ctrl_c_in_a_layer(what):
+    """The layer's longest step is its feed-forward network."""
+    run_child(PREPARE + f"""
+    whole = mha_c.TransformerEncoderLayer(16, 2, 4096, batch_first=True, seed=0).eval()
+    linear = mha_c.Linear(512, 1024, seed=0)
+    call, shape = {{"a layer": (whole, (10_000, 1, 16)), "a linear map": (linear, (10_000, 512))}}[{what!r}]
+    short = np.ones((1, 50, 16), "f4")
+    of_layer, taken = whole(short).tobytes(), 0
+    while taken < 0.7:
+        shape = tuple(2 * n if n == max(shape) else n for n in shape)
+        x = np.ones(shape, "f4")
+        begun = time.process_time()
+        call(x)
+        taken = time.process_time() - begun
+    assert_interruptible(lambda: call(x))
+    assert whole(short).tobytes() == of_layer and module(*given)[0].tobytes() == want
     """)
 
 

@@ -363,6 +363,38 @@ static void stop_everywhere(const problem *p, size_t threads)
     free_parameters(&given);
 }
 
+/* The parts of a feed-forward network by themselves. */
+static void stop_parts(size_t threads)
+{
+    enum { ROWS = 400, WIDTH = 150 };
+    const problem p = {.name = "parts", .w = {.E = WIDTH}};
+    const surroundings s = {.has_network = true, .hidden = WIDTH};
+    made_block made;
+    CHECK(make_block(&p, &s, MHA_FLOAT32, &made) == MHA_OK, "no linear maps");
+    char *x = random_array(MHA_FLOAT32, ROWS * WIDTH, 1, 3), *y = malloc(ROWS * WIDTH * sizeof(float));
+    const long before = in_use();
+    for (size_t patience = 0; patience < 3; patience++) {
+        questions q = {.patience = patience};
+        const mha_stop stop = {.should_stop = is_impatient, .context = &q};
+        const mha_linear_call linear = {.linear = made.linear1, .rows = ROWS, .x = x, .y = y, .threads = threads,
+                                        .stop = stop};
+        const mha_activation_call activation = {.dtype = MHA_FLOAT32, .rows = ROWS, .width = WIDTH, .x = x, .y = y,
+                                                .threads = threads, .stop = stop};
+        DESCRIBE("parts, %zu threads, stopped after %zu questions", threads, patience);
+        for (int part = 0; part < 2; part++) {
+            q.asked = 0;
+            const mha_status status = part ? mha_apply_activation(&activation) : mha_apply_linear(&linear);
+            CHECK(status == (q.asked > patience ? MHA_STOPPED : MHA_OK), "asked %zu times, status %d", q.asked,
+                  (int)status);
+            CHECK(q.asked > 0 || threads > 1, "never asked"); /* the others may be quicker than the caller */
+        }
+        CHECK(in_use() == before, "%ld allocations leaked", live - before);
+    }
+    free(x);
+    free(y);
+    free_block(&made);
+}
+
 static void test_stop(void)
 {
     const problem ordinary = {.name = "ordinary", .N = 4, .L = 200, .S = 200, .w = RAGGED};
@@ -373,6 +405,7 @@ static void test_stop(void)
         stop_everywhere(&ordinary, threads);
         stop_everywhere(&chunks, threads);
         stop_everywhere(&few_queries, threads);
+        stop_parts(threads);
     }
 }
 

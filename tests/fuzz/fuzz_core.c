@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * fuzz_core.c - libFuzzer: layers and calls of any widths, lengths, masks and strides, none of which may touch a byte
- * that is not theirs; small ones are compared with the definition.
+ * that is not theirs; small ones are compared with the definition, whole layers with their steps.
  *
  * The bytes that libFuzzer invents say what is asked; numbers come from a seed among them. Every array is malloc'ed to
  * the byte, so that AddressSanitizer sees whatever lies outside. tests/tools/fuzz.py builds and runs this.
  */
 #include "cpu.h"
-#include "problems.h"
+#include "layers.h"
 #include "spare.h"
 
 enum { MAX_NUMBERS = 1 << 15, MAX_OPERATIONS = 1 << 18 };
@@ -85,6 +85,16 @@ static void put_numbers(const array4 *a, mha_dtype dtype, uint64_t seed, bool wi
                                                                      : random_number(dtype, seed, i));
 }
 
+/* With adjacent features. */
+static block place_heads(choices *c, size_t items, size_t heads, size_t rows, size_t features, mha_dtype dtype)
+{
+    const size_t number_size = size_of(dtype), size[4] = {items, heads, rows, 1};
+    block b = place_anywhere(c, size, features ? features * number_size : number_size, number_size);
+    b.view.size[3] = features;
+    b.view.stride[3] = (ptrdiff_t)number_size;
+    return b;
+}
+
 static block place_mask(choices *c, const size_t size[4], mha_mask_kind kind, uint64_t seed)
 {
     const block b = place_anywhere(c, size, mask_size(kind), 1);
@@ -154,6 +164,33 @@ static void check_answer(const problem *p, const parameters *given, const mha_ca
     free_answer(&wanted);
 }
 
+static surroundings choose_surroundings(choices *c, const problem *p)
+{
+    surroundings s = {.norm_first = choose(c, 2), .is_rms = choose(c, 2), .has_norm_parameters = choose(c, 2)};
+    s.zeroes_padding = p->is_self && p->padding && choose(c, 2);
+    s.has_network = choose(c, 4);
+    s.is_gated = choose(c, 3) == 2;
+    s.hidden = choose(c, 2) ? choose(c, 20) : choose(c, 150);
+    s.activation = (mha_activation)choose(c, 5);
+    return s;
+}
+
+static void check_layer(const problem *p, const surroundings *s, mha_dtype dtype, const mha_layer *layer, mha_call *call)
+{
+    const size_t E = p->w.E;
+    char *steps = malloc(p->N * p->L * E * size_of(dtype) + 1);
+    call->stop = (mha_stop){.should_stop = NULL};
+    if (compute_in_steps(layer, call, E, s->hidden, dtype, steps) != MHA_OK)
+        abort();
+    for (size_t i = 0; i < p->N * p->L * E; i++) {
+        const double wanted = get(dtype, steps, (ptrdiff_t)i);
+        const double got = get(dtype, mha_row_at(&call->output, i / E / p->L, 0, i / E % p->L), (ptrdiff_t)(i % E));
+        if (!identical(got, wanted))
+            fail("layer", got, wanted, i);
+    }
+    free(steps);
+}
+
 static void fuzz_forward(choices *c)
 {
     const mha_dtype dtype = (mha_dtype)choose(c, 2);
@@ -161,11 +198,14 @@ static void fuzz_forward(choices *c)
     const problem p = choose_problem(c);
     const uint64_t seed = choose(c, 1 << 16);
     const bool wild = choose(c, 4) == 3;
+    const bool is_whole = choose(c, 3) == 2 && p.w.E == p.w.Eo;
+    const surroundings s = is_whole ? choose_surroundings(c, &p) : (surroundings){.hidden = 0};
+    made_block around;
     if (!is_small(&p) && p.N * (p.L + p.S) * (p.w.E + p.w.Ek + p.w.Ev) > MAX_NUMBERS)
         return;
     parameters given = make_parameters(&p, dtype);
     mha_layer *layer = NULL;
-    if (pack_parameters(&p, &given, &layer) != MHA_OK)
+    if (pack_parameters(&p, &given, &layer) != MHA_OK || make_block(&p, &s, dtype, &around) != MHA_OK)
         abort();
     const size_t lengths[3] = {p.L, p.S, p.S}, features[3] = {p.w.E, p.w.Ek, p.w.Ev};
     block inputs[3] = {{.memory = NULL}}, masks[2] = {{.memory = NULL}};
@@ -173,7 +213,8 @@ static void fuzz_forward(choices *c)
     for (size_t i = 0; i < 3; i++) {
         const size_t size[4] = {p.N, 1, lengths[i], features[i]};
         if (i == 0 || !p.is_self) {
-            inputs[i] = place_anywhere(c, size, number_size, 1);
+            inputs[i] = is_whole && i == 0 ? place_heads(c, p.N, 1, p.L, p.w.E, dtype)
+                                           : place_anywhere(c, size, number_size, 1);
             put_numbers(&inputs[i].view, dtype, seed + i, wild);
         }
         x[i] = i > 0 && p.is_self ? x[0] : as_input(&inputs[i].view, dtype);
@@ -183,7 +224,7 @@ static void fuzz_forward(choices *c)
     mha_call call = {.N = p.N, .L = p.L, .S = p.S, .query = x[0], .key = x[1], .value = x[2], .is_causal = p.is_causal,
                      .add_zero_attn = p.add_zero_attn, .empty_row = p.empty_row, .dropout_p = p.dropout_p,
                      .dropout_seed = seed,
-                     .wanted = (mha_wanted)choose(c, 3), .threads = 1 + choose(c, 4)};
+                     .wanted = (mha_wanted)choose(c, is_whole ? 1 : 3), .block = is_whole ? &around.block : NULL, .threads = 1 + choose(c, 4)};
     if (choose(c, 16) == 15)
         call.stop = (mha_stop){.should_stop = sometimes, .context = &asked};
     if (p.attn) {
@@ -203,14 +244,16 @@ static void fuzz_forward(choices *c)
         put_queries_first(&call.output, p.N);
     call.attn_weights = malloc(p.N * heads * p.L * columns_of(&p) * number_size + 1);
     DESCRIBE("%s, N %zu, L %zu, S %zu, H %zu, Hkv %zu, D %zu, Dv %zu, E %zu, Ek %zu, Ev %zu, Eo %zu, attn %d (%d), "
-             "padding %d, extra %d%d, causal %d, self %d, threads %zu, weights %d",
+             "padding %d, extra %d%d, causal %d, self %d, threads %zu, weights %d, whole %d",
              dtype_name(dtype), p.N, p.L, p.S, p.w.H, p.w.Hkv, p.w.D, p.w.Dv, p.w.E, p.w.Ek, p.w.Ev, p.w.Eo,
              (int)p.attn, p.attn_per_head, (int)p.padding, p.has_bias_kv, p.add_zero_attn, p.is_causal, p.is_self,
-             call.threads, (int)call.wanted);
+             call.threads, (int)call.wanted, is_whole);
     const mha_status status = mha_forward(layer, &call);
     if (status != MHA_OK && !(status == MHA_STOPPED && asked))
         abort();
-    if (status == MHA_OK && !wild && p.dropout_p == 0 && is_small(&p))
+    if (status == MHA_OK && is_whole)
+        check_layer(&p, &s, dtype, layer, &call);
+    else if (status == MHA_OK && !wild && p.dropout_p == 0 && is_small(&p))
         check_answer(&p, &given, &call);
     free(call.output.data);
     free(call.attn_weights);
@@ -218,6 +261,7 @@ static void fuzz_forward(choices *c)
         free(inputs[i].memory);
     for (size_t i = 0; i < 2; i++)
         free(masks[i].memory);
+    free_block(&around);
     mha_layer_destroy(layer);
     free_parameters(&given);
 }
@@ -257,16 +301,6 @@ static double *define_sdpa(const sdpa_problem *p, const mha_sdpa_call *call)
             }
     free(weights);
     return output;
-}
-
-/* The core wants adjacent features and, of the query, rows that ascend. */
-static block place_heads(choices *c, size_t items, size_t heads, size_t rows, size_t features, mha_dtype dtype)
-{
-    const size_t number_size = size_of(dtype), size[4] = {items, heads, rows, 1};
-    block b = place_anywhere(c, size, features ? features * number_size : number_size, number_size);
-    b.view.size[3] = features;
-    b.view.stride[3] = (ptrdiff_t)number_size;
-    return b;
 }
 
 static mha_heads as_heads(const array4 *a, mha_dtype dtype, ptrdiff_t *axes)

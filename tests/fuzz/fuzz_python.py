@@ -156,6 +156,44 @@ def fuzz_function(c, e, h, n, length, s):
     check(mha_c.functional.multi_head_attention_forward(*arguments, **call), kept)
 
 
+def fuzz_whole_layer(c, e, h, n, length, s):
+    """A call of a layer of an encoder or a decoder."""
+    is_decoder = c.ConsumeBool()
+    options = {name: value for name, value in (
+        ("activation", c.one_of("relu", "gelu", "swiglu", "gelu_tanh", "", abs)), ("norm_first", c.ConsumeBool()),
+        ("batch_first", c.ConsumeBool()), ("bias", c.ConsumeBool()), ("norm", c.one_of("layer", "rms", 1)),
+        ("padded", c.one_of(None, "zero", "computed", "x")), ("layer_norm_eps", c.number() if c.rarely() else 1e-5),
+        ("dtype", c.one_of("float32", "float64", "float16", None)), ("masked_rows", c.one_of("torch", "zero", "")),
+        ("num_kv_heads", c.one_of(None, 1, h, 3)), ("dropout", c.number() if c.rarely() else 0.0),
+    ) if c.ConsumeBool()}
+    kind = mha_c.TransformerDecoderLayer if is_decoder else mha_c.TransformerEncoderLayer
+    layer = kind(e, h, c.one_of(1, 0, 5, 33, -1), **options).train(c.rarely())
+    dtype = layer.linear1.weight.dtype
+    batch = (n,) if c.ConsumeBool() else ()
+
+    def shape(steps):
+        return (*batch, steps, e) if layer.self_attn.batch_first else (steps, *batch, e)
+    given = [c.array(shape(length), dtype), *([c.array(shape(s), dtype)] if is_decoder else [])]
+    square, own = ((length, length), (n * h, length, length)), (*batch, length)
+    if is_decoder:
+        call = {"tgt_mask": c.mask(*square), "tgt_key_padding_mask": c.mask(own), "memory_mask": c.mask((length, s)),
+                "memory_key_padding_mask": c.mask((*batch, s)), "tgt_is_causal": c.one_of(False, True, "no")}
+    else:
+        call = {"src_mask": c.mask(*square), "src_key_padding_mask": c.mask(own), "is_causal": c.rarely()}
+    kept = remember(*given, *call.values())
+    check(layer(*given, **call), kept)
+
+
+def fuzz_linear(c, e, h, n, length, s):
+    """A call of a linear map, and of an activation alone."""
+    layer = mha_c.Linear(e, c.one_of(h, 0, 65), c.ConsumeBool(), dtype=c.one_of("float32", "float64"))
+    x = c.array((n, length, e)[c.ConsumeIntInRange(0, 2):], layer.weight.dtype)
+    kept = remember(x)
+    check(layer(x), kept)
+    activation = c.one_of("relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "swiglu", None)
+    check(mha_c._core.activate(x, activation, c.ConsumeBool()), kept)
+
+
 def fuzz_arguments(data):
     """A call of one of the functions, or of a layer."""
     c = Choices(data)
@@ -163,7 +201,7 @@ def fuzz_arguments(data):
     sizes = (h * c.one_of(1, 2, 4, 8), h, c.ConsumeIntInRange(0, 3), c.one_of(1, 0, 2, 5, 33, 70),
              c.one_of(1, 0, 3, 7, 65, 130))
     try:
-        c.one_of(fuzz_layer, fuzz_sdpa, fuzz_function)(c, *sizes)
+        c.one_of(fuzz_layer, fuzz_sdpa, fuzz_function, fuzz_whole_layer, fuzz_linear)(c, *sizes)
     except REFUSALS as error:
         assert str(error), f"{type(error)} without a word"
 
