@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of attention with matplotlib: axes in, axes out.
+"""Pictures of attention and of the residual stream with matplotlib: axes in, axes out.
 
-Every function takes the result of `mha_c.explain`, or arrays of the shapes that `mha_c.heads.heads_of` takes. It draws
+Every function of attention takes the result of `mha_c.explain`, or arrays of the shapes that `mha_c.heads.heads_of` takes. It draws
 into the axes that it is given, or into a new figure, and returns the axes. An array of three dimensions needs
 `averaged`.
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from mha_c import heads as _heads
 from mha_c.display.cells import NEGATIVE, POSITIVE, bins
-from mha_c.explanation import Explanation
+from mha_c.explanation import Explanation, LayerExplanation, StackExplanation
 from mha_c.heads import Matrices
 
 try:
@@ -42,7 +42,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("mha_c.plot needs matplotlib, which is not installed: `pip install 'mha-c[plot]'`") from error
 
-__all__ = ["average", "distance", "entropy", "heads", "masking", "token", "weights"]
+__all__ = ["average", "distance", "entropy", "heads", "masking", "residual_stream", "token", "weights"]
 
 
 def __dir__() -> list[str]:
@@ -486,6 +486,82 @@ def masking(
     if colorbar:
         _colorbar(image, chosen, cells[0].meaning("score"))
     return chosen
+
+
+def residual_stream(
+    explanation: StackExplanation | LayerExplanation,
+    *,
+    item: int = 0,
+    layer: int | str | None = None,
+    tokens: _Words = None,
+    vmax: float | None = None,
+    colorbar: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the norm of each token's row in the residual stream: a row for each layer or step, a column for each token.
+
+    Parameters
+    ----------
+    explanation : StackExplanation or LayerExplanation
+        What `mha_c.explain` returns for an encoder or a decoder, or for one of their layers.
+    item : int, default 0
+        The batch item.
+    layer : int or str, optional
+        The number or the name of the layer, for the title.
+    tokens : sequence of str, optional
+        The labels of the tokens.
+    vmax : float, optional
+        The norm with the strongest colour; the largest norm unless given.
+    colorbar : bool, default True
+        Whether to draw the colour scale beside the axes.
+    ax : matplotlib.axes.Axes, optional
+        The axes to draw into; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    TypeError
+        If `explanation` is something else.
+    ValueError
+        If the number of labels is not that of the tokens.
+    IndexError
+        If the batch does not have this item.
+
+    Examples
+    --------
+    >>> import mha_c
+    >>> encoder = mha_c.TransformerEncoder(mha_c.TransformerEncoderLayer(8, 2, 16, seed=0), 3).eval()
+    >>> explanation = mha_c.explain(encoder, np.eye(5, 8, dtype=np.float32))
+    >>> ax = mha_c.plot.residual_stream(explanation)
+    >>> ax.get_title(), ax.get_xlabel()
+    ('Residual stream', 'token (position)')
+    """
+    if not isinstance(explanation, (StackExplanation, LayerExplanation)):
+        raise TypeError(
+            "residual_stream() draws what mha_c.explain returns for an encoder, a decoder or a layer of these, but got "
+            f"{type(explanation).__name__}"
+        )
+    norms = explanation.norms.swapaxes(0, -2)  # (N, R, T), or (R, T) without a batch
+    matrix = heads_item(norms, item, has_batch=norms.ndim == 3)
+    title = _title("Residual stream", layer)
+    if ax is None:
+        _, ax = pyplot.subplots(figsize=_figure_size(matrix.shape), layout="compressed")
+    assert ax is not None
+    cells = _bin(ax, matrix, weights=False)
+    largest = _largest(cells.array) if vmax is None else vmax
+    image = _heat_map(ax, cells, _sequential(ax), PowerNorm(0.5, 0, largest))
+    ax.set_aspect("auto")
+    labels = _Labels(_Names("layer", list(explanation.residual_stream), True), _Names.of("token", matrix.shape[1], tokens))
+    _label(ax, labels)
+    ax.set_title(f"{title}{cells.note}", fontsize="medium")
+    by_row = (f"{name}: {row.min():.3g} to {row.max():.3g}" for name, row in zip(explanation.residual_stream, matrix))
+    _describe(ax, f"{title}. Norms of the rows of {matrix.shape[1]} tokens, {', '.join(by_row)}.")
+    if colorbar:
+        _colorbar(image, [ax], cells.meaning(_NORM))
+    return ax
 
 
 class _Cells(NamedTuple):
