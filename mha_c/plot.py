@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from mha_c import heads as _heads
 from mha_c.display.cells import NEGATIVE, POSITIVE, bins
 from mha_c.explanation import Explanation, LayerExplanation, StackExplanation
-from mha_c.heads import Matrices
+from mha_c.heads import Matrices, item_of
 
 try:
     import matplotlib
@@ -56,6 +56,7 @@ _MOST_WORDS: Final = 15  # where there is no room for all of them
 _FAINTEST: Final = 0.01  # of the strongest weight: less is not drawn as a line
 _UNDERFLOW: Final = -104.0  # exp of less is 0 in float32
 _WEIGHT: Final = "weight, on a square-root scale\nthat shows small weights, too"
+_NORM: Final = "norm of the row, on a square-root scale\nthat shows small norms, too"
 
 _Words = Sequence[str] | None
 
@@ -544,8 +545,8 @@ def residual_stream(
             "residual_stream() draws what mha_c.explain returns for an encoder, a decoder or a layer of these, but got "
             f"{type(explanation).__name__}"
         )
-    norms = explanation.norms.swapaxes(0, -2)  # (N, R, T), or (R, T) without a batch
-    matrix = heads_item(norms, item, has_batch=norms.ndim == 3)
+    norms = explanation.norms
+    matrix = item_of(norms, item, has_batch=norms.ndim == 3)
     title = _title("Residual stream", layer)
     if ax is None:
         _, ax = pyplot.subplots(figsize=_figure_size(matrix.shape), layout="compressed")
@@ -554,10 +555,10 @@ def residual_stream(
     largest = _largest(cells.array) if vmax is None else vmax
     image = _heat_map(ax, cells, _sequential(ax), PowerNorm(0.5, 0, largest))
     ax.set_aspect("auto")
-    labels = _Labels(_Names("layer", list(explanation.residual_stream), True), _Names.of("token", matrix.shape[1], tokens))
-    _label(ax, labels)
+    rows = _Names("step", list(explanation.residual_stream), True)
+    _label(ax, _Labels(rows, _Names.of("token", "tokens", matrix.shape[1], tokens)))
     ax.set_title(f"{title}{cells.note}", fontsize="medium")
-    by_row = (f"{name}: {row.min():.3g} to {row.max():.3g}" for name, row in zip(explanation.residual_stream, matrix))
+    by_row = (f"{name}: {row.min(initial=np.inf):.3g} to {row.max(initial=0):.3g}" for name, row in zip(rows.words, matrix))
     _describe(ax, f"{title}. Norms of the rows of {matrix.shape[1]} tokens, {', '.join(by_row)}.")
     if colorbar:
         _colorbar(image, [ax], cells.meaning(_NORM))
@@ -600,11 +601,19 @@ def _bin_size(pitch: float) -> int:
 
 
 class _Names(NamedTuple):
-    """What the queries or the keys are called: their words if these are given, else their positions."""
+    """What queries, keys, tokens or layers are called: their words if these are given, else their positions."""
 
     kind: str
     words: list[str]
     are_given: bool
+
+    @classmethod
+    def of(cls, kind: str, kinds: str, count: int, given: _Words) -> _Names:
+        """The names of `count` of a kind."""
+        if given is not None and len(given) != count:
+            raise ValueError(f"there are {count} {kinds}, but {len(given)} tokens")
+        words = [str(position) for position in range(count)] if given is None else list(given)
+        return cls(kind, words, given is not None)
 
     def name(self, position: int) -> str:
         """How a sentence calls one of them."""
@@ -638,13 +647,7 @@ class _Labels(NamedTuple):
         """Those for a matrix (L, S); the keys have the queries' words if L = S and no others are given."""
         length, source_length = shape
         key_tokens = tokens if key_tokens is None and length == source_length else key_tokens
-        names = []
-        for count, given, kind, kinds in ((length, tokens, "query", "queries"), (source_length, key_tokens, "key", "keys")):
-            if given is not None and len(given) != count:
-                raise ValueError(f"there are {count} {kinds}, but {len(given)} tokens")
-            words = [str(position) for position in range(count)] if given is None else list(given)
-            names.append(_Names(kind, words, given is not None))
-        return cls(*names)
+        return cls(_Names.of("query", "queries", length, tokens), _Names.of("key", "keys", source_length, key_tokens))
 
     @property
     def sizes(self) -> str:

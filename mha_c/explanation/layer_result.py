@@ -62,8 +62,12 @@ class _WithStream:
 
     @property
     def norms(self) -> NDArray[np.float64]:
-        """The Euclidean norm of the row of each token in the residual stream: (R, N, T), or (R, T) without a batch."""
-        return np.stack([size_of_rows(rows_of(array, self.batch_first)) for array in self.residual_stream.values()])
+        """The Euclidean norm of the row of each token in the residual stream: (N, R, T), or (R, T) without a batch.
+
+        R is the length of `residual_stream`.
+        """
+        norms = [size_of_rows(rows_of(array, self.batch_first)) for array in self.residual_stream.values()]
+        return np.stack(norms, axis=-2)
 
     def table(self) -> Table:
         raise NotImplementedError
@@ -274,7 +278,7 @@ class StackExplanation(_WithStream):
         if not self._seen.any():
             return ()
         row = len(self)  # the last layer; the norm at the end would make the norms of all rows equal
-        return (tokens_with_largest_norm(list(self.residual_stream)[row], self.norms[row], self._seen),)
+        return (tokens_with_largest_norm(list(self.residual_stream)[row], self.norms[..., row, :], self._seen),)
 
     def table(self) -> Table:
         """Return a table of the layers, with the norms of the rows that they return.
