@@ -54,10 +54,10 @@ class _WithStream:
     title: str
     residual_stream: dict[str, NDArray[Any]]
     batch_first: bool
-    _seen: NDArray[np.bool_]  # (N, T) or (T,): the tokens that are not padding
+    seen: NDArray[np.bool_]  # (N, T) or (T,): the tokens that are not padding
 
     def _seen_rows(self, array: NDArray[Any]) -> NDArray[Any]:
-        rows: NDArray[Any] = rows_of(array, self.batch_first)[self._seen]
+        rows: NDArray[Any] = rows_of(array, self.batch_first)[self.seen]
         return rows
 
     @property
@@ -120,6 +120,8 @@ class LayerExplanation(_WithStream):
         The letters of the shapes, with their sizes in this call.
     batch_first : bool
         Whether the batch is the first axis.
+    seen : numpy.ndarray of bool, (N, T)
+        The tokens that are not padding; (T,) without a batch.
     warnings : tuple of str
         What looks wrong: NaN and infinity, and the warnings of the attention.
     notes : tuple of str
@@ -172,7 +174,7 @@ class LayerExplanation(_WithStream):
         self.residual_stream = dict(residual_stream)
         self.letters = dict(letters)
         self.batch_first = batch_first
-        self._seen = seen
+        self.seen = seen
         self.warnings = warnings
         self.notes = notes
         vars(self).update(self.attentions)
@@ -198,7 +200,7 @@ class LayerExplanation(_WithStream):
             (
                 stage.name,
                 f"({', '.join(stage.axes)})",
-                _mean(size_of_rows(self._seen_rows(stage.array))),
+                _mean(size_of_rows(self.seen_rows(stage.array))),
                 stage.formula,
             )
             for stage in self.stages.values()
@@ -227,8 +229,12 @@ class StackExplanation(_WithStream):
         The output of the stack, bit for bit.
     batch_first : bool
         Whether the batch is the first axis.
+    seen : numpy.ndarray of bool, (N, T)
+        The tokens that are not padding; (T,) without a batch.
     warnings : tuple of str
         What looks wrong: a class that computes something else.
+    explain_layers : tuple of callable
+        ``explanation[3]`` is ``explain_layers[3]()``.
     notes : tuple of str
         Sentences about tokens with a large norm. Padded tokens do not count.
     title : str
@@ -258,8 +264,8 @@ class StackExplanation(_WithStream):
         self.warnings = warnings
         self.residual_stream = dict(residual_stream)
         self.batch_first = batch_first
-        self._explain_layers = tuple(explain_layers)
-        self._seen = seen
+        self.explain_layers = tuple(explain_layers)
+        self.seen = seen
 
     @property
     def output(self) -> NDArray[Any]:
@@ -267,18 +273,18 @@ class StackExplanation(_WithStream):
         return list(self.residual_stream.values())[-1]
 
     def __len__(self) -> int:
-        return len(self._explain_layers)
+        return len(self.explain_layers)
 
     def __getitem__(self, index: int) -> LayerExplanation:
-        return self._explain_layers[operator.index(index)]()
+        return self.explain_layers[operator.index(index)]()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about the stream."""
-        if not self._seen.any():
+        if not self.seen.any():
             return ()
         row = len(self)  # the last layer; the norm at the end would make the norms of all rows equal
-        return (tokens_with_largest_norm(list(self.residual_stream)[row], self.norms[..., row, :], self._seen),)
+        return (tokens_with_largest_norm(list(self.residual_stream)[row], self.norms[..., row, :], self.seen),)
 
     def table(self) -> Table:
         """Return a table of the layers, with the norms of the rows that they return.
@@ -301,7 +307,7 @@ class StackExplanation(_WithStream):
         rows = []
         before: NDArray[Any] | None = None
         for name, array in self.residual_stream.items():
-            seen = self._seen_rows(array)
+            seen = self.seen_rows(array)
             norms = size_of_rows(seen)
             change = "" if before is None else _ratio(size_of_rows(seen - before), size_of_rows(before))
             rows.append((name, _mean(norms), f"{norms.max(initial=0):.3g}", change))

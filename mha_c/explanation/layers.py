@@ -50,7 +50,7 @@ def explain_encoder_layer(
     arguments = {
         "src": src, "src_mask": src_mask, "src_key_padding_mask": src_key_padding_mask, "is_causal": is_causal,
     }  # fmt: skip
-    uncounted(layer)(**arguments)  # refuses what the layer refuses, in its words
+    TransformerEncoderLayer.forward(uncounted(layer), **arguments)  # refuses what the layer refuses, in its words
     steps = _Steps(layer, "src", src, src_key_padding_mask)
     steps.attend("self_attn", attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
     steps.feed_forward()
@@ -75,7 +75,7 @@ def explain_decoder_layer(
         "tgt_key_padding_mask": tgt_key_padding_mask, "memory_key_padding_mask": memory_key_padding_mask,
         "tgt_is_causal": tgt_is_causal, "memory_is_causal": memory_is_causal,
     }  # fmt: skip
-    uncounted(layer)(**arguments)  # refuses what the layer refuses, in its words
+    TransformerDecoderLayer.forward(uncounted(layer), **arguments)  # refuses what the layer refuses, in its words
     steps = _Steps(layer, "tgt", tgt, tgt_key_padding_mask)
     steps.attend("self_attn", attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal)
     steps.attend(

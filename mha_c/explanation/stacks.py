@@ -35,7 +35,7 @@ def explain_encoder(
     arguments = {
         "src": src, "mask": mask, "src_key_padding_mask": src_key_padding_mask, "is_causal": is_causal,
     }  # fmt: skip
-    output = uncounted(layer)(**arguments)
+    output = TransformerEncoder.forward(uncounted(layer), **arguments)
     zeroes = src_key_padding_mask is not None and layer._gives_zeros(src, mask, src_key_padding_mask)
     zeroing = range(len(layer.layers)) if zeroes else ()
     call = (mask, src_key_padding_mask, bool(is_causal))
@@ -60,7 +60,7 @@ def explain_decoder(
         "tgt_key_padding_mask": tgt_key_padding_mask, "memory_key_padding_mask": memory_key_padding_mask,
         "tgt_is_causal": tgt_is_causal, "memory_is_causal": memory_is_causal,
     }  # fmt: skip
-    output = uncounted(layer)(**arguments)
+    output = TransformerDecoder.forward(uncounted(layer), **arguments)
     masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
     call = (memory, *masks, bool(tgt_is_causal), memory_is_causal)
     zeroing = (len(layer.layers) - 1,) if layer.padded == "zero" else ()
