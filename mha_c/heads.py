@@ -52,7 +52,7 @@ class Matrices(NamedTuple):
                 "matrix for each head, from a call without a batch"
             )
         has_heads = array.ndim == 4 or (array.ndim == 3 and not averaged)
-        array = _item(array, item, has_batch=array.ndim - has_heads == 3)
+        array = item_of(array, item, has_batch=array.ndim - has_heads == 3)
         array = array if has_heads else array[None]
         if stage == "weights" and not is_explanation:
             _check_weights(array)
@@ -74,7 +74,8 @@ class Matrices(NamedTuple):
         return self
 
 
-def _item(array: NDArray[Any], item: int, has_batch: bool) -> NDArray[Any]:
+def item_of(array: NDArray[Any], item: int, has_batch: bool) -> NDArray[Any]:
+    """One item of an array whose first axis is the batch, or an array without a batch."""
     item = operator.index(item)
     count = len(array) if has_batch else 1
     if not -count <= item < count:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of attention with matplotlib: axes in, axes out.
+"""Pictures of attention and of the residual stream with matplotlib: axes in, axes out.
 
-Every function takes the result of `mha_c.explain`, or arrays of the shapes that `mha_c.heads.heads_of` takes. It draws
+Every function of attention takes the result of `mha_c.explain`, or arrays of the shapes that `mha_c.heads.heads_of` takes. It draws
 into the axes that it is given, or into a new figure, and returns the axes. An array of three dimensions needs
 `averaged`.
 
@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from mha_c import heads as _heads
 from mha_c.display.cells import NEGATIVE, POSITIVE, bins
-from mha_c.explanation import Explanation
-from mha_c.heads import Matrices
+from mha_c.explanation import Explanation, LayerExplanation, StackExplanation
+from mha_c.heads import Matrices, item_of
 
 try:
     import matplotlib
@@ -42,7 +42,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("mha_c.plot needs matplotlib, which is not installed: `pip install 'mha-c[plot]'`") from error
 
-__all__ = ["average", "distance", "entropy", "heads", "masking", "token", "weights"]
+__all__ = ["average", "distance", "entropy", "heads", "masking", "residual_stream", "token", "weights"]
 
 
 def __dir__() -> list[str]:
@@ -56,6 +56,7 @@ _MOST_WORDS: Final = 15  # where there is no room for all of them
 _FAINTEST: Final = 0.01  # of the strongest weight: less is not drawn as a line
 _UNDERFLOW: Final = -104.0  # exp of less is 0 in float32
 _WEIGHT: Final = "weight, on a square-root scale\nthat shows small weights, too"
+_NORM: Final = "norm of the row, on a square-root scale\nthat shows small norms, too"
 
 _Words = Sequence[str] | None
 
@@ -488,6 +489,82 @@ def masking(
     return chosen
 
 
+def residual_stream(
+    explanation: StackExplanation | LayerExplanation,
+    *,
+    item: int = 0,
+    layer: int | str | None = None,
+    tokens: _Words = None,
+    vmax: float | None = None,
+    colorbar: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the norm of each token's row in the residual stream: a row for each layer or step, a column for each token.
+
+    Parameters
+    ----------
+    explanation : StackExplanation or LayerExplanation
+        What `mha_c.explain` returns for an encoder or a decoder, or for one of their layers.
+    item : int, default 0
+        The batch item.
+    layer : int or str, optional
+        The number or the name of the layer, for the title.
+    tokens : sequence of str, optional
+        The labels of the tokens.
+    vmax : float, optional
+        The norm with the strongest colour; the largest norm unless given.
+    colorbar : bool, default True
+        Whether to draw the colour scale beside the axes.
+    ax : matplotlib.axes.Axes, optional
+        The axes to draw into; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    TypeError
+        If `explanation` is something else.
+    ValueError
+        If the number of labels is not that of the tokens.
+    IndexError
+        If the batch does not have this item.
+
+    Examples
+    --------
+    >>> import mha_c
+    >>> encoder = mha_c.TransformerEncoder(mha_c.TransformerEncoderLayer(8, 2, 16, seed=0), 3).eval()
+    >>> explanation = mha_c.explain(encoder, np.eye(5, 8, dtype=np.float32))
+    >>> ax = mha_c.plot.residual_stream(explanation)
+    >>> ax.get_title(), ax.get_xlabel()
+    ('Residual stream', 'token (position)')
+    """
+    if not isinstance(explanation, (StackExplanation, LayerExplanation)):
+        raise TypeError(
+            "residual_stream() draws what mha_c.explain returns for an encoder, a decoder or a layer of these, but got "
+            f"{type(explanation).__name__}"
+        )
+    norms = explanation.norms
+    matrix = item_of(norms, item, has_batch=norms.ndim == 3)
+    title = _title("Residual stream", layer)
+    if ax is None:
+        _, ax = pyplot.subplots(figsize=_figure_size(matrix.shape), layout="compressed")
+    assert ax is not None
+    cells = _bin(ax, matrix, weights=False)
+    largest = _largest(cells.array) if vmax is None else vmax
+    image = _heat_map(ax, cells, _sequential(ax), PowerNorm(0.5, 0, largest))
+    ax.set_aspect("auto")
+    rows = _Names("step", list(explanation.residual_stream), True)
+    _label(ax, _Labels(rows, _Names.of("token", "tokens", matrix.shape[1], tokens)))
+    ax.set_title(f"{title}{cells.note}", fontsize="medium")
+    by_row = (f"{name}: {row.min(initial=np.inf):.3g} to {row.max(initial=0):.3g}" for name, row in zip(rows.words, matrix))
+    _describe(ax, f"{title}. Norms of the rows of {matrix.shape[1]} tokens, {', '.join(by_row)}.")
+    if colorbar:
+        _colorbar(image, [ax], cells.meaning(_NORM))
+    return ax
+
+
 class _Cells(NamedTuple):
     """A matrix as it is drawn: `size` queries and keys to a cell."""
 
@@ -524,11 +601,19 @@ def _bin_size(pitch: float) -> int:
 
 
 class _Names(NamedTuple):
-    """What the queries or the keys are called: their words if these are given, else their positions."""
+    """What queries, keys, tokens or layers are called: their words if these are given, else their positions."""
 
     kind: str
     words: list[str]
     are_given: bool
+
+    @classmethod
+    def of(cls, kind: str, kinds: str, count: int, given: _Words) -> _Names:
+        """The names of `count` of a kind."""
+        if given is not None and len(given) != count:
+            raise ValueError(f"there are {count} {kinds}, but {len(given)} tokens")
+        words = [str(position) for position in range(count)] if given is None else list(given)
+        return cls(kind, words, given is not None)
 
     def name(self, position: int) -> str:
         """How a sentence calls one of them."""
@@ -562,13 +647,7 @@ class _Labels(NamedTuple):
         """Those for a matrix (L, S); the keys have the queries' words if L = S and no others are given."""
         length, source_length = shape
         key_tokens = tokens if key_tokens is None and length == source_length else key_tokens
-        names = []
-        for count, given, kind, kinds in ((length, tokens, "query", "queries"), (source_length, key_tokens, "key", "keys")):
-            if given is not None and len(given) != count:
-                raise ValueError(f"there are {count} {kinds}, but {len(given)} tokens")
-            words = [str(position) for position in range(count)] if given is None else list(given)
-            names.append(_Names(kind, words, given is not None))
-        return cls(*names)
+        return cls(_Names.of("query", "queries", length, tokens), _Names.of("key", "keys", source_length, key_tokens))
 
     @property
     def sizes(self) -> str:

@@ -594,8 +594,8 @@ def test_errors():
     says = "layer must be a mha_c.MultiheadAttention or a torch.nn.MultiheadAttention, but got torch.nn"
     with pytest.raises(TypeError, match=f"{says}.*Linear$"):
         mha_c.explain(torch.nn.Linear(8, 2), *x)
-    with pytest.raises(TypeError, match=f"{says}.*TransformerEncoderLayer. It holds self_attn: pass that layer$"):
-        mha_c.explain(torch.nn.TransformerEncoderLayer(8, 2), *x)
+    with pytest.raises(TypeError, match=f"{says}.*Sequential. It holds 0: pass that layer$"):
+        mha_c.explain(torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2)), *x)
     for name, right in (("head", "heads"), ("stage", "stages"), ("attn_masks", "attn_mask")):
         with pytest.raises(TypeError, match=f"argument '{name}'. Write {right}=0 instead of {name}=0."):
             mha_c.explain(module, *x, **{name: 0})

@@ -52,7 +52,7 @@ def count(number: int, thing: str) -> str:
 
 
 def describe_call(arguments: Mapping[str, Any]) -> str:
-    """A call of a layer in one line: `query` and masks as arrays, the other arguments as the layer takes them.
+    """A call of a layer in one line: inputs and masks as arrays, the other arguments as the layer takes them.
 
     Examples
     --------
@@ -60,10 +60,10 @@ def describe_call(arguments: Mapping[str, Any]) -> str:
     >>> describe_call({"query": np.ones((5, 3, 8)), "is_causal": True, "attn_mask": np.zeros((5, 5), bool)})
     'query (5, 3, 8), attn_mask bool (5, 5), is_causal'
     """
-    said = [f"query {arguments['query'].shape}"]
+    said = [f"{name} {arguments[name].shape}" for name in ("query", "src", "tgt", "memory") if name in arguments]
     for name, argument in arguments.items():
-        if name in ("key_padding_mask", "attn_mask") and argument is not None:
+        if name.endswith("mask") and argument is not None:
             said.append(f"{name} {argument.dtype.name} {argument.shape}")
-    said += ["is_causal"] if arguments.get("is_causal") else []
+    said += [name for name, argument in arguments.items() if name.endswith("is_causal") and argument]
     said += [] if arguments.get("need_weights", True) else ["need_weights=False"]
     return ", ".join(said)

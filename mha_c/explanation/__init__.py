@@ -1,23 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention stage by stage: what the layer computes between its inputs and its output, as named arrays and pictures."""
+"""Layers stage by stage: what a layer computes between its inputs and its output, as named arrays and pictures."""
 
-from collections.abc import Iterable
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol, overload
 
-from mha_c.advice.keywords import knows_foreign_keywords
-from mha_c.explanation.masks import MaskEffect, look_at_masks
+from mha_c.explanation.attention import explain as _explain_attention
+from mha_c.explanation.layer_result import LayerExplanation, StackExplanation
+from mha_c.explanation.layers import explain_decoder_layer, explain_encoder_layer
+from mha_c.explanation.masks import MaskEffect
 from mha_c.explanation.result import Explanation
-from mha_c.explanation.stages import Stage, StagedCall, chosen_stages
-from mha_c.explanation.words import Words
+from mha_c.explanation.stacks import explain_decoder, explain_encoder
+from mha_c.explanation.stages import Stage
 from mha_c.layer import MultiheadAttention
 from mha_c.parameters.arrays import as_array
+from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
+from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer
 
-__all__ = ["Explanation", "MaskEffect", "Stage", "explain"]
+__all__ = ["Explanation", "LayerExplanation", "MaskEffect", "StackExplanation", "Stage", "explain"]
+
+_EXPLAIN: Final[dict[type[Any], Callable[..., Any]]] = {
+    MultiheadAttention: _explain_attention,
+    TransformerEncoderLayer: explain_encoder_layer,
+    TransformerDecoderLayer: explain_decoder_layer,
+    TransformerEncoder: explain_encoder,
+    TransformerDecoder: explain_decoder,
+}
 
 
-@knows_foreign_keywords
+class _TorchModule(Protocol):
+    """A layer of torch, for type checkers."""
+
+    def register_forward_hook(self, hook: Any) -> Any: ...
+
+
+@overload
 def explain(
-    layer: Any,
+    layer: MultiheadAttention,
     query: Any,
     key: Any = None,
     value: Any = None,
@@ -29,36 +48,81 @@ def explain(
     *,
     heads: int | Iterable[int] | None = None,
     stages: str | Iterable[str] | None = None,
-) -> Explanation:
+) -> Explanation: ...
+@overload
+def explain(
+    layer: TransformerEncoderLayer,
+    src: Any,
+    src_mask: Any = None,
+    src_key_padding_mask: Any = None,
+    is_causal: bool = False,
+) -> LayerExplanation: ...
+@overload
+def explain(
+    layer: TransformerDecoderLayer,
+    tgt: Any,
+    memory: Any,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    tgt_is_causal: bool = False,
+    memory_is_causal: bool = False,
+) -> LayerExplanation: ...
+@overload
+def explain(
+    layer: TransformerEncoder,
+    src: Any,
+    mask: Any = None,
+    src_key_padding_mask: Any = None,
+    is_causal: bool | None = None,
+) -> StackExplanation: ...
+@overload
+def explain(
+    layer: TransformerDecoder,
+    tgt: Any,
+    memory: Any,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    tgt_is_causal: bool | None = None,
+    memory_is_causal: bool = False,
+) -> StackExplanation: ...
+@overload
+def explain(layer: _TorchModule, *arguments: Any, **keywords: Any) -> Any: ...
+def explain(layer: Any, *arguments: Any, **keywords: Any) -> Any:
     """Show what a layer computes between its inputs and its output.
 
-    Every number comes from the C core that the layer itself uses: `output`, `weights`, `average_weights` and
-    `head_outputs` have the bits of the layer's own call.
+    Every number comes from the C core that the layer itself uses, and `output` has the bits of the layer's own call; so
+    have `weights`, `average_weights` and `head_outputs` of an attention layer.
 
     Parameters
     ----------
-    layer : MultiheadAttention or torch.nn.MultiheadAttention
+    layer : MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, TransformerEncoder, \
+TransformerDecoder, or torch's layer of that name
         The layer. A layer of torch is copied into mha_c first, in evaluation mode; half precision becomes float32.
-    query, key, value : array or tensor
-        As for `MultiheadAttention.forward`. `key` is `query` unless given, and `value` is `key` unless given.
-    key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        As for `MultiheadAttention.forward`, whose call is explained. `average_attn_weights` is ignored: both kinds of
-        weights are included. `need_weights` matters only for queries that see no key.
-    heads : int or sequence of int, optional
-        The numbers of the heads to look at; all heads unless given. Stages with one part for each head are computed for
-        these heads only. `average_weights`, `concatenated` and `output` always come from all heads.
-    stages : str or sequence of str, optional
-        The names of the stages to keep; all stages unless given. Other stages are computed only if these need them.
+    *arguments
+        The arguments of a call of the layer, which is explained: arrays, or tensors for a layer of torch. For
+        attention, `key` is `query` unless given, and `value` is `key` unless given. `average_attn_weights` is ignored:
+        both kinds of weights are included. `need_weights` matters only for queries that see no key.
+    **keywords
+        The same by name, and for attention two more. `heads`, an int or several, are the numbers of the heads to look
+        at; all heads unless given. Stages with one part for each head are computed for these heads only;
+        `average_weights`, `concatenated` and `output` always come from all heads. `stages`, a str or several, are the
+        names of the stages to keep; all stages unless given. Other stages are computed only if these need them.
 
     Returns
     -------
-    Explanation
-        The stages, as attributes and in `stages`. Printing it gives a table; a notebook shows a diagram.
+    Explanation or LayerExplanation or StackExplanation
+        `Explanation` for attention, and `LayerExplanation` for a layer of an encoder or a decoder: the stages, as
+        attributes and in `stages`. `StackExplanation` for an encoder or a decoder: the residual stream after each
+        layer, and the `LayerExplanation` of each layer on demand. Printing it gives a table; a notebook shows more.
 
     Raises
     ------
     TypeError
-        If `layer` is not a layer of mha_c or torch.
+        If `layer` is none of these layers.
     ValueError
         If a stage is unknown; if a head is named twice; or if `heads` are chosen while dropout is active, because
         dropout draws for all heads together. ``layer.eval()`` switches dropout off.
@@ -71,7 +135,7 @@ def explain(
     -----
     An explanation does not count as a call: if dropout is active, it shows what the next call of the layer will drop.
 
-    The layer itself never computes all scores at once, and does not project every key: not those that a mask removes,
+    Attention itself never computes all scores at once, and does not project every key: not those that a mask removes,
     and none if there are few queries. `explain` computes these keys and the scores in addition, in the same way.
 
     "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.
@@ -91,42 +155,33 @@ def explain(
 
     >>> mha_c.explain(attention, x, heads=2, stages="weights").weights.shape
     (3, 1, 5, 5)
+
+    A layer of an encoder, with its attention in it:
+
+    >>> layer = mha_c.TransformerEncoderLayer(8, 4, 16, seed=0).eval()
+    >>> explanation = mha_c.explain(layer, x, is_causal=True)
+    >>> explanation.activated.shape, explanation.self_attn.weights.shape
+    ((5, 3, 16), (3, 4, 5, 5))
+    >>> np.array_equal(explanation.output, layer(x, is_causal=True))
+    True
     """
-    key = query if key is None else key
-    value = key if value is None else value
-    if not isinstance(layer, MultiheadAttention):
+    if not isinstance(layer, tuple(_EXPLAIN)):
         layer = _copy_of_torchs(layer)
-        arrays = (query, key, value, key_padding_mask, attn_mask)
-        query, key, value, key_padding_mask, attn_mask = (None if one is None else as_array(one) for one in arrays)
-    call = StagedCall(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, heads)
-    found = call.compute(chosen_stages(stages, call.dropout_p > 0))
-    sizes = (call.batch, call.widths.num_heads, call.length, call.source_length)
-    masks = look_at_masks(key_padding_mask, attn_mask, bool(is_causal), *sizes, call.parameters.dtype)
-    words = Words(call)
-    texts = words.stages()
-    return Explanation(
-        title=words.title,
-        inputs=words.inputs,
-        stages={name: Stage(name, array, *texts[name]) for name, array in found.items()},
-        letters=words.letters,
-        heads=tuple(range(call.widths.num_heads) if call.heads is None else call.heads),
-        paths=tuple("few queries" if is_few else "ordinary" for is_few in call.paths),
-        masks=masks.effects,
-        warnings=(*_of_another_forward(layer), *words.warnings(masks)),
-        notes=words.notes(masks, found),
-    )
+        arguments = tuple(map(_without_torch, arguments))
+        keywords = {name: _without_torch(value) for name, value in keywords.items()}
+    function = next(function for kind, function in _EXPLAIN.items() if isinstance(layer, kind))
+    return function(layer, *arguments, **keywords)
 
 
-def _of_another_forward(layer: MultiheadAttention) -> tuple[str, ...]:
-    if type(layer).forward is MultiheadAttention.forward:
-        return ()
-    name = type(layer).__name__
-    return (f"{name} overrides forward. This is what forward of mha_c.MultiheadAttention computes, not {name}.",)
+def _without_torch(value: Any) -> Any:
+    return as_array(value) if hasattr(value, "detach") else value
 
 
-def _copy_of_torchs(layer: Any) -> MultiheadAttention:
+def _copy_of_torchs(layer: Any) -> Any:
+    nn = getattr(sys.modules.get("torch"), "nn", None)
+    kind = next((kind for kind in _EXPLAIN if isinstance(layer, getattr(nn, kind.__name__, ()))), MultiheadAttention)
     try:
-        return MultiheadAttention.from_torch(layer).eval()
+        return kind.from_torch(layer).eval()
     except TypeError as error:
-        said = str(error).replace("from_torch takes a", "layer must be a mha_c.MultiheadAttention or a", 1)
+        said = str(error).replace("from_torch takes a", f"layer must be a mha_c.{kind.__name__} or a", 1)
         raise TypeError(said) from None

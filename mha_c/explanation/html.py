@@ -14,7 +14,7 @@ from mha_c.display.html import block, escape, matrix
 from mha_c.explanation.masks import MaskEffect
 from mha_c.explanation.stages import STAGES, Stage
 
-__all__ = ["render"]
+__all__ = ["render", "render_layer"]
 
 #: The most heads of a stage that are shown.
 MAX_HEADS = 4
@@ -36,20 +36,50 @@ class Explained(Protocol):
     notes: tuple[str, ...]
 
 
+class ExplainedLayer(Protocol):
+    """The parts of a layer's explanation that are shown."""
+
+    title: str
+    stages: dict[str, Stage]
+    attentions: dict[str, Any]
+    letters: dict[str, int]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
 def render(explanation: Explained) -> str:
     """All of an explanation as HTML that needs no script and loads nothing."""
-    letters = ", ".join(f"{letter} = {size}" for letter, size in explanation.letters.items())
-    warnings = "".join(f'<p class="warning">{escape(warning)}</p>' for warning in explanation.warnings)
-    notes = "".join(f"<li>{escape(note)}</li>" for note in explanation.notes)
-    stages = "".join(_stage(stage, explanation) for stage in explanation.stages.values())
+    stages = "".join(_stage(stage, explanation.heads) for stage in explanation.stages.values())
     return block(
-        f"<p><b>Attention, stage by stage</b></p><p>{escape(explanation.title)}</p>"
-        f'<p class="faint">{escape(letters)}</p>{warnings}<div class="parts"><div class="flow">'
-        f'{_diagram(explanation)}</div><div class="stages">{stages}'
-        f'<details open=""><summary>Paths, masks and more</summary>'
-        f"<ul>{notes}</ul></details></div></div>",
+        f"{_head('Attention, stage by stage', explanation)}"
+        f'<div class="parts"><div class="flow">{_diagram(explanation)}</div>'
+        f'<div class="stages">{stages}{_notes("Paths, masks and more", explanation)}</div></div>',
         _STYLE,
     )
+
+
+def render_layer(explanation: ExplainedLayer) -> str:
+    """The same for a layer of an encoder or a decoder, with the attention before what it adds."""
+    parts = {name: _stage(stage) for name, stage in explanation.stages.items()}
+    for name, attention in explanation.attentions.items():
+        inside = f"<details><summary>{name}, stage by stage</summary>{render(attention)}</details>"
+        parts[f"{name}_update"] = inside + parts[f"{name}_update"]
+    return block(
+        f"{_head('A layer, step by step', explanation)}"
+        f"{_notes('Sizes and more', explanation)}{''.join(parts.values())}",
+        _STYLE,
+    )
+
+
+def _head(what: str, explanation: Explained | ExplainedLayer) -> str:
+    letters = ", ".join(f"{letter} = {size}" for letter, size in explanation.letters.items())
+    warnings = "".join(f'<p class="warning">{escape(warning)}</p>' for warning in explanation.warnings)
+    return f'<p><b>{what}</b></p><p>{escape(explanation.title)}</p><p class="faint">{escape(letters)}</p>{warnings}'
+
+
+def _notes(name: str, explanation: Explained | ExplainedLayer) -> str:
+    notes = "".join(f"<li>{escape(note)}</li>" for note in explanation.notes)
+    return f'<details open=""><summary>{name}</summary><ul>{notes}</ul></details>'
 
 
 def _diagram(explanation: Explained) -> str:
@@ -63,12 +93,12 @@ def _diagram(explanation: Explained) -> str:
     return _DIAGRAM.substitute(words)
 
 
-def _stage(stage: Stage, explanation: Explained) -> str:
+def _stage(stage: Stage, heads: tuple[int, ...] = ()) -> str:
     size = f"({', '.join(stage.axes)}) {stage.shape} · {_short(stage.operations)} operations · {_bytes(stage.nbytes)}"
     return (
         f"<details><summary><b>{stage.name}</b> = <code>{escape(stage.formula)}</code> "
         f'<span class="faint">{escape(size)}</span></summary><p>{escape(_sentence(stage.meaning))}</p>'
-        f"{_pictures(stage, explanation)}</details>"
+        f"{_pictures(stage, heads)}</details>"
     )
 
 
@@ -90,7 +120,7 @@ def _bytes(number: int) -> str:
     return f"{number} bytes"
 
 
-def _pictures(stage: Stage, explanation: Explained) -> str:
+def _pictures(stage: Stage, heads: tuple[int, ...]) -> str:
     """The first batch item, and of it the first few heads."""
     array, axes = stage.array, stage.axes
     said = []
@@ -108,7 +138,7 @@ def _pictures(stage: Stage, explanation: Explained) -> str:
         pages = pages[:MAX_HEADS]
     are_weights = "weights" in stage.name
     largest = 1.0 if are_weights else float(np.abs(pages[np.isfinite(pages)]).max(initial=0.0))
-    titles = [""] if array.ndim == 2 else [_head_title(number, axes[0], explanation) for number in range(len(pages))]
+    titles = [""] if array.ndim == 2 else [_head_title(number, axes[0], heads) for number in range(len(pages))]
     nouns = (_noun(axes[-2]), _noun(axes[-1]))
     shown = "".join(
         f"<div>{title}{matrix(page, *nouns, largest=largest, add_columns=are_weights)}</div>"
@@ -118,10 +148,10 @@ def _pictures(stage: Stage, explanation: Explained) -> str:
     return f'{intro}<div class="heads">{shown}</div>'
 
 
-def _head_title(number: int, letter: str, explanation: Explained) -> str:
+def _head_title(number: int, letter: str, heads: tuple[int, ...]) -> str:
     name = "key/value head" if letter == "Hkv" else "head"
-    return f"<p>{name} {number if letter == 'Hkv' else explanation.heads[number]}</p>"
+    return f"<p>{name} {number if letter == 'Hkv' else heads[number]}</p>"
 
 
 def _noun(letter: str) -> str:
-    return {"L": "query", "S": "key", "S'": "key"}.get(letter, "feature")
+    return {"L": "query", "S": "key", "S'": "key", "T": "token"}.get(letter, "feature")

@@ -16,10 +16,18 @@ from mha_c.explanation.masks import Masks
 from mha_c.parameters.arrays import as_array
 from mha_c.explanation.stages import StagedCall
 
-__all__ = ["StageText", "Words"]
+__all__ = ["StageText", "Words", "of_another_forward"]
 
 #: Steps of softmax for each score: compare for the maximum, subtract it, exponential, add up, divide.
 SOFTMAX_STEPS = 5
+
+
+def of_another_forward(layer: Any, kind: type[Any]) -> tuple[str, ...]:
+    """A warning if the class of a layer computes something else than `kind`."""
+    name = type(layer).__name__
+    if type(layer).forward is kind.forward:
+        return ()
+    return (f"{name} overrides forward. This is what forward of mha_c.{kind.__name__} computes, not {name}.",)
 
 
 class StageText(NamedTuple):

@@ -107,6 +107,12 @@ assert_type(explanation.weights, Array)
 assert_type(explanation.heads, tuple[int, ...])
 assert_type([stage.array.nbytes for stage in explanation.stages.values()], list[int])
 assert_type(mha_c.heads.heads_of(explanation), Array)
+encoder_layer = mha_c.TransformerEncoderLayer(8, 2)
+assert_type(mha_c.explain(encoder_layer, x, is_causal=True).activated, Array)
+assert_type(mha_c.explain(mha_c.TransformerDecoderLayer(8, 2), x, memory=x).multihead_attn.weights, Array)
+stack_explanation = mha_c.explain(mha_c.TransformerEncoder(encoder_layer, 2), x)
+assert_type(stack_explanation[0].self_attn.heads, tuple[int, ...])
+assert_type(mha_c.plot.residual_stream(stack_explanation, tokens=["a"]), Axes)
 assert_type(mha_c.heads.entropy(explanation.weights, item=1), Array)
 assert_type(mha_c.heads.distance(x), Array)
 assert_type(mha_c.heads.to_bertviz(explanation, item=1), tuple[Any, ...])
@@ -154,8 +160,10 @@ layer.training = "no"  # type: ignore[assignment]
 layer.in_proj_weight.shape  # type: ignore[union-attr]
 layer.embed_dim.shape  # type: ignore[attr-defined]
 layer.save(1)  # type: ignore[arg-type]
-mha_c.explain(layer)  # type: ignore[call-arg]
+mha_c.explain(layer)  # type: ignore[call-overload]
 mha_c.explain(layer, x, x, x, heads="0,1")  # type: ignore[arg-type]
+mha_c.explain(encoder_layer, x, attn_mask=x)  # type: ignore[call-overload]
+mha_c.plot.residual_stream(x)  # type: ignore[arg-type]
 mha_c.plot.weights(x, "0")  # type: ignore[arg-type]
 mha_c.heads.entropy(x, 1)  # type: ignore[call-arg]
 scaled_dot_product_attention(x, x)  # type: ignore[call-arg]
