@@ -13,19 +13,13 @@ AnyCase = TypeVar("AnyCase", bound="Named")
 
 
 class Named(Protocol):
-    """What every case has."""
+    """What a case is chosen by."""
 
     @property
     def group(self) -> str: ...
 
     @property
     def name(self) -> str: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def needed_flops(self) -> float: ...
 
 
 @dataclass(frozen=True)
