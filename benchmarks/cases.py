@@ -13,19 +13,13 @@ AnyCase = TypeVar("AnyCase", bound="Named")
 
 
 class Named(Protocol):
-    """What every case has."""
+    """What a case is chosen by."""
 
     @property
     def group(self) -> str: ...
 
     @property
     def name(self) -> str: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def needed_flops(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -151,7 +145,8 @@ def select(parser: argparse.ArgumentParser, cases: Sequence[AnyCase]) -> Callabl
     """Adds the options that choose from the cases; returns what chooses, all where no option was given."""
     groups = list(dict.fromkeys(case.group for case in cases))
     parser.add_argument("--classes", nargs="+", choices=groups, metavar="CLASS", help=f"of {', '.join(groups)}")
-    parser.add_argument("--shapes", nargs="+", metavar="TEXT", help=f'only cases whose name has TEXT, as "{cases[1].name}"')
+    example = cases[1].name
+    parser.add_argument("--shapes", nargs="+", metavar="TEXT", help=f'only cases whose name has TEXT, as "{example}"')
 
     def choose(options: argparse.Namespace) -> list[AnyCase]:
         chosen = [case for case in cases if case.group in (options.classes or groups)]

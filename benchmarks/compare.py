@@ -24,7 +24,7 @@ from typing import Any
 import machine
 import peers
 import report
-from cases import CASES, Named, select
+from cases import CASES, select
 from compiler import NoCompiler
 from peak import Peak
 from problem import judge
@@ -60,7 +60,7 @@ QUICK = Effort(sample=0.005, case=1.0, least_rounds=5, most_rounds=11)
 
 
 def measure_case(
-    case: Named,
+    case: Any,
     relative_error: Callable[[Any], float],
     workers: list[Worker],
     threads: int,
@@ -98,7 +98,7 @@ def measure_case(
 
 
 def _rounds(
-    case: Named,
+    case: Any,
     taking_part: list[tuple[Worker, float]],
     left_out: dict[str, str],
     threads: int,

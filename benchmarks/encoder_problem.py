@@ -92,7 +92,8 @@ def reference(problem: EncoderProblem) -> Array:
     def norm(x: Array, p: dict[str, Array], name: str) -> Array:
         centred = x - x.mean(axis=-1, keepdims=True)
         scale = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + model.eps)
-        return centred / scale * p[f"{name}.weight"] + p[f"{name}.bias"]
+        y: Array = centred / scale * p[f"{name}.weight"] + p[f"{name}.bias"]
+        return y
 
     def attend(x: Array, p: dict[str, Array]) -> Array:
         projected = x @ p["self_attn.in_proj_weight"].T + p["self_attn.in_proj_bias"]
@@ -103,11 +104,13 @@ def reference(problem: EncoderProblem) -> Array:
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         context = weights / weights.sum(axis=-1, keepdims=True) @ v
         context = context.swapaxes(1, 2).reshape(N, L, E)
-        return context @ p["self_attn.out_proj.weight"].T + p["self_attn.out_proj.bias"]
+        y: Array = context @ p["self_attn.out_proj.weight"].T + p["self_attn.out_proj.bias"]
+        return y
 
     def feed(x: Array, p: dict[str, Array]) -> Array:
         y = x @ p["linear1.weight"].T + p["linear1.bias"]
-        return y * (1 + erf(y / math.sqrt(2))) / 2 @ p["linear2.weight"].T + p["linear2.bias"]
+        gelu: Array = y * (1 + erf(y / math.sqrt(2))) / 2
+        return gelu @ p["linear2.weight"].T + p["linear2.bias"]
 
     for number in range(model.layers):
         p = {name: array.astype(np.float64) for name, array in problem.layer(number).items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import machine
-from cases import Case, select
+from cases import CASES, Case, select
 from compiler import NoCompiler, compile_driver
 from peak import Peak
 

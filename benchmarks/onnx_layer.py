@@ -8,7 +8,7 @@ import onnx
 
 from onnx_graph import CONTRIB, Graph
 from peers import Unsupported
-from problem import Array, Problem
+from problem import Problem
 
 
 class OnnxLayer(Graph):

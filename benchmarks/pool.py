@@ -110,7 +110,8 @@ def too_many(samples: int) -> dict[str, float]:
 def beside(samples: int, candidate: peers.Candidate) -> dict[str, float]:
     """A call of ours right after one of another library, whose threads then still watch for work."""
     call = calling(LARGE, 2)
-    other = candidate.create(2).prepare(LARGE)
+    peer = candidate.create(2)
+    other = peer.prepare(LARGE)
 
     def after_other() -> float:
         other.call()

@@ -196,7 +196,7 @@ def _pad(ids: Sequence[Sequence[int]]) -> tuple[NDArray[Any], NDArray[np.bool_]]
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[NDArray[np.intp]]:
-    """The numbers of the sentences of each batch, the longest first; with padding, a batch has few tokens or one row."""
+    """The numbers of the sentences of each batch, the longest sentences first. A batch is small, or one sentence."""
     longest_first = np.argsort(lengths)[::-1]
     start = 0
     while start < len(lengths):
