@@ -556,7 +556,7 @@ def residual_stream(
     image = _heat_map(ax, cells, _sequential(ax), PowerNorm(0.5, 0, largest))
     ax.set_aspect("auto")
     rows = _Names("step", list(explanation.residual_stream), True)
-    _label(ax, _Labels(rows, _Names.of("token", "tokens", matrix.shape[1], tokens)))
+    _label(ax, _Labels(rows, _Names.of("token", "positions", matrix.shape[1], tokens)))
     ax.set_title(f"{title}{cells.note}", fontsize="medium")
     by_row = (f"{name}: {row.min(initial=np.inf):.3g} to {row.max(initial=0):.3g}" for name, row in zip(rows.words, matrix))
     _describe(ax, f"{title}. Norms of the rows of {matrix.shape[1]} tokens, {', '.join(by_row)}.")

@@ -468,7 +468,7 @@ def test_residual_stream_refuses(plot):
     explanation = mha_c.explain(encoder, normal(N, T, E))
     with pytest.raises(TypeError, match="what mha_c.explain returns for an encoder.*but got TransformerEncoder$"):
         plot.residual_stream(encoder)
-    with pytest.raises(ValueError, match="there are 5 tokens, but 1 tokens"):
+    with pytest.raises(ValueError, match="there are 5 positions, but 1 tokens"):
         plot.residual_stream(explanation, tokens=["a"])
     with pytest.raises(IndexError, match="there is no item 3: the batch has 3"):
         plot.residual_stream(explanation, item=3)

@@ -200,7 +200,7 @@ class LayerExplanation(_WithStream):
             (
                 stage.name,
                 f"({', '.join(stage.axes)})",
-                _mean(size_of_rows(self.seen_rows(stage.array))),
+                _mean(size_of_rows(self._seen_rows(stage.array))),
                 stage.formula,
             )
             for stage in self.stages.values()
@@ -307,7 +307,7 @@ class StackExplanation(_WithStream):
         rows = []
         before: NDArray[Any] | None = None
         for name, array in self.residual_stream.items():
-            seen = self.seen_rows(array)
+            seen = self._seen_rows(array)
             norms = size_of_rows(seen)
             change = "" if before is None else _ratio(size_of_rows(seen - before), size_of_rows(before))
             rows.append((name, _mean(norms), f"{norms.max(initial=0):.3g}", change))

@@ -87,7 +87,7 @@ def explain_decoder_layer(
 
 
 def uncounted(layer: Any, copies: dict[int, Any] | None = None) -> Any:
-    """A layer with the same parameters and the same next random numbers, whose calls do not count as those of `layer`."""
+    """A layer with the same parameters and next random numbers, whose calls do not count as those of `layer`."""
     copies = {} if copies is None else copies
     if id(layer) not in copies:
         copied = copies[id(layer)] = copy.copy(layer)
@@ -133,7 +133,9 @@ class _Steps:
         self.added: list[tuple[str, str]] = []  # the names of what is added, and of what it is added to
         self.stream = [self._add("input", array, name, "what the layer gets", 0)]
 
-    def _add(self, name: str, array: NDArray[Any], formula: str, meaning: str, operations: int, features: str = "E") -> str:
+    def _add(
+        self, name: str, array: NDArray[Any], formula: str, meaning: str, operations: int, features: str = "E"
+    ) -> str:
         self.stages[name] = Stage(name, array, (*self.axes, features), formula, meaning, operations)
         return name
 
@@ -180,7 +182,8 @@ class _Steps:
         self._add("activated", active, formula, "the hidden features after the activation", active.size, "F")
         update, formula = self._drop(f"dropout{len(self.stream)}", layer.linear2(active), "linear2(activated)")
         operations = 2 * active.size * self.letters["E"]
-        self._add_up("feed_forward_update", update, formula, "what the feed-forward network adds to each token", operations)
+        meaning = "what the feed-forward network adds to each token"
+        self._add_up("feed_forward_update", update, formula, meaning, operations)
 
     def _before(self) -> str:
         """The name of what a step reads: the residual stream, or its norm."""
@@ -260,8 +263,8 @@ class _Steps:
             )
         if any(isinstance(module, Dropout) and module.is_active for module in self.layer.modules()):
             notes.append(
-                "Dropout is active. The layer's next call will drop the same numbers: an explanation does not count as a "
-                "call."
+                "Dropout is active. The layer's next call will drop the same numbers: an explanation does not count as "
+                "a call."
             )
         return notes
 
