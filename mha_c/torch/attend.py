@@ -63,7 +63,7 @@ class LayerState(Generic[_Packed]):
     by_number: weakref.WeakValueDictionary[int, LayerState[Any]] = weakref.WeakValueDictionary()
 
     def __init__(self, packed: _Packed) -> None:
-        self.packed = packed
+        self.packed: _Packed = packed
         self.calls = Calls()
         self.number = next(self._numbers)
         self.by_number[self.number] = self

@@ -119,7 +119,7 @@ class ReplacedLayer(Replaced):
         self, compute: Callable[..., torch.Tensor | str], theirs: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """What `compute` returns, or if that is a reason, what torch's forward does."""
-        proxy = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.fx.Proxy)), None)
+        proxy: Any = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.fx.Proxy)), None)
         if proxy is not None:  # torch.fx does not look into torch's own layers either
             return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), args, kwargs)
         if torch.compiler.is_compiling():
@@ -255,8 +255,6 @@ def _activation(value: Any) -> str | None:
     kind = type(value)
     if kind.__module__ == "transformers.activations":
         return _ACTIVATIONS.get(kind.__name__)
-    if isinstance(value, torch.nn.Module) and not kind.__module__.startswith("torch.nn."):
-        return None  # a subclass
     return torch_activation(value)
 
 
@@ -385,9 +383,10 @@ class ReplacedEncoderLayer(_LayerOfTorch):
         src_key_padding_mask: torch.Tensor | None,
         is_causal: bool,
     ) -> torch.Tensor | str:
+        attention: Any = self._modules["self_attn"]
         no_masks = src_mask is None and src_key_padding_mask is None
         # torch's encoder makes such tensors to leave out padding.
-        if type(src) is torch.Tensor and src.is_nested and no_masks and self.self_attn.batch_first:
+        if type(src) is torch.Tensor and src.is_nested and no_masks and attention.batch_first:
             return self._compute_nested(src)
         return self._transform(src, None, (Masks(src_key_padding_mask, src_mask, is_causal),))
 
