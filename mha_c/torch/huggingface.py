@@ -6,12 +6,24 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from mha_c.torch.attend import MISFIT
-from mha_c.torch.layers import LayerReading, Masks, ReplacedLayer, tensors_of
+from mha_c.torch.layers import (
+    ACTIVATION,
+    DROPOUT,
+    LINEAR,
+    NORM,
+    Classes,
+    LayerReading,
+    Masks,
+    ReplacedLayer,
+    activation_name,
+    tensors_of,
+)
 from mha_c.torch.packed import AttentionShape, LayerFacts
 from mha_c.torch.transformers import changes_nothing, uses_torchs_masks
 
@@ -19,9 +31,10 @@ __all__ = ["mixin_of_transformers", "why_unknown"]
 
 
 class _Names(NamedTuple):
-    """Where a layer has its parts. All but two names are paths of modules."""
+    """Where a layer has its parts, as paths of modules, and two attributes of its attention."""
 
-    attention: str  # which has the two attributes that follow, and is_causal, scaling and config
+    holders: dict[str, str]  # modules of modules, and their classes; * is the name of the model
+    attention: str
     num_heads: str
     head_dim: str
     projections: tuple[str, str, str, str]  # of query, key, value and output
@@ -29,7 +42,8 @@ class _Names(NamedTuple):
     linear1: str
     activation: str
     linear2: str
-    chunked: str | None  # which has chunk_size_feed_forward
+    dropouts: tuple[str, ...]
+    chunked: str | None  # what has chunk_size_feed_forward
 
 
 class _LayerOfTransformers(ReplacedLayer):
@@ -38,25 +52,27 @@ class _LayerOfTransformers(ReplacedLayer):
     _names: ClassVar[_Names]
     _norm_first: ClassVar[bool] = False
     _arguments: ClassVar[tuple[str, ...]]  # of the forward that is known
-    _holders: ClassVar[tuple[str, ...]]  # the classes of the modules that hold the parts; * is the name of the model
 
     @classmethod
     @functools.cache
-    def _classes_within(cls) -> tuple[type[torch.nn.Module], ...]:
-        torchs = cls._torch_class
-        model, name = sys.modules[torchs.__module__], torchs.__name__.removesuffix("Layer")
-        return (*super()._classes_within(), *(getattr(model, holder.replace("*", name)) for holder in cls._holders))
+    def _parts(cls) -> Mapping[str, Classes]:
+        torchs, names = cls._torch_class, cls._names
+        module, model = sys.modules[torchs.__module__], torchs.__name__.removesuffix("Layer")
+        parts: dict[str, Classes] = {
+            path: (getattr(module, holder.replace("*", model)),) for path, holder in names.holders.items()
+        }
+        parts |= dict.fromkeys((*names.projections, names.linear1, names.linear2), LINEAR)
+        parts |= dict.fromkeys(names.norms, NORM) | dict.fromkeys(names.dropouts, DROPOUT)
+        return parts | {names.activation: ACTIVATION}
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Compute the forward of transformers' class with mha_c if it can, or else with torch."""
-        answer: torch.Tensor = self._answer(
-            self._compute, super().forward, hidden_states, attention_mask, *args, **kwargs
-        )
+        answer: torch.Tensor = self._answer(super().forward, hidden_states, attention_mask, *args, **kwargs)
         return answer
 
-    def _compute(
+    def _compute(  # type: ignore[override]
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor | str:
         # Those by position are encoder_hidden_states and their mask, of which only causal layers make use, and a cache.
@@ -74,9 +90,9 @@ class _LayerOfTransformers(ReplacedLayer):
         padding = None if mask is None else _read_mask(mask, x)
         return padding if isinstance(padding, str) else (Masks(padding),)
 
-    def _read(self) -> LayerReading | str:
+    def _read(self, parts: Mapping[str, Any]) -> LayerReading | str:
         names = self._names
-        attention = _part(self, names.attention)
+        attention = parts[names.attention]
         head_dim = getattr(attention, names.head_dim)
         if attention.is_causal:
             return "causal attention"
@@ -84,25 +100,33 @@ class _LayerOfTransformers(ReplacedLayer):
             return "unusual scaling"
         if not uses_torchs_masks(attention.config):
             return f"attn_implementation={attention.config._attn_implementation!r}"
-        if names.chunked is not None and _part(self, names.chunked).chunk_size_feed_forward:
+        if names.chunked is not None and parts[names.chunked].chunk_size_feed_forward:
             return "chunk_size_feed_forward"
         tensors: dict[str, torch.Tensor] = {}
         for letter, path in zip("qkv", names.projections):
-            for name, tensor in tensors_of(f"attention0.{letter}_proj", _part(self, path)).items():
+            for name, tensor in tensors_of(f"attention0.{letter}_proj", parts[path]).items():
                 tensors[name.replace("_proj.", "_proj_")] = tensor
-        tensors |= tensors_of("attention0.out_proj", _part(self, names.projections[3]))
-        norms = [_part(self, path) for path in names.norms]
+        tensors |= tensors_of("attention0.out_proj", parts[names.projections[3]])
+        norms = [parts[path] for path in names.norms]
         for number, norm in enumerate(norms):
             tensors |= tensors_of(f"norm{number}", norm)
-        tensors |= tensors_of("linear1", _part(self, names.linear1)) | tensors_of("linear2", _part(self, names.linear2))
+        tensors |= tensors_of("linear1", parts[names.linear1]) | tensors_of("linear2", parts[names.linear2])
         embed_dim = tensors["attention0.q_proj_weight"].shape[-1]
         shape = AttentionShape(embed_dim, getattr(attention, names.num_heads), head_dim=head_dim)
         facts = LayerFacts((shape,), tuple(norm.eps for norm in norms))
-        return LayerReading(tensors, facts, _part(self, names.activation), self._norm_first, True, (False,))
+        activation = activation_name(parts[names.activation]) or ""
+        return LayerReading(tensors, facts, activation, self._norm_first, True, (False,))
 
 
 class _BertLayer(_LayerOfTransformers):
     _names = _Names(
+        {
+            "attention": "*Attention",
+            "attention.self": "*SelfAttention",
+            "attention.output": "*SelfOutput",
+            "intermediate": "*Intermediate",
+            "output": "*Output",
+        },
         "attention.self",
         "num_attention_heads",
         "attention_head_size",
@@ -111,15 +135,16 @@ class _BertLayer(_LayerOfTransformers):
         "intermediate.dense",
         "intermediate.intermediate_act_fn",
         "output.dense",
+        ("attention.self.dropout", "attention.output.dropout", "output.dropout"),
         "",
     )
     _arguments = ("self", "hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "cache",
                   "kwargs")  # fmt: skip
-    _holders = ("*Attention", "*SelfAttention", "*SelfOutput", "*Intermediate", "*Output")
 
 
 class _DistilBertLayer(_LayerOfTransformers):
     _names = _Names(
+        {"attention": "DistilBertSelfAttention", "ffn": "FFN"},
         "attention",
         "n_heads",
         "attention_head_size",
@@ -128,14 +153,15 @@ class _DistilBertLayer(_LayerOfTransformers):
         "ffn.lin1",
         "ffn.activation",
         "ffn.lin2",
+        ("attention.dropout", "ffn.dropout"),
         "ffn",
     )
     _arguments = ("self", "hidden_states", "attention_mask", "kwargs")
-    _holders = ("DistilBertSelfAttention", "FFN")
 
 
 class _ViTLayer(_LayerOfTransformers):
     _names = _Names(
+        {"attention": "*Attention", "mlp": "*MLP"},
         "attention",
         "num_attention_heads",
         "head_dim",
@@ -144,11 +170,11 @@ class _ViTLayer(_LayerOfTransformers):
         "mlp.fc1",
         "mlp.activation_fn",
         "mlp.fc2",
+        ("dropout",),
         None,
     )
     _norm_first = True
     _arguments = ("self", "hidden_states", "attention_mask", "kwargs")
-    _holders = ("*Attention", "*MLP")
 
 
 # The classes of transformers 5.24 whose code is the same but for the name of the model.
@@ -190,13 +216,6 @@ def why_unknown(layer: torch.nn.Module, cls: type[torch.nn.Module], mixin: type[
     if tuple(signature.parameters) != mixin._arguments or signature.return_annotation is not torch.Tensor:
         return f"another {cls.__name__} than that of transformers 5.24"
     return "overrides forward" if "forward" in vars(layer) else ""
-
-
-def _part(layer: Any, path: str) -> Any:
-    module = layer
-    for name in path.split(".") if path else ():
-        module = module._modules[name]
-    return module
 
 
 def _read_mask(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor | str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -18,9 +19,29 @@ from mha_c.torch.packed import AttentionShape, LayerFacts, LayerParts, PackedLay
 from mha_c.torch.reasons import why_torch
 from mha_c.torch.replaced import Replaced, ReplacedAttention
 
-__all__ = ["LayerReading", "Masks", "ReplacedDecoderLayer", "ReplacedEncoderLayer", "ReplacedLayer", "tensors_of"]
+__all__ = [
+    "ACTIVATION",
+    "DROPOUT",
+    "LINEAR",
+    "NORM",
+    "Classes",
+    "LayerReading",
+    "Masks",
+    "ReplacedDecoderLayer",
+    "ReplacedEncoderLayer",
+    "ReplacedLayer",
+    "activation_name",
+    "tensors_of",
+]
 
-_PARTS = (torch.nn.Linear, NonDynamicallyQuantizableLinear, torch.nn.LayerNorm, torch.nn.Dropout)
+Classes: TypeAlias = tuple[type[torch.nn.Module], ...]
+
+# The classes of the parts of a layer.
+LINEAR: Classes = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
+ATTENTION: Classes = (ReplacedAttention,)  # and subclasses
+NORM: Classes = (torch.nn.LayerNorm,)
+DROPOUT: Classes = (torch.nn.Dropout, torch.nn.Identity)
+ACTIVATION: Classes = ()  # a function, or a module of many classes
 
 
 class Masks(NamedTuple):
@@ -46,8 +67,8 @@ class LayerReading(NamedTuple):
         Its parameters, by the names of `PackedLayer`.
     facts : LayerFacts
         What the parameters do not say.
-    activation : callable
-        The activation of the feed-forward network.
+    activation : str
+        The activation of the feed-forward network, as the core calls it.
     norm_first, batch_first : bool
         As in torch.
     adds_zeros : tuple of bool
@@ -61,7 +82,7 @@ class LayerReading(NamedTuple):
 
     tensors: dict[str, torch.Tensor]
     facts: LayerFacts
-    activation: Any
+    activation: str
     norm_first: bool
     batch_first: bool
     adds_zeros: tuple[bool, ...]
@@ -103,11 +124,11 @@ class ReplacedLayer(Replaced):
                 module.refresh()
 
     @classmethod
-    def _classes_within(cls) -> tuple[type[torch.nn.Module], ...]:
-        """The classes that the modules in the layer may have, beside attention and activations."""
-        return _PARTS
+    def _parts(cls) -> Mapping[str, Classes]:
+        """The modules that the forward of torch's class uses, by path, and the classes for which it is known."""
+        raise NotImplementedError
 
-    def _read(self) -> LayerReading | str:
+    def _read(self, parts: Mapping[str, Any]) -> LayerReading | str:
         """What the layer is, or why torch is to compute it."""
         raise NotImplementedError
 
@@ -115,22 +136,48 @@ class ReplacedLayer(Replaced):
         """Masks as mha_c has them, or why torch is to compute them."""
         raise NotImplementedError
 
-    def _answer(
-        self, compute: Callable[..., torch.Tensor | str], theirs: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """What `compute` returns, or if that is a reason, what torch's forward does."""
+    def _answer(self, theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What mha_c computes, or if it cannot, what torch's forward returns."""
         proxy: Any = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.fx.Proxy)), None)
         if proxy is not None:  # torch.fx does not look into torch's own layers either
             return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), args, kwargs)
         if torch.compiler.is_compiling():
             note_in_graph(self._mha_c.number, "torch.compile")
             return theirs(*args, **kwargs)
-        answer = compute(*args, **kwargs)
+        answer = self._compute(*args, **kwargs)
         if isinstance(answer, str):
             self._count(answer)
             return theirs(*args, **kwargs)
         self._count()
         return answer
+
+    def forward_in_mha_c(self, *args: Any, **kwargs: Any) -> torch.Tensor | str:
+        """Return what the layer returns, or if torch has to compute it, the reason in a few words.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            As for the layer.
+
+        Returns
+        -------
+        torch.Tensor or str
+
+        Examples
+        --------
+        >>> import torch
+        >>> from mha_c.torch import replace_layers
+        >>> replace_layers(torch.nn.TransformerEncoderLayer(8, 2)).forward_in_mha_c(torch.zeros(5, 8))
+        'training'
+        """
+        bound = inspect.signature(self.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        compute: Callable[..., torch.Tensor | str] = self._compute
+        return compute(*bound.args, **bound.kwargs)
+
+    def _compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | str:
+        """What `forward` returns, with all arguments that have a name, or why torch is to compute it."""
+        raise NotImplementedError
 
     def _transform(
         self, x: torch.Tensor, memory: torch.Tensor | None, masks: _Masks, *, zeroes_padding: bool = False
@@ -138,12 +185,10 @@ class ReplacedLayer(Replaced):
         """The output of the layer, or why torch is to compute it."""
         if self.training:
             return "training"
-        reading = _why_not_as_written(self, self._classes_within()) or self._read()
+        parts = _find_parts(self, self._parts())
+        reading = parts if isinstance(parts, str) else self._read(parts)
         if isinstance(reading, str):
             return reading
-        activation = _activation(reading.activation)
-        if activation is None:
-            return f"activation {getattr(reading.activation, '__name__', type(reading.activation).__name__)}"
         inputs = (x,) if memory is None else (x, memory)
         given = [one for mask in masks for one in (mask.key_padding_mask, mask.attn_mask) if one is not None]
         reason = why_torch(inputs, given, tuple(reading.tensors.values()))
@@ -152,8 +197,8 @@ class ReplacedLayer(Replaced):
         resolved = self._resolve(masks, x, reading)
         if isinstance(resolved, str):
             return resolved
-        parts = self._mha_c.packed.get(reading.tensors, reading.facts)
-        if parts is None:
+        packed = self._mha_c.packed.get(reading.tensors, reading.facts)
+        if packed is None:
             untracked = any(tensor.is_inference() for tensor in reading.tensors.values())
             return "parameters made in inference mode" if untracked else "unusual parameters"
         try:
@@ -166,13 +211,11 @@ class ReplacedLayer(Replaced):
             ]  # fmt: skip
         except (RuntimeError, TypeError, ValueError):
             return why_not_readable(x)
-        answer = ask_core(_run, parts, reading, activation, array, source, arrays, zeroes_padding)
+        answer = ask_core(_run, packed, reading, array, source, arrays, zeroes_padding)
         return answer if isinstance(answer, str) else torch.from_numpy(answer)
 
 
-def _run(
-    parts: LayerParts, reading: LayerReading, activation: str, x: Any, memory: Any, masks: Any, zeroes_padding: bool
-) -> Any:
+def _run(parts: LayerParts, reading: LayerReading, x: Any, memory: Any, masks: Any, zeroes_padding: bool) -> Any:
     """Every attention in turn, the last one with the feed-forward network."""
     last = len(parts.attentions) - 1
     for number, (weights, (key_padding_mask, attn_mask, is_causal)) in enumerate(zip(parts.attentions, masks)):
@@ -198,7 +241,7 @@ def _run(
             number == 0,
             parts.norms[number],
             parts.linear1 if number == last else None,
-            activation,
+            reading.activation,
             False,
             parts.linear2 if number == last else None,
             parts.norms[-1],
@@ -207,17 +250,25 @@ def _run(
     return x
 
 
-def _why_not_as_written(layer: torch.nn.Module, parts: tuple[type[torch.nn.Module], ...], within: str = "") -> str:
-    """Why the modules in a layer, by themselves, may compute something else than their classes say; or ""."""
+def _find_parts(layer: torch.nn.Module, classes: Mapping[str, Classes]) -> dict[str, Any] | str:
+    """The parts of a layer by path, or why one of them may compute something else than its class says."""
     if _torch_module._global_forward_hooks or _torch_module._global_forward_pre_hooks:
         return "hooks of all modules"
-    for name, module in layer._modules.items():
-        if module is None:
+    found: dict[str, Any] = {"": layer}
+    for path, known in classes.items():
+        within, _, name = path.rpartition(".")
+        module = found[path] = found[within]._modules.get(name)
+        if module is None and known is ACTIVATION:
+            function = found[path] = getattr(found[within], name)
+            if activation_name(function) is None:
+                return f"{path} {getattr(function, '__name__', type(function).__name__)}"
             continue
-        path, kind = f"{within}{name}", type(module)
-        if name == "parametrizations" or "parametrizations" in module._modules:
+        if module is None:
+            return f"no {path}"
+        kind = type(module)
+        if "parametrizations" in module._modules:
             return "parametrized weights"
-        if kind not in parts and not isinstance(module, ReplacedAttention) and _activation(module) is None:
+        if not _is_known(module, known):
             return f"{path} is a {kind.__name__}"
         if module.training:
             return "training"
@@ -225,11 +276,13 @@ def _why_not_as_written(layer: torch.nn.Module, parts: tuple[type[torch.nn.Modul
             return f"{path} overrides forward"
         if module._forward_pre_hooks or any(map(_may_matter, module._forward_hooks.values())):
             return f"hooks of {path}"
-        if module._modules:
-            reason = _why_not_as_written(module, parts, f"{path}.")
-            if reason:
-                return reason
-    return ""
+    return found
+
+
+def _is_known(module: torch.nn.Module, known: Classes) -> bool:
+    if known is ACTIVATION:
+        return activation_name(module) is not None
+    return isinstance(module, ATTENTION) if known is ATTENTION else type(module) in known
 
 
 def _may_matter(hook: Any) -> bool:
@@ -250,8 +303,14 @@ _ACTIVATIONS = {
 }
 
 
-def _activation(value: Any) -> str | None:
-    """The name of an activation that the core has."""
+def activation_name(value: Any) -> str | None:
+    """The name of an activation, a function or a module of torch or transformers, if the core has it.
+
+    Examples
+    --------
+    >>> activation_name(torch.nn.GELU("tanh"))
+    'gelu_tanh'
+    """
     kind = type(value)
     if kind.__module__ == "transformers.activations":
         return _ACTIVATIONS.get(kind.__name__)
@@ -291,10 +350,16 @@ class _LayerOfTorch(ReplacedLayer):
     _attentions: ClassVar[tuple[str, ...]]
     _norms: ClassVar[tuple[str, ...]]
 
-    def _read(self) -> LayerReading | str:
-        modules: Any = self._modules
-        attentions = [modules[name] for name in self._attentions]
-        norms = [modules[name] for name in self._norms]
+    @classmethod
+    @functools.cache
+    def _parts(cls) -> Mapping[str, Classes]:
+        parts = dict.fromkeys(cls._attentions, ATTENTION) | {f"{name}.out_proj": LINEAR for name in cls._attentions}
+        parts |= {"linear1": LINEAR, "activation": ACTIVATION, "linear2": LINEAR, "dropout": DROPOUT}
+        return parts | dict.fromkeys(cls._norms, NORM) | {name.replace("norm", "dropout"): DROPOUT for name in cls._norms}
+
+    def _read(self, parts: Mapping[str, Any]) -> LayerReading | str:
+        attentions = [parts[name] for name in self._attentions]
+        norms = [parts[name] for name in self._norms]
         if len({bool(one.batch_first) for one in attentions}) > 1:
             return "attentions that differ in batch_first"
         tensors = {
@@ -305,12 +370,12 @@ class _LayerOfTorch(ReplacedLayer):
         for number, norm in enumerate(norms):
             tensors |= tensors_of(f"norm{number}", norm)
         for name in ("linear1", "linear2"):
-            tensors |= tensors_of(name, modules[name])
+            tensors |= tensors_of(name, parts[name])
         shapes = tuple(AttentionShape(one.embed_dim, one.num_heads, one.kdim, one.vdim) for one in attentions)
         return LayerReading(
             tensors,
             LayerFacts(shapes, tuple(norm.eps for norm in norms)),
-            self.activation,
+            activation_name(parts["activation"]) or "",
             bool(self.norm_first),
             bool(attentions[0].batch_first),
             tuple(bool(one.add_zero_attn) for one in attentions),
@@ -371,12 +436,10 @@ class ReplacedEncoderLayer(_LayerOfTorch):
         ...     layer(torch.zeros(5, 8)).shape
         torch.Size([5, 8])
         """
-        answer: torch.Tensor = self._answer(
-            self._compute, super().forward, src, src_mask, src_key_padding_mask, is_causal
-        )
+        answer: torch.Tensor = self._answer(super().forward, src, src_mask, src_key_padding_mask, is_causal)
         return answer
 
-    def _compute(
+    def _compute(  # type: ignore[override]
         self,
         src: torch.Tensor,
         src_mask: torch.Tensor | None,
@@ -449,7 +512,6 @@ class ReplacedDecoderLayer(_LayerOfTorch):
         torch.Size([5, 8])
         """
         answer: torch.Tensor = self._answer(
-            self._compute,
             super().forward,
             tgt,
             memory,
@@ -462,7 +524,7 @@ class ReplacedDecoderLayer(_LayerOfTorch):
         )
         return answer
 
-    def _compute(
+    def _compute(  # type: ignore[override]
         self,
         tgt: torch.Tensor,
         memory: torch.Tensor,

@@ -14,7 +14,7 @@ from mha_c.torch.huggingface import mixin_of_transformers, why_unknown
 from mha_c.torch.layers import ReplacedDecoderLayer, ReplacedEncoderLayer, ReplacedLayer
 from mha_c.torch.replaced import Replaced, ReplacedAttention
 
-__all__ = ["check_model", "coverage", "replace_attention", "replace_layers", "restore_attention"]
+__all__ = ["check_model", "coverage", "has_layers", "replace_attention", "replace_layers", "restore_attention"]
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
@@ -304,6 +304,17 @@ def check_model(model: object, function: str) -> None:
     """Raise TypeError unless `model` is a torch module."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{function} takes a torch.nn.Module, but got {type(model)}")
+
+
+def has_layers(model: torch.nn.Module) -> bool:
+    """Whether `replace_layers` would replace more than attention.
+
+    Examples
+    --------
+    >>> has_layers(torch.nn.TransformerEncoderLayer(8, 2)), has_layers(torch.nn.MultiheadAttention(8, 2))
+    (True, False)
+    """
+    return any(one.mixin is not ReplacedAttention and not one.why_left for one in _replaceable(model))
 
 
 def _fusing_modules(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, object]]:
