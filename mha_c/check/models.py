@@ -51,9 +51,10 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
     Notes
     -----
     The outputs of attention are compared with its definition in a wider type, those of float32 layers and of the model
-    with the same in float64. If the model is in float64, or does not run in it, its outputs are compared with torch's. torch's error is
-    then estimated by another run, in which every output of attention is changed by one unit in the last place: this
-    shows how much the model magnifies rounding errors.
+    with the same in float64. If the model is in float64, or does not run in it, its outputs are compared with torch's.
+    torch's error is then estimated by another run, in which every output of attention, or of layers in a model without
+    ``torch.nn.MultiheadAttention``, is changed by one unit in the last place: this shows how much the model magnifies
+    rounding errors.
 
     Examples
     --------
@@ -89,7 +90,8 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
     if runs.why_not_wider:
         notes.append(
             f"{runs.why_not_wider} Therefore, the error of mha_c is its difference from torch. The error of torch is "
-            "the effect of changing every output of attention by one unit in the last place."
+            "the effect of changing every output of attention, or of layers without such a module, by one unit in the "
+            "last place."
         )
     title = f"{type(model).__name__} with mha_c and with torch {TORCH_VERSION}"
     return Report(title, tuple(comparisons), tuple(notes), runs.coverage)
@@ -99,11 +101,15 @@ def _compare_model_output(name: str, output: ModelOutput) -> list[Comparison]:
     ours, by_layers, theirs, as_is, wider, disturbed = output
     reference = theirs if wider is None else wider
     torch_error = None if disturbed is None else Error.between(theirs, disturbed)
-    comparisons = [Comparison.measure(name, ours, theirs, reference, torch_error)]
+    comparisons = []
+    if ours is not None:
+        comparisons.append(Comparison.measure(name, ours, theirs, reference, torch_error))
     if as_is.shape == theirs.shape and not np.array_equal(as_is, theirs, equal_nan=True):
         padding = np.all(as_is == 0, axis=-1, keepdims=True) & ~np.all(theirs == 0, axis=-1, keepdims=True)
-        ours, reference = (np.where(padding, as_is, array) for array in (ours, reference))
-        comparisons.append(Comparison.measure(f"{name}, torch's fused path", ours, as_is, reference, torch_error))
+        reference = np.where(padding, as_is, reference)
+        if ours is not None:
+            ours = np.where(padding, as_is, ours)
+            comparisons.append(Comparison.measure(f"{name}, torch's fused path", ours, as_is, reference, torch_error))
     if by_layers is not None:
         comparisons.append(Comparison.measure(f"{name}, whole layers", by_layers, as_is, reference, torch_error))
     return comparisons

@@ -21,7 +21,7 @@ from mha_c.torch.attend import resolve_hint
 from mha_c.torch.classes import attention_layers, torch_class_of, why_left_alone
 from mha_c.torch.layers import ReplacedLayer
 from mha_c.torch.reasons import HARMLESS_MODES
-from mha_c.torch.replace import check_model, has_layers, replace_attention, replace_layers, restore_attention
+from mha_c.torch.replace import check_model, replace_attention, replace_layers, restore_attention, whole_layers
 from mha_c.torch.replaced import ReplacedAttention
 
 __all__ = ["AttentionRun", "LayerRun", "ModelOutput", "ModelRuns", "run_both_ways"]
@@ -54,8 +54,8 @@ class ModelOutput(NamedTuple):
 
     Attributes
     ----------
-    ours : numpy.ndarray
-        With attention by mha_c.
+    ours : numpy.ndarray or None
+        With attention by mha_c, if the model has any ``torch.nn.MultiheadAttention``.
     by_layers : numpy.ndarray or None
         With whole layers by mha_c, if the model has any.
     theirs : numpy.ndarray
@@ -65,10 +65,11 @@ class ModelOutput(NamedTuple):
     wider : numpy.ndarray or None
         By torch's ordinary path in float64, if that is wider than the attention's dtype and the model runs in it.
     disturbed : numpy.ndarray or None
-        Else, by torch's ordinary path with every output of attention changed by one unit in the last place.
+        Else, by torch's ordinary path with every output of attention, or of whole layers if there is no attention,
+        changed by one unit in the last place.
     """
 
-    ours: NDArray[Any]
+    ours: NDArray[Any] | None
     by_layers: NDArray[Any] | None
     theirs: NDArray[Any]
     as_is: NDArray[Any]
@@ -132,17 +133,16 @@ def run_both_ways(model: torch.nn.Module, inputs: Sequence[Any], call: Mapping[s
     # Parameters made in inference mode would not be tracked, and so be left to torch.
     with torch.inference_mode(False), torch.no_grad(), _random_numbers_as_before():
         theirs = restore_attention(copy.deepcopy(model)).eval()
-        ours = copy.deepcopy(theirs)
-        by_layers = replace_layers(copy.deepcopy(theirs)) if has_layers(theirs) else None
-        if by_layers is None or any(attention_layers(theirs)):
-            replace_attention(ours)
+        by_layers = replace_layers(copy.deepcopy(theirs)) if whole_layers(theirs) else None
+        has_attention = by_layers is None or any(True for _ in attention_layers(theirs))
+        ours = replace_attention(copy.deepcopy(theirs)) if has_attention else None
         arguments = _map(_to_tensor, (tuple(inputs), dict(call)))
 
         as_is = _run(copy.deepcopy(theirs), arguments)
         recorder = _Recorder(ours, by_layers)
         with recorder.recording(ordinary := copy.deepcopy(theirs)):
             ordinary_outputs = _run(ordinary, arguments)
-        outputs = _run(ours, arguments)
+        outputs = None if ours is None else _run(ours, arguments)
         outputs_by_layers = None if by_layers is None else _run(by_layers, arguments)
         wider, why_not_wider = _run_in_float64(theirs, arguments)
         if wider is not None and any(array.shape != ordinary_outputs[name].shape for name, array in wider.items()):
@@ -155,14 +155,14 @@ def run_both_ways(model: torch.nn.Module, inputs: Sequence[Any], call: Mapping[s
         recorder.coverage,
         {
             name: ModelOutput(
-                output,
+                None if outputs is None else outputs[name],
                 None if outputs_by_layers is None else outputs_by_layers[name],
-                ordinary_outputs[name],
+                output,
                 as_is[name],
                 None if wider is None else wider[name],
                 None if disturbed is None else disturbed[name],
             )
-            for name, output in outputs.items()
+            for name, output in ordinary_outputs.items()
         },
         why_not_wider,
     )
@@ -200,20 +200,21 @@ def _run_in_float64(
 
 
 def _run_disturbed(theirs: torch.nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> _Outputs:
-    """The outputs by torch's ordinary path, where attention is off by what roundings may change."""
+    """The outputs by torch's ordinary path, where attention, or else layers, are off by what roundings may change."""
     generator = torch.Generator().manual_seed(0)
 
     def disturb(module: torch.nn.Module, args: Any, answer: Any) -> Any:
-        output, weights = answer
+        output, *others = answer if isinstance(answer, tuple) else (answer,)
         largest = output.nan_to_num(posinf=0.0, neginf=0.0).abs().max() if output.numel() else output.new_ones(())
         ulp = torch.finfo(output.dtype).eps * largest
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-        return output + signs * ulp, weights
+        changed = output + signs * ulp
+        return (changed, *others) if others else changed
 
     model = copy.deepcopy(theirs)
-    for _, layer in attention_layers(model):
-        if not why_left_alone(layer):
-            layer.register_forward_hook(disturb, prepend=True)  # before hooks that change the answer
+    attention = [layer for _, layer in attention_layers(model) if not why_left_alone(layer)]
+    for layer in attention or whole_layers(model):
+        layer.register_forward_hook(disturb, prepend=True)  # before hooks that change the answer
     with _PassOn():
         return _run(model, arguments)
 
@@ -232,14 +233,14 @@ class _Recorder(_PassOn):
 
     functions = (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.multi_head_attention_forward)
 
-    def __init__(self, replaced: torch.nn.Module, by_layers: torch.nn.Module | None) -> None:
+    def __init__(self, replaced: torch.nn.Module | None, by_layers: torch.nn.Module | None) -> None:
         super().__init__()
         self.runs: list[AttentionRun] = []
         self.layer_runs: list[LayerRun] = []
         self.layers_left: dict[str, str] = {}
         self._layers = {} if by_layers is None else dict(by_layers.named_modules())
         self.coverage = Coverage()
-        self._replaced = dict(attention_layers(replaced))
+        self._replaced = {} if replaced is None else dict(attention_layers(replaced))
         self._layers_at_work = 0
 
     @contextmanager

@@ -14,7 +14,7 @@ from mha_c.torch.huggingface import mixin_of_transformers, why_unknown
 from mha_c.torch.layers import ReplacedDecoderLayer, ReplacedEncoderLayer, ReplacedLayer
 from mha_c.torch.replaced import Replaced, ReplacedAttention
 
-__all__ = ["check_model", "coverage", "has_layers", "replace_attention", "replace_layers", "restore_attention"]
+__all__ = ["check_model", "coverage", "replace_attention", "replace_layers", "restore_attention", "whole_layers"]
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
@@ -306,15 +306,15 @@ def check_model(model: object, function: str) -> None:
         raise TypeError(f"{function} takes a torch.nn.Module, but got {type(model)}")
 
 
-def has_layers(model: torch.nn.Module) -> bool:
-    """Whether `replace_layers` would replace more than attention.
+def whole_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What `replace_layers` would replace beside attention.
 
     Examples
     --------
-    >>> has_layers(torch.nn.TransformerEncoderLayer(8, 2)), has_layers(torch.nn.MultiheadAttention(8, 2))
-    (True, False)
+    >>> len(whole_layers(torch.nn.TransformerEncoderLayer(8, 2))), len(whole_layers(torch.nn.MultiheadAttention(8, 2)))
+    (1, 0)
     """
-    return any(one.mixin is not ReplacedAttention and not one.why_left for one in _replaceable(model))
+    return [one.layer for one in _replaceable(model) if one.mixin is not ReplacedAttention and not one.why_left]
 
 
 def _fusing_modules(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, object]]:
