@@ -307,7 +307,7 @@ def test_what_is_not_as_torch_made_it(cls, change):
         torch.testing.assert_close(got.result, expected.result)
     first, *attentions = coverage(ours).rows
     assert (first.here, first.left) == (0, 1)
-    assert first.reason == change.partition(",")[0]
+    assert re.sub(r"is a .*\.", "is a ", first.reason) == change.partition(",")[0]
     if change in ("linear1 is a Mixed", "activation tanh", "hooks of linear2"):
         assert [row.here for row in attentions] == [1] * len(attentions) and attentions
 
@@ -643,7 +643,8 @@ def test_reasons_with_transformers(transformers, reason):
         expected = outcome(lambda: HF_REASONS[reason](theirs, x))
         torch.manual_seed(1)
         got = outcome(lambda: HF_REASONS[reason](ours, x))
-    assert coverage(ours).rows[0][2:] == (0, 1, reason)
+    *calls, given = coverage(ours).rows[0][2:]
+    assert (*calls, re.sub(r"is a .*\.", "is a ", given)) == (0, 1, reason)
     assert str(got.error) == str(expected.error)
     if expected.error is None and reason not in ("training", "attention.self.query is a Mixed"):
         torch.testing.assert_close(got.result, expected.result)

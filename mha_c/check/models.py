@@ -37,7 +37,7 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
     Report
         For every call of an attention layer, and of a whole layer that `mha_c.torch.replace_layers` would replace, the
         outputs of mha_c and torch on the inputs of torch's model; then the outputs of the model, with attention and
-        with whole layers by mha_c. If torch takes its inference path, which fuses layers, the outputs are compared with that
+        with whole layers by mha_c. If torch takes its inference path, which fuses layers, they are compared with that
         path too, except in the padded positions that it sets to zero. `Report.coverage` says which calls of attention
         mha_c computes, and why the others are left to torch.
 

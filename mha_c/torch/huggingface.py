@@ -72,7 +72,7 @@ class _LayerOfTransformers(ReplacedLayer):
         answer: torch.Tensor = self._answer(super().forward, hidden_states, attention_mask, *args, **kwargs)
         return answer
 
-    def _compute(  # type: ignore[override]
+    def _compute(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor | str:
         # Those by position are encoder_hidden_states and their mask, of which only causal layers make use, and a cache.

@@ -269,7 +269,7 @@ def _find_parts(layer: torch.nn.Module, classes: Mapping[str, Classes]) -> dict[
         if "parametrizations" in module._modules:
             return "parametrized weights"
         if not _is_known(module, known):
-            return f"{path} is a {kind.__name__}"
+            return f"{path} is a {kind.__module__}.{kind.__qualname__}"
         if module.training:
             return "training"
         if "forward" in module.__dict__:
@@ -355,7 +355,8 @@ class _LayerOfTorch(ReplacedLayer):
     def _parts(cls) -> Mapping[str, Classes]:
         parts = dict.fromkeys(cls._attentions, ATTENTION) | {f"{name}.out_proj": LINEAR for name in cls._attentions}
         parts |= {"linear1": LINEAR, "activation": ACTIVATION, "linear2": LINEAR, "dropout": DROPOUT}
-        return parts | dict.fromkeys(cls._norms, NORM) | {name.replace("norm", "dropout"): DROPOUT for name in cls._norms}
+        parts |= dict.fromkeys(cls._norms, NORM)
+        return parts | {name.replace("norm", "dropout"): DROPOUT for name in cls._norms}
 
     def _read(self, parts: Mapping[str, Any]) -> LayerReading | str:
         attentions = [parts[name] for name in self._attentions]
@@ -439,7 +440,7 @@ class ReplacedEncoderLayer(_LayerOfTorch):
         answer: torch.Tensor = self._answer(super().forward, src, src_mask, src_key_padding_mask, is_causal)
         return answer
 
-    def _compute(  # type: ignore[override]
+    def _compute(
         self,
         src: torch.Tensor,
         src_mask: torch.Tensor | None,
@@ -524,7 +525,7 @@ class ReplacedDecoderLayer(_LayerOfTorch):
         )
         return answer
 
-    def _compute(  # type: ignore[override]
+    def _compute(
         self,
         tgt: torch.Tensor,
         memory: torch.Tensor,

@@ -182,7 +182,8 @@ class PackedParameters(_Packed):
         >>> PackedParameters().get(tensors, 8, 2).widths.out_dim
         6
         """
-        found: ParameterSet | None = self._get(tensors, AttentionShape(embed_dim, num_heads, kdim, vdim), _pack_attention)
+        shape = AttentionShape(embed_dim, num_heads, kdim, vdim)
+        found: ParameterSet | None = self._get(tensors, shape, _pack_attention)
         return found
 
 
@@ -327,8 +328,8 @@ def _pack_layer(arrays: dict[str, NDArray[Any]], facts: LayerFacts) -> LayerPart
     if len(attentions) < len(sets) or not linear1.keys() & linear2.keys() >= {"weight"}:
         return None
     features, hidden = attentions[-1].widths.embed_dim, linear1["weight"].shape[:1]
-    expected = [(norm, (features,)) for norm in norms] + [(linear1, (*hidden, features)), (linear2, (features, *hidden))]
-    for part, shape in expected:
+    maps = [(linear1, (*hidden, features)), (linear2, (features, *hidden))]
+    for part, shape in [*maps, *((norm, (features,)) for norm in norms)]:
         if not _has_shapes(part, {name: shape if name == "weight" else shape[:1] for name in part}):
             return None
     return LayerParts(

@@ -212,7 +212,7 @@ def _run_disturbed(theirs: torch.nn.Module, arguments: tuple[tuple[Any, ...], di
         return (changed, *others) if others else changed
 
     model = copy.deepcopy(theirs)
-    attention = [layer for _, layer in attention_layers(model) if not why_left_alone(layer)]
+    attention: list[torch.nn.Module] = [layer for _, layer in attention_layers(model) if not why_left_alone(layer)]
     for layer in attention or whole_layers(model):
         layer.register_forward_hook(disturb, prepend=True)  # before hooks that change the answer
     with _PassOn():
@@ -253,9 +253,9 @@ class _Recorder(_PassOn):
             self.coverage.add(name, torch_class_of(layer).__name__, why_left_alone(layer), calls=0)
         for name, twin in self._layers.items():
             if isinstance(twin, ReplacedLayer):
-                layer = model.get_submodule(name)
-                layer.register_forward_pre_hook(self._begin)
-                layer.register_forward_hook(self._layer_hook(name, twin), with_kwargs=True, prepend=True)
+                whole = model.get_submodule(name)
+                whole.register_forward_pre_hook(self._begin)
+                whole.register_forward_hook(self._layer_hook(name, twin), with_kwargs=True, prepend=True)
         with self:
             yield
         for row in self.coverage.rows:

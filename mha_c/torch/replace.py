@@ -121,13 +121,13 @@ def replace_attention(model: _Model) -> _Model:
 def replace_layers(model: _Model) -> _Model:
     """Make the layers of encoders and decoders of a model compute their inference with mha_c, in place.
 
-    Every ``torch.nn.TransformerEncoderLayer`` and ``torch.nn.TransformerDecoderLayer`` is computed as a whole, and so are
-    layers of the encoders of Hugging Face's transformers. Every ``torch.nn.MultiheadAttention`` is replaced as by
+    Every ``torch.nn.TransformerEncoderLayer`` and ``torch.nn.TransformerDecoderLayer`` is computed as a whole, and so
+    are layers of the encoders of Hugging Face's transformers. Every ``torch.nn.MultiheadAttention`` is replaced as by
     `replace_attention`: it computes where it is not part of such a layer, and where its layer is left to torch.
 
-    mha_c computes in evaluation mode, on the CPU, in float32 and float64, where nothing needs a gradient. torch computes
-    every other call, as before. Parameters, buffers, hooks and names stay, and with them state dicts, optimisers and
-    device moves. Calling this again on the same model refreshes it.
+    mha_c computes in evaluation mode, on the CPU, in float32 and float64, where nothing needs a gradient. torch
+    computes every other call, as before. Parameters, buffers, hooks and names stay, and with them state dicts,
+    optimisers and device moves. Calling this again on the same model refreshes it.
 
     Parameters
     ----------
@@ -149,19 +149,18 @@ def replace_layers(model: _Model) -> _Model:
 
     Notes
     -----
-    The classes of transformers are the layers of BERT, ALBERT's relatives excepted: BertLayer, BertGenerationLayer,
-    CamembertLayer, Data2VecTextLayer, ElectraLayer, ErnieLayer, RobertaLayer, RoCBertLayer and XLMRobertaLayer; of
-    DistilBERT, TransformerBlock; of vision and audio, ASTLayer, DeiTLayer, IJepaLayer, ViTLayer, ViTMAELayer,
-    ViTMSNLayer and VivitLayer; as they are in transformers 5.24. Subclasses are left alone. Masks have to be those of
-    padding.
+    The classes of transformers are those of transformers 5.24: BertLayer, BertGenerationLayer, CamembertLayer,
+    Data2VecTextLayer, ElectraLayer, ErnieLayer, RobertaLayer, RoCBertLayer and XLMRobertaLayer; TransformerBlock of
+    DistilBERT; ASTLayer, DeiTLayer, IJepaLayer, ViTLayer, ViTMAELayer, ViTMSNLayer and VivitLayer. Subclasses are left
+    alone. A mask has to be one of padding.
 
-    Padded rows are what the model gives without mha_c: ``torch.nn.TransformerEncoder`` leaves out padding in some calls,
-    and zeros in its place. All other rows of padding are computed. Otherwise the results are those of torch's ordinary
-    path, not those of the one that fuses layers. As everywhere in mha_c, NaN in a position that a mask hides does not
-    spread.
+    Padded rows are what the model gives without mha_c. ``torch.nn.TransformerEncoder`` leaves out padding in some
+    calls, and its rows are zeros. All other rows of padding are computed. Apart from that, the results are those of
+    torch's ordinary path, not those of the path that fuses layers. As everywhere in mha_c, NaN in a position that a
+    mask hides does not spread.
 
-    A layer is left to torch as long as a module in it is not what torch or transformers have put there: another class, as
-    after quantization or with LoRA; a forward of its own; hooks; or training mode. The coverage names it.
+    A layer is left to torch while a module in it has another class, as after quantization or with LoRA, a forward of
+    its own, hooks, or is in training mode. The coverage names the module.
 
     Changed parameters take effect at the next call. `ReplacedAttention.refresh` names the exception.
 
