@@ -72,14 +72,14 @@ def torch_activation(value: Any) -> str | None:
     if torch is None:
         return None
     nn = torch.nn
-    if isinstance(value, nn.GELU):
+    if type(value) is nn.GELU:
         return "gelu_tanh" if value.approximate == "tanh" else "gelu"
     for name, kind, functions in (
         ("relu", nn.ReLU, (nn.functional.relu, torch.relu)),
-        ("gelu", nn.GELU, (nn.functional.gelu,)),
+        ("gelu", None, (nn.functional.gelu,)),
         ("silu", nn.SiLU, (nn.functional.silu,)),
     ):
-        if isinstance(value, kind) or any(value is function for function in functions):
+        if type(value) is kind or any(value is function for function in functions):
             return name
     return None
 

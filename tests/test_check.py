@@ -88,7 +88,8 @@ def test_in_inference_mode():
         check.against_torch(torch.nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)).assert_close()
         report = check.model(encoder(), torch.randn(3, 7, 16))
     report.assert_close()
-    assert [one.name for one in report.comparisons] == ["layers.0.self_attn", "layers.1.self_attn", "output"]
+    assert [one.name for one in report.comparisons] == [
+        "layers.0.self_attn", "layers.1.self_attn", "layers.0", "layers.1", "output", "output, whole layers"]
 
 
 def test_what_is_measured():
@@ -207,7 +208,8 @@ def test_models():
         torch.backends.mha.set_fastpath_enabled(False)
     report.assert_close()
     assert [one.name for one in report.comparisons] == [
-        "layers.0.self_attn", "layers.1.self_attn", "output", "output, torch's fused path"]
+        "layers.0.self_attn", "layers.1.self_attn", "layers.0", "layers.1",
+        "output", "output, torch's fused path", "output, whole layers"]
     assert {name: type(module) for name, module in model.named_modules()} == before and model.training
     check.model(mha_c.torch.replace_attention(model).double(), x.double().numpy()).assert_close()
     assert model.layers[0].activation_relu_or_gelu == 0  # still replaced
@@ -215,7 +217,7 @@ def test_models():
 
 @pytest.fixture
 def mistake(monkeypatch):
-    """Replaced layers are off by a factor, until another one is set."""
+    """Replaced attention is off by a factor, until another one is set."""
     original, factor = mha_c._core.forward, [1.0001]
 
     def wrong(*args):
@@ -228,7 +230,46 @@ def mistake(monkeypatch):
 
 def test_a_mistake_in_a_model_is_noticed(mistake):
     report = check.model(encoder(), torch.randn(3, 7, 16))
-    assert [one.agrees for one in report.comparisons] == [False, False, False]
+    whole_layers = {"layers.0", "layers.1", "output, whole layers"}  # which another function computes
+    assert {one.name for one in report.comparisons if one.agrees} == whole_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_mistake_in_whole_layers_is_noticed(monkeypatch, dtype):
+    """In float64, only the output is compared."""
+    model, x = encoder(), torch.randn(3, 7, 16, dtype=dtype)
+    check.model(model.to(dtype), x).assert_close()
+    original = mha_c._core.transform
+    monkeypatch.setattr(mha_c._core, "transform", lambda *args: original(*args) * args[1].dtype.type(1.0001))
+    report = check.model(model, x)
+    wrong = {"layers.0", "layers.1"} if dtype == torch.float32 else set()
+    assert {one.name for one in report.comparisons if not one.agrees} == {*wrong, "output, whole layers"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_models_of_transformers(monkeypatch, dtype):
+    """Their whole layers are compared, and those that are left to torch are named."""
+    pytest.importorskip("torchvision_operators")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 90, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 24}
+    model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=2, **sizes)).to(dtype)
+    model.encoder.layer[1].output.register_forward_hook(lambda *_: None)
+    call = {"input_ids": torch.randint(1, 90, (3, 7)), "attention_mask": torch.ones(3, 7).tril().long()}
+    report = check.model(model, **call)
+    report.assert_close()
+    names = [one.name for one in report.comparisons]
+    outputs = [f"output[{name!r}], whole layers" for name in ("last_hidden_state", "pooler_output")]
+    assert names == ["encoder.layer.0"] * (dtype == torch.float32) + outputs
+    assert "Whole layers that are left to torch: encoder.layer.1 (hooks of output)." in report.notes
+    original = mha_c._core.transform
+
+    def wrong(*args):
+        output = original(*args)
+        output[..., 0] += 0.01
+        return output
+
+    monkeypatch.setattr(mha_c._core, "transform", wrong)
+    assert not any(one.agrees for one in check.model(model, **call).comparisons)
 
 
 class Model(torch.nn.Module):

@@ -79,9 +79,14 @@ class CoverageRow(NamedTuple):
 
 
 class Coverage:
-    """Calls of attention, counted by module. Printing it gives a table, and so does a notebook.
+    """Calls of attention or of layers, counted by module. Printing it gives a table, and so does a notebook.
 
     Calls are counted as they are made, by any number of threads.
+
+    Parameters
+    ----------
+    what : str, default "attention"
+        What is called, for the title of the table.
 
     Examples
     --------
@@ -94,7 +99,8 @@ class Coverage:
     (1, 1)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "attention") -> None:
+        self._what = what
         self._calls: dict[tuple[str, str], Calls] = {}
 
     def add(self, module: str, class_name: str, reason: str = "", calls: int = 1) -> None:
@@ -152,7 +158,7 @@ class Coverage:
         'Calls of attention: 0 computed by mha_c, 0 left to torch'
         """
         rows = [(row.module or "-", row.class_name, f"{row.here:,}", f"{row.left:,}", row.reason) for row in self.rows]
-        title = f"Calls of attention: {self.here:,} computed by mha_c, {self.left:,} left to torch"
+        title = f"Calls of {self._what}: {self.here:,} computed by mha_c, {self.left:,} left to torch"
         return Table(title, ("module", "class", "here", "left", "reason"), rows, (), text=(0, 1, 4))
 
     def __repr__(self) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of torch that compute their attention with mha_c, and layers of mha_c as torch's."""
+"""Models of torch that compute their attention or whole layers with mha_c, and layers of mha_c as torch's."""
 
 from mha_c.display.missing import no_torch
 
@@ -20,14 +20,16 @@ from mha_c.torch.convert import (
     to_torch,
 )
 from mha_c.torch.functions import attention
+from mha_c.torch.layers import ReplacedLayer
 from mha_c.torch.record import run_both_ways
-from mha_c.torch.replace import coverage, replace_attention, restore_attention
+from mha_c.torch.replace import coverage, replace_attention, replace_layers, restore_attention
 from mha_c.torch.replaced import ReplacedAttention
 from mha_c.torch.transformers import register_transformers
 
 __all__ = [
     "TORCH_VERSION",
     "ReplacedAttention",
+    "ReplacedLayer",
     "attention",
     "coverage",
     "forward_in_torch",
@@ -36,6 +38,7 @@ __all__ = [
     "read_checkpoint",
     "register_transformers",
     "replace_attention",
+    "replace_layers",
     "restore_attention",
     "run_both_ways",
     "state_dict",

@@ -7,7 +7,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from mha_c import _core
 from mha_c.display.coverage import Calls
 from mha_c.parameters.sets import PARAMETERS
 from mha_c.threads import get_num_threads, num_threads
-from mha_c.torch.packed import PackedParameters
+from mha_c.torch.packed import PackedLayer, PackedParameters
 
 __all__ = [
     "MISFIT",
@@ -36,15 +36,22 @@ __all__ = [
 
 Answer: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
+_Packed = TypeVar("_Packed", PackedParameters, PackedLayer)
+
 MISFIT = "arguments that do not fit"  # torch has words for them, or knows an answer
 
 
-class LayerState:
+class LayerState(Generic[_Packed]):
     """What mha_c keeps of one layer of torch. Copies and pickles of it start anew.
+
+    Parameters
+    ----------
+    packed : PackedParameters or PackedLayer
+        What holds the layer's parameters, still empty.
 
     Attributes
     ----------
-    packed : PackedParameters
+    packed : PackedParameters or PackedLayer
         The layer's parameters.
     calls : Calls
         Its calls.
@@ -53,16 +60,16 @@ class LayerState:
     """
 
     _numbers = itertools.count()
-    by_number: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
+    by_number: weakref.WeakValueDictionary[int, LayerState[Any]] = weakref.WeakValueDictionary()
 
-    def __init__(self) -> None:
-        self.packed = PackedParameters()
+    def __init__(self, packed: _Packed) -> None:
+        self.packed: _Packed = packed
         self.calls = Calls()
         self.number = next(self._numbers)
         self.by_number[self.number] = self
 
-    def __reduce__(self) -> tuple[type[LayerState], tuple[()]]:
-        return LayerState, ()
+    def __reduce__(self) -> tuple[type[LayerState[_Packed]], tuple[_Packed]]:
+        return LayerState, (type(self.packed)(),)
 
 
 class Call(NamedTuple):
@@ -238,7 +245,7 @@ def note_in_graph(number: int, reason: str) -> None:
 
     Examples
     --------
-    >>> state = LayerState()
+    >>> state = LayerState(PackedParameters())
     >>> note_in_graph(state.number, "gradients")
     >>> state.calls.by_reason
     {'gradients, in a graph': 0}
@@ -254,7 +261,7 @@ def _run(number: int, parameters: Sequence[torch.Tensor | None], *arguments: Any
     """The operator with tensors on the CPU."""
     call = Call(*arguments)
     tensors = {name: tensor for name, tensor in zip(PARAMETERS, parameters) if tensor is not None}
-    layer = LayerState.by_number.get(number) or LayerState()  # a graph may outlive the layer
+    layer = LayerState.by_number.get(number) or LayerState(PackedParameters())  # a graph may outlive the layer
     answer = attend(layer.packed, tensors, call)
     if isinstance(answer, str):
         layer.calls.add(answer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The classes of torch's attention layers, which are changed in place. Imported through mha_c.torch."""
+"""The classes of layers of torch, which are changed in place. Imported through mha_c.torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 __all__ = ["attention_layers", "class_over", "set_class", "torch_class_of", "why_left_alone"]
 
-_classes_over: dict[tuple[type, type], type[torch.nn.MultiheadAttention]] = {}
+_classes_over: dict[tuple[type, type], type[torch.nn.Module]] = {}
 
 
 def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.MultiheadAttention]]:
@@ -20,32 +20,36 @@ def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Mul
             yield name, layer
 
 
-def torch_class_of(layer: torch.nn.MultiheadAttention) -> type[torch.nn.MultiheadAttention]:
+def torch_class_of(layer: torch.nn.Module) -> type[torch.nn.Module]:
     """The class of a layer without what `set_class` and parametrize have put over it."""
     cls = type(layer).__bases__[0] if is_parametrized(layer) else type(layer)
-    found: type[torch.nn.MultiheadAttention] = getattr(cls, "_torch_class", cls)
+    found: type[torch.nn.Module] = getattr(cls, "_torch_class", cls)
     return found
 
 
-def why_left_alone(layer: torch.nn.MultiheadAttention) -> str:
-    """Why another class cannot stand in for that of the layer, or ""."""
-    is_torchs = "forward" not in vars(layer) and torch_class_of(layer).forward is torch.nn.MultiheadAttention.forward
-    return "" if is_torchs else "overrides forward"
+def why_left_alone(
+    layer: torch.nn.Module,
+    torchs: type[torch.nn.Module] = torch.nn.MultiheadAttention,
+    methods: tuple[str, ...] = ("forward",),
+) -> str:
+    """Why another class cannot stand in for that of a layer, whose methods would have to be those of torch, or ""."""
+    cls = torch_class_of(layer)
+    for method in methods:
+        if method in vars(layer) or getattr(cls, method) is not getattr(torchs, method):
+            return f"overrides {method}"
+    return ""
 
 
-def class_over(
-    cls: type[torch.nn.MultiheadAttention], mixin: type[torch.nn.MultiheadAttention]
-) -> type[torch.nn.MultiheadAttention]:
-    """`mixin` for torch's own class; for a subclass, a class that inherits from both, the same one each time."""
-    if cls is torch.nn.MultiheadAttention:
+def class_over(cls: type[torch.nn.Module], mixin: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """`mixin` if it stands for this very class; else a class that inherits from both, the same one each time."""
+    if getattr(mixin, "_torch_class", None) is cls:
         return mixin
     if (cls, mixin) not in _classes_over:
-        name = mixin.__name__.removesuffix("Attention") + cls.__name__
-        _classes_over[cls, mixin] = type(name, (mixin, cls), {"_torch_class": cls})
+        _classes_over[cls, mixin] = type(f"Replaced{cls.__name__}", (mixin, cls), {"_torch_class": cls, "_mixin": mixin})
     return _classes_over[cls, mixin]
 
 
-def set_class(layer: torch.nn.MultiheadAttention, cls: type[torch.nn.MultiheadAttention]) -> None:
+def set_class(layer: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
     """Change the class of a layer. torch's parametrize makes a class for each module, which stays above this one."""
     if is_parametrized(layer):
         members = {name: value for name, value in vars(type(layer)).items() if name not in ("__dict__", "__weakref__")}

@@ -10,7 +10,7 @@ drops what is packed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -22,9 +22,11 @@ from mha_c import _core
 from mha_c.parameters.sets import SEPARATE_WEIGHTS, ParameterSet, Widths
 from mha_c.torch.reasons import DTYPES, PLAIN_TENSORS
 
-__all__ = ["PackedByWeight", "PackedParameters"]
+__all__ = ["AttentionShape", "LayerFacts", "LayerParts", "PackedByWeight", "PackedLayer", "PackedParameters"]
 
-_Arguments: TypeAlias = tuple[int, int, int | None, int | None]  # embed_dim, num_heads, kdim, vdim
+_Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+
+_SEPARATE_BIASES = ("q_proj_bias", "k_proj_bias", "v_proj_bias")
 
 _last_step = object()  # another one after each step of any optimiser
 
@@ -66,14 +68,15 @@ class _Source(NamedTuple):
 class _Kept(NamedTuple):
     """Packed parameters, and all that shows whether they are still right."""
 
-    parameters: ParameterSet
-    arguments: _Arguments
+    parameters: Any
+    arguments: object
     sources: dict[str, _Source]
     arrays: tuple[NDArray[Any], ...]  # the sources' memory
     sample: bytes
+    biases: dict[str, bytes]  # their numbers
     generation: tuple[object, object]
 
-    def is_of(self, tensors: Mapping[str, torch.Tensor], arguments: _Arguments) -> bool:
+    def is_of(self, tensors: Mapping[str, torch.Tensor], arguments: object) -> bool:
         """Whether these would be packed to the same numbers again, as far as can be seen in some microseconds."""
         if arguments != self.arguments or tensors.keys() != self.sources.keys():
             return False
@@ -86,14 +89,54 @@ class _Kept(NamedTuple):
     def has_equal_bias(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a bias that was made for this call has the same numbers, of which there are few."""
         return (
-            name.endswith("bias")
+            name in self.biases
             and _is_plain(tensor)
             and tensor.dtype == self.sources[name].memory.dtype
-            and tensor.detach().numpy().tobytes() == self.parameters.arrays[name].tobytes()
+            and tensor.detach().numpy().tobytes() == self.biases[name]
         )
 
 
-class PackedParameters:
+class _Packed:
+    """Parameters that are packed when they are needed, and kept until they change."""
+
+    def __init__(self) -> None:
+        self._kept: _Kept | None = None
+        self._last_drop = object()
+
+    def _get(
+        self, tensors: Mapping[str, torch.Tensor], arguments: Any, pack: Callable[[dict[str, NDArray[Any]], Any], Any]
+    ) -> Any:
+        """What `pack` makes of the tensors, as arrays, and the arguments; the last result if nothing has changed."""
+        generation = _last_step, self._last_drop
+        kept = self._kept
+        if kept is None or kept.generation != generation or not kept.is_of(tensors, arguments):
+            # Another thread may be doing the same; whichever ends last is kept, and both are right.
+            self._kept = kept = _keep(tensors, arguments, generation, pack)
+        return None if kept is None else kept.parameters
+
+    def drop(self) -> None:
+        """Forget what is packed; the next call packs anew.
+
+        Examples
+        --------
+        >>> PackedParameters().drop()
+        """
+        self._last_drop = object()  # for a thread that is packing at this moment
+        self._kept = None
+
+    def is_in_use(self) -> bool:
+        """Whether anything else refers to the output projection's weight that was packed.
+
+        Examples
+        --------
+        >>> PackedParameters().is_in_use()
+        False
+        """
+        kept = self._kept
+        return kept is not None and sys.getrefcount(kept.sources["out_proj.weight"].tensor) > 2
+
+
+class PackedParameters(_Packed):
     """The parameters of one attention layer, or of one call of a function, packed when they are needed.
 
     Examples
@@ -109,10 +152,6 @@ class PackedParameters:
     >>> packed.get(tensors, 8, 2) is parameters
     False
     """
-
-    def __init__(self) -> None:
-        self._kept: _Kept | None = None
-        self._last_drop = object()
 
     def get(
         self,
@@ -143,56 +182,179 @@ class PackedParameters:
         >>> PackedParameters().get(tensors, 8, 2).widths.out_dim
         6
         """
-        generation = _last_step, self._last_drop
-        arguments = embed_dim, num_heads, kdim, vdim
-        kept = self._kept
-        if kept is None or kept.generation != generation or not kept.is_of(tensors, arguments):
-            # Another thread may be doing the same; whichever ends last is kept, and both are right.
-            self._kept = kept = _pack(tensors, arguments, generation)
-        return None if kept is None else kept.parameters
+        shape = AttentionShape(embed_dim, num_heads, kdim, vdim)
+        found: ParameterSet | None = self._get(tensors, shape, _pack_attention)
+        return found
 
-    def drop(self) -> None:
-        """Forget what is packed; the next call packs anew.
+
+class AttentionShape(NamedTuple):
+    """What the parameters of attention do not say; as for ``torch.nn.MultiheadAttention``, and the width of a head.
+
+    Examples
+    --------
+    >>> AttentionShape(8, 2).num_heads
+    2
+    """
+
+    embed_dim: int
+    num_heads: int
+    kdim: int | None = None
+    vdim: int | None = None
+    head_dim: int | None = None
+
+
+class LayerFacts(NamedTuple):
+    """What the parameters of a layer of an encoder or a decoder do not say.
+
+    Attributes
+    ----------
+    attentions : tuple of AttentionShape
+        One for an encoder, two for a decoder.
+    eps : tuple of float
+        Of each norm.
+
+    Examples
+    --------
+    >>> LayerFacts((AttentionShape(8, 2),), (1e-5, 1e-5)).eps
+    (1e-05, 1e-05)
+    """
+
+    attentions: tuple[AttentionShape, ...]
+    eps: tuple[float, ...]
+
+
+class LayerParts(NamedTuple):
+    """The parts of a layer as the core takes them.
+
+    Attributes
+    ----------
+    attentions : tuple of mha_c._core.Weights
+        The attentions, in their order.
+    norms : tuple of tuple
+        The norms, in their order.
+    linear1, linear2 : mha_c._core.Linear
+        The feed-forward network.
+
+    Examples
+    --------
+    >>> LayerParts._fields
+    ('attentions', 'norms', 'linear1', 'linear2')
+    """
+
+    attentions: tuple[_core.Weights, ...]
+    norms: tuple[tuple[NDArray[Any] | None, NDArray[Any] | None, float, bool], ...]
+    linear1: _core.Linear
+    linear2: _core.Linear
+
+
+class PackedLayer(_Packed):
+    """The parameters of a layer of an encoder or a decoder, packed when they are needed.
+
+    Examples
+    --------
+    >>> facts = LayerFacts((AttentionShape(8, 2),), (1e-5, 1e-5))
+    >>> PackedLayer().get({"attention0.in_proj_weight": torch.zeros(24, 8)}, facts) is None
+    True
+    """
+
+    def get(self, tensors: Mapping[str, torch.Tensor], facts: LayerFacts) -> LayerParts | None:
+        """The packed parameters; those of the last call if nothing has changed.
+
+        Parameters
+        ----------
+        tensors : mapping of str to torch.Tensor
+            The parameters, without those that are None. The names of a part begin with "attention0.", "attention1.",
+            "norm0.", "norm1.", "norm2.", "linear1." or "linear2.". Those of attention go on as in torch's state dict.
+            Three biases, "q_proj_bias", "k_proj_bias" and "v_proj_bias", may stand for "in_proj_bias".
+        facts : LayerFacts
+            The rest.
+
+        Returns
+        -------
+        LayerParts or None
+            None for the same reasons as in `PackedParameters.get`.
 
         Examples
         --------
-        >>> PackedParameters().drop()
+        >>> tensors = {"attention0.in_proj_weight": torch.zeros(24, 8), "attention0.out_proj.weight": torch.zeros(8, 8)}
+        >>> tensors |= {"linear1.weight": torch.zeros(9, 8), "linear2.weight": torch.zeros(8, 9)}
+        >>> len(PackedLayer().get(tensors, LayerFacts((AttentionShape(8, 2),), (1e-5, 1e-5))).norms)
+        2
         """
-        self._last_drop = object()  # for a thread that is packing at this moment
-        self._kept = None
-
-    def is_in_use(self) -> bool:
-        """Whether anything else refers to the output projection's weight that was packed.
-
-        Examples
-        --------
-        >>> PackedParameters().is_in_use()
-        False
-        """
-        kept = self._kept
-        return kept is not None and sys.getrefcount(kept.sources["out_proj.weight"].tensor) > 2
+        found: LayerParts | None = self._get(tensors, facts, _pack_layer)
+        return found
 
 
-def _pack(
-    tensors: Mapping[str, torch.Tensor], arguments: _Arguments, generation: tuple[object, object]
+def _keep(
+    tensors: Mapping[str, torch.Tensor],
+    arguments: Any,
+    generation: tuple[object, object],
+    pack: Callable[[dict[str, NDArray[Any]], Any], Any],
 ) -> _Kept | None:
     """Versions and samples are taken before the numbers, so that the next call notices a change in between."""
-    out_weight = tensors.get("out_proj.weight")
-    if out_weight is None or not all(_is_plain(one) and one.dtype == out_weight.dtype for one in tensors.values()):
-        return None
-    try:
-        widths = Widths.from_arguments(*arguments, out_dim=out_weight.shape[0] if out_weight.dim() == 2 else None)
-    except (AssertionError, RuntimeError, TypeError, ValueError):  # torch has no such layer, either
-        return None
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != _expected_shapes(widths, tensors):
+    if not all(_is_plain(one) for one in tensors.values()) or len({one.dtype for one in tensors.values()}) != 1:
         return None
     sources = {name: _Source.of(tensor) for name, tensor in tensors.items()}
     arrays = {name: source.memory.numpy() for name, source in sources.items()}
     memory = tuple(arrays.values())
     sample = _core.sample(memory)
+    biases = {name: array.tobytes() for name, array in arrays.items() if name.endswith("bias")}
+    parameters = pack(arrays, arguments)
+    return None if parameters is None else _Kept(parameters, arguments, sources, memory, sample, biases, generation)
+
+
+def _pack_attention(arrays: dict[str, NDArray[Any]], shape: AttentionShape) -> ParameterSet | None:
+    out_weight = arrays.get("out_proj.weight")
+    if out_weight is None:
+        return None
+    out_dim = out_weight.shape[0] if out_weight.ndim == 2 else None
+    embed_dim, num_heads, kdim, vdim, head_dim = shape
+    try:
+        widths = Widths.from_arguments(embed_dim, num_heads, kdim, vdim, head_dim, out_dim=out_dim)
+    except (AssertionError, RuntimeError, TypeError, ValueError):  # torch has no such layer, either
+        return None
+    if not _has_shapes(arrays, _expected_shapes(widths, arrays)):
+        return None
     if widths.packed and "in_proj_weight" not in arrays:
         arrays["in_proj_weight"] = np.concatenate([arrays.pop(name) for name in SEPARATE_WEIGHTS])
-    return _Kept(ParameterSet(widths, arrays, memory[0].dtype), arguments, sources, memory, sample, generation)
+    return ParameterSet(widths, arrays, out_weight.dtype)
+
+
+def _pack_layer(arrays: dict[str, NDArray[Any]], facts: LayerFacts) -> LayerParts | None:
+    linear1, linear2 = _part(arrays, "linear1."), _part(arrays, "linear2.")
+    norms = [_part(arrays, f"norm{number}.") for number in range(len(facts.eps))]
+    sets = [_pack_attention(_attention(arrays, number), shape) for number, shape in enumerate(facts.attentions)]
+    attentions = [one for one in sets if one is not None and one.widths.out_dim == one.widths.embed_dim]
+    if len(attentions) < len(sets) or not linear1.keys() & linear2.keys() >= {"weight"}:
+        return None
+    features, hidden = attentions[-1].widths.embed_dim, linear1["weight"].shape[:1]
+    maps = [(linear1, (*hidden, features)), (linear2, (features, *hidden))]
+    for part, shape in [*maps, *((norm, (features,)) for norm in norms)]:
+        if not _has_shapes(part, {name: shape if name == "weight" else shape[:1] for name in part}):
+            return None
+    return LayerParts(
+        tuple(one.weights for one in attentions),
+        tuple((_copy(norm, "weight"), _copy(norm, "bias"), eps, False) for norm, eps in zip(norms, facts.eps)),
+        *(_core.Linear(_copy(linear, "weight"), _copy(linear, "bias")) for linear in (linear1, linear2)),
+    )
+
+
+def _part(arrays: _Arrays, prefix: str) -> dict[str, NDArray[Any]]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _attention(arrays: _Arrays, number: int) -> dict[str, NDArray[Any]]:
+    part = _part(arrays, f"attention{number}.")
+    biases = [part.pop(name) for name in _SEPARATE_BIASES if name in part]
+    return {**part, "in_proj_bias": np.concatenate(biases)} if biases else part
+
+
+def _copy(part: _Arrays, name: str) -> Any:
+    return part[name].copy() if name in part else None
+
+
+def _has_shapes(arrays: _Arrays, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return {name: array.shape for name, array in arrays.items()} == shapes
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

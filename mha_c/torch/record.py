@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of torch run with torch's attention and with ours, every call of attention recorded. Imported through
-mha_c.torch."""
+"""A model of torch run with torch's layers and with ours, every call of attention and of whole layers recorded.
+Imported through mha_c.torch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from mha_c.layer import MultiheadAttention
 from mha_c.parameters.arrays import as_array
 from mha_c.torch.attend import resolve_hint
 from mha_c.torch.classes import attention_layers, torch_class_of, why_left_alone
+from mha_c.torch.layers import ReplacedLayer
 from mha_c.torch.reasons import HARMLESS_MODES
-from mha_c.torch.replace import check_model, replace_attention, restore_attention
+from mha_c.torch.replace import check_model, replace_attention, replace_layers, restore_attention, whole_layers
 from mha_c.torch.replaced import ReplacedAttention
 
-__all__ = ["AttentionRun", "ModelOutput", "ModelRuns", "run_both_ways"]
+__all__ = ["AttentionRun", "LayerRun", "ModelOutput", "ModelRuns", "run_both_ways"]
 
 _Answer: TypeAlias = tuple[NDArray[Any], NDArray[Any] | None]
 _Outputs: TypeAlias = dict[str, NDArray[Any]]
@@ -39,13 +40,24 @@ class AttentionRun(NamedTuple):
     theirs: _Answer
 
 
+class LayerRun(NamedTuple):
+    """One call of a whole layer in float32, and the same in float64 by torch's ordinary path."""
+
+    name: str
+    ours: NDArray[Any]
+    theirs: NDArray[Any]
+    wider: NDArray[Any]
+
+
 class ModelOutput(NamedTuple):
     """One output of a model.
 
     Attributes
     ----------
-    ours : numpy.ndarray
-        With mha_c.
+    ours : numpy.ndarray or None
+        With attention by mha_c, if the model has any ``torch.nn.MultiheadAttention``.
+    by_layers : numpy.ndarray or None
+        With whole layers by mha_c, if the model has any.
     theirs : numpy.ndarray
         By torch's ordinary path.
     as_is : numpy.ndarray
@@ -53,10 +65,12 @@ class ModelOutput(NamedTuple):
     wider : numpy.ndarray or None
         By torch's ordinary path in float64, if that is wider than the attention's dtype and the model runs in it.
     disturbed : numpy.ndarray or None
-        Else, by torch's ordinary path with every output of attention changed by one unit in the last place.
+        Else, by torch's ordinary path with every output of attention, or of whole layers if there is no attention,
+        changed by one unit in the last place.
     """
 
-    ours: NDArray[Any]
+    ours: NDArray[Any] | None
+    by_layers: NDArray[Any] | None
     theirs: NDArray[Any]
     as_is: NDArray[Any]
     wider: NDArray[Any] | None
@@ -70,6 +84,10 @@ class ModelRuns(NamedTuple):
     ----------
     attention : list of AttentionRun
         The calls that mha_c computed, too.
+    layers : list of LayerRun
+        The calls of whole layers that mha_c computed, too. None in float64.
+    layers_left : dict of str to str
+        The layers with calls that are left to torch, and why.
     coverage : Coverage
         All calls of attention in torch's run, and which of them mha_c would compute.
     outputs : dict of str to ModelOutput
@@ -79,13 +97,15 @@ class ModelRuns(NamedTuple):
     """
 
     attention: list[AttentionRun]
+    layers: list[LayerRun]
+    layers_left: dict[str, str]
     coverage: Coverage
     outputs: dict[str, ModelOutput]
     why_not_wider: str
 
 
 def run_both_ways(model: torch.nn.Module, inputs: Sequence[Any], call: Mapping[str, Any]) -> ModelRuns:
-    """Run copies of a model with torch's attention and with mha_c's, with the same random numbers.
+    """Run copies of a model with torch's layers and with mha_c's, with the same random numbers.
 
     Parameters
     ----------
@@ -113,30 +133,36 @@ def run_both_ways(model: torch.nn.Module, inputs: Sequence[Any], call: Mapping[s
     # Parameters made in inference mode would not be tracked, and so be left to torch.
     with torch.inference_mode(False), torch.no_grad(), _random_numbers_as_before():
         theirs = restore_attention(copy.deepcopy(model)).eval()
-        ours = replace_attention(copy.deepcopy(theirs))
+        by_layers = replace_layers(copy.deepcopy(theirs)) if whole_layers(theirs) else None
+        has_attention = by_layers is None or any(True for _ in attention_layers(theirs))
+        ours = replace_attention(copy.deepcopy(theirs)) if has_attention else None
         arguments = _map(_to_tensor, (tuple(inputs), dict(call)))
 
         as_is = _run(copy.deepcopy(theirs), arguments)
-        recorder = _Recorder(ours)
+        recorder = _Recorder(ours, by_layers)
         with recorder.recording(ordinary := copy.deepcopy(theirs)):
             ordinary_outputs = _run(ordinary, arguments)
-        outputs = _run(ours, arguments)
+        outputs = None if ours is None else _run(ours, arguments)
+        outputs_by_layers = None if by_layers is None else _run(by_layers, arguments)
         wider, why_not_wider = _run_in_float64(theirs, arguments)
         if wider is not None and any(array.shape != ordinary_outputs[name].shape for name, array in wider.items()):
             wider, why_not_wider = None, "In float64 the model's outputs have other shapes."
         disturbed = _run_disturbed(theirs, arguments) if wider is None else None
     return ModelRuns(
         recorder.runs,
+        recorder.layer_runs,
+        recorder.layers_left,
         recorder.coverage,
         {
             name: ModelOutput(
+                None if outputs is None else outputs[name],
+                None if outputs_by_layers is None else outputs_by_layers[name],
                 output,
-                ordinary_outputs[name],
                 as_is[name],
                 None if wider is None else wider[name],
                 None if disturbed is None else disturbed[name],
             )
-            for name, output in outputs.items()
+            for name, output in ordinary_outputs.items()
         },
         why_not_wider,
     )
@@ -162,8 +188,8 @@ def _run_in_float64(
     theirs: torch.nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]
 ) -> tuple[_Outputs | None, str]:
     """The outputs by torch's ordinary path in float64; or None and why there are none."""
-    attention = [layer for _, layer in attention_layers(theirs) if not why_left_alone(layer)]
-    if all(layer.out_proj.weight.dtype == torch.float64 for layer in attention):
+    attention = [layer.out_proj.weight for _, layer in attention_layers(theirs) if not why_left_alone(layer)]
+    if all(tensor.dtype == torch.float64 for tensor in attention or theirs.parameters()):
         return None, "Nothing is wider than float64."
     try:
         with _PassOn():
@@ -174,20 +200,21 @@ def _run_in_float64(
 
 
 def _run_disturbed(theirs: torch.nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> _Outputs:
-    """The outputs by torch's ordinary path, where attention is off by what roundings may change."""
+    """The outputs by torch's ordinary path, where attention, or else layers, are off by what roundings may change."""
     generator = torch.Generator().manual_seed(0)
 
     def disturb(module: torch.nn.Module, args: Any, answer: Any) -> Any:
-        output, weights = answer
+        output, *others = answer if isinstance(answer, tuple) else (answer,)
         largest = output.nan_to_num(posinf=0.0, neginf=0.0).abs().max() if output.numel() else output.new_ones(())
         ulp = torch.finfo(output.dtype).eps * largest
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-        return output + signs * ulp, weights
+        changed = output + signs * ulp
+        return (changed, *others) if others else changed
 
     model = copy.deepcopy(theirs)
-    for _, layer in attention_layers(model):
-        if not why_left_alone(layer):
-            layer.register_forward_hook(disturb, prepend=True)  # before hooks that change the answer
+    attention: list[torch.nn.Module] = [layer for _, layer in attention_layers(model) if not why_left_alone(layer)]
+    for layer in attention or whole_layers(model):
+        layer.register_forward_hook(disturb, prepend=True)  # before hooks that change the answer
     with _PassOn():
         return _run(model, arguments)
 
@@ -206,11 +233,14 @@ class _Recorder(_PassOn):
 
     functions = (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.multi_head_attention_forward)
 
-    def __init__(self, replaced: torch.nn.Module) -> None:
+    def __init__(self, replaced: torch.nn.Module | None, by_layers: torch.nn.Module | None) -> None:
         super().__init__()
         self.runs: list[AttentionRun] = []
+        self.layer_runs: list[LayerRun] = []
+        self.layers_left: dict[str, str] = {}
+        self._layers = {} if by_layers is None else dict(by_layers.named_modules())
         self.coverage = Coverage()
-        self._replaced = dict(attention_layers(replaced))
+        self._replaced = {} if replaced is None else dict(attention_layers(replaced))
         self._layers_at_work = 0
 
     @contextmanager
@@ -221,6 +251,11 @@ class _Recorder(_PassOn):
             layer.register_forward_pre_hook(self._begin)
             layer.register_forward_hook(self._hook(name, layer), with_kwargs=True, prepend=True)
             self.coverage.add(name, torch_class_of(layer).__name__, why_left_alone(layer), calls=0)
+        for name, twin in self._layers.items():
+            if isinstance(twin, ReplacedLayer):
+                whole = model.get_submodule(name)
+                whole.register_forward_pre_hook(self._begin)
+                whole.register_forward_hook(self._layer_hook(name, twin), with_kwargs=True, prepend=True)
         with self:
             yield
         for row in self.coverage.rows:
@@ -260,6 +295,22 @@ class _Recorder(_PassOn):
             arguments = _map(lambda value: as_array(value).copy() if isinstance(value, torch.Tensor) else value, asked)
             in_mha_c = MultiheadAttention.from_torch(module).eval()
             self.runs.append(AttentionRun(name or "attention", in_mha_c, arguments, _to_arrays(ours), _to_arrays(output)))
+
+        return record
+
+
+    def _layer_hook(self, name: str, twin: ReplacedLayer) -> Callable[..., None]:
+        in_float64 = restore_attention(copy.deepcopy(twin)).double()
+
+        def record(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            ours = twin.forward_in_mha_c(*args, **kwargs)
+            if isinstance(ours, str):
+                self.layers_left[name] = ours
+            elif output.dtype != torch.float64:
+                exact = in_float64(*_map(_to_float64, args), **_map(_to_float64, kwargs))
+                arrays = (as_array(one).copy() for one in (ours, output, exact))
+                self.layer_runs.append(LayerRun(name or "layer", *arrays))
+            self._layers_at_work -= 1
 
         return record
 

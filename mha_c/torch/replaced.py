@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's attention layer with its inference computed by mha_c. Imported through mha_c.torch."""
+"""Layers of torch with their inference computed by mha_c, attention first. Imported through mha_c.torch."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -22,38 +22,36 @@ from mha_c.torch.attend import (
     resolve_hint,
 )
 from mha_c.torch.classes import class_over, torch_class_of
+from mha_c.torch.packed import PackedParameters
 from mha_c.torch.reasons import why_torch
 
-__all__ = ["ReplacedAttention"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+elif sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    Self = Any
+
+__all__ = ["Replaced", "ReplacedAttention"]
 
 _OWN = ("in_proj_bias", "bias_k", "bias_v")
 _PACKED = ("in_proj_weight", *_OWN)
 _SEPARATE = (*SEPARATE_WEIGHTS, *_OWN)
 
 
-class ReplacedAttention(torch.nn.MultiheadAttention):
-    """A ``torch.nn.MultiheadAttention`` whose inference mha_c computes. `replace_attention` makes such layers.
-
-    A layer of a subclass, whose forward is torch's, becomes an instance of a subclass of both.
+class Replaced(torch.nn.Module):
+    """What layers of torch have in common whose inference mha_c computes. They inherit from torch's class, too.
 
     Examples
     --------
-    >>> import torch
-    >>> from mha_c.torch import replace_attention
-    >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2)).eval()
-    >>> x = torch.zeros(5, 3, 8)
-    >>> with torch.no_grad():
-    ...     output, weights = attention(x, x, x)
-    >>> output.shape, weights.shape
-    (torch.Size([5, 3, 8]), torch.Size([3, 5, 5]))
+    >>> from mha_c.torch import ReplacedAttention
+    >>> issubclass(ReplacedAttention, Replaced)
+    True
     """
 
-    _torch_class: ClassVar[type[torch.nn.MultiheadAttention]] = torch.nn.MultiheadAttention
-
-    @functools.cached_property
-    def _mha_c(self) -> LayerState:
-        """What a replaced layer has besides torch's."""
-        return LayerState()
+    _torch_class: ClassVar[type[torch.nn.Module]]
+    _mixin: ClassVar[type[Replaced]]  # what stands above it
+    _mha_c: Any  # the LayerState, which is all that a replaced layer has besides torch's
 
     def refresh(self) -> None:
         """Read the parameters again at the next call, after a change that would not be noticed.
@@ -71,6 +69,87 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         >>> attention.refresh()
         """
         self._mha_c.packed.drop()
+
+    def _count(self, reason: str = "") -> None:
+        """Count a call: one of torch's if there is a reason."""
+        self._mha_c.calls.add(reason)
+        if reason in ("training", "gradients"):  # which change the parameters
+            self.refresh()
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch training mode on or off, as in torch. Packed parameters are dropped, since training changes them.
+
+        Parameters
+        ----------
+        mode : bool, default True
+            True for training mode, False for evaluation mode.
+
+        Returns
+        -------
+        Replaced
+            The layer itself.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from mha_c.torch import replace_attention
+        >>> replace_attention(torch.nn.MultiheadAttention(8, 2)).train().training
+        True
+        """
+        if mode:
+            self.refresh()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Moves and casts leave the old numbers behind; do not keep their memory."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.refresh()
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles name torch's class, since that of a replaced layer may be made at run time."""
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return _new_replaced, (torch_class_of(self), self._mixin), *reduced[2:]
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What torch.jit.script compiles in place of this layer."""
+        plain = self._torch_class.__new__(self._torch_class)
+        vars(plain).update({name: value for name, value in vars(self).items() if name != "_mha_c"})
+        return plain
+
+
+def _new_replaced(cls: type[torch.nn.Module], mixin: type[torch.nn.Module]) -> torch.nn.Module:
+    """A replaced layer of one of torch's classes or a subclass, still empty."""
+    replaced = class_over(cls, mixin)
+    return replaced.__new__(replaced)
+
+
+class ReplacedAttention(Replaced, torch.nn.MultiheadAttention):
+    """A ``torch.nn.MultiheadAttention`` whose inference mha_c computes. `replace_attention` makes such layers.
+
+    A layer of a subclass, whose forward is torch's, becomes an instance of a subclass of both.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mha_c.torch import replace_attention
+    >>> attention = replace_attention(torch.nn.MultiheadAttention(8, 2)).eval()
+    >>> x = torch.zeros(5, 3, 8)
+    >>> with torch.no_grad():
+    ...     output, weights = attention(x, x, x)
+    >>> output.shape, weights.shape
+    (torch.Size([5, 3, 8]), torch.Size([3, 5, 5]))
+    """
+
+    _torch_class = torch.nn.MultiheadAttention
+
+    @functools.cached_property
+    def _mha_c(self) -> LayerState[PackedParameters]:
+        return LayerState(PackedParameters())
 
     def forward(
         self,
@@ -120,11 +199,9 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
             return super().forward(*arguments)
         answer = prepared if isinstance(prepared, str) else self._attend(*prepared)
         if not isinstance(answer, str):
-            self._mha_c.calls.add()
+            self._count()
             return answer
-        self._mha_c.calls.add(answer)
-        if answer in ("training", "gradients"):
-            self.refresh()
+        self._count(answer)
         return super().forward(*arguments)
 
     def forward_in_mha_c(
@@ -219,56 +296,8 @@ class ReplacedAttention(torch.nn.MultiheadAttention):
         found["out_proj.bias"] = _attribute(out_proj, "bias")
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def train(self, mode: bool = True) -> ReplacedAttention:
-        """Switch training mode on or off, as in torch. Packed parameters are dropped, since training changes them.
 
-        Parameters
-        ----------
-        mode : bool, default True
-            True for training mode, False for evaluation mode.
-
-        Returns
-        -------
-        ReplacedAttention
-            The layer itself.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from mha_c.torch import replace_attention
-        >>> replace_attention(torch.nn.MultiheadAttention(8, 2)).train().training
-        True
-        """
-        if mode:
-            self.refresh()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.refresh()
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ReplacedAttention:
-        """Moves and casts leave the old numbers behind; do not keep their memory."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.refresh()
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copies and pickles name torch's class, since that of a replaced layer may be made at run time."""
-        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
-        return _new_replaced, (torch_class_of(self),), *reduced[2:]
-
-    def __prepare_scriptable__(self) -> torch.nn.MultiheadAttention:
-        """What torch.jit.script compiles in place of this layer."""
-        plain = self._torch_class.__new__(self._torch_class)
-        vars(plain).update({name: value for name, value in vars(self).items() if name != "_mha_c"})
-        return plain
-
-
-def _new_replaced(cls: type[torch.nn.MultiheadAttention]) -> torch.nn.MultiheadAttention:
-    """A replaced layer of torch's class or a subclass, still empty."""
-    replaced = class_over(cls, ReplacedAttention)
-    return replaced.__new__(replaced)
+ReplacedAttention._mixin = ReplacedAttention
 
 
 def _attribute(module: torch.nn.Module, name: str) -> torch.Tensor | None:

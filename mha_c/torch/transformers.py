@@ -13,7 +13,7 @@ import torch
 from mha_c.display.coverage import Coverage
 from mha_c.torch.functions import ONE_QUERY, AttentionMode
 
-__all__ = ["register_transformers"]
+__all__ = ["changes_nothing", "register_transformers", "uses_torchs_masks"]
 
 # Keyword arguments that change nothing, since the mask says the same. Those whose names begin with "output_" ask a model
 # for more outputs, and change nothing either.
@@ -100,6 +100,32 @@ def register_transformers(name: str = "mha_c") -> Coverage:
     return coverage
 
 
+def changes_nothing(keyword: str, argument: object) -> bool:
+    """Whether a keyword argument that models pass on to their layers leaves the results of attention as they are.
+
+    Examples
+    --------
+    >>> changes_nothing("use_cache", False), changes_nothing("softcap", 30.0), changes_nothing("softcap", None)
+    (True, False, True)
+    """
+    return argument is None or keyword in _WITHOUT_EFFECT or keyword.startswith("output_")
+
+
+def uses_torchs_masks(config: Any) -> bool:
+    """Whether a model makes masks of numbers to add or booleans to keep, for each query and key.
+
+    Examples
+    --------
+    >>> import transformers
+    >>> uses_torchs_masks(transformers.BertConfig(attn_implementation="eager"))
+    True
+    >>> uses_torchs_masks(transformers.BertConfig(attn_implementation="flex_attention"))
+    False
+    """
+    name = config._attn_implementation
+    return name in (None, "eager", "sdpa") or name in _names
+
+
 def _check_name(name: object, taken: Any) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, but got {type(name)}")
@@ -109,7 +135,7 @@ def _check_name(name: object, taken: Any) -> None:
 
 def _make_attention(sdpa_attention: Callable[..., Any], coverage: Coverage) -> Callable[..., Any]:
     """What transformers calls for each layer: its own function for torch, in which ours computes."""
-    understood = _WITHOUT_EFFECT | inspect.signature(sdpa_attention).parameters.keys()
+    understood = inspect.signature(sdpa_attention).parameters
 
     def attention(
         module: torch.nn.Module,
@@ -120,7 +146,7 @@ def _make_attention(sdpa_attention: Callable[..., Any], coverage: Coverage) -> C
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         for keyword, argument in kwargs.items():
-            if argument is not None and keyword not in understood and not keyword.startswith("output_"):
+            if keyword not in understood and not changes_nothing(keyword, argument):
                 raise _not_computed(module, keyword)
         if attention_mask is None:
             _check_without_mask(module, query.shape[2], key.shape[2], **kwargs)
