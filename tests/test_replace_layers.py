@@ -622,6 +622,8 @@ HF_REASONS = {
     "mask that is not padding": lambda layer, x: layer(x, torch.ones(7, 7, dtype=torch.bool).tril()[None, None]),
     "mask of another shape": lambda layer, x: layer(x, torch.ones(3, 4, 7, 7, dtype=torch.bool)),
     "mask in int64": lambda layer, x: layer(x, torch.ones(3, 1, 1, 7).long()),
+    "mask in bool": lambda layer, x: setattr(layer.attention.self.config, "_attn_implementation", "eager")
+    or layer(x, torch.ones(3, 1, 1, 7, dtype=torch.bool)),
     "attention.self.query is a Mixed": lambda layer, x: with_(attention__self__query=Mixed(32, 32))(layer) or layer(x),
     "attention.self is a Linear": lambda layer, x: with_(attention__self=nn.Linear(32, 32).eval())(layer) or layer(x),
     "hooks of intermediate": lambda layer, x: layer.intermediate.register_forward_hook(hook) and layer(x),

@@ -87,6 +87,9 @@ class _LayerOfTransformers(ReplacedLayer):
         if x.dim() != 3:
             return MISFIT
         mask = masks[0].key_padding_mask
+        attention: Any = self.get_submodule(self._names.attention)
+        if mask is not None and mask.dtype == torch.bool and attention.config._attn_implementation in (None, "eager"):
+            return "mask in bool"  # which would be added to the scores
         padding = None if mask is None else _read_mask(mask, x)
         return padding if isinstance(padding, str) else (Masks(padding),)
 
