@@ -13,12 +13,12 @@
  * second-level cache holds. The weights are read once for all these rows. */
 enum { MAX_HIDDEN_BYTES = 524288 };
 
-/* A row of the workspace by its number, and the distance to the next one. */
+/* A row of the workspace by its number, and the distance to the next one. While a pass is planned, no memory is there. */
 static mha_rows rows_from(const mha_rows *rows, size_t first)
 {
     const ptrdiff_t distance = rows->item < rows->row ? rows->item : rows->row;
-    return (mha_rows){.data = rows->data + (ptrdiff_t)first * distance, .type = rows->type, .row = distance,
-                      .step = rows->step};
+    return (mha_rows){.data = first == 0 ? rows->data : rows->data + (ptrdiff_t)first * distance, .type = rows->type,
+                      .row = distance, .step = rows->step};
 }
 
 static size_t room_of(const mha_rows *rows)

@@ -267,13 +267,16 @@ NAMED = [
 
 # The tests of a subject, quick ones first: C programs by name, files of pytest or tests in them.
 SUBJECTS = [
-    (r"kernels/", "kernels softmax exp forward test_dropout.py"),
+    (r"kernels/", "kernels softmax exp forward block test_dropout.py"),
     (r"cpu", "kernels softmax forward test_reproducibility.py"),
+    (r"block|rowwise", "block allocations test_whole_layers.py::test_workspace"),
     (r"threads|processors", "threads test_threads.py test_processes.py"),
     (r"python/advised", "test_advice.py test_ownership.py test_out_of_memory.py"),
     (r"python/sample", "test_packed.py test_hostile_arguments.py test_out_of_memory.py"),
     (r"python/thread_count", "test_threads.py test_hostile_arguments.py test_out_of_memory.py"),
     (r"python/sdpa", "test_functional.py test_hostile_arguments.py test_out_of_memory.py test_ownership.py"),
+    (r"python/(block|linear_type)", "test_whole_layers.py::test_steps test_hostile_arguments.py test_out_of_memory.py "
+                                    "test_ownership.py"),
     (r"python/stages", "test_explain.py test_hostile_arguments.py test_out_of_memory.py test_ownership.py"),
     (r"python/torch_checks", "test_errors.py test_inputs.py test_functional.py test_hostile_arguments.py"),
     (r"python/module", "test_inputs.py test_threads.py test_ownership.py test_out_of_memory.py test_advice.py "
@@ -281,7 +284,7 @@ SUBJECTS = [
     (r"python/run", "test_inputs.py test_hostile_arguments.py test_threads.py test_out_of_memory.py test_interrupt.py"),
     (r"python/", "test_inputs.py test_errors.py test_packed.py test_functional.py test_hostile_arguments.py "
                  "test_out_of_memory.py test_ownership.py test_advice.py"),
-    (r"", "forward sdpa allocations test_inputs.py test_dropout.py test_functional.py::test_static_keys_and_values "
+    (r"", "forward block sdpa allocations test_inputs.py test_dropout.py test_functional.py::test_static_keys_and_values "
           "test_reproducibility.py::test_chunks test_hidden.py "
           "test_ownership.py::test_memory_of_a_very_large_call test_explain.py test_extreme_numbers.py"),
 ]
