@@ -13,7 +13,7 @@
  * second-level cache holds. The weights are read once for all these rows. */
 enum { MAX_HIDDEN_BYTES = 524288 };
 
-/* A row of the workspace by its number, and the distance to the next one. While a pass is planned, no memory is there. */
+/* Rows of the workspace from a number on. While a pass is planned, they have no memory yet. */
 static mha_rows rows_from(const mha_rows *rows, size_t first)
 {
     const ptrdiff_t distance = rows->item < rows->row ? rows->item : rows->row;
@@ -33,7 +33,7 @@ static size_t hidden_width(const mha_block *block)
     return block->linear1->panels.split.width;
 }
 
-/* The rows are divided evenly among so many parts. */
+/* The number of parts among which the rows are divided evenly. */
 static size_t count_parts(const mha_block_pass *b)
 {
     const size_t row = mha_row_stride(hidden_width(b->block), b->kernels->lanes, b->kernels->size) * b->kernels->size;

@@ -81,8 +81,8 @@ double mha_forward_operations(const mha_layer *layer, const mha_call *call)
     const double in = L * H * D * (double)w->E + S * Hkv * (D * (double)w->Ek + Dv * (double)w->Ev);
     const double out = L * H * Dv * (double)w->Eo;
     const double attention = L * S * H * (D + Dv + (call->wanted ? D : 0));
-    const mha_linear *linear1 = call->block ? call->block->linear1 : NULL, *linear2 = linear1 ? call->block->linear2 : NULL;
-    const double hidden = linear1 ? (double)linear1->panels.split.width + (double)linear2->panels.depth : 0;
+    const mha_block *block = call->block && call->block->linear1 ? call->block : NULL;
+    const double hidden = block ? (double)(block->linear1->panels.split.width + block->linear2->panels.depth) : 0;
     return 2 * N * (in + attention + out + L * hidden * (double)w->E);
 }
 

@@ -40,8 +40,8 @@ static mha_target target_of(const mha_panels *panels, const mha_rows *y, size_t 
     return (mha_target){panels, y, head_width, (size_t)row / mha_size_of(y->type)};
 }
 
-/* Whether rows that padding hides as keys are not computed as queries either. Masks and the causal order refer to queries
- * by their numbers, so with them all are computed. */
+/* Whether rows that padding hides as keys are not computed as queries either. Masks and the causal order refer to
+ * queries by their numbers. With these, all rows are computed. */
 static bool skips_padding(const mha_pass *p)
 {
     const mha_call *call = p->passes->call;

@@ -23,7 +23,8 @@ CORE_ACTIVATIONS: Final[dict[str, tuple[str, bool]]] = {
     "swiglu": ("silu", True),
     "geglu": ("gelu", True),
 }
-"""All names, with what the core calls them, and whether they are gated (Shazeer, "GLU Variants Improve Transformer", 2020)."""
+"""All names, with what the core calls them, and whether they are gated ("GLU Variants Improve Transformer", Shazeer, 2020).
+"""
 
 
 def activation(name: str, value: Any) -> Activation:

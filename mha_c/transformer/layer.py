@@ -172,7 +172,7 @@ class TransformerLayer(Container):
         zeroes_padding: bool = False,
         **masks: Any,
     ) -> Any:
-        """Attention, then with a second norm the feed-forward network: in one call of the core where it has all of it."""
+        """Attention, then the feed-forward network if there is a second norm: in one call where the core has all parts."""
         if self._is_plain(attention, norms, dropouts):
             try:
                 return self._transform(x, memory, attention, norms, zeroes_padding, **masks)
