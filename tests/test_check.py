@@ -147,7 +147,7 @@ def test_what_cannot_be_checked():
             (layer(8, 4), (), TypeError, "got 0 inputs"),
             (layer(8, 4), (x,) * 4, TypeError, "got 4 inputs"),
             (torch.nn.Linear(8, 8), (x,), TypeError, "takes a layer of mha_c or a torch.nn.MultiheadAttention, but got"),
-            (encoder(), (x,), TypeError, r"It holds layers.0.self_attn, .* pass one of them. check.model compares whole"),
+            (torch.nn.Sequential(encoder()), (x,), TypeError, r"It holds 0.layers.0.self_attn, .* pass one of them. check.model compares whole"),
             (torch.nn.MultiheadAttention(8, 4).half(), (x,), TypeError, "the layer is in float16")):
         with pytest.raises(error, match=words):
             check.against_torch(module, *inputs)

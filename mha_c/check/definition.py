@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mha_c.layer import MultiheadAttention, parameters_of
 
-__all__ = ["attend", "attend_in_own_dtype", "hidden_by_causality", "to_float_mask", "wider"]
+__all__ = ["attend", "attend_in_own_dtype", "causal_mask", "wider"]
 
 _Conversion: TypeAlias = Callable[[NDArray[Any]], NDArray[Any]]
 
@@ -49,6 +49,21 @@ def to_float_mask(mask: NDArray[Any], dtype: Any) -> NDArray[Any]:
     array([-inf,   0.], dtype=float32)
     """
     return np.where(mask, -np.inf, 0.0).astype(dtype) if mask.dtype == bool else mask.astype(dtype)
+
+
+def causal_mask(mask: NDArray[Any] | None, length: int, source_length: int) -> NDArray[Any]:
+    """A mask that hides what `mask` hides, and every key that comes after its query: (L, S), or as `mask`.
+
+    Examples
+    --------
+    >>> causal_mask(np.ones((2, 2)), 2, 2)
+    array([[  1., -inf],
+           [  1.,   1.]])
+    """
+    hidden = hidden_by_causality(length, source_length)
+    if mask is None:
+        return hidden
+    return mask | hidden if mask.dtype == bool else mask + to_float_mask(hidden, mask.dtype)
 
 
 def attend(

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c.check.compare import Comparison
-from mha_c.check.definition import attend, attend_in_own_dtype, hidden_by_causality, to_float_mask
+from mha_c.check.definition import attend, attend_in_own_dtype, causal_mask
 from mha_c.check.report import Report
 from mha_c.check.requirement import require_torch
+from mha_c.check.transformers import compare_transformer, transformer_class
 from mha_c.display.words import describe_call
 from mha_c.layer import MultiheadAttention, parameters_of
 from mha_c.parameters.arrays import as_array
@@ -31,9 +32,11 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     Parameters
     ----------
     module : MultiheadAttention or torch.nn.MultiheadAttention
-        The layer. The other library's layer is made from it.
+        The layer. The other library's layer is made from it. Also a layer of a Transformer, an encoder, a decoder or a
+        Transformer of either library, in float32.
     *inputs : array or tensor
-        query, key and value; or query and key, which is also the value; or one array for all three.
+        query, key and value; or query and key, which is also the value; or one array for all three. Of a Transformer:
+        the arguments of its call.
     **call
         The other arguments of ``MultiheadAttention.forward``, except `out`. `is_causal` has its meaning in mha_c: torch
         gets the causal mask in `attn_mask`.
@@ -56,7 +59,8 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     in NumPy, in the dtype of the layer.
 
     The reference is the definition of attention, in float64 for a float32 layer, and in np.longdouble for a float64
-    layer. np.longdouble is slow, and on some platforms it is not wider than float64.
+    layer. np.longdouble is slow, and on some platforms it is not wider than float64. For layers of a Transformer, it is
+    torch's layer in float64.
 
     Examples
     --------
@@ -66,6 +70,8 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     >>> report.agrees, [comparison.name for comparison in report.comparisons][:3]
     (True, ['attn_output', 'attn_output_weights', '  head 0'])
     """
+    if transformer_class(module) is not None:
+        return compare_transformer(module, *inputs, **call)
     layer = _evaluating_layer(module)
     arguments = _arguments(inputs, call)
     free = parameters_of(layer).widths.beyond_torch()
@@ -158,10 +164,5 @@ def _spelt_out_for_torch(layer: MultiheadAttention, arguments: Mapping[str, Any]
             asked[name] = asked[name].astype(query.dtype)
     if arguments["is_causal"]:
         axis = 1 if query.ndim == 3 and layer.batch_first else 0
-        hidden = hidden_by_causality(query.shape[axis], key.shape[axis])
-        mask = asked["attn_mask"]
-        if mask is None or mask.dtype == bool:
-            asked["attn_mask"] = hidden if mask is None else mask | hidden
-        else:
-            asked["attn_mask"] = mask + to_float_mask(hidden, mask.dtype)
+        asked["attn_mask"] = causal_mask(asked["attn_mask"], query.shape[axis], key.shape[axis])
     return asked

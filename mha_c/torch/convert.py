@@ -5,26 +5,50 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, overload
+from typing import Any, Final, TypeVar, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mha_c.container import Container, ModuleList
+from mha_c.dropout import Dropout
 from mha_c.layer import MultiheadAttention, parameters_of
+from mha_c.linear import Linear
 from mha_c.module import Module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.files import open_checkpoint
 from mha_c.parameters.loading import arrays_in
 from mha_c.parameters.stored import StoredArray
 from mha_c.torch.replace import restore_attention
+from mha_c.transformer.decoder import TransformerDecoder
+from mha_c.transformer.encoder import TransformerEncoder
+from mha_c.transformer.layer import TransformerLayer
+from mha_c.transformer.transformer import Transformer
 
-__all__ = ["TORCH_VERSION", "forward_in_torch", "from_torch", "one_thread", "read_checkpoint", "state_dict", "to_torch"]
+__all__ = [
+    "TORCH_VERSION",
+    "forward_in_torch",
+    "from_torch",
+    "layer_in_torch",
+    "one_thread",
+    "read_checkpoint",
+    "state_dict",
+    "to_torch",
+]
 
 TORCH_VERSION = str(torch.__version__)
+
+_ACTIVATIONS: Final[dict[str, Any]] = {
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": torch.nn.GELU(approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
 
 _Layer = TypeVar("_Layer", MultiheadAttention, LayerNorm, RMSNorm)
 
@@ -58,22 +82,26 @@ def to_torch(layer: MultiheadAttention) -> torch.nn.MultiheadAttention: ...
 def to_torch(layer: LayerNorm) -> torch.nn.LayerNorm: ...
 @overload
 def to_torch(layer: RMSNorm) -> torch.nn.RMSNorm: ...
-def to_torch(layer: MultiheadAttention | LayerNorm | RMSNorm) -> torch.nn.Module:
+@overload
+def to_torch(layer: Module) -> torch.nn.Module: ...
+def to_torch(layer: Module) -> torch.nn.Module:
     """Make a layer of torch from a layer of mha_c, with its arguments, parameters and training mode.
 
     Parameters
     ----------
-    layer : MultiheadAttention, LayerNorm or RMSNorm
-        The layer to copy.
+    layer : Module
+        The layer to copy: attention, a norm, or a layer of a Transformer with all that is in it.
 
     Returns
     -------
-    torch.nn.MultiheadAttention, torch.nn.LayerNorm or torch.nn.RMSNorm
+    torch.nn.Module
+        Of the class of the same name.
 
     Raises
     ------
     ValueError
-        If torch does not have such a layer: it ties the widths of heads and output to `embed_dim`.
+        If torch does not have such a layer: it ties the widths of heads and output to `embed_dim`, and its Transformers
+        have neither RMS norms nor gated activations.
 
     Examples
     --------
@@ -82,10 +110,63 @@ def to_torch(layer: MultiheadAttention | LayerNorm | RMSNorm) -> torch.nn.Module
     2
     >>> to_torch(mha_c.RMSNorm(8))
     RMSNorm((8,), eps=None, elementwise_affine=True)
+    >>> to_torch(mha_c.TransformerEncoderLayer(8, 2, 16)).linear1
+    Linear(in_features=8, out_features=16, bias=True)
     """
-    module = _attention_in_torch(layer) if isinstance(layer, MultiheadAttention) else _norm_in_torch(layer)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # torch's constructors draw numbers, and warn
+        warnings.filterwarnings("ignore", "enable_nested_tensor")
+        module = _in_torch(layer)
     module.load_state_dict(state_dict(layer))
-    return module.train(layer.training)
+    return module
+
+
+def _in_torch(layer: Module) -> torch.nn.Module:
+    """A layer with the arguments and the mode of another one; its parameters are any."""
+    module: torch.nn.Module
+    if isinstance(layer, MultiheadAttention):
+        module = _attention_in_torch(layer).train(layer.training)
+    elif isinstance(layer, (LayerNorm, RMSNorm)):
+        module = _norm_in_torch(layer)
+    elif isinstance(layer, Linear):
+        dtype = getattr(torch, next(layer.parameters()).dtype.name)
+        module = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
+    elif isinstance(layer, Dropout):
+        module = torch.nn.Dropout(layer.p)
+    elif isinstance(layer, Container):
+        module = _container_in_torch(layer, {name: _in_torch(child) for name, child in layer.named_children()})
+    else:
+        raise TypeError(f"to_torch takes a layer of mha_c, but got {type(layer).__module__}.{type(layer).__qualname__}")
+    module.training = bool(layer.training)
+    return module
+
+
+def _container_in_torch(layer: Container, children: dict[str, torch.nn.Module]) -> torch.nn.Module:
+    """A layer of torch made of these layers."""
+    module: torch.nn.Module
+    if isinstance(layer, ModuleList):
+        return torch.nn.ModuleList(children.values())
+    if isinstance(layer, TransformerLayer):
+        kind = getattr(torch.nn, layer._kind)
+        activation = _ACTIVATIONS.get(layer.activation) if isinstance(layer.activation, str) else None
+        if activation is None or any(isinstance(child, torch.nn.RMSNorm) for child in children.values()):
+            raise ValueError(f"torch.nn.{layer._kind} has neither RMS norms nor the activation {layer.activation!r}")
+        batch_first = layer.self_attn.batch_first  # type: ignore[attr-defined]
+        module = kind(1, 1, 1, 0.0, activation, batch_first=batch_first, norm_first=layer.norm_first)
+    elif isinstance(layer, (TransformerEncoder, TransformerDecoder)):
+        if not layer.layers:
+            raise ValueError(f"torch.nn.{layer._kind} has at least one layer")
+        options = {"enable_nested_tensor": layer.enable_nested_tensor} if isinstance(layer, TransformerEncoder) else {}
+        first = children["layers"][0]  # type: ignore[index]
+        module = getattr(torch.nn, layer._kind)(first, 0, children.get("norm"), **options)
+        setattr(module, "num_layers", layer.num_layers)
+    elif isinstance(layer, Transformer):
+        custom = {f"custom_{name}": child for name, child in children.items()}
+        module = torch.nn.Transformer(layer.d_model, layer.nhead, batch_first=layer.batch_first, **custom)  # type: ignore[arg-type]
+    else:
+        raise TypeError(f"to_torch does not know {type(layer).__qualname__}")
+    for name, child in children.items():
+        setattr(module, name, child)
+    return module
 
 
 def _norm_in_torch(layer: LayerNorm | RMSNorm) -> torch.nn.Module:
@@ -227,6 +308,49 @@ def forward_in_torch(
                 call[name] = torch.from_numpy(np.array(call[name]))
         output, weights = module(*tensors, **call)
         return output.detach().numpy(), None if weights is None else weights.detach().numpy()
+
+
+def layer_in_torch(layer: Module, arguments: dict[str, Any], dtype: str) -> NDArray[Any]:
+    """Make a call of a Transformer's layer with torch's layer of the same parameters, on its ordinary path.
+
+    Parameters
+    ----------
+    layer : Module
+        The layer.
+    arguments : dict of str to object
+        Those of torch's call. Arrays become tensors.
+    dtype : {"float32", "float64"}
+        To which parameters and arrays of floats are cast.
+
+    Returns
+    -------
+    numpy.ndarray
+
+    Raises
+    ------
+    ValueError
+        If torch does not have such a layer.
+
+    Examples
+    --------
+    >>> import mha_c, numpy as np
+    >>> layer = mha_c.TransformerEncoderLayer(8, 2, 16).eval()
+    >>> layer_in_torch(layer, {"src": np.zeros((5, 3, 8), np.float32)}, "float64").dtype
+    dtype('float64')
+    """
+    kind = getattr(torch, dtype)
+
+    def tensor(value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        array = torch.from_numpy(np.array(value))
+        return array.to(kind) if array.is_floating_point() else array
+
+    # With gradients, torch takes its ordinary path.
+    with torch.inference_mode(False), torch.enable_grad():
+        tensors = {name: tensor(one) for name, one in arguments.items()}
+        output: NDArray[Any] = to_torch(layer).to(kind)(**tensors).detach().numpy()
+        return output
 
 
 def _copy_with_gradients(module: torch.nn.MultiheadAttention) -> torch.nn.MultiheadAttention:
