@@ -407,6 +407,18 @@ def test_activations_are_torchs(name, dtype):
         assert encoder_layer(activation=form).activation == name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gelu_of_infinities(dtype):
+    """Its limits. torch multiplies -inf by 0."""
+    torch = pytest.importorskip("torch")
+    from mha_c.activations import activate
+
+    x = np.array([-np.inf, np.inf], dtype)
+    for name in ("gelu", "gelu_tanh"):
+        assert activate(x, name).tolist() == [0, np.inf]
+    assert torch.nn.functional.gelu(torch.from_numpy(x)).isnan().tolist() == [True, False]
+
+
 def test_other_activations():
     layer = encoder_layer(activation=np.tanh).eval()
     x = layer.norm1(X + layer.self_attn(X, X, X, need_weights=False)[0])
