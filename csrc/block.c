@@ -16,7 +16,7 @@ enum { MAX_HIDDEN_BYTES = 524288 };
 /* Rows of the workspace from a number on. While a pass is planned, they have no memory yet. */
 static mha_rows rows_from(const mha_rows *rows, size_t first)
 {
-    const ptrdiff_t distance = rows->item < rows->row ? rows->item : rows->row;
+    const ptrdiff_t distance = mha_placed_distance(rows);
     return (mha_rows){.data = first == 0 ? rows->data : rows->data + (ptrdiff_t)first * distance, .type = rows->type,
                       .row = distance, .step = rows->step};
 }

@@ -68,7 +68,8 @@ typedef struct {
 typedef struct {
     bool norm_first;
     bool is_self_attention; /* keys and values are the query's rows: they are normalized with it if norms come first */
-    bool zeroes_padding; /* of self-attention: rows that the padding hides as keys are 0, and not computed where that is possible */
+    /* Of self-attention: rows that the padding hides as keys are 0. They are not computed where that is possible. */
+    bool zeroes_padding;
     mha_norm attention_norm, feed_forward_norm;
     const mha_linear *linear1, *linear2; /* NULL: the output is y */
     mha_activation activation;

@@ -36,8 +36,7 @@ static bool goes_by_rows(const mha_pass *p)
 /* Rows that walk.c placed, as a target. */
 static mha_target target_of(const mha_panels *panels, const mha_rows *y, size_t head_width)
 {
-    const ptrdiff_t row = y->item < y->row ? y->item : y->row;
-    return (mha_target){panels, y, head_width, (size_t)row / mha_size_of(y->type)};
+    return (mha_target){panels, y, head_width, (size_t)mha_placed_distance(y) / mha_size_of(y->type)};
 }
 
 /* Whether rows that padding hides as keys are not computed as queries either. Masks and the causal order refer to

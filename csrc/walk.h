@@ -55,6 +55,12 @@ size_t mha_place_rows(mha_plan *plan, const mha_kernels *kernels, const mha_walk
 size_t mha_place_heads(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
                        mha_rows *rows);
 
+/* The distance in bytes between rows that mha_place_rows() placed, in the order of their numbers. */
+static inline ptrdiff_t mha_placed_distance(const mha_rows *rows)
+{
+    return rows->item < rows->row ? rows->item : rows->row;
+}
+
 /* Copies `width` numbers of each row of x, gathered, to y. */
 void mha_copy_rows(const mha_walk *walk, const mha_rows *x, const mha_rows *y, size_t heads, size_t width);
 
