@@ -156,9 +156,27 @@ class TransformerDecoderLayer(TransformerLayer):
         >>> layer(tgt, memory).shape
         (5, 4)
         """
-        masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal)
         try:
-            output = self._attend_and_feed(tgt, memory, *masks)
+            x = self._run(
+                tgt,
+                attention=self.self_attn,
+                norms=(self.norm1,),
+                dropouts=(self.dropout1,),
+                attn_mask=tgt_mask,
+                key_padding_mask=tgt_key_padding_mask,
+                is_causal=tgt_is_causal,
+            )
+            output: Array = self._run(
+                x,
+                memory,
+                memory,
+                attention=self.multihead_attn,
+                norms=(self.norm2, self.norm3),
+                dropouts=(self.dropout2, self.dropout3),
+                attn_mask=memory_mask,
+                key_padding_mask=memory_key_padding_mask,
+                is_causal=memory_is_causal,
+            )
         except REFUSALS as error:
             advise_on_steps(
                 error,
@@ -178,39 +196,6 @@ class TransformerDecoderLayer(TransformerLayer):
         return output
 
     __call__ = forward
-
-    def _attend_and_feed(
-        self,
-        tgt: Any,
-        memory: Any,
-        tgt_mask: Any,
-        memory_mask: Any,
-        tgt_key_padding_mask: Any,
-        memory_key_padding_mask: Any,
-        tgt_is_causal: Any,
-        memory_is_causal: Any,
-    ) -> Array:
-        x = self._run(
-            tgt,
-            attention=self.self_attn,
-            norms=(self.norm1,),
-            dropouts=(self.dropout1,),
-            attn_mask=tgt_mask,
-            key_padding_mask=tgt_key_padding_mask,
-            is_causal=tgt_is_causal,
-        )
-        output: Array = self._run(
-            x,
-            memory,
-            memory,
-            attention=self.multihead_attn,
-            norms=(self.norm2, self.norm3),
-            dropouts=(self.dropout2, self.dropout3),
-            attn_mask=memory_mask,
-            key_padding_mask=memory_key_padding_mask,
-            is_causal=memory_is_causal,
-        )
-        return output
 
     @classmethod
     def from_torch(cls, module: Any) -> Self:

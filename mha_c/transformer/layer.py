@@ -78,13 +78,6 @@ def zero_padded_rows(output: Array, key_padding_mask: AnyArray, batch_first: boo
     return np.where(rows[..., None], output.dtype.type(0), output)
 
 
-def _add(x: Array, update: Array) -> Array:
-    """The sum, without NumPy's warnings about numbers that are not finite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        added: Array = x + update
-    return added
-
-
 class TransformerLayer(Container):
     """A layer of an encoder or a decoder: attention, then a feed-forward network, each added to its input.
 
@@ -172,14 +165,14 @@ class TransformerLayer(Container):
         zeroes_padding: bool = False,
         **masks: Any,
     ) -> Any:
-        """Attention, then the feed-forward network if there is a second norm: in one call where the core has all parts."""
+        """Attention, and the feed-forward network if there is a second norm: in one call where the core has all parts."""
         if self._is_plain(attention, norms, dropouts):
             try:
                 return self._transform(x, memory, attention, norms, zeroes_padding, **masks)
             except REFUSALS as error:
                 if not hasattr(error, "refused"):
                     raise  # else the steps refuse it in their words
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # torch does not warn of numbers that are not finite
             x = self._add_attention(x, norms[0], attention, dropouts[0], *memory, **masks)
             if len(norms) > 1:
                 x = self._add_feed_forward(x, norms[1], dropouts[1])
@@ -249,13 +242,13 @@ class TransformerLayer(Container):
         """One step: x + attention(norm(x)), or norm(x + attention(x))."""
         query = norm(x) if self._norm_first else x
         key, value = memory or (query, query)
-        added = _add(as_array(x), dropout(attention(query, key, value, need_weights=False, **masks)[0]))
+        added = as_array(x) + dropout(attention(query, key, value, need_weights=False, **masks)[0])
         return added if self._norm_first else norm(added)
 
     def _add_feed_forward(self, x: Any, norm: Any, dropout: Any) -> Any:
         """The last step: x + feed(norm(x)), or norm(x + feed(x))."""
         hidden = self.dropout(activate(self.linear1(norm(x) if self._norm_first else x), self._activation))
-        added = _add(x, dropout(self.linear2(hidden)))
+        added = x + dropout(self.linear2(hidden))
         return added if self._norm_first else norm(added)
 
     @classmethod
