@@ -16,12 +16,24 @@ typedef enum {
     MHA_STOPPED,   /* should_stop() returned true; the output is undefined */
 } mha_status;
 
-typedef enum { MHA_FLOAT32 = 0, MHA_FLOAT64 = 1 } mha_dtype;
+/* The last two are *halves*: numbers of 16 bits, which are stored, and computed as float32. */
+typedef enum { MHA_FLOAT32 = 0, MHA_FLOAT64, MHA_BFLOAT16, MHA_FLOAT16 } mha_dtype;
+
+static inline bool mha_is_half(mha_dtype type)
+{
+    return type == MHA_BFLOAT16 || type == MHA_FLOAT16;
+}
+
+/* The type in which numbers of a type are computed. */
+static inline mha_dtype mha_computed_in(mha_dtype type)
+{
+    return mha_is_half(type) ? MHA_FLOAT32 : type;
+}
 
 /* Bytes of a number. */
 static inline size_t mha_size_of(mha_dtype type)
 {
-    return type == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
+    return type == MHA_FLOAT64 ? sizeof(double) : type == MHA_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
 }
 
 /* What a feed-forward network does to each number; GELU_TANH is gelu's approximation by tanh. */

@@ -55,7 +55,7 @@ static unsigned detect(void)
     const unsigned avx512 = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
     unsigned eax, ebx, ecx, edx, saved, saved_high;
 
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !has(ecx, bit_OSXSAVE | bit_AVX | bit_FMA))
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !has(ecx, bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C))
         return 0;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !has(ebx, bit_AVX2))
         return 0;
@@ -125,7 +125,7 @@ bool mha_cpu_init(const char **reason)
 
 const mha_kernels *mha_cpu_kernels(mha_dtype dtype)
 {
-    return &chosen[dtype];
+    return &chosen[mha_computed_in(dtype)];
 }
 
 const char *mha_cpu_name(void)
@@ -143,5 +143,5 @@ const mha_kernels *mha_cpu_kernels_named(const char *name, mha_dtype dtype)
 {
     choose_once();
     const mha_kernels *kernels = find_supported(name);
-    return kernels != NULL ? &kernels[dtype] : NULL;
+    return kernels != NULL ? &kernels[mha_computed_in(dtype)] : NULL;
 }

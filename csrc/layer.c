@@ -12,15 +12,40 @@
 #include "cpu.h"
 #include "workspace.h"
 
-static void place_panels(mha_plan *plan, const mha_kernels *kernels, mha_panels *panels, size_t features, size_t depth,
-                         bool has_bias)
+static void place_panels(mha_plan *plan, const mha_kernels *kernels, mha_panels *panels, mha_dtype type,
+                         size_t features, size_t depth, bool has_bias)
 {
     panels->split = mha_split_width(kernels, features);
     panels->depth = depth;
+    panels->type = type;
     const size_t padded = panels->split.vectors * kernels->lanes;
-    mha_place(plan, &panels->data, padded, depth, kernels->size);
+    mha_place(plan, &panels->data, padded, depth, mha_size_of(type));
     if (has_bias)
         mha_place(plan, &panels->bias, padded, 1, kernels->size);
+}
+
+/* Copies parameters as they are computed. */
+static void take_numbers(const mha_kernels *kernels, mha_dtype type, const char *numbers, size_t n, char *to)
+{
+    if (mha_is_half(type))
+        kernels->widen(type, numbers, n, to);
+    else
+        memcpy(to, numbers, n * kernels->size);
+}
+
+/* Halves are packed chain by chain, since kernels move float32 alone. Their values do not change. */
+static void pack_halves(const mha_kernels *kernels, const mha_panels *panels, mha_panel panel, const char *weight)
+{
+    float rows[MHA_MAX_LANES][MHA_CHAIN], chain[MHA_CHAIN * MHA_MAX_LANES];
+    const size_t size = mha_size_of(panels->type), P = panel.vectors * kernels->lanes, depth = panels->depth;
+    char *to = panels->data + panel.first * depth * size;
+    for (size_t k = 0; k < depth; k += MHA_CHAIN) {
+        const size_t width = mha_smaller(depth - k, MHA_CHAIN);
+        for (size_t i = 0; i < panel.count; i++)
+            kernels->widen(panels->type, weight + ((panel.first + i) * depth + k) * size, width, rows[i]);
+        kernels->pack_panel(rows, MHA_CHAIN, panel.count, width, 1, chain, panel.vectors);
+        kernels->narrow(panels->type, chain, width * P, to + k * P * size);
+    }
 }
 
 static void pack_panels(const mha_kernels *kernels, const mha_panels *panels, const char *weight, const char *bias)
@@ -29,12 +54,15 @@ static void pack_panels(const mha_kernels *kernels, const mha_panels *panels, co
     const size_t size = kernels->size, depth = panels->depth;
     for (size_t i = 0; i < split->panels; i++) {
         const mha_panel panel = mha_panel_at(split, i);
-        kernels->pack_panel(weight + panel.first * depth * size, depth, panel.count, depth, 1,
-                            panels->data + panel.first * depth * size, panel.vectors);
+        if (mha_is_half(panels->type))
+            pack_halves(kernels, panels, panel, weight);
+        else
+            kernels->pack_panel(weight + panel.first * depth * size, depth, panel.count, depth, 1,
+                                panels->data + panel.first * depth * size, panel.vectors);
     }
     if (bias) {
         memset(panels->bias, 0, split->vectors * kernels->lanes * size);
-        memcpy(panels->bias, bias, split->width * size);
+        take_numbers(kernels, panels->type, bias, split->width, panels->bias);
     }
 }
 
@@ -45,11 +73,11 @@ static void place_extra(mha_plan *plan, const mha_kernels *kernels, mha_rows *ro
     mha_place(plan, &rows->data, 2 * heads, width, kernels->size);
 }
 
-static void fill_extra(const mha_rows *rows, const void *given)
+static void fill_extra(const mha_kernels *kernels, mha_dtype type, const mha_rows *rows, const void *given)
 {
     char *zeros = rows->data;
     if (given) {
-        memcpy(zeros, given, (size_t)rows->row);
+        take_numbers(kernels, type, given, (size_t)rows->row / kernels->size, zeros);
         zeros += rows->row;
     }
     memset(zeros, 0, (size_t)rows->row);
@@ -66,10 +94,10 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
     mha_layer *made = calloc(1, sizeof *made);
     if (!made)
         goto done;
-    place_panels(&plan, kernels, &made->q, w.H * w.D, w.E, given->q_bias != NULL);
-    place_panels(&plan, kernels, &made->k, w.Hkv * w.D, w.Ek, given->k_bias != NULL);
-    place_panels(&plan, kernels, &made->v, w.Hkv * w.Dv, w.Ev, given->v_bias != NULL);
-    place_panels(&plan, kernels, &made->out, w.Eo, w.H * w.Dv, given->out_bias != NULL);
+    place_panels(&plan, kernels, &made->q, dtype, w.H * w.D, w.E, given->q_bias != NULL);
+    place_panels(&plan, kernels, &made->k, dtype, w.Hkv * w.D, w.Ek, given->k_bias != NULL);
+    place_panels(&plan, kernels, &made->v, dtype, w.Hkv * w.Dv, w.Ev, given->v_bias != NULL);
+    place_panels(&plan, kernels, &made->out, dtype, w.Eo, w.H * w.Dv, given->out_bias != NULL);
     place_extra(&plan, kernels, &made->extra_k, w.Hkv, w.D);
     place_extra(&plan, kernels, &made->extra_v, w.Hkv, w.Dv);
     status = mha_allocate(&plan, &made->memory);
@@ -83,8 +111,8 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
     pack_panels(kernels, &made->v, given->v_weight, given->v_bias);
     pack_panels(kernels, &made->out, given->out_weight, given->out_bias);
     made->has_bias_kv = given->bias_k != NULL;
-    fill_extra(&made->extra_k, given->bias_k);
-    fill_extra(&made->extra_v, given->bias_v);
+    fill_extra(kernels, dtype, &made->extra_k, given->bias_k);
+    fill_extra(kernels, dtype, &made->extra_v, given->bias_v);
 done:
     if (status != MHA_OK) {
         mha_layer_destroy(made);
@@ -111,7 +139,7 @@ mha_status mha_linear_create(mha_dtype dtype, size_t features, size_t depth, con
     mha_linear *made = calloc(1, sizeof *made);
     if (made) {
         made->kernels = kernels;
-        place_panels(&plan, kernels, &made->panels, features, depth, bias != NULL);
+        place_panels(&plan, kernels, &made->panels, dtype, features, depth, bias != NULL);
         status = mha_allocate(&plan, &made->memory);
     }
     if (status == MHA_OK) {

@@ -49,8 +49,26 @@ static inline mha_panel mha_panel_at(const mha_split *split, size_t i)
 typedef struct {
     mha_split split; /* of the features */
     size_t depth;
+    mha_dtype type; /* of the numbers of `data`, which may be halves */
     char *data; /* written once, when the layer is made */
-    char *bias; /* padded with zeros to whole vectors; NULL: none */
+    char *bias; /* as it is computed, padded with zeros to whole vectors; NULL: none */
 } mha_panels;
+
+/* Row k of the panel that begins with feature `first`. */
+static inline const char *mha_panel_row(const mha_panels *panels, const mha_panel *panel, size_t k)
+{
+    const size_t P = panel->vectors * panels->split.lanes;
+    return panels->data + (panel->first * panels->depth + k * P) * mha_size_of(panels->type);
+}
+
+/* Numbers of panels as kernels read them: where they are, or, if they are halves, widened to `room`. */
+static inline const char *mha_read_panel(const mha_kernels *kernels, const mha_panels *panels, const char *numbers,
+                                         size_t n, char *room)
+{
+    if (!mha_is_half(panels->type))
+        return numbers;
+    kernels->widen(panels->type, numbers, n, room);
+    return room;
+}
 
 #endif

@@ -136,12 +136,20 @@ void mha_add_projection(mha_projection *projections, size_t *count, const mha_wa
     p->target[p->targets++] = *target;
 }
 
+/* Whether chains of panels are widened before they are multiplied. All targets have weights of one type. */
+static bool has_halves(const mha_projection *projection)
+{
+    return mha_is_half(projection->target[0].panels->type);
+}
+
 size_t mha_plan_projection(const mha_kernels *kernels, mha_projection *projection, size_t threads)
 {
     projection->blocking = choose_blocking(kernels, projection, threads);
     const mha_blocking *p = &projection->blocking;
     mha_layout layout = {0};
     mha_reserve(&layout, 1, 1, sizeof(copied_slice));
+    if (has_halves(projection))
+        mha_reserve(&layout, MHA_CHAIN, MHA_MAX_LANES, kernels->size);
     mha_reserve(&layout, block_size(p), 1, kernels->size);
     mha_reserve(&layout, waiting_strips(p), strip_size(kernels, p), kernels->size);
     return layout.bytes;
@@ -212,8 +220,9 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
 static mha_prefetch next_weights(const mha_kernels *kernels, const mha_target *target, const char *b)
 {
     const mha_split *split = &target->panels->split;
-    const char *end = target->panels->data + split->vectors * split->lanes * target->panels->depth * kernels->size;
-    const size_t chain = MHA_CHAIN * kernels->vectors * kernels->lanes * kernels->size;
+    const size_t size = mha_size_of(target->panels->type);
+    const char *end = target->panels->data + split->vectors * split->lanes * target->panels->depth * size;
+    const size_t chain = MHA_CHAIN * kernels->vectors * kernels->lanes * size;
     const size_t bytes = b < end ? mha_smaller((size_t)(end - b), chain) : 0;
     return (mha_prefetch){.data = b, .rows = bytes > 0, .bytes = bytes};
 }
@@ -274,14 +283,14 @@ static void copy_strip(const mha_walk *walk, const mha_target *target, mha_panel
     }
 }
 
-/* Adds one slice of one panel to its strip. The last slice goes to y. */
+/* Adds one slice of one panel to its strip. The last slice goes to y. A chain of halves is widened to `wide`. */
 static void multiply_slice(const mha_kernels *kernels, const mha_projection *projection, const mha_target *target,
-                           mha_panel panel, size_t first_row, size_t first_feature, const sliced_rows *x, char *strip)
+                           mha_panel panel, size_t first_row, size_t first_feature, const sliced_rows *x, char *strip,
+                           char *wide)
 {
     const mha_blocking *p = &projection->blocking;
     const size_t size = kernels->size, P = panel.vectors * kernels->lanes;
     const bool fits = panel.count == P || panel.first + P <= target->room;
-    const char *b = target->panels->data + (panel.first * p->depth + first_feature * P) * size;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
     const char *addend = strip;
     size_t addend_row = P, k = 0;
@@ -290,11 +299,15 @@ static void multiply_slice(const mha_kernels *kernels, const mha_projection *pro
         addend_row = 0;
     }
     do {
-        const mha_prefetch prefetch = next_weights(kernels, target, b + (k + MHA_CHAIN) * P * size);
-        mha_product product = {.rows = x->rows, .depth = mha_smaller(features - k, MHA_CHAIN), .vectors = panel.vectors,
+        const size_t depth = mha_smaller(features - k, MHA_CHAIN);
+        const char *b = mha_panel_row(target->panels, &panel, first_feature + k);
+        const mha_prefetch prefetch =
+            next_weights(kernels, target, mha_panel_row(target->panels, &panel, first_feature + k + MHA_CHAIN));
+        mha_product product = {.rows = x->rows, .depth = depth, .vectors = panel.vectors,
                                .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * size) * x->chain_stride,
                                .a_row = x->row_stride, .a_k = 1,
-                               .b = b + k * P * size, .b_k = P, .addend = addend, .addend_row = addend_row,
+                               .b = mha_read_panel(kernels, target->panels, b, depth * P, wide), .b_k = P,
+                               .addend = addend, .addend_row = addend_row,
                                .c = strip, .c_row = P, .prefetch = &prefetch};
         k += MHA_CHAIN;
         if (fits && first_feature + k >= p->depth) {
@@ -348,7 +361,9 @@ static void run_task(void *context, size_t task, size_t worker)
     const size_t rows = first_row_of(p, block_number + 1) - first_row;
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
     copied_slice *copied = copied_by(j, worker);
-    char *block = (char *)copied + MHA_CACHE_LINE, *strips = block + block_size(p) * size;
+    char *wide = (char *)copied + MHA_CACHE_LINE;
+    char *block = wide + (has_halves(projection) ? MHA_CHAIN * MHA_MAX_LANES * size : 0);
+    char *strips = block + block_size(p) * size;
     for (size_t s = 0; s < p->slices; s++) {
         const size_t first = s * p->slice;
         const sliced_rows x = take_slice(projection, first_row, rows, first, copied, block);
@@ -357,7 +372,7 @@ static void run_task(void *context, size_t task, size_t worker)
             const mha_target *target = find_target(projection, &in_target);
             char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * size;
             multiply_slice(j->kernels, projection, target, mha_panel_at(&target->panels->split, in_target), first_row,
-                           first, &x, strip);
+                           first, &x, strip, wide);
             if ((i - first_panel) % PANELS_PER_POLL == PANELS_PER_POLL - 1 && mha_is_stopped())
                 return;
         }

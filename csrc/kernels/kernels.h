@@ -2,8 +2,9 @@
  *
  * kernels.h - everything that differs between instruction sets: a table of sizes and functions.
  *
- * Each instruction set exports a table per dtype. All are made from one source, kernels.inc.h. All arithmetic on real
- * numbers is behind these tables, so that the rest of the core is the same for float32 and float64.
+ * Each instruction set exports a table for float32 and one for float64. Both are made from one source, kernels.inc.h.
+ * All arithmetic on real numbers is behind these tables, so that the rest of the core is the same for both. Halves are
+ * widened and then computed as float32.
  *
  * A *vector* holds `lanes` numbers. A *panel* is a matrix [k][P] whose P = vectors * lanes columns are computed side by
  * side. Every operation on a panel is *vertical*: no lane looks at another. So the bits of a result do not depend on
@@ -181,11 +182,16 @@ typedef struct mha_kernels {
 
     void (*normalize)(const mha_norm_rows *norm);
 
+    /* n halves of this type to float32, and back: rounded to the nearest, ties to even. NaN stays NaN, with its sign and
+     * the bits that fit. Both tables of an instruction set have the same functions. */
+    void (*widen)(mha_dtype type, const void *halves, size_t n, void *numbers);
+    void (*narrow)(mha_dtype type, const void *numbers, size_t n, void *halves);
+
     /* x[i] = activation(x[i]) * factor[i]; NULL: without a factor. */
     void (*activate)(mha_activation activation, void *x, const void *factor, size_t n);
 } mha_kernels;
 
-/* One table per dtype, indexed by mha_dtype. cpu.c knows which of them this CPU can run. */
+/* One table for float32 and one for float64, indexed by mha_dtype. cpu.c knows which of them this CPU can run. */
 extern const mha_kernels mha_kernels_portable[2];
 extern const mha_kernels mha_kernels_avx2[2];
 extern const mha_kernels mha_kernels_avx512[2];

@@ -39,7 +39,7 @@ enum { VECTORS = 3 }; /* of a panel, at most */
         .softmax_probabilities = PASTE(softmax_probabilities, suffix), .softmax_end = PASTE(softmax_end, suffix), \
         .add = PASTE(add, suffix), .fill = PASTE(fill, suffix), .is_finite = PASTE(is_finite, suffix), \
         .dropout = PASTE(dropout, suffix), .attend_handful = PASTE(attend_handful, suffix), \
-        .normalize = PASTE(normalize, suffix), .activate = PASTE(activate, suffix), \
+        .normalize = PASTE(normalize, suffix), .widen = widen, .narrow = narrow, .activate = PASTE(activate, suffix), \
     }
 
 #endif
@@ -65,6 +65,8 @@ _Static_assert(MHA_BLOCK_KEYS % LANES == 0, "a row of a block of masks is whole 
 #include "norm.inc.h"
 
 #include "activations.inc.h"
+
+#include "halves.inc.h"
 
 #undef LANES
 #undef VEC

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * simd_avx2.h - the vector vocabulary (see simd.h) for x86-64 with AVX2 and FMA: 16 registers of 32 bytes.
+ * simd_avx2.h - the vector vocabulary (see simd.h) for x86-64 with AVX2, FMA and F16C: 16 registers of 32 bytes.
  */
 #ifndef MHA_SIMD_AVX2_H
 #define MHA_SIMD_AVX2_H
@@ -71,6 +71,34 @@ static inline uint64_t nonzero(const char *p)
 {
     const __m128i is_zero = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)(const void *)p), _mm_setzero_si128());
     return (uint64_t)_mm_movemask_epi8(is_zero) ^ 0xffff;
+}
+
+static inline vec_f32 widen_bf16(const uint16_t *p)
+{
+    const __m128i halves = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+static inline vec_f32 widen_f16(const uint16_t *p)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+
+static inline void narrow_bf16(uint16_t *p, vec_f32 v)
+{
+    const __m256i x = _mm256_castps_si256(v), is_odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+    const __m256i nearest = _mm256_add_epi32(x, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, is_nan), 16);
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+    _mm_storeu_si128((__m128i *)(void *)p, halves);
+}
+
+static inline void narrow_f16(uint16_t *p, vec_f32 v)
+{
+    const __m128i halves = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128((__m128i *)(void *)p, halves);
 }
 
 static inline void transpose_f64(vec_f64 v[4])

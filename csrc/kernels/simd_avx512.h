@@ -76,6 +76,32 @@ static inline uint64_t nonzero(const char *p)
     return _mm_test_epi8_mask(bytes, bytes);
 }
 
+static inline vec_f32 widen_bf16(const uint16_t *p)
+{
+    const __m256i halves = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+static inline vec_f32 widen_f16(const uint16_t *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+
+static inline void narrow_bf16(uint16_t *p, vec_f32 v)
+{
+    const __m512i x = _mm512_castps_si512(v), is_odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_add_epi32(x, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i rounded = _mm512_mask_or_epi32(nearest, is_nan, x, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+static inline void narrow_f16(uint16_t *p, vec_f32 v)
+{
+    const __m256i halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256((__m256i *)(void *)p, halves);
+}
+
 /* Both transpositions are too large for gcc to inline by itself, and then v would go through memory. */
 static inline __attribute__((always_inline)) void transpose_f64(vec_f64 v[8])
 {

@@ -78,6 +78,68 @@ static inline uint64_t nonzero(const char *p)
     return bits;
 }
 
+static inline vec_f32 widen_bf16(const uint16_t *p)
+{
+    vec_f32 v;
+    MHA_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const uint32_t bits = (uint32_t)p[i] << 16;
+        memcpy((char *)&v + i * 4, &bits, sizeof bits);
+    }
+    return v;
+}
+
+static inline vec_f32 widen_f16(const uint16_t *p)
+{
+    vec_f32 v;
+    for (int i = 0; i < 4; i++) {
+        const uint32_t sign = (uint32_t)(p[i] & 0x8000) << 16, magnitude = p[i] & 0x7fff;
+        uint32_t bits = (magnitude << 13) + 0x38000000; /* the exponents differ by 112 */
+        if (magnitude >= 0x7c00) /* infinite, or NaN, which becomes quiet */
+            bits = magnitude << 13 | 0x7f800000 | (magnitude > 0x7c00 ? 0x400000 : 0);
+        const float subnormal = (float)magnitude * 0x1p-24f;
+        if (magnitude < 0x400)
+            memcpy(&bits, &subnormal, sizeof bits);
+        bits |= sign;
+        memcpy((char *)&v + i * 4, &bits, sizeof bits);
+    }
+    return v;
+}
+
+static inline void narrow_bf16(uint16_t *p, vec_f32 v)
+{
+    for (int i = 0; i < 4; i++) {
+        uint32_t bits;
+        memcpy(&bits, (const char *)&v + i * 4, sizeof bits);
+        const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+        p[i] = (uint16_t)((is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+
+/* Adding 0.5 rounds what is below 2^-14 to a multiple of 2^-24, which is a unit of subnormal halves. */
+static inline void narrow_f16(uint16_t *p, vec_f32 v)
+{
+    for (int i = 0; i < 4; i++) {
+        uint32_t bits, magnitude, rounded;
+        memcpy(&bits, (const char *)&v + i * 4, sizeof bits);
+        magnitude = bits & 0x7fffffff;
+        if (magnitude > 0x7f800000) {
+            rounded = 0x7e00 | (magnitude >> 13 & 0x3ff);
+        } else if (magnitude >= 0x47800000) { /* at least 2^16 */
+            rounded = 0x7c00;
+        } else if (magnitude < 0x38800000) { /* below 2^-14 */
+            float sum;
+            memcpy(&sum, &magnitude, sizeof sum);
+            sum += 0.5f;
+            memcpy(&rounded, &sum, sizeof rounded);
+            rounded -= 0x3f000000;
+        } else {
+            rounded = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
+        }
+        p[i] = (uint16_t)(rounded | (bits >> 16 & 0x8000));
+    }
+}
+
 static inline void transpose_f32(vec_f32 v[4])
 {
     MHA_UNROLL

@@ -123,7 +123,7 @@ int collect_arguments(const module_state *state, PyObject *const *objects, Py_ss
 static mha_rows describe_array(const call_arguments *arguments, PyArrayObject *array, bool batch_first)
 {
     const npy_intp *strides = PyArray_STRIDES(array);
-    mha_rows rows = {.data = PyArray_DATA(array), .type = arguments->weights->dtype};
+    mha_rows rows = {.data = PyArray_DATA(array), .type = mha_computed_in(arguments->weights->dtype)};
     rows.step = strides[PyArray_NDIM(array) - 1];
     rows.row = strides[arguments->is_batched && batch_first ? 1 : 0];
     if (arguments->is_batched)
@@ -139,7 +139,7 @@ static mha_rows describe_projected(const call_arguments *arguments, PyArrayObjec
         return (mha_rows){.data = NULL};
     const npy_intp *strides = PyArray_STRIDES(array);
     return (mha_rows){.data = PyArray_DATA(array),
-                      .type = arguments->weights->dtype,
+                      .type = mha_computed_in(arguments->weights->dtype),
                       .item = (ptrdiff_t)((size_t)strides[0] * arguments->weights->widths.Hkv),
                       .head = strides[0],
                       .row = strides[1],
@@ -194,7 +194,8 @@ static int make_output(call_arguments *arguments)
 
     if (arguments->out != NULL && check_out(arguments->out, arguments->weights->dtype, ndim, shape + skip) < 0)
         return -1;
-    if (arguments->out != NULL && PyArray_ISCARRAY(arguments->out) && is_apart_from_inputs(arguments, arguments->out))
+    if (arguments->out != NULL && !mha_is_half(arguments->weights->dtype) && PyArray_ISCARRAY(arguments->out) &&
+        is_apart_from_inputs(arguments, arguments->out))
         arguments->output = (PyArrayObject *)Py_NewRef((PyObject *)arguments->out);
     else
         arguments->output = new_array(ndim, shape + skip, arguments->weights->dtype);
@@ -225,9 +226,35 @@ static int make_attn_weights(call_arguments *arguments)
     return 0;
 }
 
+/* Replaces inputs of halves by what the core reads. An array that was passed twice is widened once. */
+static int take_computed(call_arguments *arguments)
+{
+    PyArrayObject **const inputs[] = {&arguments->query, &arguments->key, &arguments->value, &arguments->static_k,
+                                      &arguments->static_v};
+    enum { COUNT = sizeof inputs / sizeof *inputs };
+    PyArrayObject *computed[COUNT] = {NULL};
+    int result = 0;
+    for (size_t i = 0; i < COUNT && result == 0; i++) {
+        size_t same = 0;
+        while (*inputs[same] != *inputs[i])
+            same++;
+        computed[i] = same < i ? (PyArrayObject *)Py_XNewRef((PyObject *)computed[same]) : as_computed(*inputs[i]);
+        if (computed[i] == NULL && *inputs[i] != NULL)
+            result = -1;
+    }
+    for (size_t i = 0; i < COUNT; i++)
+        if (result == 0)
+            Py_XSETREF(*inputs[i], computed[i]);
+        else
+            Py_XDECREF(computed[i]);
+    return result;
+}
+
 int prepare_call(call_arguments *arguments)
 {
     mha_call *call = &arguments->call;
+    if (mha_is_half(arguments->weights->dtype) && take_computed(arguments) < 0)
+        return -1;
     call->L = (size_t)arguments->query_shape[0];
     call->N = (size_t)arguments->query_shape[1];
     call->S = (size_t)arguments->S;
@@ -260,13 +287,27 @@ int run_forward(module_state *state, call_arguments *arguments)
                     arrays, sizeof arrays / sizeof *arrays, start_forward, arguments);
 }
 
+PyObject *stored_output(const call_arguments *arguments)
+{
+    return as_stored(arguments->output, (PyArrayObject *)arguments->weights->k_weight, arguments->out);
+}
+
+PyObject *stored_attn_weights(const call_arguments *arguments)
+{
+    if (arguments->attn_weights == NULL)
+        return Py_NewRef(Py_None);
+    return as_stored(arguments->attn_weights, (PyArrayObject *)arguments->weights->k_weight, NULL);
+}
+
 PyObject *hand_back(const call_arguments *arguments)
 {
-    PyArrayObject *output = copy_to_out(arguments->output, arguments->out);
-    if (output == NULL)
-        return NULL;
-    PyObject *attn_weights = arguments->attn_weights == NULL ? Py_None : (PyObject *)arguments->attn_weights;
-    return PyTuple_Pack(2, (PyObject *)output, attn_weights);
+    PyObject *output = stored_output(arguments), *result = NULL;
+    PyObject *attn_weights = output == NULL ? NULL : stored_attn_weights(arguments);
+    if (attn_weights != NULL)
+        result = PyTuple_Pack(2, output, attn_weights);
+    Py_XDECREF(output);
+    Py_XDECREF(attn_weights);
+    return result;
 }
 
 void release_arguments(call_arguments *arguments)
@@ -280,4 +321,6 @@ void release_arguments(call_arguments *arguments)
     Py_XDECREF(arguments->static_v);
     Py_XDECREF(arguments->output);
     Py_XDECREF(arguments->attn_weights);
+    for (size_t i = 0; i < sizeof arguments->norms / sizeof *arguments->norms; i++)
+        Py_XDECREF(arguments->norms[i]);
 }

@@ -21,7 +21,7 @@ typedef struct {
     PyArrayObject *static_k, *static_v;           /* NULL: none */
     PyArrayObject *output;                        /* what the core writes; may be out */
     PyArrayObject *attn_weights;                  /* NULL: not wanted */
-    PyArrayObject *norms[4]; /* weights and biases of a layer's norms, borrowed like out; NULL: none */
+    PyArrayObject *norms[4]; /* weights and biases of a layer's norms; NULL: none */
 
     bool is_batched, batch_first, need_weights, average_attn_weights;
     bool without_output; /* only parts of the pass are wanted (stages.c) */
@@ -55,7 +55,7 @@ enum {
  * core starts no Python code runs, so the core reads what was checked. */
 int collect_arguments(const module_state *state, PyObject *const *objects, Py_ssize_t count,
                       call_arguments *arguments);
-int prepare_call(call_arguments *arguments);    /* allocates the results and completes `call` */
+int prepare_call(call_arguments *arguments);    /* widens halves, allocates the results and completes `call` */
 
 /* Runs the core. Returns 0, or -1 with an exception. */
 int run_forward(module_state *state, call_arguments *arguments);
@@ -63,7 +63,11 @@ int run_forward(module_state *state, call_arguments *arguments);
 /* The value of a flag: anything that Python can test for truth, except text. */
 int collect_flag(PyObject *object, const char *name, bool *flag);
 
-/* The tuple that forward() returns. */
+/* The results as the caller gets them: new references, or NULL with an exception. */
+PyObject *stored_output(const call_arguments *arguments);
+PyObject *stored_attn_weights(const call_arguments *arguments); /* None if they are not wanted */
+
+/* The tuple of both, which forward() returns. */
 PyObject *hand_back(const call_arguments *arguments);
 
 void release_arguments(call_arguments *arguments);

@@ -7,6 +7,7 @@
 
 #include <string.h>
 
+#include "../cpu.h"
 #include "run.h"
 
 /* Whether the object has the attribute. -1 if looking it up raised anything but AttributeError. */
@@ -121,19 +122,47 @@ PyArrayObject *array_from_object(const module_state *state, PyObject *object, co
     return array;
 }
 
+/* Registered types such as bfloat16 have no kind of their own, so the name has to tell. */
+static bool is_registered(PyArrayObject *array, const char *name)
+{
+    return PyTypeNum_ISUSERDEF(PyArray_TYPE(array)) && strstr(PyArray_DESCR(array)->typeobj->tp_name, name) != NULL;
+}
+
 bool array_has_dtype(PyArrayObject *array, mha_dtype dtype)
 {
     /* The size decides, not the name: where long double is no wider than double, it is a double. */
-    const size_t item_size = dtype == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
-    return PyTypeNum_ISFLOAT(PyArray_TYPE(array)) && (size_t)PyArray_ITEMSIZE(array) == item_size;
+    return (dtype == MHA_BFLOAT16 ? is_registered(array, "bfloat16") : PyTypeNum_ISFLOAT(PyArray_TYPE(array))) &&
+           (size_t)PyArray_ITEMSIZE(array) == mha_size_of(dtype);
+}
+
+bool find_dtype(PyArrayObject *array, mha_dtype *dtype)
+{
+    static const mha_dtype known[] = {MHA_FLOAT32, MHA_FLOAT64, MHA_BFLOAT16, MHA_FLOAT16};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (array_has_dtype(array, known[i])) {
+            *dtype = known[i];
+            return true;
+        }
+    return false;
+}
+
+const char *dtype_name(mha_dtype dtype)
+{
+    static const char *const names[] = {[MHA_FLOAT32] = "float32", [MHA_FLOAT64] = "float64",
+                                        [MHA_BFLOAT16] = "bfloat16", [MHA_FLOAT16] = "float16"};
+    return names[dtype];
+}
+
+const char *torch_dtype_name(mha_dtype dtype)
+{
+    static const char *const names[] = {[MHA_FLOAT32] = "Float", [MHA_FLOAT64] = "Double", [MHA_BFLOAT16] = "BFloat16",
+                                        [MHA_FLOAT16] = "Half"};
+    return names[dtype];
 }
 
 bool array_is_floating(PyArrayObject *array)
 {
-    const int type = PyArray_TYPE(array);
-    if (PyTypeNum_ISUSERDEF(type)) /* such types have no kind of their own, so the name has to tell */
-        return strstr(PyArray_DESCR(array)->typeobj->tp_name, "float") != NULL;
-    return PyTypeNum_ISFLOAT(type);
+    return PyTypeNum_ISFLOAT(PyArray_TYPE(array)) || is_registered(array, "float");
 }
 
 const char *torch_type_name(PyArrayObject *array)
@@ -214,14 +243,54 @@ mha_mask_kind mask_kind(PyArrayObject *mask)
 
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype)
 {
-    npy_intp bytes = dtype == MHA_FLOAT32 ? (npy_intp)sizeof(float) : (npy_intp)sizeof(double);
+    const mha_dtype type = mha_computed_in(dtype);
+    npy_intp bytes = (npy_intp)mha_size_of(type);
     for (int i = 0; i < ndim; i++) {
         if (shape[i] != 0 && __builtin_mul_overflow(bytes, shape[i], &bytes)) {
             raise_status(MHA_TOO_LARGE);
             return NULL;
         }
     }
-    return (PyArrayObject *)PyArray_SimpleNew(ndim, shape, dtype == MHA_FLOAT32 ? NPY_FLOAT : NPY_DOUBLE);
+    return (PyArrayObject *)PyArray_SimpleNew(ndim, shape, type == MHA_FLOAT32 ? NPY_FLOAT : NPY_DOUBLE);
+}
+
+PyArrayObject *as_computed(PyArrayObject *array)
+{
+    mha_dtype dtype;
+    if (array == NULL || !find_dtype(array, &dtype) || !mha_is_half(dtype))
+        return (PyArrayObject *)Py_XNewRef((PyObject *)array);
+    PyArrayObject *halves = (PyArrayObject *)Py_NewRef((PyObject *)array);
+    if (!PyArray_ISCARRAY_RO(array))
+        Py_SETREF(halves, (PyArrayObject *)PyArray_NewCopy(array, NPY_CORDER));
+    PyArrayObject *wide = halves == NULL ? NULL : new_array(PyArray_NDIM(array), PyArray_DIMS(array), dtype);
+    if (wide != NULL)
+        mha_cpu_kernels(dtype)->widen(dtype, PyArray_DATA(halves), (size_t)PyArray_SIZE(wide), PyArray_DATA(wide));
+    Py_XDECREF(halves);
+    return wide;
+}
+
+/* A new array of halves from a C-contiguous one of float32. */
+static PyArrayObject *narrowed(PyArrayObject *wide, mha_dtype dtype, PyArray_Descr *descr)
+{
+    PyArrayObject *halves = (PyArrayObject *)PyArray_NewFromDescr(
+        &PyArray_Type, (PyArray_Descr *)Py_NewRef((PyObject *)descr), PyArray_NDIM(wide), PyArray_DIMS(wide), NULL, NULL, 0,
+        NULL);
+    if (halves != NULL)
+        mha_cpu_kernels(dtype)->narrow(dtype, PyArray_DATA(wide), (size_t)PyArray_SIZE(wide), PyArray_DATA(halves));
+    return halves;
+}
+
+PyObject *as_stored(PyArrayObject *result, PyArrayObject *like, PyArrayObject *out)
+{
+    mha_dtype dtype;
+    PyArrayObject *stored = (PyArrayObject *)Py_NewRef((PyObject *)result);
+    if (find_dtype(like, &dtype) && mha_is_half(dtype))
+        Py_SETREF(stored, narrowed(result, dtype, PyArray_DESCR(like)));
+    if (stored == NULL || out == NULL || out == stored)
+        return (PyObject *)stored;
+    const int failed = PyArray_CopyInto(out, stored);
+    Py_DECREF(stored);
+    return failed < 0 ? NULL : Py_NewRef((PyObject *)out);
 }
 
 int out_from_object(PyObject *object, PyArrayObject **out)
@@ -239,7 +308,7 @@ int out_from_object(PyObject *object, PyArrayObject **out)
 int check_out(PyArrayObject *out, mha_dtype dtype, int ndim, const npy_intp *shape)
 {
     if (!array_has_dtype(out, dtype)) {
-        PyErr_Format(PyExc_TypeError, "out must be of dtype %s, not %s", dtype == MHA_FLOAT32 ? "float32" : "float64",
+        PyErr_Format(PyExc_TypeError, "out must be of dtype %s, not %s", dtype_name(dtype),
                      PyArray_DESCR(out)->typeobj->tp_name);
         return -1;
     }
@@ -253,11 +322,4 @@ int check_out(PyArrayObject *out, mha_dtype dtype, int ndim, const npy_intp *sha
         return -1;
     }
     return 0;
-}
-
-PyArrayObject *copy_to_out(PyArrayObject *result, PyArrayObject *out)
-{
-    if (out == NULL || out == result)
-        return result;
-    return PyArray_CopyInto(out, result) < 0 ? NULL : out;
 }

@@ -14,11 +14,18 @@ PyArrayObject *array_from_object(const module_state *state, PyObject *object, co
 /* Whether the array holds the numbers of a layer of this dtype. */
 bool array_has_dtype(PyArrayObject *array, mha_dtype dtype);
 
+/* Whether it holds the numbers of a layer at all, and then the dtype. */
+bool find_dtype(PyArrayObject *array, mha_dtype *dtype);
+
+/* The names of a dtype: "float32", and in torch's messages "Float". */
+const char *dtype_name(mha_dtype dtype);
+const char *torch_dtype_name(mha_dtype dtype);
+
 /* Whether it holds floating-point numbers of any width, including registered types such as bfloat16. */
 bool array_is_floating(PyArrayObject *array);
 
-/* As array_from_object(). Floating-point numbers that the core does not read are cast: half to float32, long double to
- * float64. */
+/* As array_from_object(). Floating-point numbers that the core does not add to scores are cast: halves to float32, long
+ * double to float64. */
 PyArrayObject *mask_from_object(const module_state *state, PyObject *object, const char *name);
 
 /* The kind of a mask from mask_from_object(). bool is taken as HIDE. */
@@ -41,11 +48,15 @@ bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);
 int out_from_object(PyObject *object, PyArrayObject **out);
 int check_out(PyArrayObject *out, mha_dtype dtype, int ndim, const npy_intp *shape);
 
-/* Copies a result to out, unless out is NULL or the result itself. Returns out, or the result if out is NULL: a borrowed
- * reference. NULL with an exception if copying fails. */
-PyArrayObject *copy_to_out(PyArrayObject *result, PyArrayObject *out);
+/* A new reference to what the core reads of an array: a C-contiguous copy in float32 if it holds halves, otherwise the array
+ * itself. NULL if the array is NULL, or with an exception. No Python code runs. */
+PyArrayObject *as_computed(PyArrayObject *array);
 
-/* A new C-contiguous array. Raises MemoryError for a shape beyond all memory, for which NumPy raises ValueError. */
+/* A new reference to what the caller gets of a result: halves if `like` holds halves, in `out` unless that is NULL. NULL
+ * with an exception. */
+PyObject *as_stored(PyArrayObject *result, PyArrayObject *like, PyArrayObject *out);
+
+/* A new C-contiguous array of the type in which a dtype is computed. Raises MemoryError for a shape beyond all memory, for which NumPy raises ValueError. */
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype);
 
 #endif

@@ -46,7 +46,9 @@ static int check_norm_parameter(const call_arguments *arguments, PyObject *objec
                                        "the shape (%zd,)", E);
         return -1;
     }
-    *array = (PyArrayObject *)object;
+    *array = as_computed((PyArrayObject *)object);
+    if (*array == NULL)
+        return -1;
     *numbers = PyArray_DATA(*array);
     return 0;
 }
@@ -154,7 +156,7 @@ PyObject *transform(PyObject *module, PyObject *const *objects, Py_ssize_t count
     arguments.call.block = &block;
     if (prepare_call(&arguments) < 0 || run_forward(state, &arguments) < 0)
         goto done;
-    result = Py_XNewRef((PyObject *)copy_to_out(arguments.output, arguments.out));
+    result = stored_output(&arguments);
 done:
     release_arguments(&arguments);
     return result;

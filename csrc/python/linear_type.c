@@ -44,10 +44,12 @@ static PyObject *linear_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     }
     if (!PyArg_ParseTuple(args, "OO:Linear", &weight, &bias))
         return NULL;
-    const mha_dtype dtype = is_parameter(weight, 2, MHA_FLOAT64) ? MHA_FLOAT64 : MHA_FLOAT32;
+    mha_dtype dtype = MHA_FLOAT32;
+    if (PyArray_Check(weight))
+        (void)find_dtype((PyArrayObject *)weight, &dtype);
     if (!is_parameter(weight, 2, dtype) || (bias != Py_None && !is_parameter(bias, 1, dtype))) {
         PyErr_SetString(PyExc_TypeError, "weight must be a matrix and bias a vector or None: C-contiguous NumPy arrays of "
-                                         "one dtype, float32 or float64");
+                                         "one dtype, float32, float64, bfloat16 or float16");
         return NULL;
     }
     PyArrayObject *const arrays[] = {(PyArrayObject *)weight, bias == Py_None ? NULL : (PyArrayObject *)bias};
@@ -97,7 +99,8 @@ static PyGetSetDef linear_getset[] = {
 PyDoc_STRVAR(linear_doc, "Linear(weight, bias, /)\n--\n\n"
                          "One immutable linear map, packed for the kernels of this CPU.\n\n"
                          "weight is (features, depth), and bias (features,) or None: C-contiguous, aligned, in native\n"
-                         "byte order and of one dtype, float32 or float64. Anything else raises TypeError or ValueError.");
+                         "byte order and of one dtype, float32, float64, bfloat16 or float16. Anything else raises\n"
+                         "TypeError or ValueError.");
 
 static PyType_Slot linear_slots[] = {
     {Py_tp_doc, (void *)linear_doc},
@@ -150,7 +153,7 @@ static int check_linear_input(const linear_object *weights, PyArrayObject *input
     }
     if (!array_has_dtype(input, weights->dtype)) {
         PyErr_Format(PyExc_RuntimeError, "mat1 and mat2 must have the same dtype, but got %s and %s",
-                     torch_type_name(input), weights->dtype == MHA_FLOAT32 ? "Float" : "Double");
+                     torch_type_name(input), torch_dtype_name(weights->dtype));
         return -1;
     }
     return 0;
@@ -169,7 +172,7 @@ static mha_status start_linear(const void *call)
 PyObject *linear(PyObject *module, PyObject *const *objects, Py_ssize_t count)
 {
     module_state *state = PyModule_GetState(module);
-    PyArrayObject *input = NULL, *output = NULL;
+    PyArrayObject *input = NULL, *x = NULL, *output = NULL;
     PyObject *result = NULL;
     if (count != 2 || !Py_IS_TYPE(objects[0], state->linear_type)) {
         PyErr_SetString(PyExc_TypeError, "linear takes a Linear and an input");
@@ -181,16 +184,18 @@ PyObject *linear(PyObject *module, PyObject *const *objects, Py_ssize_t count)
         mark_refused();
         goto done;
     }
-    output = with_last_axis(input, weights->features, weights->dtype);
+    x = as_computed(input);
+    output = x == NULL ? NULL : with_last_axis(input, weights->features, weights->dtype);
     if (output == NULL)
         goto done;
-    mha_linear_call call = {.linear = weights->packed, .rows = count_rows(input), .x = PyArray_DATA(input),
+    mha_linear_call call = {.linear = weights->packed, .rows = count_rows(input), .x = PyArray_DATA(x),
                             .y = PyArray_DATA(output)};
-    PyArrayObject *const arrays[] = {input, output};
+    PyArrayObject *const arrays[] = {x, output};
     if (run_core(state, mha_linear_operations(&call), &call.threads, &call.stop, arrays, 2, start_linear, &call) == 0)
-        result = Py_NewRef((PyObject *)output);
+        result = as_stored(output, input, NULL);
 done:
     Py_XDECREF(input);
+    Py_XDECREF(x);
     Py_XDECREF(output);
     return result;
 }
@@ -217,11 +222,12 @@ static mha_status start_activation(const void *call)
     return mha_apply_activation(call);
 }
 
-static int check_activated(PyArrayObject *input, bool is_gated)
+static int check_activated(PyArrayObject *input, bool is_gated, mha_dtype *dtype)
 {
     const int ndim = PyArray_NDIM(input);
-    if (!array_has_dtype(input, MHA_FLOAT32) && !array_has_dtype(input, MHA_FLOAT64)) {
-        PyErr_Format(PyExc_TypeError, "input must be of float32 or float64, but is of %s", torch_type_name(input));
+    if (!find_dtype(input, dtype)) {
+        PyErr_Format(PyExc_TypeError, "input must be of float32, float64, bfloat16 or float16, but is of %s",
+                     torch_type_name(input));
         return -1;
     }
     if (ndim == 0 || (is_gated && PyArray_DIM(input, ndim - 1) % 2 != 0)) {
@@ -234,8 +240,9 @@ static int check_activated(PyArrayObject *input, bool is_gated)
 PyObject *activate(PyObject *module, PyObject *const *objects, Py_ssize_t count)
 {
     module_state *state = PyModule_GetState(module);
-    PyArrayObject *input = NULL, *output = NULL;
+    PyArrayObject *input = NULL, *x = NULL, *output = NULL;
     PyObject *result = NULL;
+    mha_dtype dtype = MHA_FLOAT32;
     mha_activation_call call = {.rows = 0};
     if (count != 3) {
         PyErr_Format(PyExc_TypeError, "activate expected 3 arguments, got %zd", count);
@@ -245,25 +252,27 @@ PyObject *activate(PyObject *module, PyObject *const *objects, Py_ssize_t count)
         collect_flag(objects[2], "is_gated", &call.is_gated) < 0)
         return NULL;
     input = contiguous(state, objects[0]);
-    if (input == NULL || check_activated(input, call.is_gated) < 0) {
+    if (input == NULL || check_activated(input, call.is_gated, &dtype) < 0) {
         mark_refused();
         goto done;
     }
     const npy_intp length = PyArray_DIM(input, PyArray_NDIM(input) - 1) / (call.is_gated ? 2 : 1);
-    call.dtype = array_has_dtype(input, MHA_FLOAT64) ? MHA_FLOAT64 : MHA_FLOAT32;
-    output = with_last_axis(input, length, call.dtype);
+    x = as_computed(input);
+    output = x == NULL ? NULL : with_last_axis(input, length, dtype);
     if (output == NULL)
         goto done;
+    call.dtype = mha_computed_in(dtype);
     call.rows = count_rows(input);
     call.width = (size_t)length;
-    call.x = PyArray_DATA(input);
+    call.x = PyArray_DATA(x);
     call.y = PyArray_DATA(output);
-    PyArrayObject *const arrays[] = {input, output};
+    PyArrayObject *const arrays[] = {x, output};
     if (run_core(state, mha_activation_operations(&call), &call.threads, &call.stop, arrays, 2, start_activation,
                  &call) == 0)
-        result = Py_NewRef((PyObject *)output);
+        result = as_stored(output, input, NULL);
 done:
     Py_XDECREF(input);
+    Py_XDECREF(x);
     Py_XDECREF(output);
     return result;
 }

@@ -22,7 +22,8 @@ enum {
 };
 
 typedef struct {
-    PyArrayObject *input, *weight, *bias; /* weight and bias NULL: none */
+    PyArrayObject *input, *weight, *bias; /* as given; weight and bias NULL: none */
+    PyArrayObject *computed[3];           /* what the core reads of them */
     PyArrayObject *output;
     int ndim; /* the axes that are normalized: the last ones of the input */
     npy_intp normalized_shape[NPY_MAXDIMS];
@@ -222,11 +223,16 @@ static bool is_float32(PyArrayObject *array)
     return array == NULL || array_has_dtype(array, MHA_FLOAT32);
 }
 
-/* torch computes rms_norm with a weight of another dtype. It is refused here as layer_norm refuses it. */
+/* torch computes rms_norm with a weight of another dtype. It is refused here as layer_norm refuses it: halves alone are
+ * normalized with parameters of float32. */
 static int check_dtypes(const norm_arguments *arguments)
 {
     PyArrayObject *input = arguments->input, *weight = arguments->weight, *bias = arguments->bias;
     PyArrayObject *parameter = weight != NULL ? weight : bias;
+    mha_dtype dtype = MHA_FLOAT32;
+    const bool is_known = find_dtype(input, &dtype);
+    if (mha_is_half(dtype) && is_float32(weight) && is_float32(bias))
+        return 0;
     if (parameter != NULL && !have_one_dtype(input, parameter)) {
         PyErr_SetString(PyExc_RuntimeError,
                         is_float32(weight) && is_float32(bias)
@@ -234,7 +240,7 @@ static int check_dtypes(const norm_arguments *arguments)
                             : "mixed dtype (CPU): expect parameter to have scalar type of Float");
         return -1;
     }
-    if (!array_has_dtype(input, MHA_FLOAT32) && !array_has_dtype(input, MHA_FLOAT64)) {
+    if (!is_known) {
         PyErr_Format(PyExc_NotImplementedError, "\"%s\" not implemented for '%s'",
                      arguments->call.is_rms ? "rms_norm" : "LayerNormKernelImpl", torch_type_name(input));
         return -1;
@@ -249,9 +255,22 @@ static int check_dtypes(const norm_arguments *arguments)
 
 /* ---- The call ---- */
 
+static int take_computed(norm_arguments *arguments)
+{
+    PyArrayObject *const given[] = {arguments->input, arguments->weight, arguments->bias};
+    for (size_t i = 0; i < sizeof given / sizeof *given; i++) {
+        arguments->computed[i] = as_computed(given[i]);
+        if (arguments->computed[i] == NULL && given[i] != NULL)
+            return -1;
+    }
+    return 0;
+}
+
 static int prepare(norm_arguments *arguments)
 {
-    PyArrayObject *input = arguments->input;
+    if (take_computed(arguments) < 0)
+        return -1;
+    PyArrayObject *input = arguments->computed[0], *weight = arguments->computed[1], *bias = arguments->computed[2];
     mha_norm_call *call = &arguments->call;
     const int lead = PyArray_NDIM(input) - arguments->ndim;
     call->dtype = array_has_dtype(input, MHA_FLOAT64) ? MHA_FLOAT64 : MHA_FLOAT32;
@@ -266,8 +285,8 @@ static int prepare(norm_arguments *arguments)
     }
     call->width = (size_t)PyArray_MultiplyList(arguments->normalized_shape, arguments->ndim);
     call->x = PyArray_DATA(input);
-    call->weight = arguments->weight == NULL ? NULL : PyArray_DATA(arguments->weight);
-    call->bias = arguments->bias == NULL ? NULL : PyArray_DATA(arguments->bias);
+    call->weight = weight == NULL ? NULL : PyArray_DATA(weight);
+    call->bias = bias == NULL ? NULL : PyArray_DATA(bias);
     arguments->output = new_array(PyArray_NDIM(input), PyArray_DIMS(input), call->dtype);
     if (arguments->output == NULL)
         return -1;
@@ -285,6 +304,8 @@ static void release(norm_arguments *arguments)
     Py_XDECREF(arguments->input);
     Py_XDECREF(arguments->weight);
     Py_XDECREF(arguments->bias);
+    for (size_t i = 0; i < sizeof arguments->computed / sizeof *arguments->computed; i++)
+        Py_XDECREF(arguments->computed[i]);
     Py_XDECREF(arguments->output);
 }
 
@@ -295,6 +316,7 @@ PyObject *normalize(PyObject *module, PyObject *const *objects, Py_ssize_t count
     mha_norm_call *call = &arguments.call;
     PyObject *result = NULL;
     arguments.input = arguments.weight = arguments.bias = arguments.output = NULL; /* the rest is filled where used */
+    arguments.computed[0] = arguments.computed[1] = arguments.computed[2] = NULL;
     *call = (mha_norm_call){0};
 
     if (count != ARGUMENT_COUNT) {
@@ -307,11 +329,12 @@ PyObject *normalize(PyObject *module, PyObject *const *objects, Py_ssize_t count
     }
     if (prepare(&arguments) < 0)
         goto done;
-    PyArrayObject *const arrays[] = {arguments.input, arguments.weight, arguments.bias, arguments.output};
+    PyArrayObject *const arrays[] = {arguments.computed[0], arguments.computed[1], arguments.computed[2],
+                                     arguments.output};
     if (run_core(state, mha_norm_operations(call), &call->threads, &call->stop, arrays,
                  sizeof arrays / sizeof *arrays, start, call) < 0)
         goto done;
-    result = Py_NewRef((PyObject *)arguments.output);
+    result = as_stored(arguments.output, arguments.input, NULL);
 done:
     release(&arguments);
     return result;

@@ -27,6 +27,7 @@ typedef struct {
 
 typedef struct {
     PyArrayObject *query, *key, *value, *attn_mask; /* attn_mask NULL: none */
+    PyArrayObject *given;                           /* query, before its halves were widened */
     PyArrayObject *out;                             /* borrowed from the caller's arguments; NULL: none */
     PyArrayObject *output;                          /* what the core writes; may be out itself */
     bool enable_gqa, has_scale;
@@ -82,7 +83,8 @@ static int collect_array(const module_state *state, PyObject *object, const char
 
 static bool has_our_dtype(PyArrayObject *array)
 {
-    return array_has_dtype(array, MHA_FLOAT32) || array_has_dtype(array, MHA_FLOAT64);
+    mha_dtype dtype;
+    return find_dtype(array, &dtype);
 }
 
 /* Whether the core can read the rows of an array in place. Also true of arrays that it does not read. */
@@ -429,17 +431,34 @@ static bool is_apart_from_inputs(const sdpa_arguments *arguments, PyArrayObject 
 static PyArrayObject *make_output(const sdpa_arguments *arguments)
 {
     const shape *result = &arguments->result;
-    const mha_dtype dtype = arguments->call.dtype;
+    mha_dtype dtype = MHA_FLOAT32;
     PyArrayObject *out = arguments->out;
+    (void)find_dtype(arguments->given, &dtype);
     if (out != NULL && check_out(out, dtype, result->ndim, result->dims) < 0)
         return NULL;
-    if (out != NULL && PyArray_ISNOTSWAPPED(out) && is_readable(out, true) && is_apart_from_inputs(arguments, out))
+    if (out != NULL && !mha_is_half(dtype) && PyArray_ISNOTSWAPPED(out) && is_readable(out, true) && is_apart_from_inputs(arguments, out))
         return (PyArrayObject *)Py_NewRef((PyObject *)out);
     return new_array(result->ndim, result->dims, dtype);
 }
 
+/* Replaces inputs of halves by what the core reads. */
+static int take_computed(sdpa_arguments *arguments)
+{
+    PyArrayObject **const inputs[] = {&arguments->query, &arguments->key, &arguments->value};
+    arguments->given = (PyArrayObject *)Py_NewRef((PyObject *)arguments->query);
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++) {
+        PyArrayObject *computed = as_computed(*inputs[i]);
+        if (computed == NULL)
+            return -1;
+        Py_SETREF(*inputs[i], computed);
+    }
+    return 0;
+}
+
 static int prepare(sdpa_arguments *arguments)
 {
+    if (take_computed(arguments) < 0)
+        return -1;
     mha_sdpa_call *call = &arguments->call;
     const shape *result = &arguments->result;
     const int lead = result->ndim - 2;
@@ -481,6 +500,7 @@ static void release(sdpa_arguments *arguments)
     Py_XDECREF(arguments->key);
     Py_XDECREF(arguments->value);
     Py_XDECREF(arguments->attn_mask);
+    Py_XDECREF(arguments->given);
     Py_XDECREF(arguments->output);
 }
 
@@ -508,7 +528,7 @@ PyObject *scaled_dot_product_attention(PyObject *module, PyObject *const *object
     if (run_core(state, mha_sdpa_operations(call), &call->threads, &call->stop, arrays,
                  sizeof arrays / sizeof *arrays, start, call) < 0)
         goto done;
-    result = Py_XNewRef((PyObject *)copy_to_out(arguments.output, arguments.out));
+    result = as_stored(arguments.output, arguments.given, arguments.out);
 done:
     release(&arguments);
     return result;

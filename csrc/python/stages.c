@@ -79,8 +79,8 @@ PyObject *attend(PyObject *module, PyObject *const *objects, Py_ssize_t count)
     context = new_array(3 - skip, shape + skip, arguments.weights->dtype);
     if (context == NULL)
         goto done;
-    arguments.call.context = mha_contiguous_rows(PyArray_DATA(context), arguments.weights->dtype, 1, arguments.call.L,
-                                                 widths->H * widths->Dv);
+    arguments.call.context = mha_contiguous_rows(PyArray_DATA(context), mha_computed_in(arguments.weights->dtype), 1,
+                                                 arguments.call.L, widths->H * widths->Dv);
     if (run_forward(state, &arguments) == 0)
         result = PyTuple_Pack(2, context, arguments.attn_weights ? (PyObject *)arguments.attn_weights : Py_None);
 done:
@@ -120,18 +120,23 @@ static int read_input(PyObject *object, mha_input *input)
     return -1;
 }
 
+static bool is_input_of(const weights_object *weights, PyArrayObject *x, size_t depth)
+{
+    const int ndim = PyArray_NDIM(x);
+    if ((ndim == 2 || ndim == 3) && array_has_dtype(x, weights->dtype) && (size_t)PyArray_DIM(x, ndim - 1) == depth)
+        return true;
+    PyErr_SetString(PyExc_ValueError, "this is not an input of this layer");
+    return false;
+}
+
 /* Completes `job` and allocates its result, (N, length, features) or (length, features). NULL with an exception. */
 static PyArrayObject *prepare_projection(PyArrayObject *x, bool batch_first, const weights_object *weights,
                                          mha_input_projection *job)
 {
+    const mha_dtype type = mha_computed_in(weights->dtype);
     const mha_widths *w = &weights->widths;
-    const size_t depths[] = {w->E, w->Ek, w->Ev}, widths[] = {w->H * w->D, w->Hkv * w->D, w->Hkv * w->Dv};
+    const size_t widths[] = {w->H * w->D, w->Hkv * w->D, w->Hkv * w->Dv};
     const int ndim = PyArray_NDIM(x), n = ndim == 3 ? (batch_first ? 0 : 1) : -1, l = n == 0 ? 1 : 0;
-    if ((ndim != 2 && ndim != 3) || !array_has_dtype(x, weights->dtype) ||
-        (size_t)PyArray_DIM(x, ndim - 1) != depths[job->input]) {
-        PyErr_SetString(PyExc_ValueError, "this is no input of this layer");
-        return NULL;
-    }
     const npy_intp shape[] = {n < 0 ? 1 : PyArray_DIM(x, n), PyArray_DIM(x, l), (npy_intp)widths[job->input]};
     PyArrayObject *y = new_array(ndim, shape + 3 - ndim, weights->dtype);
     if (y == NULL)
@@ -139,9 +144,9 @@ static PyArrayObject *prepare_projection(PyArrayObject *x, bool batch_first, con
     job->layer = weights->packed;
     job->N = (size_t)shape[0];
     job->length = (size_t)shape[1];
-    job->x = (mha_rows){.data = PyArray_DATA(x), .type = weights->dtype, .item = n < 0 ? 0 : PyArray_STRIDE(x, n),
+    job->x = (mha_rows){.data = PyArray_DATA(x), .type = type, .item = n < 0 ? 0 : PyArray_STRIDE(x, n),
                         .row = PyArray_STRIDE(x, l), .step = PyArray_STRIDE(x, ndim - 1)};
-    job->y = mha_contiguous_rows(PyArray_DATA(y), weights->dtype, 1, job->length, widths[job->input]);
+    job->y = mha_contiguous_rows(PyArray_DATA(y), type, 1, job->length, widths[job->input]);
     return y;
 }
 
@@ -162,9 +167,13 @@ PyObject *project(PyObject *module, PyObject *const *objects, Py_ssize_t count)
     const int batch_first = PyObject_IsTrue(objects[PROJECT_BATCH_FIRST]);
     if (batch_first < 0 || read_input(objects[PROJECT_INPUT], &job.input) < 0)
         return NULL;
+    const weights_object *weights = (const weights_object *)objects[PROJECT_WEIGHTS];
+    const size_t depths[] = {weights->widths.E, weights->widths.Ek, weights->widths.Ev};
     x = array_from_object(state, objects[PROJECT_X], "the input");
     if (x != NULL)
-        y = prepare_projection(x, batch_first, (const weights_object *)objects[PROJECT_WEIGHTS], &job);
+        Py_SETREF(x, is_input_of(weights, x, depths[job.input]) ? as_computed(x) : NULL);
+    if (x != NULL)
+        y = prepare_projection(x, batch_first, weights, &job);
     if (y != NULL) {
         const double rows = (double)job.N * (double)job.length;
         const double depth = (double)PyArray_DIM(x, PyArray_NDIM(x) - 1);

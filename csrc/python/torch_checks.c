@@ -151,7 +151,7 @@ static int check_dtype(const call_arguments *arguments, PyArrayObject *array)
     if (array_has_dtype(array, arguments->weights->dtype))
         return 0;
     PyErr_Format(PyExc_RuntimeError, "mat1 and mat2 must have the same dtype, but got %s and %s",
-                 torch_type_name(array), arguments->weights->dtype == MHA_FLOAT32 ? "Float" : "Double");
+                 torch_type_name(array), torch_dtype_name(arguments->weights->dtype));
     return -1;
 }
 
@@ -233,7 +233,7 @@ static int check_static(const call_arguments *arguments, PyArrayObject *array, c
         PyErr_Format(PyExc_RuntimeError, "static_%s must be a 3D tensor", letter);
     else if (!array_has_dtype(array, arguments->weights->dtype))
         PyErr_Format(PyExc_RuntimeError, "expected scalar type %s but found %s",
-                     arguments->weights->dtype == MHA_FLOAT32 ? "Float" : "Double", torch_type_name(array));
+                     torch_dtype_name(arguments->weights->dtype), torch_type_name(array));
     else
         return 0;
     return -1;

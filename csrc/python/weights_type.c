@@ -78,7 +78,7 @@ static int check_parameter(const parameter *expected, mha_dtype dtype)
     PyArrayObject *array = (PyArrayObject *)expected->object;
     if (!array_has_dtype(array, dtype)) {
         PyErr_Format(PyExc_TypeError, "%s must be of dtype %s, not %s", expected->name,
-                     dtype == MHA_FLOAT32 ? "float32" : "float64", PyArray_DESCR(array)->typeobj->tp_name);
+                     dtype_name(dtype), PyArray_DESCR(array)->typeobj->tp_name);
         return -1;
     }
     if (!PyArray_ISCARRAY_RO(array)) {
@@ -91,11 +91,13 @@ static int check_parameter(const parameter *expected, mha_dtype dtype)
     return fits ? 0 : raise_shape(expected, array);
 }
 
-/* float64 if the first weight is, otherwise float32. check_parameter() refuses any other dtype. */
+/* That of the first weight. check_parameter() refuses any other dtype, and what is not an array. */
 static mha_dtype dtype_of(PyObject *object)
 {
-    const bool is_double = PyArray_Check(object) && array_has_dtype((PyArrayObject *)object, MHA_FLOAT64);
-    return is_double ? MHA_FLOAT64 : MHA_FLOAT32;
+    mha_dtype dtype = MHA_FLOAT32;
+    if (PyArray_Check(object))
+        (void)find_dtype((PyArrayObject *)object, &dtype);
+    return dtype;
 }
 
 static npy_intp length(PyObject *array, int axis)
@@ -154,7 +156,7 @@ static const char *numbers(PyObject *array)
 static mha_status pack(weights_object *self, const weights_arguments *given)
 {
     const mha_widths *widths = &self->widths;
-    const size_t item = self->dtype == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
+    const size_t item = mha_size_of(self->dtype);
     const char *in_bias = numbers(given->in_bias);
     const size_t k_offset = widths->H * widths->D * item, v_offset = k_offset + widths->Hkv * widths->D * item;
     const mha_parameters parameters = {
@@ -245,8 +247,8 @@ PyDoc_STRVAR(weights_doc, "Weights(num_heads, num_kv_heads, head_dim, v_head_dim
                           "        v_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias, /)\n"
                           "--\n\n"
                           "One immutable set of parameters, packed for the kernels of this CPU.\n\n"
-                          "All arrays are C-contiguous, aligned, in native byte order and of one dtype, float32 or\n"
-                          "float64. Biases and bias_k / bias_v are None where the layer has none; in_proj_bias holds\n"
+                          "All arrays are C-contiguous, aligned, in native byte order and of one dtype, float32,\n"
+                          "float64, bfloat16 or float16. Biases and bias_k / bias_v are None where the layer has none; in_proj_bias holds\n"
                           "the biases of q, k and v, stacked. Anything else raises TypeError or ValueError.");
 
 static PyType_Slot weights_slots[] = {
