@@ -21,11 +21,11 @@ from mha_c.module import (
     check_memory,
     check_torch_module,
     flag,
-    float_dtype,
 )
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.initialization import initial_parameters
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.loading import infer_layer
 from mha_c.parameters.schemes import Layout
 from mha_c.parameters.sets import ParameterSet, Widths, number
@@ -94,7 +94,7 @@ class MultiheadAttention(RandomModule):
     device : optional
         None or "cpu".
     dtype : optional
-        float32 (the default) or float64, as a name, a NumPy or a torch dtype.
+        float32 (the default), float64, bfloat16 or float16, as a name, a NumPy or a torch dtype.
     seed : int, optional
         Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. None:
         a random seed.

@@ -13,8 +13,9 @@ from mha_c import _core
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.linear import advise_on_linear
-from mha_c.module import Module, Parameter, check_device, check_memory, check_torch_module, float_dtype
+from mha_c.module import Module, Parameter, check_device, check_memory, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import initial_linear
 from mha_c.parameters.sets import ArraySet, integer
 from mha_c.parameters.state_dict import check_description, match_saved_arrays
@@ -72,7 +73,7 @@ class Linear(Module):
     device : optional
         None or "cpu".
     dtype : optional
-        float32 (the default) or float64, as a name, a NumPy or a torch dtype.
+        float32 (the default), float64, bfloat16 or float16, as a name, a NumPy or a torch dtype.
     seed : int, optional
         Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. None:
         a random seed.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 import numpy as np
 
 from mha_c.parameters.arrays import Array, as_array
+from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.files import write_checkpoint
 from mha_c.parameters.sets import ArraySet
 from mha_c.parameters.state_dict import IncompatibleKeys, check_description, match_state_dict, open_saved_layer
@@ -34,7 +35,6 @@ __all__ = [
     "check_memory",
     "check_torch_module",
     "flag",
-    "float_dtype",
     "lock",
     "module_from_description",
     "module_from_torch",
@@ -330,7 +330,7 @@ class Module:
         device : str, torch.device, or the dtype
             "cpu" or None. As in torch, the dtype may be the only argument.
         dtype : str, numpy.dtype or torch.dtype, optional
-            float32 or float64. None: no change.
+            float32, float64, bfloat16 or float16. None: no change.
         non_blocking : bool, default False
             Ignored. torch has it.
 
@@ -342,7 +342,7 @@ class Module:
         Raises
         ------
         TypeError
-            If the dtype is not float32 or float64.
+            If it is another dtype.
         RuntimeError
             If the device is not the CPU.
 
@@ -597,46 +597,39 @@ class Module:
         return self.to("float32")
 
     def half(self) -> Self:
-        """Raise an error: mha_c computes in float32 and float64 only.
+        """Cast the parameters to float16, in place: ``to("float16")``.
 
         Returns
         -------
         Module
-            Never.
-
-        Raises
-        ------
-        TypeError
-            Always.
+            The layer itself.
 
         Examples
         --------
         >>> import mha_c
-        >>> mha_c.MultiheadAttention(8, 2).half()
-        Traceback (most recent call last):
-        TypeError: dtype must be float32 or float64, in which mha_c computes, but got 'float16'
+        >>> mha_c.MultiheadAttention(8, 2).half().out_proj.weight.dtype
+        dtype('float16')
         """
         return self.to("float16")
 
     def bfloat16(self) -> Self:
-        """Raise an error: mha_c computes in float32 and float64 only.
+        """Cast the parameters to bfloat16, in place: ``to("bfloat16")``.
 
         Returns
         -------
         Module
-            Never.
+            The layer itself.
 
         Raises
         ------
-        TypeError
-            Always.
+        ImportError
+            If ml_dtypes is not installed.
 
         Examples
         --------
         >>> import mha_c
-        >>> mha_c.MultiheadAttention(8, 2).bfloat16()
-        Traceback (most recent call last):
-        TypeError: dtype must be float32 or float64, in which mha_c computes, but got 'bfloat16'
+        >>> mha_c.MultiheadAttention(8, 2).bfloat16().out_proj.weight.dtype
+        dtype(bfloat16)
         """
         return self.to("bfloat16")
 
@@ -758,21 +751,3 @@ def check_memory(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any], wo
     size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     if size > sys.maxsize:
         raise MemoryError(f"the parameters would take {size:,} bytes, with {words}")
-
-
-def float_dtype(dtype: Any) -> np.dtype[Any]:
-    """float32 or float64 from a name, a NumPy dtype or, without importing torch, a torch dtype."""
-    if dtype is None:
-        return np.dtype(np.float32)
-    try:
-        found = np.dtype(str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else dtype)
-    except TypeError:  # bfloat16 among others
-        found = None
-    if found is not None and found in (np.float32, np.float64):
-        return found
-    if found is not None and found.kind in "iub":
-        raise RuntimeError(
-            "Only Tensors of floating point and complex dtype can require gradients: "
-            f"dtype must be float32 or float64, but got {dtype!r}"
-        )
-    raise TypeError(f"dtype must be float32 or float64, in which mha_c computes, but got {dtype!r}")

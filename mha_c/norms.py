@@ -17,8 +17,9 @@ from mha_c import _core
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.norms import advise_on_norm
-from mha_c.module import Module, Option, Parameter, check_device, check_memory, check_torch_module, float_dtype
+from mha_c.module import Module, Option, Parameter, check_device, check_memory, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.loading import arrays_in
 from mha_c.parameters.sets import ArraySet, number
@@ -317,7 +318,7 @@ class LayerNorm(_Norm):
     device : optional
         None or "cpu".
     dtype : optional
-        float32 (the default) or float64, as a name, a NumPy or a torch dtype: that of the parameters.
+        float32 (the default), float64, bfloat16 or float16, as a name, a NumPy or a torch dtype: that of the parameters.
 
     Attributes
     ----------
@@ -432,7 +433,7 @@ class RMSNorm(_Norm):
     device : optional
         None or "cpu".
     dtype : optional
-        float32 (the default) or float64, as a name, a NumPy or a torch dtype: that of the weight.
+        float32 (the default), float64, bfloat16 or float16, as a name, a NumPy or a torch dtype: that of the weight.
 
     Attributes
     ----------

@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mha_c.parameters.dtypes import computed_in
 from mha_c.parameters.sets import SEPARATE_WEIGHTS
 
 __all__ = ["Draws", "initial_linear", "initial_parameters", "reset_matrices"]
@@ -32,7 +33,7 @@ def initial_parameters(
     shapes : mapping of str to tuple of int
         The parameters' names, in the order of torch's state dict, and their shapes.
     dtype : numpy.dtype
-        float32 or float64.
+        The layer's. Parameters of halves are drawn in float32.
     seed : int, Draws or None
         From -2**63 to 2**64 - 1, of which torch uses the 32 low bits. None: fresh entropy. `Draws`: the draws continue.
 
@@ -60,7 +61,7 @@ def initial_parameters(
            [-0.58198076, -0.5203875 ]], dtype=float32)
     """
     draws = Draws.of(seed, dtype)
-    parameters = {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
+    parameters = {name: np.zeros(shape, draws.dtype) for name, shape in shapes.items()}
 
     # The order is that of the draws in torch's constructor, not that of the state dict.
     draws.fill_kaiming(parameters["out_proj.weight"])
@@ -106,11 +107,11 @@ def initial_linear(
     {'weight': array([[-0.00529398,  0.3793229 ]], dtype=float32), 'bias': array([-0.58198076], dtype=float32)}
     """
     draws = Draws.of(seed, dtype)
-    parameters = {"weight": np.zeros((out_features, in_features), dtype)}
+    parameters = {"weight": np.zeros((out_features, in_features), draws.dtype)}
     if in_features:  # else torch draws nothing
         draws.fill_kaiming(parameters["weight"])
     if bias:
-        parameters["bias"] = np.zeros(out_features, dtype)
+        parameters["bias"] = np.zeros(out_features, draws.dtype)
         if in_features:
             draws.fill_uniform(parameters["bias"], 1 / math.sqrt(in_features))
     return parameters
@@ -136,7 +137,9 @@ def reset_matrices(arrays: Mapping[str, NDArray[Any]], seed: int | Draws | None)
     >>> list(reset_matrices({"weight": np.zeros((2, 2)), "bias": np.zeros(2)}, seed=0))
     ['weight']
     """
-    matrices = {name: np.empty_like(array) for name, array in arrays.items() if array.ndim > 1}
+    matrices = {
+        name: np.empty(array.shape, computed_in(array.dtype)) for name, array in arrays.items() if array.ndim > 1
+    }
     for matrix in matrices.values():
         Draws.of(seed, matrix.dtype).fill_xavier(matrix)
     return matrices
@@ -150,7 +153,7 @@ class Draws:
     seed : int or None
         As for `initial_parameters`.
     dtype : numpy.dtype
-        float32 or float64, of the numbers drawn.
+        The layer's. Numbers for halves are drawn in float32.
 
     Examples
     --------
@@ -175,8 +178,8 @@ class Draws:
                 raise ValueError(f"Overflow when unpacking long long: seed must be in [-2**63, 2**64), but is {seed}")
             seed &= 0xFFFFFFFF
         self.random = np.random.RandomState(seed)
-        self.dtype = dtype
-        self.bits = 24 if dtype == np.float32 else 53  # of a significand, and so of a uniform number
+        self.dtype = computed_in(dtype)
+        self.bits = 24 if self.dtype == np.float32 else 53  # of a significand, and so of a uniform number
         self.spare_normal: float | None = None
 
     def integers(self, count: int, bits: int) -> NDArray[Any]:

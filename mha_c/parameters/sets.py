@@ -195,7 +195,7 @@ class ArraySet:
     arrays : mapping of str to numpy.ndarray
         The parameters by name, in the order of the state dict.
     dtype : numpy.dtype
-        float32 or float64, to which the arrays are cast.
+        That of the layer, to which the arrays are cast.
 
     Attributes
     ----------
@@ -218,7 +218,8 @@ class ArraySet:
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as in torch
             cast = {name: np.asarray(array, dtype, order="C") for name, array in arrays.items()}
         self.dtype = dtype
-        self._buffer = b"".join(array.data for array in cast.values())
+        # NumPy's bfloat16 is not in the buffer protocol
+        self._buffer = b"".join(array.reshape(-1).view(np.uint8).data for array in cast.values())
         self._shapes = {name: array.shape for name, array in cast.items()}
 
     @property
@@ -252,7 +253,7 @@ class ParameterSet(ArraySet):
     arrays : mapping of str to numpy.ndarray
         The parameters by name, of the shapes that `widths` asks for, in the order of the state dict.
     dtype : numpy.dtype
-        float32 or float64, to which the arrays are cast.
+        That of the layer, to which the arrays are cast.
 
     Attributes
     ----------

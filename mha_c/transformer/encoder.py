@@ -78,7 +78,7 @@ class TransformerEncoderLayer(TransformerLayer):
     device : optional
         None or "cpu".
     dtype : optional
-        float32 (the default) or float64, as a name, a NumPy or a torch dtype.
+        float32 (the default), float64, bfloat16 or float16, as a name, a NumPy or a torch dtype.
     seed : int, optional
         Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. None:
         a random seed.

@@ -26,9 +26,10 @@ from mha_c.container import Child, Container
 from mha_c.dropout import Dropout, seeds_for
 from mha_c.layer import MaskedRows, MultiheadAttention
 from mha_c.linear import Linear
-from mha_c.module import Module, Option, check_torch_module, flag, float_dtype
+from mha_c.module import Module, Option, check_torch_module, flag
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws
 from mha_c.parameters.sets import integer
 

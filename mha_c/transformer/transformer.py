@@ -15,8 +15,9 @@ from mha_c.advice.transformers import advise_on_steps, check_transformer_call
 from mha_c.container import Child, Container
 from mha_c.dropout import seeds_for
 from mha_c.layer import MaskedRows
-from mha_c.module import Module, Option, check_device, check_torch_module, float_dtype
+from mha_c.module import Module, Option, check_device, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array
+from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws, reset_matrices
 from mha_c.parameters.sets import integer
 from mha_c.transformer.layer import Norm, Padded, make_norm, truth
