@@ -7,10 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static size_t size_of(mha_dtype dtype)
-{
-    return dtype == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
-}
+#include "cpu.h"
 
 void *allocate(size_t bytes)
 {
@@ -23,7 +20,13 @@ void *allocate(size_t bytes)
 
 void *numbers(mha_dtype dtype, size_t count)
 {
-    void *x = allocate(count * size_of(dtype));
+    void *x = allocate(count * mha_size_of(dtype));
+    if (mha_is_half(dtype)) {
+        void *wide = numbers(MHA_FLOAT32, count);
+        mha_cpu_kernels(dtype)->narrow(dtype, wide, count, x);
+        free(wide);
+        return x;
+    }
     for (size_t i = 0; i < count; i++) {
         const double value = (double)(i * 2654435761u % 2001) / 1000 - 1;
         if (dtype == MHA_FLOAT32)
@@ -36,7 +39,8 @@ void *numbers(mha_dtype dtype, size_t count)
 
 static mha_rows input(const described_call *c, size_t length, size_t features)
 {
-    return mha_contiguous_rows(numbers(c->dtype, c->N * length * features), c->dtype, 1, length, features);
+    const mha_dtype type = mha_computed_in(c->dtype);
+    return mha_contiguous_rows(numbers(type, c->N * length * features), type, 1, length, features);
 }
 
 static mha_mask attention_mask(const described_call *c)
@@ -101,7 +105,8 @@ static mha_linear *make_linear(const described_call *c, size_t features, size_t 
 
 static mha_block *make_block(const described_call *c)
 {
-    const mha_norm norm = {.weight = numbers(c->dtype, c->E), .bias = numbers(c->dtype, c->E), .eps = 1e-5};
+    const mha_dtype type = mha_computed_in(c->dtype);
+    const mha_norm norm = {.weight = numbers(type, c->E), .bias = numbers(type, c->E), .eps = 1e-5};
     mha_block *block = allocate(sizeof *block);
     *block = (mha_block){.is_self_attention = true, .zeroes_padding = c->live[0] > 0, .attention_norm = norm,
                          .feed_forward_norm = norm, .linear1 = make_linear(c, c->F, c->E),
@@ -118,7 +123,7 @@ prepared_call prepare_call(const described_call *c)
         .N = c->N, .L = c->L, .S = c->S, .query = query, .key = key, .value = value,
         .attn_mask = attention_mask(c), .key_padding_mask = padding_mask(c), .is_causal = c->is_causal,
         .dropout_p = c->dropout_p, .output = input(c, c->L, c->E), .wanted = c->wanted,
-        .attn_weights = allocate(c->N * c->L * c->S * size_of(c->dtype)), .threads = 1,
+        .attn_weights = allocate(c->N * c->L * c->S * mha_size_of(mha_computed_in(c->dtype))), .threads = 1,
         .block = c->F > 0 ? make_block(c) : NULL,
     };
     return (prepared_call){make_layer(c), call};

@@ -31,6 +31,8 @@ static const struct {
     {"dropout", {1, 64, 64, 128, 128, 128, 2, 2, .dropout_p = 0.1}},
     {"float64", {1, 96, 96, 128, 128, 128, 2, 2, .dtype = MHA_FLOAT64}},
     {"layer", {1, 64, 64, 128, 128, 128, 4, 4, .F = 512}},
+    {"bfloat16", {1, 96, 96, 128, 128, 128, 2, 2, .dtype = MHA_BFLOAT16}},
+    {"few queries in float16", {1, 1, 512, 256, 256, 256, 4, 4, .dtype = MHA_FLOAT16}},
     {"padded layer", {4, 64, 64, 128, 128, 128, 4, 4, .live = {64, 16, 32, 48}, .F = 512}},
 };
 enum { CALLS = sizeof calls / sizeof *calls };

@@ -214,42 +214,20 @@ static void copy_inputs(const mha_few_queries *f, const mha_rows *x, size_t i, c
 
 /* ---- absorb ---- */
 
-/* `rows` rows of Wk from row `first_row` on: P features from feature `first` on. They are read in place; halves are
- * widened to `room`. *distance is that between rows. */
-static const char *read_window(const mha_layer *layer, size_t first_row, size_t rows, size_t first, size_t P, char *room,
-                               size_t *distance)
-{
-    const size_t Ek = layer->widths.Ek, size = layer->kernels->size, stored = mha_size_of(layer->k.type);
-    const char *Wk = (const char *)layer->k_weight + (first_row * Ek + first) * stored;
-    *distance = Ek;
-    if (!mha_is_half(layer->k.type))
-        return Wk;
-    *distance = P;
-    for (size_t d = 0; d < rows; d++)
-        layer->kernels->widen(layer->k.type, Wk + d * Ek * stored, P, room + d * P * size);
-    return room;
-}
-
-/* Computes some features of the rows of t for one head: q_h times rows of Wk. The last vector ends with the last feature,
- * so that nothing is read beyond the matrix. The features that it shares with the vector before are computed twice, to
- * the same bits. */
-static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t first, size_t vectors, char *room)
+/* Computes some features of the rows of t for one head: q_h times rows of Wk, which are read in place. The last vector
+ * ends with the last feature, so that nothing is read beyond the matrix. The features that it shares with the vector
+ * before are computed twice, to the same bits. */
+static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t first, size_t vectors)
 {
     const mha_layer *layer = f->layer;
     const mha_widths *w = &layer->widths;
-    const mha_kernels *kernels = layer->kernels;
-    const size_t first_row = h / (w->H / w->Hkv) * w->D, P = vectors * kernels->lanes;
-    const char *q = mha_row_at(&f->a->q, i, h, 0);
+    const size_t hkv = h / (w->H / w->Hkv);
+    const char *Wk = (const char *)layer->k_weight + (hkv * w->D * w->Ek + first) * mha_size_of(layer->k.type);
     char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
-    mha_product product = {.rows = f->a->L, .vectors = vectors, .a_row = mha_row_numbers(&f->a->q), .a_k = 1, .c = t,
-                           .addend_row = w->H * f->t_stride, .c_row = w->H * f->t_stride};
-    for (size_t d = 0; d < w->D; d += MHA_CHAIN) {
-        product.depth = mha_smaller(w->D - d, MHA_CHAIN);
-        product.a = q + d * kernels->size;
-        product.b = read_window(layer, first_row + d, product.depth, first, P, room, &product.b_k);
-        product.addend = d ? t : NULL;
-        kernels->product(&product);
-    }
+    mha_product product = {.rows = f->a->L, .vectors = vectors, .a = mha_row_at(&f->a->q, i, h, 0),
+                           .a_row = mha_row_numbers(&f->a->q), .a_k = 1, .b = Wk, .b_k = w->Ek,
+                           .b_type = layer->k.type, .c = t, .c_row = w->H * f->t_stride};
+    mha_multiply_chained(layer->kernels, &product, w->D);
 }
 
 /* Checks that the constants q_h bk_h / sqrt(D) of a head's rows are finite. No score contains them, so a check of the
@@ -286,11 +264,11 @@ static void absorb_task(void *context, size_t task, size_t worker)
         check_constants(f, i, h, &s);
     while (Ek - e >= kernels->lanes) {
         const size_t vectors = mha_smaller((Ek - e) / kernels->lanes, kernels->vectors);
-        absorb_window(f, i, h, e, vectors, s.slice);
+        absorb_window(f, i, h, e, vectors);
         e += vectors * kernels->lanes;
     }
     if (e < Ek)
-        absorb_window(f, i, h, Ek - kernels->lanes, 1, s.slice);
+        absorb_window(f, i, h, Ek - kernels->lanes, 1);
 }
 
 static void pack_task(void *context, size_t task, size_t worker)
@@ -442,24 +420,19 @@ static void merge_task(void *context, size_t task, size_t worker)
 /* ---- emit ---- */
 
 /* Multiplies by one panel of Wv for one head, through a strip. The panel may contain features of other heads. */
-static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel panel, const scratch_pieces *s)
+static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel panel, char *strip)
 {
     const mha_layer *layer = f->layer;
     const mha_widths *w = &layer->widths;
     const mha_kernels *kernels = layer->kernels;
     const size_t size = kernels->size, P = panel.vectors * kernels->lanes;
     const char *y = numbers_at(f, f->y, (i * lanes_of(f) + h) * f->y_stride);
-    char *strip = s->rows;
-    mha_product product = {.rows = f->a->L, .vectors = panel.vectors, .a_row = (ptrdiff_t)(w->H * f->y_stride), .a_k = 1,
-                           .b_k = P, .addend_row = P, .c = strip, .c_row = P};
-    for (size_t e = 0; e < w->Ev; e += MHA_CHAIN) {
-        product.depth = mha_smaller(w->Ev - e, MHA_CHAIN);
-        product.a = y + e * size;
-        product.b = mha_read_panel(kernels, &layer->v, mha_panel_row(&layer->v, &panel, e), product.depth * P, s->slice);
-        product.addend = e ? strip : NULL;
-        kernels->product(&product);
-    }
+    mha_product product = {.rows = f->a->L, .vectors = panel.vectors, .a = y,
+                           .a_row = (ptrdiff_t)(w->H * f->y_stride), .a_k = 1, .b = mha_panel_row(&layer->v, &panel, 0),
+                           .b_k = P, .b_type = layer->v.type, .addend_row = P, .c = strip, .c_row = P};
+    mha_multiply_chained(kernels, &product, w->Ev);
     if (layer->v.bias) {
+        product.b_type = kernels->dtype;
         product.depth = 1;
         product.a = numbers_at(f, f->bias_factor, i * padded_lanes(f) + h);
         product.a_row = (ptrdiff_t)w->H;
@@ -494,11 +467,10 @@ static void emit_task(void *context, size_t task, size_t worker)
     const mha_widths *w = &f->layer->widths;
     const size_t i = task / w->H, h = task % w->H, head = h / (w->H / w->Hkv) * w->Dv;
     const mha_split *split = &f->layer->v.split;
-    const scratch_pieces s = scratch_of(f, worker);
     for (size_t p = 0; p < split->panels; p++) {
         const mha_panel panel = mha_panel_at(split, p);
         if (panel.first < head + w->Dv && head < panel.first + panel.count)
-            emit_panel(f, i, h, panel, &s);
+            emit_panel(f, i, h, panel, scratch_of(f, worker).rows);
     }
     check_context(f, i, h);
 }

@@ -61,14 +61,4 @@ static inline const char *mha_panel_row(const mha_panels *panels, const mha_pane
     return panels->data + (panel->first * panels->depth + k * P) * mha_size_of(panels->type);
 }
 
-/* Numbers of panels as kernels read them: where they are, or, if they are halves, widened to `room`. */
-static inline const char *mha_read_panel(const mha_kernels *kernels, const mha_panels *panels, const char *numbers,
-                                         size_t n, char *room)
-{
-    if (!mha_is_half(panels->type))
-        return numbers;
-    kernels->widen(panels->type, numbers, n, room);
-    return room;
-}
-
 #endif

@@ -136,20 +136,12 @@ void mha_add_projection(mha_projection *projections, size_t *count, const mha_wa
     p->target[p->targets++] = *target;
 }
 
-/* Whether chains of panels are widened before they are multiplied. All targets have weights of one type. */
-static bool has_halves(const mha_projection *projection)
-{
-    return mha_is_half(projection->target[0].panels->type);
-}
-
 size_t mha_plan_projection(const mha_kernels *kernels, mha_projection *projection, size_t threads)
 {
     projection->blocking = choose_blocking(kernels, projection, threads);
     const mha_blocking *p = &projection->blocking;
     mha_layout layout = {0};
     mha_reserve(&layout, 1, 1, sizeof(copied_slice));
-    if (has_halves(projection))
-        mha_reserve(&layout, MHA_CHAIN, MHA_MAX_LANES, kernels->size);
     mha_reserve(&layout, block_size(p), 1, kernels->size);
     mha_reserve(&layout, waiting_strips(p), strip_size(kernels, p), kernels->size);
     return layout.bytes;
@@ -242,7 +234,7 @@ static void multiply_to_run(const mha_kernels *kernels, const mha_target *target
         product->vectors = here;
         product->c = run->data + (ptrdiff_t)head * target->y->head + (ptrdiff_t)(feature * size);
         kernels->product(product);
-        product->b = (const char *)product->b + here * lanes * size;
+        product->b = (const char *)product->b + here * lanes * mha_size_of(target->panels->type);
         if (product->addend)
             product->addend = (const char *)product->addend + here * lanes * size;
         product->prefetch = NULL;
@@ -283,10 +275,9 @@ static void copy_strip(const mha_walk *walk, const mha_target *target, mha_panel
     }
 }
 
-/* Adds one slice of one panel to its strip. The last slice goes to y. A chain of halves is widened to `wide`. */
+/* Adds one slice of one panel to its strip. The last slice goes to y. */
 static void multiply_slice(const mha_kernels *kernels, const mha_projection *projection, const mha_target *target,
-                           mha_panel panel, size_t first_row, size_t first_feature, const sliced_rows *x, char *strip,
-                           char *wide)
+                           mha_panel panel, size_t first_row, size_t first_feature, const sliced_rows *x, char *strip)
 {
     const mha_blocking *p = &projection->blocking;
     const size_t size = kernels->size, P = panel.vectors * kernels->lanes;
@@ -300,14 +291,13 @@ static void multiply_slice(const mha_kernels *kernels, const mha_projection *pro
     }
     do {
         const size_t depth = mha_smaller(features - k, MHA_CHAIN);
-        const char *b = mha_panel_row(target->panels, &panel, first_feature + k);
         const mha_prefetch prefetch =
             next_weights(kernels, target, mha_panel_row(target->panels, &panel, first_feature + k + MHA_CHAIN));
         mha_product product = {.rows = x->rows, .depth = depth, .vectors = panel.vectors,
                                .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * size) * x->chain_stride,
                                .a_row = x->row_stride, .a_k = 1,
-                               .b = mha_read_panel(kernels, target->panels, b, depth * P, wide), .b_k = P,
-                               .addend = addend, .addend_row = addend_row,
+                               .b = mha_panel_row(target->panels, &panel, first_feature + k), .b_k = P,
+                               .b_type = target->panels->type, .addend = addend, .addend_row = addend_row,
                                .c = strip, .c_row = P, .prefetch = &prefetch};
         k += MHA_CHAIN;
         if (fits && first_feature + k >= p->depth) {
@@ -361,9 +351,7 @@ static void run_task(void *context, size_t task, size_t worker)
     const size_t rows = first_row_of(p, block_number + 1) - first_row;
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
     copied_slice *copied = copied_by(j, worker);
-    char *wide = (char *)copied + MHA_CACHE_LINE;
-    char *block = wide + (has_halves(projection) ? MHA_CHAIN * MHA_MAX_LANES * size : 0);
-    char *strips = block + block_size(p) * size;
+    char *block = (char *)copied + MHA_CACHE_LINE, *strips = block + block_size(p) * size;
     for (size_t s = 0; s < p->slices; s++) {
         const size_t first = s * p->slice;
         const sliced_rows x = take_slice(projection, first_row, rows, first, copied, block);
@@ -372,7 +360,7 @@ static void run_task(void *context, size_t task, size_t worker)
             const mha_target *target = find_target(projection, &in_target);
             char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * size;
             multiply_slice(j->kernels, projection, target, mha_panel_at(&target->panels->split, in_target), first_row,
-                           first, &x, strip, wide);
+                           first, &x, strip);
             if ((i - first_panel) % PANELS_PER_POLL == PANELS_PER_POLL - 1 && mha_is_stopped())
                 return;
         }

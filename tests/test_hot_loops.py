@@ -23,7 +23,7 @@ MACHINE = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platfo
 
 FUNCTION = re.compile(r"^[0-9a-f]+ <_?(\w+)(?:\.\w+)*>:$")
 INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(\S.*)$")
-TILE = re.compile(r"tiles_(\d+)x(\d+)_(f32|f64)")
+TILE = re.compile(r"tiles_(\d+)x(\d+)_(f32|f64|bf16|f16)")
 JUMP = re.compile(r"^(?:j\w+|b|b\.\w+|cbn?z|tbn?z)\s.*?(?:0x)?([0-9a-f]+) <")
 FINAL = re.compile(r"^(?:jmp|b|ret\w*)\b(?!\.)")
 FMA = re.compile(r"^(?:vfmadd\d+p[sd]|fmla)\b")
@@ -146,7 +146,7 @@ def functions(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_nothing_spills(functions, compiler, level, dtype):

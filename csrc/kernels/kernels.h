@@ -56,6 +56,7 @@ typedef struct {
     ptrdiff_t a_row, a_k;
     const void *b;
     size_t b_k;
+    mha_dtype b_type; /* of the numbers of b, if they are halves; float32 alone multiplies by halves */
     const void *addend;
     size_t addend_row;
     const void *factor;
@@ -201,7 +202,7 @@ extern const mha_kernels mha_kernels_neon[2];
 static inline void mha_multiply_chained(const mha_kernels *kernels, mha_product *product, size_t depth)
 {
     const ptrdiff_t a_chain = MHA_CHAIN * product->a_k * (ptrdiff_t)kernels->size;
-    const size_t b_chain = MHA_CHAIN * product->b_k * kernels->size;
+    const size_t b_chain = MHA_CHAIN * product->b_k * (mha_is_half(product->b_type) ? 2 : kernels->size);
     for (; depth > MHA_CHAIN; depth -= MHA_CHAIN) {
         product->depth = MHA_CHAIN;
         kernels->product(product);

@@ -31,8 +31,31 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 #define ROWS_OF_MANY {ROWS_1, ROWS_2, ROWS_3}
 #endif
 enum { MAX_ROWS = 8, MAX_FEW_ROWS = 8 };
+/* The copies of a tile by what b holds: numbers of the table, or halves, which float32 tables read. */
+enum { OWN, OF_BF16, OF_F16, B_TYPES };
+#define HAS_HALVES_f32 1
+#define HAS_HALVES_f64 0
+#define HAS_HALVES PASTE(HAS_HALVES, DTYPE)
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
+
+static inline size_t b_size(const size_t b_type, size_t own)
+{
+    return b_type == OWN ? own : sizeof(uint16_t);
+}
+
+static inline vec_f32 load_b_f32(const size_t b_type, const char *b)
+{
+    const void *p = b;
+    return b_type == OWN ? load_f32(p) : b_type == OF_BF16 ? widen_bf16(p) : widen_f16(p);
+}
+
+static inline vec_f64 load_b_f64(const size_t b_type, const char *b)
+{
+    const void *p = b;
+    (void)b_type;
+    return load_f64(p);
+}
 
 #endif
 
@@ -66,7 +89,7 @@ INLINE void V(prefetch)(const mha_prefetch *prefetch, V(progress) *at)
     }
 }
 
-/* Computes one tile. `rows` and `vectors` are constants in every copy.
+/* Computes one tile. `rows`, `vectors` and `b_type` are constants in every copy.
  *
  * Each sum is a variable of its own, because gcc would keep an array of them in memory. Broadcasts are not loaded
  * before they are used: that would need more registers than there are. Rows of a are addressed from every fourth row,
@@ -76,21 +99,23 @@ INLINE void V(prefetch)(const mha_prefetch *prefetch, V(progress) *at)
  * reads of the panel. Tiles of one to three rows prefetch one line per step and leave the rest to the hardware, except
  * where lines are 96 bytes apart (three AVX2 vectors): there they prefetch nothing, because it would confuse the
  * hardware prefetcher. */
-INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *p, V(progress) *at)
+INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type, const mha_product *p,
+                    V(progress) *at)
 {
     const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = p->a_k;
-    const size_t b_k = p->b_k, step = at->step;
-    const REAL *a_0 = at->a, *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0, *b = p->b;
-    const char *ahead = at->ahead;
+    const size_t vector_bytes = LANES * b_size(b_type, sizeof(REAL)), read = vectors * vector_bytes;
+    const size_t b_bytes = p->b_k * b_size(b_type, sizeof(REAL)), step = at->step;
+    const REAL *a_0 = at->a, *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0;
+    const char *b = p->b, *ahead = at->ahead;
     const VEC zero = V(splat)(0);
     if (rows > 4)
         FORGET(a_4);
 #define DECLARE(r) VEC c##r##_0 = zero, c##r##_1 = zero, c##r##_2 = zero;
     EACH_ROW(DECLARE)
     for (size_t k = p->depth; k > 0; k--) {
-        VEC b_0 = V(load)(b);
-        VEC b_1 = vectors > 1 ? V(load)(b + LANES) : zero;
-        VEC b_2 = vectors > 2 ? V(load)(b + 2 * LANES) : zero;
+        VEC b_0 = V(load_b)(b_type, b);
+        VEC b_1 = vectors > 1 ? V(load_b)(b_type, b + vector_bytes) : zero;
+        VEC b_2 = vectors > 2 ? V(load_b)(b_type, b + 2 * vector_bytes) : zero;
         if (rows == 2 || rows == 3) {
             HOLD(b_0);
             if (vectors > 1)
@@ -108,16 +133,16 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
             c##r##_2 = V(fma)(a_r, b_2, c##r##_2); \
     }
         EACH_ROW(ACCUMULATE)
-        if (rows > 3 || vectors * sizeof(VEC) % LINE_BYTES == 0)
+        if (rows > 3 || read % LINE_BYTES == 0)
             __builtin_prefetch(ahead, 0, 2);
-        if (rows > 3 && vectors * sizeof(VEC) > LINE_BYTES)
+        if (rows > 3 && read > LINE_BYTES)
             __builtin_prefetch(ahead + LINE_BYTES, 0, 2);
-        if (rows > 3 && vectors * sizeof(VEC) > 2 * LINE_BYTES)
+        if (rows > 3 && read > 2 * LINE_BYTES)
             __builtin_prefetch(ahead + 2 * LINE_BYTES, 0, 2);
         ahead += step;
         a_0 += a_k;
         a_4 += a_k;
-        b += b_k;
+        b += b_bytes;
     }
     at->ahead = ahead;
     const REAL *addend = at->addend, *factor = p->factor;
@@ -153,25 +178,46 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const mha_product *
 }
 
 /* The copies are not inlined, so that the registers of one do not disturb those of another. */
-#define COPY(r, v) \
-    NOINLINE void V(tiles_##r##x##v)(const mha_product *p, V(progress) *at, size_t tiles) \
+#define COPY(name, r, v, b_type) \
+    NOINLINE void name(const mha_product *p, V(progress) *at, size_t tiles) \
     { \
         for (; tiles > 0; tiles--) { \
             V(prefetch)(p->prefetch, at); \
-            V(tile)(r, v, p, at); \
+            V(tile)(r, v, b_type, p, at); \
         } \
     }
-EACH_TILE_1(COPY)
-EACH_TILE_2(COPY)
-EACH_TILE_3(COPY)
+#define COPY_OWN(r, v) COPY(V(tiles_##r##x##v), r, v, OWN)
+EACH_TILE_1(COPY_OWN)
+EACH_TILE_2(COPY_OWN)
+EACH_TILE_3(COPY_OWN)
+#if HAS_HALVES
+#define COPY_BF16(r, v) COPY(tiles_##r##x##v##_bf16, r, v, OF_BF16)
+#define COPY_F16(r, v) COPY(tiles_##r##x##v##_f16, r, v, OF_F16)
+EACH_TILE_1(COPY_BF16)
+EACH_TILE_2(COPY_BF16)
+EACH_TILE_3(COPY_BF16)
+EACH_TILE_1(COPY_F16)
+EACH_TILE_2(COPY_F16)
+EACH_TILE_3(COPY_F16)
+#endif
 #undef COPY
 
 static void V(product)(const mha_product *p)
 {
 #define NAME(r, v) V(tiles_##r##x##v),
-    static void (*const copies[VECTORS][MAX_ROWS])(const mha_product *, V(progress) *, size_t) = {
-        {EACH_TILE_1(NAME)}, {EACH_TILE_2(NAME)}, {EACH_TILE_3(NAME)}};
+#define NAME_BF16(r, v) tiles_##r##x##v##_bf16,
+#define NAME_F16(r, v) tiles_##r##x##v##_f16,
+    static void (*const all_copies[][VECTORS][MAX_ROWS])(const mha_product *, V(progress) *, size_t) = {
+        [OWN] = {{EACH_TILE_1(NAME)}, {EACH_TILE_2(NAME)}, {EACH_TILE_3(NAME)}},
+#if HAS_HALVES
+        [OF_BF16] = {{EACH_TILE_1(NAME_BF16)}, {EACH_TILE_2(NAME_BF16)}, {EACH_TILE_3(NAME_BF16)}},
+        [OF_F16] = {{EACH_TILE_1(NAME_F16)}, {EACH_TILE_2(NAME_F16)}, {EACH_TILE_3(NAME_F16)}},
+#endif
+    };
 #undef NAME
+#undef NAME_BF16
+#undef NAME_F16
+    const size_t b_type = p->b_type == MHA_BFLOAT16 ? OF_BF16 : p->b_type == MHA_FLOAT16 ? OF_F16 : OWN;
     static const size_t rows_of_few[VECTORS] = {ROWS_1, ROWS_2, ROWS_3}, rows_of_many[VECTORS] = ROWS_OF_MANY;
     if (p->rows == 0)
         return;
@@ -195,6 +241,6 @@ static void V(product)(const mha_product *p)
         at.each = (prefetch->rows + tiles - 1) / tiles;
     }
     if (larger > 0)
-        copies[p->vectors - 1][rows](p, &at, larger);
-    copies[p->vectors - 1][rows - 1](p, &at, tiles - larger);
+        all_copies[b_type][p->vectors - 1][rows](p, &at, larger);
+    all_copies[b_type][p->vectors - 1][rows - 1](p, &at, tiles - larger);
 }

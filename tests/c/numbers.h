@@ -22,7 +22,8 @@ static inline size_t size_of(mha_dtype dtype)
 
 static inline const char *dtype_name(mha_dtype dtype)
 {
-    return dtype == MHA_FLOAT32 ? "float32" : "float64";
+    static const char *const names[] = {"float32", "float64", "bfloat16", "float16"};
+    return names[dtype];
 }
 
 static inline double eps_of(mha_dtype dtype)
@@ -80,6 +81,42 @@ static inline double get(mha_dtype dtype, const void *x, ptrdiff_t i)
 static inline void put(mha_dtype dtype, void *x, ptrdiff_t i, double value)
 {
     put_at(dtype, (char *)x + i * (ptrdiff_t)size_of(dtype), value);
+}
+
+/* ---- Halves, from their definition: a sign, an exponent and a fraction ---- */
+
+static inline int fraction_bits(mha_dtype half)
+{
+    return half == MHA_BFLOAT16 ? 7 : 10;
+}
+
+static inline int exponent_bias(mha_dtype half)
+{
+    return half == MHA_BFLOAT16 ? 127 : 15;
+}
+
+static inline double half_value(mha_dtype half, unsigned bits)
+{
+    const int f = fraction_bits(half), bias = exponent_bias(half), exponent = (int)(bits & 0x7fff) >> f;
+    const unsigned fraction = bits & ((1u << f) - 1);
+    double x = exponent == 0 ? ldexp(fraction, 1 - bias - f) : ldexp(fraction + (1u << f), exponent - bias - f);
+    if (exponent == 2 * bias + 1)
+        x = fraction ? NAN : INFINITY;
+    return bits & 0x8000 ? -x : x;
+}
+
+/* The half nearest to a number that is not NaN, ties to even. */
+static inline unsigned nearest_half(mha_dtype half, double x)
+{
+    const int f = fraction_bits(half), bias = exponent_bias(half);
+    const unsigned sign = signbit(x) ? 0x8000 : 0, infinite = (unsigned)(2 * bias + 1) << f;
+    const double size = fabs(x);
+    if (size >= ldexp(1, bias + 1))
+        return sign | infinite;
+    int exponent = size > 0 ? ilogb(size) : 1 - bias;
+    exponent = exponent < 1 - bias ? 1 - bias : exponent;
+    /* a fraction that is rounded up to the next power of two carries into the exponent, as it should */
+    return sign | ((unsigned)nearbyint(ldexp(size, f - exponent)) + ((unsigned)(exponent + bias - 1) << f));
 }
 
 /* The same bits; any two NaNs are alike. */

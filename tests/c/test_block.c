@@ -296,6 +296,39 @@ static void test_activations(mha_dtype dtype, uint64_t *hash)
         }
 }
 
+/* ---- Halves ---- */
+
+/* A linear map of halves has the bits of one of float32 with the same values. */
+static void test_linear_halves(mha_dtype half)
+{
+    enum { ROWS = 11, DEPTH = 150, FEATURES = 61 };
+    uint16_t weight[FEATURES * DEPTH], bias[FEATURES];
+    float wide_weight[FEATURES * DEPTH], wide_bias[FEATURES], x[ROWS * DEPTH], y[2][ROWS * FEATURES];
+    for (unsigned i = 0; i < FEATURES * DEPTH; i++) {
+        weight[i] = (uint16_t)nearest_half(half, random_number(MHA_FLOAT32, 100, i));
+        wide_weight[i] = (float)half_value(half, weight[i]);
+    }
+    for (unsigned i = 0; i < FEATURES; i++) {
+        bias[i] = (uint16_t)nearest_half(half, random_number(MHA_FLOAT32, 101, i));
+        wide_bias[i] = (float)half_value(half, bias[i]);
+    }
+    for (unsigned i = 0; i < ROWS * DEPTH; i++)
+        x[i] = (float)random_number(MHA_FLOAT32, 102, i);
+    for (size_t threads = 1; threads < 4; threads++) {
+        const void *const weights[] = {weight, wide_weight}, *const biases[] = {bias, wide_bias};
+        const mha_dtype dtypes[] = {half, MHA_FLOAT32};
+        DESCRIBE("%s %s linear map, %zu threads", mha_cpu_name(), dtype_name(half), threads);
+        for (size_t i = 0; i < 2; i++) {
+            mha_linear *linear = NULL;
+            CHECK(mha_linear_create(dtypes[i], FEATURES, DEPTH, weights[i], biases[i], &linear) == MHA_OK, "no map");
+            const mha_linear_call call = {.linear = linear, .rows = ROWS, .x = x, .y = y[i], .threads = threads};
+            CHECK(mha_apply_linear(&call) == MHA_OK, "no answer");
+            mha_linear_destroy(linear);
+        }
+        CHECK(memcmp(y[0], y[1], sizeof y[0]) == 0, "other bits");
+    }
+}
+
 int main(void)
 {
     if (!choose_kernels())
@@ -308,5 +341,7 @@ int main(void)
         printf("hash block %s %016llx\n", dtype_name((mha_dtype)dtype), (unsigned long long)hash);
         test_given_up((mha_dtype)dtype);
     }
+    test_linear_halves(MHA_BFLOAT16);
+    test_linear_halves(MHA_FLOAT16);
     return check_report("test_block");
 }

@@ -366,6 +366,48 @@ static void test_dropout(mha_dtype dtype)
     }
 }
 
+/* ---- Halves ---- */
+
+/* Halves of these parameters, and float32 numbers of the same values in place of the parameters. */
+static parameters halve(const problem *p, parameters *given, mha_dtype half)
+{
+    parameters halves = {.dtype = half};
+    size_t rows[PARAMETERS], columns[PARAMETERS];
+    parameter_shapes(p, rows, columns);
+    for (size_t i = 0; i < PARAMETERS; i++) {
+        const size_t count = rows[i] * columns[i];
+        uint16_t *bits = given->array[i] ? malloc(count * sizeof *bits + 1) : NULL;
+        for (size_t j = 0; bits && j < count; j++) {
+            bits[j] = (uint16_t)nearest_half(half, get(MHA_FLOAT32, given->array[i], (ptrdiff_t)j));
+            put(MHA_FLOAT32, given->array[i], (ptrdiff_t)j, half_value(half, bits[j]));
+        }
+        halves.array[i] = bits;
+    }
+    return halves;
+}
+
+/* A layer of halves has the bits of a float32 layer with the same values, on the same path. */
+static void test_halves(const problem *p, mha_dtype half)
+{
+    parameters given = make_parameters(p, MHA_FLOAT32), halves = halve(p, &given, half);
+    mha_layer *wide = NULL, *narrow = NULL;
+    DESCRIBE("%s %s '%s'", mha_cpu_name(), dtype_name(half), p->name);
+    const mha_status status = pack_parameters(p, &given, &wide), other = pack_parameters(p, &halves, &narrow);
+    CHECK(status == MHA_OK && other == MHA_OK, "status %d and %d", (int)status, (int)other);
+    for (size_t threads = 1; wide && narrow && threads < 3; threads++) {
+        const manner m = {.threads = threads, .wanted = MHA_WANT_PROBABILITIES, .side = AT_START};
+        answer wanted = run(p, wide, MHA_FLOAT32, &m), got = run(p, narrow, MHA_FLOAT32, &m);
+        check_identical("output", got.output, wanted.output, p->N * p->L * p->w.Eo);
+        check_identical("weights", got.weights, wanted.weights, p->N * p->w.H * p->L * columns_of(p));
+        free_answer(&wanted);
+        free_answer(&got);
+    }
+    mha_layer_destroy(wide);
+    mha_layer_destroy(narrow);
+    free_parameters(&given);
+    free_parameters(&halves);
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1 && strcmp(argv[1], "levels") == 0) {
@@ -384,6 +426,10 @@ int main(int argc, char **argv)
         test_hidden((mha_dtype)dtype);
         test_given_up((mha_dtype)dtype);
         test_dropout((mha_dtype)dtype);
+    }
+    for (size_t i = 0; i < PROBLEMS; i++) {
+        test_halves(&problems[i], MHA_BFLOAT16);
+        test_halves(&problems[i], MHA_FLOAT16);
     }
     return check_report("test_forward");
 }

@@ -22,6 +22,7 @@ typedef struct {
     size_t rows, depth, layout, gap; /* gap: unused numbers after each row of b, addend and c */
     addend_kind addend;
     bool has_factor;
+    mha_dtype b_type; /* a half, or 0: that of the table */
 } product_case;
 
 typedef struct {
@@ -131,25 +132,42 @@ static double expected_product(const bench *b, const mha_product *p, size_t r, s
     return chain;
 }
 
+/* The same product by halves. The numbers of b, which are still there, become their values. */
+static mha_product by_halves(const bench *b, const product_case *c, const mha_product *p)
+{
+    mha_product halves = *p;
+    const size_t count = c->depth ? c->depth * p->b_k - c->gap : 0;
+    uint16_t *bits = guarded_buffer(5, count * sizeof *bits, b->side);
+    for (size_t k = 0; k < c->depth; k++)
+        for (size_t lane = 0; lane < b->P; lane++) {
+            const size_t i = k * p->b_k + lane;
+            bits[i] = (uint16_t)nearest_half(c->b_type, get(b->dtype, p->b, (ptrdiff_t)i));
+            put(b->dtype, guarded_slots[1].data, (ptrdiff_t)i, half_value(c->b_type, bits[i]));
+        }
+    halves.b = bits;
+    halves.b_type = c->b_type;
+    return halves;
+}
+
 static void check_product(const bench *b, const product_case *c)
 {
     static double expected[MAX_ROWS][MAX_LANES], bound[MAX_ROWS][MAX_LANES];
-    const mha_product p = fill_product(b, c);
-    DESCRIBE("%s %s product, %zu vectors, %zu rows, depth %zu, layout %zu, addend %d, factor %d, gap %zu, at the %s",
-             b->k->name, dtype_name(b->dtype), b->vectors, c->rows, c->depth, c->layout, (int)c->addend,
-             c->has_factor, c->gap, b->side == AT_END ? "end" : "start");
+    const mha_product p = fill_product(b, c), asked = mha_is_half(c->b_type) ? by_halves(b, c, &p) : p;
+    DESCRIBE("%s %s product by %s, %zu vectors, %zu rows, depth %zu, layout %zu, addend %d, factor %d, gap %zu, at the "
+             "%s", b->k->name, dtype_name(b->dtype), dtype_name(mha_is_half(c->b_type) ? c->b_type : b->dtype), b->vectors,
+             c->rows, c->depth, c->layout, (int)c->addend, c->has_factor, c->gap, b->side == AT_END ? "end" : "start");
     for (size_t r = 0; r < c->rows; r++)
         for (size_t lane = 0; lane < b->P; lane++)
             expected[r][lane] = expected_product(b, &p, r, lane, &bound[r][lane]);
-    b->k->product(&p);
+    b->k->product(&asked);
     for (size_t r = 0; r < c->rows; r++) {
         for (size_t lane = 0; lane < b->P; lane++) {
             const double got = get(b->dtype, p.c, (ptrdiff_t)(r * p.c_row + lane));
             if (b->has_fma)
                 CHECK_SAME(got, expected[r][lane], r, lane);
             else
-                CHECK(fabs(got - expected[r][lane]) <= bound[r][lane], "%a instead of %a, more than %a off", got,
-                      expected[r][lane], bound[r][lane]);
+                CHECK(identical(got, expected[r][lane]) || fabs(got - expected[r][lane]) <= bound[r][lane],
+                      "%a instead of %a, more than %a off", got, expected[r][lane], bound[r][lane]);
         }
         if (r + 1 < c->rows)
             CHECK(all_canaries((unsigned char *)p.c + (r * p.c_row + b->P) * b->k->size, c->gap * b->k->size),
@@ -166,13 +184,18 @@ static void test_product(const bench *b)
     for (size_t layout = 0; layout < LAYOUTS; layout++)
         for (int addend = 0; addend < ADDENDS; addend++)
             for (size_t i = 0; i < 4; i++)
-                check_product(b, &(product_case){11, 7, layout, i % 2 ? 3 : 0, (addend_kind)addend, i / 2 != 0});
+                check_product(b, &(product_case){11, 7, layout, i % 2 ? 3 : 0, (addend_kind)addend, i / 2 != 0, 0});
     for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
         for (size_t d = 0; d < sizeof depths / sizeof *depths; d++)
             for (uint64_t i = 0; i < 4; i++) {
                 const uint64_t word = random_word(r * 100 + d, i);
-                check_product(b, &(product_case){rows[r], depths[d], word % LAYOUTS, word >> 8 & 1 ? 3 : 0,
-                                                 (addend_kind)(word >> 16) % ADDENDS, word >> 24 & 1});
+                product_case c = {rows[r], depths[d], word % LAYOUTS, word >> 8 & 1 ? 3 : 0,
+                                  (addend_kind)(word >> 16) % ADDENDS, word >> 24 & 1, 0};
+                check_product(b, &c);
+                for (int half = MHA_BFLOAT16; b->dtype == MHA_FLOAT32 && half <= MHA_FLOAT16; half++) {
+                    c.b_type = (mha_dtype)half;
+                    check_product(b, &c);
+                }
             }
 }
 
@@ -662,6 +685,94 @@ static void test_activations(const bench *b)
     }
 }
 
+/* ---- Halves ---- */
+
+static uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static float float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* All halves, in rows of 0 to three vectors and more. */
+static void check_widened(const bench *b, mha_dtype half)
+{
+    for (unsigned first = 0, n = 0; first < 1 << 16; first += n, n = (n + 1) % (3 * (unsigned)b->k->lanes + 2)) {
+        n = first + n > 1 << 16 ? (1 << 16) - first : n;
+        uint16_t *halves = guarded_buffer(0, n * sizeof *halves, b->side);
+        float *numbers = guarded_buffer(1, n * sizeof *numbers, b->side);
+        for (unsigned i = 0; i < n; i++)
+            halves[i] = (uint16_t)(first + i);
+        DESCRIBE("%s widens %s from %#x on", b->k->name, dtype_name(half), first);
+        b->k->widen(half, halves, n, numbers);
+        for (unsigned i = 0; i < n; i++) {
+            const double wanted = half_value(half, first + i);
+            const uint32_t payload = (first + i) << (23 - fraction_bits(half)) & 0x7fffff, bits = bits_of(numbers[i]);
+            CHECK_SAME((double)numbers[i], wanted, i, n);
+            CHECK(!isnan(wanted) || ((bits & 0x3fffff) == (payload & 0x3fffff) && bits >> 31 == (first + i) >> 15),
+                  "%#x becomes %#x", first + i, (unsigned)bits);
+        }
+        CHECK(guarded_intact(0) && guarded_intact(1), "wrote beside a buffer");
+    }
+}
+
+static void check_narrowed(const bench *b, mha_dtype half, const float *numbers, size_t n)
+{
+    float *from = guarded_buffer(0, n * sizeof *from, b->side);
+    uint16_t *halves = guarded_buffer(1, n * sizeof *halves, b->side);
+    memcpy(from, numbers, n * sizeof *from);
+    b->k->narrow(half, from, n, halves);
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t bits = bits_of(numbers[i]);
+        const int f = fraction_bits(half);
+        unsigned wanted = bits >> 16 & 0x8000;
+        if (isnan(numbers[i])) /* quiet, with the bits that fit */
+            wanted |= ((1u << (15 - f)) - 1) << f | 1u << (f - 1) | (bits >> (23 - f) & ((1u << f) - 1));
+        else
+            wanted = nearest_half(half, (double)numbers[i]);
+        CHECK(halves[i] == wanted, "%a becomes %#x instead of %#x", (double)numbers[i], halves[i], wanted);
+    }
+    CHECK(guarded_intact(0) && guarded_intact(1), "wrote beside a buffer");
+}
+
+/* Between each half and the next: the half, just below the middle, the middle, just above. Then any bits. */
+static void check_all_narrowed(const bench *b, mha_dtype half)
+{
+    float numbers[64];
+    DESCRIBE("%s narrows to %s", b->k->name, dtype_name(half));
+    for (unsigned first = 0; first < 1 << 16; first += 16) {
+        for (unsigned i = 0; i < 16; i++) {
+            const double low = half_value(half, first + i), high = half_value(half, first + i + 1);
+            const float middle = isfinite(low) && isfinite(high) ? (float)((low + high) / 2) : (float)low;
+            numbers[4 * i] = (float)low;
+            numbers[4 * i + 1] = float_of(bits_of(middle) - 1);
+            numbers[4 * i + 2] = middle;
+            numbers[4 * i + 3] = float_of(bits_of(middle) + 1);
+        }
+        check_narrowed(b, half, numbers, 64);
+    }
+    for (uint64_t i = 0; i < 1 << 14; i++) {
+        for (uint64_t j = 0; j < 64; j++)
+            numbers[j] = float_of((uint32_t)random_word(90, i * 64 + j));
+        check_narrowed(b, half, numbers, i % 64);
+    }
+}
+
+static void test_halves(const bench *b)
+{
+    for (int half = MHA_BFLOAT16; b->vectors == 1 && b->dtype == MHA_FLOAT32 && half <= MHA_FLOAT16; half++) {
+        check_widened(b, (mha_dtype)half);
+        check_all_narrowed(b, (mha_dtype)half);
+    }
+}
+
 int main(void)
 {
     test_philox();
@@ -674,5 +785,6 @@ int main(void)
     on_every_bench(test_dropout);
     on_every_bench(test_handful);
     on_every_bench(test_activations);
+    on_every_bench(test_halves);
     return check_report("test_kernels");
 }
