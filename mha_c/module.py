@@ -135,7 +135,7 @@ class Module:
         current = self._parameters.arrays.get(name)
         if current is None:
             raise AttributeError(f"this layer has no {name}: it has {', '.join(self._parameters.arrays)}")
-        array = as_array(value)
+        array = as_array(value, will_cast=True)
         if array.shape != current.shape:
             raise ValueError(f"{name} has shape {current.shape}, but got an array of shape {array.shape}")
         self._replace({name: array})
@@ -313,7 +313,7 @@ class Module:
         <All keys matched successfully>
         """
         shapes = {name: array.shape for name, array in self.state_dict().items()}
-        arrays, incompatible = match_state_dict(type(self).__name__, shapes, state_dict, strict)
+        arrays, incompatible = match_state_dict(type(self).__name__, shapes, state_dict, strict, will_cast=True)
         _replace(
             [
                 (module, {name: arrays[at + name] for name in module._parameters.arrays if at + name in arrays})
@@ -343,6 +343,8 @@ class Module:
         ------
         TypeError
             If it is another dtype.
+        ImportError
+            If it is bfloat16, and ml_dtypes is not installed.
         RuntimeError
             If the device is not the CPU.
 
@@ -500,7 +502,7 @@ class Module:
 
         The file holds the parameters, the constructor's arguments and the training mode, also those of the layers in
         this one, but not the number of calls that dropout has counted. An existing file is replaced only when the new
-        one is complete.
+        one is complete. NumPy lacks bfloat16: an .npz file holds it as uint16, in a field called "bfloat16".
 
         Parameters
         ----------
@@ -548,6 +550,8 @@ class Module:
         ------
         ValueError
             If the file is incomplete or damaged, was not written by `save`, or holds another layer.
+        ImportError
+            If the layer is in bfloat16, and ml_dtypes is not installed.
         OSError
             If the file cannot be opened.
 

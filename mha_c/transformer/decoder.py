@@ -205,7 +205,6 @@ class TransformerDecoderLayer(TransformerLayer):
         ----------
         module : torch.nn.TransformerDecoderLayer
             The layer to copy. A subclass will do if it has torch's methods. Hooks and buffers are not copied.
-            Parameters in float16 or bfloat16 become float32.
 
         Returns
         -------
@@ -216,6 +215,8 @@ class TransformerDecoderLayer(TransformerLayer):
         TypeError
             If `module` is something else, if it overrides forward, or if its activation or a layer in it has no
             counterpart here.
+        ImportError
+            If there are parameters in bfloat16, and ml_dtypes is not installed.
 
         Examples
         --------
@@ -361,6 +362,8 @@ class TransformerDecoder(Container):
         TypeError
             If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
             here.
+        ImportError
+            If there are parameters in bfloat16, and ml_dtypes is not installed.
 
         Examples
         --------
