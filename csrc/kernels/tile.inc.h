@@ -32,7 +32,7 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 #endif
 enum { MAX_ROWS = 8, MAX_FEW_ROWS = 8 };
 /* The copies of a tile by what b holds: numbers of the table, or halves, which float32 tables read. */
-enum { OWN, OF_BF16, OF_F16, B_TYPES };
+enum { OWN, OF_BF16, OF_F16 };
 #define HAS_HALVES_f32 1
 #define HAS_HALVES_f64 0
 #define HAS_HALVES PASTE(HAS_HALVES, DTYPE)

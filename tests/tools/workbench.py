@@ -73,5 +73,5 @@ class Workbench:
 
     def pytest(self, *arguments):
         """The command that runs pytest on the package, and its environment; the working directory is to be tests/."""
-        return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments], {
+        return [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", *arguments], {
             **os.environ, "PYTHONPATH": str(self.package)}
