@@ -112,6 +112,8 @@ CASES: list[Case] = [
     *_cases("float64", (4, 128, 512, 8), dtype="float64"),
     *_cases("widths", (1, 512, 1280, 16), (1, 256, 256, 1)),
     *_cases("widths", (1, 512, 1024, 16), kv_heads=4),
+    *_cases("halves", (1, 1, 768, 12), (1, 128, 768, 12), (1, 512, 512, 8), dtype="bfloat16"),
+    *_cases("halves", (1, 1, 768, 12), (1, 128, 768, 12), (1, 512, 512, 8), dtype="float16"),
     # Shapes where a library that is tuned for the ones above could fall behind unnoticed.
     *_cases("others", (1, 1, 768, 12), (1, 24, 768, 12), (16, 24, 384, 12), (1, 197, 1024, 16)),
     *_cases("others", (2, 300, 100, 5), (1, 1024, 128, 2), (1, 1000, 512, 8)),

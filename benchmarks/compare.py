@@ -33,7 +33,7 @@ from workers import PeerError, Worker, one_cpu
 from mha_c.display.progress import progress, say
 
 # Relative rms error of a right answer: a few hundred times the unit in the last place. bfloat16 would be at 1e-2.
-TOLERANCE = {"float32": 3e-5, "float64": 1e-13}
+TOLERANCE = {"float32": 3e-5, "float64": 1e-13, "bfloat16": 3e-2, "float16": 4e-3}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -15,8 +16,14 @@ from peers import Prepared, Unsupported
 from problem import Array, Problem, make
 
 
-def tensor(array: Array | None) -> torch.Tensor | None:
-    return None if array is None else torch.from_numpy(array)
+def tensor(array: Array) -> torch.Tensor:
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def optional_tensor(array: Array | None) -> torch.Tensor | None:
+    return None if array is None else tensor(array)
 
 
 class TorchLayer:
@@ -36,7 +43,7 @@ class TorchLayer:
 
         def numpy_result(result: Any) -> tuple[Any, Any]:
             output, weights = result
-            return output.numpy(), None if weights is None else weights.numpy()
+            return output.double().numpy(), None if weights is None else weights.double().numpy()
 
         return Prepared(call, numpy_result)
 
@@ -47,16 +54,16 @@ class TorchLayer:
         ).eval()
         state = {"in_proj_bias": problem.in_bias, "out_proj.weight": problem.out_weight}
         state["out_proj.bias"] = problem.out_bias
-        tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-        separate = [torch.from_numpy(w) for w in (problem.q_weight, problem.k_weight, problem.v_weight)]
+        tensors = {name: tensor(array) for name, array in state.items()}
+        separate = [tensor(w) for w in (problem.q_weight, problem.k_weight, problem.v_weight)]
         if layer.in_proj_weight is None:
             tensors |= dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), separate, strict=True))
         else:
             tensors["in_proj_weight"] = torch.cat(separate)
         layer.load_state_dict(tensors)
-        one_each = {id(x): torch.from_numpy(x) for x in (problem.query, problem.key, problem.value)}
+        one_each = {id(x): tensor(x) for x in (problem.query, problem.key, problem.value)}
         query, key, value = (one_each[id(x)] for x in (problem.query, problem.key, problem.value))
-        padding, mask = tensor(problem.padding), tensor(problem.attn_mask)
+        padding, mask = optional_tensor(problem.padding), optional_tensor(problem.attn_mask)
         if case.causal:  # torch wants the mask spelt out, too
             mask = torch.ones(case.L, case.keys, dtype=torch.bool).triu(1)
         wanted, causal = case.need_weights, case.causal
@@ -67,9 +74,9 @@ class TorchLayer:
         case = problem.case
         if self.fast_path or problem.padding is not None or case.attn_mask or case.need_weights:
             raise Unsupported("torch.nn.MultiheadAttention has no grouped heads")
-        in_weight = torch.cat([torch.from_numpy(w) for w in (problem.q_weight, problem.k_weight, problem.v_weight)])
+        in_weight = torch.cat([tensor(w) for w in (problem.q_weight, problem.k_weight, problem.v_weight)])
         x, in_bias, out_weight, out_bias = (
-            torch.from_numpy(a) for a in (problem.query, problem.in_bias, problem.out_weight, problem.out_bias)
+            tensor(a) for a in (problem.query, problem.in_bias, problem.out_weight, problem.out_bias)
         )
         kv = case.kv_head_count * case.head_dim
 
