@@ -131,7 +131,7 @@ static PyArray_Descr *find_descr(void)
     if (type == NULL || !PyArray_DescrConverter(type, &descr))
         descr = NULL;
     else if (!PyTypeNum_ISUSERDEF(descr->type_num)) {
-        PyErr_SetString(PyExc_ImportError, "ml_dtypes.bfloat16 is not a type of numbers");
+        PyErr_SetString(PyExc_ImportError, "ml_dtypes.bfloat16 is not a dtype of NumPy");
         Py_CLEAR(descr);
     }
     Py_XDECREF(type);
