@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bfloat16 through DLPack, which NumPy cannot read: torch's tensors, and capsules made by hand, right and wrong ones."""
+"""bfloat16 through DLPack, which NumPy cannot read: torch's tensors, and capsules made by hand, right and wrong."""
 
 import contextlib
 import ctypes
@@ -31,8 +31,8 @@ api.PyCapsule_GetPointer.restype = ctypes.c_void_p
 
 class Tensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("device", ctypes.c_int32), ("number", ctypes.c_int32),
-                ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
-                ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)),
+                ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8),
+                ("lanes", ctypes.c_uint16), ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)),
                 ("byte_offset", ctypes.c_uint64)]
 
 
@@ -129,8 +129,8 @@ def test_producers_of_old():
 
 
 NOT_READ = {
-    "on a GPU": {"device": GPU}, "of float8": {"code": FLOAT8, "bits": 8}, "of 32 bits": {"bits": 32}, "of lanes": {"lanes": 2},
-    "of another name": {"name": b"tensor"}, "without a name": {"name": b""}, "used": {"name": b"used_dltensor"},
+    "on a GPU": {"device": GPU}, "of float8": {"code": FLOAT8, "bits": 8}, "of 32 bits": {"bits": 32},
+    "of lanes": {"lanes": 2}, "of another name": {"name": b"tensor"}, "without a name": {"name": b""}, "used": {"name": b"used_dltensor"},
 }  # fmt: skip
 MALFORMED = {
     "without a shape": {"shape": None}, "of -1 axes": {"ndim": -1}, "of many axes": {"ndim": 2**31 - 1},
@@ -254,8 +254,8 @@ def test_references():
 
     def repeat(times):
         for _ in range(times):
-            for wrong in (x, x[..., :3], torch.zeros(3, 5, 8), x.to(torch.float8_e5m2), Producer(X, Unversioned, shape=None),
-                          Producer(X, Versioned, bits=32)):
+            for wrong in (x, x[..., :3], torch.zeros(3, 5, 8), x.to(torch.float8_e5m2),
+                          Producer(X, Unversioned, shape=None), Producer(X, Versioned, bits=32)):
                 with contextlib.suppress(*errors):
                     sdpa(x, x, wrong)
         return counts()

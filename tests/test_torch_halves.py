@@ -160,8 +160,8 @@ def test_other_dtypes_beside_it_are_torchs_errors(dtype):
 
 
 @pytest.mark.parametrize("call", [
-    {}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.ones(5, 7, dtype=torch.bool).tril()}, {"attn_mask": "half"}],
-    ids=str)
+    {}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.ones(5, 7, dtype=torch.bool).tril()},
+    {"attn_mask": "half"}], ids=str)
 def test_functions_have_the_bits_of_float32(dtype, call):
     q, k, v = (normal(2, length, 4, 8, dtype=dtype).transpose(1, 2) for length in (5, 7, 7))
     call = {"attn_mask": normal(5, 7, dtype=dtype)} if "half" in call.values() else call

@@ -2,7 +2,8 @@
  *
  * dlpack.c - reads the capsules of DLPack that hold bfloat16. The structs are those of the standard, version 1.
  *
- * Owns: what a capsule held, from take_over() on, through another capsule that is the base of the array.
+ * Owns: what a capsule held, from take_over() on. The owner is another capsule, the base of the array, whose destructor
+ * calls the deleter.
  */
 #include "dlpack.h"
 
@@ -44,20 +45,27 @@ typedef struct versioned {
 static const char MANAGED[] = "dltensor", VERSIONED[] = "dltensor_versioned";
 static const char USED_MANAGED[] = "used_dltensor", USED_VERSIONED[] = "used_dltensor_versioned";
 
-/* What object.__dlpack__() returns. Producers that are older than versions of DLPack do not know the keyword. */
+/* What object.__dlpack__() returns. The producers of unversioned capsules do not know the keyword. */
 static PyObject *call_dlpack(const module_state *state, PyObject *object)
 {
-    PyObject *capsule = NULL, *method = PyObject_GetAttr(object, state->dlpack_name);
-    PyObject *none = PyTuple_New(0), *keywords = Py_BuildValue("{s:(ii)}", "max_version", MAJOR_VERSION, 0);
-    if (method != NULL && none != NULL && keywords != NULL) {
-        capsule = PyObject_Call(method, none, keywords);
-        if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
-            PyErr_Clear();
-            capsule = PyObject_CallNoArgs(method);
-        }
+    PyObject *capsule = NULL, *arguments = NULL, *keywords = NULL;
+    PyObject *method = PyObject_GetAttr(object, state->dlpack_name);
+    if (method == NULL)
+        goto done;
+    arguments = PyTuple_New(0);
+    if (arguments == NULL)
+        goto done;
+    keywords = Py_BuildValue("{s:(ii)}", "max_version", MAJOR_VERSION, 0);
+    if (keywords == NULL)
+        goto done;
+    capsule = PyObject_Call(method, arguments, keywords);
+    if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
+        PyErr_Clear();
+        capsule = PyObject_CallNoArgs(method);
     }
+done:
     Py_XDECREF(method);
-    Py_XDECREF(none);
+    Py_XDECREF(arguments);
     Py_XDECREF(keywords);
     return capsule;
 }
@@ -81,7 +89,7 @@ static bool is_bfloat16(const dl_tensor *tensor)
            tensor->device.type == DEVICE_CPU;
 }
 
-/* The destructor of an owner. A deleter may run Python code. */
+/* A deleter may run Python code, which must not see the exception of the moment. */
 static void call_deleter(PyObject *owner)
 {
     PyObject *type, *error, *traceback;
@@ -110,7 +118,8 @@ static PyObject *take_over(PyObject *capsule)
     return owner;
 }
 
-static PyArray_Descr *find_descr(void)
+/* A new reference to the dtype. */
+static PyArray_Descr *find_bfloat16(void)
 {
     PyArray_Descr *descr = NULL;
     PyObject *module = PyImport_ImportModule("ml_dtypes");
@@ -158,7 +167,7 @@ static PyObject *make_array(const dl_tensor *tensor, PyObject *owner, const char
         PyErr_Format(PyExc_BufferError, "%s has a DLPack capsule that does not describe an array", name);
         goto done;
     }
-    descr = find_descr();
+    descr = find_bfloat16();
     if (descr == NULL)
         goto done;
     array = (PyArrayObject *)PyArray_NewFromDescr(

@@ -32,9 +32,9 @@ def attention() -> Iterator[Coverage]:
     """Make torch's functions of attention compute with mha_c within a block.
 
     The functions are ``torch.nn.functional.scaled_dot_product_attention`` and ``multi_head_attention_forward``, which
-    ``torch.nn.MultiheadAttention`` calls. mha_c computes calls on the CPU in float32, float64, bfloat16 and float16 that
-    need no gradient. torch computes the others, which are counted with the reason. Results have torch's meaning, dtype
-    and memory layout, and errors are torch's.
+    ``torch.nn.MultiheadAttention`` calls. mha_c computes calls on the CPU in float32, float64, bfloat16 and float16
+    that need no gradient. torch computes the others, which are counted with the reason. Results have torch's meaning,
+    dtype and memory layout, and errors are torch's.
 
     Yields
     ------

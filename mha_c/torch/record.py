@@ -86,7 +86,7 @@ class ModelRuns(NamedTuple):
     attention : list of AttentionRun
         The calls that mha_c computed, too.
     layers : list of LayerRun
-        The calls of whole layers that mha_c computed, too. None in float64.
+        The calls of whole layers that mha_c computed, too, unless they were in float64.
     layers_left : dict of str to str
         The layers with calls that are left to torch, and why.
     coverage : Coverage

@@ -52,8 +52,8 @@ def replace_attention(model: _Model) -> _Model:
 
     Each layer becomes a `ReplacedAttention`, which computes with mha_c in evaluation mode, on the CPU, in float32,
     float64, bfloat16 and float16, where nothing needs a gradient. torch computes every other call, as before.
-    Parameters, buffers, hooks and names stay, and with them state dicts, optimisers and device moves. Calling this again
-    on the same model refreshes it.
+    Parameters, buffers, hooks and names stay, and with them state dicts, optimisers and device moves. Calling this
+    again on the same model refreshes it.
 
     Parameters
     ----------
@@ -126,8 +126,8 @@ def replace_layers(model: _Model) -> _Model:
     `replace_attention`: it computes where it is not part of such a layer, and where its layer is left to torch.
 
     mha_c computes in evaluation mode, on the CPU, in float32, float64, bfloat16 and float16, where nothing needs a
-    gradient. torch computes every other call, as before. Parameters, buffers, hooks and names stay, and with them state dicts,
-    optimisers and device moves. Calling this again on the same model refreshes it.
+    gradient. torch computes every other call, as before. Parameters, buffers, hooks and names stay, and with them state
+    dicts, optimisers and device moves. Calling this again on the same model refreshes it.
 
     Parameters
     ----------
