@@ -130,7 +130,8 @@ def test_producers_of_old():
 
 NOT_READ = {
     "on a GPU": {"device": GPU}, "of float8": {"code": FLOAT8, "bits": 8}, "of 32 bits": {"bits": 32},
-    "of lanes": {"lanes": 2}, "of another name": {"name": b"tensor"}, "without a name": {"name": b""}, "used": {"name": b"used_dltensor"},
+    "of lanes": {"lanes": 2}, "of another name": {"name": b"tensor"}, "without a name": {"name": b""},
+    "used": {"name": b"used_dltensor"},
 }  # fmt: skip
 MALFORMED = {
     "without a shape": {"shape": None}, "of -1 axes": {"ndim": -1}, "of many axes": {"ndim": 2**31 - 1},
