@@ -699,7 +699,7 @@ def test_pickles_of_parameters_that_do_not_fit():
     wrong = [(widths._replace(num_heads=3), arrays, dtype), (widths._replace(kdim=5), arrays, dtype),
              (widths._replace(head_dim=2**40), arrays, dtype), (widths._replace(num_heads=-1), arrays, dtype),
              (widths, {**arrays, "in_proj_bias": np.zeros(3, "f4")}, dtype), (widths, {}, dtype),
-             (widths, arrays, np.dtype(object)), (widths, arrays, np.dtype("f2")), (None, arrays, dtype)]
+             (widths, arrays, np.dtype(object)), (widths, arrays, np.dtype("c8")), (None, arrays, dtype)]
     for arguments in wrong:
         with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
             make(*arguments)
