@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["bfloat16_dtype", "computed_in", "float_dtype", "is_half"]
+__all__ = ["DTYPES", "DTYPE_NAMES", "bfloat16_dtype", "computed_in", "float_dtype", "is_half"]
 
-_REAL = ("float32", "float64", "bfloat16", "float16")
-_NAMES = f"{', '.join(_REAL[:-1])} or {_REAL[-1]}"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPE_NAMES = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
 
 
 def bfloat16_dtype() -> np.dtype[Any]:
@@ -112,11 +112,11 @@ def float_dtype(dtype: Any) -> np.dtype[Any]:
         found = np.dtype(name)
     except TypeError:
         found = None
-    if found is not None and found.name in _REAL and found.isnative:
+    if found is not None and found.name in DTYPES and found.isnative:
         return found
     if found is not None and found.kind in "iub":
         raise RuntimeError(
             "Only Tensors of floating point and complex dtype can require gradients: "
-            f"dtype must be {_NAMES}, but got {dtype!r}"
+            f"dtype must be {DTYPE_NAMES}, but got {dtype!r}"
         )
-    raise TypeError(f"dtype must be {_NAMES}, in which mha_c computes, but got {dtype!r}")
+    raise TypeError(f"dtype must be {DTYPE_NAMES}, in which mha_c computes, but got {dtype!r}")
