@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "../cpu.h"
+#include "dlpack.h"
 #include "run.h"
 
 /* Whether the object has the attribute. -1 if looking it up raised anything but AttributeError. */
@@ -45,6 +46,14 @@ static PyArrayObject *raise_not_an_array(PyObject *object, const char *name)
     return NULL;
 }
 
+/* Whether NumPy raised what it raises for a type that it does not have. torch's tensors with pending operations raise
+ * RuntimeError: their memory does not hold their numbers. */
+static bool could_not_read(bool exposes)
+{
+    return exposes ? PyErr_ExceptionMatches(PyExc_TypeError)
+                   : PyErr_ExceptionMatches(PyExc_RuntimeError) || PyErr_ExceptionMatches(PyExc_BufferError);
+}
+
 static PyArrayObject *array_from_protocol(const module_state *state, PyObject *object, const char *name)
 {
     /* NumPy would make arrays of these, too, but they are numbers, text and classes. */
@@ -65,6 +74,8 @@ static PyArrayObject *array_from_protocol(const module_state *state, PyObject *o
             return raise_not_an_array(object, name);
         array = PyObject_CallOneArg(state->from_dlpack, object);
     }
+    if (array == NULL && could_not_read(exposes))
+        array = bfloat16_from_dlpack(state, object, name);
     if (array == NULL)
         return NULL;
 

@@ -11,6 +11,8 @@
 
 #include <string.h>
 
+#include "arrays.h"
+
 enum { MAX_RUN = 32 };
 
 /* How many numbers one diagonal has. */
@@ -79,8 +81,9 @@ static int check_arrays(PyObject *arrays)
         return -1;
     }
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arrays); i++) {
-        PyObject *array = PyTuple_GET_ITEM(arrays, i);
-        if (!PyArray_Check(array) || !PyArray_ISNUMBER((PyArrayObject *)array)) {
+        PyObject *object = PyTuple_GET_ITEM(arrays, i);
+        PyArrayObject *array = PyArray_Check(object) ? (PyArrayObject *)object : NULL;
+        if (array == NULL || !(PyArray_ISNUMBER(array) || array_is_floating(array))) {
             PyErr_SetString(PyExc_TypeError, "sample expected arrays of numbers");
             return -1;
         }

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from numpy.typing import NDArray
 from torch._compile import _disable_dynamo
 
 from mha_c import _core
@@ -18,13 +17,13 @@ from mha_c.display.coverage import Calls
 from mha_c.parameters.sets import PARAMETERS
 from mha_c.threads import get_num_threads, num_threads
 from mha_c.torch.packed import PackedLayer, PackedParameters
+from mha_c.torch.tensors import array_of, tensor_of
 
 __all__ = [
     "MISFIT",
     "Answer",
     "Call",
     "LayerState",
-    "array_of",
     "ask_core",
     "attend",
     "attend_apart_from_compiler",
@@ -153,7 +152,7 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
     if isinstance(answer, str):
         return answer
     output, weights = answer
-    return torch.from_numpy(output), None if weights is None else torch.from_numpy(weights)
+    return tensor_of(output), None if weights is None else tensor_of(weights)
 
 
 # Where torch.compile gives up a graph, it traces the functions that are called. It must not trace this one.
@@ -179,12 +178,6 @@ def resolve_hint(
         return attn_mask, False  # torch goes by attn_mask
     # Here torch ignores attn_mask and computes what is_causal=True means in mha_c, except that it hides added keys too.
     return "is_causal with added keys" if has_added_keys or attn_mask.dim() != 2 else (None, True)
-
-
-def array_of(tensor: torch.Tensor) -> NDArray[Any]:
-    """The numbers of a tensor, in place."""
-    array: NDArray[Any] = (tensor.detach() if tensor.requires_grad else tensor).numpy()
-    return array
 
 
 def ask_core(function: Callable[..., Any], *arguments: Any) -> Any:

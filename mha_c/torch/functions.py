@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from mha_c import _core
 from mha_c.display.coverage import Coverage
-from mha_c.torch.attend import Answer, Call, array_of, ask_core, attend, resolve_hint, why_not_readable
+from mha_c.torch.attend import Answer, Call, ask_core, attend, resolve_hint, why_not_readable
 from mha_c.torch.packed import PackedByWeight
 from mha_c.torch.reasons import HARMLESS_MODES, why_torch
+from mha_c.torch.tensors import array_of, tensor_of
 
 __all__ = ["ONE_QUERY", "AttentionMode", "attention"]
 
@@ -31,9 +32,9 @@ def attention() -> Iterator[Coverage]:
     """Make torch's functions of attention compute with mha_c within a block.
 
     The functions are ``torch.nn.functional.scaled_dot_product_attention`` and ``multi_head_attention_forward``, which
-    ``torch.nn.MultiheadAttention`` calls. mha_c computes calls on the CPU in float32 and float64 that need no gradient.
-    torch computes the others, which are counted with the reason. Results have torch's meaning and memory layout, and
-    errors are torch's.
+    ``torch.nn.MultiheadAttention`` calls. mha_c computes calls on the CPU in float32, float64, bfloat16 and float16 that
+    need no gradient. torch computes the others, which are counted with the reason. Results have torch's meaning, dtype
+    and memory layout, and errors are torch's.
 
     Yields
     ------
@@ -226,8 +227,8 @@ def _attend(
         choice = torch._fused_sdp_choice(
             query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        out = torch.empty_like(query).numpy() if choice == _FLASH else None
+        out = array_of(torch.empty_like(query)) if choice == _FLASH else None
     answer = ask_core(
         _core.scaled_dot_product_attention, *arrays, mask, 0.0, is_causal, scale, enable_gqa, 0, out
     )
-    return answer if isinstance(answer, str) else torch.from_numpy(answer)
+    return answer if isinstance(answer, str) else tensor_of(answer)

@@ -14,10 +14,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mha_c import _core
 from mha_c.activations import torch_activation
-from mha_c.torch.attend import LayerState, array_of, ask_core, note_in_graph, resolve_hint, why_not_readable
+from mha_c.torch.attend import LayerState, ask_core, note_in_graph, resolve_hint, why_not_readable
 from mha_c.torch.packed import AttentionShape, LayerFacts, LayerParts, PackedLayer
 from mha_c.torch.reasons import why_torch
 from mha_c.torch.replaced import Replaced, ReplacedAttention
+from mha_c.torch.tensors import array_of, tensor_of
 
 __all__ = [
     "ACTIVATION",
@@ -212,7 +213,7 @@ class ReplacedLayer(Replaced):
         except (RuntimeError, TypeError, ValueError):
             return why_not_readable(x)
         answer = ask_core(_run, packed, reading, array, source, arrays, zeroes_padding)
-        return answer if isinstance(answer, str) else torch.from_numpy(answer)
+        return answer if isinstance(answer, str) else tensor_of(answer)
 
 
 def _run(parts: LayerParts, reading: LayerReading, x: Any, memory: Any, masks: Any, zeroes_padding: bool) -> Any:

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from mha_c import _core
 from mha_c.parameters.sets import SEPARATE_WEIGHTS, ParameterSet, Widths
 from mha_c.torch.reasons import DTYPES, PLAIN_TENSORS
+from mha_c.torch.tensors import array_of
 
 __all__ = ["AttentionShape", "LayerFacts", "LayerParts", "PackedByWeight", "PackedLayer", "PackedParameters"]
 
@@ -92,7 +93,7 @@ class _Kept(NamedTuple):
             name in self.biases
             and _is_plain(tensor)
             and tensor.dtype == self.sources[name].memory.dtype
-            and tensor.detach().numpy().tobytes() == self.biases[name]
+            and array_of(tensor).tobytes() == self.biases[name]
         )
 
 
@@ -295,7 +296,7 @@ def _keep(
     if not all(_is_plain(one) for one in tensors.values()) or len({one.dtype for one in tensors.values()}) != 1:
         return None
     sources = {name: _Source.of(tensor) for name, tensor in tensors.items()}
-    arrays = {name: source.memory.numpy() for name, source in sources.items()}
+    arrays = {name: array_of(source.memory) for name, source in sources.items()}
     memory = tuple(arrays.values())
     sample = _core.sample(memory)
     biases = {name: array.tobytes() for name, array in arrays.items() if name.endswith("bias")}

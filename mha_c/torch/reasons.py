@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch.overrides import _get_current_function_mode_stack, has_torch_function
@@ -11,7 +12,9 @@ from torch.utils._device import DeviceContext
 
 __all__ = ["DTYPES", "HARMLESS_MODES", "PLAIN_TENSORS", "why_torch"]
 
-DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.float16)
+if find_spec("ml_dtypes") is not None:  # which has the bfloat16 of NumPy
+    DTYPES += (torch.bfloat16,)
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 #: Function modes that need not see attention: it makes no tensor whose device they could choose.
@@ -42,8 +45,8 @@ def why_torch(
     --------
     >>> why_torch([torch.zeros(5, 3, 8)] * 3, [])
     ''
-    >>> why_torch([torch.zeros(5, 3, 8, dtype=torch.float16)] * 3, [])
-    'float16'
+    >>> why_torch([torch.zeros(5, 3, 8, dtype=torch.complex64)] * 3, [])
+    'complex64'
     >>> why_torch([torch.zeros(5, 3, 8, requires_grad=True)] * 3, [])
     'gradients'
     """
@@ -54,7 +57,7 @@ def why_torch(
             return "nested tensors"
     dtype = inputs[0].dtype
     if dtype not in DTYPES:
-        return _name(dtype)
+        return f"{_name(dtype)} without ml_dtypes" if dtype == torch.bfloat16 else _name(dtype)
     for mask in masks:
         if mask.dtype not in (dtype, torch.bool):
             return f"mask in {_name(mask.dtype)}"

@@ -23,6 +23,7 @@ from mha_c.torch.layers import ReplacedLayer
 from mha_c.torch.reasons import HARMLESS_MODES
 from mha_c.torch.replace import check_model, replace_attention, replace_layers, restore_attention, whole_layers
 from mha_c.torch.replaced import ReplacedAttention
+from mha_c.torch.tensors import tensor_of
 
 __all__ = ["AttentionRun", "LayerRun", "ModelOutput", "ModelRuns", "run_both_ways"]
 
@@ -41,7 +42,7 @@ class AttentionRun(NamedTuple):
 
 
 class LayerRun(NamedTuple):
-    """One call of a whole layer in float32, and the same in float64 by torch's ordinary path."""
+    """One call of a whole layer, and the same in float64 by torch's ordinary path."""
 
     name: str
     ours: NDArray[Any]
@@ -337,7 +338,7 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _to_tensor(value: Any) -> Any:
-    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+    return tensor_of(value.copy()) if isinstance(value, np.ndarray) else value
 
 
 def _to_float64(value: Any) -> Any:

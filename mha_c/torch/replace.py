@@ -50,10 +50,10 @@ class _Replaceable(NamedTuple):
 def replace_attention(model: _Model) -> _Model:
     """Make every ``torch.nn.MultiheadAttention`` of a model compute its inference with mha_c, in place.
 
-    Each layer becomes a `ReplacedAttention`, which computes with mha_c in evaluation mode, on the CPU, in float32 and
-    float64, where nothing needs a gradient. torch computes every other call, as before. Parameters, buffers, hooks and
-    names stay, and with them state dicts, optimisers and device moves. Calling this again on the same model refreshes
-    it.
+    Each layer becomes a `ReplacedAttention`, which computes with mha_c in evaluation mode, on the CPU, in float32,
+    float64, bfloat16 and float16, where nothing needs a gradient. torch computes every other call, as before.
+    Parameters, buffers, hooks and names stay, and with them state dicts, optimisers and device moves. Calling this again
+    on the same model refreshes it.
 
     Parameters
     ----------
@@ -125,8 +125,8 @@ def replace_layers(model: _Model) -> _Model:
     are layers of the encoders of Hugging Face's transformers. Every ``torch.nn.MultiheadAttention`` is replaced as by
     `replace_attention`: it computes where it is not part of such a layer, and where its layer is left to torch.
 
-    mha_c computes in evaluation mode, on the CPU, in float32 and float64, where nothing needs a gradient. torch
-    computes every other call, as before. Parameters, buffers, hooks and names stay, and with them state dicts,
+    mha_c computes in evaluation mode, on the CPU, in float32, float64, bfloat16 and float16, where nothing needs a
+    gradient. torch computes every other call, as before. Parameters, buffers, hooks and names stay, and with them state dicts,
     optimisers and device moves. Calling this again on the same model refreshes it.
 
     Parameters

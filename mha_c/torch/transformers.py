@@ -27,9 +27,9 @@ _names: set[str] = set()  # registered here
 def register_transformers(name: str = "mha_c") -> Coverage:
     """Let the models of Hugging Face's transformers use ``attn_implementation="mha_c"``.
 
-    mha_c then computes the calls on the CPU in float32 and float64 that need no gradient. Other calls are left to
-    transformers' own function for torch's attention, ``"sdpa"``, and are counted with the reason. All results have the
-    meaning that they have with this function, in the installed version.
+    mha_c then computes the calls on the CPU in float32, float64, bfloat16 and float16 that need no gradient. Other calls
+    are left to transformers' own function for torch's attention, ``"sdpa"``, and are counted with the reason. All
+    results have the meaning that they have with this function, in the installed version.
 
     Parameters
     ----------
