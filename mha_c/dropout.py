@@ -14,6 +14,7 @@ import numpy as np
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.module import Module, Option, check_torch_module, flag, lock
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.dtypes import computed_in
 from mha_c.parameters.sets import integer, number
 from mha_c.parameters.state_dict import check_description
 
@@ -176,7 +177,7 @@ class Dropout(RandomModule):
         Parameters
         ----------
         input : array
-            Of float32 or float64. It is not modified.
+            Of float32, float64, bfloat16 or float16. It is not modified.
 
         Returns
         -------
@@ -200,10 +201,10 @@ class Dropout(RandomModule):
         generator = np.random.Philox(key=np.array([self._dropout_seed, self._count_dropout_call()], np.uint64))
         words = generator.random_raw((array.size + 1) // 2).astype("<u8").view("<u4")[: array.size]
         kept = (words >= self._p * 2.0**32).reshape(array.shape)
-        factors = np.zeros(array.shape, array.dtype)
-        np.copyto(factors, array.dtype.type(1 / (1 - self._p) if self._p < 1 else 0), where=kept)
+        factors = np.zeros(array.shape, computed_in(array.dtype))
+        np.copyto(factors, factors.dtype.type(1 / (1 - self._p) if self._p < 1 else 0), where=kept)
         with np.errstate(invalid="ignore", over="ignore"):
-            return array * factors  # infinity, dropped, is NaN in torch, too
+            return (array * factors).astype(array.dtype, copy=False)  # infinity, dropped, is NaN in torch, too
 
     __call__ = forward
 

@@ -32,7 +32,7 @@ def __dir__() -> list[str]:
 
 _Shape: TypeAlias = tuple[int, ...]
 
-_TORCH_NAMES = {"float16": "Half", "float32": "Float", "float64": "Double"}
+_TORCH_NAMES = {"bfloat16": "BFloat16", "float16": "Half", "float32": "Float", "float64": "Double"}
 
 
 def _dropout_seed(dropout_p: Any, seed: int | None) -> int:
@@ -61,10 +61,11 @@ def scaled_dot_product_attention(
     at any time: the softmax is computed along blocks of keys ("Online normalizer calculation for softmax", Milakov and
     Gimelshein, 2018).
 
-    The leading axes (...) of all arrays broadcast as in NumPy. All arrays are float32, or all are float64. They are
-    NumPy arrays, or other objects on the CPU with the array interface, the buffer protocol or DLPack. They are not
-    modified. An array is copied only if its features are not adjacent, if it is misaligned or byte-swapped, or if it is
-    a query with a negative row stride.
+    The leading axes (...) of all arrays broadcast as in NumPy. All arrays are of one dtype: float32, float64, bfloat16
+    or float16. The last two are computed as float32, and the result is rounded once. Arrays are NumPy arrays, or other
+    objects on the CPU with the array interface, the buffer protocol or DLPack. They are not modified. An array is
+    copied only if its numbers have 16 bits, if its features are not adjacent, if it is misaligned or byte-swapped, or
+    if it is a query with a negative row stride.
 
     Parameters
     ----------
@@ -464,13 +465,13 @@ def layer_norm(
     Parameters
     ----------
     input : array, (..., normalized_shape)
-        float32 or float64.
+        float32, float64, bfloat16 or float16. The last two are computed as float32, and the result is rounded once.
     normalized_shape : tuple or list of int
         The sizes of the last axes, over which the input is normalized.
     weight : array, of the shape `normalized_shape`, optional
-        The factors of the features, of the input's dtype.
+        The factors of the features, of the input's dtype. If that has 16 bits, float32 will do, too, as in torch.
     bias : array, of the shape `normalized_shape`, optional
-        What is added to the features, of the input's dtype.
+        What is added to the features. Its dtype is as for `weight`.
     eps : float, default 1e-05
         Added to the variance.
 
@@ -509,13 +510,14 @@ def rms_norm(
     Parameters
     ----------
     input : array, (..., normalized_shape)
-        float32 or float64.
+        float32, float64, bfloat16 or float16. The last two are computed as float32, and the result is rounded once.
     normalized_shape : tuple or list of int
         The sizes of the last axes, over which the input is normalized.
     weight : array, of the shape `normalized_shape`, optional
-        The factors of the features, of the input's dtype.
+        The factors of the features, of the input's dtype. If that has 16 bits, float32 will do, too, as in torch.
     eps : float, optional
-        Added to the mean of the squares. None: the machine's epsilon in the input's dtype.
+        Added to the mean of the squares. None: the machine's epsilon, in float64 for an input of float64, and otherwise
+        in float32.
 
     Returns
     -------
@@ -525,7 +527,8 @@ def rms_norm(
     Raises
     ------
     RuntimeError, ValueError, TypeError, NotImplementedError
-        If shapes, dtypes or types do not fit, as in torch. Unlike in torch, the weight must have the input's dtype.
+        If shapes, dtypes or types do not fit, as in torch. Unlike in torch, the weight must have the input's
+        dtype, except that it may be float32 if that has 16 bits.
 
     Examples
     --------

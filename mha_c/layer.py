@@ -25,7 +25,7 @@ from mha_c.module import (
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.initialization import initial_parameters
 from mha_c.parameters.arrays import AnyArray, Array, as_array
-from mha_c.parameters.dtypes import float_dtype
+from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.loading import infer_layer
 from mha_c.parameters.schemes import Layout
 from mha_c.parameters.sets import ParameterSet, Widths, number
@@ -96,8 +96,9 @@ class MultiheadAttention(RandomModule):
     dtype : optional
         float32 (the default), float64, bfloat16 or float16, as a name, a NumPy or a torch dtype.
     seed : int, optional
-        Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. None:
-        a random seed.
+        Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. Those
+        of bfloat16 and float16 are float32's, rounded, from which torch's differ in about one number of a thousand.
+        None: a random seed.
     dropout_seed : int, optional
         Seed of the dropped weights, which also depend on the number of calls made in training mode. None: a random
         seed.
@@ -435,7 +436,8 @@ class MultiheadAttention(RandomModule):
         dropout, add_zero_attn, batch_first
             As for the constructor. A state dict does not record them.
         dtype : optional
-            float32 or float64, to which the parameters are cast. None: float64 for float64 weights, else float32.
+            float32, float64, bfloat16 or float16, to which the parameters are cast. None: the dtype of the output
+            weight, or float32 if a layer cannot have it.
         dropout_seed, masked_rows
             As for the constructor.
         head_dim, num_kv_heads : int, optional
@@ -467,7 +469,8 @@ class MultiheadAttention(RandomModule):
         TypeError
             If `state_dict` is neither a mapping nor a path, or if the number of heads is not known.
         ImportError
-            If there are float8 numbers to read, and ml_dtypes is not installed.
+            If there are bfloat16 or float8 numbers to read, and ml_dtypes is not installed. It is not needed to cast
+            bfloat16 to another `dtype`.
         OSError
             If the file cannot be opened.
 
@@ -483,7 +486,7 @@ class MultiheadAttention(RandomModule):
         >>> model = {f"encoder.{name}_proj.weight": np.ones((8, 8), np.float16) for name in ("q", "k", "v", "out")}
         >>> attention = mha_c.MultiheadAttention.from_state_dict(model, "encoder.", num_heads=2)
         >>> attention.in_proj_weight.shape, attention.in_proj_weight.dtype, attention.in_proj_bias
-        ((24, 8), dtype('float32'), None)
+        ((24, 8), dtype('float16'), None)
         """
         with open_state_dict(state_dict) as tensors:
             widths, arrays = infer_layer(
@@ -497,10 +500,9 @@ class MultiheadAttention(RandomModule):
                 names=names,
                 layout=layout,
                 strict=strict,
+                will_cast=dtype is not None,
             )
-        if dtype is None and arrays["out_proj.weight"].dtype == np.float64:
-            dtype = np.float64
-        parameters = ParameterSet(widths, arrays, float_dtype(dtype))
+        parameters = ParameterSet(widths, arrays, trained_dtype(arrays["out_proj.weight"].dtype, dtype))
         return cls._from_parameters(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
     def _description(self) -> dict[str, Any]:
@@ -532,7 +534,7 @@ class MultiheadAttention(RandomModule):
         module : torch.nn.MultiheadAttention
             The layer to copy. A subclass will do if it has torch's forward. The weights are those that torch would use
             now, whether they are parameters, parametrized or plain tensors. Hooks and buffers are not copied.
-            Parameters in float16 or bfloat16 become float32.
+            The dtype is that of the output weight.
 
         Returns
         -------
@@ -549,7 +551,7 @@ class MultiheadAttention(RandomModule):
         >>> mha_c.MultiheadAttention.from_torch(torch.nn.MultiheadAttention(8, 2)).num_heads
         2
         """
-        torch = check_torch_module(
+        check_torch_module(
             module,
             "MultiheadAttention",
             "If it computes torch's attention, write "
@@ -557,15 +559,14 @@ class MultiheadAttention(RandomModule):
         )
         out_dim = len(module.out_proj.weight)
         widths = Widths.from_arguments(module.embed_dim, module.num_heads, module.kdim, module.vdim, out_dim=out_dim)
-        dtype = np.dtype(np.float64 if module.out_proj.weight.dtype == torch.float64 else np.float32)
         biases = module.in_proj_bias, module.out_proj.bias
         has_bias = any(bias is not None for bias in biases)
         arrays = {}
         for name, shape in widths.shapes(has_bias, module.bias_k is not None).items():
             tensor = operator.attrgetter(name)(module)
             # Where one of two biases is missing, zeros change nothing.
-            arrays[name] = np.zeros(shape, dtype) if tensor is None and name.endswith("bias") else as_array(tensor)
-        parameters = ParameterSet(widths, arrays, dtype)
+            arrays[name] = np.zeros(shape) if tensor is None and name.endswith("bias") else as_array(tensor)
+        parameters = ParameterSet(widths, arrays, trained_dtype(arrays["out_proj.weight"].dtype, None))
         layer = cls._from_parameters(parameters, module.dropout, module.add_zero_attn, module.batch_first)
         return layer.train(module.training)
 

@@ -15,7 +15,7 @@ from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.linear import advise_on_linear
 from mha_c.module import Module, Parameter, check_device, check_memory, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array, as_array
-from mha_c.parameters.dtypes import float_dtype
+from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.initialization import initial_linear
 from mha_c.parameters.sets import ArraySet, integer
 from mha_c.parameters.state_dict import check_description, match_saved_arrays
@@ -75,8 +75,9 @@ class Linear(Module):
     dtype : optional
         float32 (the default), float64, bfloat16 or float16, as a name, a NumPy or a torch dtype.
     seed : int, optional
-        Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. None:
-        a random seed.
+        Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. Those
+        of bfloat16 and float16 are float32's, rounded, from which torch's differ in about one number of a thousand.
+        None: a random seed.
 
     Attributes
     ----------
@@ -195,8 +196,8 @@ class Linear(Module):
         Parameters
         ----------
         module : torch.nn.Linear
-            The layer to copy. A subclass will do if it has torch's forward. Parameters in float16 or bfloat16 become
-            float32.
+            The layer to copy. A subclass will do if it has torch's forward. The dtype is that of
+            the weight.
 
         Returns
         -------
@@ -214,11 +215,11 @@ class Linear(Module):
         Linear(in_features=8, out_features=2, bias=False)
         """
         instead = "If it computes the same, make a Linear and pass module.state_dict() to its load_state_dict"
-        torch = check_torch_module(module, "Linear", instead)
+        check_torch_module(module, "Linear", instead)
         given = {"weight": module.weight, "bias": module.bias}
         arrays = {name: as_array(tensor) for name, tensor in given.items() if tensor is not None}
-        dtype = np.dtype(np.float64 if module.weight.dtype == torch.float64 else np.float32)
-        return cls._from_parameters(_Parameters(arrays, dtype)).train(module.training)
+        parameters = _Parameters(arrays, trained_dtype(arrays["weight"].dtype, None))
+        return cls._from_parameters(parameters).train(module.training)
 
     def _description(self) -> dict[str, Any]:
         return {

@@ -135,7 +135,7 @@ class Module:
         current = self._parameters.arrays.get(name)
         if current is None:
             raise AttributeError(f"this layer has no {name}: it has {', '.join(self._parameters.arrays)}")
-        array = as_array(value)
+        array = as_array(value, will_cast=True)
         if array.shape != current.shape:
             raise ValueError(f"{name} has shape {current.shape}, but got an array of shape {array.shape}")
         self._replace({name: array})
@@ -313,7 +313,7 @@ class Module:
         <All keys matched successfully>
         """
         shapes = {name: array.shape for name, array in self.state_dict().items()}
-        arrays, incompatible = match_state_dict(type(self).__name__, shapes, state_dict, strict)
+        arrays, incompatible = match_state_dict(type(self).__name__, shapes, state_dict, strict, will_cast=True)
         _replace(
             [
                 (module, {name: arrays[at + name] for name in module._parameters.arrays if at + name in arrays})

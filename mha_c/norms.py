@@ -19,7 +19,7 @@ from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.norms import advise_on_norm
 from mha_c.module import Module, Option, Parameter, check_device, check_memory, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array, as_array
-from mha_c.parameters.dtypes import float_dtype
+from mha_c.parameters.dtypes import computed_in, float_dtype, trained_dtype
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.loading import arrays_in
 from mha_c.parameters.sets import ArraySet, number
@@ -142,7 +142,7 @@ class _Norm(Module):
     def _for_core(self, dtype: np.dtype[Any]) -> tuple[Array | None, Array | None, float, bool]:
         """The norm as the core takes it; `dtype` is that of the input."""
         parameters = self._parameters
-        eps = float(np.finfo(dtype).eps) if self._eps is None else self._eps
+        eps = float(np.finfo(computed_in(dtype)).eps) if self._eps is None else self._eps
         return parameters.weight, parameters.bias, eps, self._is_rms
 
     def _normalize(self, input: Any) -> Array:
@@ -182,7 +182,8 @@ class _Norm(Module):
         strict : bool, default True
             Whether other names that begin with `prefix` are an error.
         dtype : optional
-            float32 or float64, to which the parameters are cast. None: float64 for float64 weights, else float32.
+            float32, float64, bfloat16 or float16, to which the parameters are cast. None: the dtype of the weight,
+            or float32 if a layer cannot have it.
 
         Returns
         -------
@@ -197,6 +198,9 @@ class _Norm(Module):
             If a file is incomplete, damaged or of another kind.
         TypeError
             If `state_dict` is neither a mapping nor a path.
+        ImportError
+            If there are bfloat16 or float8 numbers to read, and ml_dtypes is not installed. It is not needed to cast
+            bfloat16 to another `dtype`.
         OSError
             If the file cannot be opened.
 
@@ -208,15 +212,13 @@ class _Norm(Module):
         LayerNorm((8,), eps=1e-12, elementwise_affine=True, bias=True)
         """
         with open_state_dict(state_dict) as tensors:
-            arrays = cls._find(tensors, prefix, strict)
+            arrays = cls._find(tensors, prefix, strict, will_cast=dtype is not None)
         weight = arrays["weight"]
-        if dtype is None and weight.dtype == np.float64:
-            dtype = np.float64
-        parameters = _Parameters(arrays, float_dtype(dtype))
+        parameters = _Parameters(arrays, trained_dtype(weight.dtype, dtype))
         return cls._from_parameters(parameters, weight.shape, cls._default_eps if eps is None else eps)
 
     @classmethod
-    def _find(cls, tensors: Mapping[str, Any], prefix: str, strict: bool) -> dict[str, Array]:
+    def _find(cls, tensors: Mapping[str, Any], prefix: str, strict: bool, will_cast: bool) -> dict[str, Array]:
         """The parameters of a layer by torch's names, perhaps among those of other layers."""
         check_names(tensors)
         if not isinstance(prefix, str):
@@ -226,9 +228,9 @@ class _Norm(Module):
             if names[0] in part:
                 torchs = dict(zip(names, cls._parameter_names))
                 state = {torchs.get(name, name): part[name] for name in part if strict or name in torchs}
-                shape = as_array(state["weight"]).shape
+                shape = as_array(state["weight"], will_cast).shape
                 shapes = {name: shape for name in cls._parameter_names if name in state}
-                return match_state_dict(cls.__name__, shapes, state, strict)[0]
+                return match_state_dict(cls.__name__, shapes, state, strict, will_cast=will_cast)[0]
         raise loading_error(cls.__name__, [missing_keys([f"{prefix}weight"])])
 
     def _description(self) -> dict[str, Any]:
@@ -260,8 +262,8 @@ class _Norm(Module):
         Parameters
         ----------
         module : torch.nn.LayerNorm or torch.nn.RMSNorm
-            The layer to copy, of the same name as this class. A subclass will do if it has torch's forward. Parameters
-            in float16 or bfloat16 become float32.
+            The layer to copy, of the same name as this class. A subclass will do if it has torch's forward. The dtype
+            is that of the weight.
 
         Returns
         -------
@@ -279,12 +281,11 @@ class _Norm(Module):
         LayerNorm((8,), eps=1e-06, elementwise_affine=True, bias=True)
         """
         instead = f"If it computes the same, write {cls._kind}.from_state_dict(module.state_dict(), eps=module.eps)"
-        torch = check_torch_module(module, cls._kind, instead)
+        check_torch_module(module, cls._kind, instead)
         given = {name: getattr(module, name) for name in cls._parameter_names}
-        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-        is_double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
-        dtype = np.dtype(np.float64 if is_double else np.float32)
-        parameters = _Parameters({name: as_array(tensor) for name, tensor in tensors.items()}, dtype)
+        arrays = {name: as_array(tensor) for name, tensor in given.items() if tensor is not None}
+        dtype = trained_dtype(arrays["weight"].dtype, None) if "weight" in arrays else float_dtype(None)
+        parameters = _Parameters(arrays, dtype)
         return cls._from_parameters(parameters, _shape(module.normalized_shape), module.eps).train(module.training)
 
     def __repr__(self) -> str:
@@ -318,7 +319,7 @@ class LayerNorm(_Norm):
     device : optional
         None or "cpu".
     dtype : optional
-        float32 (the default), float64, bfloat16 or float16, as a name, a NumPy or a torch dtype: that of the parameters.
+        Of the parameters: float32 (the default), float64, bfloat16 or float16, as a name, a NumPy or a torch dtype.
 
     Attributes
     ----------
@@ -386,9 +387,10 @@ class LayerNorm(_Norm):
         Parameters
         ----------
         input : array, (..., normalized_shape)
-            Of the layer's dtype. A layer without parameters takes float32 and float64. NumPy arrays, or other objects
-            on the CPU with the array interface, the buffer protocol or DLPack. It is not modified. It is copied only if
-            the numbers of a row are not adjacent, or if it is misaligned or byte-swapped.
+            Of the layer's dtype. A float32 layer also takes bfloat16 and float16, and a layer without parameters takes
+            any of the four dtypes. NumPy arrays, or other objects on the CPU with the array interface, the buffer
+            protocol or DLPack. It is not modified. It is copied only if its numbers have 16 bits, if those of a row are
+            not adjacent, or if it is misaligned or byte-swapped.
 
         Returns
         -------
@@ -427,13 +429,14 @@ class RMSNorm(_Norm):
     normalized_shape : int or sequence of int
         The sizes of the last axes of the input, over which it is normalized.
     eps : float, optional
-        Added to the mean of the squares. None: the machine's epsilon in the input's dtype, ``numpy.finfo(dtype).eps``.
+        Added to the mean of the squares. None: the machine's epsilon, ``numpy.finfo(dtype).eps``, in float64 for an
+        input of float64, and otherwise in float32, in which bfloat16 and float16 are computed.
     elementwise_affine : bool, default True
         Whether the layer has a weight, ones at first.
     device : optional
         None or "cpu".
     dtype : optional
-        float32 (the default), float64, bfloat16 or float16, as a name, a NumPy or a torch dtype: that of the weight.
+        Of the weight: float32 (the default), float64, bfloat16 or float16, as a name, a NumPy or a torch dtype.
 
     Attributes
     ----------
@@ -492,9 +495,10 @@ class RMSNorm(_Norm):
         Parameters
         ----------
         x : array, (..., normalized_shape)
-            Of the layer's dtype. A layer without parameters takes float32 and float64. NumPy arrays, or other objects
-            on the CPU with the array interface, the buffer protocol or DLPack. It is not modified. It is copied only if
-            the numbers of a row are not adjacent, or if it is misaligned or byte-swapped.
+            Of the layer's dtype. A float32 layer also takes bfloat16 and float16, and a layer without parameters takes
+            any of the four dtypes. NumPy arrays, or other objects on the CPU with the array interface, the buffer
+            protocol or DLPack. It is not modified. It is copied only if its numbers have 16 bits, if those of a row are
+            not adjacent, or if it is misaligned or byte-swapped.
 
         Returns
         -------

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mha_c.parameters.dtypes import bfloat16_from_bits
+from mha_c.parameters.stored import StoredArray
 
 __all__ = ["AnyArray", "Array", "as_array"]
 
@@ -35,23 +39,27 @@ else:
     AnyArray.__module__ = "mha_c"
 
 
-def as_array(value: Any) -> NDArray[Any]:
+def as_array(value: Any, will_cast: bool = False) -> NDArray[Any]:
     """A NumPy array over `value`, copied only where NumPy cannot read it in place.
 
     Parameters
     ----------
     value : object
         An array, a tensor of torch, or whatever exposes the array interface, the buffer protocol or DLPack.
+    will_cast : bool, default False
+        Whether the caller casts the numbers. Without ml_dtypes, those of bfloat16 are then float32.
 
     Returns
     -------
     numpy.ndarray
-        Of the dtype of `value`; float32 for a tensor of bfloat16 or float8.
+        Of the dtype of `value`; float32 for a tensor of float8.
 
     Raises
     ------
     TypeError
         If `value` is none of these, such as a list, or a masked array of numpy.ma.
+    ImportError
+        If `value` is a tensor of bfloat16 and ml_dtypes is not installed, unless `will_cast`.
 
     Examples
     --------
@@ -62,8 +70,12 @@ def as_array(value: Any) -> NDArray[Any]:
         raise TypeError("expected an array, but got a masked array, whose mask would be ignored: pass its filled(0)")
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu()
-        if str(value.dtype).startswith(("torch.bfloat16", "torch.float8")):  # which NumPy lacks
+        if str(value.dtype) == "torch.bfloat16":  # which NumPy lacks
+            return bfloat16_from_bits(value.view(sys.modules["torch"].int16).numpy().view(np.uint16), will_cast)
+        if str(value.dtype).startswith("torch.float8"):
             value = value.float()
+    if isinstance(value, StoredArray):
+        return value.read(will_cast)
     if any(hasattr(value, name) for name in ("__array__", "__array_interface__", "__array_struct__")):
         return np.asarray(value)
     if hasattr(value, "__dlpack__"):

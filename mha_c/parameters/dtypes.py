@@ -3,11 +3,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["DTYPES", "DTYPE_NAMES", "bfloat16_dtype", "computed_in", "float_dtype", "is_half"]
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "bfloat16_dtype",
+    "bfloat16_from_bits",
+    "computed_in",
+    "float_dtype",
+    "is_half",
+    "is_real",
+    "joined",
+    "trained_dtype",
+]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DTYPE_NAMES = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
@@ -35,6 +48,59 @@ def bfloat16_dtype() -> np.dtype[Any]:
     except ModuleNotFoundError as error:
         raise ImportError('bfloat16 arrays need `pip install "mha-c[bfloat16]"`, which installs ml_dtypes') from error
     return np.dtype(ml_dtypes.bfloat16)
+
+
+def bfloat16_from_bits(bits: NDArray[Any], will_cast: bool = False) -> NDArray[Any]:
+    """Numbers in bfloat16.
+
+    Parameters
+    ----------
+    bits : numpy.ndarray of uint16
+        Their bits.
+    will_cast : bool, default False
+        Whether the caller casts the numbers. Without ml_dtypes, they are then float32, with the same values.
+
+    Returns
+    -------
+    numpy.ndarray
+
+    Raises
+    ------
+    ImportError
+        If ml_dtypes is not installed, unless `will_cast`.
+
+    Examples
+    --------
+    >>> bfloat16_from_bits(np.array([0x3F80, 0xC000], np.uint16))
+    array([1, -2], dtype=bfloat16)
+    """
+    try:
+        return bits.view(bfloat16_dtype())
+    except ImportError:
+        if not will_cast:
+            raise
+    widened: NDArray[Any] = (bits.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of float32
+    return widened
+
+
+def is_real(dtype: np.dtype[Any]) -> bool:
+    """Whether numbers of this dtype can be parameters: integers, floats, and those of ml_dtypes.
+
+    Parameters
+    ----------
+    dtype : numpy.dtype
+        The dtype of an array.
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> [is_real(np.dtype(name)) for name in ("int8", "bfloat16", "complex64", "V2")]
+    [True, True, False, False]
+    """
+    return dtype.kind in "biuf" or dtype.isbuiltin == 2  # 2: a dtype of another package
 
 
 def is_half(dtype: np.dtype[Any]) -> bool:
@@ -120,3 +186,56 @@ def float_dtype(dtype: Any) -> np.dtype[Any]:
             f"dtype must be {DTYPE_NAMES}, but got {dtype!r}"
         )
     raise TypeError(f"dtype must be {DTYPE_NAMES}, in which mha_c computes, but got {dtype!r}")
+
+
+def joined(arrays: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    """Arrays one after the other. Beside another dtype, halves become float32: the two have no common dtype in NumPy.
+
+    Parameters
+    ----------
+    arrays : iterable of numpy.ndarray
+        Their shapes differ in the first axis at most.
+
+    Returns
+    -------
+    numpy.ndarray
+
+    Examples
+    --------
+    >>> joined([np.ones(1, "bfloat16"), np.ones(1, "float16")])
+    array([1., 1.], dtype=float32)
+    """
+    arrays = list(arrays)
+    if len({array.dtype for array in arrays}) > 1:
+        arrays = [array.astype(computed_in(array.dtype), copy=False) for array in arrays]
+    return np.concatenate(arrays)
+
+
+def trained_dtype(stored: np.dtype[Any], dtype: Any) -> np.dtype[Any]:
+    """The dtype of a layer that is made from trained parameters.
+
+    Parameters
+    ----------
+    stored : numpy.dtype
+        That of the weight that decides.
+    dtype : str, numpy.dtype or torch.dtype, or None
+        What the caller asks for. None: `stored`, or float32 if no layer has that dtype, such as one of integers.
+
+    Returns
+    -------
+    numpy.dtype
+        In native byte order.
+
+    Raises
+    ------
+    TypeError, RuntimeError, ImportError
+        As `float_dtype`.
+
+    Examples
+    --------
+    >>> trained_dtype(np.dtype("float16"), None), trained_dtype(np.dtype("int8"), None)
+    (dtype('float16'), dtype('float32'))
+    """
+    if dtype is None and stored.name in DTYPES:
+        return float_dtype(stored.name)
+    return float_dtype(dtype)

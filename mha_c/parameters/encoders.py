@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mha_c.parameters.dtypes import joined
 from mha_c.parameters.encoder_names import LIBRARIES, MODELS, Model, Names, find_encoder_layers
 from mha_c.parameters.loading import arrays_in, infer_layer, listed, read_array
 from mha_c.parameters.options import number_in, open_config, options_shown_by_names, read_config, refusal
@@ -53,6 +54,7 @@ class _Told(NamedTuple):
     activation: Any
     layer_norm_eps: float
     norm_first: bool
+    will_cast: bool
 
 
 class _Layer(NamedTuple):
@@ -74,6 +76,7 @@ def infer_encoder(
     layer_norm_eps: float | None = None,
     norm_first: bool | None = None,
     strict: bool = True,
+    will_cast: bool = False,
 ) -> tuple[dict[str, Any], int, bool, dict[str, NDArray[Any]]]:
     """The arguments and the parameters of the encoder that a state dict describes, perhaps among other layers.
 
@@ -85,6 +88,8 @@ def infer_encoder(
         The parameters, of which only the encoder's are read.
     prefix, config, num_heads, activation, layer_norm_eps, norm_first, strict
         As for ``TransformerEncoder.from_state_dict``.
+    will_cast : bool, default False
+        Whether the caller casts the parameters. Without ml_dtypes, those of bfloat16 are then float32.
 
     Returns
     -------
@@ -105,6 +110,8 @@ def infer_encoder(
         If no layer with so many heads has such shapes, or arguments and config contradict each other.
     TypeError
         If a name in `state_dict` is not a string, or something is not told.
+    ImportError
+        If ml_dtypes is needed and not installed.
 
     Examples
     --------
@@ -122,7 +129,7 @@ def infer_encoder(
     found = find_encoder_layers(flat)
     stack = _find_stack(layer_name, flat, found, prefix, config)
     names = found[f"{stack}0."]
-    told = _told(f"{stack}0.", names, config, num_heads, activation, layer_norm_eps, norm_first)
+    told = _told(f"{stack}0.", names, config, num_heads, activation, layer_norm_eps, norm_first, will_cast)
     starts = _find_layers(layer_name, flat, stack, names)
     declared = number_in(told.config or {}, _LAYERS)
     if declared not in (None, len(starts)):
@@ -137,7 +144,7 @@ def infer_encoder(
         kinds = ("weight", "bias") if options["bias"] or f"{norm}bias" in flat else ("weight",)
         shapes = {norm + kind: (options["d_model"],) for kind in kinds}
         there = [name for name in flat if name.startswith(norm)]
-        matched = _match(layer_name, flat, shapes, there, strict)
+        matched = _match(layer_name, flat, shapes, there, strict, will_cast)
         arrays |= {f"norm.{name.removeprefix(norm)}": array for name, array in matched.items()}
     return options, len(layers), has_norm, arrays
 
@@ -153,12 +160,13 @@ def infer_encoder_layer(
     layer_norm_eps: float | None = None,
     norm_first: bool | None = None,
     strict: bool = True,
+    will_cast: bool = False,
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """The arguments and the parameters of one layer of an encoder.
 
     Parameters
     ----------
-    layer_name, state_dict, config, num_heads, activation, layer_norm_eps, norm_first, strict
+    layer_name, state_dict, config, num_heads, activation, layer_norm_eps, norm_first, strict, will_cast
         As for `infer_encoder`.
     prefix : str
         How the layer's names begin, except that more may precede, up to a dot.
@@ -172,7 +180,7 @@ def infer_encoder_layer(
 
     Raises
     ------
-    RuntimeError, NotImplementedError, ValueError, TypeError
+    RuntimeError, NotImplementedError, ValueError, TypeError, ImportError
         As `infer_encoder`.
 
     Examples
@@ -187,7 +195,7 @@ def infer_encoder_layer(
     flat = _arrays(state_dict, prefix)
     found = find_encoder_layers(flat)
     start = _only(layer_name, flat, found, prefix, config, lambda start: f".{start}".endswith(f".{prefix}"))
-    told = _told(start, found[start], config, num_heads, activation, layer_norm_eps, norm_first)
+    told = _told(start, found[start], config, num_heads, activation, layer_norm_eps, norm_first, will_cast)
     layers = _read_layers(layer_name, flat, [start], found[start], told, strict)
     return _options(layers, told), layers[0].arrays
 
@@ -315,7 +323,7 @@ def _find_model(names: Names, config: Mapping[str, Any] | None) -> Model:
 
 def _told(
     start: str, names: Names, config: Any, num_heads: int | None, activation: Any, layer_norm_eps: float | None,
-    norm_first: bool | None,
+    norm_first: bool | None, will_cast: bool,
 ) -> _Told:  # fmt: skip
     """What arguments and config tell together."""
     if config is not None:
@@ -344,7 +352,7 @@ def _told(
         hint = f". Most models of {names.models} have {usual}" if usual else ""
         source = "the state dict does not show" if config is None else "neither the state dict nor config shows"
         raise TypeError(f"from_state_dict() needs {', '.join(missing)}, which {source}{hint}")
-    return _Told(config, model, **known | {"num_heads": num_heads})
+    return _Told(config, model, **known | {"num_heads": num_heads}, will_cast=will_cast)
 
 
 def _activation(config: Mapping[str, Any], given: Any) -> str | None:
@@ -406,11 +414,12 @@ def _read_layer(
         config=told.config,
         names=None if is_torchs else names.attention,
         strict=strict,
+        will_cast=told.will_cast,
     )
     norm1, norm2 = names.norms
     second = names.linears[1]
-    features, hidden = widths.embed_dim, read_array(flat, f"{start}{second}.weight").shape[-1:]
-    rows = {name: read_array(flat, f"{start}{name}.weight").shape[:1] for name in names.maps}
+    features, hidden = widths.embed_dim, read_array(flat, f"{start}{second}.weight", told.will_cast).shape[-1:]
+    rows = {name: read_array(flat, f"{start}{name}.weight", told.will_cast).shape[:1] for name in names.maps}
     if not names.gate and rows[names.linears[0]] != (2 * sum(hidden),):  # gates and what they let through
         rows = dict.fromkeys(rows, hidden)
     shapes: dict[str, tuple[int, ...]] = {f"{second}.weight": (features, *hidden), f"{second}.bias": (features,)}
@@ -421,7 +430,7 @@ def _read_layer(
     wanted = {start + name: shape for name, shape in shapes.items() if name in besides or name.endswith(".weight")}
     in_attention = tuple(f"{name}." for name in names.attention)
     beside = [start + name for name in Part(flat, start) if not name.startswith(in_attention)]
-    found = _match(layer_name, flat, wanted, beside, strict)
+    found = _match(layer_name, flat, wanted, beside, strict, told.will_cast)
     found = {name.removeprefix(start): array for name, array in found.items()}
 
     arrays = {f"self_attn.{name}": array for name, array in attention.items()}
@@ -429,7 +438,7 @@ def _read_layer(
     for (name, theirs), kind in itertools.product(parts.items(), ("weight", "bias")):
         if any(f"{one}.{kind}" in found for one in theirs):
             zeros = {one: np.zeros(shapes[f"{one}.{kind}"], np.float32) for one in theirs}
-            arrays[f"{name}.{kind}"] = np.concatenate([found.get(f"{one}.{kind}", zeros[one]) for one in theirs])
+            arrays[f"{name}.{kind}"] = joined(found.get(f"{one}.{kind}", zeros[one]) for one in theirs)
     for name, scale in zip(("self_attn.out_proj", "linear2"), names.scales):
         if scale in found:
             arrays |= _scaled(arrays, name, found[scale])
@@ -437,11 +446,12 @@ def _read_layer(
 
 
 def _match(
-    layer_name: str, flat: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], beside: Iterable[str], strict: bool
-) -> dict[str, NDArray[Any]]:
+    layer_name: str, flat: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], beside: Iterable[str],
+    strict: bool, will_cast: bool,
+) -> dict[str, NDArray[Any]]:  # fmt: skip
     """The arrays with these names; `beside` are all names that may be there."""
     entries: dict[str, Any] = dict.fromkeys(beside)
-    entries |= {name: read_array(flat, name) for name in shapes if name in flat}
+    entries |= {name: read_array(flat, name, will_cast) for name in shapes if name in flat}
     return match_state_dict(layer_name, shapes, entries, strict, advice=_ADVICE)[0]
 
 

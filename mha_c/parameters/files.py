@@ -34,6 +34,9 @@ __all__ = ["Checkpoint", "open_checkpoint", "open_state_dict", "write_checkpoint
 
 _CONFIG: Final = "__config__"
 
+# How .npz files hold bfloat16, which NumPy lacks: as structured arrays, whose only field has this name.
+_BFLOAT16: Final = np.dtype([("bfloat16", "<u2")])
+
 # The formats of safetensors, by torch's names.
 _SAFETENSORS: Final = {
     "BOOL": "bool",
@@ -198,6 +201,8 @@ def _read_npz(path: str, file: BufferedReader) -> Checkpoint:
 
     def read(name: str) -> Bits:
         array = np.asarray(archive[name])
+        if array.dtype == _BFLOAT16:
+            return array.view(np.uint16), "bfloat16"
         return array, array.dtype.name
 
     names = [name for name in archive.files if name != _CONFIG]
@@ -290,7 +295,8 @@ def write_checkpoint(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[
     """
     if _suffix(path) == ".npz":
         with _replacing(path) as file:
-            np.savez(file, **{_CONFIG: np.array(config)}, **arrays)  # type: ignore[arg-type]
+            known = {name: a.view(_BFLOAT16) if a.dtype.name == "bfloat16" else a for name, a in arrays.items()}
+            np.savez(file, **{_CONFIG: np.array(config)}, **known)  # type: ignore[arg-type]
     else:
         content = _import_safetensors().numpy.save(dict(arrays), {_CONFIG: config})
         with _replacing(path) as file:

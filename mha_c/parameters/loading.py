@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c.parameters.arrays import as_array
+from mha_c.parameters.dtypes import is_real, joined
 from mha_c.parameters.options import Config, options_shown_by_names, read_config, refusal, usual
 from mha_c.parameters.schemes import SCHEMES, Layout, Scheme, find_layers, schemes_named
 from mha_c.parameters.sets import PARAMETERS, SEPARATE_WEIGHTS, Widths, positive
@@ -34,10 +35,14 @@ class _Place(NamedTuple):
     state_dict: Mapping[str, Any]
     start: str
     scheme: Scheme
+    will_cast: bool = False
 
     @property
     def part(self) -> Part:
         return Part(self.state_dict, self.start)
+
+    def read(self, name: str) -> NDArray[Any]:
+        return read_array(self.part, name, self.will_cast)
 
 
 class _Heads(NamedTuple):
@@ -60,6 +65,7 @@ def infer_layer(
     names: Sequence[str] | None = None,
     layout: Layout | None = None,
     strict: bool = True,
+    will_cast: bool = False,
 ) -> tuple[Widths, dict[str, NDArray[Any]]]:
     """The widths and the parameters of the layer that a state dict describes, perhaps among others.
 
@@ -71,6 +77,8 @@ def infer_layer(
         The parameters, of which only the layer's are read.
     prefix, num_heads, num_kv_heads, head_dim, config, names, layout, strict
         As for ``MultiheadAttention.from_state_dict``.
+    will_cast : bool, default False
+        Whether the caller casts the parameters. Without ml_dtypes, those of bfloat16 are then float32.
 
     Returns
     -------
@@ -88,6 +96,8 @@ def infer_layer(
         If no layer with so many heads has such shapes, or something cannot be told or contradicts itself.
     TypeError
         If a name in `state_dict` is not a string, or nothing tells the number of heads.
+    ImportError
+        If ml_dtypes is needed and not installed.
 
     Examples
     --------
@@ -103,6 +113,7 @@ def infer_layer(
     if layout not in (None, "stacked", "per_head"):
         raise ValueError(f'layout must be "stacked" or "per_head", but got {layout!r}')
     place = _find(layer_name, state_dict, prefix, SCHEMES if names is None else schemes_named(names))
+    place = place._replace(will_cast=will_cast)
     told = Config() if config is None else read_config(config, place.start)
     is_vouched = names is not None and not strict  # the caller says that the model computes nothing besides
     _refuse_more(place, told, has_config=config is not None, is_vouched=is_vouched)
@@ -112,7 +123,7 @@ def infer_layer(
     if place.scheme.kind:
         arrays, heads = _read_foreign(layer_name, place, layout or place.scheme.layout, heads, strict)
     else:
-        arrays = {name: read_array(place.part, name) for name in PARAMETERS if name in place.part}
+        arrays = {name: place.read(name) for name in PARAMETERS if name in place.part}
     widths = _infer_widths(place, {name: array.shape for name, array in arrays.items()}, heads)
     if place.scheme.interleaves and not is_vouched and 1 < widths.num_kv_heads < widths.num_heads:
         raise refusal({"kv_heads": f"it has {widths.num_kv_heads} of them for {widths.num_heads} heads"})
@@ -128,7 +139,7 @@ def infer_layer(
         inputs, _ = match_state_dict(layer_name, separate, arrays, strict=False)
         if len(inputs) == len(SEPARATE_WEIGHTS):
             arrays = {name: array for name, array in arrays.items() if name not in inputs}
-            arrays["in_proj_weight"] = np.concatenate(list(inputs.values()))
+            arrays["in_proj_weight"] = joined(inputs.values())
     shapes = widths.shapes(any(name in arrays for name in _BIASES), any(name in arrays for name in _EXTRA_KEY))
     if strict:
         entries: dict[str, Any] = arrays | dict.fromkeys(_unexpected(place))
@@ -292,7 +303,7 @@ def _known(heads: _Heads) -> int:
     return heads.num_heads
 
 
-def read_array(part: Mapping[str, Any], name: str) -> NDArray[Any]:
+def read_array(part: Mapping[str, Any], name: str, will_cast: bool = False) -> NDArray[Any]:
     """An array of real numbers in a state dict.
 
     Parameters
@@ -301,6 +312,8 @@ def read_array(part: Mapping[str, Any], name: str) -> NDArray[Any]:
         The state dict.
     name : str
         The name of the array.
+    will_cast : bool, default False
+        Whether the caller casts the numbers. Without ml_dtypes, those of bfloat16 are then float32.
 
     Returns
     -------
@@ -310,6 +323,8 @@ def read_array(part: Mapping[str, Any], name: str) -> NDArray[Any]:
     ------
     TypeError, ValueError
         If it is something else. The message begins with the name.
+    ImportError
+        If ml_dtypes is needed and not installed.
 
     Examples
     --------
@@ -317,12 +332,12 @@ def read_array(part: Mapping[str, Any], name: str) -> NDArray[Any]:
     array([1., 1.])
     """
     try:
-        array = as_array(part[name])
+        array = as_array(part[name], will_cast)
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if array.dtype.kind not in "biufV":  # V: bfloat16 and others of ml_dtypes
+    if not is_real(array.dtype):
         raise ValueError(f"{name}: expected real numbers, but got {array.dtype}")
     return array
 
@@ -332,8 +347,8 @@ def _read_foreign(
 ) -> tuple[dict[str, NDArray[Any]], _Heads]:
     """The parameters of projections with other names, by torch's names, and what shapes tell of the heads."""
     part, scheme = place.part, place.scheme
-    weights = [read_array(part, name) for name in scheme.weights]
-    biases = {name: read_array(part, name) for name in scheme.biases if name in part}
+    weights = [place.read(name) for name in scheme.weights]
+    biases = {name: place.read(name) for name in scheme.biases if name in part}
     if scheme.kind == ".kernel" and len(weights) == 4 and weights[0].ndim == 3:
         weights, by_shape = _without_head_axis(scheme.weights, weights)
         biases = {name: bias.reshape(-1) for name, bias in biases.items()}
@@ -356,9 +371,9 @@ def _read_foreign(
     if biases:
         zeros: dict[str, NDArray[Any]] = {name: np.zeros(length, np.float32) for name, length in lengths.items()}
         complete = list((zeros | biases).values())
-        arrays["in_proj_bias"] = np.concatenate(_inputs(complete, order))
+        arrays["in_proj_bias"] = joined(_inputs(complete, order))
         arrays["out_proj.bias"] = complete[-1]
-    arrays |= {name: read_array(part, name) for name in _EXTRA_KEY if name in part}
+    arrays |= {name: place.read(name) for name in _EXTRA_KEY if name in part}
     return arrays, heads
 
 
@@ -434,7 +449,7 @@ def _inputs(arrays: Sequence[NDArray[Any]], order: NDArray[Any] | None) -> list[
 def _shapes(place: _Place) -> str:
     """The weights of a layer, as they are called and stored."""
     names = place.scheme.weights if place.scheme.kind else [name for name in PARAMETERS if name.endswith("weight")]
-    return " and ".join(f"{name} {read_array(place.part, name).shape}" for name in names if name in place.part)
+    return " and ".join(f"{name} {place.read(name).shape}" for name in names if name in place.part)
 
 
 def _infer_widths(place: _Place, shapes: Mapping[str, tuple[int, ...]], heads: _Heads) -> Widths:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
+from mha_c.parameters.dtypes import is_real
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -213,7 +214,7 @@ class ArraySet:
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any]) -> None:
         for name, array in arrays.items():
-            if array.dtype.kind not in "biufV":  # V: bfloat16 and others of ml_dtypes
+            if not is_real(array.dtype):
                 raise ValueError(f"{name}: expected real numbers, but got {array.dtype}")
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as in torch
             cast = {name: np.asarray(array, dtype, order="C") for name, array in arrays.items()}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mha_c.parameters.files import open_checkpoint
 from mha_c.parameters.arrays import as_array
+from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.sets import ParameterSet, Widths
 
 __all__ = [
@@ -98,7 +99,12 @@ class Part(Mapping[str, Any]):
 
 
 def match_state_dict(
-    layer_name: str, shapes: Mapping[str, _Shape], state_dict: Mapping[str, Any], strict: bool, advice: str = ""
+    layer_name: str,
+    shapes: Mapping[str, _Shape],
+    state_dict: Mapping[str, Any],
+    strict: bool,
+    advice: str = "",
+    will_cast: bool = False,
 ) -> tuple[dict[str, NDArray[Any]], IncompatibleKeys]:
     """Find the parameters of a layer in a state dict.
 
@@ -114,6 +120,8 @@ def match_state_dict(
         Whether missing and unexpected names are errors.
     advice : str, default ""
         What the error for such names says at its end.
+    will_cast : bool, default False
+        Whether the caller casts the numbers. Without ml_dtypes, those of bfloat16 are then float32.
 
     Returns
     -------
@@ -128,6 +136,8 @@ def match_state_dict(
         If `state_dict` is not a mapping, or a name is not a string.
     RuntimeError
         In torch's words, if `strict` and the names differ, or if a shape differs, or a value is no array.
+    ImportError
+        If ml_dtypes is needed and not installed.
 
     Examples
     --------
@@ -153,7 +163,7 @@ def match_state_dict(
         if name not in state_dict:
             continue
         try:
-            found[name] = as_array(state_dict[name])
+            found[name] = as_array(state_dict[name], will_cast)
         except TypeError:
             errors.append(
                 f'While copying the parameter named "{name}", expected torch.Tensor or Tensor-like object '
@@ -345,17 +355,19 @@ def match_saved_arrays(
     Raises
     ------
     TypeError
-        If the dtype is not that of all arrays, or not float32 or float64.
+        If the dtype is not that of all arrays, or no layer has it.
     RuntimeError
-        As `match_state_dict`.
+        As `match_state_dict`, or if it is a dtype of integers.
+    ImportError
+        If it is bfloat16, and ml_dtypes is not installed.
 
     Examples
     --------
     >>> match_saved_arrays("Layer", {"weight": (1,)}, {"weight": np.ones(1)}, "float64")
     ({'weight': array([1.])}, dtype('float64'))
     """
-    dtype = np.dtype(dtype_name)
+    dtype = float_dtype(dtype_name)
     arrays, _ = match_state_dict(layer_name, shapes, content, strict=True)
-    if dtype not in (np.float32, np.float64) or any(array.dtype != dtype for array in arrays.values()):
-        raise TypeError(f"its parameters should be of {dtype}, and that float32 or float64")
+    if any(array.dtype != dtype for array in arrays.values()):
+        raise TypeError(f"its parameters should be of {dtype}")
     return arrays, dtype

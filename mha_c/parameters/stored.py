@@ -13,6 +13,8 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mha_c.parameters.dtypes import bfloat16_from_bits
+
 __all__ = [
     "Bits",
     "Opaque",
@@ -51,7 +53,7 @@ class StoredArray:
     Examples
     --------
     >>> np.asarray(StoredArray("model.pt", lambda: (np.array([0x3F80], np.uint16), "bfloat16")))
-    array([1.], dtype=float32)
+    array([1], dtype=bfloat16)
     """
 
     __slots__ = ("_path", "_read")
@@ -75,13 +77,36 @@ class StoredArray:
         with damage_is_value_error(self._path):
             return self._read()
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+    def read(self, will_cast: bool = False) -> NDArray[Any]:
+        """The array, of the dtype in the file; float32 for float8.
+
+        Parameters
+        ----------
+        will_cast : bool, default False
+            Whether the caller casts the numbers. Without ml_dtypes, those of bfloat16 are then float32.
+
+        Returns
+        -------
+        numpy.ndarray
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged, or there are no real numbers.
+        ImportError
+            If ml_dtypes is needed and not installed.
+        """
         array, name = self.bits()
+        if name == "bfloat16":
+            return bfloat16_from_bits(array, will_cast)
         if name in _BITS:
-            array = _widened(array, name)
+            return _widened(array, name)
         if array.dtype.kind not in "biuf":
             raise ValueError(f"expected real numbers, but {self._path} holds {name}")
-        return array if dtype is None else array.astype(dtype)
+        return array
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return self.read() if dtype is None else self.read(will_cast=True).astype(dtype)
 
 
 class Opaque:
@@ -121,9 +146,7 @@ class Opaque:
 
 
 def _widened(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """float32 numbers from the bits of narrower ones."""
-    if dtype == "bfloat16":  # the upper half of a float32
-        return (bits.astype(np.uint32) << 16).view(np.float32)
+    """float32 numbers from the bits of float8."""
     try:
         import ml_dtypes
     except ModuleNotFoundError as error:

@@ -227,7 +227,14 @@ def state_dict(layer: Module, *, prefix: str = "") -> OrderedDict[str, torch.Ten
     <All keys matched successfully>
     """
     arrays = layer.state_dict(prefix=prefix)
-    return OrderedDict((name, torch.from_numpy(array.copy())) for name, array in arrays.items())
+    return OrderedDict((name, _copied(array)) for name, array in arrays.items())
+
+
+def _copied(array: NDArray[Any]) -> torch.Tensor:
+    """A copy of an array, of the same dtype."""
+    if array.dtype.name == "bfloat16":  # which torch does not take from NumPy
+        return _tensor(array.copy().view(np.uint16), "bfloat16")
+    return torch.from_numpy(array.copy())
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

@@ -205,7 +205,6 @@ class TransformerDecoderLayer(TransformerLayer):
         ----------
         module : torch.nn.TransformerDecoderLayer
             The layer to copy. A subclass will do if it has torch's methods. Hooks and buffers are not copied.
-            Parameters in float16 or bfloat16 become float32.
 
         Returns
         -------

@@ -22,6 +22,7 @@ from mha_c.layer import MaskedRows, MultiheadAttention, facts_of
 from mha_c.module import Module, Option, check_torch_module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.dtypes import trained_dtype
 from mha_c.parameters.encoders import infer_encoder, infer_encoder_layer
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.sets import integer
@@ -80,8 +81,9 @@ class TransformerEncoderLayer(TransformerLayer):
     dtype : optional
         float32 (the default), float64, bfloat16 or float16, as a name, a NumPy or a torch dtype.
     seed : int, optional
-        Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. None:
-        a random seed.
+        Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. Those
+        of bfloat16 and float16 are float32's, rounded, from which torch's differ in about one number of a thousand.
+        None: a random seed.
     dropout_seed : int, optional
         Seed of what is dropped, which differs for each place in the layer, and in each copy of the layer. None: a
         random seed.
@@ -268,7 +270,8 @@ training=False)
         batch_first : bool, optional
             Whether inputs are (N, S, E). None: as in the model; False, torch's default, for torch's names.
         dtype : optional
-            float32 or float64, to which the parameters are cast. None: float64 for float64 weights, else float32.
+            float32, float64, bfloat16 or float16, to which the parameters are cast. None: the dtype of the weight of
+            `linear1`, or float32 if a layer cannot have it.
         dropout_seed, masked_rows
             As for the constructor.
         padded : {"zero", "computed"}, optional
@@ -290,6 +293,9 @@ training=False)
             or if a file is damaged.
         TypeError
             If `state_dict` is neither a mapping nor a path, or if something is not told.
+        ImportError
+            If there are bfloat16 or float8 numbers to read, and ml_dtypes is not installed. It is not needed to cast
+            bfloat16 to another `dtype`.
         OSError
             If a file cannot be opened.
 
@@ -305,11 +311,12 @@ training=False)
             options, arrays = infer_encoder_layer(
                 cls.__name__, tensors, prefix, config, num_heads=num_heads, activation=activation,
                 layer_norm_eps=layer_norm_eps, norm_first=norm_first, strict=strict,
+                will_cast=dtype is not None,
             )  # fmt: skip
         if batch_first is not None:
             options["batch_first"] = batch_first
         layer = cls(
-            **options, dropout=dropout, dtype=_trained_dtype(arrays["linear1.weight"], dtype),
+            **options, dropout=dropout, dtype=trained_dtype(arrays["linear1.weight"].dtype, dtype),
             dropout_seed=dropout_seed, padded=padded, masked_rows=masked_rows,
         )  # fmt: skip
         layer.load_state_dict(arrays)
@@ -323,7 +330,6 @@ training=False)
         ----------
         module : torch.nn.TransformerEncoderLayer
             The layer to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
-            Parameters in float16 or bfloat16 become float32.
 
         Returns
         -------
@@ -564,7 +570,8 @@ class TransformerEncoder(Container):
         batch_first : bool, optional
             Whether inputs are (N, S, E). None: as in the model; False, torch's default, for torch's names.
         dtype : optional
-            float32 or float64, to which the parameters are cast. None: float64 for float64 weights, else float32.
+            float32, float64, bfloat16 or float16, to which the parameters are cast. None: the dtype of the weight of
+            `linear1`, or float32 if a layer cannot have it.
         dropout_seed, masked_rows
             As for the constructor of the layers.
         padded : {"zero", "computed"}, optional
@@ -586,6 +593,9 @@ class TransformerEncoder(Container):
             or if a file is damaged.
         TypeError
             If `state_dict` is neither a mapping nor a path, or if something is not told.
+        ImportError
+            If there are bfloat16 or float8 numbers to read, and ml_dtypes is not installed. It is not needed to cast
+            bfloat16 to another `dtype`.
         OSError
             If a file cannot be opened.
 
@@ -609,10 +619,11 @@ class TransformerEncoder(Container):
             options, num_layers, has_norm, arrays = infer_encoder(
                 cls.__name__, tensors, prefix, config, num_heads=num_heads, activation=activation,
                 layer_norm_eps=layer_norm_eps, norm_first=norm_first, strict=strict,
+                will_cast=dtype is not None,
             )  # fmt: skip
         if batch_first is not None:
             options["batch_first"] = batch_first
-        real = _trained_dtype(arrays["layers.0.linear1.weight"], dtype)
+        real = trained_dtype(arrays["layers.0.linear1.weight"].dtype, dtype)
         layer = TransformerEncoderLayer(
             **options, dropout=dropout, dtype=real, dropout_seed=dropout_seed, masked_rows=masked_rows
         )
@@ -662,11 +673,6 @@ def attention_call(
         "src", src, "src", src, mask_name, mask, "src_key_padding_mask", padding, flag_name, is_causal,
         lambda: facts_of(layers[0].self_attn),
     )  # fmt: skip
-
-
-def _trained_dtype(weight: Array, dtype: Any) -> Any:
-    """float64 for float64 weights, unless `dtype` says otherwise."""
-    return np.float64 if dtype is None and weight.dtype == np.float64 else dtype
 
 
 def _torch_leaves_out_padding(layer: Any) -> bool:

@@ -65,8 +65,9 @@ class Transformer(Container):
     layer_norm_eps, batch_first, norm_first, bias, device, dtype
         As for `TransformerEncoderLayer`.
     seed : int, optional
-        Seed of the parameters: they are those of torch's class after ``torch.manual_seed(seed)``, bit for bit. None: a
-        random seed.
+        Seed of the parameters: they are those of torch's class after ``torch.manual_seed(seed)``, bit for bit. Those
+        of bfloat16 and float16 are float32's, rounded, from which torch's differ in about one number of a thousand.
+        None: a random seed.
     dropout_seed, norm
         As for `TransformerEncoderLayer`.
     padded : {"zero", "computed"}, optional
@@ -255,7 +256,7 @@ class Transformer(Container):
         device : optional
             None or "cpu".
         dtype : optional
-            float32 (the default) or float64.
+            float32 (the default), float64, bfloat16 or float16.
 
         Returns
         -------
