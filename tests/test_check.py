@@ -448,9 +448,92 @@ def test_command_of_a_state_dict(capsys, tmp_path):
         assert words in capsys.readouterr().err
 
 
+def test_command_of_whole_layers(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main("check --layer encoder --embed-dim 8 --num-heads 4 --is-causal --key-padding-mask float --dtype float64 "
+                "--norm-first --batch-first --length 6 --activation gelu --dim-feedforward 12".split()) == 0
+    said = in_one_line(capsys.readouterr().out)
+    assert "TransformerEncoderLayer; src (3, 6, 8), src_key_padding_mask float64 (3, 6), is_causal" in said
+    assert main("check --layer decoder --embed-dim 8 --num-heads 2 --is-causal --attn-mask bool-3d --source-length 9 "
+                "--key-padding-mask bool --dim-feedforward 12 --no-bias".split()) == 0
+    said = capsys.readouterr().out
+    assert ("TransformerDecoderLayer; tgt (5, 3, 8), memory (9, 3, 8), tgt_mask bool (6, 5, 5), memory_mask bool "
+            "(6, 5, 9), tgt_key_padding_mask bool (3, 5), memory_key_padding_mask bool (3, 9), tgt_is_causal"
+            ) in in_one_line(said)
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_what_the_options_of_whole_layers_make():
+    """Every parameter is random, so that none can be left out unnoticed, and the options are those of the layer."""
+    options = {"embed_dim": 8, "num_heads": 2, "dim_feedforward": 12, "activation": "silu", "norm_first": True}
+    for kind in ("encoder", "decoder"):
+        made = command.Configuration(layer=kind, dtype="float64", batch_first=True, **options)._layer()
+        assert (made.activation, made.norm_first, made.linear1.weight.shape) == ("silu", True, (12, 8))
+        assert made.self_attn.batch_first and made.self_attn.num_heads == 2
+        assert all(len(np.unique(array)) > 1 and array.dtype == np.float64 for array in made.parameters())
+        assert command.Configuration(layer=kind, embed_dim=8, num_heads=2, bias=False)._layer().linear1.bias is None
+
+
+def test_command_of_whole_layers_in_files(capsys, tmp_path):
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    names = f"check --layer encoder {tmp_path / 'model.pt'} --num-heads 2 --prefix layers."
+    assert main(f"{names}1. --activation gelu --norm-first --batch-first".split()) == 0
+    assert "TransformerEncoderLayer; src (3, 5, 16)" in capsys.readouterr().out
+    read = command.Configuration(file=str(tmp_path / "model.pt"), layer="encoder", num_heads=2, prefix="layers.1.",
+                                 activation="gelu", norm_first=True)._layer()
+    assert np.array_equal(read.linear1.weight, model.layers[1].linear1.weight.detach())
+    assert (read.activation, read.norm_first, read.self_attn.batch_first) == ("gelu", True, False)
+
+    mha_c.TransformerDecoderLayer(8, 2, 12).save(tmp_path / "decoder.npz")
+    saved = ["check", "--layer", "decoder", str(tmp_path / "decoder.npz")]
+    assert main([*saved, "--dtype", "float64", "--source-length", "7"]) == 0
+    assert "memory (7, 3, 8)" in capsys.readouterr().out
+    changed = command.Configuration(file=saved[-1], layer="decoder", batch_first=True, norm_first=True, activation="silu")
+    read = changed._layer()
+    assert read.multihead_attn.batch_first and read.self_attn.batch_first
+    assert read.norm_first and read.activation == "silu"
+
+    for arguments, words in (([*saved, "--num-heads", "2"], "TransformerDecoderLayer.save wrote, without --num-heads"),
+                             (["check", "--layer", "encoder", saved[-1]], "it is a TransformerDecoderLayer, not a TransformerEncoderLayer"),
+                             (f"check --layer encoder {tmp_path / 'model.pt'}".split(),
+                              "a file that TransformerEncoderLayer.save did not write needs --num-heads: ")):
+        assert main(arguments) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_command_over_the_grid_of_whole_layers(capsys, monkeypatch, kind):
+    monkeypatch.setenv("COLUMNS", "80")
+    everything = list(command.grid(kind))
+    assert len({configuration for _, configuration in everything}) == 420
+    few = everything[::41]
+    monkeypatch.setattr(command, "grid", {kind: few}.get)
+    assert main(["check", "--layer", kind]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert f"torch {torch.__version__}: layers of" in said and said.endswith(f"\nall {len(few)} agree\n")
+    right = mha_c._core.transform
+    monkeypatch.setattr("mha_c._core.transform", lambda *arguments: right(*arguments) + np.float32(1e-3))
+    assert main(["check", "--layer", kind]) == 1
+    assert f"\n{len(few)} of {len(few)} differ\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind, options, refused", [
+    ("encoder", "--kdim 3 --no-weights --add-bias-kv --source-length 3", "--kdim, --add-bias-kv, --source-length, --no-weights"),
+    ("decoder", "--vdim 3 --add-zero-attn --prefix x.", "--vdim, --add-zero-attn, --prefix"),
+    ("attention", "--dim-feedforward 8 --norm-first --activation gelu", "--dim-feedforward, --activation, --norm-first"),
+])  # fmt: skip
+def test_options_of_other_layers_are_refused(capsys, kind, options, refused):
+    with pytest.raises(SystemExit) as exit_:
+        main(f"check --layer {kind} --embed-dim 8 --num-heads 2 {options}".split())
+    assert exit_.value.code == 2
+    assert f"--layer {kind} does not have {refused}\n" in capsys.readouterr().err
+
+
 def test_command_over_the_grid(capsys, monkeypatch):
     few = list(command.grid())[::105]
-    monkeypatch.setattr(command, "grid", lambda: iter(few))
+    monkeypatch.setattr(command, "grid", lambda layer: iter(few))
     threads = torch.get_num_threads()
     assert main(["check"]) == 0
     said = capsys.readouterr().out
@@ -472,7 +555,7 @@ def test_ctrl_c(capsys, monkeypatch):
         def check(self):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "grid", lambda: iter([*few, ("more", Interrupted())]))
+    monkeypatch.setattr(command, "grid", lambda layer: iter([*few, ("more", Interrupted())]))
     assert main(["check"]) == 130
     said = capsys.readouterr()
     assert said.out.endswith("\nall 3 agree; 1 was not checked\n") and said.err == "interrupted\n"

@@ -33,7 +33,7 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     ----------
     module : MultiheadAttention or torch.nn.MultiheadAttention
         The layer. The other library's layer is made from it. Also a layer of a Transformer, an encoder, a decoder or a
-        Transformer of either library, in float32.
+        Transformer of either library.
     *inputs : array or tensor
         query, key and value; or query and key, which is also the value; or one array for all three. Of a Transformer:
         the arguments of its call.
@@ -55,12 +55,11 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
 
     Notes
     -----
-    torch does not have layers of some widths, such as grouped heads. They are compared with the definition of attention
+    torch does not have attention of some widths, such as grouped heads. It is compared with the definition of attention
     in NumPy, in the dtype of the layer.
 
-    The reference is the definition of attention, in float64 for a float32 layer, and in np.longdouble for a float64
-    layer. np.longdouble is slow, and on some platforms it is not wider than float64. For layers of a Transformer, it is
-    torch's layer in float64.
+    The reference is the definition of the layer, in float64 for a float32 layer, and in np.longdouble for a float64
+    layer. np.longdouble is slow, and on some platforms it is not wider than float64.
 
     Examples
     --------

@@ -317,7 +317,7 @@ def forward_in_torch(
         return output.detach().numpy(), None if weights is None else weights.detach().numpy()
 
 
-def layer_in_torch(layer: Module, arguments: dict[str, Any], dtype: str) -> NDArray[Any]:
+def layer_in_torch(layer: Module, arguments: dict[str, Any]) -> NDArray[Any]:
     """Make a call of a Transformer's layer with torch's layer of the same parameters, on its ordinary path.
 
     Parameters
@@ -325,9 +325,7 @@ def layer_in_torch(layer: Module, arguments: dict[str, Any], dtype: str) -> NDAr
     layer : Module
         The layer.
     arguments : dict of str to object
-        Those of torch's call. Arrays become tensors.
-    dtype : {"float32", "float64"}
-        To which parameters and arrays of floats are cast.
+        Those of torch's call. Arrays become tensors; those of floats are cast to the dtype of the layer.
 
     Returns
     -------
@@ -342,10 +340,10 @@ def layer_in_torch(layer: Module, arguments: dict[str, Any], dtype: str) -> NDAr
     --------
     >>> import mha_c, numpy as np
     >>> layer = mha_c.TransformerEncoderLayer(8, 2, 16).eval()
-    >>> layer_in_torch(layer, {"src": np.zeros((5, 3, 8), np.float32)}, "float64").dtype
-    dtype('float64')
+    >>> layer_in_torch(layer, {"src": np.zeros((5, 3, 8), np.float32)}).shape
+    (5, 3, 8)
     """
-    kind = getattr(torch, dtype)
+    kind = getattr(torch, next(layer.parameters()).dtype.name)
 
     def tensor(value: Any) -> Any:
         if not isinstance(value, np.ndarray):
@@ -356,7 +354,7 @@ def layer_in_torch(layer: Module, arguments: dict[str, Any], dtype: str) -> NDAr
     # With gradients, torch takes its ordinary path.
     with torch.inference_mode(False), torch.enable_grad():
         tensors = {name: tensor(one) for name, one in arguments.items()}
-        output: NDArray[Any] = to_torch(layer).to(kind)(**tensors).detach().numpy()
+        output: NDArray[Any] = to_torch(layer)(**tensors).detach().numpy()
         return output
 
 
