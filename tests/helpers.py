@@ -67,7 +67,10 @@ def to_torch(value):
     """Arrays become tensors (any strides, native byte order); everything else, dtypes apart, stays what it is."""
     import torch
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C", copy=True))
+        array = np.array(value, dtype=value.dtype.newbyteorder("="), order="C", copy=True)
+        if array.dtype.name == "bfloat16":  # which torch does not take from NumPy
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
     if isinstance(value, np.dtype) or isinstance(value, type) and issubclass(value, np.generic):
         return getattr(torch, np.dtype(value).name)
     return value

@@ -164,7 +164,7 @@ static const char *cpp_type_name(PyArrayObject *array)
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (names[i].kind == descr->kind && names[i].item_size == PyArray_ITEMSIZE(array))
             return names[i].name;
-    return torch_type_name(array);
+    return array_has_dtype(array, MHA_BFLOAT16) ? "c10::BFloat16" : torch_type_name(array);
 }
 
 static int check_supported(const sdpa_arguments *arguments)
