@@ -611,7 +611,8 @@ def module_without_dropout(module):
 
 def test_errors():
     module, x, _ = question("plain", "none")
-    says = "layer must be a mha_c.MultiheadAttention or a torch.nn.MultiheadAttention, but got torch.nn"
+    says = ("explain takes a MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, TransformerEncoder or "
+            "TransformerDecoder of mha_c or torch.nn, but got torch.nn")
     with pytest.raises(TypeError, match=f"{says}.*Linear$"):
         mha_c.explain(torch.nn.Linear(8, 2), *x)
     with pytest.raises(TypeError, match=f"{says}.*Sequential. It holds 0: pass that layer$"):

@@ -390,9 +390,13 @@ def test_refusals_are_those_of_the_layer():
                 module(*call)
             with pytest.raises(its.type, match=re.escape(str(its.value))):
                 mha_c.explain(module, *call)
-    with pytest.raises(TypeError, match="argument 'attn_mask'. Write src_mask= instead of attn_mask="):
+    with pytest.raises(TypeError, match=r"^explain\(\) .* argument 'attn_mask'. Write src_mask= instead of attn_mask="):
         mha_c.explain(layer, x, attn_mask=None)
-    with pytest.raises(TypeError, match="but got mha_c.*Transformer"):
+    decoder_layer = mha_c.TransformerDecoderLayer(8, 2)
+    for module in (layer, encoder, decoder_layer, mha_c.TransformerDecoder(decoder_layer, 1)):
+        with pytest.raises(TypeError, match=r"^explain\(\) missing 1 required positional argument"):
+            mha_c.explain(module, *[x] * ("Decoder" in type(module).__name__))
+    with pytest.raises(TypeError, match="explain takes .* TransformerEncoder or TransformerDecoder of .*, but got mha_c"):
         mha_c.explain(mha_c.Transformer(8, 2, 1, 1, 16), x, x)
     with pytest.raises(AttributeError, match="multihead_attn"):
         mha_c.explain(layer, x).multihead_attn

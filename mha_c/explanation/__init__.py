@@ -184,5 +184,6 @@ def _copy_of_torchs(layer: Any) -> Any:
     try:
         return kind.from_torch(layer).eval()
     except TypeError as error:
-        said = str(error).replace("from_torch takes a", f"layer must be a mha_c.{kind.__name__} or a", 1)
-        raise TypeError(said) from None
+        *names, last = (each.__name__ for each in _EXPLAIN)
+        takes = f"explain takes a {', '.join(names)} or {last} of mha_c or torch.nn"
+        raise TypeError(str(error).replace(f"from_torch takes a torch.nn.{kind.__name__}", takes, 1)) from None

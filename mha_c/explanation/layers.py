@@ -21,7 +21,7 @@ from mha_c.explanation.attention import explain as explain_attention
 from mha_c.explanation.layer_result import LayerExplanation, rows_of, size_of_rows, tokens_with_largest_norm
 from mha_c.explanation.result import Explanation
 from mha_c.explanation.stages import Stage
-from mha_c.explanation.words import of_another_forward
+from mha_c.explanation.words import called_explain, of_another_forward
 from mha_c.module import Module
 from mha_c.norms import RMSNorm
 from mha_c.parameters.arrays import as_array
@@ -42,6 +42,7 @@ ACTIVE = 0.01
 
 
 @knows_foreign_keywords
+@called_explain
 def explain_encoder_layer(
     layer: TransformerEncoderLayer,
     src: Any,
@@ -62,6 +63,7 @@ def explain_encoder_layer(
 
 
 @knows_foreign_keywords
+@called_explain
 def explain_decoder_layer(
     layer: TransformerDecoderLayer,
     tgt: Any,
