@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numerical check: what it measures, what it says, and that it notices when something is wrong."""
 
+import copy
 import dataclasses
 import sys
 
@@ -57,6 +58,61 @@ def test_the_definition_is_that_of_the_tests(number, dtype, masked_rows):
 
 
 # ------------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_definition_of_halves(dtype):
+    """It is that of a float32 layer with the same parameters, in the same wider type, with masks added up in float32."""
+    module, x = layer(8, 2, dtype=dtype, add_bias_kv=True), normal((5, 3, 8), dtype)
+    mask = np.full((5, 5), -40_000, "float32")  # twice that is -inf in float16, but not in float32
+    mask[:, 0] = 0
+    call = {"attn_mask": mask, "key_padding_mask": np.full((3, 5), -40_000, "float32")}
+    found = definition.attend(module, x, x, x, **call)
+    wide = x.astype("float32")
+    expected = definition.attend(copy.deepcopy(module).float(), wide, wide, wide, **call)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == np.float64
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype, number", [(dtype, number) for dtype in ("bfloat16", "float16") for number in range(0, 630, 21)])
+def test_layers_of_halves_agree(dtype, number):
+    """Their error is less than a unit, and no larger than torch's but for luck."""
+    _, configuration = list(command.grid(dtype=dtype))[number]
+    report = configuration.check()
+    report.assert_close()
+    for one in report.comparisons:
+        assert one.dtype == one.torch_dtype == dtype
+        assert one.error.largest < 0.6 * one.ulp  # rounded once
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_units_of_halves(dtype):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = np.array([1.5, 0.25, np.inf, np.nan], dtype)
+    one = check.Comparison.measure("output", x, x, x.astype(float))
+    assert one.agrees and one.ulp == float(ml_dtypes.finfo(dtype).eps)
+    off = x.copy()
+    off[0] += np.array(8 * one.ulp, dtype)
+    other = check.Comparison.measure("output", off, x, x.astype(float))
+    assert not other.agrees and other.error.largest == 8 * one.ulp
+    assert not check.Comparison.measure("output", x.astype("float32"), x, x.astype(float)).agrees
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_mistake_in_halves_is_noticed(dtype, monkeypatch):
+    """One number of a result is a quarter too large."""
+    module, x = layer(8, 2, dtype=dtype), normal((5, 3, 8), dtype)
+    right = mha_c._core.forward
+
+    def wrong(*arguments):
+        output, weights = right(*arguments)
+        output[0, 0, np.abs(output[0, 0].astype(float)).argmax()] *= np.array(1.25, dtype)
+        return output, weights
+
+    check.against_torch(module, x).assert_close()
+    monkeypatch.setattr("mha_c._core.forward", wrong)
+    assert not check.against_torch(module, x).agrees
 
 
 @pytest.mark.parametrize("number", range(0, 1260, 7))
@@ -148,7 +204,7 @@ def test_what_cannot_be_checked():
             (layer(8, 4), (x,) * 4, TypeError, "got 4 inputs"),
             (torch.nn.Linear(8, 8), (x,), TypeError, "takes a layer of mha_c or a torch.nn.MultiheadAttention, but got"),
             (torch.nn.Sequential(encoder()), (x,), TypeError, r"It holds 0.layers.0.self_attn, .* pass one of them. check.model compares whole"),
-            (torch.nn.MultiheadAttention(8, 4).half(), (x,), TypeError, "the layer is in float16")):
+            (torch.nn.MultiheadAttention(8, 4).to(torch.float8_e5m2), (x,), TypeError, "this one is float8_e5m2")):
         with pytest.raises(error, match=words):
             check.against_torch(module, *inputs)
     with pytest.raises(TypeError, match="is_casual"):
@@ -532,8 +588,9 @@ def test_options_of_other_layers_are_refused(capsys, kind, options, refused):
 
 
 def test_command_over_the_grid(capsys, monkeypatch):
+    assert {each.dtype for _, each in command.grid(dtype="float16")} == {"float16"}
     few = list(command.grid())[::105]
-    monkeypatch.setattr(command, "grid", lambda layer: iter(few))
+    monkeypatch.setattr(command, "grid", lambda layer, dtype: iter(few))
     threads = torch.get_num_threads()
     assert main(["check"]) == 0
     said = capsys.readouterr().out
@@ -541,6 +598,12 @@ def test_command_over_the_grid(capsys, monkeypatch):
     assert "96/40/24 features, 3 heads, float64" in said
     assert torch.get_num_threads() == threads
 
+    one = few[0][1]
+    monkeypatch.setattr(command, "grid", lambda layer, dtype: [(("all", dtype), dataclasses.replace(one, dtype=dtype))])
+    assert main(["check", "--dtype", "bfloat16"]) == 0
+    assert "  bfloat16 " in capsys.readouterr().out
+
+    monkeypatch.setattr(command, "grid", lambda layer, dtype: iter(few))
     monkeypatch.setattr(command, "MultiheadAttention", Wrong)
     assert main(["check"]) == 1
     said = capsys.readouterr().out
@@ -555,7 +618,7 @@ def test_ctrl_c(capsys, monkeypatch):
         def check(self):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "grid", lambda layer: iter([*few, ("more", Interrupted())]))
+    monkeypatch.setattr(command, "grid", lambda layer, dtype: iter([*few, ("more", Interrupted())]))
     assert main(["check"]) == 130
     said = capsys.readouterr()
     assert said.out.endswith("\nall 3 agree; 1 was not checked\n") and said.err == "interrupted\n"

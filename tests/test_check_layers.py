@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from mha_c.check import definition  # noqa: E402
 from mha_c.torch import layer_in_torch, to_torch  # noqa: E402
+from mha_c.torch.tensors import tensor_of  # noqa: E402
 
 RNG = np.random.default_rng(0)
 SRC, TGT = (RNG.standard_normal((length, 3, 8), np.float32) for length in (6, 5))
@@ -35,15 +36,15 @@ def layers(**options):
 OPTIONS = ({}, {"norm_first": True, "activation": "gelu"}, {"activation": "gelu_tanh", "bias": False}, {"activation": "silu"})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", layers())
 def test_layers_agree(kind, dtype):
     for options in OPTIONS:
         layer, inputs = layers(**options, dtype=dtype)[kind]
         inputs = [x.astype(dtype) for x in inputs]
         assert mha_c.check.against_torch(layer.to(dtype), *inputs).agrees
-        report = mha_c.check.against_torch(to_torch(layer), *map(torch.from_numpy, inputs))
-        assert report.agrees
+        report = mha_c.check.against_torch(to_torch(layer), *map(tensor_of, inputs))
+        assert report.agrees and report.comparisons[0].torch_dtype == dtype
         assert report.comparisons[0].torch_error.largest < 8 * report.comparisons[0].ulp  # the reference is right
 
 
@@ -67,7 +68,7 @@ def test_the_definition(kind):
 def test_norms_at_the_end():
     """Also those that only a stack has: RMSNorm, whose default eps depends on the dtype, and norms without parameters."""
     for norm in (torch.nn.RMSNorm(8), torch.nn.LayerNorm(8, elementwise_affine=False), torch.nn.Linear(8, 4)):
-        for dtype in (torch.float32, torch.float64):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
             module = torch.nn.TransformerEncoder(layer, 1, norm, enable_nested_tensor=False).to(dtype)
             report = mha_c.check.against_torch(module, 1e-4 * torch.from_numpy(SRC).to(dtype))
@@ -130,8 +131,8 @@ def test_layers_that_torch_does_not_have(options):
 
 
 def test_what_is_refused():
-    with pytest.raises(TypeError, match="the layer is in bfloat16: check a copy.float()"):
-        mha_c.check.against_torch(torch.nn.TransformerEncoderLayer(8, 2, dtype=torch.bfloat16), torch.zeros(5, 3, 8))
+    with pytest.raises(TypeError, match="this one is float8_e5m2: check a copy.float()"):
+        mha_c.check.against_torch(torch.nn.TransformerEncoderLayer(8, 2).to(torch.float8_e5m2), torch.zeros(5, 3, 8))
     with pytest.raises(RuntimeError, match="pass src.astype"):  # in the layer's own words
         mha_c.check.against_torch(mha_c.TransformerEncoderLayer(8, 2), SRC.astype(np.float64))
     with pytest.raises(TypeError, match="to_torch"):

@@ -127,7 +127,7 @@ SHOW_EVERYTHING = """
     Table._lines = recording
 
     few = list(command.grid())[::30]
-    command.grid = lambda layer: iter(few)
+    command.grid = lambda layer, dtype: iter(few)
     x = normal((5, 3, 8))
     for arguments in ["demo"], ["check"], ["check", "--embed-dim", "8", "--num-heads", "4"], ["info"], []:
         assert main(arguments) == 0
@@ -264,7 +264,7 @@ def test_json_of_the_grid(capsys, monkeypatch):
     """Also of something that differs by infinity, which JSON lacks."""
     pytest.importorskip("torch")
     few = list(command.grid())[::300]
-    monkeypatch.setattr(command, "grid", lambda layer: iter(few))
+    monkeypatch.setattr(command, "grid", lambda layer, dtype: iter(few))
     assert main(["check", "--json"]) == 0
     said = strictly(capsys.readouterr().out)
     assert said["agrees"] and said["checked"] == said["configurations"] == len(few) == len(said["rows"])

@@ -21,6 +21,7 @@ from mha_c.check.requirement import require_torch
 from mha_c.check.report import Report
 from mha_c.display.progress import progress
 from mha_c.display.table import Table, show
+from mha_c.parameters.dtypes import DTYPES
 from mha_c.transformer.decoder import TransformerDecoderLayer
 from mha_c.transformer.encoder import TransformerEncoderLayer
 
@@ -138,7 +139,7 @@ class Configuration:
     add_bias_kv: bool = _option(False, "append a learned key and value", of=(_ATTENTION,))
     add_zero_attn: bool = _option(False, "append a key and value of zeros", of=(_ATTENTION,))
     batch_first: bool = _option(False, "inputs are (N, L, E)")
-    dtype: str | None = _option(None, "float32 unless given", choices=("float32", "float64"))
+    dtype: str | None = _option(None, "float32 unless given; without a layer, float32 and float64", choices=DTYPES)
     prefix: str = _option(
         "", "what precedes the layer's names in FILE, such as encoder.layers.0.self_attn.", of=(_ATTENTION, _ENCODER)
     )
@@ -261,13 +262,15 @@ class Configuration:
         return layer if self.dtype is None else layer.to(self.dtype)
 
 
-def grid(layer: str = _ATTENTION) -> Iterator[tuple[tuple[str, str], Configuration]]:
+def grid(layer: str = _ATTENTION, dtype: str | None = None) -> Iterator[tuple[tuple[str, str], Configuration]]:
     """Every configuration that is checked without further options, each with its group and its row of the table.
 
     Parameters
     ----------
     layer : {"attention", "encoder", "decoder"}, default "attention"
         The kind of layer.
+    dtype : str, optional
+        The dtype of the layers; float32 and float64 unless given.
 
     Yields
     ------
@@ -280,7 +283,8 @@ def grid(layer: str = _ATTENTION) -> Iterator[tuple[tuple[str, str], Configurati
     """
     names = {"key_padding_mask": "padding", "attn_mask": "mask"}
     kind = _KINDS[layer]
-    for width, dtype, masks in itertools.product(kind.widths, ("float32", "float64"), _MASKS):
+    dtypes = ("float32", "float64") if dtype is None else (dtype,)
+    for width, dtype, masks in itertools.product(kind.widths, dtypes, _MASKS):
         features = "/".join(str(width[name]) for name in ("embed_dim", "kdim", "vdim") if name in width)
         group = f"{features} features, {width['num_heads']} heads, {dtype}"
         row = ", ".join("causal" if mask is True else f"{mask} {names[name]}" for name, mask in masks.items())
@@ -317,7 +321,7 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     Parameters
     ----------
     options : dict of str to object
-        All options; the whole grid is checked if they say nothing about a configuration but the kind of layer.
+        All options; the whole grid is checked if they say nothing about a configuration but the kind of layer and the dtype.
     parser : argparse.ArgumentParser
         Ends the program if they do not fit together.
 
@@ -335,7 +339,7 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     configuration = Configuration(**options)
     if misplaced := configuration.misplaced():
         parser.error(f"--layer {configuration.layer} does not have {', '.join(misplaced)}")
-    over_grid = configuration == Configuration(layer=configuration.layer)
+    over_grid = configuration == Configuration(layer=configuration.layer, dtype=configuration.dtype)
     if not over_grid and configuration.file is None and None in (configuration.embed_dim, configuration.num_heads):
         parser.error("say which layer to check: --embed-dim and --num-heads, or FILE")
     found: Report | _Survey
@@ -345,7 +349,7 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
 
         if over_grid:
             with one_thread():
-                found = _Survey.of_grid(configuration.layer, TORCH_VERSION)
+                found = _Survey.of_grid(configuration.layer, configuration.dtype, TORCH_VERSION)
         else:
             found = configuration.check()
     except _REFUSALS as error:
@@ -412,9 +416,9 @@ class _Survey:
     interrupted: bool = False
 
     @classmethod
-    def of_grid(cls, layer: str, torch_version: str) -> _Survey:
+    def of_grid(cls, layer: str, dtype: str | None, torch_version: str) -> _Survey:
         """Check all configurations of a kind of layer, or those until Ctrl-C."""
-        configurations = list(grid(layer))
+        configurations = list(grid(layer, dtype))
         kind = _KINDS[layer]
         survey = cls(f"mha_c and torch {torch_version}: {kind.name}", len(configurations), kind.varied)
         try:

@@ -14,6 +14,7 @@ from mha_c.dropout import Dropout
 from mha_c.layer import MultiheadAttention, parameters_of
 from mha_c.linear import Linear
 from mha_c.norms import LayerNorm, RMSNorm
+from mha_c.parameters.dtypes import computed_in
 from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
 from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer
 from mha_c.transformer.layer import TransformerLayer
@@ -124,7 +125,9 @@ def attend_in_own_dtype(layer: MultiheadAttention, **arguments: Any) -> tuple[ND
     >>> attend_in_own_dtype(mha_c.MultiheadAttention(8, 4), query=x, key=x, value=x, **masks)[0].dtype
     dtype('float32')
     """
-    return _attend(layer, np.asarray, **arguments)
+    output, weights = _attend(layer, np.asarray, **arguments)
+    dtype = layer.out_proj.weight.dtype
+    return output.astype(dtype, copy=False), weights.astype(dtype, copy=False)  # NumPy makes float32 of some bfloat16
 
 
 def _attend(
@@ -156,8 +159,8 @@ def _attend(
     scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.dtype.type(layer.head_dim))  # (N, H, L, S')
     n, h, length, _ = scores.shape
     s = k_nse.shape[1]
-    # Masks are added up in the layer's own dtype, in which -1e38 and -3e38 are together -inf. The extra keys have none.
-    own = layer.out_proj.weight.dtype
+    # Masks are added up as the layer does: in float32, -1e38 and -3e38 are together -inf. The extra keys have none.
+    own = computed_in(layer.out_proj.weight.dtype)
     masks = [np.zeros((n, h, length, s), own)]
     if attn_mask is not None:
         added = to_float_mask(attn_mask, own)
@@ -285,7 +288,7 @@ class _Definitions:
         x = self.convert(x)
         if isinstance(layer, LayerNorm):
             x = x - x.mean(axes, keepdims=True)
-        eps = np.finfo(self.dtype).eps if layer.eps is None else layer.eps
+        eps = np.finfo(computed_in(self.dtype)).eps if layer.eps is None else layer.eps
         x = x / np.sqrt((x * x).mean(axes, keepdims=True) + eps)
         x = x if layer.weight is None else x * self.convert(layer.weight)
         bias = getattr(layer, "bias", None)

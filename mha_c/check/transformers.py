@@ -14,6 +14,7 @@ from mha_c.check.requirement import require_torch
 from mha_c.display.words import describe_call
 from mha_c.module import Module
 from mha_c.parameters.arrays import as_array
+from mha_c.parameters.dtypes import DTYPES, DTYPE_NAMES
 from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
 from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer
 from mha_c.transformer.transformer import Transformer
@@ -79,7 +80,7 @@ def compare_transformer(module: Any, *inputs: Any, **call: Any) -> Report:
     ImportError
         If torch is not installed.
     TypeError
-        If the layer is not in float32 or float64.
+        If the layer is of another dtype than layers of mha_c.
 
     Examples
     --------
@@ -99,8 +100,8 @@ def compare_transformer(module: Any, *inputs: Any, **call: Any) -> Report:
         if hasattr(part, "padded"):
             part.padded = "computed"
     dtype = str(next(iter(module.parameters())).dtype).removeprefix("torch.")
-    if dtype not in ("float32", "float64"):
-        raise TypeError(f"mha_c computes in float32 and float64, but the layer is in {dtype}: check a copy.float()")
+    if dtype not in DTYPES:
+        raise TypeError(f"a layer of mha_c is {DTYPE_NAMES}, but this one is {dtype}: check a copy.float()")
     bound = inspect.signature(layer.forward).bind(*inputs, **call)
     bound.apply_defaults()
     arguments = {
