@@ -76,6 +76,19 @@ def to_torch(value):
     return value
 
 
+def to_numpy(tensor):
+    """The numbers of a tensor, in its dtype."""
+    import torch
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view("bfloat16")
+    return tensor.numpy()
+
+
+def eps_of(dtype):
+    """The distance of 1 from the next number of a dtype."""
+    return float(np.spacing(np.ones((), dtype)))
+
+
 def torch_twin(module):
     """The torch layer with the constructor arguments and parameters of `module`, as far as torch can express them."""
     import torch
@@ -111,7 +124,7 @@ def call_torch(twin, query, key, value, key_padding_mask=None, need_weights=True
     with torch.no_grad():
         output, weights = twin(tensors[id(query)], tensors[id(key)], tensors[id(value)], to_torch(masks[0]),
                                need_weights, to_torch(masks[1]), average_attn_weights)
-    return output.numpy(), None if weights is None else weights.numpy()
+    return to_numpy(output), None if weights is None else to_numpy(weights)
 
 
 def outcome(call):
