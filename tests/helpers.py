@@ -170,7 +170,7 @@ def rounding_scale(module, query, key, value, *, batch_first=None, **call):
     masks = {name: call[name] for name in ("attn_mask", "key_padding_mask") if call.get(name) is not None}
     if masks:
         s = key.shape[1]
-        mask = np.abs(reference.combined_mask((*scores.shape[:3], s), query.dtype, **masks))
+        mask = np.abs(reference.combined_mask((*scores.shape[:3], s), reference.computed_in(query.dtype), **masks))
         scores[..., :s] += np.where(mask < 100, mask, 0)  # beyond that no score is left to round, or no key
     worst = 1 + 2 * scores.max(axis=-1, keepdims=True, initial=0.0)
     output = reference.attention_output(positive, module.num_heads, weights * worst, np.abs(value), grouped,
