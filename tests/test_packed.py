@@ -17,10 +17,11 @@ from mha_c.torch.packed import PackedByWeight, PackedParameters  # noqa: E402
 SHAPES = [(), (1,), (5,), (63,), (64,), (1000,), (24, 8), (8, 24), (2304, 768), (1, 1, 64), (7, 3, 5), (3, 0)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "longdouble"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "longdouble"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sample(shape, dtype):
     """Up to 64 numbers, the first and the last among them, the same ones whatever the strides."""
+    dtype = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
     numbers = np.arange(int(np.prod(shape)), dtype=dtype).reshape(shape)
     wide = np.repeat(np.repeat(numbers[..., None], 2, -1), 3, 0)[::3, ..., 0] if shape else numbers
     found = np.frombuffer(mha_c._core.sample((numbers,)), dtype)
