@@ -84,9 +84,24 @@ def to_numpy(tensor):
     return tensor.numpy()
 
 
+def is_half(dtype):
+    """Whether numbers are only stored in this dtype, of 16 bits, and computed as float32."""
+    return np.dtype(dtype).name in ("bfloat16", "float16")
+
+
+def is_float(array):
+    """Whether it holds floating-point numbers. NumPy does not know bfloat16 for a float."""
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+
+
 def eps_of(dtype):
     """The distance of 1 from the next number of a dtype."""
     return float(np.spacing(np.ones((), dtype)))
+
+
+def tiny_of(dtype):
+    """The smallest normal number of a dtype."""
+    return float(np.finfo("float32" if dtype == "bfloat16" else dtype).tiny)  # which have the same exponents
 
 
 def torch_twin(module):
@@ -206,10 +221,10 @@ def assert_matches(module, result, query, key, value, *, roundings=ROUNDINGS, wh
             continue
         assert got.shape == want.shape and got.dtype == query.dtype.newbyteorder("="), (
             f"{what} {name}: {got.shape} {got.dtype} instead of {want.shape} {query.dtype}")
-        eps = np.finfo(query.dtype).eps
+        eps = eps_of(query.dtype)
         finite = np.isfinite(want)
-        np.testing.assert_array_equal(got[~finite], want[~finite].astype(got.dtype), err_msg=f"{what} {name}")
-        allowed = roundings * eps * size + np.finfo(query.dtype).tiny
+        np.testing.assert_array_equal(got.astype(want.dtype)[~finite], want[~finite], err_msg=f"{what} {name}")
+        allowed = roundings * eps * size + tiny_of(query.dtype)
         off = np.abs(got.astype(want.dtype) - want) / allowed
         worst = off[finite].max(initial=0.0)
         assert np.isfinite(got[finite]).all() and worst <= 1, (
