@@ -140,6 +140,8 @@ class MultiheadAttention(RandomModule):
         If `embed_dim` is not divisible by `num_heads` and `head_dim` is not given.
     TypeError, RuntimeError
         If an argument has a wrong type, or `dtype` or `device` is not supported.
+    ImportError
+        If `dtype` is bfloat16, and ml_dtypes is not installed.
     MemoryError
         If the parameters do not fit into memory.
 
@@ -544,6 +546,8 @@ class MultiheadAttention(RandomModule):
         ------
         TypeError
             If `module` is something else, or if it overrides forward, which could then compute anything.
+        ImportError
+            If there are parameters in bfloat16, and ml_dtypes is not installed.
 
         Examples
         --------

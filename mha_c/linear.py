@@ -94,6 +94,8 @@ class Linear(Module):
     ------
     TypeError, RuntimeError
         If an argument has a wrong type, a size is negative, or `dtype` or `device` is not supported.
+    ImportError
+        If `dtype` is bfloat16, and ml_dtypes is not installed.
     MemoryError
         If the parameters do not fit into memory.
 
@@ -207,6 +209,8 @@ class Linear(Module):
         ------
         TypeError
             If `module` is something else, or if it overrides forward, which could then compute anything.
+        ImportError
+            If there are parameters in bfloat16, and ml_dtypes is not installed.
 
         Examples
         --------

@@ -343,6 +343,8 @@ class Module:
         ------
         TypeError
             If it is another dtype.
+        ImportError
+            If it is bfloat16, and ml_dtypes is not installed.
         RuntimeError
             If the device is not the CPU.
 
@@ -500,7 +502,7 @@ class Module:
 
         The file holds the parameters, the constructor's arguments and the training mode, also those of the layers in
         this one, but not the number of calls that dropout has counted. An existing file is replaced only when the new
-        one is complete.
+        one is complete. NumPy lacks bfloat16: an .npz file holds it as uint16, in a field called "bfloat16".
 
         Parameters
         ----------
@@ -548,6 +550,8 @@ class Module:
         ------
         ValueError
             If the file is incomplete or damaged, was not written by `save`, or holds another layer.
+        ImportError
+            If the layer is in bfloat16, and ml_dtypes is not installed.
         OSError
             If the file cannot be opened.
 

@@ -273,6 +273,8 @@ class _Norm(Module):
         ------
         TypeError
             If `module` is something else, or if it overrides forward, which could then compute anything.
+        ImportError
+            If there are parameters in bfloat16, and ml_dtypes is not installed.
 
         Examples
         --------
@@ -340,6 +342,8 @@ class LayerNorm(_Norm):
     ------
     TypeError, RuntimeError
         If an argument has a wrong type, a size is negative, or `dtype` or `device` is not supported.
+    ImportError
+        If `dtype` is bfloat16, and ml_dtypes is not installed.
     MemoryError
         If the parameters do not fit into memory.
 
@@ -455,6 +459,8 @@ class RMSNorm(_Norm):
     ------
     TypeError, RuntimeError
         If an argument has a wrong type, a size is negative, or `dtype` or `device` is not supported.
+    ImportError
+        If `dtype` is bfloat16, and ml_dtypes is not installed.
     MemoryError
         If the weight does not fit into memory.
 

@@ -138,10 +138,11 @@ def test_torchs_seeds(half):
 def test_casts():
     module = layer(8, 2)
     before = bits(module.state_dict())
-    for to, dtype in ((lambda: module.half(), "float16"), (lambda: module.float(), "float32"),
-                      (lambda: module.bfloat16(), "bfloat16"), (lambda: module.double(), "float64"),
-                      (lambda: module.to(torch.bfloat16), "bfloat16"), (lambda: module.to("cpu", BFLOAT16), "bfloat16")):
-        assert to() is module and all(array.dtype == dtype for array in module.parameters())
+    casts = ((module.half, "float16"), (module.float, "float32"), (module.bfloat16, "bfloat16"),
+             (module.double, "float64"), (lambda: module.to(torch.bfloat16), "bfloat16"),
+             (lambda: module.to("cpu", BFLOAT16), "bfloat16"))
+    for cast, dtype in casts:
+        assert cast() is module and all(array.dtype == dtype for array in module.parameters())
         assert f"dtype={dtype}" in repr(module)
     assert bits(module.state_dict()) != before and "in bfloat16: 576 bytes" in module._repr_html_()
     for value in (np.full((8, 8), 1.0039), torch.full((8, 8), 1.0039), to_torch(np.full((8, 8), 1, BFLOAT16))):
@@ -319,7 +320,7 @@ def write(path, state):
     if path.suffix == ".safetensors":
         safetensors.save_file(tensors(state), path)
     elif path.suffix == ".npz":
-        np.savez(path, **{name: a.view([("bfloat16", "<u2")]) if a.dtype == BFLOAT16 else a for name, a in state.items()})
+        np.savez(path, **{n: a.view([("bfloat16", "<u2")]) if a.dtype == BFLOAT16 else a for n, a in state.items()})
     else:
         torch.save(tensors(state), path)
 

@@ -398,6 +398,6 @@ def test_options(tmp_path):
     assert encoder.training and layer.norm_first
     assert all(np.array_equal(VIT[name], array) for name, array in before.items())
     half = {name: array.astype(np.float16) for name, array in VIT.items()}
-    assert TransformerEncoder.from_state_dict(half, **TIMM).layers[0].linear1.weight.dtype == np.float32
+    assert TransformerEncoder.from_state_dict(half, **TIMM).layers[0].linear1.weight.dtype == np.float16
     (tmp_path / "config.json").write_text(json.dumps(BERT_CONFIG)[:-1])
     assert "config.json" in refusal(ValueError, BERT, config=tmp_path / "config.json")

@@ -7,6 +7,7 @@ import os
 import pickle
 import stat
 import struct
+import sys
 import zipfile
 from collections.abc import Mapping
 
@@ -47,11 +48,6 @@ WIDTHS = "embed_dim kdim vdim num_heads num_kv_heads head_dim v_head_dim out_dim
 ARGUMENTS = [*WIDTHS, *"dropout batch_first add_zero_attn masked_rows training dropout_seed".split()]
 
 
-def as_bfloat16(array):
-    """The nearest numbers that bfloat16 has, as float32."""
-    return torch.tensor(array).bfloat16().float().numpy()
-
-
 @st.composite
 def layers(draw):
     """A layer with any arguments and any bits as its parameters, NaNs among them."""
@@ -70,7 +66,7 @@ def layers(draw):
                 "add_zero_attn": st.booleans(),
                 "batch_first": st.booleans(),
                 "dropout": st.floats(0, 1),
-                "dtype": st.sampled_from(["float32", "float64"]),
+                "dtype": st.sampled_from(["float32", "float64", "bfloat16", "float16"]),
                 "dropout_seed": st.integers(0, 2**64 - 1),
                 "masked_rows": st.sampled_from(["torch", "zero"]),
             },
@@ -437,7 +433,7 @@ def test_sizes_that_lie_cost_no_memory(tmp_path):
         None, "no JSON", "[]", "3", "{}", "[" * 10_000,
         {"num_heads": 3}, {"num_heads": 0}, {"embed_dim": "4"}, {"embed_dim": 2**70}, {"kdim": -1}, {"head_dim": 2.0},
         {"num_heads": True}, {"bias": False}, {"add_bias_kv": True}, {"dtype": "float64"}, {"dtype": "int32"},
-        {"dtype": "nonsense"}, {"dropout": "0"}, {"dropout_seed": None}, {"masked_rows": "nan"}, {"training": 1},
+        {"dtype": "bfloat16"}, {"dtype": "nonsense"}, {"dropout": "0"}, {"dropout_seed": None}, {"masked_rows": "nan"}, {"training": 1},
     ],
     ids=lambda change: str(change)[:30],
 )  # fmt: skip
@@ -598,12 +594,19 @@ def test_a_prefix_that_is_not_there():
 # ---------------------------------------------------------------------------- layers out of whole models
 
 
+def as_npz(tensor):
+    """The array that .npz files hold of a tensor."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view([("bfloat16", "<u2")])
+    return tensor.numpy()
+
+
 def model_file(path, tensors):
-    """`tensors` in the format that the name of the file asks for; NumPy's has no bfloat16."""
+    """`tensors` in the format that the name of the file asks for."""
     if path.suffix == ".safetensors":
         safetensors.torch.save_file(tensors, path)
     elif path.suffix == ".npz":
-        np.savez_compressed(path, **{name: tensor.float().numpy() for name, tensor in tensors.items()})
+        np.savez_compressed(path, **{name: as_npz(tensor) for name, tensor in tensors.items()})
     else:
         torch.save(tensors, path)
 
@@ -611,7 +614,7 @@ def model_file(path, tensors):
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt", ".pth", ".bin"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_layers_of_a_model(tmp_path, suffix, dtype):
-    """Each attention layer of a decoder, from its state dict and from files; half precision is widened exactly."""
+    """Each attention layer of a decoder, from its state dict and from files, as it is stored."""
     decoder = torch.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(8, 2, 16), 2).to(dtype)
     path = tmp_path / f"model{suffix}"
     model_file(path, dict(decoder.state_dict()))
@@ -738,7 +741,7 @@ def test_one_layer_costs_what_it_costs(tmp_path):
         import numpy as np
         from helpers import most_memory
         before = most_memory()
-        layer = mha_c.MultiheadAttention.from_state_dict({str(path)!r}, "layer.", num_heads=4)
+        layer = mha_c.MultiheadAttention.from_state_dict({str(path)!r}, "layer.", num_heads=4, dtype="float32")
         assert most_memory() < before + 50 * 2**20
         expected = np.load({str(tmp_path / "expected.npy")!r})
         assert np.array_equal(layer.in_proj_weight, expected[:3].reshape(192, 64))
@@ -747,12 +750,16 @@ def test_one_layer_costs_what_it_costs(tmp_path):
     run_child(code)
 
 
-def test_every_bfloat16_is_widened_exactly(tmp_path):
-    """All 65536 of them, NaNs included, as torch widens them."""
+def test_every_bfloat16_is_widened_exactly(tmp_path, monkeypatch):
+    """All 65536 of them, NaNs included, as torch widens them; without a cast they stay what they are."""
     values = torch.arange(-(2**15), 2**15).short().view(torch.bfloat16).reshape(256, 256)
     safetensors.torch.save_file({"weight": values}, tmp_path / "all.safetensors")
     with files.open_checkpoint(tmp_path / "all.safetensors") as checkpoint:
-        assert np.asarray(checkpoint.content["weight"]).tobytes() == values.float().numpy().tobytes()
+        array = checkpoint.content["weight"]
+        assert np.asarray(array).tobytes() == values.view(torch.int16).numpy().tobytes()
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "ml_dtypes", None)
+            assert np.asarray(array, "float32").tobytes() == values.float().numpy().tobytes()
 
 
 # ---------------------------------------------------------------------------------------------- torch

@@ -47,7 +47,8 @@ def bfloat16_dtype() -> np.dtype[Any]:
         import ml_dtypes
     except ModuleNotFoundError as error:
         raise ImportError('bfloat16 arrays need `pip install "mha-c[bfloat16]"`, which installs ml_dtypes') from error
-    return np.dtype(ml_dtypes.bfloat16)
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
 
 
 def bfloat16_from_bits(bits: NDArray[Any], will_cast: bool = False) -> NDArray[Any]:
@@ -100,7 +101,7 @@ def is_real(dtype: np.dtype[Any]) -> bool:
     >>> [is_real(np.dtype(name)) for name in ("int8", "bfloat16", "complex64", "V2")]
     [True, True, False, False]
     """
-    return dtype.kind in "biuf" or dtype.isbuiltin == 2  # 2: a dtype of another package
+    return dtype.kind in "biuf" or (dtype.kind == "V" and dtype.isbuiltin == 2)  # 2: of another package
 
 
 def is_half(dtype: np.dtype[Any]) -> bool:

@@ -215,6 +215,8 @@ class TransformerDecoderLayer(TransformerLayer):
         TypeError
             If `module` is something else, if it overrides forward, or if its activation or a layer in it has no
             counterpart here.
+        ImportError
+            If there are parameters in bfloat16, and ml_dtypes is not installed.
 
         Examples
         --------
@@ -360,6 +362,8 @@ class TransformerDecoder(Container):
         TypeError
             If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
             here.
+        ImportError
+            If there are parameters in bfloat16, and ml_dtypes is not installed.
 
         Examples
         --------

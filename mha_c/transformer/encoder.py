@@ -116,6 +116,8 @@ class TransformerEncoderLayer(TransformerLayer):
         If `d_model` is not divisible by `nhead` and `head_dim` is not given.
     RuntimeError, TypeError
         If the name of an activation is unknown, an argument has a wrong type, or `dtype` or `device` is not supported.
+    ImportError
+        If `dtype` is bfloat16, and ml_dtypes is not installed.
     MemoryError
         If the parameters do not fit into memory.
 
@@ -340,6 +342,8 @@ training=False)
         TypeError
             If `module` is something else, if it overrides forward, or if its activation or a layer in it has no
             counterpart here.
+        ImportError
+            If there are parameters in bfloat16, and ml_dtypes is not installed.
 
         Examples
         --------
@@ -652,6 +656,8 @@ class TransformerEncoder(Container):
         TypeError
             If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
             here.
+        ImportError
+            If there are parameters in bfloat16, and ml_dtypes is not installed.
 
         Examples
         --------

@@ -267,6 +267,8 @@ class Transformer(Container):
         ------
         TypeError, RuntimeError
             If an argument has a wrong type, or `dtype` or `device` is not supported.
+        ImportError
+            If `dtype` is bfloat16, and ml_dtypes is not installed.
 
         Examples
         --------
@@ -299,6 +301,8 @@ class Transformer(Container):
         TypeError
             If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
             here.
+        ImportError
+            If there are parameters in bfloat16, and ml_dtypes is not installed.
 
         Examples
         --------
