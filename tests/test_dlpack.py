@@ -85,6 +85,10 @@ class Producer:
     def __dlpack_device__(self):
         return CPU, 0
 
+    def references(self):
+        """Of the capsule: one is held here, and one is that of the question."""
+        return sys.getrefcount(self.capsule)
+
 
 KINDS = pytest.mark.parametrize("kind", [Unversioned, Versioned])
 
@@ -94,7 +98,7 @@ def test_a_capsule_is_used_once_and_deleted_when_the_array_dies(kind):
     producer = Producer(X, kind)
     assert np.array_equal(sdpa(producer, X, X), WANTED)
     assert producer.deleted == 1 and api.PyCapsule_IsValid(producer.capsule, kind.used)
-    assert producer.keywords[-1] == {"max_version": (1, 0)}
+    assert producer.keywords[-1] == {"max_version": (1, 0)} and producer.references() == 2
     with pytest.raises(Exception):  # noqa: B017, PT011
         sdpa(producer, X, X)
     assert producer.deleted == 1
@@ -145,6 +149,7 @@ def test_what_is_not_read_is_numpys_error(kind, lie):
     with pytest.raises(type(expected.value)) as raised:
         sdpa(producer, X, X)
     assert str(expected.value) in str(raised.value) and producer.deleted == 0
+    assert producer.references() == 2
 
 
 def test_another_major_version_is_not_read():

@@ -10,7 +10,6 @@ enum {
     DEVICE_CPU = 1,
     TYPE_BFLOAT = 4,
     MAJOR_VERSION = 1,
-    FLAG_READ_ONLY = 1,
 };
 
 typedef struct {
@@ -38,7 +37,7 @@ typedef struct versioned {
     uint32_t major, minor; /* another major version: only the deleter is where it is here */
     void *context;
     void (*deleter)(struct versioned *self); /* may be NULL */
-    uint64_t flags;
+    uint64_t flags; /* whether the memory is read-only, among others */
     dl_tensor tensor;
 } versioned;
 
@@ -63,11 +62,9 @@ static PyObject *call_dlpack(const module_state *state, PyObject *object)
     return capsule;
 }
 
-/* What a capsule holds; NULL if it is not one of DLPack, has been used, or has another layout. Without a version it does
- * not say whether its memory may be written. */
-static const dl_tensor *tensor_in(PyObject *capsule, bool *is_read_only)
+/* What a capsule holds; NULL if it is not one of DLPack, has been used, or has another layout. */
+static const dl_tensor *tensor_in(PyObject *capsule)
 {
-    *is_read_only = true;
     if (PyCapsule_IsValid(capsule, MANAGED)) {
         const managed *held = PyCapsule_GetPointer(capsule, MANAGED);
         return &held->tensor;
@@ -75,10 +72,7 @@ static const dl_tensor *tensor_in(PyObject *capsule, bool *is_read_only)
     if (!PyCapsule_IsValid(capsule, VERSIONED))
         return NULL;
     const versioned *held = PyCapsule_GetPointer(capsule, VERSIONED);
-    if (held->major != MAJOR_VERSION)
-        return NULL;
-    *is_read_only = (held->flags & FLAG_READ_ONLY) != 0;
-    return &held->tensor;
+    return held->major == MAJOR_VERSION ? &held->tensor : NULL;
 }
 
 static bool is_bfloat16(const dl_tensor *tensor)
@@ -153,8 +147,8 @@ static bool read_shape(const dl_tensor *tensor, npy_intp *shape, npy_intp *strid
     return is_empty || tensor->data != NULL;
 }
 
-/* Takes over the reference to the owner. */
-static PyObject *make_array(const dl_tensor *tensor, bool is_read_only, PyObject *owner, const char *name)
+/* A read-only array, since the memory may be. Takes over the reference to the owner. */
+static PyObject *make_array(const dl_tensor *tensor, PyObject *owner, const char *name)
 {
     static char nothing[2]; /* where an empty array is that has no memory */
     npy_intp shape[NPY_MAXDIMS], strides[NPY_MAXDIMS];
@@ -170,7 +164,7 @@ static PyObject *make_array(const dl_tensor *tensor, bool is_read_only, PyObject
     array = (PyArrayObject *)PyArray_NewFromDescr(
         &PyArray_Type, (PyArray_Descr *)Py_NewRef((PyObject *)descr), tensor->ndim, shape,
         tensor->strides == NULL ? NULL : strides, tensor->data == NULL ? nothing : tensor->data + tensor->byte_offset,
-        is_read_only ? 0 : NPY_ARRAY_WRITEABLE, NULL);
+        0, NULL);
     if (array == NULL)
         goto done;
     PyArray_UpdateFlags(array, NPY_ARRAY_UPDATE_ALL);
@@ -187,11 +181,10 @@ PyObject *bfloat16_from_dlpack(const module_state *state, PyObject *object, cons
     PyObject *type, *error, *traceback, *array = NULL;
     PyErr_Fetch(&type, &error, &traceback);
     PyObject *capsule = call_dlpack(state, object);
-    bool is_read_only = true;
-    const dl_tensor *tensor = capsule == NULL ? NULL : tensor_in(capsule, &is_read_only);
+    const dl_tensor *tensor = capsule == NULL ? NULL : tensor_in(capsule);
     if (tensor != NULL && is_bfloat16(tensor)) {
         PyObject *owner = take_over(capsule);
-        array = owner == NULL ? NULL : make_array(tensor, is_read_only, owner, name);
+        array = owner == NULL ? NULL : make_array(tensor, owner, name);
     } else if (!PyErr_Occurred() ||
                (PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(PyExc_MemoryError))) {
         PyErr_Restore(type, error, traceback);
