@@ -135,7 +135,9 @@ def model() -> Iterator[str]:
     pairs = Sentences(sentences, read_pairs())
     exact = pairs.vectors(in_mha_c(sentences.encoder, "float64"), "float64")
     order = ranks(np.sum(exact[::2] * exact[1::2], axis=1))
-    yield "| MiniLM, 200 pairs of sentences | parameters of the encoder | 1 − cosine to float64: mha_c | torch | rank correlation with float64: mha_c | torch |"
+    header = ["MiniLM, 200 pairs of sentences", "parameters of the encoder", "1 − cosine to float64: mha_c", "torch"]
+    header += ["rank correlation with float64: mha_c", "torch"]
+    yield f"| {' | '.join(header)} |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for dtype in DTYPES:
         size = sum(array.nbytes for array in copy.deepcopy(sentences.encoder).to(dtype).state_dict().values())

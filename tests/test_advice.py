@@ -101,7 +101,7 @@ def test_dtypes_of_other_libraries():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_halves_beside_other_dtypes(dtype):
-    """Arrays, tensors and lists of float32 and float64 for a layer of halves: both cures run, in every kind of layer."""
+    """Arrays, tensors and lists of float32 and float64 for layers of halves: both cures run."""
     pytest.importorskip("ml_dtypes")
     torch = pytest.importorskip("torch")
     cast_array = {"bfloat16": 'astype("bfloat16")', "float16": "astype(np.float16)"}[dtype]
@@ -110,7 +110,8 @@ def test_halves_beside_other_dtypes(dtype):
         "query": lambda: M(8, 2, dtype=dtype), "src": lambda: mha_c.TransformerEncoderLayer(8, 2, 8, dtype=dtype),
         "input": lambda: mha_c.Linear(8, 8, dtype=dtype),
     }
-    kinds = [(X, "float32", cast_array), (X.astype("d"), "float64", cast_array), (torch.tensor(X), "float32", cast_tensor)]
+    kinds = [(X, "float32", cast_array), (X.astype("d"), "float64", cast_array),
+             (torch.tensor(X), "float32", cast_tensor)]
     for (name, make), (given, other, cast) in itertools.product(layers.items(), kinds):
         module = make().eval()
 

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import (
-    ROUNDINGS, assert_matches, call_torch, is_float, is_half, normal, outcome, randomize, to_torch, torch_twin, torch_words,
+    ROUNDINGS, assert_matches, call_torch, is_float, is_half, normal, outcome, randomize, to_torch, torch_twin,
+    torch_words,
 )
 
 pytest.importorskip("hypothesis")
@@ -164,8 +165,8 @@ def test_results(case):
     event("something is empty" if 0 in (*native["query"].shape, *native["key"].shape) else "nothing is empty")
     assert_matches(module, result, **native, what="mha_c:")
     if is_half(module.out_proj.weight.dtype):
-        wide = copy.deepcopy(module).float()(**{name: value.astype("float32") if name in ("query", "key", "value") else value
-                                                for name, value in native.items()})
+        inputs = {name: native[name].astype("float32") for name in ("query", "key", "value")}
+        wide = copy.deepcopy(module).float()(**{**native, **inputs})
         for one, other in zip(result, wide):  # rounded once
             assert one is other is None or np.array_equal(  # as float32, since NaNs of bfloat16 do not count as equal
                 one.astype("float32"), other.astype(one.dtype).astype("float32"), equal_nan=True)

@@ -321,7 +321,8 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     Parameters
     ----------
     options : dict of str to object
-        All options; the whole grid is checked if they say nothing about a configuration but the kind of layer and the dtype.
+        All options. The whole grid is checked if they say nothing about a configuration but the kind of layer and the
+        dtype.
     parser : argparse.ArgumentParser
         Ends the program if they do not fit together.
 

@@ -52,7 +52,8 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     ImportError
         If torch is not installed.
     TypeError
-        If `module` is not such a layer, or is of another dtype than layers of mha_c; or if there are not 1, 2 or 3 inputs.
+        If `module` is not such a layer, or has a dtype that layers of mha_c do not have; or if there are not 1, 2 or 3
+        inputs.
 
     Notes
     -----

@@ -80,7 +80,7 @@ def compare_transformer(module: Any, *inputs: Any, **call: Any) -> Report:
     ImportError
         If torch is not installed.
     TypeError
-        If the layer is of another dtype than layers of mha_c.
+        If the layer has a dtype that layers of mha_c do not have.
 
     Examples
     --------

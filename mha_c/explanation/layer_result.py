@@ -90,9 +90,9 @@ class LayerExplanation(_WithStream):
     Shapes are in the layout of the layer: (T, N, E); (N, T, E) with `batch_first`; (T, E) without a batch. T is the
     number of tokens, E of features, and F of hidden features.
 
-    A layer of bfloat16 or float16 computes in float32, and so are its stages. `input` and `output` are in the dtype of the
-    layer; in a decoder, so is the residual stream between self-attention and cross-attention. A layer with parts of other
-    classes, or in which dropout is active, rounds every step: all its stages are in its dtype.
+    The stages of a layer of bfloat16 or float16 are in float32, in which it computes. `input` and `output` are in the
+    dtype of the layer; in a decoder, so is the residual stream between self-attention and cross-attention. A layer with
+    parts of other classes, or in which dropout is active, rounds every step: all its stages are in its dtype.
 
     Attributes
     ----------
