@@ -434,8 +434,8 @@ def test_coverage_is_not_shown_if_all_is_computed_here():
 
 def test_models_that_stay_with_torch_say_so():
     model = encoder()
-    for layer in model.layers:
-        torch.nn.utils.parametrizations.weight_norm(layer.self_attn, "in_proj_weight")
+    for each in model.layers:
+        torch.nn.utils.parametrizations.weight_norm(each.self_attn, "in_proj_weight")
     report = check.model(model, torch.randn(3, 7, 16))
     report.assert_close()
     assert [row[2:] for row in report.coverage.rows] == [(0, 1, "parametrized weights")] * 2
