@@ -12,7 +12,7 @@ from torch.utils._device import DeviceContext
 
 __all__ = ["DTYPES", "HARMLESS_MODES", "PLAIN_TENSORS", "why_torch"]
 
-DTYPES = (torch.float32, torch.float64, torch.float16)
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16)
 if find_spec("ml_dtypes") is not None:  # which has the bfloat16 of NumPy
     DTYPES += (torch.bfloat16,)
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
