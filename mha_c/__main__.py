@@ -19,6 +19,7 @@ _CHECK_EPILOG = """\
 examples:
   mha-c check
   mha-c check --embed-dim 64 --num-heads 4 --is-causal
+  mha-c check --layer encoder
   mha-c check model.pt --num-heads 8 \\
       --prefix encoder.layers.0.self_attn.
 
@@ -81,9 +82,10 @@ def _run(argv: Sequence[str] | None) -> int:
         usage="mha-c check [options] [FILE]",
         help="compare with torch",
         description=fill(
-            "Compare mha_c with torch: the errors of both are measured against the definition of attention in a wider "
-            "type. Without options, 1260 configurations are checked in about 20 seconds. With --embed-dim and "
-            "--num-heads, or with FILE, one layer is checked on random inputs."
+            "Compare mha_c with torch: the errors of both are measured against the definition of the layer in a wider "
+            "type. Without options, 1260 configurations of attention are checked; with --layer encoder or --layer "
+            "decoder alone, 420 configurations of such a layer. Either takes about 20 seconds. With --embed-dim and --num-heads, or with FILE, "
+            "one layer is checked on random inputs."
         ),
         epilog=_CHECK_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

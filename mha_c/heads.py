@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c.explanation import Explanation
+from mha_c.parameters.dtypes import computed_in
 
 __all__ = ["distance", "entropy", "heads_of", "to_bertviz"]
 
@@ -38,6 +39,7 @@ class Matrices(NamedTuple):
         """The matrices of an explanation or of an array. Arrays of weights are checked."""
         is_explanation = isinstance(source, Explanation)
         array: NDArray[Any] = np.asarray(getattr(source, stage) if is_explanation else source)
+        array = array.astype(computed_in(array.dtype), copy=False)
         if is_explanation:
             if averaged:
                 raise ValueError("an Explanation has the weights of each head: averaged= is about arrays")
@@ -118,7 +120,8 @@ def heads_of(weights: Any, item: int = 0, *, averaged: bool | None = None) -> ND
     Returns
     -------
     numpy.ndarray, (H, L, S)
-        H is 1 for (N, L, S) and (L, S), which have one matrix for each item.
+        H is 1 for (N, L, S) and (L, S), which have one matrix for each item. Weights in bfloat16 and float16 are
+        returned in float32.
 
     Raises
     ------

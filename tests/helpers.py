@@ -76,6 +76,34 @@ def to_torch(value):
     return value
 
 
+def to_numpy(tensor):
+    """The numbers of a tensor, in its dtype."""
+    import torch
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view("bfloat16")
+    return tensor.numpy()
+
+
+def is_half(dtype):
+    """Whether numbers are only stored in this dtype, of 16 bits, and computed as float32."""
+    return np.dtype(dtype).name in ("bfloat16", "float16")
+
+
+def is_float(array):
+    """Whether it holds floating-point numbers. NumPy does not know bfloat16 for a float."""
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+
+
+def eps_of(dtype):
+    """The distance of 1 from the next number of a dtype."""
+    return float(np.spacing(np.ones((), dtype)))
+
+
+def tiny_of(dtype):
+    """The smallest normal number of a dtype."""
+    return float(np.finfo("float32" if dtype == "bfloat16" else dtype).tiny)  # which have the same exponents
+
+
 def torch_twin(module):
     """The torch layer with the constructor arguments and parameters of `module`, as far as torch can express them."""
     import torch
@@ -111,7 +139,7 @@ def call_torch(twin, query, key, value, key_padding_mask=None, need_weights=True
     with torch.no_grad():
         output, weights = twin(tensors[id(query)], tensors[id(key)], tensors[id(value)], to_torch(masks[0]),
                                need_weights, to_torch(masks[1]), average_attn_weights)
-    return output.numpy(), None if weights is None else weights.numpy()
+    return to_numpy(output), None if weights is None else to_numpy(weights)
 
 
 def outcome(call):
@@ -157,7 +185,7 @@ def rounding_scale(module, query, key, value, *, batch_first=None, **call):
     masks = {name: call[name] for name in ("attn_mask", "key_padding_mask") if call.get(name) is not None}
     if masks:
         s = key.shape[1]
-        mask = np.abs(reference.combined_mask((*scores.shape[:3], s), query.dtype, **masks))
+        mask = np.abs(reference.combined_mask((*scores.shape[:3], s), reference.computed_in(query.dtype), **masks))
         scores[..., :s] += np.where(mask < 100, mask, 0)  # beyond that no score is left to round, or no key
     worst = 1 + 2 * scores.max(axis=-1, keepdims=True, initial=0.0)
     output = reference.attention_output(positive, module.num_heads, weights * worst, np.abs(value), grouped,
@@ -193,10 +221,10 @@ def assert_matches(module, result, query, key, value, *, roundings=ROUNDINGS, wh
             continue
         assert got.shape == want.shape and got.dtype == query.dtype.newbyteorder("="), (
             f"{what} {name}: {got.shape} {got.dtype} instead of {want.shape} {query.dtype}")
-        eps = np.finfo(query.dtype).eps
+        eps = eps_of(query.dtype)
         finite = np.isfinite(want)
-        np.testing.assert_array_equal(got[~finite], want[~finite].astype(got.dtype), err_msg=f"{what} {name}")
-        allowed = roundings * eps * size + np.finfo(query.dtype).tiny
+        np.testing.assert_array_equal(got.astype(want.dtype)[~finite], want[~finite], err_msg=f"{what} {name}")
+        allowed = roundings * eps * size + tiny_of(query.dtype)
         off = np.abs(got.astype(want.dtype) - want) / allowed
         worst = off[finite].max(initial=0.0)
         assert np.isfinite(got[finite]).all() and worst <= 1, (

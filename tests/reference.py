@@ -14,6 +14,11 @@ def wider(array):
     return array.astype(np.longdouble if array.dtype == np.float64 else np.float64)
 
 
+def computed_in(dtype):
+    """The dtype in which a layer computes: halves are only stored."""
+    return np.dtype("float32") if dtype.itemsize == 2 else dtype
+
+
 def split_parameters(parameters, num_heads, num_kv_heads):
     """Weights and biases of q, k and v, from either of torch's two ways to store them; then those of the output."""
     p = {name: wider(array) for name, array in parameters.items()}
@@ -64,8 +69,8 @@ def attention_output(parameters, num_heads, weights, value, num_kv_heads=None, a
 
 
 def combined_mask(shape, dtype, attn_mask=None, key_padding_mask=None, is_causal=False):
-    """All masks as one array of `shape` (N, H, L, S) to add to the scores, summed in the layer's own dtype, as torch
-    does: there, -1e38 and -3e38 are together -inf."""
+    """All masks as one array of `shape` (N, H, L, S) to add to the scores, summed in the dtype in which the layer
+    computes: in float32, -1e38 and -3e38 are together -inf."""
     def as_float(mask):
         mask = np.asarray(mask)
         return np.where(mask, -np.inf, 0.0).astype(dtype) if mask.dtype == bool else mask.astype(dtype)
@@ -103,9 +108,10 @@ def multi_head_attention(parameters, num_heads, query, key, value, key_padding_m
     if attn_mask is not None or key_padding_mask is not None or is_causal:
         n, h, length, _ = scores.shape
         s = key_nse.shape[1]  # the columns after these are visible to everybody
-        mask = combined_mask((n, h, length, s), query.dtype, attn_mask, key_padding_mask, is_causal)
-        # The sum is rounded to the layer's dtype: next to -1e9 a score vanishes, here as there.
-        scores[..., :s] = (scores[..., :s] + mask).astype(query.dtype)
+        own = computed_in(query.dtype)
+        mask = combined_mask((n, h, length, s), own, attn_mask, key_padding_mask, is_causal)
+        # The sum is rounded as in the layer: next to -1e9 a score vanishes, here as there.
+        scores[..., :s] = (scores[..., :s] + mask).astype(own)
     weights = softmax(scores, np.nan if masked_rows == "torch" and need_weights else 0.0)
     output = attention_output(parameters, num_heads, weights, value_nse, num_kv_heads, add_zero_attn)
     if average_attn_weights:

@@ -43,7 +43,9 @@ DTYPES = {
     "value": ("ffd", "float32", ["value"]),
     "key and value, one array": ("fdd", "float32", ["key"]),
     "two dtypes": ("fde", "float32", ["key", "value"]),
-    **{f"all {code}": (code * 3, "float32", ["query"]) for code in "e?bBhiqFDgO"},
+    "all float16": ("eee", "float32", ["query"]),
+    "float32 for float16": ("fff", "float16", ["query"]),
+    **{f"all {code}": (code * 3, "float32", ["query"]) for code in "?bBhiqFDgO"},
 }
 
 
@@ -64,7 +66,7 @@ def test_dtypes(name):
     assert words.startswith(f"{wrong[0]} is ") and f", but this layer is {dtype}: pass " in words
     module(**given)
     offers = 'layer.to("' in words
-    assert offers == (name in ("all float64", "all float32"))
+    assert offers == (name in ("all float64", "all float32", "all float16", "float32 for float16"))
     if offers:
         exec(re.search(r"layer\.to\(.*?\)", words)[0], {"layer": module})  # noqa: S102
         module(*[arrays[codes[0]]] * 3)
@@ -97,6 +99,41 @@ def test_dtypes_of_other_libraries():
             lambda: module(nothing, nothing, nothing)))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_halves_beside_other_dtypes(dtype):
+    """Arrays, tensors and lists of float32 and float64 for layers of halves: both cures run."""
+    pytest.importorskip("ml_dtypes")
+    torch = pytest.importorskip("torch")
+    cast_array = {"bfloat16": 'astype("bfloat16")', "float16": "astype(np.float16)"}[dtype]
+    cast_tensor = {"bfloat16": "bfloat16()", "float16": "half()"}[dtype]
+    layers = {
+        "query": lambda: M(8, 2, dtype=dtype), "src": lambda: mha_c.TransformerEncoderLayer(8, 2, 8, dtype=dtype),
+        "input": lambda: mha_c.Linear(8, 8, dtype=dtype),
+    }
+    kinds = [(X, "float32", cast_array), (X.astype("d"), "float64", cast_array),
+             (torch.tensor(X), "float32", cast_tensor)]
+    for (name, make), (given, other, cast) in itertools.product(layers.items(), kinds):
+        module = make().eval()
+
+        def call(x):
+            result = module(x, x, x) if name == "query" else module(x)
+            return result[0] if name == "query" else result
+
+        words = refusal(lambda: call(given))
+        cure = f'pass {name}.{cast}, or make the layer {other} with layer.to("{other}")'
+        assert words.startswith(f"{name} is {other}, but this layer is {dtype}: {cure}. torch says: ")
+        assert call(evaluated(f"{name}.{cast}", {name: given})).dtype == dtype
+        exec(f'layer.to("{other}")', {"layer": module})  # noqa: S102
+        assert call(given).dtype == other
+    words = refusal(lambda: M(8, 2, dtype=dtype)(X.tolist(), X, X))
+    code = f"np.asarray(query, {cast_array.partition('(')[2]}"
+    assert f"Pass {code}" in words and evaluated(code, {"query": X.tolist()}).dtype == dtype
+    halves = X.astype(dtype)
+    for module, given in ((layer(8, 2), [halves] * 3), (mha_c.Linear(8, 8), [halves])):
+        cure = f'.astype(np.float32), or make the layer {dtype} with layer.to("{dtype}")'
+        assert cure in refusal(lambda: module(*given))
+
+
 def test_the_type_of_the_exception_is_torchs():
     """The words are ours, the type is not."""
     for wrong in (X.astype("d"), X.astype(int)):
@@ -105,13 +142,14 @@ def test_the_type_of_the_exception_is_torchs():
 
 
 @pytest.mark.parametrize("codes, words", [
-    ("lll", "query, key and value are int64, but attention is computed in float32 or float64: pass "
+    ("lll", "query, key and value are int64, but attention takes float32, float64, bfloat16 or float16: pass "
             "query.astype(np.float32), key.astype(np.float32) and value.astype(np.float32). torch says: expected"),
-    ("eee", "query, key and value are float16, but attention is computed in float32 or float64: pass"),
-    ("FFF", "query, key and value are complex64, but attention is computed in float32 or float64: pass query.real."),
-    ("fdf", "key is float64, but the others are float32: pass key.astype(np.float32)."),
-    ("dff", "key and value are float32, but the others are float64: pass key.astype(np.float64) and value.astype(np"),
-    ("efd", "query is float16 and value is float64, but the others are float32: pass query.astype(np.float32) and "),
+    ("FFF", "query, key and value are complex64, but attention takes float32, float64, bfloat16 or float16: pass "
+            "query.real."),
+    ("fdf", "key is float64, but query and value are float32: pass key.astype(np.float32)."),
+    ("dff", "key and value are float32, but query is float64: pass key.astype(np.float64) and value.astype(np.float64)"),
+    ("efd", "key is float32 and value is float64, but query is float16: pass key.astype(np.float16) and "),
+    ("lef", "query is int64 and value is float32, but key is float16: pass query.astype(np.float16) and "),
 ])
 def test_dtypes_of_scaled_dot_product_attention(codes, words):
     given = dict(zip(("query", "key", "value"), (normal((3, 4), code) for code in codes)))
@@ -124,7 +162,7 @@ def test_dtypes_of_scaled_dot_product_attention(codes, words):
 
 def test_one_array_is_named_once():
     i = np.eye(2, dtype=np.int64)
-    assert refusal(lambda: scaled_dot_product_attention(i, i, i)).startswith("query is int64, but attention is ")
+    assert refusal(lambda: scaled_dot_product_attention(i, i, i)).startswith("query is int64, but attention takes ")
 
 
 def test_lists():
@@ -759,15 +797,12 @@ def test_to_as_torch_takes_it():
         for call in (lambda: module.to(device), lambda: module.to(device, "float64"), lambda: module.to(device=device)):
             with pytest.raises(RuntimeError, match="mha_c computes on the CPU"):
                 call()
-    for dtype in ("float16", torch.bfloat16, "bfloat16", "nonsense"):
+    for dtype in ("longdouble", torch.float8_e4m3fn, "nonsense"):
         for call in (lambda: module.to(dtype), lambda: module.to("cpu", dtype), lambda: module.to(dtype=dtype)):
-            with pytest.raises(TypeError, match="dtype must be float32 or float64, in which mha_c computes"):
+            with pytest.raises(TypeError, match="dtype must be float32, float64, bfloat16 or float16, in which mha_c"):
                 call()
     for call in (module.cuda, lambda: module.cuda(1)):
         with pytest.raises(RuntimeError, match="mha_c computes on the CPU"):
-            call()
-    for call in (module.half, module.bfloat16):
-        with pytest.raises(TypeError, match="dtype must be float32 or float64, in which mha_c computes"):
             call()
     with pytest.raises(RuntimeError, match="mha_c has no backward pass"):
         module.requires_grad_()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numerical check: what it measures, what it says, and that it notices when something is wrong."""
 
+import copy
 import dataclasses
 import sys
 
@@ -57,6 +58,62 @@ def test_the_definition_is_that_of_the_tests(number, dtype, masked_rows):
 
 
 # ------------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_definition_of_halves(dtype):
+    """It is that of a float32 layer with the same parameters: masks are added up in float32."""
+    module, x = layer(8, 2, dtype=dtype, add_bias_kv=True), normal((5, 3, 8), dtype)
+    mask = np.full((5, 5), -40_000, "float32")  # twice that is -inf in float16, but not in float32
+    mask[:, 0] = 0
+    call = {"attn_mask": mask, "key_padding_mask": np.full((3, 5), -40_000, "float32")}
+    found = definition.attend(module, x, x, x, **call)
+    wide = x.astype("float32")
+    expected = definition.attend(copy.deepcopy(module).float(), wide, wide, wide, **call)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == np.float64
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("number", range(0, 630, 21))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_layers_of_halves_agree(dtype, number):
+    """Their error is less than a unit, and no larger than torch's but for luck."""
+    _, configuration = list(command.grid(dtype=dtype))[number]
+    report = configuration.check()
+    report.assert_close()
+    for one in report.comparisons:
+        assert one.dtype == one.torch_dtype == dtype
+        assert one.error.largest < 0.6 * one.ulp  # rounded once
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_units_of_halves(dtype):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = np.array([1.5, 0.25, np.inf, np.nan], dtype)
+    one = check.Comparison.measure("output", x, x, x.astype(float))
+    assert one.agrees and one.ulp == float(ml_dtypes.finfo(dtype).eps)
+    off = x.copy()
+    off[0] += np.array(8 * one.ulp, dtype)
+    other = check.Comparison.measure("output", off, x, x.astype(float))
+    assert not other.agrees and other.error.largest == 8 * one.ulp
+    assert not check.Comparison.measure("output", x.astype("float32"), x, x.astype(float)).agrees
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_mistake_in_halves_is_noticed(dtype, monkeypatch):
+    """One number of a result is a quarter too large."""
+    module, x = layer(8, 2, dtype=dtype), normal((5, 3, 8), dtype)
+    right = mha_c._core.forward
+
+    def wrong(*arguments):
+        output, weights = right(*arguments)
+        output[0, 0, np.abs(output[0, 0].astype(float)).argmax()] *= np.array(1.25, dtype)
+        return output, weights
+
+    check.against_torch(module, x).assert_close()
+    monkeypatch.setattr("mha_c._core.forward", wrong)
+    assert not check.against_torch(module, x).agrees
 
 
 @pytest.mark.parametrize("number", range(0, 1260, 7))
@@ -148,7 +205,7 @@ def test_what_cannot_be_checked():
             (layer(8, 4), (x,) * 4, TypeError, "got 4 inputs"),
             (torch.nn.Linear(8, 8), (x,), TypeError, "takes a layer of mha_c or a torch.nn.MultiheadAttention, but got"),
             (torch.nn.Sequential(encoder()), (x,), TypeError, r"It holds 0.layers.0.self_attn, .* pass one of them. check.model compares whole"),
-            (torch.nn.MultiheadAttention(8, 4).half(), (x,), TypeError, "the layer is in float16")):
+            (torch.nn.MultiheadAttention(8, 4).to(torch.float8_e5m2), (x,), TypeError, "this one is float8_e5m2")):
         with pytest.raises(error, match=words):
             check.against_torch(module, *inputs)
     with pytest.raises(TypeError, match="is_casual"):
@@ -377,8 +434,8 @@ def test_coverage_is_not_shown_if_all_is_computed_here():
 
 def test_models_that_stay_with_torch_say_so():
     model = encoder()
-    for layer in model.layers:
-        torch.nn.utils.parametrizations.weight_norm(layer.self_attn, "in_proj_weight")
+    for each in model.layers:
+        torch.nn.utils.parametrizations.weight_norm(each.self_attn, "in_proj_weight")
     report = check.model(model, torch.randn(3, 7, 16))
     report.assert_close()
     assert [row[2:] for row in report.coverage.rows] == [(0, 1, "parametrized weights")] * 2
@@ -451,9 +508,93 @@ def test_command_of_a_state_dict(capsys, tmp_path):
         assert words in capsys.readouterr().err
 
 
+def test_command_of_whole_layers(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main("check --layer encoder --embed-dim 8 --num-heads 4 --is-causal --key-padding-mask float --dtype float64 "
+                "--norm-first --batch-first --length 6 --activation gelu --dim-feedforward 12".split()) == 0
+    said = in_one_line(capsys.readouterr().out)
+    assert "TransformerEncoderLayer; src (3, 6, 8), src_key_padding_mask float64 (3, 6), is_causal" in said
+    assert main("check --layer decoder --embed-dim 8 --num-heads 2 --is-causal --attn-mask bool-3d --source-length 9 "
+                "--key-padding-mask bool --dim-feedforward 12 --no-bias".split()) == 0
+    said = capsys.readouterr().out
+    assert ("TransformerDecoderLayer; tgt (5, 3, 8), memory (9, 3, 8), tgt_mask bool (6, 5, 5), memory_mask bool "
+            "(6, 5, 9), tgt_key_padding_mask bool (3, 5), memory_key_padding_mask bool (3, 9), tgt_is_causal"
+            ) in in_one_line(said)
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_what_the_options_of_whole_layers_make():
+    """Every parameter is random, so that none can be left out unnoticed, and the options are those of the layer."""
+    options = {"embed_dim": 8, "num_heads": 2, "dim_feedforward": 12, "activation": "silu", "norm_first": True}
+    for kind in ("encoder", "decoder"):
+        made = command.Configuration(layer=kind, dtype="float64", batch_first=True, **options)._layer()
+        assert (made.activation, made.norm_first, made.linear1.weight.shape) == ("silu", True, (12, 8))
+        assert made.self_attn.batch_first and made.self_attn.num_heads == 2
+        assert all(len(np.unique(array)) > 1 and array.dtype == np.float64 for array in made.parameters())
+        assert command.Configuration(layer=kind, embed_dim=8, num_heads=2, bias=False)._layer().linear1.bias is None
+
+
+def test_command_of_whole_layers_in_files(capsys, tmp_path):
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    names = f"check --layer encoder {tmp_path / 'model.pt'} --num-heads 2 --prefix layers."
+    assert main(f"{names}1. --activation gelu --norm-first --batch-first".split()) == 0
+    assert "TransformerEncoderLayer; src (3, 5, 16)" in capsys.readouterr().out
+    read = command.Configuration(file=str(tmp_path / "model.pt"), layer="encoder", num_heads=2, prefix="layers.1.",
+                                 activation="gelu", norm_first=True)._layer()
+    assert np.array_equal(read.linear1.weight, model.layers[1].linear1.weight.detach())
+    assert (read.activation, read.norm_first, read.self_attn.batch_first) == ("gelu", True, False)
+
+    mha_c.TransformerDecoderLayer(8, 2, 12).save(tmp_path / "decoder.npz")
+    saved = ["check", "--layer", "decoder", str(tmp_path / "decoder.npz")]
+    assert main([*saved, "--dtype", "float64", "--source-length", "7"]) == 0
+    assert "memory (7, 3, 8)" in capsys.readouterr().out
+    changed = command.Configuration(file=saved[-1], layer="decoder", batch_first=True, norm_first=True, activation="silu")
+    read = changed._layer()
+    assert read.multihead_attn.batch_first and read.self_attn.batch_first
+    assert read.norm_first and read.activation == "silu"
+
+    for arguments, words in (([*saved, "--num-heads", "2"], "TransformerDecoderLayer.save wrote, without --num-heads"),
+                             (["check", "--layer", "encoder", saved[-1]], "it is a TransformerDecoderLayer, not a TransformerEncoderLayer"),
+                             (f"check --layer encoder {tmp_path / 'model.pt'}".split(),
+                              "a file that TransformerEncoderLayer.save did not write needs --num-heads: ")):
+        assert main(arguments) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_command_over_the_grid_of_whole_layers(capsys, monkeypatch, kind):
+    monkeypatch.setenv("COLUMNS", "80")
+    everything = list(command.grid(kind))
+    assert len({configuration for _, configuration in everything}) == 420
+    few = everything[::41]
+    monkeypatch.setattr(command, "grid", {kind: few}.get)
+    assert main(["check", "--layer", kind]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert f"torch {torch.__version__}: layers of" in said and said.endswith(f"\nall {len(few)} agree\n")
+    right = mha_c._core.transform
+    monkeypatch.setattr("mha_c._core.transform", lambda *arguments: right(*arguments) + np.float32(1e-3))
+    assert main(["check", "--layer", kind]) == 1
+    assert f"\n{len(few)} of {len(few)} differ\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind, options, refused", [
+    ("encoder", "--kdim 3 --no-weights --add-bias-kv --source-length 3", "--kdim, --add-bias-kv, --source-length, --no-weights"),
+    ("decoder", "--vdim 3 --add-zero-attn --prefix x.", "--vdim, --add-zero-attn, --prefix"),
+    ("attention", "--dim-feedforward 8 --norm-first --activation gelu", "--dim-feedforward, --activation, --norm-first"),
+])  # fmt: skip
+def test_options_of_other_layers_are_refused(capsys, kind, options, refused):
+    with pytest.raises(SystemExit) as exit_:
+        main(f"check --layer {kind} --embed-dim 8 --num-heads 2 {options}".split())
+    assert exit_.value.code == 2
+    assert f"--layer {kind} does not have {refused}\n" in capsys.readouterr().err
+
+
 def test_command_over_the_grid(capsys, monkeypatch):
+    assert {each.dtype for _, each in command.grid(dtype="float16")} == {"float16"}
     few = list(command.grid())[::105]
-    monkeypatch.setattr(command, "grid", lambda: iter(few))
+    monkeypatch.setattr(command, "grid", lambda layer, dtype: iter(few))
     threads = torch.get_num_threads()
     assert main(["check"]) == 0
     said = capsys.readouterr().out
@@ -461,6 +602,12 @@ def test_command_over_the_grid(capsys, monkeypatch):
     assert "96/40/24 features, 3 heads, float64" in said
     assert torch.get_num_threads() == threads
 
+    one = few[0][1]
+    monkeypatch.setattr(command, "grid", lambda layer, dtype: [(("all", dtype), dataclasses.replace(one, dtype=dtype))])
+    assert main(["check", "--dtype", "bfloat16"]) == 0
+    assert "  bfloat16 " in capsys.readouterr().out
+
+    monkeypatch.setattr(command, "grid", lambda layer, dtype: iter(few))
     monkeypatch.setattr(command, "MultiheadAttention", Wrong)
     assert main(["check"]) == 1
     said = capsys.readouterr().out
@@ -475,7 +622,7 @@ def test_ctrl_c(capsys, monkeypatch):
         def check(self):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "grid", lambda: iter([*few, ("more", Interrupted())]))
+    monkeypatch.setattr(command, "grid", lambda layer, dtype: iter([*few, ("more", Interrupted())]))
     assert main(["check"]) == 130
     said = capsys.readouterr()
     assert said.out.endswith("\nall 3 agree; 1 was not checked\n") and said.err == "interrupted\n"

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""check.against_torch of whole layers, and to_torch, from which it makes torch's layers."""
+"""check.against_torch of whole layers, the definition behind it, and to_torch, from which it makes torch's layers."""
 
+import inspect
 import warnings
 
 import numpy as np
 import pytest
+from helpers import randomize
 
 mha_c = pytest.importorskip("mha_c")
 torch = pytest.importorskip("torch")
 
-from mha_c.torch import to_torch  # noqa: E402
+from mha_c.check import definition  # noqa: E402
+from mha_c.torch import layer_in_torch, to_torch  # noqa: E402
+from mha_c.torch.tensors import tensor_of  # noqa: E402
 
 RNG = np.random.default_rng(0)
 SRC, TGT = (RNG.standard_normal((length, 3, 8), np.float32) for length in (6, 5))
@@ -29,13 +33,55 @@ def layers(**options):
     }
 
 
+OPTIONS = ({}, {"norm_first": True, "activation": "gelu"}, {"activation": "gelu_tanh", "bias": False}, {"activation": "silu"})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", layers())
-def test_layers_agree(kind):
-    for options in ({}, {"norm_first": True, "activation": "gelu"}, {"activation": "gelu_tanh", "bias": False}):
+def test_layers_agree(kind, dtype):
+    for options in OPTIONS:
+        layer, inputs = layers(**options, dtype=dtype)[kind]
+        inputs = [x.astype(dtype) for x in inputs]
+        assert mha_c.check.against_torch(layer.to(dtype), *inputs).agrees
+        report = mha_c.check.against_torch(to_torch(layer), *map(tensor_of, inputs))
+        assert report.agrees and report.comparisons[0].torch_dtype == dtype
+        assert report.comparisons[0].torch_error.largest < 8 * report.comparisons[0].ulp  # the reference is right
+
+
+@pytest.mark.parametrize("kind", layers())
+def test_the_definition(kind):
+    """That of a float32 layer has the numbers that torch computes in float64; that of a float64 layer is wider still."""
+    for options in OPTIONS:
         layer, inputs = layers(**options)[kind]
-        assert mha_c.check.against_torch(layer, *inputs).agrees
-        module = to_torch(layer)
-        assert mha_c.check.against_torch(module, *map(torch.from_numpy, inputs)).agrees
+        randomize(layer.eval())
+        call = dict(zip(inspect.signature(layer.forward).parameters, inputs))
+        rest = [False if name.endswith("causal") else None for name in inspect.signature(layer.forward).parameters]
+        exact = definition.transform(layer, *inputs, *rest[len(inputs):])
+        assert exact.dtype == np.float64
+        theirs = layer_in_torch(layer.to("float64"), call)
+        np.testing.assert_allclose(exact, theirs, rtol=0, atol=1e-13)
+        wide = definition.transform(layer, *inputs, *rest[len(inputs):])
+        assert wide.dtype == np.longdouble
+        np.testing.assert_allclose(wide, exact, rtol=0, atol=1e-13)
+
+
+def test_norms_at_the_end():
+    """Also those that only a stack has: RMSNorm, whose default eps depends on the dtype, and norms without parameters."""
+    for norm in (torch.nn.RMSNorm(8), torch.nn.LayerNorm(8, elementwise_affine=False), torch.nn.Linear(8, 4)):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+            module = torch.nn.TransformerEncoder(layer, 1, norm, enable_nested_tensor=False).to(dtype)
+            report = mha_c.check.against_torch(module, 1e-4 * torch.from_numpy(SRC).to(dtype))
+            assert report.agrees
+            assert report.comparisons[0].torch_error.largest < 8 * report.comparisons[0].ulp
+
+
+def test_the_error_function():
+    mpmath = pytest.importorskip("mpmath")
+    x = np.linspace(-8, 8, 201).astype(np.longdouble)
+    with mpmath.workdps(40):
+        exact = np.array([np.longdouble(mpmath.nstr(mpmath.erf(mpmath.mpf(float(one))), 30)) for one in x])
+    assert np.abs(definition._erf(x) - exact).max() < 32 * np.finfo(np.longdouble).eps
 
 
 @pytest.mark.parametrize("kind, call", [
@@ -84,8 +130,10 @@ def test_layers_that_torch_does_not_have(options):
             mha_c.check.against_torch(layer, *inputs)
 
 
-def test_float64_is_refused():
-    with pytest.raises(TypeError, match="float32"):
-        mha_c.check.against_torch(mha_c.TransformerEncoderLayer(8, 2, dtype="float64"), SRC.astype(np.float64))
+def test_what_is_refused():
+    with pytest.raises(TypeError, match="this one is float8_e5m2: check a copy.float()"):
+        mha_c.check.against_torch(torch.nn.TransformerEncoderLayer(8, 2).to(torch.float8_e5m2), torch.zeros(5, 3, 8))
+    with pytest.raises(RuntimeError, match="pass src.astype"):  # in the layer's own words
+        mha_c.check.against_torch(mha_c.TransformerEncoderLayer(8, 2), SRC.astype(np.float64))
     with pytest.raises(TypeError, match="to_torch"):
         to_torch(3)

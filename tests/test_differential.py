@@ -9,13 +9,18 @@ looks for the smallest call on which the two differ. 400 examples a test, always
 of 20,000 examples, or of as many as HYPOTHESIS_EXAMPLES says.
 """
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROUNDINGS, assert_matches, call_torch, normal, outcome, randomize, to_torch, torch_twin, torch_words
+from helpers import (
+    ROUNDINGS, assert_matches, call_torch, is_float, is_half, normal, outcome, randomize, to_torch, torch_twin,
+    torch_words,
+)
 
 pytest.importorskip("hypothesis")
+pytest.importorskip("ml_dtypes")
 torch = pytest.importorskip("torch")
 mha_c = pytest.importorskip("mha_c")
 
@@ -23,6 +28,7 @@ from hypothesis import assume, event, given, note  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 booleans = st.booleans()
+dtypes = st.sampled_from(["float32", "float32", "float64", "bfloat16", "float16"])
 
 
 def rarely(draw, one_in=10):
@@ -42,7 +48,7 @@ def lay_out(draw, array):
         return np.ascontiguousarray(array.transpose(axes)).transpose(np.argsort(axes))
     if kind in ("gaps", "reversed"):
         steps = [draw(st.sampled_from([1, 2, 3] if kind == "gaps" else [-1, 1, -2])) for _ in array.shape]
-        room = np.full([n * abs(step) for n, step in zip(array.shape, steps)], np.nan if array.dtype.kind == "f" else 1)
+        room = np.full([n * abs(step) for n, step in zip(array.shape, steps)], np.nan if is_float(array) else 1)
         view = room.astype(array.dtype)[tuple(slice(None, None, step) for step in steps)]
         view[...] = array
         return view
@@ -50,7 +56,7 @@ def lay_out(draw, array):
         view = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
         view[...] = array
         return view
-    if kind == "swapped":
+    if kind == "swapped" and array.dtype != "bfloat16":  # which has no other byte order
         return array.astype(array.dtype.newbyteorder())
     if kind == "read-only":
         array = array.copy()
@@ -80,7 +86,7 @@ def layers(draw):
     for name in ("kdim", "vdim"):
         if draw(booleans):
             options[name] = draw(st.sampled_from([e, 1, 5, 16, 129]))
-    return e, heads, dict(options, dtype=draw(st.sampled_from(["float32", "float32", "float64"])))
+    return e, heads, dict(options, dtype=draw(dtypes))
 
 
 def mask_of(draw, shape, dtype, seed):
@@ -93,7 +99,8 @@ def mask_of(draw, shape, dtype, seed):
         return hidden
     kind = dtype if kind == "same" else kind
     # Beside the lowest number a score vanishes; beside, say, -1e9 it would be rounded, by torch in ways of its own.
-    lowest = draw(st.sampled_from([-np.inf, -np.inf, np.finfo(dtype).min])) if kind != "float16" else -np.inf
+    has_lowest = kind != "float16" and not is_half(dtype)
+    lowest = draw(st.sampled_from([-np.inf, -np.inf, np.finfo(dtype).min])) if has_lowest else -np.inf
     visible = rng.standard_normal(shape) * draw(st.sampled_from([0.0, 1.0, 5.0]))
     with np.errstate(over="ignore"):
         return np.where(hidden, lowest, visible).astype(kind)
@@ -157,6 +164,12 @@ def test_results(case):
     event("batched" if native["query"].ndim == 3 else "unbatched")
     event("something is empty" if 0 in (*native["query"].shape, *native["key"].shape) else "nothing is empty")
     assert_matches(module, result, **native, what="mha_c:")
+    if is_half(module.out_proj.weight.dtype):
+        inputs = {name: native[name].astype("float32") for name in ("query", "key", "value")}
+        wide = copy.deepcopy(module).float()(**{**native, **inputs})
+        for one, other in zip(result, wide):  # rounded once
+            assert one is other is None or np.array_equal(  # as float32, since NaNs of bfloat16 do not count as equal
+                one.astype("float32"), other.astype(one.dtype).astype("float32"), equal_nan=True)
     theirs = outcome(lambda: call_torch(torch_twin(module), **native))
     if theirs.error is None:
         assert_matches(module, theirs.result, **native, what="torch:", roundings=ROUNDINGS)
@@ -166,7 +179,7 @@ def test_results(case):
 
 # ------------------------------------------------------------------------------------------- calls that are wrong
 
-DTYPES = ["float32", "float64", "float16", "int64", "uint8", "bool", "complex64"]
+DTYPES = ["float32", "float64", "float16", "bfloat16", "int64", "uint8", "bool", "complex64"]
 
 
 def any_shape(draw, usual):
@@ -225,7 +238,7 @@ def torch_alone_refuses(call, error):
     """The differences of the README's table that make torch raise where mha_c answers."""
     masks = [call.get(name) for name in ("attn_mask", "key_padding_mask")]
     query = call["query"]
-    other_float = any(m is not None and m.dtype.kind == "f" and m.dtype != query.dtype for m in masks)
+    other_float = any(m is not None and is_float(m) and m.dtype != query.dtype for m in masks)
     words = str(error)
     if other_float and ("dtype" in words):
         return "float mask of another dtype"
@@ -257,7 +270,7 @@ def test_exceptions(case):
         assert torch_alone_refuses(call, theirs.error), f"mha_c accepts this, but torch: {theirs.error!r}"
         return
     masks = call.get("attn_mask"), call.get("key_padding_mask")
-    if "query" in call and call["query"].dtype.kind != "f" and any(mask is not None for mask in masks):
+    if "query" in call and not is_float(call["query"]) and any(mask is not None for mask in masks):
         return  # torch casts the mask to the query's integers or complex numbers, and complains of that
     assert type(ours.error) is type(theirs.error), f"{ours.error!r} instead of {theirs.error!r}"
     if isinstance(theirs.error, AssertionError) or "attn_mask is" in str(theirs.error):
@@ -276,12 +289,12 @@ widths = st.one_of(st.integers(-2, 12), st.sampled_from([4.0, "4"]))
     "vdim": st.sampled_from([None, -1, 0, 1, 4, 7, 2.5, "4"]),
     "batch_first": booleans,
     "device": st.sampled_from([None, "cpu"]),
-    "dtype": st.sampled_from([None, "float32", "float64", "int32", "bool", "uint8"])}))
+    "dtype": st.sampled_from([None, "float32", "float64", "bfloat16", "float16", "int32", "bool", "uint8"])}))
 def test_constructors(arguments):
     """The same constructors succeed, with parameters of the same names, order, shapes and dtype, and the same
     attributes and text; the others raise the same."""
     # Of two mistakes torch finds the one that its allocations meet first, which is nobody's concern.
-    assume(arguments.get("dtype") in (None, "float32", "float64") or all(
+    assume(arguments.get("dtype") not in ("int32", "bool", "uint8") or all(
         isinstance(arguments.get(name), int | None) for name in ("kdim", "vdim")))
 
     def construct(lib):

@@ -172,6 +172,26 @@ def test_without_a_batch(name, kind):
     assert "N" not in explanation.letters
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["plain", "appended keys", "grouped", "wide"])
+def test_halves(name, dtype):
+    """They are computed in float32: every stage is one of a float32 layer with the same parameters, bit for bit."""
+    module, x, call = question(name, "all")
+    module, x = module.to(dtype), [array.astype(dtype) for array in x]
+    explanation = mha_c.explain(module, *x, **call)
+    output, average = module(*x, **call)
+    weights = module(*x, average_attn_weights=False, **call)[1]
+    html, text = explanation._repr_html_(), repr(explanation)
+    wide = mha_c.explain(module.float(), *(array.astype(np.float32) for array in x), **call)
+    for stage, one in wide.stages.items():
+        expected = {"output": output, "average_weights": average}.get(stage, one.array)
+        np.testing.assert_array_equal(explanation.stages[stage].array, expected, err_msg=stage, strict=True)
+    np.testing.assert_array_equal(explanation.weights.astype(dtype), weights, strict=True)
+    assert output.dtype == dtype and f"dtype={dtype}" in text
+    assert html.count("<td") == wide._repr_html_().count("<td")
+    assert explanation.warnings == wide.warnings and explanation.masks == wide.masks
+
+
 @pytest.mark.parametrize("name", ["plain", "kdim vdim", "batch first", "appended keys"])
 def test_that_the_judge_is_torch(name):
     """The steps above are torch's: their end is what torch's layer returns."""
@@ -591,7 +611,8 @@ def module_without_dropout(module):
 
 def test_errors():
     module, x, _ = question("plain", "none")
-    says = "layer must be a mha_c.MultiheadAttention or a torch.nn.MultiheadAttention, but got torch.nn"
+    says = ("explain takes a MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, TransformerEncoder or "
+            "TransformerDecoder of mha_c or torch.nn, but got torch.nn")
     with pytest.raises(TypeError, match=f"{says}.*Linear$"):
         mha_c.explain(torch.nn.Linear(8, 2), *x)
     with pytest.raises(TypeError, match=f"{says}.*Sequential. It holds 0: pass that layer$"):

@@ -13,6 +13,7 @@ import pytest
 from mha_c import _core
 
 N, T, S, E = 3, 5, 7, 8
+HALVES = ("bfloat16", "float16")
 
 LAYERS = {
     "post-norm": {},
@@ -118,6 +119,60 @@ def test_every_stage(name, kind):
         assert tuple(sizes[letter] for letter in explanation.stages[stage].axes) == array.shape, stage
     assert list(explanation.stages)[-1] == "output"
     np.testing.assert_array_equal(explanation.output, layer(*call))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["post-norm", "gated", "zero padding"])
+def test_halves_are_computed_in_float32(name, dtype):
+    """A call of the core rounds only what it returns: every stage before that is one of a float32 layer."""
+    layer = encoder_layer(name, dtype=dtype).eval()
+    call = encoder_call(layer)
+    explanation = mha_c.explain(layer, *call)
+    expected = composed(copy.deepcopy(layer).float(), (call[0].astype(np.float32), *call[1:]), explanation)
+    expected |= {"input": call[0], "output": layer(*call)}
+    for stage, array in expected.items():
+        np.testing.assert_array_equal(explanation.stages[stage].array, array, err_msg=stage, strict=True)
+    assert layer.linear1.weight.dtype == explanation.output.dtype == dtype
+    assert explanation.self_attn.weights.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["post-norm", "gated"])
+def test_halves_in_a_decoder(name, dtype):
+    """Its layer makes two calls of the core."""
+    layer = decoder_layer(name, dtype=dtype).eval()
+    call = decoder_call(layer)
+    explanation = mha_c.explain(layer, *call)
+    np.testing.assert_array_equal(explanation.output, layer(*call), strict=True)
+    wide_call = (*(array.astype(np.float32) for array in call[:2]), *call[2:])
+    expected = composed(copy.deepcopy(layer).float(), wide_call, explanation)
+    last = "residual1" if layer.norm_first else "norm1"
+    np.testing.assert_array_equal(explanation.self_attn_update, expected["self_attn_update"], strict=True)
+    np.testing.assert_array_equal(explanation.stages[last].array, expected[last].astype(dtype), strict=True)
+    assert explanation.residual2.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_halves_step_by_step(dtype):
+    """With an activation of the caller's, a layer makes several calls, which round their results."""
+    layer = encoder_layer("callable", dtype=dtype).eval()
+    call = encoder_call(layer)
+    explanation = mha_c.explain(layer, *call)
+    for stage, array in composed(layer, call, explanation).items():
+        np.testing.assert_array_equal(explanation.stages[stage].array, array, err_msg=stage, strict=True)
+    np.testing.assert_array_equal(explanation.output, layer(*call), strict=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_stacks_of_halves(dtype):
+    encoder = mha_c.TransformerEncoder(encoder_layer(dtype=dtype), 2).eval()
+    explanation = mha_c.explain(encoder, inputs(encoder.layers[0]))
+    assert {array.dtype.name for array in explanation.residual_stream.values()} == {dtype}
+    np.testing.assert_array_equal(explanation[1].output, explanation.output)
+    in_float32 = mha_c.explain(encoder.float(), explanation.residual_stream["input"].astype(np.float32))
+    change, expected = (float(each.table().rows[1][3]) for each in (explanation, in_float32))
+    assert abs(change - expected) <= 0.01
+    assert "mean norm" in repr(explanation[0]) and "<table" in explanation[0]._repr_html_()
 
 
 @pytest.mark.parametrize("kind", CALLS)
@@ -335,9 +390,13 @@ def test_refusals_are_those_of_the_layer():
                 module(*call)
             with pytest.raises(its.type, match=re.escape(str(its.value))):
                 mha_c.explain(module, *call)
-    with pytest.raises(TypeError, match="argument 'attn_mask'. Write src_mask= instead of attn_mask="):
+    with pytest.raises(TypeError, match=r"^explain\(\) .* argument 'attn_mask'. Write src_mask= instead of attn_mask="):
         mha_c.explain(layer, x, attn_mask=None)
-    with pytest.raises(TypeError, match="but got mha_c.*Transformer"):
+    decoder_layer = mha_c.TransformerDecoderLayer(8, 2)
+    for module in (layer, encoder, decoder_layer, mha_c.TransformerDecoder(decoder_layer, 1)):
+        with pytest.raises(TypeError, match=r"^explain\(\) missing 1 required positional argument"):
+            mha_c.explain(module, *[x] * ("Decoder" in type(module).__name__))
+    with pytest.raises(TypeError, match="explain takes .* TransformerEncoder or TransformerDecoder of .*, but got mha_c"):
         mha_c.explain(mha_c.Transformer(8, 2, 1, 1, 16), x, x)
     with pytest.raises(AttributeError, match="multihead_attn"):
         mha_c.explain(layer, x).multihead_attn

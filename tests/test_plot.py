@@ -100,6 +100,21 @@ def texts(figure):
     return shown
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", DRAW)
+def test_halves(name, dtype):
+    """They are drawn as the same numbers in float32 are."""
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    halves = random_weights(12).astype(dtype)
+    ours, expected = (DRAW[name](array, words(12)) for array in (halves, halves.astype(np.float32)))
+    for image, other in zip(ours.get_images(), expected.get_images(), strict=True):
+        np.testing.assert_allclose(image.get_array(), other.get_array(), rtol=0.01 if name == "masking" else 1e-6)
+    assert len(ours.lines) == len(expected.lines) and ours.get_title() == expected.get_title()
+    for statistic in (heads.entropy, heads.distance, heads.heads_of):
+        np.testing.assert_array_equal(statistic(halves), statistic(halves.astype(np.float32)), strict=True)
+
+
 def test_import_leaves_matplotlib_alone():
     run_child(
         "import sys, mha_c; assert 'matplotlib' not in sys.modules; mha_c.heads; assert 'matplotlib' not in sys.modules"

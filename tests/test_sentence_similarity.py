@@ -35,6 +35,26 @@ def encoder():
     return minilm.SentenceEncoder()
 
 
+def test_halves(encoder, monkeypatch):
+    """Vectors of sentences in bfloat16 and float16 are at least as close to float64's as torch's are."""
+    pytest.importorskip("torch")
+    pytest.importorskip("ml_dtypes")
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    halves = importlib.import_module("halves")
+    pairs = halves.read_pairs()
+    assert len(set(pairs)) == 200 and {len(pair) for pair in pairs} == {2}
+    sentences = halves.Sentences(encoder, pairs[::8])
+    exact = sentences.vectors(halves.in_mha_c(encoder.encoder, "float64"), "float64")
+    order = halves.ranks(np.sum(exact[::2] * exact[1::2], axis=1))
+    for dtype, error in (("bfloat16", 1e-4), ("float16", 2e-6)):
+        makers = (halves.in_mha_c, halves.in_torch)
+        ours, theirs = (sentences.vectors(make(encoder.encoder, dtype), dtype) for make in makers)
+        off, torchs = (1 - np.sum(vectors * exact, axis=1) for vectors in (ours, theirs))
+        assert off.mean() <= torchs.mean() and off.max() < error
+        ranks = halves.ranks(np.sum(ours[::2] * ours[1::2], axis=1))
+        assert np.corrcoef(order, ranks)[0, 1] > 0.99
+
+
 SENTENCES = [
     "A kitten sleeps.",
     "Share prices fell sharply this Monday morning, and nobody on the trading floor could say why.",

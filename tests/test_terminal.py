@@ -51,7 +51,7 @@ def long_coverage():
 
 
 def survey():
-    found = command._Survey("A survey", 1260)
+    found = command._Survey("A survey", 1260, "varied")
     for (name, _), report in zip(itertools.islice(command.grid(), 0, None, 30), itertools.repeat(long_report())):
         found.rows[name] = command._Row().plus(report)
     return found
@@ -127,7 +127,7 @@ SHOW_EVERYTHING = """
     Table._lines = recording
 
     few = list(command.grid())[::30]
-    command.grid = lambda: iter(few)
+    command.grid = lambda layer, dtype: iter(few)
     x = normal((5, 3, 8))
     for arguments in ["demo"], ["check"], ["check", "--embed-dim", "8", "--num-heads", "4"], ["info"], []:
         assert main(arguments) == 0
@@ -205,6 +205,7 @@ def test_help(capsys, monkeypatch):
             assert said == alone and all(name in said for name in ("demo", "check", "info", "--version"))
         if arguments == ["check", "--help"]:
             assert "1260 configurations" in " ".join(said.split())
+            assert all(len(list(command.grid(kind))) == 420 for kind in ("encoder", "decoder")) and " 420 conf" in said
             assert "\n  mha-c check --embed-dim" in said and "\n  1    something differs\n" in said
 
 
@@ -263,7 +264,7 @@ def test_json_of_the_grid(capsys, monkeypatch):
     """Also of something that differs by infinity, which JSON lacks."""
     pytest.importorskip("torch")
     few = list(command.grid())[::300]
-    monkeypatch.setattr(command, "grid", lambda: iter(few))
+    monkeypatch.setattr(command, "grid", lambda layer, dtype: iter(few))
     assert main(["check", "--json"]) == 0
     said = strictly(capsys.readouterr().out)
     assert said["agrees"] and said["checked"] == said["configurations"] == len(few) == len(said["rows"])

@@ -8,13 +8,15 @@ out, have a test of their own, with the fast path.
 hypothesis draws the configurations, as in tests/test_differential.py.
 """
 
+import copy
 import itertools
 
 import numpy as np
 import pytest
-from helpers import causal_mask, normal, outcome, to_torch, torch_words
+from helpers import causal_mask, eps_of, is_float, is_half, normal, outcome, to_numpy, to_torch, torch_words
 
 pytest.importorskip("hypothesis")
+pytest.importorskip("ml_dtypes")
 torch = pytest.importorskip("torch")
 mha_c = pytest.importorskip("mha_c")
 
@@ -81,9 +83,9 @@ def in_torch(theirs, call):
                 call[mask] = hidden
             else:
                 call[mask] = given_mask | hidden if given_mask.dtype == bool else np.where(hidden, -np.inf, given_mask)
-    call = {name: value.astype(dtype) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
+    call = {name: value.astype(dtype) if isinstance(value, np.ndarray) and is_float(value) else value
             for name, value in call.items()}
-    return theirs(**{name: to_torch(value) for name, value in call.items()}).numpy()
+    return to_numpy(theirs(**{name: to_torch(value) for name, value in call.items()}))
 
 
 INPUTS = ("src", "tgt", "memory")
@@ -131,7 +133,7 @@ def right_calls(draw):
                                  "TransformerDecoder", "Transformer"]))
     heads = draw(st.sampled_from([1, 2, 3]))
     e = heads * draw(st.sampled_from([4, 8]))  # in fewer features, a norm may make any error hundreds of times larger
-    dtype = draw(st.sampled_from(["float32", "float64"]))
+    dtype = draw(st.sampled_from(["float32", "float64", "bfloat16", "float16"]))
     options = {
         "activation": draw(st.sampled_from(["relu", "gelu"])), "batch_first": draw(booleans),
         "norm_first": draw(booleans), "bias": draw(booleans), "dtype": dtype,
@@ -179,8 +181,10 @@ def test_results(case):
     ours, theirs = (make(library, kind, *arguments, **options) for library in (mha_c, torch))
     theirs_state = theirs.state_dict()
     assert list(ours.state_dict()) == list(theirs_state)
+    has_torchs_bits = not is_half(options["dtype"])  # from the same seed: halves are the cast of float32's numbers
     for name, array in ours.state_dict().items():
-        np.testing.assert_array_equal(array, theirs_state[name].numpy(), err_msg=name)  # one seed, the same bits
+        assert array.dtype == options["dtype"] and array.shape == tuple(theirs_state[name].shape), name
+        assert not has_torchs_bits or np.array_equal(array, theirs_state[name].numpy()), name
     randomize_both(ours, theirs)
     if kind in ("TransformerEncoder", "Transformer"):  # torch's fast path is off; test_rows_of_padding is about it
         (ours if kind == "TransformerEncoder" else ours.encoder).padded = "computed"
@@ -190,14 +194,19 @@ def test_results(case):
     def of_dtype(dtype, factor=1.0):
         return {name: (value * factor).astype(dtype) if name in INPUTS else value for name, value in call.items()}
 
+    if kind == "TransformerEncoderLayer" and is_half(options["dtype"]):  # one call of the core, rounded once
+        wide = copy.deepcopy(ours).float()(**of_dtype("float32"))
+        np.testing.assert_array_equal(got.astype("float32"), wide.astype(got.dtype).astype("float32"))
     exact = in_torch(theirs.double(), of_dtype("float64"))
-    eps = np.finfo("float32").eps
-    # torch's own error in float32, also for inputs that are off by a rounding: the sums in one call may be lucky.
-    narrow = [in_torch(theirs.float(), of_dtype("float32", factor)) for factor in (1.0, 1 + eps, 1 - eps)]
+    narrow_dtype = options["dtype"] if is_half(options["dtype"]) else "float32"
+    eps = eps_of(narrow_dtype)
+    theirs = theirs.to(getattr(torch, narrow_dtype))
+    # torch's own error, also for inputs that are off by a rounding: the sums in one call may be lucky.
+    narrow = [in_torch(theirs, of_dtype(narrow_dtype, factor)) for factor in (1.0, 1 + eps, 1 - eps)]
     size = max(1.0, np.abs(exact).max(initial=0.0))
     torchs_error = max(2 * eps * size, *(np.abs(one - exact).max(initial=0.0) for one in narrow))
-    allowed = TIMES_TORCHS_ERROR * torchs_error * (np.finfo(got.dtype).eps / eps)
-    np.testing.assert_allclose(got, exact, rtol=0, atol=allowed)
+    allowed = TIMES_TORCHS_ERROR * torchs_error * (eps_of(got.dtype) / eps)
+    np.testing.assert_allclose(got.astype(exact.dtype), exact, rtol=0, atol=allowed)
 
 
 # ------------------------------------------------------------------------------------------- rows of padding

@@ -582,6 +582,19 @@ def test_padded_rows_of_single_layers(batch_first):
         layer.padded = "nan"
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("activation", ["relu", lambda x: np.maximum(x, 0)])
+def test_long_doubles_beyond_float64_are_padding(activation):
+    """In one call of the core, which reads them as float64 and so as -inf, and step by step."""
+    padding = np.arange(5) >= np.array([[5], [3], [2]])
+    lowest = np.finfo(np.longdouble).min
+    mask = np.where(padding, lowest, np.longdouble(0))
+    layer = encoder_layer(activation=activation, padded="zero").eval()
+    for model in (layer, mha_c.TransformerEncoder(layer, 2)):
+        zeroed = not model(X, src_key_padding_mask=mask)[padding].any()
+        assert zeroed == (lowest < np.finfo(np.float64).min)
+
+
 def test_padding_is_never_read():
     """NaN in rows of padding stays there."""
     padding = np.arange(5) >= np.array([[5], [3], [0]])

@@ -138,6 +138,13 @@ def test_memory_layouts(name, dtype):
         np.testing.assert_array_equal(module(*repeated), module(*(x.copy() for x in repeated)))
 
 
+def test_refused_before_a_copy():
+    """The core copies a query whose features are not adjacent. This one would not fit into any memory."""
+    module, _ = build("Encoder", "norms last")
+    with pytest.raises(AssertionError, match="src has 800 features, but d_model is 24"):
+        module(np.broadcast_to(np.float32(1), (2, 2**40, 800)))
+
+
 @both_dtypes
 @pytest.mark.parametrize("padded", ["zero", "computed"])
 @pytest.mark.parametrize("norm_first", [True, False])

@@ -9,9 +9,9 @@ from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 from mha_c.parameters.arrays import as_array
+from mha_c.parameters.dtypes import DTYPES
 
 __all__ = [
-    "DTYPES",
     "REFUSALS",
     "Advice",
     "Argument",
@@ -28,8 +28,8 @@ __all__ = [
 REFUSALS: Final = (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """The exceptions with which a call is refused, as torch refuses it."""
 
-DTYPES: Final = ("float32", "float64")
-"""In which mha_c computes."""
+_TENSOR_CASTS: Final = {"float32": "float", "float64": "double", "float16": "half"}
+"""torch's methods that are not called as the dtype."""
 
 _NO_NUMBERS: Final = ("bytes", "datetime64", "str", "timedelta64", "void")
 
@@ -72,13 +72,18 @@ class Argument(NamedTuple):
         return not self.dtype.startswith(_NO_NUMBERS)
 
     def cast(self, dtype: str) -> str:
-        """The code that casts it to "float32", "float64" or "bool"; complex numbers lose their imaginary part."""
+        """The code that casts it to a dtype of layers or "bool"; complex numbers lose their imaginary part."""
         name = f"{self.name}.real" if self.dtype.startswith("complex") else self.name
         if hasattr(self.value, "detach"):  # a tensor of torch
-            return f"{name}.{dict(float32='float', float64='double', bool='bool')[dtype]}()"
+            return f"{name}.{_TENSOR_CASTS.get(dtype, dtype)}()"
         if hasattr(self.value, "astype"):
-            return f"{name}.astype({'bool' if dtype == 'bool' else f'np.{dtype}'})"
-        return f"np.asarray({name}, {'bool' if dtype == 'bool' else f'np.{dtype}'})"
+            return f"{name}.astype({in_numpy(dtype)})"
+        return f"np.asarray({name}, {in_numpy(dtype)})"
+
+
+def in_numpy(dtype: str) -> str:
+    """The code for a dtype. NumPy knows bfloat16 by its name, once a layer of bfloat16 has imported ml_dtypes."""
+    return {"bool": "bool", "bfloat16": '"bfloat16"'}.get(dtype, f"np.{dtype}")
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
@@ -127,7 +132,7 @@ def advice_on_lists(dtype: str, **arguments: Any) -> Iterator[Advice]:
     """Lists and tuples are not converted: that takes long, and NumPy would choose the dtype."""
     for name, value in arguments.items():
         if isinstance(value, (list, tuple)):
-            yield Advice(f"Pass np.asarray({name}, {'bool' if name.endswith('mask') else f'np.{dtype}'})")
+            yield Advice(f"Pass np.asarray({name}, {in_numpy('bool' if name.endswith('mask') else dtype)})")
 
 
 def advice_on_integers(mask: Argument | None, shows: bool) -> Iterator[Advice]:

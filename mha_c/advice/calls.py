@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from mha_c.advice.arguments import (
-    DTYPES,
     Advice,
     Argument,
     add_advice,
@@ -24,6 +23,7 @@ from mha_c.advice.arguments import (
     shape_of,
 )
 from mha_c.advice.masks import fits, meaning_of_mask
+from mha_c.parameters.dtypes import DTYPES
 
 __all__ = ["advice_on_call", "advise_on_call", "decoding_advice", "warn_of_decoding"]
 

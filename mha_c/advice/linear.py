@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mha_c.advice.arguments import DTYPES, Advice, Argument, add_advice, advice_on_lists
+from mha_c.advice.arguments import Advice, Argument, add_advice, advice_on_lists
+from mha_c.parameters.dtypes import DTYPES
 
 __all__ = ["advise_on_linear"]
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mha_c.advice.arguments import DTYPES, Advice, Argument, add_advice, advice_on_lists
+from mha_c.advice.arguments import Advice, Argument, add_advice, advice_on_lists
+from mha_c.parameters.dtypes import DTYPES, DTYPE_NAMES
 
 __all__ = ["advise_on_norm"]
 
@@ -68,7 +69,7 @@ def _advice_on_shape(given: Argument, shape: tuple[int, ...]) -> Iterator[Advice
 def _advice_on_dtype(given: Argument, dtype: str, is_layer: bool, has_parameters: bool) -> Iterator[Advice]:
     if given.dtype == dtype or not has_parameters and given.dtype in DTYPES:
         return
-    found = f"input is {given.dtype}, but mha_c computes in float32 and float64"
+    found = f"input is {given.dtype}, but it must be {DTYPE_NAMES}"
     if has_parameters:
         found = f"input is {given.dtype}, but {'this layer is' if is_layer else 'the parameters are'} {dtype}"
     if not given.has_numbers:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from mha_c.advice.arguments import (
-    DTYPES,
     Advice,
     Argument,
     add_advice,
@@ -19,6 +18,7 @@ from mha_c.advice.arguments import (
     dtypes_of,
     listed,
 )
+from mha_c.parameters.dtypes import DTYPES, DTYPE_NAMES
 
 __all__ = ["advise_on_product"]
 
@@ -58,12 +58,12 @@ def advise_on_product(error: Exception, query: Any, key: Any, value: Any, attn_m
 
 
 def _advice_on_dtypes(inputs: Sequence[Argument], leads: bool) -> Iterator[Advice]:
-    """Inputs that are not all float32, nor all float64. The first one that is either says what the others are to be."""
+    """Inputs that are not all of one dtype of layers. The first one that is says what the others are to be."""
     dtype = next((one.dtype for one in inputs if one.dtype in DTYPES), "float32")
     wrong = distinct(one for one in inputs if one.dtype != dtype)
     if wrong:
-        is_all = all(one.dtype != dtype for one in inputs)
-        reason = "attention is computed in float32 or float64" if is_all else f"the others are {dtype}"
+        right = distinct(one for one in inputs if one.dtype == dtype)
+        reason = dtypes_of(right) if right else f"attention takes {DTYPE_NAMES}"
         cure = f": pass {listed(one.cast(dtype) for one in wrong)}" if all(one.has_numbers for one in wrong) else ""
         yield Advice(f"{dtypes_of(wrong)}, but {reason}{cure}", leads)
 

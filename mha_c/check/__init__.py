@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How close mha_c is to torch: both are measured against the definition of attention in a wider type."""
+"""How close mha_c is to torch: both are measured against the definition of a layer in a wider type."""
 
 from mha_c.check.compare import CRITERION, Comparison, Error
 from mha_c.check.layers import against_torch

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,16 @@ from mha_c.check.requirement import require_torch
 from mha_c.check.report import Report
 from mha_c.display.progress import progress
 from mha_c.display.table import Table, show
+from mha_c.parameters.dtypes import DTYPES
+from mha_c.transformer.decoder import TransformerDecoderLayer
+from mha_c.transformer.encoder import TransformerEncoderLayer
 
 __all__ = ["Configuration", "add_options", "grid", "run"]
 
+_ATTENTION, _ENCODER, _DECODER = "attention", "encoder", "decoder"
+
 _REFUSALS = (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 
-# With few numbers, with more keys than one block of the kernels holds, and with fewer queries than features.
-_WIDTHS: tuple[dict[str, Any], ...] = (
-    {"embed_dim": 8, "num_heads": 4, "length": 5, "source_length": None},
-    {"embed_dim": 64, "num_heads": 2, "length": 20, "source_length": 70},
-    {"embed_dim": 96, "num_heads": 3, "kdim": 40, "vdim": 24, "length": 2, "source_length": 33},
-)
 _MASKS: tuple[dict[str, Any], ...] = (
     {},
     {"is_causal": True},
@@ -42,18 +41,72 @@ _MASKS: tuple[dict[str, Any], ...] = (
     {"attn_mask": "bool-3d", "key_padding_mask": "bool", "is_causal": True},
 )
 _LAYOUTS: tuple[dict[str, Any], ...] = ({"batch_first": False}, {"batch_first": True}, {"unbatched": True})
-_EXTRAS: tuple[dict[str, Any], ...] = (
-    {},
-    {"bias": False},
-    {"add_bias_kv": True},
-    {"add_zero_attn": True},
-    {"add_bias_kv": True, "add_zero_attn": True},
-)
 
 
-def _option(default: Any, help: str, flag: str = "", **settings: Any) -> Any:
-    """A field of `Configuration`, and how argparse reads it."""
-    return field(default=default, metadata={"help": help, "flag": flag, **settings})
+@dataclass(frozen=True)
+class _Kind:
+    """What the grid of a kind of layer varies, beside masks, layouts and dtypes."""
+
+    name: str
+    widths: tuple[dict[str, Any], ...]
+    extras: tuple[dict[str, Any], ...]
+    varied: str
+
+
+_WHOLE: dict[str, Any] = {
+    "extras": (
+        {},
+        {"bias": False},
+        {"norm_first": True},
+        {"activation": "gelu"},
+        {"activation": "silu", "norm_first": True},
+    ),
+    "varied": "with and without a batch and biases, with norms first or last, and with three activations",
+}
+# Each has one of few numbers, and one with more keys than one block of the kernels holds.
+_KINDS: dict[str, _Kind] = {
+    _ATTENTION: _Kind(
+        "attention",
+        widths=(
+            {"embed_dim": 8, "num_heads": 4, "length": 5, "source_length": None},
+            {"embed_dim": 64, "num_heads": 2, "length": 20, "source_length": 70},
+            {"embed_dim": 96, "num_heads": 3, "kdim": 40, "vdim": 24, "length": 2, "source_length": 33},
+        ),
+        extras=tuple(
+            {**extras, "need_weights": need_weights}
+            for extras in (
+                {},
+                {"bias": False},
+                {"add_bias_kv": True},
+                {"add_zero_attn": True},
+                {"add_bias_kv": True, "add_zero_attn": True},
+            )
+            for need_weights in (True, False)
+        ),
+        varied="with and without a batch, biases, extra keys and weights",
+    ),
+    _ENCODER: _Kind(
+        "layers of an encoder",
+        widths=(
+            {"embed_dim": 8, "num_heads": 4, "dim_feedforward": 20, "length": 5},
+            {"embed_dim": 64, "num_heads": 2, "dim_feedforward": 100, "length": 70},
+        ),
+        **_WHOLE,
+    ),
+    _DECODER: _Kind(
+        "layers of a decoder",
+        widths=(
+            {"embed_dim": 8, "num_heads": 4, "dim_feedforward": 20, "length": 5},
+            {"embed_dim": 64, "num_heads": 2, "dim_feedforward": 100, "length": 20, "source_length": 70},
+        ),
+        **_WHOLE,
+    ),
+}
+
+
+def _option(default: Any, help: str, flag: str = "", of: tuple[str, ...] = (), **settings: Any) -> Any:
+    """A field of `Configuration`, how argparse reads it, and the kinds of layers that have it, if not all have."""
+    return field(default=default, metadata={"flag": flag, "of": of, "settings": {"help": help, **settings}})
 
 
 _SIZE: dict[str, Any] = {"type": int, "metavar": "N"}
@@ -70,36 +123,53 @@ class Configuration:
     """
 
     file: str | None = None
-    embed_dim: int | None = _option(None, "features of the query", **_SIZE)
+    layer: str = _option(
+        _ATTENTION, "attention, or a whole layer of an encoder or a decoder", choices=tuple(_KINDS)
+    )
+    embed_dim: int | None = _option(None, "features of the query, or of a whole layer", **_SIZE)
     num_heads: int | None = _option(None, "heads", **_SIZE)
-    kdim: int | None = _option(None, "features of the key", **_SIZE)
-    vdim: int | None = _option(None, "features of the value", **_SIZE)
-    bias: bool = _option(True, "projections without biases", "--no-bias")
-    add_bias_kv: bool = _option(False, "append a learned key and value")
-    add_zero_attn: bool = _option(False, "append a key and value of zeros")
+    kdim: int | None = _option(None, "features of the key", of=(_ATTENTION,), **_SIZE)
+    vdim: int | None = _option(None, "features of the value", of=(_ATTENTION,), **_SIZE)
+    dim_feedforward: int = _option(2048, "features of the feed-forward network", of=(_ENCODER, _DECODER), **_SIZE)
+    activation: str | None = _option(
+        None, "relu unless given", of=(_ENCODER, _DECODER), choices=("relu", "gelu", "gelu_tanh", "silu")
+    )
+    norm_first: bool = _option(False, "norms before attention and feed-forward", of=(_ENCODER, _DECODER))
+    bias: bool = _option(True, "maps and norms without biases", "--no-bias")
+    add_bias_kv: bool = _option(False, "append a learned key and value", of=(_ATTENTION,))
+    add_zero_attn: bool = _option(False, "append a key and value of zeros", of=(_ATTENTION,))
     batch_first: bool = _option(False, "inputs are (N, L, E)")
-    dtype: str | None = _option(None, "float32 unless given", choices=("float32", "float64"))
-    prefix: str = _option("", "what precedes the layer's names in FILE, such as encoder.layers.0.self_attn.")
+    dtype: str | None = _option(None, "float32 unless given; without a layer, float32 and float64", choices=DTYPES)
+    prefix: str = _option(
+        "", "what precedes the layer's names in FILE, such as encoder.layers.0.self_attn.", of=(_ATTENTION, _ENCODER)
+    )
     batch: int = _option(3, "batch size", **_SIZE)
     unbatched: bool = _option(False, "inputs without a batch axis")
     length: int = _option(5, "queries", **_SIZE)
-    source_length: int | None = _option(None, "keys; self-attention unless given", **_SIZE)
-    key_padding_mask: str | None = _option(None, "hide random keys", choices=("bool", "float"))
-    attn_mask: str | None = _option(None, "a random mask", choices=("bool", "float", "bool-3d", "float-3d"))
-    is_causal: bool = _option(False, "query l sees the keys 0..l")
-    need_weights: bool = _option(True, "do not ask for the weights", "--no-weights")
+    source_length: int | None = _option(
+        None, "keys; self-attention unless given; of a decoder, those of the memory", of=(_ATTENTION, _DECODER), **_SIZE
+    )
+    key_padding_mask: str | None = _option(
+        None, "hide random keys; of a decoder, in target and memory", choices=("bool", "float")
+    )
+    attn_mask: str | None = _option(
+        None, "a random mask; of a decoder, for target and memory", choices=("bool", "float", "bool-3d", "float-3d")
+    )
+    is_causal: bool = _option(False, "query l sees the keys 0..l; of a decoder, in the target")
+    need_weights: bool = _option(True, "do not ask for the weights", "--no-weights", of=(_ATTENTION,))
     seed: int = _option(0, "seed of parameters and inputs", **_SIZE)
 
     def check(self) -> Report:
         """Compare mha_c with torch."""
         layer = self._layer()
+        attention = layer if isinstance(layer, MultiheadAttention) else layer.self_attn
         random = np.random.default_rng(self.seed)
-        real = layer.out_proj.weight.dtype
+        real = attention.out_proj.weight.dtype
         source_length = self.length if self.source_length is None else self.source_length
         batch = 1 if self.unbatched else self.batch
 
         def normal(length: int, features: int) -> Any:
-            rows = (length,) if self.unbatched else (batch, length) if layer.batch_first else (length, batch)
+            rows = (length,) if self.unbatched else (batch, length) if attention.batch_first else (length, batch)
             return random.standard_normal((*rows, features)).astype(real)
 
         def mask(kind: str | None, *shape: int) -> Any:
@@ -110,74 +180,117 @@ class Configuration:
             hidden[..., :1] = False
             return hidden if kind.startswith("bool") else random.standard_normal(shape).astype(real)
 
-        query = normal(self.length, layer.embed_dim)
-        inputs = [query]
-        if self.source_length is not None or not parameters_of(layer).widths.packed:
-            inputs += [normal(source_length, layer.kdim), normal(source_length, layer.vdim)]
-        stacked = (batch * layer.num_heads,) if (self.attn_mask or "").endswith("3d") else ()
-        return against_torch(
-            layer,
-            *inputs,
-            key_padding_mask=mask(self.key_padding_mask, *([] if self.unbatched else [batch]), source_length),
-            attn_mask=mask(self.attn_mask, *stacked, self.length, source_length),
-            is_causal=self.is_causal,
-            need_weights=self.need_weights,
-        )
+        def masks(attn_mask: str, key_padding_mask: str, length: int) -> dict[str, Any]:
+            """Both masks for some number of keys, under these names."""
+            stacked = (batch * attention.num_heads,) if (self.attn_mask or "").endswith("3d") else ()
+            return {
+                key_padding_mask: mask(self.key_padding_mask, *([] if self.unbatched else [batch]), length),
+                attn_mask: mask(self.attn_mask, *stacked, self.length, length),
+            }
 
-    def _layer(self) -> MultiheadAttention:
+        inputs = [normal(self.length, attention.embed_dim)]
+        if isinstance(layer, TransformerEncoderLayer):
+            call = {**masks("src_mask", "src_key_padding_mask", self.length), "is_causal": self.is_causal}
+        elif isinstance(layer, TransformerDecoderLayer):
+            inputs.append(normal(source_length, attention.embed_dim))
+            call = {
+                **masks("tgt_mask", "tgt_key_padding_mask", self.length),
+                **masks("memory_mask", "memory_key_padding_mask", source_length),
+                "tgt_is_causal": self.is_causal,
+            }
+        else:
+            if self.source_length is not None or not parameters_of(layer).widths.packed:
+                inputs += [normal(source_length, layer.kdim), normal(source_length, layer.vdim)]
+            call = {
+                **masks("attn_mask", "key_padding_mask", source_length),
+                "is_causal": self.is_causal,
+                "need_weights": self.need_weights,
+            }
+        return against_torch(layer, *inputs, **call)
+
+    def misplaced(self) -> list[str]:
+        """The options that say something of layers of another kind."""
+        changed = [one for one in fields(self) if one.metadata and getattr(self, one.name) != one.default]
+        return [_flag(one) for one in changed if one.metadata["of"] and self.layer not in one.metadata["of"]]
+
+    def _layer(self) -> Any:
         if self.file is None:
-            assert self.embed_dim is not None and self.num_heads is not None
-            layer = MultiheadAttention(
-                self.embed_dim,
-                self.num_heads,
-                bias=self.bias,
-                add_bias_kv=self.add_bias_kv,
-                add_zero_attn=self.add_zero_attn,
-                kdim=self.kdim,
-                vdim=self.vdim,
-                batch_first=self.batch_first,
-                dtype=self.dtype,
-                seed=self.seed,
-            )
-            random = np.random.default_rng(self.seed)
-            biases = {name: array for name, array in layer.named_parameters() if name.endswith("bias")}  # which are 0
-            layer.load_state_dict({name: random.standard_normal(a.shape) for name, a in biases.items()}, strict=False)
-            return layer
+            return self._new_layer()
         if self.num_heads is None:
-            try:
-                layer = MultiheadAttention.load(self.file)
-            except ValueError as error:
-                cure = "a file that MultiheadAttention.save did not write needs --num-heads"
-                raise ValueError(f"{cure}: {error}") from None
-            layer.batch_first = layer.batch_first or self.batch_first
-            layer.add_zero_attn = layer.add_zero_attn or self.add_zero_attn
-            return layer if self.dtype is None else layer.to(self.dtype)
-        return MultiheadAttention.from_state_dict(
-            self.file,
-            self.prefix,
-            num_heads=self.num_heads,
-            add_zero_attn=self.add_zero_attn,
-            batch_first=self.batch_first,
-            dtype=self.dtype,
-        )
+            return self._saved_layer(self.file)
+        options: dict[str, Any] = {"num_heads": self.num_heads, "batch_first": self.batch_first, "dtype": self.dtype}
+        if self.layer == _ATTENTION:
+            options["add_zero_attn"] = self.add_zero_attn
+            return MultiheadAttention.from_state_dict(self.file, self.prefix, **options)
+        if self.layer == _ENCODER:
+            options |= {"activation": self.activation or "relu", "norm_first": self.norm_first, "layer_norm_eps": 1e-5}
+            return TransformerEncoderLayer.from_state_dict(self.file, self.prefix, **options)
+        raise ValueError("--layer decoder takes a file that TransformerDecoderLayer.save wrote, without --num-heads")
+
+    @property
+    def _class(self) -> Any:
+        whole = {_ENCODER: TransformerEncoderLayer, _DECODER: TransformerDecoderLayer}
+        return whole.get(self.layer, MultiheadAttention)
+
+    def _new_layer(self) -> Any:
+        options = {name: getattr(self, name) for name in ("bias", "batch_first", "dtype", "seed")}
+        if self.layer == _ATTENTION:
+            options |= {name: getattr(self, name) for name in ("add_bias_kv", "add_zero_attn", "kdim", "vdim")}
+        else:
+            options |= {name: getattr(self, name) for name in ("dim_feedforward", "norm_first")}
+            options["activation"] = self.activation or "relu"
+        layer = self._class(self.embed_dim, self.num_heads, **options)
+        random = np.random.default_rng(self.seed)
+        constant = {name: array for name, array in layer.named_parameters() if name.endswith("bias") or "norm" in name}
+        layer.load_state_dict({name: random.standard_normal(a.shape) for name, a in constant.items()}, strict=False)
+        return layer
+
+    def _saved_layer(self, file: str) -> Any:
+        try:
+            layer = self._class.load(file)
+        except ValueError as error:
+            name = self._class.__name__
+            cure = f"a file that {name}.save did not write needs --num-heads"
+            raise ValueError(str(error) if self.layer == _DECODER else f"{cure}: {error}") from None
+        for part in layer.modules():
+            if isinstance(part, MultiheadAttention):
+                part.batch_first = part.batch_first or self.batch_first
+                part.add_zero_attn = part.add_zero_attn or self.add_zero_attn
+        if self.layer != _ATTENTION:
+            layer.norm_first = layer.norm_first or self.norm_first
+            layer.activation = self.activation or layer.activation
+        return layer if self.dtype is None else layer.to(self.dtype)
 
 
-def grid() -> Iterator[tuple[tuple[str, str], Configuration]]:
-    """Every configuration that is checked without options, each with its group and its row of the table.
+def grid(layer: str = _ATTENTION, dtype: str | None = None) -> Iterator[tuple[tuple[str, str], Configuration]]:
+    """Every configuration that is checked without further options, each with its group and its row of the table.
+
+    Parameters
+    ----------
+    layer : {"attention", "encoder", "decoder"}, default "attention"
+        The kind of layer.
+    dtype : str, optional
+        The dtype of the layers; float32 and float64 unless given.
+
+    Yields
+    ------
+    tuple of tuple of str and Configuration
 
     Examples
     --------
-    >>> next(grid())[0], len(list(grid()))
-    (('8 features, 4 heads, float32', 'no mask'), 1260)
+    >>> next(grid())[0], len(list(grid())), len(list(grid("decoder")))
+    (('8 features, 4 heads, float32', 'no mask'), 1260, 420)
     """
     names = {"key_padding_mask": "padding", "attn_mask": "mask"}
-    for width, dtype, masks in itertools.product(_WIDTHS, ("float32", "float64"), _MASKS):
+    kind = _KINDS[layer]
+    dtypes = ("float32", "float64") if dtype is None else (dtype,)
+    for width, dtype, masks in itertools.product(kind.widths, dtypes, _MASKS):
         features = "/".join(str(width[name]) for name in ("embed_dim", "kdim", "vdim") if name in width)
         group = f"{features} features, {width['num_heads']} heads, {dtype}"
-        row = ", ".join("causal" if kind is True else f"{kind} {names[name]}" for name, kind in masks.items())
-        for layout, extras, need_weights in itertools.product(_LAYOUTS, _EXTRAS, (True, False)):
+        row = ", ".join("causal" if mask is True else f"{mask} {names[name]}" for name, mask in masks.items())
+        for layout, extras in itertools.product(_LAYOUTS, kind.extras):
             options = {**width, **masks, **layout, **extras}
-            yield (group, row or "no mask"), Configuration(dtype=dtype, need_weights=need_weights, **options)
+            yield (group, row or "no mask"), Configuration(layer=layer, dtype=dtype, **options)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -186,14 +299,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for one in fields(Configuration):
         if not one.metadata:
             continue
-        settings = dict(one.metadata)
-        flag = settings.pop("flag") or f"--{one.name.replace('_', '-')}"
+        settings = dict(one.metadata["settings"])
+        notes = [f"{' and '.join(one.metadata['of'])} only"] if one.metadata["of"] else []
         if isinstance(one.default, bool):
             settings["action"] = "store_false" if one.default else "store_true"
         elif one.default not in (None, ""):
-            settings["help"] += f" (default: {one.default})"
-        parser.add_argument(flag, dest=one.name, default=one.default, **settings)
+            notes.append(f"default: {one.default}")
+        settings["help"] += f" ({'; '.join(notes)})" if notes else ""
+        parser.add_argument(_flag(one), dest=one.name, default=one.default, **settings)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _flag(option: Field[Any]) -> str:
+    """An option as it is written on the command line."""
+    return option.metadata["flag"] or f"--{option.name.replace('_', '-')}"
 
 
 def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
@@ -202,7 +321,8 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     Parameters
     ----------
     options : dict of str to object
-        All options; the whole grid is checked if they say nothing about a configuration.
+        All options. The whole grid is checked if they say nothing about a configuration but the kind of layer and the
+        dtype.
     parser : argparse.ArgumentParser
         Ends the program if they do not fit together.
 
@@ -218,7 +338,9 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     """
     as_json = options.pop("json")
     configuration = Configuration(**options)
-    over_grid = configuration == Configuration()
+    if misplaced := configuration.misplaced():
+        parser.error(f"--layer {configuration.layer} does not have {', '.join(misplaced)}")
+    over_grid = configuration == Configuration(layer=configuration.layer, dtype=configuration.dtype)
     if not over_grid and configuration.file is None and None in (configuration.embed_dim, configuration.num_heads):
         parser.error("say which layer to check: --embed-dim and --num-heads, or FILE")
     found: Report | _Survey
@@ -228,7 +350,7 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
 
         if over_grid:
             with one_thread():
-                found = _Survey.of_grid(TORCH_VERSION)
+                found = _Survey.of_grid(configuration.layer, configuration.dtype, TORCH_VERSION)
         else:
             found = configuration.check()
     except _REFUSALS as error:
@@ -289,15 +411,17 @@ class _Survey:
 
     title: str
     total: int
+    varied: str
     rows: dict[tuple[str, str], _Row] = field(default_factory=dict)
     wrong: list[Report] = field(default_factory=list)
     interrupted: bool = False
 
     @classmethod
-    def of_grid(cls, torch_version: str) -> _Survey:
-        """Check all configurations, or those until Ctrl-C."""
-        configurations = list(grid())
-        survey = cls(f"mha_c and torch {torch_version}", len(configurations))
+    def of_grid(cls, layer: str, dtype: str | None, torch_version: str) -> _Survey:
+        """Check all configurations of a kind of layer, or those until Ctrl-C."""
+        configurations = list(grid(layer, dtype))
+        kind = _KINDS[layer]
+        survey = cls(f"mha_c and torch {torch_version}: {kind.name}", len(configurations), kind.varied)
         try:
             for name, configuration in progress(configurations, "configuration"):
                 report = configuration.check()
@@ -330,8 +454,8 @@ class _Survey:
                 verdicts.append(row.differing == 0)
         header = ("", "max diff", "in ulp", "mha_c error", "torch error", "")
         note = (
-            "Each row is the worst of several configurations: with and without a batch, biases, extra keys and "
-            "weights. Errors are in ulp, units in the last place of the largest number of an output. "
+            f"Each row is the worst of several configurations: {self.varied}. "
+            "Errors are in ulp, units in the last place of the largest number of an output. "
         )
         summary = f"{len(self.wrong)} of {self.checked} differ" if self.wrong else f"all {self.checked} agree"
         if self.checked < self.total:

@@ -61,7 +61,8 @@ class Error:
         Error(largest=0.5, rms=0.5)
         """
         both = np.isfinite(a) & np.isfinite(b)
-        differences = np.abs(np.subtract(a[both], b[both], dtype=np.result_type(a, b, np.float64)))
+        wide = np.result_type(a, b, np.float64)
+        differences = np.abs(a[both].astype(wide) - b[both].astype(wide))
         if differences.size == 0:
             return cls(0.0, 0.0)
         return cls(float(differences.max()), float(np.sqrt(np.mean(differences**2))))
@@ -153,7 +154,7 @@ class Comparison:
             finite = np.isfinite(ours) & np.isfinite(theirs)
             misplaced = int(np.sum(~finite & ~((ours == theirs) | np.isnan(ours) & np.isnan(theirs))))
         largest = np.max(np.abs(theirs), where=np.isfinite(theirs), initial=0.0)
-        ulp = float(np.spacing(largest if theirs.dtype.kind == "f" else 1.0))
+        ulp = float(np.spacing(1.0 if theirs.dtype.kind in "biu" else largest))
         return cls(
             name=name,
             shape=ours.shape,

@@ -20,6 +20,7 @@ from mha_c.check.transformers import compare_transformer, transformer_class
 from mha_c.display.words import describe_call
 from mha_c.layer import MultiheadAttention, parameters_of
 from mha_c.parameters.arrays import as_array
+from mha_c.parameters.dtypes import DTYPE_NAMES
 
 __all__ = ["against_torch"]
 
@@ -33,7 +34,7 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     ----------
     module : MultiheadAttention or torch.nn.MultiheadAttention
         The layer. The other library's layer is made from it. Also a layer of a Transformer, an encoder, a decoder or a
-        Transformer of either library, in float32.
+        Transformer of either library.
     *inputs : array or tensor
         query, key and value; or query and key, which is also the value; or one array for all three. Of a Transformer:
         the arguments of its call.
@@ -51,16 +52,16 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     ImportError
         If torch is not installed.
     TypeError
-        If `module` is not such a layer, or is not in float32 or float64; or if there are not 1, 2 or 3 inputs.
+        If `module` is not such a layer, or has a dtype that layers of mha_c do not have; or if there are not 1, 2 or 3
+        inputs.
 
     Notes
     -----
-    torch does not have layers of some widths, such as grouped heads. They are compared with the definition of attention
+    torch does not have attention of some widths, such as grouped heads. It is compared with the definition of attention
     in NumPy, in the dtype of the layer.
 
-    The reference is the definition of attention, in float64 for a float32 layer, and in np.longdouble for a float64
-    layer. np.longdouble is slow, and on some platforms it is not wider than float64. For layers of a Transformer, it is
-    torch's layer in float64.
+    The reference is the definition of the layer, in np.longdouble for a float64 layer, and in float64 for the other
+    dtypes. np.longdouble is slow, and on some platforms it is not wider than float64.
 
     Examples
     --------
@@ -137,7 +138,7 @@ def _evaluating_layer(module: Any) -> MultiheadAttention:
         raise TypeError(f"{said}. check.model compares whole models") from None
     dtype = str(module.out_proj.weight.dtype).removeprefix("torch.")
     if dtype != layer.out_proj.weight.dtype.name:
-        raise TypeError(f"mha_c computes in float32 and float64, but the layer is in {dtype}: check a copy.float()")
+        raise TypeError(f"a layer of mha_c is {DTYPE_NAMES}, but this one is {dtype}: check a copy.float()")
     return layer.eval()
 
 
@@ -160,7 +161,7 @@ def _spelt_out_for_torch(layer: MultiheadAttention, arguments: Mapping[str, Any]
     asked = {**arguments, "is_causal": False}
     query, key = arguments["query"], arguments["key"]
     for name in ("key_padding_mask", "attn_mask"):
-        if asked[name] is not None and asked[name].dtype.kind == "f":
+        if asked[name] is not None and asked[name].dtype != bool:
             asked[name] = asked[name].astype(query.dtype)
     if arguments["is_causal"]:
         axis = 1 if query.ndim == 3 and layer.batch_first else 0

@@ -50,7 +50,7 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
 
     Notes
     -----
-    The outputs of attention are compared with its definition in a wider type, those of float32 layers and of the model
+    The outputs of attention are compared with its definition in a wider type, those of narrower layers and of the model
     with the same in float64. If the model is in float64, or does not run in it, its outputs are compared with torch's.
     torch's error is then estimated by another run, in which every output of attention, or of layers in a model without
     ``torch.nn.MultiheadAttention``, is changed by one unit in the last place: this shows how much the model magnifies

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer of a Transformer, or a stack of them, beside torch's: both are measured against torch's in float64."""
+"""One layer of a Transformer, or a stack of them, beside torch's: both are measured against their definition."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from mha_c.check.compare import Comparison
-from mha_c.check.definition import causal_mask
+from mha_c.check.definition import causal_mask, transform
 from mha_c.check.report import Report
 from mha_c.check.requirement import require_torch
 from mha_c.display.words import describe_call
 from mha_c.module import Module
 from mha_c.parameters.arrays import as_array
+from mha_c.parameters.dtypes import DTYPES, DTYPE_NAMES
 from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
 from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer
 from mha_c.transformer.transformer import Transformer
@@ -65,7 +66,7 @@ def compare_transformer(module: Any, *inputs: Any, **call: Any) -> Report:
     Parameters
     ----------
     module : Module or torch.nn.Module
-        The layer, in float32. The other library's layer is made from it.
+        The layer. The other library's layer is made from it.
     *inputs, **call
         The arguments of its call, as for `against_torch`.
 
@@ -79,7 +80,7 @@ def compare_transformer(module: Any, *inputs: Any, **call: Any) -> Report:
     ImportError
         If torch is not installed.
     TypeError
-        If the layer is not in float32, for which there is no wider type in torch.
+        If the layer has a dtype that layers of mha_c do not have.
 
     Examples
     --------
@@ -98,16 +99,17 @@ def compare_transformer(module: Any, *inputs: Any, **call: Any) -> Report:
     for part in layer.modules():
         if hasattr(part, "padded"):
             part.padded = "computed"
-    given = next(iter(module.parameters()))
-    if str(given.dtype).removeprefix("torch.") != "float32":
-        raise TypeError(f"check.against_torch takes whole layers in float32, but this one is in {given.dtype}")
+    dtype = str(next(iter(module.parameters())).dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise TypeError(f"a layer of mha_c is {DTYPE_NAMES}, but this one is {dtype}: check a copy.float()")
     bound = inspect.signature(layer.forward).bind(*inputs, **call)
+    bound.apply_defaults()
     arguments = {
         name: one if one is None or name.endswith("causal") else as_array(one) for name, one in bound.arguments.items()
     }
-    asked = _spelt_out_for_torch(layer, arguments)
-    theirs, exact = (layer_in_torch(layer, asked, dtype) for dtype in ("float32", "float64"))
-    comparison = Comparison.measure("output", layer(**arguments), theirs, exact, other="torch")
+    ours = layer(**arguments)
+    theirs = layer_in_torch(layer, _spelt_out_for_torch(layer, arguments))
+    comparison = Comparison.measure("output", ours, theirs, transform(layer, *arguments.values()))
     title = f"mha_c and torch {TORCH_VERSION}: {type(layer).__name__}; {describe_call(arguments)}"
     return Report(title, (comparison,))
 

@@ -93,6 +93,7 @@ def matrix(
     >>> "0.25" in html, html.count("<td")
     (True, 2)
     """
+    values = np.asarray(values, np.float64)  # Python's and matplotlib's functions do not know bfloat16
     if max(values.shape) <= MAX_NUMBERS:
         return _cells(values, rows, columns, _largest(values) if largest is None else largest)
     try:

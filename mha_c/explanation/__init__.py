@@ -95,13 +95,14 @@ def explain(layer: Any, *arguments: Any, **keywords: Any) -> Any:
     """Show what a layer computes between its inputs and its output.
 
     Every number comes from the C core that the layer itself uses, and `output` has the bits of the layer's own call; so
-    have `weights`, `average_weights` and `head_outputs` of an attention layer.
+    have `weights`, `average_weights` and `head_outputs` of an attention layer. A layer of bfloat16 or float16 computes
+    in float32 and rounds what it returns: `output` and `average_weights` are in its dtype, the other stages in float32.
 
     Parameters
     ----------
     layer : MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, TransformerEncoder, \
 TransformerDecoder, or torch's layer of that name
-        The layer. A layer of torch is copied into mha_c first, in evaluation mode; half precision becomes float32.
+        The layer. A layer of torch is copied into mha_c first, in evaluation mode.
     *arguments
         The arguments of a call of the layer, which is explained: arrays, or tensors for a layer of torch. For
         attention, `key` is `query` unless given, and `value` is `key` unless given. `average_attn_weights` is ignored:
@@ -183,5 +184,6 @@ def _copy_of_torchs(layer: Any) -> Any:
     try:
         return kind.from_torch(layer).eval()
     except TypeError as error:
-        said = str(error).replace("from_torch takes a", f"layer must be a mha_c.{kind.__name__} or a", 1)
-        raise TypeError(said) from None
+        *names, last = (each.__name__ for each in _EXPLAIN)
+        takes = f"explain takes a {', '.join(names)} or {last} of mha_c or torch.nn"
+        raise TypeError(str(error).replace(f"from_torch takes a torch.nn.{kind.__name__}", takes, 1)) from None

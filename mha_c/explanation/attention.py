@@ -12,6 +12,7 @@ from mha_c.explanation.result import Explanation
 from mha_c.explanation.stages import Stage, StagedCall, chosen_stages
 from mha_c.explanation.words import Words, of_another_forward
 from mha_c.layer import MultiheadAttention
+from mha_c.parameters.dtypes import computed_in
 
 __all__ = ["explain"]
 
@@ -37,7 +38,7 @@ def explain(
     call = StagedCall(layer, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, heads)
     found = call.compute(chosen_stages(stages, call.dropout_p > 0))
     sizes = (call.batch, call.widths.num_heads, call.length, call.source_length)
-    masks = look_at_masks(key_padding_mask, attn_mask, bool(is_causal), *sizes, call.parameters.dtype)
+    masks = look_at_masks(key_padding_mask, attn_mask, bool(is_causal), *sizes, computed_in(call.parameters.dtype))
     words = Words(call)
     texts = words.stages()
     return Explanation(

@@ -90,6 +90,10 @@ class LayerExplanation(_WithStream):
     Shapes are in the layout of the layer: (T, N, E); (N, T, E) with `batch_first`; (T, E) without a batch. T is the
     number of tokens, E of features, and F of hidden features.
 
+    The stages of a layer of bfloat16 or float16 are in float32, in which it computes. `input` and `output` are in the
+    dtype of the layer; in a decoder, so is the residual stream between self-attention and cross-attention. A layer with
+    parts of other classes, or in which dropout is active, rounds every step: all its stages are in its dtype.
+
     Attributes
     ----------
     input : numpy.ndarray, (T, N, E)
@@ -307,7 +311,7 @@ class StackExplanation(_WithStream):
         rows = []
         before: NDArray[Any] | None = None
         for name, array in self.residual_stream.items():
-            seen = self._seen_rows(array)
+            seen = self._seen_rows(array).astype(np.float64)
             norms = size_of_rows(seen)
             change = "" if before is None else _ratio(size_of_rows(seen - before), size_of_rows(before))
             rows.append((name, _mean(norms), f"{norms.max(initial=0):.3g}", change))

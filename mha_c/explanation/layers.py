@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,11 @@ from mha_c.explanation.attention import explain as explain_attention
 from mha_c.explanation.layer_result import LayerExplanation, rows_of, size_of_rows, tokens_with_largest_norm
 from mha_c.explanation.result import Explanation
 from mha_c.explanation.stages import Stage
-from mha_c.explanation.words import of_another_forward
+from mha_c.explanation.words import called_explain, of_another_forward
 from mha_c.module import Module
 from mha_c.norms import RMSNorm
 from mha_c.parameters.arrays import as_array
+from mha_c.parameters.dtypes import computed_in, is_half
 from mha_c.transformer.decoder import TransformerDecoderLayer
 from mha_c.transformer.encoder import TransformerEncoderLayer
 from mha_c.transformer.layer import TransformerLayer, is_padding, zero_padded_rows
@@ -39,6 +42,7 @@ ACTIVE = 0.01
 
 
 @knows_foreign_keywords
+@called_explain
 def explain_encoder_layer(
     layer: TransformerEncoderLayer,
     src: Any,
@@ -52,12 +56,14 @@ def explain_encoder_layer(
     }  # fmt: skip
     TransformerEncoderLayer.forward(uncounted(layer), **arguments)  # refuses what the layer refuses, in its words
     steps = _Steps(layer, "src", src, src_key_padding_mask)
-    steps.attend("self_attn", attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
-    steps.feed_forward()
+    with steps.computed_together("self_attn", 1, 2):
+        steps.attend("self_attn", attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
+        steps.feed_forward()
     return steps.finish(TransformerEncoderLayer, arguments)
 
 
 @knows_foreign_keywords
+@called_explain
 def explain_decoder_layer(
     layer: TransformerDecoderLayer,
     tgt: Any,
@@ -77,12 +83,14 @@ def explain_decoder_layer(
     }  # fmt: skip
     TransformerDecoderLayer.forward(uncounted(layer), **arguments)  # refuses what the layer refuses, in its words
     steps = _Steps(layer, "tgt", tgt, tgt_key_padding_mask)
-    steps.attend("self_attn", attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal)
-    steps.attend(
-        "multihead_attn", memory, attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask,
-        is_causal=memory_is_causal,
-    )  # fmt: skip
-    steps.feed_forward()
+    with steps.computed_together("self_attn", 1):
+        steps.attend("self_attn", attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal)
+    with steps.computed_together("multihead_attn", 2, 3):
+        steps.attend(
+            "multihead_attn", memory, attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask,
+            is_causal=memory_is_causal,
+        )  # fmt: skip
+        steps.feed_forward()
     return steps.finish(TransformerDecoderLayer, arguments)
 
 
@@ -123,6 +131,7 @@ class _Steps:
         self.batch_first = layer.self_attn.batch_first  # type: ignore[attr-defined]
         self.key_padding_mask = key_padding_mask
         array = np.array(as_array(x))  # a copy: the caller may change theirs
+        self.dtype = self.computed_in = array.dtype
         self.seen = seen_tokens(array, key_padding_mask, self.batch_first)
         self.axes: tuple[str, ...] = ("T",) if array.ndim == 2 else ("N", "T") if self.batch_first else ("T", "N")
         sizes: dict[str, int] = dict(zip(self.axes, array.shape))
@@ -132,6 +141,25 @@ class _Steps:
         self.attentions: dict[str, Explanation] = {}
         self.added: list[tuple[str, str]] = []  # the names of what is added, and of what it is added to
         self.stream = [self._add("input", array, name, "what the layer gets", 0)]
+
+    @contextmanager
+    def computed_together(self, attention: str, *numbers: int) -> Iterator[None]:
+        """Steps that the layer takes together. If they are one call of the core, halves are float32 between them."""
+        own = self.layer
+        norms, dropouts = (tuple(getattr(own, f"{kind}{i}") for i in numbers) for kind in ("norm", "dropout"))
+        if is_half(self.dtype) and own._is_plain(getattr(own, attention), norms, dropouts):
+            self.computed_in = computed_in(self.dtype)
+            self.layer = uncounted(own).to(self.computed_in)
+        yield
+        name = self.stream[-1]
+        with np.errstate(over="ignore"):
+            result = self._array(name).astype(self.dtype, copy=False)
+        self.stages[name] = dataclasses.replace(self.stages[name], array=result)
+        self.layer, self.computed_in = own, self.dtype
+
+    def _read(self, x: Any) -> NDArray[Any]:
+        """What a step reads, in the dtype in which it computes."""
+        return as_array(x).astype(self.computed_in, copy=False)
 
     def _add(
         self, name: str, array: NDArray[Any], formula: str, meaning: str, operations: int, features: str = "E"
@@ -144,7 +172,7 @@ class _Steps:
 
     def _norm(self, source: str) -> str:
         norm = f"norm{len(self.stream)}"
-        module, x = getattr(self.layer, norm), self._array(source)
+        module, x = getattr(self.layer, norm), self._read(self._array(source))
         steps = RMS_NORM_STEPS if isinstance(module, RMSNorm) else NORM_STEPS
         return self._add(norm, module(x), f"{norm}({source})", "the row of each token, normalized", steps * x.size)
 
@@ -156,10 +184,9 @@ class _Steps:
     def attend(self, name: str, memory: Any = None, **masks: Any) -> None:
         """One step: x + attention(norm(x)), or norm(x + attention(x))."""
         source = self._before()
-        key = self._array(source) if memory is None else memory
-        explanation = explain_attention(
-            getattr(self.layer, name), self._array(source), key, key, need_weights=False, **masks
-        )
+        query = self._read(self._array(source))
+        key = query if memory is None else self._read(memory)
+        explanation = explain_attention(getattr(self.layer, name), query, key, key, need_weights=False, **masks)
         self.attentions[name] = explanation
         formula = f"{name}({source})" if memory is None else f"{name}({source}, memory)"
         update, formula = self._drop(f"dropout{len(self.stream)}", explanation.output, formula)
@@ -170,7 +197,7 @@ class _Steps:
         """The last step: x + feed(norm(x)), or norm(x + feed(x))."""
         source = self._before()
         layer, activation = self.layer, self.layer.activation
-        hidden = layer.linear1(self._array(source))
+        hidden = layer.linear1(self._read(self._array(source)))
         gated = is_gated(activation)
         features, width = hidden.shape[-1] // (1 + gated), hidden.size * self.letters["E"]
         self.letters["F"] = features
@@ -194,7 +221,7 @@ class _Steps:
         self._add(name, update, formula, meaning, operations)
         stream = self.stream[-1]
         self.added.append((name, stream))
-        total = self._array(stream) + update
+        total = self._read(self._array(stream)) + update
         residual = f"residual{len(self.stream)}"
         self._add(residual, total, f"{stream} + {name}", "the residual stream after this step", total.size)
         self.stream.append(residual if self.layer.norm_first else self._norm(residual))

@@ -37,7 +37,7 @@ class Explanation:
         The scores after the masks. Without masks, this is the same array as `scores`.
     weights : numpy.ndarray, (N, H, L, S')
         The softmax of the masked scores, after dropout if it is active. The layer returns these weights with
-        ``average_attn_weights=False``.
+        ``average_attn_weights=False``, rounded to its dtype.
     weights_before_dropout : numpy.ndarray, (N, H, L, S')
         The weights before dropout. Without dropout, this stage exists only if it is asked for.
     average_weights : numpy.ndarray, (N, L, S')

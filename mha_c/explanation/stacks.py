@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.explanation.layer_result import LayerExplanation, StackExplanation
 from mha_c.explanation.layers import describe, explain_decoder_layer, explain_encoder_layer, seen_tokens, uncounted
-from mha_c.explanation.words import of_another_forward
+from mha_c.explanation.words import called_explain, of_another_forward
 from mha_c.module import Module
 from mha_c.parameters.arrays import as_array
 from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
@@ -24,6 +24,7 @@ __all__ = ["explain_decoder", "explain_encoder"]
 
 
 @knows_foreign_keywords
+@called_explain
 def explain_encoder(
     layer: TransformerEncoder,
     src: Any,
@@ -43,6 +44,7 @@ def explain_encoder(
 
 
 @knows_foreign_keywords
+@called_explain
 def explain_decoder(
     layer: TransformerDecoder,
     tgt: Any,

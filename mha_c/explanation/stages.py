@@ -17,6 +17,7 @@ from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.calls import advise_on_call
 from mha_c.layer import MultiheadAttention, facts_of, next_dropout_call, parameters_of
 from mha_c.parameters.arrays import as_array
+from mha_c.parameters.dtypes import computed_in
 from mha_c.parameters.sets import ParameterSet
 
 __all__ = ["STAGES", "Stage", "StagedCall", "chosen_stages"]
@@ -247,7 +248,7 @@ class StagedCall:
             shared = self.widths.num_heads // self.widths.num_kv_heads
             extra.append(by_head if self.heads is None else by_head[[head // shared for head in self.heads]])
         if self.add_zero_attn:
-            extra.append(np.zeros((heads, 1, width), self.parameters.dtype))
+            extra.append(np.zeros((heads, 1, width), computed_in(self.parameters.dtype)))
         return extra
 
     def _compute_scores(self, wanted: set[str], found: dict[str, NDArray[Any]]) -> None:

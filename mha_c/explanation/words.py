@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,18 @@ from mha_c.explanation.masks import Masks
 from mha_c.parameters.arrays import as_array
 from mha_c.explanation.stages import StagedCall
 
-__all__ = ["StageText", "Words", "of_another_forward"]
+__all__ = ["StageText", "Words", "called_explain", "of_another_forward"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 #: Steps of softmax for each score: compare for the maximum, subtract it, exponential, add up, divide.
 SOFTMAX_STEPS = 5
+
+
+def called_explain(function: _Function) -> _Function:
+    """Let Python's errors about the arguments of a function name `mha_c.explain`, which passes them on."""
+    function.__qualname__ = "explain"
+    return function
 
 
 def of_another_forward(layer: Any, kind: type[Any]) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
     "bfloat16_dtype",
     "bfloat16_from_bits",
     "computed_in",
@@ -20,8 +22,8 @@ __all__ = [
     "trained_dtype",
 ]
 
-_REAL = ("float32", "float64", "bfloat16", "float16")
-_NAMES = f"{', '.join(_REAL[:-1])} or {_REAL[-1]}"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPE_NAMES = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
 
 
 def bfloat16_dtype() -> np.dtype[Any]:
@@ -177,14 +179,14 @@ def float_dtype(dtype: Any) -> np.dtype[Any]:
         found = np.dtype(name)
     except TypeError:
         found = None
-    if found is not None and found.name in _REAL and found.isnative:
+    if found is not None and found.name in DTYPES and found.isnative:
         return found
     if found is not None and found.kind in "iub":
         raise RuntimeError(
             "Only Tensors of floating point and complex dtype can require gradients: "
-            f"dtype must be {_NAMES}, but got {dtype!r}"
+            f"dtype must be {DTYPE_NAMES}, but got {dtype!r}"
         )
-    raise TypeError(f"dtype must be {_NAMES}, in which mha_c computes, but got {dtype!r}")
+    raise TypeError(f"dtype must be {DTYPE_NAMES}, in which mha_c computes, but got {dtype!r}")
 
 
 def joined(arrays: Iterable[NDArray[Any]]) -> NDArray[Any]:
@@ -235,6 +237,6 @@ def trained_dtype(stored: np.dtype[Any], dtype: Any) -> np.dtype[Any]:
     >>> trained_dtype(np.dtype("float16"), None), trained_dtype(np.dtype("int8"), None)
     (dtype('float16'), dtype('float32'))
     """
-    if dtype is None and stored.name in _REAL:
+    if dtype is None and stored.name in DTYPES:
         return float_dtype(stored.name)
     return float_dtype(dtype)

@@ -25,6 +25,7 @@ from mha_c.parameters.files import open_checkpoint
 from mha_c.parameters.loading import arrays_in
 from mha_c.parameters.stored import StoredArray
 from mha_c.torch.replace import restore_attention
+from mha_c.torch.tensors import array_of, tensor_of
 from mha_c.transformer.decoder import TransformerDecoder
 from mha_c.transformer.encoder import TransformerEncoder
 from mha_c.transformer.layer import TransformerLayer
@@ -227,14 +228,7 @@ def state_dict(layer: Module, *, prefix: str = "") -> OrderedDict[str, torch.Ten
     <All keys matched successfully>
     """
     arrays = layer.state_dict(prefix=prefix)
-    return OrderedDict((name, _copied(array)) for name, array in arrays.items())
-
-
-def _copied(array: NDArray[Any]) -> torch.Tensor:
-    """A copy of an array, of the same dtype."""
-    if array.dtype.name == "bfloat16":  # which torch does not take from NumPy
-        return _tensor(array.copy().view(np.uint16), "bfloat16")
-    return torch.from_numpy(array.copy())
+    return OrderedDict((name, tensor_of(array.copy())) for name, array in arrays.items())
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -309,15 +303,15 @@ def forward_in_torch(
     # With gradients, torch takes its ordinary path; the one for inference answers differently in corner cases.
     with torch.inference_mode(False), torch.enable_grad():
         module = to_torch(layer) if isinstance(layer, MultiheadAttention) else _copy_with_gradients(layer)
-        tensors = [torch.from_numpy(np.array(array)) for array in (query, key, value)]
+        tensors = [tensor_of(np.array(array)) for array in (query, key, value)]
         for name in ("key_padding_mask", "attn_mask"):
             if call.get(name) is not None:
-                call[name] = torch.from_numpy(np.array(call[name]))
+                call[name] = tensor_of(np.array(call[name]))
         output, weights = module(*tensors, **call)
-        return output.detach().numpy(), None if weights is None else weights.detach().numpy()
+        return array_of(output), None if weights is None else array_of(weights)
 
 
-def layer_in_torch(layer: Module, arguments: dict[str, Any], dtype: str) -> NDArray[Any]:
+def layer_in_torch(layer: Module, arguments: dict[str, Any]) -> NDArray[Any]:
     """Make a call of a Transformer's layer with torch's layer of the same parameters, on its ordinary path.
 
     Parameters
@@ -325,9 +319,7 @@ def layer_in_torch(layer: Module, arguments: dict[str, Any], dtype: str) -> NDAr
     layer : Module
         The layer.
     arguments : dict of str to object
-        Those of torch's call. Arrays become tensors.
-    dtype : {"float32", "float64"}
-        To which parameters and arrays of floats are cast.
+        Those of torch's call. Arrays become tensors; those of floats are cast to the dtype of the layer.
 
     Returns
     -------
@@ -342,22 +334,21 @@ def layer_in_torch(layer: Module, arguments: dict[str, Any], dtype: str) -> NDAr
     --------
     >>> import mha_c, numpy as np
     >>> layer = mha_c.TransformerEncoderLayer(8, 2, 16).eval()
-    >>> layer_in_torch(layer, {"src": np.zeros((5, 3, 8), np.float32)}, "float64").dtype
-    dtype('float64')
+    >>> layer_in_torch(layer, {"src": np.zeros((5, 3, 8), np.float32)}).shape
+    (5, 3, 8)
     """
-    kind = getattr(torch, dtype)
+    kind = getattr(torch, next(layer.parameters()).dtype.name)
 
     def tensor(value: Any) -> Any:
         if not isinstance(value, np.ndarray):
             return value
-        array = torch.from_numpy(np.array(value))
+        array = tensor_of(np.array(value))
         return array.to(kind) if array.is_floating_point() else array
 
     # With gradients, torch takes its ordinary path.
     with torch.inference_mode(False), torch.enable_grad():
         tensors = {name: tensor(one) for name, one in arguments.items()}
-        output: NDArray[Any] = to_torch(layer).to(kind)(**tensors).detach().numpy()
-        return output
+        return array_of(to_torch(layer)(**tensors))
 
 
 def _copy_with_gradients(module: torch.nn.MultiheadAttention) -> torch.nn.MultiheadAttention:

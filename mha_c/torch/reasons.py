@@ -12,8 +12,9 @@ from torch.utils._device import DeviceContext
 
 __all__ = ["DTYPES", "HARMLESS_MODES", "PLAIN_TENSORS", "why_torch"]
 
-# ml_dtypes has the bfloat16 of NumPy.
-DTYPES = (torch.float32, torch.float64, torch.float16, *([torch.bfloat16] if find_spec("ml_dtypes") else []))
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16)
+if find_spec("ml_dtypes") is not None:  # which has the bfloat16 of NumPy
+    DTYPES += (torch.bfloat16,)
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 #: Function modes that need not see attention: it makes no tensor whose device they could choose.

@@ -68,6 +68,9 @@ def make_norm(norm: Any, d_model: int, eps: float, bias: bool, device: Any, dtyp
 def is_padding(key_padding_mask: AnyArray) -> Array:
     """Where a mask hides keys for certain: True, or -inf. Any other float changes their scores."""
     mask = as_array(key_padding_mask)
+    if mask.dtype.char == "g":  # long double, which the core reads as float64
+        with np.errstate(over="ignore"):
+            mask = mask.astype(np.float64)
     return mask if mask.dtype == bool else mask == -np.inf
 
 
