@@ -644,6 +644,22 @@ def test_options_reach_both_halves_of_a_transformer():
         assert half.norm.eps == half.layers[0].norm1.eps == 0.5
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_padded_rows_of_stacks(batch_first):
+    """Zeros after the last layer, also if it is of a derived class."""
+    class Derived(mha_c.TransformerEncoderLayer):
+        pass
+
+    padding = np.arange(5) >= np.array([[5], [3], [2]])
+    x, rows = (X, padding) if batch_first else (X.swapaxes(0, 1), padding.T)
+    encoders = [mha_c.TransformerEncoder(kind(8, 2, 16, batch_first=batch_first), 2, padded="zero")
+                for kind in (mha_c.TransformerEncoderLayer, Derived)]
+    decoder = mha_c.TransformerDecoder(mha_c.TransformerDecoderLayer(8, 2, 16, batch_first=batch_first), 2, padded="zero")
+    outputs = [encoder(x, src_key_padding_mask=padding) for encoder in encoders]
+    for output in (*outputs, decoder(x, x, tgt_key_padding_mask=padding)):
+        assert not output[rows].any() and output[~rows].all()
+
+
 def test_an_error_that_is_no_refusal_ends_the_call(monkeypatch):
     """Such as that of a signal handler: the steps would swallow it."""
     def interrupted(*_):
@@ -660,8 +676,9 @@ def test_stacks_without_layers_give_their_input():
     padding = np.arange(5) >= np.array([[5], [3], [2]])
     encoder = mha_c.TransformerEncoder(encoder_layer(), 0, padded="zero")
     decoder = mha_c.TransformerDecoder(mha_c.TransformerDecoderLayer(8, 2), 0, padded="zero")
-    np.testing.assert_array_equal(encoder(memoryview(X), src_key_padding_mask=padding), X, strict=True)
-    np.testing.assert_array_equal(decoder(memoryview(X), X, tgt_key_padding_mask=padding), X, strict=True)
+    for output in (encoder(memoryview(X), src_key_padding_mask=padding), decoder(memoryview(X), X, None, None, padding)):
+        assert type(output) is np.ndarray
+        np.testing.assert_array_equal(output, X, strict=True)
 
 
 def test_padding_is_never_read():
