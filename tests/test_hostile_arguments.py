@@ -710,6 +710,11 @@ def test_pickles_of_parameters_that_do_not_fit():
 
 def test_garbage_for_the_core():
     """Every argument of every function of the extension, replaced by everything: an exception each time, or a result."""
+    def try_out(call, *arguments):
+        error = outcome(lambda: call(*arguments)).error
+        assert not isinstance(error, SystemError), (call, arguments)  # a failure without an exception
+        return error
+
     module = layer(8, 2)
     weights = module._parameters.weights
     make, (widths, arrays, _) = module._parameters.__reduce__()
@@ -751,13 +756,13 @@ def test_garbage_for_the_core():
                around["linear1"], _core.Linear(q.astype("f8"), None), _core.Linear(q[:, :0].copy(), None), "geglu"]
     before = mha_c.get_num_threads()
     for call, arguments in calls.items():
-        assert outcome(lambda: call(*arguments)).error is None  # noqa: B023
+        assert try_out(call, *arguments) is None
         for i in range(len(arguments)):
             for wrong in garbage:
-                outcome(lambda: call(*arguments[:i], wrong, *arguments[i + 1:]))  # noqa: B023
+                try_out(call, *arguments[:i], wrong, *arguments[i + 1:])
         for count in range(len(arguments)):
-            outcome(lambda: call(*arguments[:count]))  # noqa: B023
-        assert outcome(lambda: call(*arguments, *arguments)).error is not None  # noqa: B023
+            try_out(call, *arguments[:count])
+        assert try_out(call, *arguments, *arguments) is not None
     mha_c.set_num_threads(before)
     assert outcome(lambda: _core.Weights.__new__(_core.Weights)).error is not None
     assert outcome(lambda: copy.copy(weights)).error is not None
@@ -784,6 +789,46 @@ def test_parameters_that_cannot_be():
     for mixed, name in (([given[0], wider[1]], "float32"), ([wider[0], given[1]], "float64")):
         with pytest.raises(TypeError, match=f"k_proj_weight must be of dtype {name}"):
             _core.Weights(2, 2, 4, 4, *mixed, *given[2:])
+
+
+def test_linear_maps_and_activations_that_cannot_be():
+    """What does not fit is refused with words about it; what fits gives its numbers, and counts its bytes."""
+    weight, bias, x = normal((6, 8)), normal((6,), seed=1), normal((5, 8), seed=2)
+    for arguments in ((weight.T, None), (weight[0], None), (weight, weight), (weight, bias.astype("f8")),
+                      (weight, np.repeat(bias, 2)[::2]), (weight.astype("f2"), None), (weight.tolist(), None)):
+        with pytest.raises(TypeError, match="weight must be a matrix and bias a vector or None"):
+            _core.Linear(*arguments)
+    with pytest.raises(ValueError, match="bias has 5 elements for the 6 rows of weight"):
+        _core.Linear(weight, bias[:5])
+    with pytest.raises(TypeError, match="Linear.. takes no keyword arguments"):
+        _core.Linear(weight, bias, bias=bias)
+    linear = _core.Linear(weight, bias)
+    assert linear.nbytes == weight.nbytes + bias.nbytes and _core.Linear(weight, None).nbytes == weight.nbytes
+    for wrong in ((), (linear,), (linear, x, x), (3, x)):
+        with pytest.raises(TypeError, match="linear takes a Linear and an input"):
+            _core.linear(*wrong)
+    for wrong, words in ((np.zeros((), "f4"), "need to be at least 1D"), (normal((2, 5, 7)), r"\(10x7 and 8x6\)"),
+                         (normal((9,)), r"\(1x9 and 8x6\)"),
+                         (x.astype("f8"), "but got Double and Float")):
+        with pytest.raises(RuntimeError, match=words):
+            _core.linear(linear, wrong)
+    for arguments, words in (((x, "tanh", False), "activation must be 'relu', .* not 'tanh'"),
+                             ((x[:, :7], "silu", True), "of an even length"),
+                             ((np.zeros((), "f4"), "silu", False), "a last axis")):
+        with pytest.raises(ValueError, match=words):
+            _core.activate(*arguments)
+    with pytest.raises(TypeError, match="must be of float32 or float64, but is of Half"):
+        _core.activate(x.astype("f2"), "relu", False)
+    with pytest.raises(TypeError, match="activate expected 3 arguments, got 2"):
+        _core.activate(x, "relu")
+
+    strided = np.repeat(np.repeat(x, 2, axis=1)[:, ::2], 2, axis=0)[::2]
+    for given in (x, x[0], x[None, :, None], strided, np.asfortranarray(x), x.astype(">f4"), x[:0]):
+        want = (given.astype("f8") @ weight.T + bias).astype("f4")
+        np.testing.assert_allclose(_core.linear(linear, given), want, rtol=0, atol=1e-5, strict=True)
+        relu = _core.activate(given, "relu", False)
+        np.testing.assert_array_equal(relu, np.maximum(given, 0).astype("f4"), strict=True)
+        np.testing.assert_array_equal(_core.activate(given, "relu", True), relu[..., :4] * given[..., 4:].astype("f4"))
 
 
 # ------------------------------------------------------------------------------------------- out=, wherever it lies

@@ -383,6 +383,17 @@ def test_linear_refuses_sizes(arguments):
     assert "_features" in str(error)
 
 
+def test_linear_that_does_not_fit():
+    """Into memory; and into what a file says of it."""
+    with pytest.raises(MemoryError, match="in_features=1,099,511,627,776 and out_features=1,099,511,627,776"):
+        mha_c.Linear(2**40, 2**40)
+    module = mha_c.Linear(8, 3)
+    arrays = module.state_dict()
+    del arrays["bias"]
+    with pytest.raises((ValueError, RuntimeError), match="bias"):
+        mha_c.Linear._described(module._description(), arrays)
+
+
 # ------------------------------------------------------------------------------------------- activations
 
 
@@ -461,6 +472,12 @@ def test_dropout_distribution():
             rates = kept.mean(axis=tuple(i for i in range(3) if i != axis))
             assert np.abs(rates - (1 - p)).max() < 5 * sigma / np.sqrt(kept.size / kept.shape[axis])
         np.testing.assert_allclose(dropped[kept], 1 / (1 - p), rtol=np.finfo(dtype).eps * 2)
+
+
+def test_calls_in_evaluation_do_not_count():
+    evaluated, other = (mha_c.Dropout(0.5, dropout_seed=1) for _ in range(2))
+    evaluated.eval()(X)
+    np.testing.assert_array_equal(evaluated.train()(X), other(X))
 
 
 def test_dropout_at_its_ends():
@@ -593,6 +610,75 @@ def test_long_doubles_beyond_float64_are_padding(activation):
     for model in (layer, mha_c.TransformerEncoder(layer, 2)):
         zeroed = not model(X, src_key_padding_mask=mask)[padding].any()
         assert zeroed == (lowest < np.finfo(np.float64).min)
+
+
+@pytest.mark.parametrize("place", ["self_attn", "dropout", "dropout1", "dropout2"])
+def test_dropout_in_one_place_alone(place):
+    """A layer drops numbers if any of its parts does."""
+    layer = encoder_layer(dropout=0.5).eval()
+    want = layer(X)
+    getattr(layer, place).train()
+    assert not np.array_equal(layer(X), want)
+
+
+@pytest.mark.parametrize("place", encoder_layer()._child_names)
+def test_parts_of_other_classes_are_called(place):
+    """A part whose class is derived from mha_c's may compute something else."""
+    layer = encoder_layer(dropout=0.0).eval()
+    want = layer(X)
+    part = getattr(layer, place)
+
+    class Doubled(type(part)):
+        def __call__(self, *arguments, **masks):
+            given = super().__call__(*arguments, **masks)
+            return (2 * given[0], None) if place == "self_attn" else 2 * given
+
+    part.__class__ = Doubled
+    assert not np.allclose(layer(X), want)
+
+
+def test_options_reach_both_halves_of_a_transformer():
+    model = mha_c.Transformer(8, 2, 1, 1, 16, layer_norm_eps=0.5, norm="rms", padded="zero", bias=False)
+    for half in (model.encoder, model.decoder):
+        assert half.padded == "zero" and isinstance(half.norm, mha_c.RMSNorm)
+        assert half.norm.eps == half.layers[0].norm1.eps == 0.5
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_padded_rows_of_stacks(batch_first):
+    """Zeros after the last layer, also if it is of a derived class."""
+    class Derived(mha_c.TransformerEncoderLayer):
+        pass
+
+    padding = np.arange(5) >= np.array([[5], [3], [2]])
+    x, rows = (X, padding) if batch_first else (X.swapaxes(0, 1), padding.T)
+    encoders = [mha_c.TransformerEncoder(kind(8, 2, 16, batch_first=batch_first), 2, padded="zero")
+                for kind in (mha_c.TransformerEncoderLayer, Derived)]
+    decoder = mha_c.TransformerDecoder(mha_c.TransformerDecoderLayer(8, 2, 16, batch_first=batch_first), 2, padded="zero")
+    outputs = [encoder(x, src_key_padding_mask=padding) for encoder in encoders]
+    for output in (*outputs, decoder(x, x, tgt_key_padding_mask=padding)):
+        assert not output[rows].any() and output[~rows].all()
+
+
+def test_an_error_that_is_no_refusal_ends_the_call(monkeypatch):
+    """Such as that of a signal handler: the steps would swallow it."""
+    def interrupted(*_):
+        raise ValueError("of a signal handler")
+
+    monkeypatch.setattr(mha_c._core, "transform", interrupted)
+    for model in (encoder_layer().eval(), mha_c.TransformerEncoder(encoder_layer(), 2).eval()):
+        with pytest.raises(ValueError, match="^of a signal handler"):
+            model(X)
+
+
+def test_stacks_without_layers_give_their_input():
+    """As an array, also where padded rows would be zeros."""
+    padding = np.arange(5) >= np.array([[5], [3], [2]])
+    encoder = mha_c.TransformerEncoder(encoder_layer(), 0, padded="zero")
+    decoder = mha_c.TransformerDecoder(mha_c.TransformerDecoderLayer(8, 2), 0, padded="zero")
+    for output in (encoder(memoryview(X), src_key_padding_mask=padding), decoder(memoryview(X), X, None, None, padding)):
+        assert type(output) is np.ndarray
+        np.testing.assert_array_equal(output, X, strict=True)
 
 
 def test_padding_is_never_read():
