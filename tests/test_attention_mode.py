@@ -211,7 +211,7 @@ WRONG = [
     {"key": k.double()}, {"key": k.int()}, {"query": q.int(), "key": k.int(), "value": k.int()}, {"no_such": 1}]
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=str)
+@pytest.mark.parametrize("wrong", WRONG, ids=", ".join)
 def test_errors_are_torchs(wrong):
     arguments = {"query": q, "key": k, "value": k, **wrong}
     want = outcome(lambda: sdpa(**arguments)).error

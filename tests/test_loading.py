@@ -709,7 +709,7 @@ def test_grouped_heads_of_x_transformers():
         ({"sinkhorn_iterations": 100}, set()),
         ({"sliding_window": None, "scale_embedding": True, "layer_norm_eps": 1e-5, "qkv_bias": True}, set()),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_a_config_shows(config, expected):
     """Everything that is missing is named at once, also for names that are plain."""
