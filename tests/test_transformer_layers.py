@@ -644,6 +644,30 @@ def test_options_reach_both_halves_of_a_transformer():
         assert half.norm.eps == half.layers[0].norm1.eps == 0.5
 
 
+def test_from_torch_keeps_the_mode_of_every_part():
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+    for training in (True, False):
+        copied = mha_c.Transformer.from_torch(module.train(training))
+        assert {part.training for part in copied.modules()} == {training}
+
+
+def test_parts_in_another_order_are_refused():
+    layer = encoder_layer()
+    description = layer._description()
+    description["children"] = dict(reversed(description["children"].items()))
+    with pytest.raises(ValueError, match="does not consist of dropout2"):
+        type(layer)._described(description, layer.state_dict())
+
+
+def test_a_slice_of_a_list_takes_layers_alone():
+    layers = mha_c.ModuleList([mha_c.Linear(2, 2), mha_c.Linear(2, 3)])
+    with pytest.raises(TypeError, match="int is not a Module subclass"):
+        layers[:1] = [3]
+    layers[1:] = [mha_c.LayerNorm(2)]
+    assert repr(layers[1]).startswith("LayerNorm")
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_padded_rows_of_stacks(batch_first):
     """Zeros after the last layer, also if it is of a derived class."""
