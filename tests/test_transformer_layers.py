@@ -3,6 +3,7 @@
 dropout, and what mha_c can do besides torch. test_transformer_differential.py compares what they compute with torch."""
 
 import copy
+import itertools
 import json
 import pickle
 import warnings
@@ -650,6 +651,17 @@ def test_from_torch_keeps_the_mode_of_every_part():
     for training in (True, False):
         copied = mha_c.Transformer.from_torch(module.train(training))
         assert {part.training for part in copied.modules()} == {training}
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_from_torch_keeps_what_an_encoder_says_of_nested_tensors():
+    torch = pytest.importorskip("torch")
+    for batch_first, enable, check in itertools.product((True, False), repeat=3):
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+        module = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=enable, mask_check=check)
+        copied = mha_c.TransformerEncoder.from_torch(module)
+        for name in ("enable_nested_tensor", "use_nested_tensor", "mask_check"):
+            assert getattr(copied, name) == getattr(module, name), name
 
 
 def test_parts_in_another_order_are_refused():
