@@ -84,8 +84,8 @@ def _run(argv: Sequence[str] | None) -> int:
         description=fill(
             "Compare mha_c with torch: the errors of both are measured against the definition of the layer in a wider "
             "type. Without options, 1260 configurations of attention are checked; with --layer encoder or --layer "
-            "decoder alone, 420 configurations of such a layer. Either takes about 20 seconds. With --embed-dim and --num-heads, or with FILE, "
-            "one layer is checked on random inputs."
+            "decoder alone, 420 configurations of such a layer. Either takes about 20 seconds. With --embed-dim and "
+            "--num-heads, or with FILE, one layer is checked on random inputs."
         ),
         epilog=_CHECK_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

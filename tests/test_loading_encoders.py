@@ -396,6 +396,22 @@ def test_options(tmp_path):
     assert (layer.dropout1.p, layer.self_attn.dropout, layer.self_attn.masked_rows) == (0.25, 0.25, "zero")
     assert (encoder.padded, layer.self_attn.batch_first, layer.linear1.weight.dtype) == ("zero", False, np.float64)
     assert encoder.training and layer.norm_first
+    normed = {**VIT, **{f"norm.{name}": np.ones_like(VIT["blocks.0.norm1.weight"]) for name in ("weight", "bias")}}
+    last = TransformerEncoder.from_state_dict(normed, **TIMM).norm
+    assert last.weight.dtype == np.float64 and last.eps == layer.norm1.eps != 1e-5
+    narrow = TransformerEncoder.from_state_dict(normed, **TIMM, dtype="float32")
+    assert {array.dtype for array in narrow.parameters()} == {np.dtype("float32")}
+    trained = TransformerEncoderLayer(8, 2, 16).state_dict()
+    told = {"num_heads": 2, "activation": "relu", "layer_norm_eps": 1e-3, "norm_first": True}
+    alone = TransformerEncoderLayer.from_state_dict(
+        trained, **told, dropout=0.25, dropout_seed=3, padded="zero", masked_rows="zero", batch_first=True, dtype="float64")
+    assert (alone.dropout1.p, alone.self_attn.dropout, alone.self_attn.masked_rows) == (0.25, 0.25, "zero")
+    assert (alone.padded, alone.self_attn.batch_first, alone.linear1.weight.dtype) == ("zero", True, np.float64)
+    assert (alone.norm1.eps, alone.norm_first, alone.training) == (1e-3, True, True)
+    seeded = TransformerEncoderLayer(8, 2, 16, dropout_seed=3)
+    assert alone.dropout1.dropout_seed == seeded.dropout1.dropout_seed
+    again = TransformerEncoder.from_state_dict(VIT, **TIMM, dropout=0.25, dropout_seed=3)
+    assert layer.dropout1.dropout_seed == again.layers[1].dropout1.dropout_seed
     assert all(np.array_equal(VIT[name], array) for name, array in before.items())
     half = {name: array.astype(np.float16) for name, array in VIT.items()}
     assert TransformerEncoder.from_state_dict(half, **TIMM).layers[0].linear1.weight.dtype == np.float16

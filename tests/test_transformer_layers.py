@@ -3,6 +3,7 @@
 dropout, and what mha_c can do besides torch. test_transformer_differential.py compares what they compute with torch."""
 
 import copy
+import itertools
 import json
 import pickle
 import warnings
@@ -642,6 +643,41 @@ def test_options_reach_both_halves_of_a_transformer():
     for half in (model.encoder, model.decoder):
         assert half.padded == "zero" and isinstance(half.norm, mha_c.RMSNorm)
         assert half.norm.eps == half.layers[0].norm1.eps == 0.5
+
+
+def test_from_torch_keeps_the_mode_of_every_part():
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+    for training in (True, False):
+        copied = mha_c.Transformer.from_torch(module.train(training))
+        assert {part.training for part in copied.modules()} == {training}
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_from_torch_keeps_what_an_encoder_says_of_nested_tensors():
+    torch = pytest.importorskip("torch")
+    for batch_first, enable, check in itertools.product((True, False), repeat=3):
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+        module = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=enable, mask_check=check)
+        copied = mha_c.TransformerEncoder.from_torch(module)
+        for name in ("enable_nested_tensor", "use_nested_tensor", "mask_check"):
+            assert getattr(copied, name) == getattr(module, name), name
+
+
+def test_parts_in_another_order_are_refused():
+    layer = encoder_layer()
+    description = layer._description()
+    description["children"] = dict(reversed(description["children"].items()))
+    with pytest.raises(ValueError, match="does not consist of dropout2"):
+        type(layer)._described(description, layer.state_dict())
+
+
+def test_a_slice_of_a_list_takes_layers_alone():
+    layers = mha_c.ModuleList([mha_c.Linear(2, 2), mha_c.Linear(2, 3)])
+    with pytest.raises(TypeError, match="int is not a Module subclass"):
+        layers[:1] = [3]
+    layers[1:] = [mha_c.LayerNorm(2)]
+    assert repr(layers[1]).startswith("LayerNorm")
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

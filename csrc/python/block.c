@@ -123,7 +123,7 @@ static int make_query_adjacent(call_arguments *arguments)
     const int ndim = PyArray_NDIM(query);
     if (ndim == 0 || (PyArray_STRIDE(query, ndim - 1) == PyArray_ITEMSIZE(query) && PyArray_ISALIGNED(query)))
         return 0;
-    if (check_arguments(arguments) < 0) /* also before the copy, which may be large, and during which others may run */
+    if (check_arguments(arguments) < 0) /* before a copy that may be large, and again after it */
         return -1;
     PyArrayObject *copy = (PyArrayObject *)PyArray_NewCopy(query, NPY_CORDER);
     if (copy == NULL)
