@@ -30,12 +30,12 @@ UBSAN = ["-fsanitize=undefined,implicit-conversion,unsigned-shift-base,local-bou
          "-fno-sanitize-recover=all"]
 FLAVOURS = {
     # With Python's own pools, reads beyond its objects would go unseen.
-    "asan": ("gcc", ["-fsanitize=address", "-O1", "-g", "-fno-omit-frame-pointer"], "libasan.so",
+    "asan": ("gcc", ["-fsanitize=address", "-O1", "-g1", "-fno-omit-frame-pointer"], "libasan.so",
              {"ASAN_OPTIONS": "allocator_may_return_null=1:strict_string_checks=1:detect_stack_use_after_return=1",
               "PYTHONMALLOC": "malloc"}),
-    "ubsan": ("clang", [*UBSAN, "-O1", "-g"], "libclang_rt.ubsan_standalone-x86_64.so",
+    "ubsan": ("clang", [*UBSAN, "-O1", "-g1"], "libclang_rt.ubsan_standalone-x86_64.so",
               {"UBSAN_OPTIONS": "print_stacktrace=1"}),
-    "tsan": ("gcc", ["-fsanitize=thread", "-O1", "-g"], "libtsan.so",
+    "tsan": ("gcc", ["-fsanitize=thread", "-O1", "-g1"], "libtsan.so",
              {"TSAN_OPTIONS": "allocator_may_return_null=1:die_after_fork=0:halt_on_error=1:abort_on_error=1:"
                               "second_deadlock_stack=1",
               "OPENBLAS_NUM_THREADS": "1"}),  # whose threads' signals to each other it does not see
