@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parent))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("MPLBACKEND", "agg")  # pictures without windows
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; what is printed to no terminal has lines of another width
 
 try:
     from hypothesis import HealthCheck, settings
