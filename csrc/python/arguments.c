@@ -226,34 +226,12 @@ static int make_attn_weights(call_arguments *arguments)
     return 0;
 }
 
-/* Replaces inputs of halves by what the core reads. An array that was passed twice is widened once. */
-static int take_computed(call_arguments *arguments)
-{
-    PyArrayObject **const inputs[] = {&arguments->query, &arguments->key, &arguments->value, &arguments->static_k,
-                                      &arguments->static_v};
-    enum { COUNT = sizeof inputs / sizeof *inputs };
-    PyArrayObject *computed[COUNT] = {NULL};
-    int result = 0;
-    for (size_t i = 0; i < COUNT && result == 0; i++) {
-        size_t same = 0;
-        while (*inputs[same] != *inputs[i])
-            same++;
-        computed[i] = same < i ? (PyArrayObject *)Py_XNewRef((PyObject *)computed[same]) : as_computed(*inputs[i]);
-        if (computed[i] == NULL && *inputs[i] != NULL)
-            result = -1;
-    }
-    for (size_t i = 0; i < COUNT; i++)
-        if (result == 0)
-            Py_XSETREF(*inputs[i], computed[i]);
-        else
-            Py_XDECREF(computed[i]);
-    return result;
-}
-
 int prepare_call(call_arguments *arguments)
 {
     mha_call *call = &arguments->call;
-    if (mha_is_half(arguments->weights->dtype) && take_computed(arguments) < 0)
+    PyArrayObject **const inputs[] = {&arguments->query, &arguments->key, &arguments->value, &arguments->static_k,
+                                      &arguments->static_v};
+    if (mha_is_half(arguments->weights->dtype) && take_computed(inputs, sizeof inputs / sizeof *inputs) < 0)
         return -1;
     call->L = (size_t)arguments->query_shape[0];
     call->N = (size_t)arguments->query_shape[1];
@@ -292,7 +270,8 @@ PyObject *stored_output(const call_arguments *arguments)
     return as_stored(arguments->output, (PyArrayObject *)arguments->weights->k_weight, arguments->out);
 }
 
-PyObject *stored_attn_weights(const call_arguments *arguments)
+/* The weights as the caller gets them; None if they are not wanted. */
+static PyObject *stored_attn_weights(const call_arguments *arguments)
 {
     if (arguments->attn_weights == NULL)
         return Py_NewRef(Py_None);

@@ -63,11 +63,10 @@ int run_forward(module_state *state, call_arguments *arguments);
 /* The value of a flag: anything that Python can test for truth, except text. */
 int collect_flag(PyObject *object, const char *name, bool *flag);
 
-/* The results as the caller gets them: new references, or NULL with an exception. */
+/* The output as the caller gets it: a new reference, or NULL with an exception. */
 PyObject *stored_output(const call_arguments *arguments);
-PyObject *stored_attn_weights(const call_arguments *arguments); /* None if they are not wanted */
 
-/* The tuple of both, which forward() returns. */
+/* The tuple of the output and the weights, which forward() returns. */
 PyObject *hand_back(const call_arguments *arguments);
 
 void release_arguments(call_arguments *arguments);

@@ -280,12 +280,26 @@ PyArrayObject *as_computed(PyArrayObject *array)
     return wide;
 }
 
+int take_computed(PyArrayObject **const *arrays, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        PyArrayObject *given = *arrays[i], *computed = as_computed(given);
+        if (computed == NULL && given != NULL)
+            return -1;
+        for (size_t j = i; j < count; j++)
+            if (*arrays[j] == given)
+                Py_XSETREF(*arrays[j], (PyArrayObject *)Py_XNewRef((PyObject *)computed));
+        Py_XDECREF(computed);
+    }
+    return 0;
+}
+
 /* A new array of halves from a C-contiguous one of float32. */
 static PyArrayObject *narrowed(PyArrayObject *wide, mha_dtype dtype, PyArray_Descr *descr)
 {
-    PyArrayObject *halves = (PyArrayObject *)PyArray_NewFromDescr(
-        &PyArray_Type, (PyArray_Descr *)Py_NewRef((PyObject *)descr), PyArray_NDIM(wide), PyArray_DIMS(wide), NULL, NULL, 0,
-        NULL);
+    Py_INCREF(descr); /* the new array takes over a reference */
+    PyArrayObject *halves = (PyArrayObject *)PyArray_NewFromDescr(&PyArray_Type, descr, PyArray_NDIM(wide),
+                                                                  PyArray_DIMS(wide), NULL, NULL, 0, NULL);
     if (halves != NULL)
         mha_cpu_kernels(dtype)->narrow(dtype, PyArray_DATA(wide), (size_t)PyArray_SIZE(wide), PyArray_DATA(halves));
     return halves;

@@ -48,15 +48,20 @@ bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);
 int out_from_object(PyObject *object, PyArrayObject **out);
 int check_out(PyArrayObject *out, mha_dtype dtype, int ndim, const npy_intp *shape);
 
-/* A new reference to what the core reads of an array: a C-contiguous copy in float32 if it holds halves, otherwise the array
- * itself. NULL if the array is NULL, or with an exception. No Python code runs. */
+/* A new reference to what the core reads of an array: a C-contiguous copy in float32 if it holds halves, otherwise the
+ * array itself. NULL if the array is NULL, or with an exception. No Python code runs. */
 PyArrayObject *as_computed(PyArrayObject *array);
 
-/* A new reference to what the caller gets of a result: halves if `like` holds halves, in `out` unless that is NULL. NULL
+/* Replaces each array by what the core reads of it. An array that stands there twice is widened once. Returns 0, or -1
  * with an exception. */
+int take_computed(PyArrayObject **const *arrays, size_t count);
+
+/* A new reference to what the caller gets of a result: halves if `like` holds halves, in `out` unless that is NULL.
+ * NULL with an exception. */
 PyObject *as_stored(PyArrayObject *result, PyArrayObject *like, PyArrayObject *out);
 
-/* A new C-contiguous array of the type in which a dtype is computed. Raises MemoryError for a shape beyond all memory, for which NumPy raises ValueError. */
+/* A new C-contiguous array of the type in which a dtype is computed. Raises MemoryError for a shape beyond all memory,
+ * for which NumPy raises ValueError. */
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype);
 
 #endif

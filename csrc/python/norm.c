@@ -22,8 +22,8 @@ enum {
 };
 
 typedef struct {
-    PyArrayObject *input, *weight, *bias; /* as given; weight and bias NULL: none */
-    PyArrayObject *computed[3];           /* what the core reads of them */
+    PyArrayObject *input, *weight, *bias; /* weight and bias NULL: none */
+    PyArrayObject *given;                 /* input, before its halves were widened */
     PyArrayObject *output;
     int ndim; /* the axes that are normalized: the last ones of the input */
     npy_intp normalized_shape[NPY_MAXDIMS];
@@ -255,25 +255,18 @@ static int check_dtypes(const norm_arguments *arguments)
 
 /* ---- The call ---- */
 
-static int take_computed(norm_arguments *arguments)
-{
-    PyArrayObject *const given[] = {arguments->input, arguments->weight, arguments->bias};
-    for (size_t i = 0; i < sizeof given / sizeof *given; i++) {
-        arguments->computed[i] = as_computed(given[i]);
-        if (arguments->computed[i] == NULL && given[i] != NULL)
-            return -1;
-    }
-    return 0;
-}
-
 static int prepare(norm_arguments *arguments)
 {
-    if (take_computed(arguments) < 0)
+    PyArrayObject **const inputs[] = {&arguments->input, &arguments->weight, &arguments->bias};
+    mha_dtype dtype = MHA_FLOAT32;
+    arguments->given = (PyArrayObject *)Py_NewRef((PyObject *)arguments->input);
+    (void)find_dtype(arguments->given, &dtype); /* it is known, as the checks saw */
+    if (mha_is_half(dtype) && take_computed(inputs, sizeof inputs / sizeof *inputs) < 0)
         return -1;
-    PyArrayObject *input = arguments->computed[0], *weight = arguments->computed[1], *bias = arguments->computed[2];
+    PyArrayObject *input = arguments->input;
     mha_norm_call *call = &arguments->call;
     const int lead = PyArray_NDIM(input) - arguments->ndim;
-    call->dtype = array_has_dtype(input, MHA_FLOAT64) ? MHA_FLOAT64 : MHA_FLOAT32;
+    call->dtype = mha_computed_in(dtype);
     if (!arguments->has_eps)
         call->eps = call->dtype == MHA_FLOAT64 ? DBL_EPSILON : FLT_EPSILON;
     call->axes = (size_t)lead;
@@ -285,8 +278,8 @@ static int prepare(norm_arguments *arguments)
     }
     call->width = (size_t)PyArray_MultiplyList(arguments->normalized_shape, arguments->ndim);
     call->x = PyArray_DATA(input);
-    call->weight = weight == NULL ? NULL : PyArray_DATA(weight);
-    call->bias = bias == NULL ? NULL : PyArray_DATA(bias);
+    call->weight = arguments->weight == NULL ? NULL : PyArray_DATA(arguments->weight);
+    call->bias = arguments->bias == NULL ? NULL : PyArray_DATA(arguments->bias);
     arguments->output = new_array(PyArray_NDIM(input), PyArray_DIMS(input), call->dtype);
     if (arguments->output == NULL)
         return -1;
@@ -304,8 +297,7 @@ static void release(norm_arguments *arguments)
     Py_XDECREF(arguments->input);
     Py_XDECREF(arguments->weight);
     Py_XDECREF(arguments->bias);
-    for (size_t i = 0; i < sizeof arguments->computed / sizeof *arguments->computed; i++)
-        Py_XDECREF(arguments->computed[i]);
+    Py_XDECREF(arguments->given);
     Py_XDECREF(arguments->output);
 }
 
@@ -315,8 +307,8 @@ PyObject *normalize(PyObject *module, PyObject *const *objects, Py_ssize_t count
     norm_arguments arguments;
     mha_norm_call *call = &arguments.call;
     PyObject *result = NULL;
-    arguments.input = arguments.weight = arguments.bias = arguments.output = NULL; /* the rest is filled where used */
-    arguments.computed[0] = arguments.computed[1] = arguments.computed[2] = NULL;
+    arguments.input = arguments.weight = arguments.bias = arguments.given = arguments.output = NULL;
+    /* the rest is filled where used */
     *call = (mha_norm_call){0};
 
     if (count != ARGUMENT_COUNT) {
@@ -329,12 +321,11 @@ PyObject *normalize(PyObject *module, PyObject *const *objects, Py_ssize_t count
     }
     if (prepare(&arguments) < 0)
         goto done;
-    PyArrayObject *const arrays[] = {arguments.computed[0], arguments.computed[1], arguments.computed[2],
-                                     arguments.output};
+    PyArrayObject *const arrays[] = {arguments.input, arguments.weight, arguments.bias, arguments.output};
     if (run_core(state, mha_norm_operations(call), &call->threads, &call->stop, arrays,
                  sizeof arrays / sizeof *arrays, start, call) < 0)
         goto done;
-    result = as_stored(arguments.output, arguments.input, NULL);
+    result = as_stored(arguments.output, arguments.given, NULL);
 done:
     release(&arguments);
     return result;

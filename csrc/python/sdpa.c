@@ -28,6 +28,7 @@ typedef struct {
 typedef struct {
     PyArrayObject *query, *key, *value, *attn_mask; /* attn_mask NULL: none */
     PyArrayObject *given;                           /* query, before its halves were widened */
+    mha_dtype dtype;                                /* of the inputs, as they are stored */
     PyArrayObject *out;                             /* borrowed from the caller's arguments; NULL: none */
     PyArrayObject *output;                          /* what the core writes; may be out itself */
     bool enable_gqa, has_scale;
@@ -431,39 +432,28 @@ static bool is_apart_from_inputs(const sdpa_arguments *arguments, PyArrayObject 
 static PyArrayObject *make_output(const sdpa_arguments *arguments)
 {
     const shape *result = &arguments->result;
-    mha_dtype dtype = MHA_FLOAT32;
+    const mha_dtype dtype = arguments->dtype;
     PyArrayObject *out = arguments->out;
-    (void)find_dtype(arguments->given, &dtype);
     if (out != NULL && check_out(out, dtype, result->ndim, result->dims) < 0)
         return NULL;
-    if (out != NULL && !mha_is_half(dtype) && PyArray_ISNOTSWAPPED(out) && is_readable(out, true) && is_apart_from_inputs(arguments, out))
+    if (out != NULL && !mha_is_half(dtype) && PyArray_ISNOTSWAPPED(out) && is_readable(out, true) &&
+        is_apart_from_inputs(arguments, out))
         return (PyArrayObject *)Py_NewRef((PyObject *)out);
     return new_array(result->ndim, result->dims, dtype);
 }
 
-/* Replaces inputs of halves by what the core reads. */
-static int take_computed(sdpa_arguments *arguments)
+static int prepare(sdpa_arguments *arguments)
 {
     PyArrayObject **const inputs[] = {&arguments->query, &arguments->key, &arguments->value};
     arguments->given = (PyArrayObject *)Py_NewRef((PyObject *)arguments->query);
-    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++) {
-        PyArrayObject *computed = as_computed(*inputs[i]);
-        if (computed == NULL)
-            return -1;
-        Py_SETREF(*inputs[i], computed);
-    }
-    return 0;
-}
-
-static int prepare(sdpa_arguments *arguments)
-{
-    if (take_computed(arguments) < 0)
+    (void)find_dtype(arguments->given, &arguments->dtype); /* it is known, as the checks saw */
+    if (mha_is_half(arguments->dtype) && take_computed(inputs, sizeof inputs / sizeof *inputs) < 0)
         return -1;
     mha_sdpa_call *call = &arguments->call;
     const shape *result = &arguments->result;
     const int lead = result->ndim - 2;
     const size_t H = lead > 0 ? (size_t)result->dims[lead - 1] : 1;
-    call->dtype = array_has_dtype(arguments->query, MHA_FLOAT64) ? MHA_FLOAT64 : MHA_FLOAT32;
+    call->dtype = mha_computed_in(arguments->dtype);
     call->axes = lead > 0 ? (size_t)lead - 1 : 0;
     call->length = arguments->length;
     for (size_t i = 0; i < call->axes; i++)
