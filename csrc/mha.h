@@ -24,9 +24,8 @@ typedef struct {
     size_t Eo;        /* output features */
 } mha_widths;
 
-/* The parameters as torch stores them: C-contiguous, in the layer's dtype, with a row for each output feature. The layer's
- * dtype may be a half. Inputs and results of its calls are then float32. A bias
- * that the layer does not have is NULL. */
+/* The parameters as torch stores them: C-contiguous, in the layer's dtype, with a row for each output feature. A bias
+ * that the layer does not have is NULL. If the dtype is a half, inputs and results of calls are float32. */
 typedef struct {
     const void *q_weight, *k_weight, *v_weight; /* (H*D, E), (Hkv*D, Ek), (Hkv*Dv, Ev) */
     const void *q_bias, *k_bias, *v_bias;       /* (H*D), (Hkv*D), (Hkv*Dv) */

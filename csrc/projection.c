@@ -290,10 +290,9 @@ static void multiply_slice(const mha_kernels *kernels, const mha_projection *pro
         addend_row = 0;
     }
     do {
-        const size_t depth = mha_smaller(features - k, MHA_CHAIN);
         const mha_prefetch prefetch =
             next_weights(kernels, target, mha_panel_row(target->panels, &panel, first_feature + k + MHA_CHAIN));
-        mha_product product = {.rows = x->rows, .depth = depth, .vectors = panel.vectors,
+        mha_product product = {.rows = x->rows, .depth = mha_smaller(features - k, MHA_CHAIN), .vectors = panel.vectors,
                                .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * size) * x->chain_stride,
                                .a_row = x->row_stride, .a_k = 1,
                                .b = mha_panel_row(target->panels, &panel, first_feature + k), .b_k = P,

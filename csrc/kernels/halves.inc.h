@@ -6,17 +6,30 @@
 #ifndef MHA_HALVES_INC_H
 #define MHA_HALVES_INC_H
 
-/* `type` is a constant in every copy. */
+/* One vector. `type` is a constant in every copy of this and of the next three. */
+INLINE void widen_vector(const mha_dtype type, const uint16_t *from, float *to)
+{
+    store_f32(to, type == MHA_BFLOAT16 ? widen_bf16(from) : widen_f16(from));
+}
+
+INLINE void narrow_vector(const mha_dtype type, const float *from, uint16_t *to)
+{
+    if (type == MHA_BFLOAT16)
+        narrow_bf16(to, load_f32(from));
+    else
+        narrow_f16(to, load_f32(from));
+}
+
 INLINE void widen_all(const mha_dtype type, const uint16_t *from, size_t n, float *to)
 {
     size_t i = 0;
     for (; i + lanes_f32 <= n; i += lanes_f32)
-        store_f32(to + i, type == MHA_BFLOAT16 ? widen_bf16(from + i) : widen_f16(from + i));
+        widen_vector(type, from + i, to + i);
     if (i < n) {
         uint16_t last[lanes_f32] = {0};
         float wide[lanes_f32];
         memcpy(last, from + i, (n - i) * sizeof *from);
-        store_f32(wide, type == MHA_BFLOAT16 ? widen_bf16(last) : widen_f16(last));
+        widen_vector(type, last, wide);
         memcpy(to + i, wide, (n - i) * sizeof *to);
     }
 }
@@ -24,20 +37,13 @@ INLINE void widen_all(const mha_dtype type, const uint16_t *from, size_t n, floa
 INLINE void narrow_all(const mha_dtype type, const float *from, size_t n, uint16_t *to)
 {
     size_t i = 0;
-    for (; i + lanes_f32 <= n; i += lanes_f32) {
-        if (type == MHA_BFLOAT16)
-            narrow_bf16(to + i, load_f32(from + i));
-        else
-            narrow_f16(to + i, load_f32(from + i));
-    }
+    for (; i + lanes_f32 <= n; i += lanes_f32)
+        narrow_vector(type, from + i, to + i);
     if (i < n) {
         float last[lanes_f32] = {0};
         uint16_t halves[lanes_f32];
         memcpy(last, from + i, (n - i) * sizeof *from);
-        if (type == MHA_BFLOAT16)
-            narrow_bf16(halves, load_f32(last));
-        else
-            narrow_f16(halves, load_f32(last));
+        narrow_vector(type, last, halves);
         memcpy(to + i, halves, (n - i) * sizeof *to);
     }
 }

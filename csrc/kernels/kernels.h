@@ -183,8 +183,8 @@ typedef struct mha_kernels {
 
     void (*normalize)(const mha_norm_rows *norm);
 
-    /* n halves of this type to float32, and back: rounded to the nearest, ties to even. NaN stays NaN, with its sign and
-     * the bits that fit. Both tables of an instruction set have the same functions. */
+    /* n halves of this type to float32, and back: rounded to the nearest, ties to even. NaN stays NaN, with its sign
+     * and the bits that fit. Both tables of an instruction set have the same functions. */
     void (*widen)(mha_dtype type, const void *halves, size_t n, void *numbers);
     void (*narrow)(mha_dtype type, const void *numbers, size_t n, void *halves);
 
@@ -202,7 +202,8 @@ extern const mha_kernels mha_kernels_neon[2];
 static inline void mha_multiply_chained(const mha_kernels *kernels, mha_product *product, size_t depth)
 {
     const ptrdiff_t a_chain = MHA_CHAIN * product->a_k * (ptrdiff_t)kernels->size;
-    const size_t b_chain = MHA_CHAIN * product->b_k * (mha_is_half(product->b_type) ? 2 : kernels->size);
+    const size_t b_size = mha_is_half(product->b_type) ? mha_size_of(product->b_type) : kernels->size;
+    const size_t b_chain = MHA_CHAIN * product->b_k * b_size;
     for (; depth > MHA_CHAIN; depth -= MHA_CHAIN) {
         product->depth = MHA_CHAIN;
         kernels->product(product);

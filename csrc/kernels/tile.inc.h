@@ -31,11 +31,13 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 #define ROWS_OF_MANY {ROWS_1, ROWS_2, ROWS_3}
 #endif
 enum { MAX_ROWS = 8, MAX_FEW_ROWS = 8 };
+
 /* The copies of a tile by what b holds: numbers of the table, or halves, which float32 tables read. */
 enum { OWN, OF_BF16, OF_F16 };
 #define HAS_HALVES_f32 1
 #define HAS_HALVES_f64 0
 #define HAS_HALVES PASTE(HAS_HALVES, DTYPE)
+
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
 
@@ -201,13 +203,16 @@ EACH_TILE_2(COPY_F16)
 EACH_TILE_3(COPY_F16)
 #endif
 #undef COPY
+#undef COPY_OWN
+#undef COPY_BF16
+#undef COPY_F16
 
 static void V(product)(const mha_product *p)
 {
 #define NAME(r, v) V(tiles_##r##x##v),
 #define NAME_BF16(r, v) tiles_##r##x##v##_bf16,
 #define NAME_F16(r, v) tiles_##r##x##v##_f16,
-    static void (*const all_copies[][VECTORS][MAX_ROWS])(const mha_product *, V(progress) *, size_t) = {
+    static void (*const copies[][VECTORS][MAX_ROWS])(const mha_product *, V(progress) *, size_t) = {
         [OWN] = {{EACH_TILE_1(NAME)}, {EACH_TILE_2(NAME)}, {EACH_TILE_3(NAME)}},
 #if HAS_HALVES
         [OF_BF16] = {{EACH_TILE_1(NAME_BF16)}, {EACH_TILE_2(NAME_BF16)}, {EACH_TILE_3(NAME_BF16)}},
@@ -241,6 +246,6 @@ static void V(product)(const mha_product *p)
         at.each = (prefetch->rows + tiles - 1) / tiles;
     }
     if (larger > 0)
-        all_copies[b_type][p->vectors - 1][rows](p, &at, larger);
-    all_copies[b_type][p->vectors - 1][rows - 1](p, &at, tiles - larger);
+        copies[b_type][p->vectors - 1][rows](p, &at, larger);
+    copies[b_type][p->vectors - 1][rows - 1](p, &at, tiles - larger);
 }
