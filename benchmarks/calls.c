@@ -83,10 +83,10 @@ static mha_layer *make_layer(const described_call *c)
     const size_t D = c->E / c->H, kv = c->Hkv * D;
     const mha_widths widths = {c->H, c->Hkv, D, D, c->E, c->Ek, c->Ev, c->E};
     const mha_parameters parameters = {
-        .q_weight = numbers(c->dtype, c->E * c->E), .k_weight = numbers(c->dtype, kv * c->Ek),
-        .v_weight = numbers(c->dtype, kv * c->Ev), .q_bias = numbers(c->dtype, c->E),
+        .q_weight.numbers = numbers(c->dtype, c->E * c->E), .k_weight.numbers = numbers(c->dtype, kv * c->Ek),
+        .v_weight.numbers = numbers(c->dtype, kv * c->Ev), .q_bias = numbers(c->dtype, c->E),
         .k_bias = numbers(c->dtype, kv), .v_bias = numbers(c->dtype, kv),
-        .out_weight = numbers(c->dtype, c->E * c->E), .out_bias = numbers(c->dtype, c->E),
+        .out_weight.numbers = numbers(c->dtype, c->E * c->E), .out_bias = numbers(c->dtype, c->E),
     };
     mha_layer *layer = NULL;
     if (mha_layer_create(&widths, c->dtype, &parameters, &layer) != MHA_OK)
@@ -98,7 +98,7 @@ static mha_linear *make_linear(const described_call *c, size_t features, size_t 
 {
     mha_linear *linear = NULL;
     const void *weight = numbers(c->dtype, features * depth), *bias = numbers(c->dtype, features);
-    if (mha_linear_create(c->dtype, features, depth, weight, bias, &linear) != MHA_OK)
+    if (mha_linear_create(c->dtype, features, depth, &(mha_weight){weight, NULL}, bias, &linear) != MHA_OK)
         abort();
     return linear;
 }

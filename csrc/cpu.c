@@ -14,29 +14,40 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
-enum { AVX2 = 1, AVX512 = 2, NEON = 4 };
+enum { AVX2 = 1, AVX512 = 2, AVX512_VNNI = 4, NEON = 8, NEON_DOTPROD = 16 };
 
-/* Best first. The name of a level is that of its kernels. */
-static const struct {
+typedef struct {
+    const char *name;
     const mha_kernels *kernels;
+    const mha_int8_kernels *int8;
     unsigned needs;
-} levels[] = {
+} level;
+
+/* Best first. */
+static const level levels[] = {
 #if defined(__x86_64__)
-    {mha_kernels_avx512, AVX512},
-    {mha_kernels_avx2, AVX2},
+    {"avx512_vnni", mha_kernels_avx512, &mha_int8_avx512_vnni, AVX512 | AVX512_VNNI},
+    {"avx512", mha_kernels_avx512, &mha_int8_avx512, AVX512},
+    {"avx2", mha_kernels_avx2, &mha_int8_avx2, AVX2},
 #endif
 #if defined(__aarch64__)
-    {mha_kernels_neon, NEON},
+    {"neon_dotprod", mha_kernels_neon, &mha_int8_neon_dotprod, NEON | NEON_DOTPROD},
+    {"neon", mha_kernels_neon, &mha_int8_neon, NEON},
 #endif
-    {mha_kernels_portable, 0},
+    {"portable", mha_kernels_portable, &mha_int8_portable, 0},
 };
 enum { LEVELS = sizeof levels / sizeof *levels };
 
-static const mha_kernels *supported[LEVELS]; /* best first */
+static const level *supported[LEVELS]; /* best first */
 static size_t supported_count;
-static const mha_kernels *chosen; /* NULL: `refusal` says why */
+static const level *chosen; /* NULL: `refusal` says why */
 static char refusal[256];
 
 #if defined(__x86_64__)
@@ -62,14 +73,25 @@ static unsigned detect(void)
     __asm__ volatile("xgetbv" : "=a"(saved), "=d"(saved_high) : "c"(0));
     if (!has(saved, ymm_state))
         return 0;
-    return has(ebx, avx512) && has(saved, zmm_state) ? AVX2 | AVX512 : AVX2;
+    if (!has(ebx, avx512) || !has(saved, zmm_state))
+        return AVX2;
+    return AVX2 | AVX512 | (has(ecx, bit_AVX512VNNI) ? AVX512_VNNI : 0);
 }
 
 #elif defined(__aarch64__)
 
+/* NEON is part of the architecture. Its dot products are not. */
 static unsigned detect(void)
 {
-    return NEON; /* part of the architecture */
+#ifdef __APPLE__
+    int has_dotprod = 0;
+    size_t size = sizeof has_dotprod;
+    if (sysctlbyname("hw.optional.arm.FEAT_DotProd", &has_dotprod, &size, NULL, 0) != 0)
+        has_dotprod = 0;
+#else
+    const bool has_dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#endif
+    return has_dotprod ? NEON | NEON_DOTPROD : NEON;
 }
 
 #else
@@ -81,7 +103,7 @@ static unsigned detect(void)
 
 #endif
 
-static const mha_kernels *find_supported(const char *name)
+static const level *find_supported(const char *name)
 {
     for (size_t i = 0; i < supported_count; i++)
         if (strcmp(supported[i]->name, name) == 0)
@@ -94,7 +116,7 @@ static void choose(void)
     unsigned present = detect();
     for (size_t i = 0; i < LEVELS; i++)
         if ((levels[i].needs & ~present) == 0)
-            supported[supported_count++] = levels[i].kernels;
+            supported[supported_count++] = &levels[i];
 
     const char *wanted = getenv("MHA_C_CPU");
     chosen = wanted == NULL || *wanted == '\0' ? supported[0] : find_supported(wanted);
@@ -125,7 +147,12 @@ bool mha_cpu_init(const char **reason)
 
 const mha_kernels *mha_cpu_kernels(mha_dtype dtype)
 {
-    return &chosen[mha_computed_in(dtype)];
+    return &chosen->kernels[mha_computed_in(dtype)];
+}
+
+const mha_int8_kernels *mha_cpu_int8(void)
+{
+    return chosen->int8;
 }
 
 const char *mha_cpu_name(void)
@@ -142,6 +169,13 @@ const char *mha_cpu_supported(size_t i)
 const mha_kernels *mha_cpu_kernels_named(const char *name, mha_dtype dtype)
 {
     choose_once();
-    const mha_kernels *kernels = find_supported(name);
-    return kernels != NULL ? &kernels[mha_computed_in(dtype)] : NULL;
+    const level *found = find_supported(name);
+    return found != NULL ? &found->kernels[mha_computed_in(dtype)] : NULL;
+}
+
+const mha_int8_kernels *mha_cpu_int8_named(const char *name)
+{
+    choose_once();
+    const level *found = find_supported(name);
+    return found != NULL ? found->int8 : NULL;
 }

@@ -17,13 +17,17 @@ bool mha_cpu_init(const char **reason);
 /* The chosen table. mha_cpu_init() must have returned true. */
 const mha_kernels *mha_cpu_kernels(mha_dtype dtype);
 
+/* The chosen kernels of int8. */
+const mha_int8_kernels *mha_cpu_int8(void);
+
 /* The name of the chosen level. */
 const char *mha_cpu_name(void);
 
 /* The name of level i of those that this CPU can run, best first. NULL past the last. */
 const char *mha_cpu_supported(size_t i);
 
-/* The table of a supported level by its name, for tests. NULL if there is none. */
+/* The tables of a supported level by its name, for tests. NULL if there is none. */
 const mha_kernels *mha_cpu_kernels_named(const char *name, mha_dtype dtype);
+const mha_int8_kernels *mha_cpu_int8_named(const char *name);
 
 #endif

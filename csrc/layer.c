@@ -13,13 +13,18 @@
 #include "workspace.h"
 
 static void place_panels(mha_plan *plan, const mha_kernels *kernels, mha_panels *panels, mha_dtype type,
-                         size_t features, size_t depth, bool has_bias)
+                         const mha_weight *weight, size_t features, size_t depth, bool has_bias)
 {
-    panels->split = mha_split_width(kernels, features);
+    panels->int8 = weight->scale ? mha_cpu_int8() : NULL;
+    panels->split = mha_split_evenly(kernels, features, weight->scale ? panels->int8->vectors : kernels->vectors);
     panels->depth = depth;
     panels->type = type;
+    panels->group = weight->scale ? panels->int8->group : 1;
+    panels->lane_bytes = weight->scale ? panels->group : mha_size_of(type);
     const size_t padded = panels->split.vectors * kernels->lanes;
-    mha_place(plan, &panels->data, padded, depth, mha_size_of(type));
+    mha_place(plan, &panels->data, padded, mha_panel_steps(panels), panels->lane_bytes);
+    if (weight->scale)
+        mha_place(plan, &panels->scale, padded, 1, sizeof *panels->scale);
     if (has_bias)
         mha_place(plan, &panels->bias, padded, 1, kernels->size);
 }
@@ -38,7 +43,7 @@ static void pack_halves(const mha_kernels *kernels, const mha_panels *panels, mh
 {
     float rows[MHA_MAX_LANES][MHA_CHAIN], chain[MHA_CHAIN * MHA_MAX_LANES];
     const size_t size = mha_size_of(panels->type), P = panel.vectors * kernels->lanes, depth = panels->depth;
-    char *to = panels->data + panel.first * depth * size;
+    char *to = mha_panel_row(panels, &panel, 0);
     for (size_t k = 0; k < depth; k += MHA_CHAIN) {
         const size_t width = mha_smaller(depth - k, MHA_CHAIN);
         for (size_t i = 0; i < panel.count; i++)
@@ -48,17 +53,36 @@ static void pack_halves(const mha_kernels *kernels, const mha_panels *panels, mh
     }
 }
 
-static void pack_panels(const mha_kernels *kernels, const mha_panels *panels, const char *weight, const char *bias)
+static void pack_int8(const mha_panels *panels, mha_panel panel, const int8_t *weight)
+{
+    const size_t P = panel.vectors * panels->split.lanes, group = panels->group, depth = panels->depth;
+    int8_t *to = (int8_t *)mha_panel_row(panels, &panel, 0);
+    memset(to, 0, mha_panel_steps(panels) * P * group);
+    for (size_t i = 0; i < panel.count; i++) {
+        const int8_t *row = weight + (panel.first + i) * depth;
+        for (size_t k = 0; k < depth; k++)
+            to[(k / group * P + i) * group + k % group] = (int8_t)(row[k] + panels->int8->weight_offset);
+    }
+}
+
+static void pack_panels(const mha_kernels *kernels, const mha_panels *panels, const mha_weight *weight,
+                        const char *bias)
 {
     const mha_split *split = &panels->split;
     const size_t size = kernels->size, depth = panels->depth;
     for (size_t i = 0; i < split->panels; i++) {
         const mha_panel panel = mha_panel_at(split, i);
-        if (mha_is_half(panels->type))
-            pack_halves(kernels, panels, panel, weight);
+        if (weight->scale)
+            pack_int8(panels, panel, weight->numbers);
+        else if (mha_is_half(panels->type))
+            pack_halves(kernels, panels, panel, weight->numbers);
         else
-            kernels->pack_panel(weight + panel.first * depth * size, depth, panel.count, depth, 1,
-                                panels->data + panel.first * depth * size, panel.vectors);
+            kernels->pack_panel((const char *)weight->numbers + panel.first * depth * size, depth, panel.count, depth,
+                                1, mha_panel_row(panels, &panel, 0), panel.vectors);
+    }
+    if (weight->scale) {
+        memset(panels->scale, 0, split->vectors * kernels->lanes * sizeof *panels->scale);
+        memcpy(panels->scale, weight->scale, split->width * sizeof *panels->scale);
     }
     if (bias) {
         memset(panels->bias, 0, split->vectors * kernels->lanes * size);
@@ -94,10 +118,10 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
     mha_layer *made = calloc(1, sizeof *made);
     if (!made)
         goto done;
-    place_panels(&plan, kernels, &made->q, dtype, w.H * w.D, w.E, given->q_bias != NULL);
-    place_panels(&plan, kernels, &made->k, dtype, w.Hkv * w.D, w.Ek, given->k_bias != NULL);
-    place_panels(&plan, kernels, &made->v, dtype, w.Hkv * w.Dv, w.Ev, given->v_bias != NULL);
-    place_panels(&plan, kernels, &made->out, dtype, w.Eo, w.H * w.Dv, given->out_bias != NULL);
+    place_panels(&plan, kernels, &made->q, dtype, &given->q_weight, w.H * w.D, w.E, given->q_bias != NULL);
+    place_panels(&plan, kernels, &made->k, dtype, &given->k_weight, w.Hkv * w.D, w.Ek, given->k_bias != NULL);
+    place_panels(&plan, kernels, &made->v, dtype, &given->v_weight, w.Hkv * w.Dv, w.Ev, given->v_bias != NULL);
+    place_panels(&plan, kernels, &made->out, dtype, &given->out_weight, w.Eo, w.H * w.Dv, given->out_bias != NULL);
     place_extra(&plan, kernels, &made->extra_k, w.Hkv, w.D);
     place_extra(&plan, kernels, &made->extra_v, w.Hkv, w.Dv);
     status = mha_allocate(&plan, &made->memory);
@@ -105,11 +129,11 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
         goto done;
     made->widths = w;
     made->kernels = kernels;
-    made->k_weight = given->k_weight;
-    pack_panels(kernels, &made->q, given->q_weight, given->q_bias);
-    pack_panels(kernels, &made->k, given->k_weight, given->k_bias);
-    pack_panels(kernels, &made->v, given->v_weight, given->v_bias);
-    pack_panels(kernels, &made->out, given->out_weight, given->out_bias);
+    made->k_weight = given->k_weight.numbers;
+    pack_panels(kernels, &made->q, &given->q_weight, given->q_bias);
+    pack_panels(kernels, &made->k, &given->k_weight, given->k_bias);
+    pack_panels(kernels, &made->v, &given->v_weight, given->v_bias);
+    pack_panels(kernels, &made->out, &given->out_weight, given->out_bias);
     made->has_bias_kv = given->bias_k != NULL;
     fill_extra(kernels, dtype, &made->extra_k, given->bias_k);
     fill_extra(kernels, dtype, &made->extra_v, given->bias_v);
@@ -129,7 +153,7 @@ void mha_layer_destroy(mha_layer *layer)
     free(layer);
 }
 
-mha_status mha_linear_create(mha_dtype dtype, size_t features, size_t depth, const void *weight, const void *bias,
+mha_status mha_linear_create(mha_dtype dtype, size_t features, size_t depth, const mha_weight *weight, const void *bias,
                              mha_linear **linear)
 {
     const mha_kernels *kernels = mha_cpu_kernels(dtype);
@@ -139,7 +163,7 @@ mha_status mha_linear_create(mha_dtype dtype, size_t features, size_t depth, con
     mha_linear *made = calloc(1, sizeof *made);
     if (made) {
         made->kernels = kernels;
-        place_panels(&plan, kernels, &made->panels, dtype, features, depth, bias != NULL);
+        place_panels(&plan, kernels, &made->panels, dtype, weight, features, depth, bias != NULL);
         status = mha_allocate(&plan, &made->memory);
     }
     if (status == MHA_OK) {

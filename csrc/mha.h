@@ -24,18 +24,25 @@ typedef struct {
     size_t Eo;        /* output features */
 } mha_widths;
 
-/* The parameters as torch stores them: C-contiguous, in the layer's dtype, with a row for each output feature. A bias
- * that the layer does not have is NULL. If the dtype is a half, inputs and results of calls are float32. */
+/* A weight matrix, C-contiguous, with a row for each output feature. */
 typedef struct {
-    const void *q_weight, *k_weight, *v_weight; /* (H*D, E), (Hkv*D, Ek), (Hkv*Dv, Ev) */
-    const void *q_bias, *k_bias, *v_bias;       /* (H*D), (Hkv*D), (Hkv*Dv) */
+    const void *numbers; /* in the layer's dtype, or int8 */
+    const float *scale;  /* [features]: the weights are the products of int8 and these; NULL: the weights are not int8 */
+} mha_weight;
+
+/* The parameters as torch stores them: C-contiguous, in the layer's dtype. A bias that the layer does not have is NULL.
+ * If the dtype is a half, inputs and results of calls are float32. A layer of float64 has no weights of int8. */
+typedef struct {
+    mha_weight q_weight, k_weight, v_weight; /* (H*D, E), (Hkv*D, Ek), (Hkv*Dv, Ev) */
+    const void *q_bias, *k_bias, *v_bias;    /* (H*D), (Hkv*D), (Hkv*Dv) */
     const void *bias_k, *bias_v; /* (Hkv*D), (Hkv*Dv): an additional key and value, which are not projected */
-    const void *out_weight, *out_bias;          /* (Eo, H*Dv), (Eo) */
+    mha_weight out_weight; /* (Eo, H*Dv) */
+    const void *out_bias;  /* (Eo) */
 } mha_parameters;
 
 /* Parameters packed for the kernels of this CPU. They are immutable, and any number of threads may use them. The array
- * k_weight has to stay where it is, unchanged, as long as they live. Nothing else of mha_parameters is referenced
- * afterwards. */
+ * k_weight.numbers has to stay where it is, unchanged, as long as they live, unless it is int8. Nothing else of
+ * mha_parameters is referenced afterwards. */
 typedef struct mha_layer mha_layer;
 
 mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *parameters,
@@ -46,7 +53,7 @@ void mha_layer_destroy(mha_layer *layer); /* NULL is allowed */
 typedef struct mha_linear mha_linear;
 
 /* weight (features, depth), bias (features); bias NULL: none */
-mha_status mha_linear_create(mha_dtype dtype, size_t features, size_t depth, const void *weight, const void *bias,
+mha_status mha_linear_create(mha_dtype dtype, size_t features, size_t depth, const mha_weight *weight, const void *bias,
                              mha_linear **linear);
 void mha_linear_destroy(mha_linear *linear); /* NULL is allowed */
 

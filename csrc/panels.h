@@ -23,11 +23,17 @@ typedef struct {
     size_t vectors; /* P = vectors * lanes */
 } mha_panel;
 
-static inline mha_split mha_split_width(const mha_kernels *kernels, size_t width)
+/* Panels of at most `most` vectors. */
+static inline mha_split mha_split_evenly(const mha_kernels *kernels, size_t width, size_t most)
 {
     const size_t vectors = mha_divide_up(width, kernels->lanes);
-    const size_t panels = mha_divide_up(vectors, kernels->vectors);
+    const size_t panels = mha_divide_up(vectors, most);
     return (mha_split){.width = width, .lanes = kernels->lanes, .vectors = vectors, .panels = panels};
+}
+
+static inline mha_split mha_split_width(const mha_kernels *kernels, size_t width)
+{
+    return mha_split_evenly(kernels, width, kernels->vectors);
 }
 
 static inline mha_panel mha_panel_at(const mha_split *split, size_t i)
@@ -45,20 +51,31 @@ static inline mha_panel mha_panel_at(const mha_split *split, size_t i)
  *      | v       |   -->   | depth  |      | depth  |      panel i begins at first(i) * depth
  *      | features|         | v      |      | v      |
  *      +---------+         +--------+      +--------+      lanes beyond the last feature are 0
- */
+ *
+ * Panels of int8 have groups in the place of numbers: neighbours along the depth (kernels.h). */
 typedef struct {
     mha_split split; /* of the features */
     size_t depth;
-    mha_dtype type; /* of the numbers of `data`, which may be halves */
-    char *data; /* written once, when the layer is made */
-    char *bias; /* as it is computed, padded with zeros to whole vectors; NULL: none */
+    mha_dtype type; /* of the numbers that it was made from, without regard to int8; panels may hold halves */
+    const mha_int8_kernels *int8; /* NULL: the panels are not of int8 */
+    size_t group;      /* numbers in a group; 1 unless the panels are of int8 */
+    size_t lane_bytes; /* of a number, or a group */
+    char *data;        /* written once, when the layer is made */
+    float *scale;      /* of the features, if the panels are of int8; padded with zeros to whole vectors */
+    char *bias;        /* as it is computed, padded with zeros to whole vectors; NULL: none */
 } mha_panels;
 
-/* Row k of the panel that begins with feature `first`. */
-static inline const char *mha_panel_row(const mha_panels *panels, const mha_panel *panel, size_t k)
+/* The groups of a feature. */
+static inline size_t mha_panel_steps(const mha_panels *panels)
 {
-    const size_t P = panel->vectors * panels->split.lanes;
-    return panels->data + (panel->first * panels->depth + k * P) * mha_size_of(panels->type);
+    return mha_divide_up(panels->depth, panels->group);
+}
+
+/* The row with number k along the depth, of one panel. */
+static inline char *mha_panel_row(const mha_panels *panels, const mha_panel *panel, size_t k)
+{
+    const size_t P = panel->vectors * panels->split.lanes, step = k / panels->group;
+    return panels->data + (panel->first * mha_panel_steps(panels) + step * P) * panels->lane_bytes;
 }
 
 #endif

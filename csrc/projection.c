@@ -12,8 +12,11 @@
  *   rows | block |  (x)     slice |  P    |      |  P    | rows   = addend + chain, chain after chain;
  *        +-------+---             +-------+      +-------+          the last chain goes straight to y
  *
- * Owns: the order of additions: bias, then chains of MHA_CHAIN features in order. It does not depend on the
- * blocking.
+ * If the weights are int8, the copy of a row is quantised, with a scale for the whole row, and a product is as long as a
+ * slice.
+ *
+ * Owns: the order of additions: bias, then chains of MHA_CHAIN features in order, or sums of MHA_INT8_FEATURES features.
+ * It does not depend on the blocking.
  */
 #include "projection.h"
 
@@ -27,7 +30,7 @@ enum {
     /* of a slice of a block, which has to fit into the second-level cache; blocks of wide rows have fewer rows */
     MAX_BLOCK_BYTES = 491520,
     ROW_UNIT = 8,           /* blocks have whole multiples of this many rows, because most tiles have 8 or 4 rows */
-    MAX_SLICE_BYTES = 8192, /* of one row; whole chains */
+    MAX_SLICE_BYTES = 8192, /* of one row; whole chains. A slice of a quantised row has MHA_INT8_FEATURES. */
     /* panels of a task if rows have several slices; each has a strip, which waits for the next slice */
     MAX_SLICED_PANELS = 8,
     TASKS_PER_THREAD = 4,   /* so that threads end at about the same time */
@@ -75,14 +78,23 @@ static size_t choose_tasks_per_block(const mha_blocking *p, size_t threads)
     return best;
 }
 
+/* Numbers of a row in the block. */
+static size_t row_width(const mha_blocking *p)
+{
+    return mha_divide_up(mha_larger(p->slice, 1), p->chain) * p->chain_width;
+}
+
 static mha_blocking choose_blocking(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
 {
+    const mha_int8_kernels *int8 = projection->target[0].panels->int8;
     const size_t rows = mha_walk_rows(projection->walk), depth = projection->target[0].panels->depth;
-    const size_t slice = MAX_SLICE_BYTES / kernels->size;
+    const size_t slice = int8 ? MHA_INT8_FEATURES : MAX_SLICE_BYTES / kernels->size;
     mha_blocking p = {.rows = rows, .depth = depth, .slice = mha_smaller(depth, slice)};
-    p.chain_width = mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
+    p.chain = int8 ? slice : MHA_CHAIN;
+    p.chain_width = int8 ? int8->row_words(p.slice)
+                         : mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
     p.slices = depth ? mha_divide_up(depth, slice) : 1;
-    const size_t fit = MAX_BLOCK_BYTES / (mha_larger(p.slice, 1) * kernels->size) / ROW_UNIT * ROW_UNIT;
+    const size_t fit = MAX_BLOCK_BYTES / (mha_larger(row_width(&p), 1) * kernels->size) / ROW_UNIT * ROW_UNIT;
     p.row_units = mha_divide_up(rows, ROW_UNIT);
     p.blocks = mha_divide_up(rows, mha_smaller(MAX_BLOCK_ROWS, fit));
     if (p.blocks)
@@ -100,11 +112,6 @@ static mha_blocking choose_blocking(const mha_kernels *kernels, const mha_projec
     return p;
 }
 
-static size_t block_size(const mha_blocking *p)
-{
-    return p->block_rows * mha_divide_up(p->slice, MHA_CHAIN) * p->chain_width;
-}
-
 static size_t strip_size(const mha_kernels *kernels, const mha_blocking *p)
 {
     return p->block_rows * kernels->vectors * kernels->lanes;
@@ -118,7 +125,8 @@ static size_t waiting_strips(const mha_blocking *p)
 static bool is_same_input(const mha_projection *p, const mha_walk *walk, const mha_rows *x, const mha_panels *panels)
 {
     return mha_is_same_walk(p->walk, walk) && p->x->data == x->data && p->x->item == x->item &&
-           p->x->row == x->row && p->x->step == x->step && p->target[0].panels->depth == panels->depth;
+           p->x->row == x->row && p->x->step == x->step && p->target[0].panels->depth == panels->depth &&
+           p->target[0].panels->int8 == panels->int8;
 }
 
 void mha_add_projection(mha_projection *projections, size_t *count, const mha_walk *walk, const mha_rows *x,
@@ -139,11 +147,12 @@ void mha_add_projection(mha_projection *projections, size_t *count, const mha_wa
 size_t mha_plan_projection(const mha_kernels *kernels, mha_projection *projection, size_t threads)
 {
     projection->blocking = choose_blocking(kernels, projection, threads);
-    const mha_blocking *p = &projection->blocking;
+    mha_blocking *p = &projection->blocking;
     mha_layout layout = {0};
     mha_reserve(&layout, 1, 1, sizeof(copied_slice));
-    mha_reserve(&layout, block_size(p), 1, kernels->size);
-    mha_reserve(&layout, waiting_strips(p), strip_size(kernels, p), kernels->size);
+    p->block_at = mha_reserve(&layout, p->block_rows, row_width(p), kernels->size);
+    p->strips_at = mha_reserve(&layout, waiting_strips(p), strip_size(kernels, p), kernels->size);
+    p->spare_at = mha_reserve(&layout, projection->target[0].panels->int8 ? p->slice : 0, 1, kernels->size);
     return layout.bytes;
 }
 
@@ -189,11 +198,53 @@ static void copy_slice(const mha_projection *projection, size_t first_row, size_
     }
 }
 
-static sliced_rows take_slice(const mha_projection *projection, size_t first_row, size_t rows, size_t first_feature,
-                              copied_slice *copied, char *block)
+/* Numbers of a row, adjacent and aligned: where they are, or in `spare`. */
+static const float *numbers_of(const mha_rows *x, const char *from, size_t features, char *spare)
+{
+    if (x->step == (ptrdiff_t)sizeof(float) && (uintptr_t)from % sizeof(float) == 0)
+        return (const float *)(const void *)from;
+    mha_copy_row(from, x->step, features, sizeof(float), spare);
+    return (const float *)(const void *)spare;
+}
+
+/* Quantises a slice of a row, with the scale of the whole row. */
+static void quantize_row(const mha_projection *projection, const char *row, size_t first_feature, char *spare,
+                         uint32_t *to)
 {
     const mha_blocking *p = &projection->blocking;
-    if (p->slices == 1) {
+    const mha_rows *x = projection->x;
+    const mha_int8_kernels *int8 = projection->target[0].panels->int8;
+    uint32_t largest = 0;
+    for (size_t k = 0; k < p->depth; k += p->slice) {
+        const size_t features = mha_smaller(p->depth - k, p->slice);
+        const uint32_t of_slice = int8->largest(numbers_of(x, row + (ptrdiff_t)k * x->step, features, spare), features);
+        largest = of_slice > largest ? of_slice : largest;
+    }
+    const size_t features = mha_smaller(p->depth - first_feature, p->slice);
+    const char *from = row + (ptrdiff_t)first_feature * x->step;
+    int8->quantize(numbers_of(x, from, features, spare), features, largest, to);
+}
+
+/* The same as copy_slice() for rows that are multiplied as int8. */
+static void quantize_slice(const mha_projection *projection, size_t first_row, size_t rows, size_t first_feature,
+                           char *spare, char *block)
+{
+    const size_t row_bytes = projection->blocking.chain_width * sizeof(uint32_t);
+    mha_run run;
+    for (size_t done = 0; done < rows; done += run.rows) {
+        run = mha_run_at(projection->walk, projection->x, true, first_row + done, first_row + rows);
+        for (size_t r = 0; r < run.rows; r++)
+            quantize_row(projection, run.data + (ptrdiff_t)r * run.distance, first_feature, spare,
+                         (uint32_t *)(void *)(block + (done + r) * row_bytes));
+    }
+}
+
+static sliced_rows take_slice(const mha_projection *projection, size_t first_row, size_t rows, size_t first_feature,
+                              copied_slice *copied, char *block, char *spare)
+{
+    const mha_blocking *p = &projection->blocking;
+    const bool is_int8 = projection->target[0].panels->int8 != NULL;
+    if (p->slices == 1 && !is_int8) {
         mha_run run = mha_run_at(projection->walk, projection->x, true, first_row, first_row + rows);
         const ptrdiff_t size = (ptrdiff_t)mha_size_of(projection->x->type);
         if (rows == 1)
@@ -201,8 +252,12 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
         if (can_stay(&run, projection->x, rows))
             return (sliced_rows){run.data, rows, run.distance / size, MHA_CHAIN};
     }
-    if (copied->projection != projection || copied->first_row != first_row || copied->first_feature != first_feature)
-        copy_slice(projection, first_row, rows, first_feature, block);
+    if (copied->projection != projection || copied->first_row != first_row || copied->first_feature != first_feature) {
+        if (is_int8)
+            quantize_slice(projection, first_row, rows, first_feature, spare, block);
+        else
+            copy_slice(projection, first_row, rows, first_feature, block);
+    }
     *copied = (copied_slice){projection, first_row, first_feature};
     return (sliced_rows){block, rows, (ptrdiff_t)p->chain_width, (ptrdiff_t)(p->block_rows * p->chain_width)};
 }
@@ -211,12 +266,20 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
  * notices too late that the next chain is needed. */
 static mha_prefetch next_weights(const mha_kernels *kernels, const mha_target *target, const char *b)
 {
-    const mha_split *split = &target->panels->split;
-    const size_t size = mha_size_of(target->panels->type);
-    const char *end = target->panels->data + split->vectors * split->lanes * target->panels->depth * size;
-    const size_t chain = MHA_CHAIN * kernels->vectors * kernels->lanes * size;
+    const mha_panels *panels = target->panels;
+    const size_t row = panels->split.lanes * panels->lane_bytes;
+    const char *end = panels->data + panels->split.vectors * row * mha_panel_steps(panels);
+    const size_t chain = (panels->int8 ? mha_panel_steps(panels) : MHA_CHAIN) * kernels->vectors * row;
     const size_t bytes = b < end ? mha_smaller((size_t)(end - b), chain) : 0;
     return (mha_prefetch){.data = b, .rows = bytes > 0, .bytes = bytes};
+}
+
+static void multiply(const mha_kernels *kernels, const mha_target *target, const mha_product *product)
+{
+    if (target->panels->int8)
+        target->panels->int8->product(product);
+    else
+        kernels->product(product);
 }
 
 /* Multiplies the last chain of a panel straight to a run of rows of y. Features of different heads are multiplied one
@@ -233,8 +296,10 @@ static void multiply_to_run(const mha_kernels *kernels, const mha_target *target
         const size_t here = target->head_width ? mha_smaller((target->head_width - feature) / lanes, vectors) : vectors;
         product->vectors = here;
         product->c = run->data + (ptrdiff_t)head * target->y->head + (ptrdiff_t)(feature * size);
-        kernels->product(product);
-        product->b = (const char *)product->b + here * lanes * mha_size_of(target->panels->type);
+        multiply(kernels, target, product);
+        product->b = (const char *)product->b + here * lanes * target->panels->lane_bytes;
+        if (product->b_scale)
+            product->b_scale += here * lanes;
         if (product->addend)
             product->addend = (const char *)product->addend + here * lanes * size;
         product->prefetch = NULL;
@@ -280,30 +345,31 @@ static void multiply_slice(const mha_kernels *kernels, const mha_projection *pro
                            mha_panel panel, size_t first_row, size_t first_feature, const sliced_rows *x, char *strip)
 {
     const mha_blocking *p = &projection->blocking;
-    const size_t size = kernels->size, P = panel.vectors * kernels->lanes;
+    const mha_panels *panels = target->panels;
+    const size_t size = kernels->size, P = panel.vectors * kernels->lanes, b_row = P * panels->lane_bytes;
     const bool fits = panel.count == P || panel.first + P <= target->room;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
     const char *addend = strip;
     size_t addend_row = P, k = 0;
     if (first_feature == 0) {
-        addend = target->panels->bias ? target->panels->bias + panel.first * size : NULL;
+        addend = panels->bias ? panels->bias + panel.first * size : NULL;
         addend_row = 0;
     }
     do {
-        const mha_prefetch prefetch =
-            next_weights(kernels, target, mha_panel_row(target->panels, &panel, first_feature + k + MHA_CHAIN));
-        mha_product product = {.rows = x->rows, .depth = mha_smaller(features - k, MHA_CHAIN), .vectors = panel.vectors,
-                               .a = x->data + (ptrdiff_t)(k / MHA_CHAIN * size) * x->chain_stride,
-                               .a_row = x->row_stride, .a_k = 1,
-                               .b = mha_panel_row(target->panels, &panel, first_feature + k), .b_k = P,
-                               .b_type = target->panels->type, .addend = addend, .addend_row = addend_row,
-                               .c = strip, .c_row = P, .prefetch = &prefetch};
-        k += MHA_CHAIN;
+        const size_t chain = mha_smaller(features - k, p->chain);
+        const char *b = mha_panel_row(panels, &panel, first_feature + k);
+        const mha_prefetch prefetch = next_weights(kernels, target, b + mha_divide_up(chain, panels->group) * b_row);
+        mha_product product = {.rows = x->rows, .depth = mha_divide_up(chain, panels->group), .vectors = panel.vectors,
+                               .a = x->data + (ptrdiff_t)(k / p->chain * size) * x->chain_stride,
+                               .a_row = x->row_stride, .a_k = 1, .b = b, .b_k = P, .b_type = panels->type,
+                               .b_scale = panels->int8 ? panels->scale + panel.first : NULL, .addend = addend,
+                               .addend_row = addend_row, .c = strip, .c_row = P, .prefetch = &prefetch};
+        k += p->chain;
         if (fits && first_feature + k >= p->depth) {
             multiply_to_y(kernels, projection->walk, target, panel, first_row, &product);
             return;
         }
-        kernels->product(&product);
+        multiply(kernels, target, &product);
         addend = strip;
         addend_row = P;
     } while (k < features);
@@ -350,10 +416,10 @@ static void run_task(void *context, size_t task, size_t worker)
     const size_t rows = first_row_of(p, block_number + 1) - first_row;
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
     copied_slice *copied = copied_by(j, worker);
-    char *block = (char *)copied + MHA_CACHE_LINE, *strips = block + block_size(p) * size;
+    char *scratch = mha_scratch_of(j->team, worker), *block = scratch + p->block_at, *strips = scratch + p->strips_at;
     for (size_t s = 0; s < p->slices; s++) {
         const size_t first = s * p->slice;
-        const sliced_rows x = take_slice(projection, first_row, rows, first, copied, block);
+        const sliced_rows x = take_slice(projection, first_row, rows, first, copied, block, scratch + p->spare_at);
         for (size_t i = first_panel; i < end; i++) {
             size_t in_target = i;
             const mha_target *target = find_target(projection, &in_target);

@@ -26,7 +26,9 @@ typedef struct {
 /* How the rows and panels of a projection are divided into tasks. */
 typedef struct {
     size_t rows, depth, slice, slices;
-    /* numbers that a row has in one chain of the block; the block holds one chain of all rows after the other */
+    size_t chain; /* features of one product: MHA_CHAIN, or a slice if they are added up as integers */
+    /* numbers that a row has in one chain of the block; the block holds one chain of all rows after the other. A
+     * quantised row counts words. */
     size_t chain_width;
     size_t row_units, blocks; /* row_units: some rows each, which the blocks share evenly */
     size_t block_rows;        /* of the largest block */
@@ -36,6 +38,7 @@ typedef struct {
     /* blocks at which threads take turns, so that a thread's next task is usually on rows that it has copied */
     size_t interleaved_blocks;
     size_t tasks;
+    size_t block_at, strips_at, spare_at; /* offsets into a thread's scratch, in bytes */
 } mha_blocking;
 
 /* One input and what is made from it. Its rows are read once for all targets (q, k and v of the same input). */

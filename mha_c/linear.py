@@ -46,7 +46,7 @@ class _Parameters(ArraySet):
     def __init__(self, arrays: Mapping[str, Array], dtype: np.dtype[Any]) -> None:
         super().__init__(arrays, dtype)
         views = self.arrays
-        self.packed = _core.Linear(views["weight"], views.get("bias"))
+        self.packed = _core.Linear(dtype.name, views["weight"], views.get("bias"))
 
 
 def _size(name: str, value: Any) -> int:

@@ -735,7 +735,7 @@ def test_garbage_for_the_core():
     calls = {
         _core.forward: arguments_of(_core.forward, query=X, key=X, value=X, need_weights=True, masked_rows="torch"),
         _core.scaled_dot_product_attention: arguments_of(_core.scaled_dot_product_attention),
-        _core.Weights: [2, 2, 4, 4, q, k, v, arrays["in_proj_bias"], None, None, arrays["out_proj.weight"],
+        _core.Weights: [2, 2, 4, 4, "float32", q, k, v, arrays["in_proj_bias"], None, None, arrays["out_proj.weight"],
                         arrays["out_proj.bias"]],
         _core.set_num_threads: [2],
         _core.takes_few_queries: arguments_of(_core.takes_few_queries),
@@ -743,8 +743,8 @@ def test_garbage_for_the_core():
         _core.scores: arguments_of(_core.scores, need_weights=True, average_attn_weights=False),
         _core.project: arguments_of(_core.project, x=x),
         _core.transform: arguments_of(_core.transform, query=X, key=X, value=X, **around),
-        _core.Linear: [q, None],
-        _core.linear: [_core.Linear(q, None), X],
+        _core.Linear: ["float32", q, None],
+        _core.linear: [_core.Linear("float32", q, None), X],
         _core.activate: [X, "silu", True],
     }
     garbage = [None, True, 0, -1, 2**31, 2**63, 2**64, -(2**63), 0.5, float("nan"), float("inf"), "torch", b"ab", [],
@@ -753,7 +753,7 @@ def test_garbage_for_the_core():
                np.zeros((5, 5), bool), weights, type, raising(Custom(), *PROTOCOLS), np.float32(1), memoryview(b"abcd"),
                np.broadcast_to(np.float32(1), (5, 8)), norm, (*norm, 1), (np.ones(8), None, 1e-5, False),
                (X[0], np.ones((), "f4"), 1e-5, 0), (None, None, Untrue(), 0), (None, None, 0, Untrue()),
-               around["linear1"], _core.Linear(q.astype("f8"), None), _core.Linear(q[:, :0].copy(), None), "geglu"]
+               around["linear1"], _core.Linear("float64", q.astype("f8"), None), _core.Linear("float32", q[:, :0].copy(), None), "geglu"]
     before = mha_c.get_num_threads()
     for call, arguments in calls.items():
         assert try_out(call, *arguments) is None
@@ -777,33 +777,40 @@ def test_parameters_that_cannot_be():
              arrays["out_proj.bias"]]
     for widths in ((2**62, 1, 2, 1), (2**62, 1, 1, 2)):
         with pytest.raises(ValueError, match="too large"):
-            _core.Weights(*widths, *given)
+            _core.Weights(*widths, "float32", *given)
     for i in range(len(given)):
         if given[i] is not None:
             with pytest.raises(ValueError, match="must have the shape|elements for the"):
-                _core.Weights(2, 2, 4, 4, *given[:i], given[i][:-1].copy(), *given[i + 1:])
+                _core.Weights(2, 2, 4, 4, "float32", *given[:i], given[i][:-1].copy(), *given[i + 1:])
     with pytest.raises(TypeError, match="no keyword"):
-        _core.Weights(2, 2, 4, 4, *given, num_heads=2)
-    assert _core.Weights(2, 2, 4, 4, *given).nbytes == sum(array.nbytes for array in given if array is not None)
+        _core.Weights(2, 2, 4, 4, "float32", *given, num_heads=2)
+    assert _core.Weights(2, 2, 4, 4, "float32", *given).nbytes == sum(array.nbytes for array in given if array is not None)
     wider = [array if array is None else array.astype("f8") for array in given]
     for mixed, name in (([given[0], wider[1]], "float32"), ([wider[0], given[1]], "float64")):
         with pytest.raises(TypeError, match=f"k_proj_weight must be of dtype {name}"):
-            _core.Weights(2, 2, 4, 4, *mixed, *given[2:])
+            _core.Weights(2, 2, 4, 4, name, *mixed, *given[2:])
 
 
 def test_linear_maps_and_activations_that_cannot_be():
     """What does not fit is refused with words about it; what fits gives its numbers, and counts its bytes."""
     weight, bias, x = normal((6, 8)), normal((6,), seed=1), normal((5, 8), seed=2)
-    for arguments in ((weight.T, None), (weight[0], None), (weight, weight), (weight, bias.astype("f8")),
-                      (weight, np.repeat(bias, 2)[::2]), (weight.astype("i4"), None), (weight.tolist(), None)):
+    for arguments in ((weight[0], None), (weight, weight)):
         with pytest.raises(TypeError, match="weight must be a matrix and bias a vector or None"):
-            _core.Linear(*arguments)
+            _core.Linear("float32", *arguments)
+    for arguments in ((weight, bias.astype("f8")), (weight.astype("i4"), None), (weight.tolist(), None)):
+        with pytest.raises(TypeError, match="(weight|bias) must be (of dtype float32|a NumPy array), not"):
+            _core.Linear("float32", *arguments)
+    for arguments in ((weight.T, None), (weight, np.repeat(bias, 2)[::2])):
+        with pytest.raises(ValueError, match="(weight|bias) must be C-contiguous"):
+            _core.Linear("float32", *arguments)
+    with pytest.raises(TypeError, match="parameters must be of float32, float64, bfloat16 or float16, not int8"):
+        _core.Linear("int8", weight, bias)
     with pytest.raises(ValueError, match="bias has 5 elements for the 6 rows of weight"):
-        _core.Linear(weight, bias[:5])
+        _core.Linear("float32", weight, bias[:5])
     with pytest.raises(TypeError, match="Linear.. takes no keyword arguments"):
-        _core.Linear(weight, bias, bias=bias)
-    linear = _core.Linear(weight, bias)
-    assert linear.nbytes == weight.nbytes + bias.nbytes and _core.Linear(weight, None).nbytes == weight.nbytes
+        _core.Linear("float32", weight, bias, bias=bias)
+    linear = _core.Linear("float32", weight, bias)
+    assert linear.nbytes == weight.nbytes + bias.nbytes and _core.Linear("float32", weight, None).nbytes == weight.nbytes
     for wrong in ((), (linear,), (linear, x, x), (3, x)):
         with pytest.raises(TypeError, match="linear takes a Linear and an input"):
             _core.linear(*wrong)

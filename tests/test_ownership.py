@@ -174,7 +174,7 @@ def test_linear_maps_let_go():
     held = [mha_c._core.Linear, normal((6, 8)), normal((6,))]
     before = counts(held)
     for _ in range(100):
-        mha_c._core.Linear(*held[1:])
+        mha_c._core.Linear("float32", *held[1:])
     assert counts(held) == before
     assert [weakref.getweakrefcount(array) for array in held[1:]] == [0, 0]
 
@@ -223,7 +223,7 @@ def test_key_weights_live_as_long_as_they_are_read():
     q, k, v = np.split(arrays["in_proj_weight"], 3)
     given = k.copy()
     alive = weakref.ref(given)
-    weights = mha_c._core.Weights(2, 2, 4, 4, q, given, v, None, None, None, arrays["out_proj.weight"], None)
+    weights = mha_c._core.Weights(2, 2, 4, 4, "float32", q, given, v, None, None, None, arrays["out_proj.weight"], None)
     del given
     gc.collect()
     assert alive() is not None
@@ -314,8 +314,8 @@ def test_memory_of_calls_of_layers(module, arguments):
 def test_memory_of_linear_maps():
     """Made, refused and dropped; and used by themselves."""
     weight, bias, x = normal((300, 40)), normal((300,)), normal((7, 40))
-    linear = mha_c._core.Linear(weight, bias)
-    for action in (lambda: mha_c._core.Linear(weight, bias), lambda: mha_c._core.Linear(weight, bias[:7]),
+    linear = mha_c._core.Linear("float32", weight, bias)
+    for action in (lambda: mha_c._core.Linear("float32", weight, bias), lambda: mha_c._core.Linear("float32", weight, bias[:7]),
                    lambda: mha_c._core.linear(linear, x), lambda: mha_c._core.linear(linear, x[:, ::-1]),
                    lambda: mha_c._core.linear(linear, x[:, :7]), lambda: mha_c._core.activate(x, "silu", False),
                    lambda: mha_c._core.activate(x[::-1], "silu", True), lambda: mha_c._core.activate(x[0, :7], "silu", True)):

@@ -57,6 +57,7 @@ typedef struct {
     const void *b;
     size_t b_k;
     mha_dtype b_type; /* of the numbers of b, if they are halves; float32 alone multiplies by halves */
+    const float *b_scale; /* [P]; of mha_int8_kernels alone */
     const void *addend;
     size_t addend_row;
     const void *factor;
@@ -197,6 +198,48 @@ extern const mha_kernels mha_kernels_portable[2];
 extern const mha_kernels mha_kernels_avx2[2];
 extern const mha_kernels mha_kernels_avx512[2];
 extern const mha_kernels mha_kernels_neon[2];
+
+/* ---- Products of int8 ----
+ *
+ * Rows of float32 are *quantised* to integers from -127 to 127 with a scale: x is about scale * q. Weights are given as
+ * such integers, with a scale for each feature. Sums of their products are exact, so that they are equal on every
+ * instruction set.
+ *
+ * A *group* is `group` numbers of a row or of a feature, side by side, whose products are added to one sum in one step.
+ * A quantised row is words of 32 bits: its scale, what its sums start with, and its groups. A panel is
+ * [groups][P][group] bytes. */
+enum { MHA_ROW_HEADER = 2 /* words */ };
+
+/* The most features that are added up as integers. It is the same on every instruction set, as MHA_CHAIN is. */
+enum { MHA_INT8_FEATURES = 8192 };
+
+typedef struct {
+    size_t group;
+    size_t vectors;    /* in a panel, at most */
+    int weight_offset; /* what panels hold in addition to each weight */
+
+    /* Words of a quantised row of n numbers. */
+    size_t (*row_words)(size_t n);
+
+    /* The bits of the largest |x[i]|. Bits of numbers that are not finite are larger than those of others. */
+    uint32_t (*largest)(const float *x, size_t n);
+
+    /* Quantises n numbers of a row: scale = largest / 127, q = x * (127 / largest), rounded to the nearest, ties to
+     * even. A row of zeros, and one with numbers below 2^-120 alone, becomes zeros with the scale 0. If `largest` is
+     * not finite, the scale is NaN. */
+    void (*quantize)(const float *x, size_t n, uint32_t largest, uint32_t *row);
+
+    /* C[rows][P] = addend + sum * (scale of the row * b_scale), with one FMA. Rows of a are quantised, depth counts
+     * groups, and a_row counts words. a_k, b_type and factor are not used. addend NULL: 0. */
+    void (*product)(const mha_product *product);
+} mha_int8_kernels;
+
+extern const mha_int8_kernels mha_int8_portable;
+extern const mha_int8_kernels mha_int8_avx2;
+extern const mha_int8_kernels mha_int8_avx512;
+extern const mha_int8_kernels mha_int8_avx512_vnni;
+extern const mha_int8_kernels mha_int8_neon;
+extern const mha_int8_kernels mha_int8_neon_dotprod;
 
 /* The product of a whole depth, in chains of MHA_CHAIN. `product` describes the first chain, except for its depth. */
 static inline void mha_multiply_chained(const mha_kernels *kernels, mha_product *product, size_t depth)

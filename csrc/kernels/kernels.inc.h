@@ -17,11 +17,11 @@
 #ifndef MHA_KERNELS_INC_H
 #define MHA_KERNELS_INC_H
 
+#include "tiles.h"
+
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
 #define V(name) PASTE(name, DTYPE)
-#define INLINE static inline __attribute__((always_inline))
-#define NOINLINE static __attribute__((noinline))
 
 enum { VECTORS = 3 }; /* of a panel, at most */
 

@@ -138,4 +138,35 @@ static inline void transpose_f32(vec_f32 v[8])
     }
 }
 
+/* ---- Integers, see int8.inc.h ---- */
+
+typedef __m256i vec_i32;
+typedef int16_t row_int;
+enum { WEIGHT_OFFSET = 0 };
+
+static inline vec_i32 splat_i32(int32_t x) { return _mm256_set1_epi32(x); }
+static inline vec_i32 max_i32(vec_i32 a, vec_i32 b) { return _mm256_max_epi32(a, b); }
+static inline vec_i32 bits_of(vec_f32 v) { return _mm256_castps_si256(v); }
+static inline vec_f32 real_of(vec_i32 v) { return _mm256_cvtepi32_ps(v); }
+static inline vec_i32 rounded(vec_f32 v) { return _mm256_cvtps_epi32(v); }
+static inline vec_i32 without_sign(vec_i32 bits) { return _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)); }
+
+static inline void store_row(row_int *p, vec_i32 v)
+{
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storeu_si128((__m128i *)(void *)p, half);
+}
+
+static inline vec_i32 load_group(const int8_t *p)
+{
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+
+/* As assembly, the addition stays behind its products. gcc would multiply a whole tile first, and spill the sums. */
+static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b)
+{
+    __asm__("vpaddd %1, %0, %0" : "+x"(c) : "x"(_mm256_madd_epi16(a, b)));
+    return c;
+}
+
 #endif

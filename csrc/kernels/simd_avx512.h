@@ -154,4 +154,46 @@ static inline __attribute__((always_inline)) void transpose_f32(vec_f32 v[16])
     }
 }
 
+/* ---- Integers, see int8.inc.h ---- */
+
+typedef __m512i vec_i32;
+
+static inline vec_i32 splat_i32(int32_t x) { return _mm512_set1_epi32(x); }
+static inline vec_i32 max_i32(vec_i32 a, vec_i32 b) { return _mm512_max_epi32(a, b); }
+static inline vec_i32 bits_of(vec_f32 v) { return _mm512_castps_si512(v); }
+static inline vec_f32 real_of(vec_i32 v) { return _mm512_cvtepi32_ps(v); }
+static inline vec_i32 rounded(vec_f32 v) { return _mm512_cvtps_epi32(v); }
+static inline vec_i32 without_sign(vec_i32 bits) { return _mm512_and_epi32(bits, _mm512_set1_epi32(0x7fffffff)); }
+
+#ifdef MHA_VNNI /* multiplies unsigned bytes, here the weights, by signed ones */
+typedef int8_t row_int;
+enum { WEIGHT_OFFSET = 128 };
+
+static inline void store_row(row_int *p, vec_i32 v)
+{
+    _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(v));
+}
+
+static inline vec_i32 load_group(const int8_t *p) { return _mm512_loadu_si512(p); }
+static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b) { return _mm512_dpbusd_epi32(c, b, a); }
+#else
+typedef int16_t row_int;
+enum { WEIGHT_OFFSET = 0 };
+
+static inline void store_row(row_int *p, vec_i32 v)
+{
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(v));
+}
+
+static inline vec_i32 load_group(const int8_t *p)
+{
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+
+static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b)
+{
+    return _mm512_add_epi32(c, _mm512_madd_epi16(a, b));
+}
+#endif
+
 #endif

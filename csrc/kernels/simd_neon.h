@@ -120,4 +120,35 @@ static inline void transpose_f32(vec_f32 v[4])
     v[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
 }
 
+/* ---- Integers, see int8.inc.h ---- */
+
+typedef int32x4_t vec_i32;
+typedef int8_t row_int;
+enum { WEIGHT_OFFSET = 0 };
+
+static inline vec_i32 splat_i32(int32_t x) { return vdupq_n_s32(x); }
+static inline vec_i32 max_i32(vec_i32 a, vec_i32 b) { return vmaxq_s32(a, b); }
+static inline vec_i32 bits_of(vec_f32 v) { return vreinterpretq_s32_f32(v); }
+static inline vec_f32 real_of(vec_i32 v) { return vcvtq_f32_s32(v); }
+static inline vec_i32 rounded(vec_f32 v) { return vcvtnq_s32_f32(v); }
+static inline vec_i32 without_sign(vec_i32 bits) { return vandq_s32(bits, vdupq_n_s32(0x7fffffff)); }
+
+static inline void store_row(row_int *p, vec_i32 v)
+{
+    const int16x4_t half = vmovn_s32(v);
+    vst1_lane_s32((int32_t *)(void *)p, vreinterpret_s32_s8(vmovn_s16(vcombine_s16(half, half))), 0);
+}
+
+static inline vec_i32 load_group(const int8_t *p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
+
+static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b)
+{
+    const int8x16_t q = vreinterpretq_s8_s32(a), w = vreinterpretq_s8_s32(b);
+#ifdef MHA_DOTPROD
+    return vdotq_s32(c, q, w);
+#else /* two products of int8 fit into 16 bits */
+    return vpadalq_s16(c, vpaddq_s16(vmull_s8(vget_low_s8(q), vget_low_s8(w)), vmull_high_s8(q, w)));
+#endif
+}
+
 #endif

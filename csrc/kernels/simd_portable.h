@@ -159,4 +159,50 @@ static inline void transpose_f64(vec_f64 v[2])
     v[1][0] = x;
 }
 
+/* ---- Integers, see int8.inc.h ---- */
+
+typedef bits_f32 vec_i32;
+typedef int16_t row_int;
+enum { WEIGHT_OFFSET = 0 };
+
+static inline vec_i32 splat_i32(int32_t x) { return (vec_i32){x, x, x, x}; }
+static inline vec_i32 bits_of(vec_f32 v) { return (vec_i32)v; }
+static inline vec_f32 real_of(vec_i32 v) { return (vec_f32){(float)v[0], (float)v[1], (float)v[2], (float)v[3]}; }
+static inline vec_i32 without_sign(vec_i32 bits) { return bits & splat_i32(0x7fffffff); }
+
+static inline vec_i32 max_i32(vec_i32 a, vec_i32 b)
+{
+    const vec_i32 is_less = a < b;
+    return (a & ~is_less) | (b & is_less);
+}
+
+/* Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum. */
+static inline vec_i32 rounded(vec_f32 v)
+{
+    return (vec_i32)(v + splat_f32(0x1.8p23f)) - splat_i32(0x4b400000);
+}
+
+static inline void store_row(row_int *p, vec_i32 v)
+{
+    for (int i = 0; i < 4; i++)
+        p[i] = (row_int)v[i];
+}
+
+static inline vec_i32 load_group(const int8_t *p)
+{
+    int16_t wide[8];
+    vec_i32 v;
+    for (int i = 0; i < 8; i++)
+        wide[i] = p[i];
+    memcpy(&v, wide, sizeof v);
+    return v;
+}
+
+/* The halves of each integer are numbers of their own. */
+static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b)
+{
+    const vec_i32 upper = (a >> 16) * (b >> 16), lower = (a << 16 >> 16) * (b << 16 >> 16);
+    return c + upper + lower;
+}
+
 #endif

@@ -7,39 +7,16 @@
 #define MHA_TILE_INC_H
 
 enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
-enum { LINE_BYTES = 64 };
 
-/* Makes the compiler forget how a pointer was computed. Otherwise gcc keeps the addresses of all rows of a tile at
- * once. There are more of them than registers, so it moves some to vector registers, where they wait behind the
- * multiplications. */
-#define FORGET(pointer) __asm__("" : "+r"(pointer))
-
-/* Rows of a full tile of V vectors: enough sums to keep the multiply-add units busy, and few enough for the
- * registers. */
-#if REGISTERS == 16
-enum { ROWS_1 = 8, ROWS_2 = 6, ROWS_3 = 4 };
-#define EACH_TILE_1(X) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
-#define EACH_TILE_2(X) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2)
-#define EACH_TILE_3(X) X(1, 3) X(2, 3) X(3, 3) X(4, 3)
-#else
-enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
-#define EACH_TILE_1(X) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
-#define EACH_TILE_2(X) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2)
-#define EACH_TILE_3(X) X(1, 3) X(2, 3) X(3, 3) X(4, 3) X(5, 3) X(6, 3) X(7, 3) X(8, 3)
-#endif
 #ifndef ROWS_OF_MANY
 #define ROWS_OF_MANY {ROWS_1, ROWS_2, ROWS_3}
 #endif
-enum { MAX_ROWS = 8, MAX_FEW_ROWS = 8 };
 
 /* The copies of a tile by what b holds: numbers of the table, or halves, which float32 tables read. */
 enum { OWN, OF_BF16, OF_F16 };
 #define HAS_HALVES_f32 1
 #define HAS_HALVES_f64 0
 #define HAS_HALVES PASTE(HAS_HALVES, DTYPE)
-
-#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
-#define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
 
 static inline size_t b_size(const size_t b_type, size_t own)
 {
@@ -228,24 +205,18 @@ static void V(product)(const mha_product *p)
         return;
     /* A product of few rows waits for its panel, so it reads the panel as rarely as possible. */
     const size_t max_rows = (p->rows > MAX_FEW_ROWS ? rows_of_many : rows_of_few)[p->vectors - 1];
-    /* Tiles share the rows evenly: 9 rows are 5 + 4, because a tile of one row has too few sums. */
-    size_t tiles = 1, rows = p->rows, larger = 0;
-    if (p->rows > max_rows) {
-        tiles = (p->rows - 1) / max_rows + 1;
-        rows = p->rows / tiles;
-        larger = p->rows % tiles;
-    }
+    const shared_rows share = share_rows(p->rows, max_rows);
     const mha_prefetch *prefetch = p->prefetch;
     V(progress) at = {.a = p->a, .addend = p->addend, .c = p->c, .ahead = p->a};
     if (prefetch && prefetch->rows == 1 && p->depth > 0) {
         at.ahead = prefetch->data;
-        at.step = (prefetch->bytes + tiles * p->depth - 1) / (tiles * p->depth);
+        at.step = (prefetch->bytes + share.tiles * p->depth - 1) / (share.tiles * p->depth);
     } else if (prefetch) {
         at.next = prefetch->data;
         at.left = prefetch->rows;
-        at.each = (prefetch->rows + tiles - 1) / tiles;
+        at.each = (prefetch->rows + share.tiles - 1) / share.tiles;
     }
-    if (larger > 0)
-        copies[b_type][p->vectors - 1][rows](p, &at, larger);
-    copies[b_type][p->vectors - 1][rows - 1](p, &at, tiles - larger);
+    if (share.larger > 0)
+        copies[b_type][p->vectors - 1][share.rows](p, &at, share.larger);
+    copies[b_type][p->vectors - 1][share.rows - 1](p, &at, share.tiles - share.larger);
 }

@@ -164,6 +164,17 @@ const char *dtype_name(mha_dtype dtype)
     return names[dtype];
 }
 
+int dtype_named(const char *name, mha_dtype *dtype)
+{
+    for (mha_dtype known = MHA_FLOAT32; known <= MHA_FLOAT16; known++)
+        if (strcmp(dtype_name(known), name) == 0) {
+            *dtype = known;
+            return 0;
+        }
+    PyErr_Format(PyExc_TypeError, "parameters must be of float32, float64, bfloat16 or float16, not %s", name);
+    return -1;
+}
+
 const char *torch_dtype_name(mha_dtype dtype)
 {
     static const char *const names[] = {[MHA_FLOAT32] = "Float", [MHA_FLOAT64] = "Double", [MHA_BFLOAT16] = "BFloat16",
@@ -316,6 +327,69 @@ PyObject *as_stored(PyArrayObject *result, PyArrayObject *like, PyArrayObject *o
     const int failed = PyArray_CopyInto(out, stored);
     Py_DECREF(stored);
     return failed < 0 ? NULL : Py_NewRef((PyObject *)out);
+}
+
+/* ---- Parameters ---- */
+
+static int check_layout(PyArrayObject *array, const char *name)
+{
+    if (PyArray_ISCARRAY_RO(array))
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s must be C-contiguous, aligned and in native byte order", name);
+    return -1;
+}
+
+int parameter_from_object(PyObject *object, const char *name, mha_dtype dtype, PyArrayObject **array)
+{
+    if (!PyArray_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s must be a NumPy array, not %s", name, Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    *array = (PyArrayObject *)object;
+    if (!array_has_dtype(*array, dtype)) {
+        PyErr_Format(PyExc_TypeError, "%s must be of dtype %s, not %s", name, dtype_name(dtype),
+                     PyArray_DESCR(*array)->typeobj->tp_name);
+        return -1;
+    }
+    return check_layout(*array, name);
+}
+
+static int int8_from_tuple(PyObject *tuple, const char *name, mha_dtype dtype, weight_arrays *weight)
+{
+    PyObject *numbers = PyTuple_GET_SIZE(tuple) == 2 ? PyTuple_GET_ITEM(tuple, 0) : Py_None;
+    PyObject *scale = PyTuple_GET_SIZE(tuple) == 2 ? PyTuple_GET_ITEM(tuple, 1) : Py_None;
+    if (!PyArray_Check(numbers) || !PyArray_Check(scale) || PyArray_TYPE((PyArrayObject *)numbers) != NPY_INT8 ||
+        PyArray_TYPE((PyArrayObject *)scale) != NPY_FLOAT32 || dtype == MHA_FLOAT64) {
+        PyErr_Format(PyExc_TypeError, "%s must be an array of dtype %s%s", name, dtype_name(dtype),
+                     dtype == MHA_FLOAT64 ? "" : ", or a tuple of an int8 array and a float32 array of scales");
+        return -1;
+    }
+    *weight = (weight_arrays){(PyArrayObject *)numbers, (PyArrayObject *)scale};
+    if (check_layout(weight->numbers, name) < 0 || check_layout(weight->scale, name) < 0)
+        return -1;
+    if (PyArray_NDIM(weight->numbers) < 1 || !array_has_shape(weight->scale, 1, PyArray_DIMS(weight->numbers))) {
+        PyErr_Format(PyExc_ValueError, "%s must have a scale for each of its rows", name);
+        return -1;
+    }
+    return 0;
+}
+
+int weight_from_object(PyObject *object, const char *name, mha_dtype dtype, weight_arrays *weight)
+{
+    weight->scale = NULL;
+    return PyTuple_Check(object) ? int8_from_tuple(object, name, dtype, weight)
+                                 : parameter_from_object(object, name, dtype, &weight->numbers);
+}
+
+mha_weight weight_of(const weight_arrays *weight)
+{
+    return (mha_weight){PyArray_DATA(weight->numbers), weight->scale == NULL ? NULL : PyArray_DATA(weight->scale)};
+}
+
+size_t weight_nbytes(const weight_arrays *weight)
+{
+    return (size_t)PyArray_NBYTES(weight->numbers) +
+           (weight->scale == NULL ? 0 : (size_t)PyArray_NBYTES(weight->scale));
 }
 
 int out_from_object(PyObject *object, PyArrayObject **out)

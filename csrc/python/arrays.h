@@ -21,6 +21,9 @@ bool find_dtype(PyArrayObject *array, mha_dtype *dtype);
 const char *dtype_name(mha_dtype dtype);
 const char *torch_dtype_name(mha_dtype dtype);
 
+/* The dtype of a name. Returns 0, or -1 with a TypeError. */
+int dtype_named(const char *name, mha_dtype *dtype);
+
 /* Whether it holds floating-point numbers of any width, including registered types such as bfloat16. */
 bool array_is_floating(PyArrayObject *array);
 
@@ -38,6 +41,25 @@ bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape);
 
 /* A new list of a shape's sizes, which prints as torch's shapes do in most messages. */
 PyObject *shape_as_list(int ndim, const npy_intp *shape);
+
+/* Takes a parameter: an array of the layer's dtype, C-contiguous, aligned and in native byte order. The reference is
+ * borrowed. Returns 0, or -1 with a TypeError or ValueError. */
+int parameter_from_object(PyObject *object, const char *name, mha_dtype dtype, PyArrayObject **array);
+
+/* A weight matrix as a layer is given it: an array in the layer's dtype, or a tuple of an array of int8 and one of
+ * float32, the scales of its rows. References are borrowed. `scale` is NULL for an array. */
+typedef struct {
+    PyArrayObject *numbers, *scale;
+} weight_arrays;
+
+/* The same for a weight matrix. There is a scale for each row. */
+int weight_from_object(PyObject *object, const char *name, mha_dtype dtype, weight_arrays *weight);
+
+/* What the core reads of them. */
+mha_weight weight_of(const weight_arrays *weight);
+
+/* Bytes of their memory. */
+size_t weight_nbytes(const weight_arrays *weight);
 
 /* Whether the memory of two arrays, from the first to the last byte, may overlap. False if one is NULL. */
 bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);

@@ -13,63 +13,63 @@
 /* Packing touches every number once. With more numbers than this, other threads may run meanwhile. */
 enum { PACK_WITHOUT_GIL = 1 << 16 };
 
-static bool is_parameter(PyObject *object, int ndim, mha_dtype dtype)
+static mha_status pack(linear_object *self, const mha_weight *weight, const void *bias)
 {
-    if (!PyArray_Check(object))
-        return false;
-    PyArrayObject *array = (PyArrayObject *)object;
-    return PyArray_NDIM(array) == ndim && array_has_dtype(array, dtype) && PyArray_ISCARRAY_RO(array);
-}
-
-static mha_status pack(linear_object *self, PyArrayObject *weight, PyArrayObject *bias)
-{
-    const void *numbers = PyArray_DATA(weight), *biases = bias == NULL ? NULL : PyArray_DATA(bias);
     const size_t features = (size_t)self->features, depth = (size_t)self->depth;
-    if (PyArray_SIZE(weight) <= PACK_WITHOUT_GIL)
-        return mha_linear_create(self->dtype, features, depth, numbers, biases, &self->packed);
+    if (self->features * self->depth <= PACK_WITHOUT_GIL)
+        return mha_linear_create(self->dtype, features, depth, weight, bias, &self->packed);
 
     mha_status status;
     Py_BEGIN_ALLOW_THREADS;
-    status = mha_linear_create(self->dtype, features, depth, numbers, biases, &self->packed);
+    status = mha_linear_create(self->dtype, features, depth, weight, bias, &self->packed);
     Py_END_ALLOW_THREADS;
     return status;
 }
 
+static int check_linear(PyArrayObject *weight, PyArrayObject *bias)
+{
+    if (PyArray_NDIM(weight) != 2 || (bias != NULL && PyArray_NDIM(bias) != 1)) {
+        PyErr_SetString(PyExc_TypeError, "weight must be a matrix and bias a vector or None");
+        return -1;
+    }
+    if (bias != NULL && PyArray_DIM(bias, 0) != PyArray_DIM(weight, 0)) {
+        PyErr_Format(PyExc_ValueError, "bias has %zd elements for the %zd rows of weight", PyArray_DIM(bias, 0),
+                     PyArray_DIM(weight, 0));
+        return -1;
+    }
+    return 0;
+}
+
 static PyObject *linear_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *weight, *bias;
+    PyObject *weight_object, *bias_object;
+    const char *dtype_text;
+    mha_dtype dtype;
+    weight_arrays weight;
+    PyArrayObject *bias = NULL;
     if (kwargs != NULL && PyDict_GET_SIZE(kwargs) != 0) {
         PyErr_SetString(PyExc_TypeError, "Linear() takes no keyword arguments");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "OO:Linear", &weight, &bias))
+    if (!PyArg_ParseTuple(args, "sOO:Linear", &dtype_text, &weight_object, &bias_object) ||
+        dtype_named(dtype_text, &dtype) < 0 || weight_from_object(weight_object, "weight", dtype, &weight) < 0 ||
+        (bias_object != Py_None && parameter_from_object(bias_object, "bias", dtype, &bias) < 0) ||
+        check_linear(weight.numbers, bias) < 0)
         return NULL;
-    mha_dtype dtype = MHA_FLOAT32;
-    if (PyArray_Check(weight))
-        (void)find_dtype((PyArrayObject *)weight, &dtype);
-    if (!is_parameter(weight, 2, dtype) || (bias != Py_None && !is_parameter(bias, 1, dtype))) {
-        PyErr_SetString(PyExc_TypeError, "weight must be a matrix and bias a vector or None: C-contiguous NumPy arrays of "
-                                         "one dtype, float32, float64, bfloat16 or float16");
-        return NULL;
-    }
-    PyArrayObject *const arrays[] = {(PyArrayObject *)weight, bias == Py_None ? NULL : (PyArrayObject *)bias};
-    if (arrays[1] != NULL && PyArray_DIM(arrays[1], 0) != PyArray_DIM(arrays[0], 0)) {
-        PyErr_Format(PyExc_ValueError, "bias has %zd elements for the %zd rows of weight", PyArray_DIM(arrays[1], 0),
-                     PyArray_DIM(arrays[0], 0));
-        return NULL;
-    }
 
     linear_object *self = (linear_object *)type->tp_alloc(type, 0);
-    PyObject *pins = pin_memory(arrays, 2);
+    PyArrayObject *const arrays[] = {weight.numbers, weight.scale, bias};
+    PyObject *pins = pin_memory(arrays, 3);
     if (self == NULL || pins == NULL) {
         Py_CLEAR(self);
         goto done;
     }
     self->dtype = dtype;
-    self->features = PyArray_DIM(arrays[0], 0);
-    self->depth = PyArray_DIM(arrays[0], 1);
-    self->nbytes = (size_t)PyArray_NBYTES(arrays[0]) + (arrays[1] == NULL ? 0 : (size_t)PyArray_NBYTES(arrays[1]));
-    if (raise_status(pack(self, arrays[0], arrays[1])) < 0)
+    self->features = PyArray_DIM(weight.numbers, 0);
+    self->depth = PyArray_DIM(weight.numbers, 1);
+    self->nbytes = weight_nbytes(&weight) + (bias == NULL ? 0 : (size_t)PyArray_NBYTES(bias));
+    const mha_weight given = weight_of(&weight);
+    if (raise_status(pack(self, &given, bias == NULL ? NULL : PyArray_DATA(bias))) < 0)
         Py_CLEAR(self);
 done:
     Py_XDECREF(pins);
@@ -96,11 +96,12 @@ static PyGetSetDef linear_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(linear_doc, "Linear(weight, bias, /)\n--\n\n"
+PyDoc_STRVAR(linear_doc, "Linear(dtype, weight, bias, /)\n--\n\n"
                          "One immutable linear map, packed for the kernels of this CPU.\n\n"
                          "weight is (features, depth), and bias (features,) or None: C-contiguous, aligned, in native\n"
-                         "byte order and of one dtype, float32, float64, bfloat16 or float16. Anything else raises\n"
-                         "TypeError or ValueError.");
+                         "byte order and of the dtype with this name, float32, float64, bfloat16 or float16. weight may\n"
+                         "also be a tuple: an int8 array, and a float32 array of the scales of its rows; not with\n"
+                         "float64. Anything else raises TypeError or ValueError.");
 
 static PyType_Slot linear_slots[] = {
     {Py_tp_doc, (void *)linear_doc},

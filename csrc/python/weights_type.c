@@ -16,16 +16,17 @@ enum { PACK_WITHOUT_GIL = 1 << 16 };
 /* The arguments of the constructor. References are borrowed. */
 typedef struct {
     Py_ssize_t H, Hkv, D, Dv;
-    PyObject *q_weight, *k_weight, *v_weight, *in_bias, *bias_k, *bias_v, *out_weight, *out_bias;
+    mha_dtype dtype;
+    weight_arrays q_weight, k_weight, v_weight, out_weight;
+    PyArrayObject *in_bias, *bias_k, *bias_v, *out_bias; /* NULL: none */
 } weights_arguments;
 
-/* An array among them, and what it has to be. */
+/* A parameter, and the shape that it has to have. -1: any length. */
 typedef struct {
-    PyObject *object;
+    PyArrayObject *array; /* NULL: none */
     const char *name;
-    bool is_optional;
     int ndim;
-    npy_intp shape[3]; /* -1: any length */
+    npy_intp shape[3];
 } parameter;
 
 static int check_counts(const weights_arguments *given)
@@ -50,8 +51,9 @@ static int check_counts(const weights_arguments *given)
     return 0;
 }
 
-static int raise_shape(const parameter *expected, PyArrayObject *array)
+static int raise_shape(const parameter *expected)
 {
+    PyArrayObject *array = expected->array;
     const int ndim = PyArray_NDIM(array);
     npy_intp shape[3];
     for (int i = 0; i < expected->ndim; i++) /* a length that may be any is shown as it is */
@@ -66,91 +68,97 @@ static int raise_shape(const parameter *expected, PyArrayObject *array)
     return -1;
 }
 
-static int check_parameter(const parameter *expected, mha_dtype dtype)
+static int check_shape(const parameter *expected)
 {
-    if (expected->object == Py_None && expected->is_optional)
+    PyArrayObject *array = expected->array;
+    if (array == NULL)
         return 0;
-    if (!PyArray_Check(expected->object)) {
-        PyErr_Format(PyExc_TypeError, "%s must be a NumPy array, not %s", expected->name,
-                     Py_TYPE(expected->object)->tp_name);
-        return -1;
-    }
-    PyArrayObject *array = (PyArrayObject *)expected->object;
-    if (!array_has_dtype(array, dtype)) {
-        PyErr_Format(PyExc_TypeError, "%s must be of dtype %s, not %s", expected->name,
-                     dtype_name(dtype), PyArray_DESCR(array)->typeobj->tp_name);
-        return -1;
-    }
-    if (!PyArray_ISCARRAY_RO(array)) {
-        PyErr_Format(PyExc_ValueError, "%s must be C-contiguous, aligned and in native byte order", expected->name);
-        return -1;
-    }
     bool fits = PyArray_NDIM(array) == expected->ndim;
     for (int i = 0; fits && i < expected->ndim; i++)
         fits = expected->shape[i] == -1 || expected->shape[i] == PyArray_DIM(array, i);
-    return fits ? 0 : raise_shape(expected, array);
+    return fits ? 0 : raise_shape(expected);
 }
 
-/* That of the first weight. check_parameter() refuses any other dtype, and what is not an array. */
-static mha_dtype dtype_of(PyObject *object)
+static npy_intp length(PyArrayObject *array, int axis)
 {
-    mha_dtype dtype = MHA_FLOAT32;
-    if (PyArray_Check(object))
-        (void)find_dtype((PyArrayObject *)object, &dtype);
-    return dtype;
+    return PyArray_DIM(array, axis);
 }
 
-static npy_intp length(PyObject *array, int axis)
-{
-    return PyArray_DIM((PyArrayObject *)array, axis);
-}
-
-static int check_parameters(const weights_arguments *given, mha_dtype dtype, size_t *nbytes)
+static int check_shapes(const weights_arguments *given)
 {
     const npy_intp q = given->H * given->D, k = given->Hkv * given->D, v = given->Hkv * given->Dv;
     const parameter expected[] = {
-        {given->q_weight, "q_proj_weight", false, 2, {q, -1}},
-        {given->k_weight, "k_proj_weight", false, 2, {k, -1}},
-        {given->v_weight, "v_proj_weight", false, 2, {v, -1}},
-        {given->in_bias, "in_proj_bias", true, 1, {q + k + v}},
-        {given->bias_k, "bias_k", true, 3, {1, 1, k}},
-        {given->bias_v, "bias_v", true, 3, {1, 1, v}},
-        {given->out_weight, "out_proj_weight", false, 2, {-1, given->H * given->Dv}},
-        {given->out_bias, "out_proj_bias", true, 1, {-1}},
+        {given->q_weight.numbers, "q_proj_weight", 2, {q, -1}},
+        {given->k_weight.numbers, "k_proj_weight", 2, {k, -1}},
+        {given->v_weight.numbers, "v_proj_weight", 2, {v, -1}},
+        {given->in_bias, "in_proj_bias", 1, {q + k + v}},
+        {given->bias_k, "bias_k", 3, {1, 1, k}},
+        {given->bias_v, "bias_v", 3, {1, 1, v}},
+        {given->out_weight.numbers, "out_proj_weight", 2, {-1, given->H * given->Dv}},
+        {given->out_bias, "out_proj_bias", 1, {-1}},
     };
-    for (size_t i = 0; i < sizeof expected / sizeof *expected; i++) {
-        if (check_parameter(&expected[i], dtype) < 0)
+    for (size_t i = 0; i < sizeof expected / sizeof *expected; i++)
+        if (check_shape(&expected[i]) < 0)
             return -1;
-        if (expected[i].object != Py_None)
-            *nbytes += (size_t)PyArray_NBYTES((PyArrayObject *)expected[i].object);
-    }
-    if (given->out_bias != Py_None && length(given->out_bias, 0) != length(given->out_weight, 0)) {
+    PyArrayObject *out_weight = given->out_weight.numbers;
+    if (given->out_bias != NULL && length(given->out_bias, 0) != length(out_weight, 0)) {
         PyErr_Format(PyExc_ValueError, "out_proj_bias has %zd elements for the %zd rows of out_proj_weight",
-                     length(given->out_bias, 0), length(given->out_weight, 0));
+                     length(given->out_bias, 0), length(out_weight, 0));
         return -1;
     }
-    if ((given->bias_k == Py_None) != (given->bias_v == Py_None)) {
-        PyErr_SetString(PyExc_AssertionError, given->bias_k == Py_None ? "bias_v is set but bias_k is None"
-                                                                       : "bias_k is set but bias_v is None");
+    if ((given->bias_k == NULL) != (given->bias_v == NULL)) {
+        PyErr_SetString(PyExc_AssertionError, given->bias_k == NULL ? "bias_v is set but bias_k is None"
+                                                                    : "bias_k is set but bias_v is None");
         return -1;
     }
     return 0;
 }
 
+/* Takes the arrays from the objects that the constructor was called with, which are in the order of its docstring. */
+static int collect(weights_arguments *given, PyObject *const *objects)
+{
+    struct {
+        const char *name;
+        weight_arrays *weight;
+        PyArrayObject **optional;
+    } const places[] = {
+        {"q_proj_weight", &given->q_weight, NULL},     {"k_proj_weight", &given->k_weight, NULL},
+        {"v_proj_weight", &given->v_weight, NULL},     {"in_proj_bias", NULL, &given->in_bias},
+        {"bias_k", NULL, &given->bias_k},              {"bias_v", NULL, &given->bias_v},
+        {"out_proj_weight", &given->out_weight, NULL}, {"out_proj_bias", NULL, &given->out_bias},
+    };
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++)
+        if (places[i].weight != NULL ? weight_from_object(objects[i], places[i].name, given->dtype, places[i].weight) < 0
+            : objects[i] != Py_None
+                ? parameter_from_object(objects[i], places[i].name, given->dtype, places[i].optional) < 0
+                : false)
+            return -1;
+    return 0;
+}
+
+static size_t count_bytes(const weights_arguments *given)
+{
+    const weight_arrays *const weights[] = {&given->q_weight, &given->k_weight, &given->v_weight, &given->out_weight};
+    PyArrayObject *const others[] = {given->in_bias, given->bias_k, given->bias_v, given->out_bias};
+    size_t bytes = 0;
+    for (size_t i = 0; i < 4; i++)
+        bytes += weight_nbytes(weights[i]) + (others[i] == NULL ? 0 : (size_t)PyArray_NBYTES(others[i]));
+    return bytes;
+}
+
 /* The arrays are read without the GIL. The key weights are read as long as `packed` lives. */
 static PyObject *pin_parameters(const weights_arguments *given)
 {
-    PyObject *const objects[] = {given->q_weight, given->k_weight, given->v_weight,   given->in_bias,
-                                 given->bias_k,   given->bias_v,   given->out_weight, given->out_bias};
-    PyArrayObject *arrays[sizeof objects / sizeof *objects];
-    for (size_t i = 0; i < sizeof objects / sizeof *objects; i++)
-        arrays[i] = objects[i] == Py_None ? NULL : (PyArrayObject *)objects[i];
-    return pin_memory(arrays, sizeof objects / sizeof *objects);
+    PyArrayObject *const arrays[] = {given->q_weight.numbers, given->q_weight.scale, given->k_weight.numbers,
+                                     given->k_weight.scale,   given->v_weight.numbers, given->v_weight.scale,
+                                     given->out_weight.numbers, given->out_weight.scale, given->in_bias, given->bias_k,
+                                     given->bias_v, given->out_bias};
+    return pin_memory(arrays, sizeof arrays / sizeof *arrays);
 }
 
-static const char *numbers(PyObject *array)
+static const char *numbers(PyArrayObject *array)
 {
-    return array == Py_None ? NULL : PyArray_BYTES((PyArrayObject *)array);
+    return array == NULL ? NULL : PyArray_BYTES(array);
 }
 
 static mha_status pack(weights_object *self, const weights_arguments *given)
@@ -160,15 +168,15 @@ static mha_status pack(weights_object *self, const weights_arguments *given)
     const char *in_bias = numbers(given->in_bias);
     const size_t k_offset = widths->H * widths->D * item, v_offset = k_offset + widths->Hkv * widths->D * item;
     const mha_parameters parameters = {
-        .q_weight = numbers(given->q_weight),
-        .k_weight = numbers(given->k_weight),
-        .v_weight = numbers(given->v_weight),
+        .q_weight = weight_of(&given->q_weight),
+        .k_weight = weight_of(&given->k_weight),
+        .v_weight = weight_of(&given->v_weight),
         .q_bias = in_bias,
         .k_bias = in_bias == NULL ? NULL : in_bias + k_offset,
         .v_bias = in_bias == NULL ? NULL : in_bias + v_offset,
         .bias_k = numbers(given->bias_k),
         .bias_v = numbers(given->bias_v),
-        .out_weight = numbers(given->out_weight),
+        .out_weight = weight_of(&given->out_weight),
         .out_bias = numbers(given->out_bias),
     };
     if (self->nbytes / item <= PACK_WITHOUT_GIL)
@@ -183,37 +191,37 @@ static mha_status pack(weights_object *self, const weights_arguments *given)
 
 static PyObject *weights_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    weights_arguments given;
+    weights_arguments given = {.in_bias = NULL};
+    PyObject *objects[8];
+    const char *dtype;
     if (kwargs != NULL && PyDict_GET_SIZE(kwargs) != 0) {
         PyErr_SetString(PyExc_TypeError, "Weights() takes no keyword arguments");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "nnnnOOOOOOOO:Weights", &given.H, &given.Hkv, &given.D, &given.Dv, &given.q_weight,
-                          &given.k_weight, &given.v_weight, &given.in_bias, &given.bias_k, &given.bias_v,
-                          &given.out_weight, &given.out_bias))
-        return NULL;
-    const mha_dtype dtype = dtype_of(given.q_weight);
-    size_t nbytes = 0;
-    if (check_counts(&given) < 0 || check_parameters(&given, dtype, &nbytes) < 0)
+    if (!PyArg_ParseTuple(args, "nnnnsOOOOOOOO:Weights", &given.H, &given.Hkv, &given.D, &given.Dv, &dtype, &objects[0],
+                          &objects[1], &objects[2], &objects[3], &objects[4], &objects[5], &objects[6], &objects[7]) ||
+        dtype_named(dtype, &given.dtype) < 0 || check_counts(&given) < 0 || collect(&given, objects) < 0 ||
+        check_shapes(&given) < 0)
         return NULL;
 
     weights_object *self = (weights_object *)type->tp_alloc(type, 0);
     if (self == NULL)
         return NULL;
-    self->dtype = dtype;
-    self->has_bias_kv = given.bias_k != Py_None;
-    self->nbytes = nbytes;
+    self->dtype = given.dtype;
+    self->has_bias_kv = given.bias_k != NULL;
+    self->nbytes = count_bytes(&given);
     self->widths = (mha_widths){
         .H = (size_t)given.H,
         .Hkv = (size_t)given.Hkv,
         .D = (size_t)given.D,
         .Dv = (size_t)given.Dv,
-        .E = (size_t)length(given.q_weight, 1),
-        .Ek = (size_t)length(given.k_weight, 1),
-        .Ev = (size_t)length(given.v_weight, 1),
-        .Eo = (size_t)length(given.out_weight, 0),
+        .E = (size_t)length(given.q_weight.numbers, 1),
+        .Ek = (size_t)length(given.k_weight.numbers, 1),
+        .Ev = (size_t)length(given.v_weight.numbers, 1),
+        .Eo = (size_t)length(given.out_weight.numbers, 0),
     };
-    self->k_weight = Py_NewRef(given.k_weight);
+    if (given.k_weight.scale == NULL)
+        self->k_weight = Py_NewRef((PyObject *)given.k_weight.numbers);
     self->pins = pin_parameters(&given);
     if (self->pins == NULL || raise_status(pack(self, &given)) < 0)
         Py_CLEAR(self);
@@ -243,13 +251,15 @@ static PyGetSetDef weights_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(weights_doc, "Weights(num_heads, num_kv_heads, head_dim, v_head_dim, q_proj_weight, k_proj_weight,\n"
+PyDoc_STRVAR(weights_doc, "Weights(num_heads, num_kv_heads, head_dim, v_head_dim, dtype, q_proj_weight, k_proj_weight,\n"
                           "        v_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias, /)\n"
                           "--\n\n"
                           "One immutable set of parameters, packed for the kernels of this CPU.\n\n"
-                          "All arrays are C-contiguous, aligned, in native byte order and of one dtype, float32,\n"
-                          "float64, bfloat16 or float16. Biases and bias_k / bias_v are None where the layer has none; in_proj_bias holds\n"
-                          "the biases of q, k and v, stacked. Anything else raises TypeError or ValueError.");
+                          "All arrays are C-contiguous, aligned, in native byte order and of the dtype with this name,\n"
+                          "float32, float64, bfloat16 or float16. A weight may also be a tuple: an int8 array, and a\n"
+                          "float32 array of the scales of its rows; not with float64. Biases and bias_k / bias_v are\n"
+                          "None where the layer has none; in_proj_bias holds the biases of q, k and v, stacked. Anything\n"
+                          "else raises TypeError or ValueError.");
 
 static PyType_Slot weights_slots[] = {
     {Py_tp_doc, (void *)weights_doc},

@@ -199,7 +199,8 @@ static inline mha_status pack_parameters(const problem *p, const parameters *giv
 {
     void *const *a = given->array;
     const mha_parameters packed = {
-        .q_weight = a[Q_WEIGHT], .k_weight = a[K_WEIGHT], .v_weight = a[V_WEIGHT], .out_weight = a[OUT_WEIGHT],
+        .q_weight.numbers = a[Q_WEIGHT], .k_weight.numbers = a[K_WEIGHT], .v_weight.numbers = a[V_WEIGHT],
+        .out_weight.numbers = a[OUT_WEIGHT],
         .q_bias = a[Q_BIAS], .k_bias = a[K_BIAS], .v_bias = a[V_BIAS], .out_bias = a[OUT_BIAS],
         .bias_k = a[BIAS_K], .bias_v = a[BIAS_V],
     };

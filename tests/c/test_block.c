@@ -335,7 +335,8 @@ static void test_linear_halves(mha_dtype half)
         DESCRIBE("%s %s linear map, %zu threads", mha_cpu_name(), dtype_name(half), threads);
         for (size_t i = 0; i < 2; i++) {
             mha_linear *linear = NULL;
-            CHECK(mha_linear_create(dtypes[i], FEATURES, DEPTH, weights[i], biases[i], &linear) == MHA_OK, "no map");
+            const mha_weight weight = {weights[i], NULL};
+            CHECK(mha_linear_create(dtypes[i], FEATURES, DEPTH, &weight, biases[i], &linear) == MHA_OK, "no map");
             const mha_linear_call call = {.linear = linear, .rows = ROWS, .x = x, .y = y[i], .threads = threads};
             CHECK(mha_apply_linear(&call) == MHA_OK, "no answer");
             mha_linear_destroy(linear);

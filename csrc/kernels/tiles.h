@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * tiles.h - what the tiles of real numbers and of int8 numbers share. A simd_*.h comes before.
+ */
+#ifndef MHA_TILES_H
+#define MHA_TILES_H
+
+#define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))
+
+enum { LINE_BYTES = 64, MAX_ROWS = 8, MAX_FEW_ROWS = 8 };
+
+/* Makes the compiler forget how a pointer was computed. Otherwise gcc keeps the addresses of all rows of a tile at
+ * once. There are more of them than registers, so it moves some to vector registers, where they wait behind the
+ * multiplications. */
+#define FORGET(pointer) __asm__("" : "+r"(pointer))
+
+/* Rows of a full tile of V vectors: enough sums to keep the multiply-add units busy, and few enough for the
+ * registers. */
+#if REGISTERS == 16
+enum { ROWS_1 = 8, ROWS_2 = 6, ROWS_3 = 4 };
+#define EACH_TILE_1(X) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+#define EACH_TILE_2(X) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2)
+#define EACH_TILE_3(X) X(1, 3) X(2, 3) X(3, 3) X(4, 3)
+#else
+enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
+#define EACH_TILE_1(X) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
+#define EACH_TILE_2(X) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2)
+#define EACH_TILE_3(X) X(1, 3) X(2, 3) X(3, 3) X(4, 3) X(5, 3) X(6, 3) X(7, 3) X(8, 3)
+#endif
+
+#define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
+
+/* Tiles share the rows of a product evenly: 9 rows are 5 + 4, because a tile of one row has too few sums. Of `tiles`
+ * tiles, the first `larger` have a row more than the others. */
+typedef struct {
+    size_t tiles, rows, larger;
+} shared_rows;
+
+static inline shared_rows share_rows(size_t rows, size_t max_rows)
+{
+    if (rows <= max_rows)
+        return (shared_rows){1, rows, 0};
+    const size_t tiles = (rows - 1) / max_rows + 1;
+    return (shared_rows){tiles, rows / tiles, rows % tiles};
+}
+
+#endif

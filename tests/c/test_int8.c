@@ -1,0 +1,281 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * test_int8.c - products of int8 against their definition, to the last bit: rows that are quantised, panels of all
+ * widths, and whole linear maps.
+ *
+ * Kernels are tested on every level of this CPU, and linear maps on the chosen one. A hash of each stands for the bits:
+ * all levels with FMA must give the same.
+ */
+#include "bench.h"
+
+enum { MAX_NUMBERS = 100, MAX_TEST_ROWS = 18 };
+
+typedef struct {
+    const char *name;
+    const mha_int8_kernels *k;
+    size_t lanes;
+    guarded_side side;
+    bool has_fma;
+} int8_level;
+
+static float bits_to_float(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Integer i of a quantised row. */
+static int row_integer(const int8_level *at, const uint32_t *row, size_t i)
+{
+    const void *q = row + MHA_ROW_HEADER;
+    return at->k->group == 2 ? ((const int16_t *)q)[i] : ((const int8_t *)q)[i];
+}
+
+static float quantised(float x, float largest)
+{
+    return nearbyintf(x * (127 / largest));
+}
+
+static float multiplied(const int8_level *at, float sum, float scale, float addend)
+{
+    const volatile float product = sum * scale; /* not fused with what follows */
+    return at->has_fma ? fmaf(sum, scale, addend) : product + addend;
+}
+
+/* ---- Rows ---- */
+
+/* Rows of different kinds: numbers around 1, very small and large ones, zeros, and what is not finite. */
+static void fill_row(float *x, size_t n, unsigned kind)
+{
+    static const float scales[] = {1, 0x1p-119f, 0x1p-121f, 0x1p+120f, 0};
+    for (size_t i = 0; i < n; i++)
+        x[i] = (float)random_number(MHA_FLOAT32, kind, i) * scales[kind % 5];
+    if (kind % 7 == 3 && n > 0)
+        x[n / 2] = 40 * scales[kind % 5]; /* far larger than the others */
+    if (kind == 8 && n > 0)
+        x[n - 1] = NAN;
+    if (kind == 9 && n > 0)
+        x[0] = -INFINITY;
+}
+
+static void check_row(const int8_level *at, const float *x, size_t n)
+{
+    const mha_int8_kernels *k = at->k;
+    float largest = 0;
+    bool is_finite = true;
+    for (size_t i = 0; i < n; i++) {
+        is_finite &= isfinite(x[i]) != 0;
+        largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+    }
+    const uint32_t bits = k->largest(x, n);
+    CHECK(is_finite ? bits_to_float(bits) == largest : bits >= 0x7f800000, "the largest of %zu numbers: %x", n, bits);
+    uint32_t *row = guarded_buffer(1, k->row_words(n) * sizeof *row, at->side);
+    k->quantize(x, n, bits, row);
+    const bool is_zero = is_finite && largest < 0x1p-120f;
+    const float scale = is_finite ? is_zero ? 0 : largest / 127 : NAN;
+    CHECK_SAME(bits_to_float(row[0]), scale, n, 0);
+    int64_t sum = 0;
+    const size_t padded = (k->row_words(n) - MHA_ROW_HEADER) * k->group;
+    for (size_t i = 0; i < padded; i++) {
+        const float q = i < n && is_finite && !is_zero ? quantised(x[i], largest) : 0;
+        CHECK(row_integer(at, row, i) == (int)q, "%d instead of %g, at %zu of %zu", row_integer(at, row, i), (double)q,
+              i, n);
+        sum += (int)q;
+    }
+    CHECK((int32_t)row[1] == (int32_t)(-k->weight_offset * sum), "sums start with %d", (int32_t)row[1]);
+    CHECK(guarded_intact(1), "numbers beyond a row of %zu were written", n);
+}
+
+static void test_rows(const int8_level *at)
+{
+    DESCRIBE("%s rows", at->name);
+    for (size_t n = 0; n < MAX_NUMBERS; n++)
+        for (unsigned kind = 0; kind < 15; kind++) {
+            float *x = guarded_buffer(0, n * sizeof *x, at->side);
+            fill_row(x, n, kind);
+            check_row(at, x, n);
+        }
+}
+
+/* ---- Products ---- */
+
+typedef struct {
+    size_t rows, depth, vectors, addend_row; /* addend_row: 0 for a bias, P for sums, 1 for none */
+} product_case;
+
+static void check_product(const int8_level *at, const product_case *c, uint64_t *hash)
+{
+    const mha_int8_kernels *k = at->k;
+    const size_t P = c->vectors * at->lanes, groups = (c->depth + k->group - 1) / k->group, a_row = k->row_words(c->depth);
+    static float x[MAX_TEST_ROWS][MAX_NUMBERS];
+    static int8_t w[MAX_NUMBERS][MAX_LANES];
+    uint32_t *a = guarded_buffer(0, c->rows * a_row * sizeof *a, at->side);
+    int8_t *b = guarded_buffer(1, groups * P * k->group, at->side);
+    float *scale = guarded_buffer(2, P * sizeof *scale, at->side);
+    float *addend = guarded_buffer(3, (c->addend_row ? c->rows : 1) * P * sizeof *addend, at->side);
+    float *y = guarded_buffer(4, c->rows * P * sizeof *y, at->side);
+    for (size_t r = 0; r < c->rows; r++) {
+        for (size_t i = 0; i < c->depth; i++)
+            x[r][i] = (float)random_number(MHA_FLOAT32, 3 + r, i);
+        k->quantize(x[r], c->depth, k->largest(x[r], c->depth), a + r * a_row);
+    }
+    for (size_t i = 0; i < c->depth; i++)
+        for (size_t lane = 0; lane < P; lane++) {
+            w[i][lane] = (int8_t)(random_word(i, lane) % 256);
+            b[(i / k->group * P + lane) * k->group + i % k->group] = (int8_t)(w[i][lane] + k->weight_offset);
+        }
+    for (size_t lane = 0; lane < P; lane++)
+        scale[lane] = (float)random_number(MHA_FLOAT32, 1, lane);
+    for (size_t i = 0; i < (c->addend_row ? c->rows : 1) * P; i++)
+        addend[i] = (float)random_number(MHA_FLOAT32, 2, i);
+    const mha_prefetch prefetch = {(const char *)b, 1, groups * P * k->group, 0};
+    const mha_product product = {.rows = c->rows, .depth = groups, .vectors = c->vectors, .a = a,
+                                 .a_row = (ptrdiff_t)a_row, .b = b, .b_k = P, .b_scale = scale,
+                                 .addend = c->addend_row == 1 ? NULL : addend,
+                                 .addend_row = c->addend_row == 1 ? 0 : c->addend_row, .c = y, .c_row = P,
+                                 .prefetch = c->rows % 2 ? &prefetch : NULL};
+    k->product(&product);
+    for (size_t r = 0; r < c->rows; r++)
+        for (size_t lane = 0; lane < P; lane++) {
+            int64_t sum = 0;
+            for (size_t i = 0; i < c->depth; i++)
+                sum += (int64_t)row_integer(at, a + r * a_row, i) * w[i][lane];
+            const float added = product.addend ? addend[r * product.addend_row + lane] : 0;
+            const float wanted = multiplied(at, (float)sum, bits_to_float(a[r * a_row]) * scale[lane], added);
+            CHECK_SAME(y[r * P + lane], wanted, r, lane);
+            if (hash && lane < 4) /* panels are as wide as the vectors of a level */
+                hash_number(hash, (double)y[r * P + lane]);
+        }
+    CHECK(guarded_intact(4), "numbers beyond the product were written");
+}
+
+static void test_products(const int8_level *at, uint64_t *hash)
+{
+    static const size_t depths[] = {0, 1, 2, 3, 5, 16, 67};
+    for (size_t rows = 0; rows <= MAX_TEST_ROWS; rows++)
+        for (size_t d = 0; d < sizeof depths / sizeof *depths; d++)
+            for (size_t vectors = 1; vectors <= at->k->vectors; vectors++)
+                for (size_t kind = 0; kind < 3; kind++) {
+                    const product_case c = {rows, depths[d], vectors, kind == 2 ? vectors * at->lanes : kind};
+                    DESCRIBE("%s product of %zu rows, depth %zu, %zu vectors, addend %zu", at->name, rows, depths[d],
+                             vectors, kind);
+                    check_product(at, &c, vectors == 1 ? hash : NULL);
+                }
+}
+
+static uint64_t test_kernels(void)
+{
+    uint64_t of_levels = HASH_OF_NOTHING;
+    bool is_hashed = false;
+    for (size_t i = 0; mha_cpu_supported(i); i++)
+        for (int side = 0; side < 2; side++) {
+            const char *name = mha_cpu_supported(i);
+            const int8_level at = {name, mha_cpu_int8_named(name), mha_cpu_kernels_named(name, MHA_FLOAT32)->lanes,
+                                   (guarded_side)side, strcmp(name, "portable") != 0};
+            uint64_t hash = HASH_OF_NOTHING;
+            test_rows(&at);
+            test_products(&at, &hash);
+            if (at.has_fma && is_hashed)
+                CHECK(hash == of_levels, "%s has other bits than the level before", name);
+            if (at.has_fma)
+                of_levels = hash;
+            is_hashed |= at.has_fma;
+        }
+    return of_levels;
+}
+
+/* ---- Linear maps ---- */
+
+typedef struct {
+    size_t rows, depth, features;
+    bool has_bias;
+} map_case;
+
+static void *allocated(size_t n, size_t size)
+{
+    void *memory = calloc(n + 1, size);
+    if (!memory)
+        exit(2);
+    return memory;
+}
+
+/* One number of the result: sums of MHA_INT8_FEATURES features, one after another. */
+static float wanted_number(const int8_level *at, const map_case *c, const float *x, const int8_t *w, float scale,
+                           float bias)
+{
+    float largest = 0, y = bias;
+    for (size_t k = 0; k < c->depth; k++)
+        largest = fabsf(x[k]) > largest ? fabsf(x[k]) : largest;
+    for (size_t first = 0; first < c->depth; first += MHA_INT8_FEATURES) {
+        int64_t sum = 0;
+        for (size_t k = first; k < c->depth && k < first + MHA_INT8_FEATURES; k++)
+            sum += (int64_t)quantised(x[k], largest) * w[k];
+        y = multiplied(at, (float)sum, largest / 127 * scale, y);
+    }
+    return y;
+}
+
+static void check_map(const int8_level *at, const map_case *c, uint64_t *hash)
+{
+    float *x = allocated(c->rows * c->depth, sizeof *x), *scale = allocated(c->features, sizeof *scale);
+    float *bias = allocated(c->features, sizeof *bias), *y = allocated(c->rows * c->features, sizeof *y);
+    int8_t *w = allocated(c->features * c->depth, sizeof *w);
+    mha_linear *linear = NULL;
+    for (size_t i = 0; i < c->rows * c->depth; i++)
+        x[i] = (float)random_number(MHA_FLOAT32, 5, i);
+    for (size_t i = 0; i < c->features * c->depth; i++)
+        w[i] = (int8_t)(random_word(6, i) % 255 - 127);
+    for (size_t i = 0; i < c->features; i++) {
+        scale[i] = (float)random_number(MHA_FLOAT32, 7, i);
+        bias[i] = (float)random_number(MHA_FLOAT32, 8, i);
+    }
+    const mha_weight weight = {w, scale};
+    CHECK(mha_linear_create(MHA_FLOAT32, c->features, c->depth, &weight, c->has_bias ? bias : NULL, &linear) == MHA_OK,
+          "no map");
+    for (size_t threads = 1; linear && threads <= 3; threads++) {
+        const mha_linear_call call = {.linear = linear, .rows = c->rows, .x = x, .y = y, .threads = threads};
+        DESCRIBE("%s map of %zu rows, depth %zu, %zu features, %zu threads", at->name, c->rows, c->depth, c->features,
+                 threads);
+        memset(y, CANARY, c->rows * c->features * sizeof *y);
+        CHECK(mha_apply_linear(&call) == MHA_OK, "no result");
+        for (size_t r = 0; r < c->rows; r++)
+            for (size_t f = 0; f < c->features; f++) {
+                const float wanted = wanted_number(at, c, x + r * c->depth, w + f * c->depth, scale[f],
+                                                   c->has_bias ? bias[f] : 0);
+                CHECK_SAME(y[r * c->features + f], wanted, r, f);
+                hash_number(hash, (double)y[r * c->features + f]);
+            }
+    }
+    mha_linear_destroy(linear);
+    free(x);
+    free(scale);
+    free(bias);
+    free(y);
+    free(w);
+}
+
+static uint64_t test_maps(void)
+{
+    static const map_case cases[] = {
+        {1, 1, 1, true},    {0, 3, 5, true},      {7, 0, 5, true},      {5, 3, 7, false},     {8, 64, 24, true},
+        {130, 65, 49, true}, {3, 384, 100, true}, {9, 8192, 17, false}, {5, 8193, 33, true}, {2, 16385, 130, true},
+    };
+    const int8_level at = {.name = mha_cpu_name(), .has_fma = strcmp(mha_cpu_name(), "portable") != 0};
+    uint64_t hash = HASH_OF_NOTHING;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        check_map(&at, &cases[i], &hash);
+    return hash;
+}
+
+int main(void)
+{
+    const char *reason;
+    if (!mha_cpu_init(&reason)) {
+        fprintf(stderr, "%s\n", reason);
+        return 2;
+    }
+    printf("hash int8 kernels %016llx\n", (unsigned long long)test_kernels());
+    printf("hash int8 maps %016llx\n", (unsigned long long)test_maps());
+    return check_report("test_int8");
+}
