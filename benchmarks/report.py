@@ -21,7 +21,14 @@ import peers
 from cases import WORKLOADS
 
 OURS = peers.OURS.name
-LEVELS = {"avx2": "AVX2", "avx512": "AVX-512", "neon": "NEON", "portable": "portable C"}
+LEVELS = {
+    "avx2": "AVX2",
+    "avx512": "AVX-512",
+    "avx512_vnni": "AVX-512 VNNI",
+    "neon": "NEON",
+    "neon_dotprod": "NEON with dot products",
+    "portable": "portable C",
+}
 README_BLOCK = re.compile(r"(?<=<!-- speed -->\n).*?(?=\n<!-- end of speed -->)", re.S)
 
 

@@ -18,15 +18,16 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 KERNELS = REPOSITORY / "csrc" / "kernels"
 AARCH64_HEADERS = Path("/usr/aarch64-linux-gnu/include")
-LEVELS = {"avx2": "x86_64", "avx512": "x86_64", "neon": "aarch64"}
+LEVELS = {"avx2": "x86_64", "avx512": "x86_64", "avx512_vnni": "x86_64", "neon": "aarch64", "neon_dotprod": "aarch64"}
+DTYPES = ["f32", "f64", "bf16", "f16", "int8"]
 MACHINE = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
 
 FUNCTION = re.compile(r"^[0-9a-f]+ <_?(\w+)(?:\.\w+)*>:$")
 INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(\S.*)$")
-TILE = re.compile(r"tiles_(\d+)x(\d+)_(f32|f64|bf16|f16)")
+TILE = re.compile(r"tiles_(\d+)x(\d+)_(f32|f64|bf16|f16|int8)")
 JUMP = re.compile(r"^(?:j\w+|b|b\.\w+|cbn?z|tbn?z)\s.*?(?:0x)?([0-9a-f]+) <")
 FINAL = re.compile(r"^(?:jmp|b|ret\w*)\b(?!\.)")
-FMA = re.compile(r"^(?:vfmadd\d+p[sd]|fmla)\b")
+MULTIPLY_ADD = re.compile(r"^(?:vfmadd\d+p[sd]|fmla|vpmaddwd|vpdpbusd|sdot|sadalp)\b")
 CALL = re.compile(r"^(?:call|bl|push|pop)\b")
 STACK = {"x86_64": r"%[er]sp\b", "aarch64": r"\bsp\b"}
 #: Where a function makes the frame pointer from the stack pointer, that register is another name of the stack.
@@ -146,8 +147,8 @@ def functions(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("level", "dtype"), [(level, dtype) for level in LEVELS for dtype in DTYPES
+                                              if dtype == "int8" or level not in ("avx512_vnni", "neon_dotprod")])
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_nothing_spills(functions, compiler, level, dtype):
     """Every tile of R rows and V vectors has a loop of R * V multiply-adds (or, unrolled, a multiple) and no stack."""
@@ -159,7 +160,7 @@ def test_nothing_spills(functions, compiler, level, dtype):
     assert most_rows[-1] * vectors >= 12, "fewer accumulators than the smallest register file has room for"
     wrong = []
     for (r, v), function in sorted(tiles.items()):
-        counted = [(sum(bool(FMA.match(i)) for i in loop), loop) for loop in loops(function)]
+        counted = [(sum(bool(MULTIPLY_ADD.match(i)) for i in loop), loop) for loop in loops(function)]
         hot = [(count, loop) for count, loop in counted if count]
         if not hot:
             wrong.append(f"{r}x{v}: no loop with multiply-adds")

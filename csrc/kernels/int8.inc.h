@@ -11,7 +11,8 @@
  *   row_int                  what a row holds of each number: int16_t or int8_t. A group fills 32 bits.
  *   store_row(p, v)          integers to row_int
  *   load_group(p)            a group of each of lanes_f32 features
- *   add_products(c, a, b)    c + the sum of a group's products, in each lane; a: a group in all lanes, b: of load_group()
+ *   add_products(c, a, b)    c + the sum of a group's products, in each lane; a: a group in all lanes, b: of load_group().
+ *                            The sum is held in a register. gcc would multiply a whole tile first, and spill.
  *   WEIGHT_OFFSET            what panels hold in addition to each weight
  */
 #include "tiles.h"
@@ -162,7 +163,7 @@ INLINE void int8_tile(const size_t rows, const size_t vectors, const mha_product
 }
 
 #define COPY(r, v) \
-    NOINLINE void int8_tiles_##r##x##v(const mha_product *p, int8_progress *at, size_t tiles) \
+    NOINLINE void tiles_##r##x##v##_int8(const mha_product *p, int8_progress *at, size_t tiles) \
     { \
         for (; tiles > 0; tiles--) \
             int8_tile(r, v, p, at); \
@@ -176,7 +177,7 @@ EACH_TILE_3(COPY)
 
 static void int8_product(const mha_product *p)
 {
-#define NAME(r, v) int8_tiles_##r##x##v,
+#define NAME(r, v) tiles_##r##x##v##_int8,
     static void (*const copies[][MAX_ROWS])(const mha_product *, int8_progress *, size_t) = {
         {EACH_TILE_1(NAME)},
         {EACH_TILE_2(NAME)},

@@ -162,10 +162,10 @@ static inline vec_i32 load_group(const int8_t *p)
     return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)p));
 }
 
-/* As assembly, the addition stays behind its products. gcc would multiply a whole tile first, and spill the sums. */
 static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b)
 {
-    __asm__("vpaddd %1, %0, %0" : "+x"(c) : "x"(_mm256_madd_epi16(a, b)));
+    c = _mm256_add_epi32(_mm256_madd_epi16(a, b), c);
+    HOLD(c);
     return c;
 }
 

@@ -175,7 +175,13 @@ static inline void store_row(row_int *p, vec_i32 v)
 }
 
 static inline vec_i32 load_group(const int8_t *p) { return _mm512_loadu_si512(p); }
-static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b) { return _mm512_dpbusd_epi32(c, b, a); }
+
+static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b)
+{
+    c = _mm512_dpbusd_epi32(c, b, a);
+    HOLD(c);
+    return c;
+}
 #else
 typedef int16_t row_int;
 enum { WEIGHT_OFFSET = 0 };
@@ -192,7 +198,9 @@ static inline vec_i32 load_group(const int8_t *p)
 
 static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b)
 {
-    return _mm512_add_epi32(c, _mm512_madd_epi16(a, b));
+    c = _mm512_add_epi32(c, _mm512_madd_epi16(a, b));
+    HOLD(c);
+    return c;
 }
 #endif
 

@@ -141,14 +141,26 @@ static inline void store_row(row_int *p, vec_i32 v)
 
 static inline vec_i32 load_group(const int8_t *p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
 
+#ifdef MHA_DOTPROD
+/* As assembly: clang 14 has vdotq_s32() only if the whole file may use it. */
 static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b)
 {
-    const int8x16_t q = vreinterpretq_s8_s32(a), w = vreinterpretq_s8_s32(b);
-#ifdef MHA_DOTPROD
-    return vdotq_s32(c, q, w);
-#else /* two products of int8 fit into 16 bits */
-    return vpadalq_s16(c, vpaddq_s16(vmull_s8(vget_low_s8(q), vget_low_s8(w)), vmull_high_s8(q, w)));
-#endif
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(c) : "w"(a), "w"(b));
+    return c;
 }
+#else
+/* Two products of int8 fit into 16 bits. As assembly: clang would multiply first for several sums, and spill. */
+static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b)
+{
+    vec_i32 low, high;
+    __asm__("smull %1.8h, %3.8b, %4.8b\n\t"
+            "smull2 %2.8h, %3.16b, %4.16b\n\t"
+            "addp %1.8h, %1.8h, %2.8h\n\t"
+            "sadalp %0.4s, %1.8h"
+            : "+w"(c), "=&w"(low), "=&w"(high)
+            : "w"(a), "w"(b));
+    return c;
+}
+#endif
 
 #endif

@@ -128,7 +128,7 @@ static void check_product(const int8_level *at, const product_case *c, uint64_t 
     for (size_t lane = 0; lane < P; lane++)
         scale[lane] = (float)random_number(MHA_FLOAT32, 1, lane);
     for (size_t i = 0; i < (c->addend_row ? c->rows : 1) * P; i++)
-        addend[i] = (float)random_number(MHA_FLOAT32, 2, i);
+        addend[i] = (float)random_number(MHA_FLOAT32, 2 + i / P, i % P);
     const mha_prefetch prefetch = {(const char *)b, 1, groups * P * k->group, 0};
     const mha_product product = {.rows = c->rows, .depth = groups, .vectors = c->vectors, .a = a,
                                  .a_row = (ptrdiff_t)a_row, .b = b, .b_k = P, .b_scale = scale,
