@@ -98,7 +98,7 @@ static mha_linear *make_linear(const described_call *c, size_t features, size_t 
 {
     mha_linear *linear = NULL;
     const void *weight = numbers(c->dtype, features * depth), *bias = numbers(c->dtype, features);
-    if (mha_linear_create(c->dtype, features, depth, &(mha_weight){weight, NULL}, bias, &linear) != MHA_OK)
+    if (mha_linear_create(c->dtype, features, depth, &(mha_weight){.numbers = weight}, bias, &linear) != MHA_OK)
         abort();
     return linear;
 }

@@ -25,6 +25,7 @@ LEVELS = {
     "avx2": "AVX2",
     "avx512": "AVX-512",
     "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 BF16",
     "neon": "NEON",
     "neon_dotprod": "NEON with dot products",
     "portable": "portable C",

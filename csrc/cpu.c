@@ -21,27 +21,29 @@
 #include <sys/auxv.h>
 #endif
 
-enum { AVX2 = 1, AVX512 = 2, AVX512_VNNI = 4, NEON = 8, NEON_DOTPROD = 16 };
+enum { AVX2 = 1, AVX512 = 2, AVX512_VNNI = 4, AVX512_BF16 = 8, NEON = 16, NEON_DOTPROD = 32 };
 
 typedef struct {
     const char *name;
     const mha_kernels *kernels;
-    const mha_int8_kernels *int8;
+    const mha_narrow_kernels *narrow[2]; /* by mha_narrow_type */
     unsigned needs;
 } level;
 
 /* Best first. */
 static const level levels[] = {
 #if defined(__x86_64__)
-    {"avx512_vnni", mha_kernels_avx512, &mha_int8_avx512_vnni, AVX512 | AVX512_VNNI},
-    {"avx512", mha_kernels_avx512, &mha_int8_avx512, AVX512},
-    {"avx2", mha_kernels_avx2, &mha_int8_avx2, AVX2},
+    {"avx512_bf16", mha_kernels_avx512, {&mha_int8_avx512_vnni, &mha_bf16_avx512_bf16},
+     AVX512 | AVX512_VNNI | AVX512_BF16},
+    {"avx512_vnni", mha_kernels_avx512, {&mha_int8_avx512_vnni, &mha_bf16_avx512}, AVX512 | AVX512_VNNI},
+    {"avx512", mha_kernels_avx512, {&mha_int8_avx512, &mha_bf16_avx512}, AVX512},
+    {"avx2", mha_kernels_avx2, {&mha_int8_avx2, &mha_bf16_avx2}, AVX2},
 #endif
 #if defined(__aarch64__)
-    {"neon_dotprod", mha_kernels_neon, &mha_int8_neon_dotprod, NEON | NEON_DOTPROD},
-    {"neon", mha_kernels_neon, &mha_int8_neon, NEON},
+    {"neon_dotprod", mha_kernels_neon, {&mha_int8_neon_dotprod, &mha_bf16_neon}, NEON | NEON_DOTPROD},
+    {"neon", mha_kernels_neon, {&mha_int8_neon, &mha_bf16_neon}, NEON},
 #endif
-    {"portable", mha_kernels_portable, &mha_int8_portable, 0},
+    {"portable", mha_kernels_portable, {&mha_int8_portable, &mha_bf16_portable}, 0},
 };
 enum { LEVELS = sizeof levels / sizeof *levels };
 
@@ -75,7 +77,9 @@ static unsigned detect(void)
         return 0;
     if (!has(ebx, avx512) || !has(saved, zmm_state))
         return AVX2;
-    return AVX2 | AVX512 | (has(ecx, bit_AVX512VNNI) ? AVX512_VNNI : 0);
+    const unsigned vnni = has(ecx, bit_AVX512VNNI) ? AVX512_VNNI : 0, bf16_bit = 1 << 5;
+    const unsigned bf16 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && has(eax, bf16_bit) ? AVX512_BF16 : 0;
+    return AVX2 | AVX512 | vnni | bf16;
 }
 
 #elif defined(__aarch64__)
@@ -150,9 +154,9 @@ const mha_kernels *mha_cpu_kernels(mha_dtype dtype)
     return &chosen->kernels[mha_computed_in(dtype)];
 }
 
-const mha_int8_kernels *mha_cpu_int8(void)
+const mha_narrow_kernels *mha_cpu_narrow(mha_narrow_type type)
 {
-    return chosen->int8;
+    return chosen->narrow[type];
 }
 
 const char *mha_cpu_name(void)
@@ -173,9 +177,9 @@ const mha_kernels *mha_cpu_kernels_named(const char *name, mha_dtype dtype)
     return found != NULL ? &found->kernels[mha_computed_in(dtype)] : NULL;
 }
 
-const mha_int8_kernels *mha_cpu_int8_named(const char *name)
+const mha_narrow_kernels *mha_cpu_narrow_named(const char *name, mha_narrow_type type)
 {
     choose_once();
     const level *found = find_supported(name);
-    return found != NULL ? found->int8 : NULL;
+    return found != NULL ? found->narrow[type] : NULL;
 }

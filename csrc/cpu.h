@@ -17,8 +17,8 @@ bool mha_cpu_init(const char **reason);
 /* The chosen table. mha_cpu_init() must have returned true. */
 const mha_kernels *mha_cpu_kernels(mha_dtype dtype);
 
-/* The chosen kernels of int8. */
-const mha_int8_kernels *mha_cpu_int8(void);
+/* The chosen kernels of narrow products. */
+const mha_narrow_kernels *mha_cpu_narrow(mha_narrow_type type);
 
 /* The name of the chosen level. */
 const char *mha_cpu_name(void);
@@ -28,6 +28,6 @@ const char *mha_cpu_supported(size_t i);
 
 /* The tables of a supported level by its name, for tests. NULL if there is none. */
 const mha_kernels *mha_cpu_kernels_named(const char *name, mha_dtype dtype);
-const mha_int8_kernels *mha_cpu_int8_named(const char *name);
+const mha_narrow_kernels *mha_cpu_narrow_named(const char *name, mha_narrow_type type);
 
 #endif

@@ -29,10 +29,10 @@ enum {
 static bool is_possible(const mha_layer *layer, const mha_call *call)
 {
     /* Extra and static keys have no input. Dropout is for training. Scores lack a constant here, so they cannot be
-     * returned. Products of int8 would need weights the other way round. */
+     * returned. Narrow products would need weights the other way round. */
     return layer->widths.Ek >= MIN_FEATURES && layer->widths.Ev >= MIN_FEATURES &&
            mha_extra_keys(layer, call) == 0 && !call->static_k.data && !call->static_v.data &&
-           !layer->k.int8 && !layer->v.int8 && !(call->dropout_p > 0) && call->L > 0 &&
+           !layer->k.narrow && !layer->v.narrow && !(call->dropout_p > 0) && call->L > 0 &&
            call->wanted != MHA_WANT_SCORES;
 }
 

@@ -15,14 +15,17 @@
 static void place_panels(mha_plan *plan, const mha_kernels *kernels, mha_panels *panels, mha_dtype type,
                          const mha_weight *weight, size_t features, size_t depth, bool has_bias)
 {
-    panels->int8 = weight->scale ? mha_cpu_int8() : NULL;
-    panels->split = mha_split_evenly(kernels, features, weight->scale ? panels->int8->vectors : kernels->vectors);
+    const mha_narrow_kernels *narrow = weight->scale     ? mha_cpu_narrow(MHA_INT8)
+                                       : weight->is_bf16 ? mha_cpu_narrow(MHA_BF16)
+                                                         : NULL;
+    panels->narrow = narrow;
+    panels->split = mha_split_evenly(kernels, features, narrow ? narrow->vectors : kernels->vectors);
     panels->depth = depth;
-    panels->type = type;
-    panels->group = weight->scale ? panels->int8->group : 1;
-    panels->lane_bytes = weight->scale ? panels->group : mha_size_of(type);
+    panels->type = weight->is_bf16 ? MHA_BFLOAT16 : type;
+    panels->group = narrow ? narrow->group : 1;
+    panels->group_bytes = narrow ? narrow->group_bytes : mha_size_of(type);
     const size_t padded = panels->split.vectors * kernels->lanes;
-    mha_place(plan, &panels->data, padded, mha_panel_steps(panels), panels->lane_bytes);
+    mha_place(plan, &panels->data, padded, mha_panel_steps(panels), panels->group_bytes);
     if (weight->scale)
         mha_place(plan, &panels->scale, padded, 1, sizeof *panels->scale);
     if (has_bias)
@@ -61,12 +64,34 @@ static void pack_int8(const mha_panels *panels, mha_panel panel, const int8_t *w
     for (size_t i = 0; i < panel.count; i++) {
         const int8_t *row = weight + (panel.first + i) * depth;
         for (size_t k = 0; k < depth; k++)
-            to[(k / group * P + i) * group + k % group] = (int8_t)(row[k] + panels->int8->weight_offset);
+            to[(k / group * P + i) * group + k % group] = (int8_t)(row[k] + panels->narrow->weight_offset);
     }
 }
 
-static void pack_panels(const mha_kernels *kernels, const mha_panels *panels, const mha_weight *weight,
-                        const char *bias)
+/* Weights are rounded as rows are. Where bfloat16 is multiplied by FMAs, a group is the upper half of a word. */
+static void pack_bf16(const mha_kernels *kernels, const mha_panels *panels, mha_dtype type, mha_panel panel,
+                      const char *weight)
+{
+    float numbers[MHA_CHAIN];
+    uint32_t words[MHA_CHAIN];
+    const size_t P = panel.vectors * panels->split.lanes, depth = panels->depth, size = mha_size_of(type);
+    memset(mha_panel_row(panels, &panel, 0), 0, mha_panel_steps(panels) * P * panels->group_bytes);
+    for (size_t i = 0; i < panel.count; i++)
+        for (size_t k = 0; k < depth; k += MHA_CHAIN) {
+            const size_t width = mha_smaller(depth - k, MHA_CHAIN);
+            char *to = mha_panel_row(panels, &panel, k);
+            take_numbers(kernels, type, weight + ((panel.first + i) * depth + k) * size, width, (char *)numbers);
+            panels->narrow->take_row(numbers, width, 0, words);
+            for (size_t step = 0; step < mha_divide_up(width, panels->group); step++) {
+                const uint16_t upper = (uint16_t)(words[step] >> 16);
+                memcpy(to + (step * P + i) * panels->group_bytes,
+                       panels->group == 1 ? (const void *)&upper : (const void *)&words[step], panels->group_bytes);
+            }
+        }
+}
+
+static void pack_panels(const mha_kernels *kernels, const mha_panels *panels, mha_dtype type,
+                        const mha_weight *weight, const char *bias)
 {
     const mha_split *split = &panels->split;
     const size_t size = kernels->size, depth = panels->depth;
@@ -74,6 +99,8 @@ static void pack_panels(const mha_kernels *kernels, const mha_panels *panels, co
         const mha_panel panel = mha_panel_at(split, i);
         if (weight->scale)
             pack_int8(panels, panel, weight->numbers);
+        else if (weight->is_bf16)
+            pack_bf16(kernels, panels, type, panel, weight->numbers);
         else if (mha_is_half(panels->type))
             pack_halves(kernels, panels, panel, weight->numbers);
         else
@@ -86,7 +113,7 @@ static void pack_panels(const mha_kernels *kernels, const mha_panels *panels, co
     }
     if (bias) {
         memset(panels->bias, 0, split->vectors * kernels->lanes * size);
-        take_numbers(kernels, panels->type, bias, split->width, panels->bias);
+        take_numbers(kernels, type, bias, split->width, panels->bias);
     }
 }
 
@@ -130,10 +157,10 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
     made->widths = w;
     made->kernels = kernels;
     made->k_weight = given->k_weight.numbers;
-    pack_panels(kernels, &made->q, &given->q_weight, given->q_bias);
-    pack_panels(kernels, &made->k, &given->k_weight, given->k_bias);
-    pack_panels(kernels, &made->v, &given->v_weight, given->v_bias);
-    pack_panels(kernels, &made->out, &given->out_weight, given->out_bias);
+    pack_panels(kernels, &made->q, dtype, &given->q_weight, given->q_bias);
+    pack_panels(kernels, &made->k, dtype, &given->k_weight, given->k_bias);
+    pack_panels(kernels, &made->v, dtype, &given->v_weight, given->v_bias);
+    pack_panels(kernels, &made->out, dtype, &given->out_weight, given->out_bias);
     made->has_bias_kv = given->bias_k != NULL;
     fill_extra(kernels, dtype, &made->extra_k, given->bias_k);
     fill_extra(kernels, dtype, &made->extra_v, given->bias_v);
@@ -167,7 +194,7 @@ mha_status mha_linear_create(mha_dtype dtype, size_t features, size_t depth, con
         status = mha_allocate(&plan, &made->memory);
     }
     if (status == MHA_OK) {
-        pack_panels(kernels, &made->panels, weight, bias);
+        pack_panels(kernels, &made->panels, dtype, weight, bias);
     } else {
         mha_linear_destroy(made);
         made = NULL;

@@ -28,10 +28,12 @@ typedef struct {
 typedef struct {
     const void *numbers; /* in the layer's dtype, or int8 */
     const float *scale;  /* [features]: the weights are the products of int8 and these; NULL: the weights are not int8 */
+    bool is_bf16;        /* rows and weights are rounded to bfloat16 when they are multiplied; not with a scale */
 } mha_weight;
 
 /* The parameters as torch stores them: C-contiguous, in the layer's dtype. A bias that the layer does not have is NULL.
- * If the dtype is a half, inputs and results of calls are float32. A layer of float64 has no weights of int8. */
+ * If the dtype is a half, inputs and results of calls are float32. Of a layer of
+ * float64, weights are neither int8 nor rounded. */
 typedef struct {
     mha_weight q_weight, k_weight, v_weight; /* (H*D, E), (Hkv*D, Ek), (Hkv*Dv, Ev) */
     const void *q_bias, *k_bias, *v_bias;    /* (H*D), (Hkv*D), (Hkv*Dv) */
@@ -41,7 +43,7 @@ typedef struct {
 } mha_parameters;
 
 /* Parameters packed for the kernels of this CPU. They are immutable, and any number of threads may use them. The array
- * k_weight.numbers has to stay where it is, unchanged, as long as they live, unless it is int8. Nothing else of
+ * k_weight.numbers has to stay where it is, unchanged, as long as they live, unless its products are narrow. Nothing else of
  * mha_parameters is referenced afterwards. */
 typedef struct mha_layer mha_layer;
 

@@ -52,16 +52,16 @@ static inline mha_panel mha_panel_at(const mha_split *split, size_t i)
  *      | features|         | v      |      | v      |
  *      +---------+         +--------+      +--------+      lanes beyond the last feature are 0
  *
- * Panels of int8 have groups in the place of numbers: neighbours along the depth (kernels.h). */
+ * Narrow panels have groups in the place of numbers: neighbours along the depth (kernels.h). */
 typedef struct {
     mha_split split; /* of the features */
     size_t depth;
-    mha_dtype type; /* of the numbers that it was made from, without regard to int8; panels may hold halves */
-    const mha_int8_kernels *int8; /* NULL: the panels are not of int8 */
-    size_t group;      /* numbers in a group; 1 unless the panels are of int8 */
-    size_t lane_bytes; /* of a number, or a group */
+    mha_dtype type; /* of the numbers of `data`, which may be halves; not of int8 */
+    const mha_narrow_kernels *narrow; /* NULL: products are not narrow */
+    size_t group;      /* numbers in a group; 1 unless products are narrow */
+    size_t group_bytes;
     char *data;        /* written once, when the layer is made */
-    float *scale;      /* of the features, if the panels are of int8; padded with zeros to whole vectors */
+    float *scale;      /* of the features, if they are int8; padded with zeros to whole vectors */
     char *bias;        /* as it is computed, padded with zeros to whole vectors; NULL: none */
 } mha_panels;
 
@@ -75,7 +75,7 @@ static inline size_t mha_panel_steps(const mha_panels *panels)
 static inline char *mha_panel_row(const mha_panels *panels, const mha_panel *panel, size_t k)
 {
     const size_t P = panel->vectors * panels->split.lanes, step = k / panels->group;
-    return panels->data + (panel->first * mha_panel_steps(panels) + step * P) * panels->lane_bytes;
+    return panels->data + (panel->first * mha_panel_steps(panels) + step * P) * panels->group_bytes;
 }
 
 #endif

@@ -12,8 +12,8 @@
  *   rows | block |  (x)     slice |  P    |      |  P    | rows   = addend + chain, chain after chain;
  *        +-------+---             +-------+      +-------+          the last chain goes straight to y
  *
- * If the weights are int8, the copy of a row is quantised, with a scale for the whole row, and a product is as long as a
- * slice.
+ * If products are narrow, the copy of a row is narrow. If it is quantised, it has one scale, and a product is as long as
+ * a slice.
  *
  * Owns: the order of additions: bias, then chains of MHA_CHAIN features in order, or sums of MHA_INT8_FEATURES features.
  * It does not depend on the blocking.
@@ -30,7 +30,7 @@ enum {
     /* of a slice of a block, which has to fit into the second-level cache; blocks of wide rows have fewer rows */
     MAX_BLOCK_BYTES = 491520,
     ROW_UNIT = 8,           /* blocks have whole multiples of this many rows, because most tiles have 8 or 4 rows */
-    MAX_SLICE_BYTES = 8192, /* of one row; whole chains. A slice of a quantised row has MHA_INT8_FEATURES. */
+    MAX_SLICE_BYTES = 8192, /* of one row, unless a chain is longer; whole chains */
     /* panels of a task if rows have several slices; each has a strip, which waits for the next slice */
     MAX_SLICED_PANELS = 8,
     TASKS_PER_THREAD = 4,   /* so that threads end at about the same time */
@@ -86,13 +86,13 @@ static size_t row_width(const mha_blocking *p)
 
 static mha_blocking choose_blocking(const mha_kernels *kernels, const mha_projection *projection, size_t threads)
 {
-    const mha_int8_kernels *int8 = projection->target[0].panels->int8;
+    const mha_narrow_kernels *narrow = projection->target[0].panels->narrow;
     const size_t rows = mha_walk_rows(projection->walk), depth = projection->target[0].panels->depth;
-    const size_t slice = int8 ? MHA_INT8_FEATURES : MAX_SLICE_BYTES / kernels->size;
-    mha_blocking p = {.rows = rows, .depth = depth, .slice = mha_smaller(depth, slice)};
-    p.chain = int8 ? slice : MHA_CHAIN;
-    p.chain_width = int8 ? int8->row_words(p.slice)
-                         : mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
+    const size_t chain = narrow ? narrow->chain : MHA_CHAIN;
+    const size_t slice = mha_larger(MAX_SLICE_BYTES / kernels->size, chain);
+    mha_blocking p = {.rows = rows, .depth = depth, .slice = mha_smaller(depth, slice), .chain = chain};
+    p.chain_width = narrow ? narrow->row_words(mha_smaller(p.slice, chain))
+                           : mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
     p.slices = depth ? mha_divide_up(depth, slice) : 1;
     const size_t fit = MAX_BLOCK_BYTES / (mha_larger(row_width(&p), 1) * kernels->size) / ROW_UNIT * ROW_UNIT;
     p.row_units = mha_divide_up(rows, ROW_UNIT);
@@ -126,7 +126,7 @@ static bool is_same_input(const mha_projection *p, const mha_walk *walk, const m
 {
     return mha_is_same_walk(p->walk, walk) && p->x->data == x->data && p->x->item == x->item &&
            p->x->row == x->row && p->x->step == x->step && p->target[0].panels->depth == panels->depth &&
-           p->target[0].panels->int8 == panels->int8;
+           p->target[0].panels->narrow == panels->narrow;
 }
 
 void mha_add_projection(mha_projection *projections, size_t *count, const mha_walk *walk, const mha_rows *x,
@@ -152,7 +152,7 @@ size_t mha_plan_projection(const mha_kernels *kernels, mha_projection *projectio
     mha_reserve(&layout, 1, 1, sizeof(copied_slice));
     p->block_at = mha_reserve(&layout, p->block_rows, row_width(p), kernels->size);
     p->strips_at = mha_reserve(&layout, waiting_strips(p), strip_size(kernels, p), kernels->size);
-    p->spare_at = mha_reserve(&layout, projection->target[0].panels->int8 ? p->slice : 0, 1, kernels->size);
+    p->spare_at = mha_reserve(&layout, projection->target[0].panels->narrow ? p->slice : 0, 1, kernels->size);
     return layout.bytes;
 }
 
@@ -207,35 +207,44 @@ static const float *numbers_of(const mha_rows *x, const char *from, size_t featu
     return (const float *)(const void *)spare;
 }
 
-/* Quantises a slice of a row, with the scale of the whole row. */
-static void quantize_row(const mha_projection *projection, const char *row, size_t first_feature, char *spare,
-                         uint32_t *to)
+/* The bits of the largest number of a row. */
+static uint32_t largest_of_row(const mha_projection *projection, const char *row, char *spare)
 {
     const mha_blocking *p = &projection->blocking;
     const mha_rows *x = projection->x;
-    const mha_int8_kernels *int8 = projection->target[0].panels->int8;
     uint32_t largest = 0;
     for (size_t k = 0; k < p->depth; k += p->slice) {
         const size_t features = mha_smaller(p->depth - k, p->slice);
-        const uint32_t of_slice = int8->largest(numbers_of(x, row + (ptrdiff_t)k * x->step, features, spare), features);
+        const float *numbers = numbers_of(x, row + (ptrdiff_t)k * x->step, features, spare);
+        const uint32_t of_slice = projection->target[0].panels->narrow->largest(numbers, features);
         largest = of_slice > largest ? of_slice : largest;
     }
-    const size_t features = mha_smaller(p->depth - first_feature, p->slice);
-    const char *from = row + (ptrdiff_t)first_feature * x->step;
-    int8->quantize(numbers_of(x, from, features, spare), features, largest, to);
+    return largest;
 }
 
-/* The same as copy_slice() for rows that are multiplied as int8. */
-static void quantize_slice(const mha_projection *projection, size_t first_row, size_t rows, size_t first_feature,
-                           char *spare, char *block)
+/* The same as copy_slice() for narrow products. */
+static void narrow_slice(const mha_projection *projection, size_t first_row, size_t rows, size_t first_feature,
+                         char *spare, char *block)
 {
-    const size_t row_bytes = projection->blocking.chain_width * sizeof(uint32_t);
+    const mha_blocking *p = &projection->blocking;
+    const mha_narrow_kernels *narrow = projection->target[0].panels->narrow;
+    const mha_rows *x = projection->x;
+    const size_t features = mha_smaller(p->depth - first_feature, p->slice), row_words = p->chain_width;
     mha_run run;
     for (size_t done = 0; done < rows; done += run.rows) {
-        run = mha_run_at(projection->walk, projection->x, true, first_row + done, first_row + rows);
-        for (size_t r = 0; r < run.rows; r++)
-            quantize_row(projection, run.data + (ptrdiff_t)r * run.distance, first_feature, spare,
-                         (uint32_t *)(void *)(block + (done + r) * row_bytes));
+        run = mha_run_at(projection->walk, x, true, first_row + done, first_row + rows);
+        for (size_t r = 0; r < run.rows; r++) {
+            const char *row = run.data + (ptrdiff_t)r * run.distance;
+            const uint32_t largest = narrow->largest ? largest_of_row(projection, row, spare) : 0;
+            const float *numbers = numbers_of(x, row + (ptrdiff_t)first_feature * x->step, features, spare);
+            uint32_t *to = (uint32_t *)(void *)block + (done + r) * row_words;
+            size_t k = 0;
+            do {
+                narrow->take_row(numbers + k, mha_smaller(features - k, p->chain), largest, to);
+                k += p->chain;
+                to += p->block_rows * row_words;
+            } while (k < features);
+        }
     }
 }
 
@@ -243,8 +252,8 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
                               copied_slice *copied, char *block, char *spare)
 {
     const mha_blocking *p = &projection->blocking;
-    const bool is_int8 = projection->target[0].panels->int8 != NULL;
-    if (p->slices == 1 && !is_int8) {
+    const bool is_narrow = projection->target[0].panels->narrow != NULL;
+    if (p->slices == 1 && !is_narrow) {
         mha_run run = mha_run_at(projection->walk, projection->x, true, first_row, first_row + rows);
         const ptrdiff_t size = (ptrdiff_t)mha_size_of(projection->x->type);
         if (rows == 1)
@@ -253,8 +262,8 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
             return (sliced_rows){run.data, rows, run.distance / size, MHA_CHAIN};
     }
     if (copied->projection != projection || copied->first_row != first_row || copied->first_feature != first_feature) {
-        if (is_int8)
-            quantize_slice(projection, first_row, rows, first_feature, spare, block);
+        if (is_narrow)
+            narrow_slice(projection, first_row, rows, first_feature, spare, block);
         else
             copy_slice(projection, first_row, rows, first_feature, block);
     }
@@ -267,17 +276,19 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
 static mha_prefetch next_weights(const mha_kernels *kernels, const mha_target *target, const char *b)
 {
     const mha_panels *panels = target->panels;
-    const size_t row = panels->split.lanes * panels->lane_bytes;
+    const size_t row = panels->split.lanes * panels->group_bytes;
     const char *end = panels->data + panels->split.vectors * row * mha_panel_steps(panels);
-    const size_t chain = (panels->int8 ? mha_panel_steps(panels) : MHA_CHAIN) * kernels->vectors * row;
+    const size_t features = panels->narrow ? panels->narrow->chain : MHA_CHAIN;
+    const size_t steps = mha_divide_up(mha_smaller(panels->depth, features), panels->group);
+    const size_t chain = steps * kernels->vectors * row;
     const size_t bytes = b < end ? mha_smaller((size_t)(end - b), chain) : 0;
     return (mha_prefetch){.data = b, .rows = bytes > 0, .bytes = bytes};
 }
 
 static void multiply(const mha_kernels *kernels, const mha_target *target, const mha_product *product)
 {
-    if (target->panels->int8)
-        target->panels->int8->product(product);
+    if (target->panels->narrow)
+        target->panels->narrow->product(product);
     else
         kernels->product(product);
 }
@@ -297,7 +308,7 @@ static void multiply_to_run(const mha_kernels *kernels, const mha_target *target
         product->vectors = here;
         product->c = run->data + (ptrdiff_t)head * target->y->head + (ptrdiff_t)(feature * size);
         multiply(kernels, target, product);
-        product->b = (const char *)product->b + here * lanes * target->panels->lane_bytes;
+        product->b = (const char *)product->b + here * lanes * target->panels->group_bytes;
         if (product->b_scale)
             product->b_scale += here * lanes;
         if (product->addend)
@@ -346,7 +357,7 @@ static void multiply_slice(const mha_kernels *kernels, const mha_projection *pro
 {
     const mha_blocking *p = &projection->blocking;
     const mha_panels *panels = target->panels;
-    const size_t size = kernels->size, P = panel.vectors * kernels->lanes, b_row = P * panels->lane_bytes;
+    const size_t size = kernels->size, P = panel.vectors * kernels->lanes, b_row = P * panels->group_bytes;
     const bool fits = panel.count == P || panel.first + P <= target->room;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
     const char *addend = strip;
@@ -362,7 +373,7 @@ static void multiply_slice(const mha_kernels *kernels, const mha_projection *pro
         mha_product product = {.rows = x->rows, .depth = mha_divide_up(chain, panels->group), .vectors = panel.vectors,
                                .a = x->data + (ptrdiff_t)(k / p->chain * size) * x->chain_stride,
                                .a_row = x->row_stride, .a_k = 1, .b = b, .b_k = P, .b_type = panels->type,
-                               .b_scale = panels->int8 ? panels->scale + panel.first : NULL, .addend = addend,
+                               .b_scale = panels->scale ? panels->scale + panel.first : NULL, .addend = addend,
                                .addend_row = addend_row, .c = strip, .c_row = P, .prefetch = &prefetch};
         k += p->chain;
         if (fits && first_feature + k >= p->depth) {

@@ -26,9 +26,9 @@ typedef struct {
 /* How the rows and panels of a projection are divided into tasks. */
 typedef struct {
     size_t rows, depth, slice, slices;
-    size_t chain; /* features of one product: MHA_CHAIN, or a slice if they are added up as integers */
-    /* numbers that a row has in one chain of the block; the block holds one chain of all rows after the other. A
-     * quantised row counts words. */
+    size_t chain; /* features of one product, at most */
+    /* numbers, or words of a narrow row, that a row has in one chain of the block; the block holds one chain of all
+     * rows after the other */
     size_t chain_width;
     size_t row_units, blocks; /* row_units: some rows each, which the blocks share evenly */
     size_t block_rows;        /* of the largest block */

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-_Weight: TypeAlias = NDArray[Any] | tuple[NDArray[np.int8], NDArray[np.float32]]
+_Weight: TypeAlias = NDArray[Any] | tuple[NDArray[np.int8], NDArray[np.float32]] | tuple[NDArray[Any], str]
 
 @final
 class Weights:

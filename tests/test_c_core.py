@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-PROGRAMS = ["kernels", "int8", "softmax", "exp", "norm", "forward", "block", "sdpa", "allocations"]  # and "threads"
-ONE_LEVEL = ["int8", "forward", "block", "sdpa"]  # the others try all levels by themselves
+PROGRAMS = ["kernels", "narrow", "softmax", "exp", "norm", "forward", "block", "sdpa", "allocations"]  # and "threads"
+ONE_LEVEL = ["narrow", "forward", "block", "sdpa"]  # the others try all levels by themselves
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wconversion", "-Wshadow",
          "-pthread", f"-I{REPOSITORY / 'csrc'}"]
 WRAP = ["-Wl," + ",".join(f"--wrap={name}" for name in ("malloc", "calloc", "aligned_alloc", "free"))]
@@ -118,7 +118,7 @@ def test_on_this_cpu(workshop, compiler, name):
     assert " 0 failures" in workshop.output(compiler, name)
 
 
-@pytest.mark.parametrize("level", ["avx512_vnni", "avx512", "avx2", "neon_dotprod", "neon", "portable"])
+@pytest.mark.parametrize("level", ["avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon_dotprod", "neon", "portable"])
 @pytest.mark.parametrize("name", ONE_LEVEL)
 def test_on_every_level(workshop, name, level):
     """Whole passes on a level that is perhaps not the best."""

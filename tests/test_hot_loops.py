@@ -7,6 +7,7 @@ or unrolls too eagerly, must spill, and the results would still be right.
 """
 
 import ast
+import itertools
 import platform
 import re
 import shutil
@@ -18,16 +19,17 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 KERNELS = REPOSITORY / "csrc" / "kernels"
 AARCH64_HEADERS = Path("/usr/aarch64-linux-gnu/include")
-LEVELS = {"avx2": "x86_64", "avx512": "x86_64", "avx512_vnni": "x86_64", "neon": "aarch64", "neon_dotprod": "aarch64"}
+LEVELS = {"avx2": "x86_64", "avx512": "x86_64", "avx512_vnni": "x86_64", "avx512_bf16": "x86_64",
+          "neon": "aarch64", "neon_dotprod": "aarch64"}
 DTYPES = ["f32", "f64", "bf16", "f16", "int8"]
 MACHINE = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
 
 FUNCTION = re.compile(r"^[0-9a-f]+ <_?(\w+)(?:\.\w+)*>:$")
 INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(\S.*)$")
-TILE = re.compile(r"tiles_(\d+)x(\d+)_(f32|f64|bf16|f16|int8)")
+TILE = re.compile(r"tiles_(\d+)x(\d+)_(f32|f64|bf16_pairs|bf16|f16|int8)")
 JUMP = re.compile(r"^(?:j\w+|b|b\.\w+|cbn?z|tbn?z)\s.*?(?:0x)?([0-9a-f]+) <")
 FINAL = re.compile(r"^(?:jmp|b|ret\w*)\b(?!\.)")
-MULTIPLY_ADD = re.compile(r"^(?:vfmadd\d+p[sd]|fmla|vpmaddwd|vpdpbusd|sdot|sadalp)\b")
+MULTIPLY_ADD = re.compile(r"^(?:vfmadd\d+p[sd]|fmla|vpmaddwd|vpdpbusd|vdpbf16ps|sdot|sadalp)\b")
 CALL = re.compile(r"^(?:call|bl|push|pop)\b")
 STACK = {"x86_64": r"%[er]sp\b", "aarch64": r"\bsp\b"}
 #: Where a function makes the frame pointer from the stack pointer, that register is another name of the stack.
@@ -147,8 +149,9 @@ def functions(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(("level", "dtype"), [(level, dtype) for level in LEVELS for dtype in DTYPES
-                                              if dtype == "int8" or level not in ("avx512_vnni", "neon_dotprod")])
+@pytest.mark.parametrize(("level", "dtype"), [*itertools.product(("avx2", "avx512", "neon"), DTYPES),
+                                              ("avx512_vnni", "int8"), ("neon_dotprod", "int8"),
+                                              ("avx512_bf16", "bf16_pairs")])
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_nothing_spills(functions, compiler, level, dtype):
     """Every tile of R rows and V vectors has a loop of R * V multiply-adds (or, unrolled, a multiple) and no stack."""

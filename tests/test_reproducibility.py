@@ -287,7 +287,7 @@ def test_broadcast_mask_is_the_written_mask():
 
 # ------------------------------------------------------------------------------------------- instruction sets
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_vnni", "neon", "neon_dotprod")
+LEVELS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod")
 WITH_FMA = LEVELS[1:]
 
 

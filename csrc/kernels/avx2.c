@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * avx2.c - the kernels of kernels.inc.h and int8.inc.h over the vocabulary of simd_avx2.h.
+ * avx2.c - the kernels of kernels.inc.h, bf16.inc.h and int8.inc.h over the vocabulary of simd_avx2.h.
  */
 #include <float.h>
 #include <math.h>
@@ -28,6 +28,8 @@
 #define REAL double
 #include "kernels.inc.h"
 
+#include "bf16.inc.h"
+
 #include "int8.inc.h"
 
 #ifdef __clang__
@@ -41,5 +43,6 @@ const mha_kernels mha_kernels_avx2[2] = {
     MHA_KERNELS("avx2", f64, double, MHA_FLOAT64),
 };
 
-const mha_int8_kernels mha_int8_avx2 = MHA_INT8_KERNELS;
+const mha_narrow_kernels mha_bf16_avx2 = MHA_BF16_BY_FMA;
+const mha_narrow_kernels mha_int8_avx2 = MHA_INT8_KERNELS;
 #endif

@@ -28,5 +28,5 @@
 #pragma GCC pop_options
 #endif
 
-const mha_int8_kernels mha_int8_avx512_vnni = MHA_INT8_KERNELS;
+const mha_narrow_kernels mha_int8_avx512_vnni = MHA_INT8_KERNELS;
 #endif

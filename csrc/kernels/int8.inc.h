@@ -17,7 +17,7 @@
  */
 #include "tiles.h"
 
-enum { GROUP = 4 / sizeof(row_int), INT8_VECTORS = REGISTERS == 16 ? 2 : 3 };
+enum { GROUP = 4 / sizeof(row_int) };
 enum { LEAST = 0x03800000 /* the bits of 2^-120: its reciprocal times 127 is finite */, INFINITE = 0x7f800000 };
 
 _Static_assert(MHA_INT8_FEATURES % GROUP == 0, "groups do not cross the sums of integers");
@@ -83,125 +83,31 @@ static void quantize(const float *x, size_t n, uint32_t largest_bits, uint32_t *
     memcpy(row + 1, &start, sizeof start);
 }
 
-/* ---- The tile ---- */
+/* ---- Products ---- */
 
-/* The rows of a product that are left, and what remains to be prefetched. */
-typedef struct {
-    const uint32_t *a;
-    const float *addend; /* may be NULL */
-    float *c;
-    const char *ahead; /* the next byte */
-    size_t step;       /* bytes to advance with each group */
-} int8_progress;
+typedef vec_i32 sum_int8;
+enum { HEADER_int8 = MHA_ROW_HEADER, GROUP_BYTES_int8 = GROUP };
+
+static inline vec_i32 begin_int8(const uint32_t *row) { return splat_i32((int32_t)row[1]); }
+static inline vec_i32 load_int8(const char *b) { return load_group((const int8_t *)b); }
+static inline vec_i32 add_int8(vec_i32 c, vec_i32 a, vec_i32 b) { return add_products(c, a, b); }
 
 /* addend + sum * scales */
-INLINE void int8_finish(vec_i32 sum, vec_f32 row_scale, const mha_product *p, const float *addend, float *c, size_t lane)
+static inline void end_int8(vec_i32 sum, const uint32_t *row, const mha_product *p, size_t lane, const float *addend,
+                            float *c)
 {
-    const vec_f32 scale = row_scale * load_f32(p->b_scale + lane);
+    float row_scale;
+    memcpy(&row_scale, row, sizeof row_scale);
+    const vec_f32 scale = splat_f32(row_scale) * load_f32(p->b_scale + lane);
     store_f32(c + lane, fma_f32(real_of(sum), scale, addend ? load_f32(addend + lane) : splat_f32(0)));
 }
 
-/* Computes one tile. `rows` and `vectors` are constants in every copy. Sums are variables of their own, as in
- * tile.inc.h. */
-INLINE void int8_tile(const size_t rows, const size_t vectors, const mha_product *p, int8_progress *at)
-{
-    const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row;
-    const uint32_t *row = at->a, *a_0 = row + MHA_ROW_HEADER, *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0;
-    const size_t vector_bytes = lanes_f32 * GROUP, b_bytes = p->b_k * GROUP, step = at->step;
-    const int8_t *b = p->b;
-    const char *ahead = at->ahead;
-    const vec_i32 zero = splat_i32(0);
-    if (rows > 4)
-        FORGET(a_4);
-#define DECLARE(r) \
-    const vec_i32 start_##r = r < rows ? splat_i32((int32_t)row[r * a_row + 1]) : zero; \
-    vec_i32 c##r##_0 = start_##r, c##r##_1 = start_##r, c##r##_2 = start_##r;
-    EACH_ROW(DECLARE)
-    for (size_t k = p->depth; k > 0; k--) {
-        const vec_i32 b_0 = load_group(b);
-        const vec_i32 b_1 = vectors > 1 ? load_group(b + vector_bytes) : zero;
-        const vec_i32 b_2 = vectors > 2 ? load_group(b + 2 * vector_bytes) : zero;
-#define ACCUMULATE(r) \
-    if (r < rows) { \
-        const vec_i32 a_r = splat_i32((int32_t)(r < 4 ? a_0 : a_4)[r % 4 == 3 ? a_rows_3 : r % 4 * a_row]); \
-        c##r##_0 = add_products(c##r##_0, a_r, b_0); \
-        if (vectors > 1) \
-            c##r##_1 = add_products(c##r##_1, a_r, b_1); \
-        if (vectors > 2) \
-            c##r##_2 = add_products(c##r##_2, a_r, b_2); \
-    }
-        EACH_ROW(ACCUMULATE)
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += step;
-        a_0++;
-        a_4++;
-        b += b_bytes;
-    }
-    at->ahead = ahead;
-    const float *addend = at->addend;
-    float *c = at->c;
-#define FINISH(r) \
-    if (r < rows) { \
-        float scale_##r; \
-        memcpy(&scale_##r, row + r * a_row, sizeof scale_##r); \
-        int8_finish(c##r##_0, splat_f32(scale_##r), p, addend, c, 0); \
-        if (vectors > 1) \
-            int8_finish(c##r##_1, splat_f32(scale_##r), p, addend, c, lanes_f32); \
-        if (vectors > 2) \
-            int8_finish(c##r##_2, splat_f32(scale_##r), p, addend, c, 2 * lanes_f32); \
-        if (addend) \
-            addend += p->addend_row; \
-        c += p->c_row; \
-    }
-    EACH_ROW(FINISH)
-#undef DECLARE
-#undef ACCUMULATE
-#undef FINISH
-    at->a += (ptrdiff_t)rows * a_row;
-    at->addend = addend;
-    at->c = c;
-}
-
-#define COPY(r, v) \
-    NOINLINE void tiles_##r##x##v##_int8(const mha_product *p, int8_progress *at, size_t tiles) \
-    { \
-        for (; tiles > 0; tiles--) \
-            int8_tile(r, v, p, at); \
-    }
-EACH_TILE_1(COPY)
-EACH_TILE_2(COPY)
-#if REGISTERS > 16
-EACH_TILE_3(COPY)
-#endif
-#undef COPY
-
-static void int8_product(const mha_product *p)
-{
-#define NAME(r, v) tiles_##r##x##v##_int8,
-    static void (*const copies[][MAX_ROWS])(const mha_product *, int8_progress *, size_t) = {
-        {EACH_TILE_1(NAME)},
-        {EACH_TILE_2(NAME)},
-#if REGISTERS > 16
-        {EACH_TILE_3(NAME)},
-#endif
-    };
-#undef NAME
-    static const size_t max_rows[] = {ROWS_1, ROWS_2, ROWS_3};
-    if (p->rows == 0)
-        return;
-    const shared_rows share = share_rows(p->rows, max_rows[p->vectors - 1]);
-    int8_progress at = {.a = p->a, .addend = p->addend, .c = p->c, .ahead = p->a};
-    if (p->prefetch && p->prefetch->rows == 1 && p->depth > 0) {
-        at.ahead = p->prefetch->data;
-        at.step = (p->prefetch->bytes + share.tiles * p->depth - 1) / (share.tiles * p->depth);
-    }
-    if (share.larger > 0)
-        copies[p->vectors - 1][share.rows](p, &at, share.larger);
-    copies[p->vectors - 1][share.rows - 1](p, &at, share.tiles - share.larger);
-}
+#define OF int8
+#include "groups.inc.h"
 
 #define MHA_INT8_KERNELS \
     { \
-        .group = GROUP, .vectors = INT8_VECTORS, .weight_offset = WEIGHT_OFFSET, .row_words = row_words, \
-        .largest = largest, .quantize = quantize, .product = int8_product, \
+        .group = GROUP, .group_bytes = GROUP, .vectors = REGISTERS == 16 ? 2 : 3, .chain = MHA_INT8_FEATURES, \
+        .weight_offset = WEIGHT_OFFSET, .row_words = row_words, .largest = largest, .take_row = quantize, \
+        .product = product_int8, \
     }

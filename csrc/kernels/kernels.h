@@ -57,7 +57,7 @@ typedef struct {
     const void *b;
     size_t b_k;
     mha_dtype b_type; /* of the numbers of b, if they are halves; float32 alone multiplies by halves */
-    const float *b_scale; /* [P]; of mha_int8_kernels alone */
+    const float *b_scale; /* [P]; of products of int8 alone */
     const void *addend;
     size_t addend_row;
     const void *factor;
@@ -199,47 +199,54 @@ extern const mha_kernels mha_kernels_avx2[2];
 extern const mha_kernels mha_kernels_avx512[2];
 extern const mha_kernels mha_kernels_neon[2];
 
-/* ---- Products of int8 ----
+/* ---- Narrow products ----
  *
- * Rows of float32 are *quantised* to integers from -127 to 127 with a scale: x is about scale * q. Weights are given as
- * such integers, with a scale for each feature. Sums of their products are exact, so that they are equal on every
- * instruction set.
+ * Linear maps of float32 may multiply narrower numbers: rows are narrowed when they are copied for a product, and
+ * weights when a layer is loaded.
  *
- * A *group* is `group` numbers of a row or of a feature, side by side, whose products are added to one sum in one step.
- * A quantised row is words of 32 bits: its scale, what its sums start with, and its groups. A panel is
- * [groups][P][group] bytes. */
-enum { MHA_ROW_HEADER = 2 /* words */ };
+ *   int8      A row is *quantised* to integers from -127 to 127 with a scale: x is about scale * q. So is each feature of
+ *             the weights. Sums of products are exact integers, so that they are equal on every instruction set.
+ *   bfloat16  Numbers are rounded to bfloat16. Sums are float32. Of two neighbours along the depth, the second one is
+ *             added first, as vdpbf16ps does: two FMAs in this order give its bits, where no sum is subnormal.
+ *
+ * A *group* is `group` numbers of a row or of a feature, side by side, that are multiplied and added in one step. A
+ * narrow row is words of 32 bits. A panel is [groups][P], of groups of `group_bytes`. */
+typedef enum { MHA_INT8 = 0, MHA_BF16 } mha_narrow_type;
+
+/* Words before the groups of a quantised row: its scale, and what its sums start with. */
+enum { MHA_ROW_HEADER = 2 };
 
 /* The most features that are added up as integers. It is the same on every instruction set, as MHA_CHAIN is. */
 enum { MHA_INT8_FEATURES = 8192 };
 
 typedef struct {
-    size_t group;
+    size_t group, group_bytes;
     size_t vectors;    /* in a panel, at most */
-    int weight_offset; /* what panels hold in addition to each weight */
+    size_t chain;      /* features of one product, at most: MHA_INT8_FEATURES or MHA_CHAIN */
+    int weight_offset; /* what panels of int8 hold in addition to each weight */
 
-    /* Words of a quantised row of n numbers. */
+    /* Words of a narrow row of n numbers. */
     size_t (*row_words)(size_t n);
 
-    /* The bits of the largest |x[i]|. Bits of numbers that are not finite are larger than those of others. */
+    /* The bits of the largest |x[i]|. Bits of numbers that are not finite are larger than those of others. NULL: rows
+     * have no scale. */
     uint32_t (*largest)(const float *x, size_t n);
 
-    /* Quantises n numbers of a row: scale = largest / 127, q = x * (127 / largest), rounded to the nearest, ties to
-     * even. A row of zeros, and one with numbers below 2^-120 alone, becomes zeros with the scale 0. If `largest` is
-     * not finite, the scale is NaN. */
-    void (*quantize)(const float *x, size_t n, uint32_t largest, uint32_t *row);
+    /* Narrows n numbers of a row. Quantised: scale = largest / 127, q = x * (127 / largest), rounded to the nearest,
+     * ties to even. A row of zeros, and one with numbers below 2^-120 alone, becomes zeros with the scale 0. If
+     * `largest` is not finite, the scale is NaN. */
+    void (*take_row)(const float *x, size_t n, uint32_t largest, uint32_t *row);
 
-    /* C[rows][P] = addend + sum * (scale of the row * b_scale), with one FMA. Rows of a are quantised, depth counts
-     * groups, and a_row counts words. a_k, b_type and factor are not used. addend NULL: 0. */
+    /* C[rows][P] = addend + sum, where the sum of int8 is multiplied by (scale of the row * b_scale) in one FMA. Rows of
+     * a are narrow, depth counts groups, and a_row counts words. a_k is 1, and there is no factor. addend NULL: 0. */
     void (*product)(const mha_product *product);
-} mha_int8_kernels;
+} mha_narrow_kernels;
 
-extern const mha_int8_kernels mha_int8_portable;
-extern const mha_int8_kernels mha_int8_avx2;
-extern const mha_int8_kernels mha_int8_avx512;
-extern const mha_int8_kernels mha_int8_avx512_vnni;
-extern const mha_int8_kernels mha_int8_neon;
-extern const mha_int8_kernels mha_int8_neon_dotprod;
+extern const mha_narrow_kernels mha_bf16_portable, mha_int8_portable;
+extern const mha_narrow_kernels mha_bf16_avx2, mha_int8_avx2;
+extern const mha_narrow_kernels mha_bf16_avx512, mha_int8_avx512;
+extern const mha_narrow_kernels mha_bf16_avx512_bf16, mha_int8_avx512_vnni;
+extern const mha_narrow_kernels mha_bf16_neon, mha_int8_neon, mha_int8_neon_dotprod;
 
 /* The product of a whole depth, in chains of MHA_CHAIN. `product` describes the first chain, except for its depth. */
 static inline void mha_multiply_chained(const mha_kernels *kernels, mha_product *product, size_t depth)

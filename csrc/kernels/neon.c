@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * neon.c - the kernels of kernels.inc.h and int8.inc.h over the vocabulary of simd_neon.h.
+ * neon.c - the kernels of kernels.inc.h, bf16.inc.h and int8.inc.h over the vocabulary of simd_neon.h.
  */
 #include <float.h>
 #include <math.h>
@@ -26,6 +26,8 @@
 #define REAL double
 #include "kernels.inc.h"
 
+#include "bf16.inc.h"
+
 #include "int8.inc.h"
 
 #ifndef __clang__
@@ -37,5 +39,6 @@ const mha_kernels mha_kernels_neon[2] = {
     MHA_KERNELS("neon", f64, double, MHA_FLOAT64),
 };
 
-const mha_int8_kernels mha_int8_neon = MHA_INT8_KERNELS;
+const mha_narrow_kernels mha_bf16_neon = MHA_BF16_BY_FMA;
+const mha_narrow_kernels mha_int8_neon = MHA_INT8_KERNELS;
 #endif

@@ -27,5 +27,5 @@
 #pragma GCC pop_options
 #endif
 
-const mha_int8_kernels mha_int8_neon_dotprod = MHA_INT8_KERNELS;
+const mha_narrow_kernels mha_int8_neon_dotprod = MHA_INT8_KERNELS;
 #endif

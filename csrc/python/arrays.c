@@ -354,17 +354,24 @@ int parameter_from_object(PyObject *object, const char *name, mha_dtype dtype, P
     return check_layout(*array, name);
 }
 
-static int int8_from_tuple(PyObject *tuple, const char *name, mha_dtype dtype, weight_arrays *weight)
+static int narrow_from_tuple(PyObject *tuple, const char *name, mha_dtype dtype, weight_arrays *weight)
 {
-    PyObject *numbers = PyTuple_GET_SIZE(tuple) == 2 ? PyTuple_GET_ITEM(tuple, 0) : Py_None;
-    PyObject *scale = PyTuple_GET_SIZE(tuple) == 2 ? PyTuple_GET_ITEM(tuple, 1) : Py_None;
+    const bool is_pair = PyTuple_GET_SIZE(tuple) == 2 && dtype != MHA_FLOAT64;
+    PyObject *numbers = is_pair ? PyTuple_GET_ITEM(tuple, 0) : Py_None;
+    PyObject *scale = is_pair ? PyTuple_GET_ITEM(tuple, 1) : Py_None;
+    if (PyUnicode_Check(scale) && PyUnicode_CompareWithASCIIString(scale, "bfloat16") == 0) {
+        weight->is_bf16 = true;
+        return parameter_from_object(numbers, name, dtype, &weight->numbers);
+    }
     if (!PyArray_Check(numbers) || !PyArray_Check(scale) || PyArray_TYPE((PyArrayObject *)numbers) != NPY_INT8 ||
-        PyArray_TYPE((PyArrayObject *)scale) != NPY_FLOAT32 || dtype == MHA_FLOAT64) {
+        PyArray_TYPE((PyArrayObject *)scale) != NPY_FLOAT32) {
         PyErr_Format(PyExc_TypeError, "%s must be an array of dtype %s%s", name, dtype_name(dtype),
-                     dtype == MHA_FLOAT64 ? "" : ", or a tuple of an int8 array and a float32 array of scales");
+                     dtype == MHA_FLOAT64 ? "" : ", a tuple of an int8 array and a float32 array of scales, or a tuple "
+                                                 "of an array and 'bfloat16'");
         return -1;
     }
-    *weight = (weight_arrays){(PyArrayObject *)numbers, (PyArrayObject *)scale};
+    weight->numbers = (PyArrayObject *)numbers;
+    weight->scale = (PyArrayObject *)scale;
     if (check_layout(weight->numbers, name) < 0 || check_layout(weight->scale, name) < 0)
         return -1;
     if (PyArray_NDIM(weight->numbers) < 1 || !array_has_shape(weight->scale, 1, PyArray_DIMS(weight->numbers))) {
@@ -376,14 +383,16 @@ static int int8_from_tuple(PyObject *tuple, const char *name, mha_dtype dtype, w
 
 int weight_from_object(PyObject *object, const char *name, mha_dtype dtype, weight_arrays *weight)
 {
-    weight->scale = NULL;
-    return PyTuple_Check(object) ? int8_from_tuple(object, name, dtype, weight)
+    *weight = (weight_arrays){.numbers = NULL};
+    return PyTuple_Check(object) ? narrow_from_tuple(object, name, dtype, weight)
                                  : parameter_from_object(object, name, dtype, &weight->numbers);
 }
 
 mha_weight weight_of(const weight_arrays *weight)
 {
-    return (mha_weight){PyArray_DATA(weight->numbers), weight->scale == NULL ? NULL : PyArray_DATA(weight->scale)};
+    return (mha_weight){.numbers = PyArray_DATA(weight->numbers),
+                        .scale = weight->scale == NULL ? NULL : PyArray_DATA(weight->scale),
+                        .is_bf16 = weight->is_bf16};
 }
 
 size_t weight_nbytes(const weight_arrays *weight)

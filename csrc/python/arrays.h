@@ -46,10 +46,12 @@ PyObject *shape_as_list(int ndim, const npy_intp *shape);
  * borrowed. Returns 0, or -1 with a TypeError or ValueError. */
 int parameter_from_object(PyObject *object, const char *name, mha_dtype dtype, PyArrayObject **array);
 
-/* A weight matrix as a layer is given it: an array in the layer's dtype, or a tuple of an array of int8 and one of
- * float32, the scales of its rows. References are borrowed. `scale` is NULL for an array. */
+/* A weight matrix as a layer is given it: an array in the layer's dtype; or a tuple of an array of int8 and one of
+ * float32, the scales of its rows; or a tuple of an array in the layer's dtype and "bfloat16", if products read bfloat16.
+ * References are borrowed. */
 typedef struct {
-    PyArrayObject *numbers, *scale;
+    PyArrayObject *numbers, *scale; /* scale NULL: no int8 */
+    bool is_bf16;
 } weight_arrays;
 
 /* The same for a weight matrix. There is a scale for each row. */

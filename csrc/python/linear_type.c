@@ -100,8 +100,7 @@ PyDoc_STRVAR(linear_doc, "Linear(dtype, weight, bias, /)\n--\n\n"
                          "One immutable linear map, packed for the kernels of this CPU.\n\n"
                          "weight is (features, depth), and bias (features,) or None: C-contiguous, aligned, in native\n"
                          "byte order and of the dtype with this name, float32, float64, bfloat16 or float16. weight may\n"
-                         "also be a tuple: an int8 array, and a float32 array of the scales of its rows; not with\n"
-                         "float64. Anything else raises TypeError or ValueError.");
+                         "also be a tuple, as a weight of Weights. Anything else raises TypeError or ValueError.");
 
 static PyType_Slot linear_slots[] = {
     {Py_tp_doc, (void *)linear_doc},

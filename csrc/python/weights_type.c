@@ -256,10 +256,11 @@ PyDoc_STRVAR(weights_doc, "Weights(num_heads, num_kv_heads, head_dim, v_head_dim
                           "--\n\n"
                           "One immutable set of parameters, packed for the kernels of this CPU.\n\n"
                           "All arrays are C-contiguous, aligned, in native byte order and of the dtype with this name,\n"
-                          "float32, float64, bfloat16 or float16. A weight may also be a tuple: an int8 array, and a\n"
-                          "float32 array of the scales of its rows; not with float64. Biases and bias_k / bias_v are\n"
-                          "None where the layer has none; in_proj_bias holds the biases of q, k and v, stacked. Anything\n"
-                          "else raises TypeError or ValueError.");
+                          "float32, float64, bfloat16 or float16. A weight may also be a tuple, except with float64: an\n"
+                          "int8 array, and a float32 array of the scales of its rows; or an array, and \"bfloat16\", if\n"
+                          "its products read bfloat16. Biases and bias_k / bias_v are None where the layer has none;\n"
+                          "in_proj_bias holds the biases of q, k and v, stacked. Anything else raises TypeError or\n"
+                          "ValueError.");
 
 static PyType_Slot weights_slots[] = {
     {Py_tp_doc, (void *)weights_doc},

@@ -52,9 +52,9 @@ static inline mha_status make_block(const problem *p, const surroundings *s, mha
         made->array[5] = random_array(dtype, wide, 1, 45);
         made->array[6] = random_array(dtype, E * s->hidden, 2 / sqrt((double)s->hidden + 1), 46);
         made->array[7] = random_array(dtype, E, 1, 47);
-        status = mha_linear_create(dtype, wide, E, &(mha_weight){made->array[4], NULL}, made->array[5], &made->linear1);
+        status = mha_linear_create(dtype, wide, E, &(mha_weight){.numbers = made->array[4]}, made->array[5], &made->linear1);
         if (status == MHA_OK)
-            status = mha_linear_create(dtype, E, s->hidden, &(mha_weight){made->array[6], NULL}, made->array[7],
+            status = mha_linear_create(dtype, E, s->hidden, &(mha_weight){.numbers = made->array[6]}, made->array[7],
                                        &made->linear2);
     }
     const mha_norm norm = {.weight = made->array[0], .bias = made->array[1], .eps = 1e-5, .is_rms = s->is_rms};

@@ -335,7 +335,7 @@ static void test_linear_halves(mha_dtype half)
         DESCRIBE("%s %s linear map, %zu threads", mha_cpu_name(), dtype_name(half), threads);
         for (size_t i = 0; i < 2; i++) {
             mha_linear *linear = NULL;
-            const mha_weight weight = {weights[i], NULL};
+            const mha_weight weight = {.numbers = weights[i]};
             CHECK(mha_linear_create(dtypes[i], FEATURES, DEPTH, &weight, biases[i], &linear) == MHA_OK, "no map");
             const mha_linear_call call = {.linear = linear, .rows = ROWS, .x = x, .y = y[i], .threads = threads};
             CHECK(mha_apply_linear(&call) == MHA_OK, "no answer");

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * test_int8.c - products of int8 against their definition, to the last bit: rows that are quantised, panels of all
- * widths, and whole linear maps.
+ * test_narrow.c - products of int8 and bfloat16 against their definition, to the last bit: rows that are quantised,
+ * panels of int8 of all widths, and whole linear maps.
  *
- * Kernels are tested on every level of this CPU, and linear maps on the chosen one. A hash of each stands for the bits:
- * all levels with FMA must give the same.
+ * Kernels of int8 are tested on every level of this CPU, and linear maps on the chosen one. A hash of each stands for the
+ * bits: all levels with FMA must give the same.
  */
 #include "bench.h"
 
@@ -12,7 +12,7 @@ enum { MAX_NUMBERS = 100, MAX_TEST_ROWS = 18 };
 
 typedef struct {
     const char *name;
-    const mha_int8_kernels *k;
+    const mha_narrow_kernels *k;
     size_t lanes;
     guarded_side side;
     bool has_fma;
@@ -61,7 +61,7 @@ static void fill_row(float *x, size_t n, unsigned kind)
 
 static void check_row(const int8_level *at, const float *x, size_t n)
 {
-    const mha_int8_kernels *k = at->k;
+    const mha_narrow_kernels *k = at->k;
     float largest = 0;
     bool is_finite = true;
     for (size_t i = 0; i < n; i++) {
@@ -71,7 +71,7 @@ static void check_row(const int8_level *at, const float *x, size_t n)
     const uint32_t bits = k->largest(x, n);
     CHECK(is_finite ? bits_to_float(bits) == largest : bits >= 0x7f800000, "the largest of %zu numbers: %x", n, bits);
     uint32_t *row = guarded_buffer(1, k->row_words(n) * sizeof *row, at->side);
-    k->quantize(x, n, bits, row);
+    k->take_row(x, n, bits, row);
     const bool is_zero = is_finite && largest < 0x1p-120f;
     const float scale = is_finite ? is_zero ? 0 : largest / 127 : NAN;
     CHECK_SAME(bits_to_float(row[0]), scale, n, 0);
@@ -106,7 +106,7 @@ typedef struct {
 
 static void check_product(const int8_level *at, const product_case *c, uint64_t *hash)
 {
-    const mha_int8_kernels *k = at->k;
+    const mha_narrow_kernels *k = at->k;
     const size_t P = c->vectors * at->lanes, groups = (c->depth + k->group - 1) / k->group, a_row = k->row_words(c->depth);
     static float x[MAX_TEST_ROWS][MAX_NUMBERS];
     static int8_t w[MAX_NUMBERS][MAX_LANES];
@@ -118,7 +118,7 @@ static void check_product(const int8_level *at, const product_case *c, uint64_t 
     for (size_t r = 0; r < c->rows; r++) {
         for (size_t i = 0; i < c->depth; i++)
             x[r][i] = (float)random_number(MHA_FLOAT32, 3 + r, i);
-        k->quantize(x[r], c->depth, k->largest(x[r], c->depth), a + r * a_row);
+        k->take_row(x[r], c->depth, k->largest(x[r], c->depth), a + r * a_row);
     }
     for (size_t i = 0; i < c->depth; i++)
         for (size_t lane = 0; lane < P; lane++) {
@@ -164,14 +164,14 @@ static void test_products(const int8_level *at, uint64_t *hash)
                 }
 }
 
-static uint64_t test_kernels(void)
+static void test_int8_kernels(void)
 {
     uint64_t of_levels = HASH_OF_NOTHING;
     bool is_hashed = false;
     for (size_t i = 0; mha_cpu_supported(i); i++)
         for (int side = 0; side < 2; side++) {
             const char *name = mha_cpu_supported(i);
-            const int8_level at = {name, mha_cpu_int8_named(name), mha_cpu_kernels_named(name, MHA_FLOAT32)->lanes,
+            const int8_level at = {name, mha_cpu_narrow_named(name, MHA_INT8), mha_cpu_kernels_named(name, MHA_FLOAT32)->lanes,
                                    (guarded_side)side, strcmp(name, "portable") != 0};
             uint64_t hash = HASH_OF_NOTHING;
             test_rows(&at);
@@ -182,7 +182,6 @@ static uint64_t test_kernels(void)
                 of_levels = hash;
             is_hashed |= at.has_fma;
         }
-    return of_levels;
 }
 
 /* ---- Linear maps ---- */
@@ -200,8 +199,8 @@ static void *allocated(size_t n, size_t size)
     return memory;
 }
 
-/* One number of the result: sums of MHA_INT8_FEATURES features, one after another. */
-static float wanted_number(const int8_level *at, const map_case *c, const float *x, const int8_t *w, float scale,
+/* One number of the result of int8: sums of MHA_INT8_FEATURES features, one after another. */
+static float number_of_int8(const int8_level *at, const map_case *c, const float *x, const int8_t *w, float scale,
                            float bias)
 {
     float largest = 0, y = bias;
@@ -216,33 +215,60 @@ static float wanted_number(const int8_level *at, const map_case *c, const float 
     return y;
 }
 
-static void check_map(const int8_level *at, const map_case *c, uint64_t *hash)
+static float as_bf16(float x)
+{
+    return (float)half_value(MHA_BFLOAT16, nearest_half(MHA_BFLOAT16, (double)x));
+}
+
+/* One number of the result of bfloat16: chains of MHA_CHAIN features. Of two neighbours, the second comes first. */
+static float number_of_bf16(const int8_level *at, const map_case *c, const float *x, const float *w, float bias)
+{
+    float y = bias;
+    for (size_t first = 0; first < c->depth; first += MHA_CHAIN) {
+        const size_t end = c->depth < first + MHA_CHAIN ? c->depth : first + MHA_CHAIN;
+        float chain = 0;
+        for (size_t k = first; k < end; k++) {
+            const size_t swapped = (k - first) % 2 ? k - 1 : k + 1 < end ? k + 1 : k;
+            chain = multiplied(at, as_bf16(x[swapped]), as_bf16(w[swapped]), chain);
+        }
+        y = first || c->has_bias ? y + chain : chain;
+    }
+    return y;
+}
+
+/* Weights are q * scale of int8, or numbers that are rounded to bfloat16. */
+static void check_map(const int8_level *at, const map_case *c, bool is_bf16, uint64_t *hash)
 {
     float *x = allocated(c->rows * c->depth, sizeof *x), *scale = allocated(c->features, sizeof *scale);
     float *bias = allocated(c->features, sizeof *bias), *y = allocated(c->rows * c->features, sizeof *y);
     int8_t *w = allocated(c->features * c->depth, sizeof *w);
+    float *wide = allocated(c->features * c->depth, sizeof *wide);
     mha_linear *linear = NULL;
     for (size_t i = 0; i < c->rows * c->depth; i++)
         x[i] = (float)random_number(MHA_FLOAT32, 5, i);
     for (size_t i = 0; i < c->features * c->depth; i++)
         w[i] = (int8_t)(random_word(6, i) % 255 - 127);
+    for (size_t i = 0; i < c->features * c->depth; i++)
+        wide[i] = (float)random_number(MHA_FLOAT32, 6, i);
     for (size_t i = 0; i < c->features; i++) {
         scale[i] = (float)random_number(MHA_FLOAT32, 7, i);
         bias[i] = (float)random_number(MHA_FLOAT32, 8, i);
     }
-    const mha_weight weight = {w, scale};
+    const mha_weight weight = {.numbers = is_bf16 ? (void *)wide : (void *)w, .scale = is_bf16 ? NULL : scale,
+                               .is_bf16 = is_bf16};
     CHECK(mha_linear_create(MHA_FLOAT32, c->features, c->depth, &weight, c->has_bias ? bias : NULL, &linear) == MHA_OK,
           "no map");
     for (size_t threads = 1; linear && threads <= 3; threads++) {
         const mha_linear_call call = {.linear = linear, .rows = c->rows, .x = x, .y = y, .threads = threads};
-        DESCRIBE("%s map of %zu rows, depth %zu, %zu features, %zu threads", at->name, c->rows, c->depth, c->features,
-                 threads);
+        DESCRIBE("%s %s map of %zu rows, depth %zu, %zu features, %zu threads", at->name, is_bf16 ? "bf16" : "int8",
+                 c->rows, c->depth, c->features, threads);
         memset(y, CANARY, c->rows * c->features * sizeof *y);
         CHECK(mha_apply_linear(&call) == MHA_OK, "no result");
         for (size_t r = 0; r < c->rows; r++)
             for (size_t f = 0; f < c->features; f++) {
-                const float wanted = wanted_number(at, c, x + r * c->depth, w + f * c->depth, scale[f],
-                                                   c->has_bias ? bias[f] : 0);
+                const float *row = x + r * c->depth, added = c->has_bias ? bias[f] : 0;
+                const float wanted = is_bf16 ? number_of_bf16(at, c, row, wide + f * c->depth, added)
+                                             : number_of_int8(at, c, row, w + f * c->depth, scale[f], added);
                 CHECK_SAME(y[r * c->features + f], wanted, r, f);
                 hash_number(hash, (double)y[r * c->features + f]);
             }
@@ -253,9 +279,10 @@ static void check_map(const int8_level *at, const map_case *c, uint64_t *hash)
     free(bias);
     free(y);
     free(w);
+    free(wide);
 }
 
-static uint64_t test_maps(void)
+static uint64_t test_maps(bool is_bf16)
 {
     static const map_case cases[] = {
         {1, 1, 1, true},    {0, 3, 5, true},      {7, 0, 5, true},      {5, 3, 7, false},     {8, 64, 24, true},
@@ -264,7 +291,7 @@ static uint64_t test_maps(void)
     const int8_level at = {.name = mha_cpu_name(), .has_fma = strcmp(mha_cpu_name(), "portable") != 0};
     uint64_t hash = HASH_OF_NOTHING;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        check_map(&at, &cases[i], &hash);
+        check_map(&at, &cases[i], is_bf16, &hash);
     return hash;
 }
 
@@ -275,7 +302,8 @@ int main(void)
         fprintf(stderr, "%s\n", reason);
         return 2;
     }
-    printf("hash int8 kernels %016llx\n", (unsigned long long)test_kernels());
-    printf("hash int8 maps %016llx\n", (unsigned long long)test_maps());
-    return check_report("test_int8");
+    test_int8_kernels();
+    printf("hash int8 maps %016llx\n", (unsigned long long)test_maps(false));
+    printf("hash bf16 maps %016llx\n", (unsigned long long)test_maps(true));
+    return check_report("test_narrow");
 }

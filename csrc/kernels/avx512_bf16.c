@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * avx512_bf16.c - products of bfloat16 over the vocabulary of simd_avx512.h, with AVX512_BF16.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,fma")
+#endif
+#include "simd_avx512.h"
+#include "tiles.h"
+
+/* A group is two halves, in the order of the row. The last group of an odd row has a 0. */
+static size_t row_words(size_t n)
+{
+    return (n + lanes_f32 - 1) / lanes_f32 * lanes_f32 / 2;
+}
+
+static void round_row(const float *x, size_t n, uint32_t largest_bits, uint32_t *row)
+{
+    uint16_t *halves = (uint16_t *)(void *)row;
+    size_t i = 0;
+    (void)largest_bits;
+    for (; i + lanes_f32 <= n; i += lanes_f32)
+        narrow_bf16(halves + i, load_f32(x + i));
+    if (i < n) {
+        float last[lanes_f32] = {0};
+        memcpy(last, x + i, (n - i) * sizeof *x);
+        narrow_bf16(halves + i, load_f32(last));
+    }
+}
+
+typedef vec_f32 sum_bf16_pairs;
+enum { HEADER_bf16_pairs = 0, GROUP_BYTES_bf16_pairs = 4 };
+
+static inline vec_f32 begin_bf16_pairs(const uint32_t *row)
+{
+    (void)row;
+    return splat_f32(0);
+}
+
+static inline vec_i32 load_bf16_pairs(const char *b) { return _mm512_loadu_si512(b); }
+
+static inline vec_f32 add_bf16_pairs(vec_f32 c, vec_i32 a, vec_i32 b)
+{
+    c = _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+    HOLD(c);
+    return c;
+}
+
+static inline void end_bf16_pairs(vec_f32 sum, const uint32_t *row, const mha_product *p, size_t lane,
+                                  const float *addend, float *c)
+{
+    (void)row;
+    (void)p;
+    if (addend)
+        sum = load_f32(addend + lane) + sum;
+    store_f32(c + lane, sum);
+}
+
+#define OF bf16_pairs
+#include "groups.inc.h"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const mha_narrow_kernels mha_bf16_avx512_bf16 = {
+    .group = 2, .group_bytes = 4, .vectors = 3, .chain = MHA_CHAIN, .row_words = row_words, .take_row = round_row,
+    .product = product_bf16_pairs,
+};
+#endif

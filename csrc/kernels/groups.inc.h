@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * groups.inc.h - the tile of products by groups: some neighbours along the depth, 32 bits of a row, are multiplied and
+ * added in one step. It is written once, and included after defining OF, the suffix of these names:
+ *   sum, HEADER, GROUP_BYTES  the type of a sum of lanes_f32 lanes; the words before a row's groups; bytes of a group
+ *   begin(row)                what the sums of a row start with
+ *   load(b)                   a group of each of lanes_f32 features
+ *   add(c, a, b)              c + the products of a group; a: a group of the row in all lanes
+ *   end(sum, row, p, lane, addend, c)  the vector of results from this lane on to memory; addend may be NULL
+ */
+#define G_(name, of) name##_##of
+#define G_OF(name, of) G_(name, of)
+#define G(name) G_OF(name, OF)
+#define TILES_(r, v, of) tiles_##r##x##v##_##of
+#define TILES_OF(r, v, of) TILES_(r, v, of)
+#define TILES(r, v) TILES_OF(r, v, OF)
+
+/* The rows of a product that are left, and what remains to be prefetched. */
+typedef struct {
+    const uint32_t *a;
+    const float *addend; /* may be NULL */
+    float *c;
+    const char *ahead; /* the next byte */
+    size_t step;       /* bytes to advance with each group */
+} G(progress);
+
+/* Computes one tile. `rows` and `vectors` are constants in every copy. Sums are variables of their own, as in
+ * tile.inc.h. */
+INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *p, G(progress) *at)
+{
+    const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row;
+    const uint32_t *row = at->a, *a_0 = row + G(HEADER), *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0;
+    const size_t vector_bytes = lanes_f32 * G(GROUP_BYTES), b_bytes = p->b_k * G(GROUP_BYTES), step = at->step;
+    const char *b = p->b;
+    const char *ahead = at->ahead;
+    const vec_i32 no_group = splat_i32(0);
+    if (rows > 4)
+        FORGET(a_4);
+#define DECLARE(r) \
+    const G(sum) start_##r = G(begin)(row + (r < rows ? r * a_row : 0)); \
+    G(sum) c##r##_0 = start_##r, c##r##_1 = start_##r, c##r##_2 = start_##r;
+    EACH_ROW(DECLARE)
+    for (size_t k = p->depth; k > 0; k--) {
+        const vec_i32 b_0 = G(load)(b);
+        const vec_i32 b_1 = vectors > 1 ? G(load)(b + vector_bytes) : no_group;
+        const vec_i32 b_2 = vectors > 2 ? G(load)(b + 2 * vector_bytes) : no_group;
+#define ACCUMULATE(r) \
+    if (r < rows) { \
+        const vec_i32 a_r = splat_i32((int32_t)(r < 4 ? a_0 : a_4)[r % 4 == 3 ? a_rows_3 : r % 4 * a_row]); \
+        c##r##_0 = G(add)(c##r##_0, a_r, b_0); \
+        if (vectors > 1) \
+            c##r##_1 = G(add)(c##r##_1, a_r, b_1); \
+        if (vectors > 2) \
+            c##r##_2 = G(add)(c##r##_2, a_r, b_2); \
+    }
+        EACH_ROW(ACCUMULATE)
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += step;
+        a_0++;
+        a_4++;
+        b += b_bytes;
+    }
+    at->ahead = ahead;
+    const float *addend = at->addend;
+    float *c = at->c;
+#define FINISH(r) \
+    if (r < rows) { \
+        for (size_t v = 0; v < vectors; v++) { \
+            const G(sum) sum = v == 0 ? c##r##_0 : v == 1 ? c##r##_1 : c##r##_2; \
+            G(end)(sum, row + r * a_row, p, v * lanes_f32, addend, c); \
+        } \
+        if (addend) \
+            addend += p->addend_row; \
+        c += p->c_row; \
+    }
+    EACH_ROW(FINISH)
+#undef DECLARE
+#undef ACCUMULATE
+#undef FINISH
+    at->a += (ptrdiff_t)rows * a_row;
+    at->addend = addend;
+    at->c = c;
+}
+
+#define COPY(r, v) \
+    NOINLINE void TILES(r, v)(const mha_product *p, G(progress) *at, size_t tiles) \
+    { \
+        for (; tiles > 0; tiles--) \
+            G(tile)(r, v, p, at); \
+    }
+EACH_TILE_1(COPY)
+EACH_TILE_2(COPY)
+#if REGISTERS > 16
+EACH_TILE_3(COPY)
+#endif
+#undef COPY
+
+static void G(product)(const mha_product *p)
+{
+#define NAME(r, v) TILES(r, v),
+    static void (*const copies[][MAX_ROWS])(const mha_product *, G(progress) *, size_t) = {
+        {EACH_TILE_1(NAME)},
+        {EACH_TILE_2(NAME)},
+#if REGISTERS > 16
+        {EACH_TILE_3(NAME)},
+#endif
+    };
+#undef NAME
+    static const size_t max_rows[] = {ROWS_1, ROWS_2, ROWS_3};
+    if (p->rows == 0)
+        return;
+    const shared_rows share = share_rows(p->rows, max_rows[p->vectors - 1]);
+    G(progress) at = {.a = p->a, .addend = p->addend, .c = p->c, .ahead = p->a};
+    if (p->prefetch && p->prefetch->rows == 1 && p->depth > 0) {
+        at.ahead = p->prefetch->data;
+        at.step = (p->prefetch->bytes + share.tiles * p->depth - 1) / (share.tiles * p->depth);
+    }
+    if (share.larger > 0)
+        copies[p->vectors - 1][share.rows](p, &at, share.larger);
+    copies[p->vectors - 1][share.rows - 1](p, &at, share.tiles - share.larger);
+}
+
+#undef G_
+#undef G_OF
+#undef G
+#undef TILES_
+#undef TILES_OF
+#undef TILES
+#undef OF
