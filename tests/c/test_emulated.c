@@ -52,6 +52,24 @@ static void test_dpbusd(void)
     }
 }
 
+/* ---- VPMADDWD: signed words of 16 bits, two products to a sum, which wraps around ---- */
+
+static void test_madd(void)
+{
+    DESCRIBE("_mm512_madd_epi16");
+    for (uint64_t n = 0; n < CASES; n++) {
+        uint32_t a[WORDS], b[WORDS], got[WORDS];
+        fill(a, 8, n);
+        fill(b, 9, n);
+        _mm512_storeu_si512(got, _mm512_madd_epi16(_mm512_loadu_si512(a), _mm512_loadu_si512(b)));
+        for (size_t i = 0; i < WORDS; i++) {
+            const uint32_t upper = (uint32_t)((int16_t)(a[i] >> 16) * (int16_t)(b[i] >> 16));
+            const uint32_t wanted = upper + (uint32_t)((int16_t)(a[i] & 0xffff) * (int16_t)(b[i] & 0xffff));
+            CHECK(got[i] == wanted, "%#x * %#x is %#x instead of %#x", a[i], b[i], got[i], wanted);
+        }
+    }
+}
+
 /* ---- VDPBF16PS: the upper halves' product is added first, then the lower ones', with one rounding each ---- */
 
 /* Two bfloat16, or a float32, from 2^-63 on and below 2^65: no product is subnormal. */
@@ -121,6 +139,7 @@ static void test_conversions(void)
 int main(void)
 {
     test_dpbusd();
+    test_madd();
     test_dpbf16();
     test_conversions();
     return check_report("test_emulated");

@@ -2,9 +2,10 @@
  *
  * immintrin.h - AVX-512 for a CPU that has only AVX2, FMA and F16C: SIMDe's functions in place of the compiler's.
  *
- * Below are those that SIMDe 0.7.4 lacks, and one that it computes in another order. A function that is neither there
- * nor here does not compile, because the compiler's own needs AVX-512. _mm512_dpbf16_ps() keeps subnormal numbers; the
- * instruction takes them for zeros. All else is as Intel defines it (test_emulated.c).
+ * Below are those that SIMDe 0.7.4 lacks or declares otherwise, and one that it adds up in another order. A function
+ * that is neither there nor here does not compile, because the compiler's own needs AVX-512.
+ *
+ * _mm512_dpbf16_ps() keeps subnormal numbers. The instruction takes them for zeros.
  */
 #ifndef MHA_TESTS_IMMINTRIN_H
 #define MHA_TESTS_IMMINTRIN_H
@@ -19,9 +20,13 @@
 /* No register holds 64 bytes. The kernels' statements in assembly hold values in registers and compute nothing. */
 #define __asm__(...) ((void)0)
 
-/* ---- Those that SIMDe has by its own names only ---- */
+/* ---- Those that SIMDe has by its own names only, or with other arguments by Intel's ---- */
 
+#undef _mm512_madd_epi16
+#define _mm512_madd_epi16 simde_mm512_madd_epi16
+#undef _mm512_shuffle_f32x4
 #define _mm512_shuffle_f32x4 simde_mm512_shuffle_f32x4
+#undef _mm512_shuffle_f64x2
 #define _mm512_shuffle_f64x2 simde_mm512_shuffle_f64x2
 
 /* ---- Numbers of other widths ---- */
