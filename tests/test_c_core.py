@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The core's own tests, in C: compiled and run here, by every compiler that is found and on every level of this CPU;
-NEON under an emulator where there is one.
+NEON under an emulator where there is one, and AVX-512 over AVX2 where SIMDe is installed.
 
 Each program of tests/c says at its top what it tests. Nothing of Python or of the installed package takes part.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,16 @@ WRAP = ["-Wl," + ",".join(f"--wrap={name}" for name in ("malloc", "calloc", "ali
 NATIVE = ["gcc", "clang", "musl-gcc"]
 CROSS = "aarch64-linux-gnu-gcc"
 EMULATOR = "qemu-aarch64"
+
+# AVX-512 without AVX-512: immintrin.h is another one, and this is what changes in the sources on their way to the
+# compiler. Levels have other names, because a CPU may also have the real ones.
+OVER_AVX2 = ["-isystem", str(REPOSITORY / "tests" / "c" / "emulated"), "-mavx2", "-mfma", "-mf16c", "-Wno-psabi"]
+EMULATED = ", emulated"
+CHANGES = [
+    (r"^#pragma (?:GCC|clang) (?:.*\\\n)*.*", ""),  # the instruction set of the functions that follow
+    (r'"(avx512\w*)"', rf'"\1{EMULATED}"'),
+    (r"= detect\(\)", "= ~0u"),  # what the CPU has
+]
 
 
 def need(*tools):
@@ -93,7 +104,7 @@ class Workshop:
 
     def levels(self, compiler):
         """The levels this CPU, or the emulator, can run."""
-        return execute([*self.program(compiler, "forward"), "levels"]).split()
+        return execute([*self.program(compiler, "forward"), "levels"]).splitlines()
 
     def hashes(self, compiler, name, *, level=None):
         """Lines such as "hash forward float32 963ec3cfbdfca0ba"."""
@@ -102,10 +113,48 @@ class Workshop:
         return lines
 
 
+class Emulation(Workshop):
+    """A core that runs its AVX-512 kernels on a CPU without AVX-512. The rest comes from another workshop."""
+
+    def __init__(self, folder, workshop):
+        super().__init__(folder, [f"-I{REPOSITORY / 'csrc' / 'kernels'}", *OVER_AVX2])
+        self.workshop = workshop
+
+    def core(self, compiler):
+        """The other workshop's object files, except those of the levels and of AVX-512."""
+        if compiler not in self.cores:
+            folder = self.folder / compiler
+            folder.mkdir()
+            objects = {made.name: made for made in self.workshop.core(compiler)}
+            for source in [REPOSITORY / "csrc" / "cpu.c", *(REPOSITORY / "csrc" / "kernels").glob("avx512*.c")]:
+                text = source.read_text()
+                for pattern, new in CHANGES:
+                    text = re.sub(pattern, new, text, flags=re.M)
+                changed = folder / source.name
+                changed.write_text(f'#line 1 "{source}"\n{text}')
+                made = folder / f"core_{source.stem}.o"
+                execute([compiler, *self.flags, "-c", changed, "-o", made])
+                objects[made.name] = made
+            self.cores[compiler] = list(objects.values())
+        return self.cores[compiler]
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
     """One for all tests of this file."""
     return Workshop(tmp_path_factory.mktemp("c"))
+
+
+@pytest.fixture(scope="module")
+def emulation(workshop, tmp_path_factory):
+    """One for all tests of this file. clang's programs are ten times as fast as gcc's."""
+    need("clang")
+    if "avx2" not in workshop.levels("clang"):
+        pytest.skip(f"this CPU ({platform.machine()}) lacks avx2, over which AVX-512 is emulated")
+    if subprocess.run(["clang", "-xc", "-E", "-"], input="#include <simde/x86/avx512.h>", capture_output=True, text=True,
+                      check=False).returncode != 0:
+        pytest.skip("SIMDe is not installed")
+    return Emulation(tmp_path_factory.mktemp("emulated"), workshop)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -162,6 +211,22 @@ def test_equal_bits_everywhere(workshop, name):
     if len(found) < 2:
         pytest.skip(f"nothing to compare: only {list(found)}")
     assert len(set(map(tuple, found.values()))) == 1, found
+
+
+@pytest.mark.parametrize("name", ["emulated", *(name for name in PROGRAMS if name not in [*ONE_LEVEL, "allocations"])])
+def test_emulated_avx512(emulation, name):
+    """The emulated instructions, and the kernels that are made of them."""
+    assert " 0 failures" in emulation.output("clang", name)
+
+
+@pytest.mark.parametrize("name", ONE_LEVEL)
+def test_emulated_avx512_has_equal_bits(workshop, emulation, name):
+    """Whole passes by AVX-512 and by AVX2. (The other programs compare the levels by themselves.)"""
+    levels = [level for level in emulation.levels("clang") if level.endswith(EMULATED)]
+    assert levels
+    for level in levels:
+        assert " 0 failures" in emulation.output("clang", name, level=level)
+        assert emulation.hashes("clang", name, level=level) == workshop.hashes("clang", name, level="avx2")
 
 
 @pytest.mark.parametrize("compiler", NATIVE)
