@@ -65,10 +65,11 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
     float *c = at->c;
 #define FINISH(r) \
     if (r < rows) { \
-        for (size_t v = 0; v < vectors; v++) { \
-            const G(sum) sum = v == 0 ? c##r##_0 : v == 1 ? c##r##_1 : c##r##_2; \
-            G(end)(sum, row + r * a_row, p, v * lanes_f32, addend, c); \
-        } \
+        G(end)(c##r##_0, row + r * a_row, p, 0, addend, c); \
+        if (vectors > 1) \
+            G(end)(c##r##_1, row + r * a_row, p, lanes_f32, addend, c); \
+        if (vectors > 2) \
+            G(end)(c##r##_2, row + r * a_row, p, 2 * lanes_f32, addend, c); \
         if (addend) \
             addend += p->addend_row; \
         c += p->c_row; \

@@ -14,7 +14,7 @@
 
 static const long double ln_2 = 0.6931471805599453094172L;
 
-enum { BLOCK = 1 << 14, MAX_LEVELS = 4, STRIDE = 1009, SAMPLES = 1 << 17, PANEL_ROWS = 64 };
+enum { BLOCK = 1 << 14, MAX_LEVELS = 8, STRIDE = 1009, SAMPLES = 1 << 17, PANEL_ROWS = 64 };
 
 /* x[i] = exp(x[i]) for i < BLOCK. */
 static void exp_of(const mha_kernels *k, void *x)
