@@ -15,6 +15,7 @@ typedef struct {
     bool has_network, is_gated;
     size_t hidden; /* numbers that the activation leaves of a row */
     mha_activation activation;
+    narrowness narrow; /* of the network */
 } surroundings;
 
 typedef struct {
@@ -52,10 +53,10 @@ static inline mha_status make_block(const problem *p, const surroundings *s, mha
         made->array[5] = random_array(dtype, wide, 1, 45);
         made->array[6] = random_array(dtype, E * s->hidden, 2 / sqrt((double)s->hidden + 1), 46);
         made->array[7] = random_array(dtype, E, 1, 47);
-        status = mha_linear_create(dtype, wide, E, &(mha_weight){.numbers = made->array[4]}, made->array[5], &made->linear1);
+        const mha_weight up = weight_of(made->array[4], s->narrow), down = weight_of(made->array[6], s->narrow);
+        status = mha_linear_create(dtype, wide, E, &up, made->array[5], &made->linear1);
         if (status == MHA_OK)
-            status = mha_linear_create(dtype, E, s->hidden, &(mha_weight){.numbers = made->array[6]}, made->array[7],
-                                       &made->linear2);
+            status = mha_linear_create(dtype, E, s->hidden, &down, made->array[7], &made->linear2);
     }
     const mha_norm norm = {.weight = made->array[0], .bias = made->array[1], .eps = 1e-5, .is_rms = s->is_rms};
     const mha_norm second = {.weight = made->array[2], .bias = made->array[3], .eps = 1e-6, .is_rms = s->is_rms};

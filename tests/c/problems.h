@@ -160,9 +160,14 @@ static inline void check_identical(const char *what, const double *got, const do
 
 enum { Q_WEIGHT, K_WEIGHT, V_WEIGHT, OUT_WEIGHT, Q_BIAS, K_BIAS, V_BIAS, OUT_BIAS, BIAS_K, BIAS_V, PARAMETERS };
 
+/* What the products of weights read. The numbers of INT8 weights are the bytes of the wide ones, and their scales some of
+ * these. */
+typedef enum { WIDE = 0, BF16, INT8, NARROWS } narrowness;
+
 typedef struct {
     void *array[PARAMETERS]; /* NULL: the layer has none */
     mha_dtype dtype;
+    narrowness narrow; /* WIDE unless the dtype is float32 */
 } parameters;
 
 static inline void parameter_shapes(const problem *p, size_t rows[PARAMETERS], size_t columns[PARAMETERS])
@@ -181,7 +186,7 @@ static inline parameters make_parameters(const problem *p, mha_dtype dtype)
     parameter_shapes(p, rows, columns);
     for (size_t i = 0; i < PARAMETERS; i++) {
         if (i < Q_BIAS || (i < BIAS_K ? p->has_bias : p->has_bias_kv))
-            made.array[i] = malloc(rows[i] * columns[i] * size_of(dtype) + 1);
+            made.array[i] = calloc(rows[i] * (columns[i] + 1), size_of(dtype)); /* room for scales, if depth is 0 */
         for (size_t j = 0; made.array[i] && j < rows[i] * columns[i]; j++)
             put(dtype, made.array[i], (ptrdiff_t)j,
                 rounded(dtype, random_number(dtype, i, j) * (i < Q_BIAS ? 2 / sqrt((double)columns[i]) : 1)));
@@ -195,12 +200,17 @@ static inline void free_parameters(parameters *given)
         free(given->array[i]);
 }
 
+static inline mha_weight weight_of(void *numbers, narrowness narrow)
+{
+    return (mha_weight){.numbers = numbers, .scale = narrow == INT8 ? numbers : NULL, .is_bf16 = narrow == BF16};
+}
+
 static inline mha_status pack_parameters(const problem *p, const parameters *given, mha_layer **layer)
 {
     void *const *a = given->array;
     const mha_parameters packed = {
-        .q_weight.numbers = a[Q_WEIGHT], .k_weight.numbers = a[K_WEIGHT], .v_weight.numbers = a[V_WEIGHT],
-        .out_weight.numbers = a[OUT_WEIGHT],
+        .q_weight = weight_of(a[Q_WEIGHT], given->narrow), .k_weight = weight_of(a[K_WEIGHT], given->narrow),
+        .v_weight = weight_of(a[V_WEIGHT], given->narrow), .out_weight = weight_of(a[OUT_WEIGHT], given->narrow),
         .q_bias = a[Q_BIAS], .k_bias = a[K_BIAS], .v_bias = a[V_BIAS], .out_bias = a[OUT_BIAS],
         .bias_k = a[BIAS_K], .bias_v = a[BIAS_V],
     };
