@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, Generic, ParamSpec, TypeVar, final
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, final
 
+import numpy as np
 from numpy.typing import NDArray
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+# An array of the layer's dtype, or int8 numbers and the scales of their rows.
+_Weight: TypeAlias = NDArray[Any] | tuple[NDArray[np.int8], NDArray[np.float32]]
 
 @final
 class Weights:
@@ -17,13 +20,14 @@ class Weights:
         num_kv_heads: int,
         head_dim: int,
         v_head_dim: int,
-        q_proj_weight: NDArray[Any],
-        k_proj_weight: NDArray[Any],
-        v_proj_weight: NDArray[Any],
+        dtype: str,
+        q_proj_weight: _Weight,
+        k_proj_weight: _Weight,
+        v_proj_weight: _Weight,
         in_proj_bias: NDArray[Any] | None,
         bias_k: NDArray[Any] | None,
         bias_v: NDArray[Any] | None,
-        out_proj_weight: NDArray[Any],
+        out_proj_weight: _Weight,
         out_proj_bias: NDArray[Any] | None,
         /,
     ) -> Weights: ...
@@ -32,7 +36,7 @@ class Weights:
 
 @final
 class Linear:
-    def __new__(cls, weight: NDArray[Any], bias: NDArray[Any] | None, /) -> Linear: ...
+    def __new__(cls, dtype: str, weight: _Weight, bias: NDArray[Any] | None, /) -> Linear: ...
     @property
     def nbytes(self) -> int: ...
 

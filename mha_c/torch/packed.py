@@ -336,7 +336,10 @@ def _pack_layer(arrays: dict[str, NDArray[Any]], facts: LayerFacts) -> LayerPart
     return LayerParts(
         tuple(one.weights for one in attentions),
         tuple((_copy(norm, "weight"), _copy(norm, "bias"), eps, False) for norm, eps in zip(norms, facts.eps)),
-        *(_core.Linear(_copy(linear, "weight"), _copy(linear, "bias")) for linear in (linear1, linear2)),
+        *(
+            _core.Linear(linear["weight"].dtype.name, _copy(linear, "weight"), _copy(linear, "bias"))
+            for linear in (linear1, linear2)
+        ),
     )
 
 
