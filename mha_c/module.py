@@ -121,14 +121,12 @@ class PrecisionOfMaps(property):
             places = [(module, module._maps(at)) for at, module in layer._places()]
             names = list(dict.fromkeys(name for _, maps in places for name in maps))
             chosen = precision_of_maps(value, names)
-            changes = [(module, precision_of_weights(chosen, maps)) for module, maps in places]
-            _replace(
-                [
-                    (module, {"precisions": precisions})
-                    for module, precisions in changes
-                    if precisions != module._parameters.precisions
-                ]
-            )
+            changes = []
+            for module, maps in places:
+                precisions = precision_of_weights({name: chosen[name] for name in maps}, maps)
+                if precisions != module._parameters.precisions:
+                    changes.append((module, {"precisions": precisions}))
+            _replace(changes)
 
         super().__init__(read, assign)
         self.__doc__ = (

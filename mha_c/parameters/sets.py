@@ -6,9 +6,9 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ PARAMETERS: Final = (
 _Three: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 _NO_PRECISIONS: Final[Mapping[str, Precision]] = MappingProxyType({})
+_Stacked = TypeVar("_Stacked", NDArray[Any], Weight)
 _ALIGNMENT: Final = 8  # of each array in the buffer of a set, in bytes
 
 
@@ -376,28 +377,35 @@ class ParameterSet(ArraySet):
     def _inputs_for_core(self) -> tuple[Weight, Weight, Weight]:
         """The weights that project query, key and value, as the core multiplies them."""
         if self.widths.packed:
-            return self._split(self.for_core("in_proj_weight"))
-        q, k, v = map(self.for_core, SEPARATE_WEIGHTS)
+            q, k, v = self._split(self.for_core("in_proj_weight"))
+        else:
+            q, k, v = map(self.for_core, SEPARATE_WEIGHTS)
         return q, k, v
 
     @property
     def input_weights(self) -> _Three:
         """The weights that project query, key and value, whether they are stored as one parameter or as three."""
+        arrays = self.arrays
         if self.widths.packed:
-            return self._split(self.arrays["in_proj_weight"])
-        return self.arrays["q_proj_weight"], self.arrays["k_proj_weight"], self.arrays["v_proj_weight"]
+            q, k, v = self._split(arrays["in_proj_weight"])
+        else:
+            q, k, v = (arrays[name] for name in SEPARATE_WEIGHTS)
+        return q, k, v
 
     @property
     def input_biases(self) -> _Three | None:
         """The three biases that belong to them, where there are any."""
         stacked = self.array("in_proj_bias")
-        return None if stacked is None else self._split(stacked)
+        if stacked is None:
+            return None
+        q, k, v = self._split(stacked)
+        return q, k, v
 
-    def _split(self, stacked: Any) -> Any:
+    def _split(self, stacked: _Stacked) -> Iterator[_Stacked]:
         """The rows of query, key and value."""
         q_rows, k_rows, _ = self.widths.rows
         parts = slice(0, q_rows), slice(q_rows, q_rows + k_rows), slice(q_rows + k_rows, None)
-        return tuple(take_rows(stacked, part) for part in parts)
+        return (take_rows(stacked, part) for part in parts)
 
     def weights_of_heads(self, heads: Sequence[int]) -> _core.Weights:
         """Packed parameters of some query heads alone, each with a key and value head of its own; without an output."""
