@@ -223,7 +223,7 @@ def test_output_is_the_projection_of_concatenated():
     weight, bias = module.out_proj.weight, module.out_proj.bias
     features, depth = weight.shape
     small = np.zeros((1, 1), np.float32)
-    projection = _core.Weights(1, 1, features, 1, weight, np.zeros((features, 1), np.float32), small, np.concatenate(
+    projection = _core.Weights(1, 1, features, 1, "float32", weight, np.zeros((features, 1), np.float32), small, np.concatenate(
         [bias, np.zeros(features + 1, np.float32)]), None, None, small, None)
     assert depth == explanation.concatenated.shape[-1]
     np.testing.assert_array_equal(_core.project(projection, "query", explanation.concatenated, True),

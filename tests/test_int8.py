@@ -335,7 +335,9 @@ def test_layers_hand_it_to_the_layers_in_them():
     assert module.linear1.matmul_precision == module.linear2.matmul_precision == "int8"
     encoder = mha_c.TransformerEncoder(module, 2, mha_c.LayerNorm(8))
     model = mha_c.Transformer(8, 2, 1, 1, 16, matmul_precision=value)
+    assert encoder.matmul_precision == model.matmul_precision == shown
     for one in (encoder, model, model.encoder, model.decoder, model.decoder.layers[0], model.decoder.layers):
+        one.matmul_precision = value
         assert one.matmul_precision == shown
         one.matmul_precision = None
         assert one.matmul_precision is None
