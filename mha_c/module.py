@@ -113,7 +113,7 @@ class PrecisionOfMaps(property):
                     precision = module._parameters.precisions.get(weights[0])
                     if found.setdefault(name, precision) != precision:
                         raise AttributeError(
-                            f"the layers in this one have different values of matmul_precision for {name}: ask them"
+                            f"the layers in this one differ in the matmul_precision of {name}: ask each of them"
                         )
             return shortest(found)
 
@@ -137,7 +137,8 @@ class PrecisionOfMaps(property):
 
         def __get__(self, layer: Any, owner: type | None = None) -> MatmulPrecision | None: ...  # type: ignore[override]
 
-        def __set__(self, layer: Any, value: MatmulPrecision | None) -> None: ...
+        # Checkers do not take a literal of a dict for MatmulPrecision here.
+        def __set__(self, layer: Any, value: Precision | Mapping[str, str | None] | None) -> None: ...
 
 
 def flag(name: str, value: Any) -> bool:
@@ -369,12 +370,11 @@ class Module:
         """
         shapes = {at + name: shape for at, one in self._places() for name, shape in one._parameters.shapes.items()}
         arrays, incompatible = match_state_dict(type(self).__name__, shapes, state_dict, strict, will_cast=True)
-        _replace(
-            [
-                (module, {"arrays": {name: arrays[at + name] for name in module._parameters.shapes if at + name in arrays}})
-                for at, module in self._places()
-            ]
-        )
+
+        def found(at: str, module: Module) -> dict[str, Array]:
+            return {name: arrays[at + name] for name in module._parameters.shapes if at + name in arrays}
+
+        _replace([(module, {"arrays": found(at, module)}) for at, module in self._places()])
         return incompatible
 
     def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> Self:
