@@ -103,7 +103,7 @@ class Option(property, Generic[_Value]):
 
 
 class PrecisionOfMaps(property):
-    """`matmul_precision` as an attribute of a layer with linear maps, or with such layers in it. Assigning packs again."""
+    """`matmul_precision` as an attribute of a layer with linear maps, or with layers in it that have them."""
 
     def __init__(self) -> None:
         def read(layer: "Module") -> MatmulPrecision | None:
@@ -113,7 +113,7 @@ class PrecisionOfMaps(property):
                     precision = module._parameters.precisions.get(weights[0])
                     if found.setdefault(name, precision) != precision:
                         raise AttributeError(
-                            f"the layers in this one differ in the matmul_precision of {name}: ask each of them"
+                            f"layers in this one differ in the matmul_precision of {name}: ask each of them"
                         )
             return shortest(found)
 

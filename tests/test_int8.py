@@ -348,7 +348,7 @@ def test_layers_hand_it_to_the_layers_in_them():
     layers.matmul_precision = "int8"
     assert layers[0].matmul_precision == layers.matmul_precision == "int8"
     layers.append(mha_c.Linear(8, 8))
-    with pytest.raises(AttributeError, match="differ in the matmul_precision of default: ask each of them"):
+    with pytest.raises(AttributeError, match="layers in this one differ in the matmul_precision of default: ask each of them"):
         layers.matmul_precision
     assert mha_c.ModuleList([mha_c.LayerNorm(8)]).matmul_precision is None
 
