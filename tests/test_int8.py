@@ -16,6 +16,8 @@ from mha_c.functional import scaled_dot_product_attention
 from mha_c.parameters import quantization
 from test_reproducibility import WITH_FMA, assert_agrees
 
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+
 SUFFIXES = [".npz", ".safetensors"]
 DEPTHS = [0, 1, 2, 3, 5, 64, 65, 384, 8192, 8193, 20000]
 SLICE = 8192  # features whose products are summed exactly
