@@ -411,6 +411,21 @@ def test_copies_and_pickles():
             assert bits(copied.state_dict()) == bits(module.state_dict())
 
 
+def test_pickles_that_lie(tmp_path):
+    """int8 numbers that do not fit are refused when a pickle is read, as in a file."""
+    layer(8, 2, matmul_precision="int8").save(tmp_path / "layer.npz", packed=True)
+    parameters = mha_c.MultiheadAttention.load(tmp_path / "layer.npz")._parameters
+    make, (widths, stored, dtype, precisions) = parameters.__reduce__()
+    numbers, scales = stored["out_proj.weight"]
+    for wrong in ((numbers.astype("i2"), scales), (numbers, scales.astype("f8")), (numbers, scales[:3]), (numbers, -scales),
+                  (numbers[:4], scales[:4]), (numbers.ravel(), np.ones(64, "f4")), (numbers, scales[:, None])):
+        with pytest.raises((TypeError, ValueError)):
+            make(widths, {**stored, "out_proj.weight": quantization.Quantized(*wrong)}, dtype, precisions)
+    for wrong in ({"bias_k": "int8"}, {"in_proj_bias": "int8"}, {"in_proj_weight": 3}, 3):
+        outcome(lambda wrong=wrong: make(widths, stored, dtype, wrong))  # an error, or a layer
+    assert make(widths, stored, dtype, precisions).stored["out_proj.weight"].scales.tobytes() == scales.tobytes()
+
+
 def test_pickles_in_another_process(tmp_path):
     module, x = encoder_layer(matmul_precision={"default": "int8", "in_proj": None}), normal((2, 7, 24))
     module.save(tmp_path / "layer.npz", packed=True)

@@ -153,7 +153,7 @@ def check_quantized(name: str, weight: Quantized) -> None:
     TypeError
         If the dtypes are others.
     ValueError
-        If a number is -128, or a scale is negative, infinite or NaN.
+        If there is not one scale for each row, a number is -128, or a scale is negative, infinite or NaN.
 
     Examples
     --------
@@ -163,6 +163,8 @@ def check_quantized(name: str, weight: Quantized) -> None:
     """
     if weight.numbers.dtype != np.int8 or weight.scales.dtype != np.float32:
         raise TypeError(f"{name} should be int8 numbers with scales of float32")
+    if weight.scales.shape != weight.shape[:1]:
+        raise ValueError(f"{name} has {weight.scales.shape} scales for numbers of the shape {weight.shape}")
     if not (np.isfinite(weight.scales) & (weight.scales >= 0)).all():
         raise ValueError(f"a scale of {name} is negative, infinite or NaN")
     if weight.numbers.min(initial=0) < -_LARGEST:

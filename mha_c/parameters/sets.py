@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mha_c import _core
 from mha_c.parameters.dtypes import is_real
-from mha_c.parameters.quantization import Precision, Quantized, Weight, dequantize, quantized, take_rows
+from mha_c.parameters.quantization import Precision, Quantized, Weight, check_quantized, dequantize, quantized, take_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -228,7 +228,8 @@ class ArraySet:
     Raises
     ------
     ValueError
-        If a parameter does not consist of real numbers, or int8 numbers are asked for in float64.
+        If a parameter does not consist of real numbers, a quantized one is not what `quantize` makes of finite numbers,
+        or int8 numbers are asked for in float64.
 
     Examples
     --------
@@ -262,6 +263,7 @@ class ArraySet:
     def _cast(self, name: str, one: Weight) -> Weight:
         """A parameter as it is kept."""
         if isinstance(one, Quantized):
+            check_quantized(name, one)
             if name in self.precisions:
                 return Quantized(np.ascontiguousarray(one.numbers), np.ascontiguousarray(one.scales))
             one = dequantize(one, self.dtype)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mha_c.parameters.files import open_checkpoint
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.dtypes import float_dtype
-from mha_c.parameters.quantization import Quantized, Weight, check_quantized, precision_of_weights, quantized
+from mha_c.parameters.quantization import Quantized, Weight, precision_of_weights, quantized
 from mha_c.parameters.sets import ArraySet, ParameterSet, Widths
 
 __all__ = [
@@ -414,8 +414,6 @@ def match_saved_arrays(
     ------
     TypeError
         If the dtype is not that of all arrays that are not quantized, or no layer has it.
-    ValueError
-        If int8 numbers or their scales are such as no file holds.
     RuntimeError
         As `match_state_dict`, or if it is a dtype of integers.
     ImportError
@@ -440,6 +438,5 @@ def match_saved_arrays(
             if arrays[name].dtype != dtype:
                 raise TypeError(f"its parameters should be of {dtype}")
         else:
-            found[name] = weight = Quantized(*(arrays[one] for one in _quantized_names(name)))
-            check_quantized(name, weight)
+            found[name] = Quantized(*(arrays[one] for one in _quantized_names(name)))
     return found, dtype
