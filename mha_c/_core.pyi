@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-_Weight: TypeAlias = NDArray[Any] | tuple[NDArray[np.int8], NDArray[np.float32]] | tuple[NDArray[Any], str]
+# An array of the layer's dtype, or int8 numbers and the scales of their rows.
+_Weight: TypeAlias = NDArray[Any] | tuple[NDArray[np.int8], NDArray[np.float32]]
 
 @final
 class Weights:

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableSequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
-from mha_c.module import Module, module_from_description, module_from_torch
+from mha_c.module import Module, PrecisionOfMaps, module_from_description, module_from_torch
+from mha_c.parameters.quantization import MatmulPrecision
 from mha_c.parameters.state_dict import Part, check_description
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Container(Module):
     True
     """
 
+    matmul_precision = PrecisionOfMaps()
+
     _child_names: ClassVar[tuple[str, ...]]  # in torch's order
     # The attributes that a file and a copy from torch hold, beside the layers.
     _option_kinds: ClassVar[Mapping[str, type | tuple[type, ...]]]
@@ -107,13 +110,14 @@ class Container(Module):
         return _children_described(described, content)
 
     @classmethod
-    def _copied(cls, module: Any, options: Mapping[str, Any]) -> Self:
+    def _copied(cls, module: Any, options: Mapping[str, Any], matmul_precision: MatmulPrecision | None) -> Self:
         """A layer with the options given, of copies of the layers in a layer of torch, in its mode."""
         children = {name: getattr(module, name) for name in cls._child_names}
         made = cls._assemble(
             {name: None if child is None else module_from_torch(child) for name, child in children.items()}, options
         )
         made.training = module.training
+        made.matmul_precision = matmul_precision
         return made
 
     def __repr__(self) -> str:
@@ -223,13 +227,15 @@ class ModuleList(Container, MutableSequence[_Layer]):
         self._layers.insert(index, _layer(value))
 
     @classmethod
-    def from_torch(cls, module: Any) -> Self:
+    def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a list from a list of torch.
 
         Parameters
         ----------
         module : torch.nn.ModuleList
             The list.
+        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+            Of the layers in it, as for their constructors.
 
         Returns
         -------
@@ -239,6 +245,8 @@ class ModuleList(Container, MutableSequence[_Layer]):
         ------
         TypeError
             If one of its layers cannot be copied.
+        ValueError
+            If `matmul_precision` is unknown, or "int8" for a layer of float64.
 
         Examples
         --------
@@ -250,6 +258,7 @@ class ModuleList(Container, MutableSequence[_Layer]):
         """
         made = cls(module_from_torch(one) for one in module)  # type: ignore[misc]
         made.training = module.training
+        made.matmul_precision = matmul_precision
         return made
 
     def _description(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head attention as a layer: torch's constructor, call, attributes and state dict over the C core."""
 
+import math
 import operator
 import os
 import sys
@@ -17,6 +18,7 @@ from mha_c.dropout import RandomModule
 from mha_c.module import (
     Option,
     Parameter,
+    PrecisionOfMaps,
     check_device,
     check_memory,
     check_torch_module,
@@ -27,6 +29,7 @@ from mha_c.parameters.initialization import initial_parameters
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.loading import infer_layer
+from mha_c.parameters.quantization import MatmulPrecision, precision_of_weights
 from mha_c.parameters.schemes import Layout
 from mha_c.parameters.sets import ParameterSet, Widths, number
 from mha_c.parameters.state_dict import ATTENTION, check_description, describe_attention, described_attention
@@ -114,6 +117,10 @@ class MultiheadAttention(RandomModule):
     num_kv_heads : int, optional
         Number of key and value heads, a divisor of `num_heads`; `num_heads` unless given. With fewer of them
         (grouped-query attention), query head h reads key and value head ``h // (num_heads // num_kv_heads)``.
+    matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        In what the linear maps are multiplied. None: in float32, or float64. "int8": weights and rows of inputs are
+        rounded to int8 numbers, whose products are summed exactly; see the notes. A mapping chooses for "in_proj" and
+        "out_proj", or with "default" for those that it does not name.
 
     Attributes
     ----------
@@ -129,13 +136,14 @@ class MultiheadAttention(RandomModule):
         The output projection's ``weight`` and ``bias``.
     embed_dim, kdim, vdim, num_heads, num_kv_heads, head_dim, v_head_dim, out_dim : int
         The widths, fixed at construction.
-    dropout, batch_first, add_zero_attn, masked_rows, training, dropout_seed
+    dropout, batch_first, add_zero_attn, masked_rows, training, dropout_seed, matmul_precision
         The options. They may be changed; a change takes effect at the next call.
 
     Raises
     ------
     ValueError
-        If a width is not positive, `num_kv_heads` does not divide `num_heads`, or `masked_rows` is unknown.
+        If a width is not positive, `num_kv_heads` does not divide `num_heads`, `masked_rows` or `matmul_precision` is
+        unknown, or `matmul_precision` is "int8" in a layer of float64.
     AssertionError
         If `embed_dim` is not divisible by `num_heads` and `head_dim` is not given.
     TypeError, RuntimeError
@@ -149,6 +157,16 @@ class MultiheadAttention(RandomModule):
     -----
     Parameters are read-only arrays. Assigning to one, `load_state_dict` and `to` replace all of them at once, so other
     threads may call the layer at the same time: each call uses one set of parameters throughout.
+
+    With the `matmul_precision` "int8", a row w of a weight becomes the int8 numbers rint(w / s) with the scale
+    s = max|w| / 127. Each row of an input is quantized in the same way when it comes, so an outlier does not spoil the
+    other rows. A map is then::
+
+        y = b + s_x s_w (sum of q_x q_w)
+
+    The sum is exact over up to 8192 features, and those of more features are added in order. So "int8" gives the same
+    bits on every CPU whose float32 results have the same bits. A row with NaN or infinity gives NaN. Scores and weighted
+    sums stay in float32. Parameters and state dicts stay those of the dtype.
 
     Examples
     --------
@@ -190,6 +208,7 @@ class MultiheadAttention(RandomModule):
     batch_first = Option("batch_first", flag, "Whether inputs are (N, L, E) rather than (L, N, E)")
     add_zero_attn = Option("add_zero_attn", flag, "Whether to append one key and value of zeros")
     masked_rows = Option("masked_rows", _masked_rows, "What a query gets if every key is hidden from it")
+    matmul_precision = PrecisionOfMaps()
 
     _kind = "MultiheadAttention"
 
@@ -222,14 +241,16 @@ class MultiheadAttention(RandomModule):
         v_head_dim: int | None = None,
         out_dim: int | None = None,
         num_kv_heads: int | None = None,
+        matmul_precision: MatmulPrecision | None = None,
     ) -> None:
         widths = Widths.from_arguments(embed_dim, num_heads, kdim, vdim, head_dim, v_head_dim, out_dim, num_kv_heads)
         check_device(device)
         real = float_dtype(dtype)
         shapes = widths.shapes(bool(flag("bias", bias)), bool(flag("add_bias_kv", add_bias_kv)))
         check_memory(shapes, real, f"embed_dim={widths.embed_dim:,}")
+        precisions = precision_of_weights(matmul_precision, widths.maps)
         arrays = initial_parameters(shapes, real, seed)
-        parameters = ParameterSet(widths, arrays, real)
+        parameters = ParameterSet(widths, arrays, real, precisions)
         self._set_up(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
     def _set_up(
@@ -391,6 +412,9 @@ class MultiheadAttention(RandomModule):
     def _qkv_same_embed_dim(self) -> bool:
         return self._parameters.widths.packed
 
+    def _maps(self, at: str) -> Mapping[str, tuple[str, ...]]:
+        return self._parameters.widths.maps
+
     @classmethod
     @knows_foreign_keywords
     def from_state_dict(
@@ -411,6 +435,7 @@ class MultiheadAttention(RandomModule):
         num_kv_heads: int | None = None,
         config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
         layout: Layout | None = None,
+        matmul_precision: MatmulPrecision | None = None,
     ) -> Self:
         """Make a layer from trained parameters: those of one layer in a state dict or a file.
 
@@ -451,6 +476,8 @@ class MultiheadAttention(RandomModule):
         layout : {"stacked", "per_head"}, optional
             How one weight holds several projections: "stacked", one below the other, as in timm and GPT-2; "per_head",
             head by head, as in GPT-NeoX, BLOOM and Falcon. It is needed if the name of the weight does not show it.
+        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+            As for the constructor.
 
         Returns
         -------
@@ -467,7 +494,8 @@ class MultiheadAttention(RandomModule):
             usually do so, such as Llama and T5. The message names the difference.
         ValueError
             If no layer of `num_heads` heads has such shapes; if arguments contradict `config` or each other; if
-            `layout` is needed; or if a file is incomplete, damaged or of another kind.
+            `layout` is needed; if `matmul_precision` is unknown, or "int8" for a layer of float64; or if a file is
+            incomplete, damaged or of another kind.
         TypeError
             If `state_dict` is neither a mapping nor a path, or if the number of heads is not known.
         ImportError
@@ -504,7 +532,8 @@ class MultiheadAttention(RandomModule):
                 strict=strict,
                 will_cast=dtype is not None,
             )
-        parameters = ParameterSet(widths, arrays, trained_dtype(arrays["out_proj.weight"].dtype, dtype))
+        real = trained_dtype(arrays["out_proj.weight"].dtype, dtype)
+        parameters = ParameterSet(widths, arrays, real, precision_of_weights(matmul_precision, widths.maps))
         return cls._from_parameters(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
     def _description(self) -> dict[str, Any]:
@@ -528,7 +557,7 @@ class MultiheadAttention(RandomModule):
         return cls._from_parameters(parameters, **arguments)
 
     @classmethod
-    def from_torch(cls, module: Any) -> Self:
+    def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 
         Parameters
@@ -537,6 +566,8 @@ class MultiheadAttention(RandomModule):
             The layer to copy. A subclass will do if it has torch's forward. The weights are those that torch would use
             now, whether they are parameters, parametrized or plain tensors. Hooks and buffers are not copied.
             The dtype is that of the output weight.
+        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+            As for the constructor.
 
         Returns
         -------
@@ -546,6 +577,8 @@ class MultiheadAttention(RandomModule):
         ------
         TypeError
             If `module` is something else, or if it overrides forward, which could then compute anything.
+        ValueError
+            If `matmul_precision` is unknown, or "int8" for a layer of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 
@@ -570,7 +603,8 @@ class MultiheadAttention(RandomModule):
             tensor = operator.attrgetter(name)(module)
             # Where one of two biases is missing, zeros change nothing.
             arrays[name] = np.zeros(shape) if tensor is None and name.endswith("bias") else as_array(tensor)
-        parameters = ParameterSet(widths, arrays, trained_dtype(arrays["out_proj.weight"].dtype, None))
+        real = trained_dtype(arrays["out_proj.weight"].dtype, None)
+        parameters = ParameterSet(widths, arrays, real, precision_of_weights(matmul_precision, widths.maps))
         layer = cls._from_parameters(parameters, module.dropout, module.add_zero_attn, module.batch_first)
         return layer.train(module.training)
 
@@ -582,8 +616,8 @@ class MultiheadAttention(RandomModule):
         w = self._parameters.widths
         optional = {
             "dropout": (self.dropout, 0.0),
-            "bias": ("out_proj.bias" in self._parameters.arrays, True),
-            "add_bias_kv": (self.bias_k is not None, False),
+            "bias": ("out_proj.bias" in self._parameters.shapes, True),
+            "add_bias_kv": ("bias_k" in self._parameters.shapes, False),
             "add_zero_attn": (bool(self.add_zero_attn), False),
             "kdim": (w.kdim, w.embed_dim),
             "vdim": (w.vdim, w.embed_dim),
@@ -593,6 +627,7 @@ class MultiheadAttention(RandomModule):
             "v_head_dim": (w.v_head_dim, w.head_dim),
             "out_dim": (w.out_dim, w.embed_dim),
             "num_kv_heads": (w.num_kv_heads, w.num_heads),
+            "matmul_precision": (self.matmul_precision, None),
         }
         changed = [f"{name}={value!r}" for name, (value, default) in optional.items() if value != default]
         dtype = self._parameters.dtype.name
@@ -603,16 +638,17 @@ class MultiheadAttention(RandomModule):
         from mha_c.display.html import block, escape, table
         from mha_c.display.words import count
 
-        arrays = self._parameters.arrays
+        stored, shapes = self._parameters.stored, self._parameters.shapes
         axes = self._parameters.widths.axes()
-        rows = [(name, axes[name], str(array.shape), f"{array.nbytes:,}") for name, array in arrays.items()]
-        size, nbytes = sum(array.size for array in arrays.values()), sum(array.nbytes for array in arrays.values())
+        rows = [(name, axes[name], str(shapes[name]), f"{one.nbytes:,}") for name, one in stored.items()]
+        size, nbytes = sum(map(math.prod, shapes.values())), sum(one.nbytes for one in stored.values())
         config = _core.config()
         mode = "Training mode" if self.training else "Evaluation mode"
         drops = f"dropout of {self.dropout}" if self.training and self.dropout > 0 else "no dropout"
         facts = (
-            f"{size:,} parameters in {self._parameters.dtype.name}: {nbytes:,} bytes, and about the same again, packed "
-            f"for the kernels ({config['cpu_level']}). Up to {count(config['threads'], 'thread')}.",
+            f"{size:,} parameters in {self._parameters.dtype.name}: {nbytes:,} bytes, and about "
+            f"{self._parameters.weights.nbytes:,} more, packed for the kernels ({config['cpu_level']}). "
+            f"Up to {count(config['threads'], 'thread')}.",
             f"{mode}: {drops}.",
         )
         title = f"<p><b>{escape(type(self).__name__)}</b>({escape(', '.join(self._arguments()))})</p>"
@@ -650,7 +686,7 @@ class OutputProjection:
     @property
     def bias(self) -> Array | None:
         """The bias, (out_dim,); None in a layer without biases."""
-        return self._layer._parameters.arrays.get("out_proj.bias")
+        return self._layer._parameters.array("out_proj.bias")
 
     @bias.setter
     def bias(self, value: Any) -> None:
@@ -659,12 +695,12 @@ class OutputProjection:
     @property
     def in_features(self) -> int:
         """The features of all heads together: num_heads * v_head_dim."""
-        return int(self.weight.shape[1])
+        return self._layer._parameters.shapes["out_proj.weight"][1]
 
     @property
     def out_features(self) -> int:
         """The features of the output: out_dim."""
-        return int(self.weight.shape[0])
+        return self._layer._parameters.shapes["out_proj.weight"][0]
 
     def __repr__(self) -> str:
         return (

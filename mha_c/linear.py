@@ -13,10 +13,11 @@ from mha_c import _core
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.linear import advise_on_linear
-from mha_c.module import Module, Parameter, check_device, check_memory, check_torch_module
+from mha_c.module import Module, Parameter, PrecisionOfMaps, check_device, check_memory, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.initialization import initial_linear
+from mha_c.parameters.quantization import MAPS, Precision, Weight, precision_of_weights
 from mha_c.parameters.sets import ArraySet, integer
 from mha_c.parameters.state_dict import check_description, match_saved_arrays
 
@@ -43,10 +44,14 @@ class _Parameters(ArraySet):
 
     __slots__ = ("packed",)
 
-    def __init__(self, arrays: Mapping[str, Array], dtype: np.dtype[Any]) -> None:
-        super().__init__(arrays, dtype)
-        views = self.arrays
-        self.packed = _core.Linear(dtype.name, views["weight"], views.get("bias"))
+    def __init__(self, arrays: Mapping[str, Weight], dtype: np.dtype[Any], *precisions: Any) -> None:
+        super().__init__(arrays, dtype, *precisions)
+        self.packed = _core.Linear(dtype.name, self.for_core("weight"), self.array("bias"))
+
+
+def _maps(name: str = "") -> dict[str, tuple[str, ...]]:
+    """The one map, by its name in the layer around it if `matmul_precision` knows that name, or else as any other."""
+    return {name if name in MAPS else "default": ("weight",)}
 
 
 def _size(name: str, value: Any) -> int:
@@ -78,6 +83,9 @@ class Linear(Module):
         Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. Those
         of bfloat16 and float16 are float32's, rounded, from which torch's differ in about one number of a thousand.
         None: a random seed.
+    matmul_precision : {"int8"}, optional
+        "int8": W and the rows of the input are rounded to int8 numbers, whose products are summed exactly, as for
+        `MultiheadAttention`. None: products are computed in float32 or float64.
 
     Attributes
     ----------
@@ -87,6 +95,8 @@ class Linear(Module):
         b, (out_features,); None without `bias`.
     in_features, out_features : int
         Fixed at construction.
+    matmul_precision : str or None
+        As for the constructor. It may be assigned.
     training : bool
         The mode, which changes nothing here.
 
@@ -94,6 +104,8 @@ class Linear(Module):
     ------
     TypeError, RuntimeError
         If an argument has a wrong type, a size is negative, or `dtype` or `device` is not supported.
+    ValueError
+        If `matmul_precision` is unknown, or "int8" in a layer of float64.
     ImportError
         If `dtype` is bfloat16, and ml_dtypes is not installed.
     MemoryError
@@ -115,6 +127,7 @@ class Linear(Module):
 
     weight = Parameter("weight", "The weight, (out_features, in_features).")
     bias = Parameter("bias", "The bias, (out_features,); None without `bias`.")
+    matmul_precision = PrecisionOfMaps()
 
     _kind = "Linear"
     _parameters: _Parameters
@@ -129,12 +142,14 @@ class Linear(Module):
         dtype: Any = None,
         *,
         seed: int | None = None,
+        matmul_precision: Precision | None = None,
     ) -> None:
         rows, columns = _size("out_features", out_features), _size("in_features", in_features)
         check_device(device)
         real = float_dtype(dtype)
         check_memory({"weight": (rows, columns)}, real, f"in_features={columns:,} and out_features={rows:,}")
-        self._set_up(_Parameters(initial_linear(rows, columns, bool(bias), real, seed), real))
+        precisions = precision_of_weights(matmul_precision, _maps())
+        self._set_up(_Parameters(initial_linear(rows, columns, bool(bias), real, seed), real, precisions))
 
     def _set_up(self, parameters: _Parameters) -> None:
         self.training = True
@@ -149,12 +164,15 @@ class Linear(Module):
     @property
     def in_features(self) -> int:
         """The features of the input."""
-        return int(self._parameters.arrays["weight"].shape[1])
+        return self._parameters.shapes["weight"][1]
 
     @property
     def out_features(self) -> int:
         """The features of the output."""
-        return int(self._parameters.arrays["weight"].shape[0])
+        return self._parameters.shapes["weight"][0]
+
+    def _maps(self, at: str) -> Mapping[str, tuple[str, ...]]:
+        return _maps(at.removesuffix(".").rpartition(".")[2])
 
     def forward(self, input: AnyArray) -> Array:
         """Map every row of the input; calling the layer does the same.
@@ -192,7 +210,7 @@ class Linear(Module):
     __call__ = forward
 
     @classmethod
-    def from_torch(cls, module: Any) -> Self:
+    def from_torch(cls, module: Any, *, matmul_precision: Precision | None = None) -> Self:
         """Make a layer from a layer of torch, with its parameters and training mode.
 
         Parameters
@@ -200,6 +218,8 @@ class Linear(Module):
         module : torch.nn.Linear
             The layer to copy. A subclass will do if it has torch's forward. The dtype is that of
             the weight.
+        matmul_precision : {"int8"}, optional
+            As for the constructor.
 
         Returns
         -------
@@ -209,6 +229,8 @@ class Linear(Module):
         ------
         TypeError
             If `module` is something else, or if it overrides forward, which could then compute anything.
+        ValueError
+            If `matmul_precision` is unknown, or "int8" for a layer of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 
@@ -222,7 +244,8 @@ class Linear(Module):
         check_torch_module(module, "Linear", instead)
         given = {"weight": module.weight, "bias": module.bias}
         arrays = {name: as_array(tensor) for name, tensor in given.items() if tensor is not None}
-        parameters = _Parameters(arrays, trained_dtype(arrays["weight"].dtype, None))
+        precisions = precision_of_weights(matmul_precision, _maps())
+        parameters = _Parameters(arrays, trained_dtype(arrays["weight"].dtype, None), precisions)
         return cls._from_parameters(parameters).train(module.training)
 
     def _description(self) -> dict[str, Any]:
@@ -240,11 +263,13 @@ class Linear(Module):
         shapes: dict[str, tuple[int, ...]] = {"weight": (rows, columns)}
         if description["bias"]:
             shapes["bias"] = (rows,)
-        arrays, dtype = match_saved_arrays(cls.__name__, shapes, content, description["dtype"])
-        return cls._from_parameters(_Parameters(arrays, dtype))
+        precisions = precision_of_weights(description.get("matmul_precision"), _maps())
+        arrays, dtype = match_saved_arrays(cls.__name__, shapes, content, description["dtype"], precisions)
+        return cls._from_parameters(_Parameters(arrays, dtype, precisions))
 
     def __repr__(self) -> str:
+        precision = self.matmul_precision
         return (
             f"{type(self).__name__}(in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None})"
+            f"bias={self.bias is not None}{'' if precision is None else f', matmul_precision={precision!r}'})"
         )

@@ -17,8 +17,21 @@ import numpy as np
 from mha_c.parameters.arrays import Array, as_array
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.files import write_checkpoint
+from mha_c.parameters.quantization import (
+    MatmulPrecision,
+    Precision,
+    precision_of_maps,
+    precision_of_weights,
+    shortest,
+)
 from mha_c.parameters.sets import ArraySet
-from mha_c.parameters.state_dict import IncompatibleKeys, check_description, match_state_dict, open_saved_layer
+from mha_c.parameters.state_dict import (
+    IncompatibleKeys,
+    arrays_for_file,
+    check_description,
+    match_state_dict,
+    open_saved_layer,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,6 +44,7 @@ __all__ = [
     "Module",
     "Option",
     "Parameter",
+    "PrecisionOfMaps",
     "check_device",
     "check_memory",
     "check_torch_module",
@@ -38,6 +52,7 @@ __all__ = [
     "lock",
     "module_from_description",
     "module_from_torch",
+    "multiplies_int8",
 ]
 
 _Value = TypeVar("_Value")
@@ -57,7 +72,7 @@ class Parameter(property):
 
     def __init__(self, name: str, doc: str) -> None:
         def read(layer: "Module") -> Array | None:
-            return layer._parameters.arrays.get(name)
+            return layer._parameters.array(name)
 
         def replace(layer: "Module", value: Any) -> None:
             layer._assign(name, value)
@@ -85,6 +100,45 @@ class Option(property, Generic[_Value]):
         def __get__(self, layer: Any, owner: type | None = None) -> _Value: ...  # type: ignore[override]
 
         def __set__(self, layer: Any, value: _Value) -> None: ...
+
+
+class PrecisionOfMaps(property):
+    """`matmul_precision` as an attribute of a layer with linear maps, or with layers in it that have them."""
+
+    def __init__(self) -> None:
+        def read(layer: "Module") -> MatmulPrecision | None:
+            found: dict[str, Precision | None] = {}
+            for at, module in layer._places():
+                for name, weights in module._maps(at).items():
+                    precision = module._parameters.precisions.get(weights[0])
+                    if found.setdefault(name, precision) != precision:
+                        raise AttributeError(
+                            f"layers in this one differ in the matmul_precision of {name}: ask each of them"
+                        )
+            return shortest(found)
+
+        def assign(layer: "Module", value: Any) -> None:
+            places = [(module, module._maps(at)) for at, module in layer._places()]
+            names = list(dict.fromkeys(name for _, maps in places for name in maps))
+            chosen = precision_of_maps(value, names)
+            changes = []
+            for module, maps in places:
+                precisions = precision_of_weights({name: chosen[name] for name in maps}, maps)
+                if precisions != module._parameters.precisions:
+                    changes.append((module, {"precisions": precisions}))
+            _replace(changes)
+
+        super().__init__(read, assign)
+        self.__doc__ = (
+            "In what the linear maps are multiplied: None (the layer's dtype), \"int8\", or a mapping from their names."
+        )
+
+    if TYPE_CHECKING:
+
+        def __get__(self, layer: Any, owner: type | None = None) -> MatmulPrecision | None: ...  # type: ignore[override]
+
+        # Checkers do not take a literal of a dict for MatmulPrecision here.
+        def __set__(self, layer: Any, value: Precision | Mapping[str, str | None] | None) -> None: ...
 
 
 def flag(name: str, value: Any) -> bool:
@@ -132,17 +186,19 @@ class Module:
 
     def _assign(self, name: str, value: Any) -> None:
         """Replace one parameter, cast to the layer's dtype."""
-        current = self._parameters.arrays.get(name)
-        if current is None:
-            raise AttributeError(f"this layer has no {name}: it has {', '.join(self._parameters.arrays)}")
+        shape = self._parameters.shapes.get(name)
+        if shape is None:
+            raise AttributeError(f"this layer has no {name}: it has {', '.join(self._parameters.shapes)}")
         array = as_array(value, will_cast=True)
-        if array.shape != current.shape:
-            raise ValueError(f"{name} has shape {current.shape}, but got an array of shape {array.shape}")
-        self._replace({name: array})
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {shape}, but got an array of shape {array.shape}")
+        _replace([(self, {"arrays": {name: array}})])
 
-    def _replace(self, arrays: Mapping[str, Array], dtype: np.dtype[Any] | None = None) -> None:
-        """Swap in a new set of parameters."""
-        _replace([(self, arrays)], dtype)
+    def _maps(self, at: str) -> Mapping[str, Sequence[str]]:
+        """The linear maps of the layer itself by their names in `matmul_precision`, and the parameters that are their
+        weights; `at` is what precedes the names of the parameters.
+        """
+        return {}
 
     def _places(self, prefix: str = "") -> Iterator[tuple[str, "Module"]]:
         """This layer and all in it, before each what precedes the names of its parameters, in torch's order."""
@@ -312,14 +368,13 @@ class Module:
         >>> attention.load_state_dict(mha_c.MultiheadAttention(8, 2).state_dict())
         <All keys matched successfully>
         """
-        shapes = {name: array.shape for name, array in self.state_dict().items()}
+        shapes = {at + name: shape for at, one in self._places() for name, shape in one._parameters.shapes.items()}
         arrays, incompatible = match_state_dict(type(self).__name__, shapes, state_dict, strict, will_cast=True)
-        _replace(
-            [
-                (module, {name: arrays[at + name] for name in module._parameters.arrays if at + name in arrays})
-                for at, module in self._places()
-            ]
-        )
+
+        def found(at: str, module: Module) -> dict[str, Array]:
+            return {name: arrays[at + name] for name in module._parameters.shapes if at + name in arrays}
+
+        _replace([(module, {"arrays": found(at, module)}) for at, module in self._places()])
         return incompatible
 
     def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> Self:
@@ -343,6 +398,8 @@ class Module:
         ------
         TypeError
             If it is another dtype.
+        ValueError
+            If it is float64, and the layer has `matmul_precision`.
         ImportError
             If it is bfloat16, and ml_dtypes is not installed.
         RuntimeError
@@ -360,7 +417,8 @@ class Module:
             device, dtype = None, device
         check_device(device)
         if dtype is not None:
-            _replace([(module, {}) for module in self.modules()], float_dtype(dtype))
+            real = float_dtype(dtype)
+            _replace([(module, {"dtype": real}) for module in self.modules()])
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -495,9 +553,12 @@ class Module:
         return f"make a {cls._kind} with its arguments, and pass the arrays of the file to load_state_dict"
 
     def _full_description(self) -> dict[str, Any]:
-        return {"layer": self._kind, **self._description(), "training": bool(self.training)}
+        described = {"layer": self._kind, **self._description(), "training": bool(self.training)}
+        if self._parameters.precisions:
+            described["matmul_precision"] = self.matmul_precision  # type: ignore[attr-defined]
+        return described
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, packed: bool = False) -> None:
         """Write the layer to a file.
 
         The file holds the parameters, the constructor's arguments and the training mode, also those of the layers in
@@ -508,11 +569,17 @@ class Module:
         ----------
         path : str or path-like
             A name that ends in .npz, or in .safetensors if the package safetensors is installed.
+        packed : bool, default False
+            Whether weights with the `matmul_precision` "int8" are written as int8 numbers, in about a quarter of
+            float32's bytes: in place of "weight", "weight_int8" and the scales of its rows, "weight_scale". The layer
+            that is loaded then holds int8 numbers alone. Its results are the same, and its weights are what the
+            numbers stand for. Such a layer is always written in this way.
 
         Raises
         ------
         ValueError
-            If the name has another ending.
+            If the name has another ending; with `packed`, if no weight has the `matmul_precision` "int8", or one of
+            them holds NaN or infinity.
         TypeError
             If the layer computes something that a file cannot describe, such as a function of the caller.
         ImportError
@@ -528,7 +595,14 @@ class Module:
         ...     mha_c.MultiheadAttention.load(f"{folder}/layer.npz").training
         False
         """
-        write_checkpoint(path, self.state_dict(), json.dumps(self._full_description()))
+        if packed and not multiplies_int8(self):
+            raise ValueError('packed=True writes int8 weights, but this layer has none: set matmul_precision="int8"')
+        arrays = {
+            at + name: array
+            for at, module in self._places()
+            for name, array in arrays_for_file(module._parameters, at, packed).items()
+        }
+        write_checkpoint(path, arrays, json.dumps(self._full_description()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -638,11 +712,13 @@ class Module:
         return self.to("bfloat16")
 
 
-def _replace(changes: Sequence[tuple[Module, Mapping[str, Array]]], dtype: np.dtype[Any] | None = None) -> None:
-    """Swap in new sets of parameters, all or none. If another thread was faster, start again from its sets."""
+def _replace(changes: Sequence[tuple[Module, Mapping[str, Any]]]) -> None:
+    """Swap in new sets of parameters, with these changes, all or none. If another thread was faster, start again from
+    its sets.
+    """
     while True:
         old = [module._parameters for module, _ in changes]
-        new = [parameters.with_arrays(arrays, dtype) for parameters, (_, arrays) in zip(old, changes)]
+        new = [parameters.with_changes(**change) for parameters, (_, change) in zip(old, changes)]
         with lock:
             if all(module._parameters is parameters for parameters, (module, _) in zip(old, changes)):
                 for parameters, (module, _) in zip(new, changes):
@@ -742,6 +818,11 @@ def _describe_module(module: Any, kind: str) -> str:
 
 def _name_of_class(module: Any) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def multiplies_int8(module: Module) -> bool:
+    """Whether a linear map of a layer, or of a layer in it, multiplies int8 numbers."""
+    return any(one._parameters.precisions for one in module.modules())
 
 
 def check_device(device: Any) -> None:

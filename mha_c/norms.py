@@ -22,6 +22,7 @@ from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.dtypes import computed_in, float_dtype, trained_dtype
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.loading import arrays_in
+from mha_c.parameters.quantization import Weight
 from mha_c.parameters.sets import ArraySet, number
 from mha_c.parameters.state_dict import (
     Part,
@@ -61,11 +62,10 @@ class _Parameters(ArraySet):
 
     __slots__ = ("bias", "weight")
 
-    def __init__(self, arrays: Mapping[str, Array], dtype: np.dtype[Any]) -> None:
-        super().__init__(arrays, dtype)
-        views = self.arrays
-        self.weight = views.get("weight")
-        self.bias = views.get("bias")
+    def __init__(self, arrays: Mapping[str, Weight], dtype: np.dtype[Any], *precisions: Any) -> None:
+        super().__init__(arrays, dtype, *precisions)
+        self.weight = self.array("weight")
+        self.bias = self.array("bias")
 
 
 def _shape(normalized_shape: Any) -> _Shape:
@@ -237,7 +237,7 @@ class _Norm(Module):
         return {
             "normalized_shape": list(self._normalized_shape),
             "eps": None if self._eps is None else float(self._eps),
-            "parameters": list(self._parameters.arrays),
+            "parameters": list(self._parameters.shapes),
             "dtype": self._parameters.dtype.name,
         }
 

@@ -695,7 +695,7 @@ def test_states_that_were_tampered_with():
 
 def test_pickles_of_parameters_that_do_not_fit():
     parameters = layer(8, 2)._parameters
-    make, (widths, arrays, dtype) = parameters.__reduce__()
+    make, (widths, arrays, dtype, _) = parameters.__reduce__()
     wrong = [(widths._replace(num_heads=3), arrays, dtype), (widths._replace(kdim=5), arrays, dtype),
              (widths._replace(head_dim=2**40), arrays, dtype), (widths._replace(num_heads=-1), arrays, dtype),
              (widths, {**arrays, "in_proj_bias": np.zeros(3, "f4")}, dtype), (widths, {}, dtype),
@@ -717,7 +717,7 @@ def test_garbage_for_the_core():
 
     module = layer(8, 2)
     weights = module._parameters.weights
-    make, (widths, arrays, _) = module._parameters.__reduce__()
+    make, (widths, arrays, *_) = module._parameters.__reduce__()
     q, k, v = np.split(arrays["in_proj_weight"], 3)
     x = X[:, None]
     named = {"weights": weights, "query": x, "key": x, "value": x, "need_weights": False, "average_attn_weights": True,
@@ -772,7 +772,7 @@ def test_garbage_for_the_core():
 
 def test_parameters_that_cannot_be():
     """Numbers that overflow, another dtype than the first weight's, names; and what is there counts its bytes."""
-    _, (_, arrays, _) = layer(8, 2)._parameters.__reduce__()
+    _, (_, arrays, *_) = layer(8, 2)._parameters.__reduce__()
     given = [*np.split(arrays["in_proj_weight"], 3), arrays["in_proj_bias"], None, None, arrays["out_proj.weight"],
              arrays["out_proj.bias"]]
     for widths in ((2**62, 1, 2, 1), (2**62, 1, 1, 2)):

@@ -51,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWa
 def test_signatures():
     """torch's arguments in torch's order, by position or by name; ours by name only, after them."""
     for method, own in (
-        ("__init__", "seed dropout_seed masked_rows head_dim v_head_dim out_dim num_kv_heads"),
+        ("__init__", "seed dropout_seed masked_rows head_dim v_head_dim out_dim num_kv_heads matmul_precision"),
         ("forward", "out"),
         ("__call__", "out"),
     ):

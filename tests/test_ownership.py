@@ -219,7 +219,7 @@ def test_parameters_outlive_the_layer():
 
 def test_key_weights_live_as_long_as_they_are_read():
     """The core reads them where they are, and nobody else may hold them."""
-    _, (_, arrays, _) = layer(8, 2)._parameters.__reduce__()
+    _, (_, arrays, *_) = layer(8, 2)._parameters.__reduce__()
     q, k, v = np.split(arrays["in_proj_weight"], 3)
     given = k.copy()
     alive = weakref.ref(given)

@@ -159,7 +159,7 @@ class StagedCall:
         length_axis = 1 if self.is_batched and self.batch_first else 0
         self.batch = len(self.paths)
         self.length, self.source_length = (shape[length_axis] for shape in shapes)
-        self.extra_keys = ("bias_k" in self.parameters.arrays) + bool(self.add_zero_attn)
+        self.extra_keys = ("bias_k" in self.parameters.shapes) + bool(self.add_zero_attn)
         self.of_heads = self.parameters.weights if self.heads is None else self.parameters.weights_of_heads(self.heads)
 
     def arguments(
@@ -241,7 +241,7 @@ class StagedCall:
 
     def _extra_keys(self, letter: str, heads: int, width: int) -> list[NDArray[Any]]:
         """The keys or values (heads, 1, width) that the layer appends."""
-        learnt = self.parameters.arrays.get(f"bias_{letter}")
+        learnt = self.parameters.array(f"bias_{letter}")
         extra = []
         if learnt is not None:
             by_head = learnt.reshape(-1, 1, width)

@@ -123,7 +123,7 @@ class Words:
             else ("softmax(masked_scores)", "positive; those of each query sum to 1")
         )
         softmax = SOFTMAX_STEPS * size(*pairs)
-        bias = " + b_o" if "out_proj.bias" in self.call.parameters.arrays else ""
+        bias = " + b_o" if "out_proj.bias" in self.call.parameters.shapes else ""
         scores = f"q_heads k_headsᵀ / √{self.letters['D']}"
         return {
             **self._projections(),

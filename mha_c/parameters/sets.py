@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
 from mha_c.parameters.dtypes import is_real
+from mha_c.parameters.quantization import Precision, Quantized, Weight, check_quantized, dequantize, quantized, take_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,6 +30,10 @@ PARAMETERS: Final = (
 )
 
 _Three: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+
+_NO_PRECISIONS: Final[Mapping[str, Precision]] = MappingProxyType({})
+_Stacked = TypeVar("_Stacked", NDArray[Any], Weight)
+_ALIGNMENT: Final = 8  # of each array in the buffer of a set, in bytes
 
 
 class Widths(NamedTuple):
@@ -135,6 +142,14 @@ class Widths(NamedTuple):
             shapes["out_proj.bias"] = (self.out_dim,)
         return shapes
 
+    @property
+    def maps(self) -> dict[str, tuple[str, ...]]:
+        """The linear maps by their names in `matmul_precision`, and the parameters that are their weights."""
+        return {
+            "in_proj": ("in_proj_weight",) if self.packed else SEPARATE_WEIGHTS,
+            "out_proj": ("out_proj.weight",),
+        }
+
     def axes(self) -> dict[str, str]:
         """What the axes of each parameter count, in the letters of ARCHITECTURE.md."""
         kv = "H" if self.num_kv_heads == self.num_heads else "Hkv"
@@ -193,16 +208,28 @@ class ArraySet:
 
     Parameters
     ----------
-    arrays : mapping of str to numpy.ndarray
+    arrays : mapping of str to numpy.ndarray or Quantized
         The parameters by name, in the order of the state dict.
     dtype : numpy.dtype
         That of the layer, to which the arrays are cast.
+    precisions : mapping of str to {"int8"}, default {}
+        The weights that are multiplied as int8 numbers. Of the others, those that are quantized become arrays.
 
     Attributes
     ----------
-    arrays : dict of str to numpy.ndarray
+    stored : dict of str to numpy.ndarray or Quantized
         Views of one `bytes` object, which is why NumPy refuses to make them writable; new ones each time, since whoever
         has an array may assign to its shape.
+    arrays : dict of str to numpy.ndarray
+        The same, with the numbers that quantized weights stand for, in the dtype of the layer.
+    shapes : mapping of str to tuple of int
+        Their shapes.
+
+    Raises
+    ------
+    ValueError
+        If a parameter does not consist of real numbers, a quantized one is not what `quantize` makes of finite numbers,
+        or int8 numbers are asked for in float64.
 
     Examples
     --------
@@ -210,35 +237,94 @@ class ArraySet:
     {'weight': array([1., 1.], dtype=float32)}
     """
 
-    __slots__ = ("_buffer", "_shapes", "dtype")
+    __slots__ = ("_buffer", "_quantized", "dtype", "precisions", "shapes")
 
-    def __init__(self, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any]) -> None:
-        for name, array in arrays.items():
-            if not is_real(array.dtype):
-                raise ValueError(f"{name}: expected real numbers, but got {array.dtype}")
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as in torch
-            cast = {name: np.asarray(array, dtype, order="C") for name, array in arrays.items()}
+    def __init__(
+        self,
+        arrays: Mapping[str, Weight],
+        dtype: np.dtype[Any],
+        precisions: Mapping[str, Precision] = _NO_PRECISIONS,
+    ) -> None:
+        if precisions and dtype == np.float64:
+            raise ValueError(
+                'matmul_precision="int8" is for layers of float32, bfloat16 and float16, but this one is float64: '
+                "products of int8 numbers are less accurate than float32"
+            )
         self.dtype = dtype
+        self.precisions = MappingProxyType(dict(precisions))
+        kept = {name: self._cast(name, one) for name, one in arrays.items()}
+        self.shapes = MappingProxyType({name: one.shape for name, one in kept.items()})
+        self._quantized = frozenset(name for name, one in kept.items() if isinstance(one, Quantized))
+        parts = [part for one in kept.values() for part in (one if isinstance(one, Quantized) else (one,))]
         # NumPy's bfloat16 is not in the buffer protocol
-        self._buffer = b"".join(array.reshape(-1).view(np.uint8).data for array in cast.values())
-        self._shapes = {name: array.shape for name, array in cast.items()}
+        contents = [(part.reshape(-1).view(np.uint8).data, bytes(-part.nbytes % _ALIGNMENT)) for part in parts]
+        self._buffer = b"".join(itertools.chain.from_iterable(contents))
+
+    def _cast(self, name: str, one: Weight) -> Weight:
+        """A parameter as it is kept."""
+        if isinstance(one, Quantized):
+            check_quantized(name, one)
+            if name in self.precisions:
+                return Quantized(np.ascontiguousarray(one.numbers), np.ascontiguousarray(one.scales))
+            one = dequantize(one, self.dtype)
+        if not is_real(one.dtype):
+            raise ValueError(f"{name}: expected real numbers, but got {one.dtype}")
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as in torch
+            return np.asarray(one, self.dtype, order="C")
+
+    @property
+    def stored(self) -> dict[str, Weight]:
+        """The parameters as they are kept, by name, in the order of the state dict."""
+        start = 0
+
+        def view(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+            nonlocal start
+            array: NDArray[Any] = np.ndarray(shape, dtype, self._buffer, start)
+            start += array.nbytes + -array.nbytes % _ALIGNMENT
+            return array
+
+        views: dict[str, Weight] = {}
+        for name, shape in self.shapes.items():
+            if name in self._quantized:
+                views[name] = Quantized(view(shape, np.int8), view(shape[:1], np.float32))
+            else:
+                views[name] = view(shape, self.dtype)
+        return views
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The parameters by name, in the order of the state dict."""
-        views: dict[str, NDArray[Any]] = {}
-        start = 0
-        for name, shape in self._shapes.items():
-            views[name] = np.ndarray(shape, self.dtype, self._buffer, start)
-            start += views[name].nbytes
-        return views
+        """The parameters as arrays by name, in the order of the state dict."""
+        return {name: self._as_array(one) for name, one in self.stored.items()}
 
-    def with_arrays(self, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any] | None) -> Self:
-        """A set with some arrays in the place of those of their names, and perhaps of another dtype."""
-        return type(self)({**self.arrays, **arrays}, dtype or self.dtype)
+    def array(self, name: str) -> NDArray[Any] | None:
+        """One parameter; None if there is none of this name."""
+        one = self.stored.get(name)
+        return None if one is None else self._as_array(one)
+
+    def _as_array(self, one: Weight) -> NDArray[Any]:
+        return dequantize(one, self.dtype) if isinstance(one, Quantized) else one
+
+    def for_core(self, name: str) -> Weight:
+        """A weight as the core multiplies it."""
+        one = self.stored[name]
+        return quantized(one) if name in self.precisions else one
+
+    def with_changes(
+        self,
+        arrays: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+        dtype: np.dtype[Any] | None = None,
+        precisions: Mapping[str, Precision] | None = None,
+    ) -> Self:
+        """A set with some arrays in the place of those of their names, and perhaps of another dtype or precision."""
+        return self._remade(
+            {**self.stored, **arrays}, dtype or self.dtype, self.precisions if precisions is None else precisions
+        )
+
+    def _remade(self, *arguments: Any) -> Self:
+        return type(self)(*arguments)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.arrays, self.dtype)
+        return type(self), (self.stored, self.dtype, dict(self.precisions))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # nothing in it can change
@@ -251,10 +337,10 @@ class ParameterSet(ArraySet):
     ----------
     widths : Widths
         The widths of the layer.
-    arrays : mapping of str to numpy.ndarray
+    arrays : mapping of str to numpy.ndarray or Quantized
         The parameters by name, of the shapes that `widths` asks for, in the order of the state dict.
-    dtype : numpy.dtype
-        That of the layer, to which the arrays are cast.
+    dtype, precisions
+        As for `ArraySet`.
 
     Attributes
     ----------
@@ -264,43 +350,64 @@ class ParameterSet(ArraySet):
 
     __slots__ = ("weights", "widths")
 
-    def __init__(self, widths: Widths, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any]) -> None:
-        super().__init__(arrays, dtype)
+    def __init__(
+        self,
+        widths: Widths,
+        arrays: Mapping[str, Weight],
+        dtype: np.dtype[Any],
+        precisions: Mapping[str, Precision] = _NO_PRECISIONS,
+    ) -> None:
+        super().__init__(arrays, dtype, precisions)
         self.widths = widths
-        views = self.arrays
         self.weights = _core.Weights(
             widths.num_heads,
             widths.num_kv_heads,
             widths.head_dim,
             widths.v_head_dim,
             dtype.name,
-            *self.input_weights,
-            views.get("in_proj_bias"),
-            views.get("bias_k"),
-            views.get("bias_v"),
-            views["out_proj.weight"],
-            views.get("out_proj.bias"),
+            *self._inputs_for_core(),
+            self.array("in_proj_bias"),
+            self.array("bias_k"),
+            self.array("bias_v"),
+            self.for_core("out_proj.weight"),
+            self.array("out_proj.bias"),
         )
 
-    def with_arrays(self, arrays: Mapping[str, NDArray[Any]], dtype: np.dtype[Any] | None) -> Self:
-        return type(self)(self.widths, {**self.arrays, **arrays}, dtype or self.dtype)
+    def _remade(self, *arguments: Any) -> Self:
+        return type(self)(self.widths, *arguments)
+
+    def _inputs_for_core(self) -> tuple[Weight, Weight, Weight]:
+        """The weights that project query, key and value, as the core multiplies them."""
+        if self.widths.packed:
+            q, k, v = self._split(self.for_core("in_proj_weight"))
+        else:
+            q, k, v = map(self.for_core, SEPARATE_WEIGHTS)
+        return q, k, v
 
     @property
     def input_weights(self) -> _Three:
         """The weights that project query, key and value, whether they are stored as one parameter or as three."""
+        arrays = self.arrays
         if self.widths.packed:
-            return self._split(self.arrays["in_proj_weight"])
-        return self.arrays["q_proj_weight"], self.arrays["k_proj_weight"], self.arrays["v_proj_weight"]
+            q, k, v = self._split(arrays["in_proj_weight"])
+        else:
+            q, k, v = (arrays[name] for name in SEPARATE_WEIGHTS)
+        return q, k, v
 
     @property
     def input_biases(self) -> _Three | None:
         """The three biases that belong to them, where there are any."""
-        return self._split(self.arrays["in_proj_bias"]) if "in_proj_bias" in self.arrays else None
-
-    def _split(self, stacked: NDArray[Any]) -> _Three:
-        q_rows, k_rows, _ = self.widths.rows
-        q, k, v = np.split(stacked, (q_rows, q_rows + k_rows))
+        stacked = self.array("in_proj_bias")
+        if stacked is None:
+            return None
+        q, k, v = self._split(stacked)
         return q, k, v
+
+    def _split(self, stacked: _Stacked) -> Iterator[_Stacked]:
+        """The rows of query, key and value."""
+        q_rows, k_rows, _ = self.widths.rows
+        parts = slice(0, q_rows), slice(q_rows, q_rows + k_rows), slice(q_rows + k_rows, None)
+        return (take_rows(stacked, part) for part in parts)
 
     def weights_of_heads(self, heads: Sequence[int]) -> _core.Weights:
         """Packed parameters of some query heads alone, each with a key and value head of its own; without an output."""
@@ -308,14 +415,13 @@ class ParameterSet(ArraySet):
         groups = widths.num_heads // widths.num_kv_heads
         kv_heads = [head // groups for head in heads]
 
-        def rows_of(stacked: NDArray[Any], width: int, chosen: Sequence[int]) -> NDArray[Any]:
-            by_head = stacked.reshape(len(stacked) // width, width, *stacked.shape[1:])
-            return by_head[list(chosen)].reshape(len(chosen) * width, *stacked.shape[1:])
+        def rows_of(stacked: Any, width: int, chosen: Sequence[int]) -> Any:
+            return take_rows(stacked, (np.array(chosen)[:, None] * width + np.arange(width)).reshape(-1))
 
         parts = ((widths.head_dim, heads), (widths.head_dim, kv_heads), (widths.v_head_dim, kv_heads))
-        q, k, v = (rows_of(weight, *part) for weight, part in zip(self.input_weights, parts))
+        q, k, v = (rows_of(weight, *part) for weight, part in zip(self._inputs_for_core(), parts))
         biases = self.input_biases
-        learnt = [self.arrays.get(name) for name in ("bias_k", "bias_v")]
+        learnt = [self.array(name) for name in ("bias_k", "bias_v")]
         bias_k, bias_v = (
             None if one is None else rows_of(one[0, 0], *part)[None, None] for one, part in zip(learnt, parts[1:])
         )
@@ -336,4 +442,4 @@ class ParameterSet(ArraySet):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ParameterSet, (self.widths, self.arrays, self.dtype)
+        return ParameterSet, (self.widths, self.stored, self.dtype, dict(self.precisions))

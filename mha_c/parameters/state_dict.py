@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from mha_c.parameters.files import open_checkpoint
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.dtypes import float_dtype
-from mha_c.parameters.sets import ParameterSet, Widths
+from mha_c.parameters.quantization import Quantized, Weight, precision_of_weights, quantized
+from mha_c.parameters.sets import ArraySet, ParameterSet, Widths
 
 __all__ = [
     "ATTENTION",
     "IncompatibleKeys",
     "Part",
+    "arrays_for_file",
     "check_description",
     "check_names",
     "describe_attention",
@@ -208,8 +210,8 @@ def describe_attention(parameters: ParameterSet, **arguments: Any) -> dict[str, 
     4
     """
     arguments |= parameters.widths._asdict()
-    arguments["bias"] = "in_proj_bias" in parameters.arrays
-    arguments["add_bias_kv"] = "bias_k" in parameters.arrays
+    arguments["bias"] = "in_proj_bias" in parameters.shapes
+    arguments["add_bias_kv"] = "bias_k" in parameters.shapes
     arguments["dtype"] = parameters.dtype.name
     return {name: kind(arguments[name]) for name, kind in ATTENTION.items()}
 
@@ -224,7 +226,7 @@ def described_attention(
     layer_name : str
         The name of the layer's class, for the errors.
     description : mapping of str to object
-        What `describe_attention` gave.
+        What `describe_attention` gave, and "matmul_precision" unless it is None.
     content : mapping of str to array
         The parameters in the file.
 
@@ -249,9 +251,11 @@ def described_attention(
     """
     widths = Widths.from_arguments(**{name: description[name] for name in Widths._fields})
     shapes = widths.shapes(description["bias"], description["add_bias_kv"])
-    arrays, dtype = match_saved_arrays(layer_name, shapes, content, description["dtype"])
+    precisions = precision_of_weights(description.get("matmul_precision"), widths.maps)
+    arrays, dtype = match_saved_arrays(layer_name, shapes, content, description["dtype"], precisions)
     told = {*Widths._fields, "bias", "add_bias_kv", "dtype"}
-    return ParameterSet(widths, arrays, dtype), {name: description[name] for name in ATTENTION if name not in told}
+    parameters = ParameterSet(widths, arrays, dtype, precisions)
+    return parameters, {name: description[name] for name in ATTENTION if name not in told}
 
 
 def check_names(state_dict: Any) -> None:
@@ -333,9 +337,61 @@ def check_description(description: Mapping[str, Any], kinds: Mapping[str, type |
             raise TypeError(f"{name} is {description[name]!r}")
 
 
+def arrays_for_file(parameters: ArraySet, at: str, packed: bool) -> dict[str, NDArray[Any]]:
+    """The parameters of a layer as a file holds them, for `match_saved_arrays`.
+
+    Parameters
+    ----------
+    parameters : ArraySet
+        The parameters.
+    at : str
+        What precedes their names, for the error.
+    packed : bool
+        Whether all weights that are multiplied as int8 numbers become such numbers. Otherwise, only those do that the
+        layer does not hold in another form.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        Of a quantized "weight": "weight_int8" and "weight_scale".
+
+    Raises
+    ------
+    ValueError
+        If a weight that is to be quantized holds NaN or infinity.
+
+    Examples
+    --------
+    >>> import mha_c
+    >>> layer = mha_c.Linear(8, 2, matmul_precision="int8")
+    >>> {name: array.dtype.name for name, array in arrays_for_file(layer._parameters, "", packed=True).items()}
+    {'weight_int8': 'int8', 'weight_scale': 'float32', 'bias': 'float32'}
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, one in parameters.stored.items():
+        if packed and name in parameters.precisions:
+            one = quantized(one)
+        if not isinstance(one, Quantized):
+            arrays[name] = one
+            continue
+        if not np.isfinite(one.scales).all():
+            raise ValueError(f"{at}{name} holds NaN or infinity, which int8 numbers cannot: leave out packed=True")
+        arrays |= dict(zip(_quantized_names(name), one))
+    return arrays
+
+
+def _quantized_names(name: str) -> tuple[str, str]:
+    """The names that a quantized weight has in a file: none that a reader would take for the weight itself."""
+    return f"{name}_int8", f"{name}_scale"
+
+
 def match_saved_arrays(
-    layer_name: str, shapes: Mapping[str, _Shape], content: Mapping[str, Any], dtype_name: str
-) -> tuple[dict[str, NDArray[Any]], np.dtype[Any]]:
+    layer_name: str,
+    shapes: Mapping[str, _Shape],
+    content: Mapping[str, Any],
+    dtype_name: str,
+    precisions: Collection[str] = (),
+) -> tuple[dict[str, Weight], np.dtype[Any]]:
     """The parameters of a saved layer, and their dtype.
 
     Parameters
@@ -346,16 +402,18 @@ def match_saved_arrays(
         What the file holds.
     dtype_name : str
         The dtype that the file states.
+    precisions : collection of str, default ()
+        The weights that may be there as int8 numbers.
 
     Returns
     -------
-    dict of str to numpy.ndarray
+    dict of str to numpy.ndarray or Quantized
     numpy.dtype
 
     Raises
     ------
     TypeError
-        If the dtype is not that of all arrays, or no layer has it.
+        If the dtype is not that of all arrays that are not quantized, or no layer has it.
     RuntimeError
         As `match_state_dict`, or if it is a dtype of integers.
     ImportError
@@ -367,7 +425,18 @@ def match_saved_arrays(
     ({'weight': array([1.])}, dtype('float64'))
     """
     dtype = float_dtype(dtype_name)
-    arrays, _ = match_state_dict(layer_name, shapes, content, strict=True)
-    if any(array.dtype != dtype for array in arrays.values()):
-        raise TypeError(f"its parameters should be of {dtype}")
-    return arrays, dtype
+    expected: dict[str, _Shape] = {}
+    for name, shape in shapes.items():
+        numbers, scales = _quantized_names(name)
+        is_quantized = name in precisions and numbers in content
+        expected |= {numbers: shape, scales: shape[:1]} if is_quantized else {name: shape}
+    arrays, _ = match_state_dict(layer_name, expected, content, strict=True)
+    found: dict[str, Weight] = {}
+    for name in shapes:
+        if name in arrays:
+            found[name] = arrays[name]
+            if arrays[name].dtype != dtype:
+                raise TypeError(f"its parameters should be of {dtype}")
+        else:
+            found[name] = Quantized(*(arrays[one] for one in _quantized_names(name)))
+    return found, dtype

@@ -96,7 +96,7 @@ def to_torch(layer: Module) -> torch.nn.Module:
     Returns
     -------
     torch.nn.Module
-        Of the class of the same name.
+        Of the class of the same name. It computes in its dtype, whatever `matmul_precision` says.
 
     Raises
     ------

@@ -17,6 +17,7 @@ from mha_c.layer import MultiheadAttention, facts_of
 from mha_c.module import Module, Option, check_torch_module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.quantization import MatmulPrecision
 from mha_c.parameters.sets import integer
 from mha_c.transformer.layer import TransformerLayer, Padded, check_padded, zero_padded_rows
 
@@ -58,6 +59,8 @@ class TransformerDecoderLayer(TransformerLayer):
         what the layer computes for them. None: "computed".
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
+    matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        As for `TransformerEncoderLayer`. "in_proj" and "out_proj" are those of both attentions.
 
     Attributes
     ----------
@@ -69,7 +72,7 @@ class TransformerDecoderLayer(TransformerLayer):
         The norms.
     dropout, dropout1, dropout2, dropout3 : Dropout
         The dropout of activations, of the outputs of both attentions, and of the feed-forward network's output.
-    norm_first, activation, padded, training
+    norm_first, activation, padded, training, matmul_precision
         The options. They may be changed; a change takes effect at the next call.
 
     Raises
@@ -198,13 +201,15 @@ class TransformerDecoderLayer(TransformerLayer):
     __call__ = forward
 
     @classmethod
-    def from_torch(cls, module: Any) -> Self:
+    def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 
         Parameters
         ----------
         module : torch.nn.TransformerDecoderLayer
             The layer to copy. A subclass will do if it has torch's methods. Hooks and buffers are not copied.
+        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+            As for the constructor.
 
         Returns
         -------
@@ -215,6 +220,8 @@ class TransformerDecoderLayer(TransformerLayer):
         TypeError
             If `module` is something else, if it overrides forward, or if its activation or a layer in it has no
             counterpart here.
+        ValueError
+            If `matmul_precision` is unknown, or "int8" for a layer of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 
@@ -224,7 +231,7 @@ class TransformerDecoderLayer(TransformerLayer):
         >>> mha_c.TransformerDecoderLayer.from_torch(torch.nn.TransformerDecoderLayer(8, 2, 16)).linear1
         Linear(in_features=8, out_features=16, bias=True)
         """
-        return cls._layer_from_torch(module, ("forward", "_sa_block", "_mha_block", "_ff_block"))
+        return cls._layer_from_torch(module, ("forward", "_sa_block", "_mha_block", "_ff_block"), matmul_precision)
 
 
 class TransformerDecoder(Container):
@@ -250,6 +257,8 @@ class TransformerDecoder(Container):
         How many.
     norm : Module or None
         The norm of the output.
+    matmul_precision : str or mapping or None
+        Of the layers, as for `TransformerDecoderLayer`. It may be assigned.
     padded, training
         They may be changed; a change takes effect at the next call.
 
@@ -345,13 +354,15 @@ class TransformerDecoder(Container):
     __call__ = forward
 
     @classmethod
-    def from_torch(cls, module: Any) -> Self:
+    def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a decoder from a decoder of torch, with its arguments, parameters and training mode.
 
         Parameters
         ----------
         module : torch.nn.TransformerDecoder
             The decoder to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
+        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+            As for `TransformerDecoderLayer`.
 
         Returns
         -------
@@ -362,6 +373,8 @@ class TransformerDecoder(Container):
         TypeError
             If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
             here.
+        ValueError
+            If `matmul_precision` is unknown, or "int8" for layers of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 
@@ -373,4 +386,4 @@ class TransformerDecoder(Container):
         3
         """
         check_torch_module(module, cls._kind, "Its layers may be copied one by one")
-        return cls._copied(module, {"num_layers": module.num_layers, "padded": None})
+        return cls._copied(module, {"num_layers": module.num_layers, "padded": None}, matmul_precision)

@@ -25,6 +25,7 @@ from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.dtypes import trained_dtype
 from mha_c.parameters.encoders import infer_encoder, infer_encoder_layer
 from mha_c.parameters.files import open_state_dict
+from mha_c.parameters.quantization import MatmulPrecision
 from mha_c.parameters.sets import integer
 from mha_c.transformer.layer import TransformerLayer, Padded, check_padded, is_padding, truth, zero_padded_rows
 
@@ -94,6 +95,9 @@ class TransformerEncoderLayer(TransformerLayer):
         what the layer computes for them. None: "computed".
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
+    matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        As for `MultiheadAttention`. A mapping chooses for "in_proj", "out_proj", "linear1" and "linear2", or with
+        "default" for those that it does not name.
 
     Attributes
     ----------
@@ -105,13 +109,14 @@ class TransformerEncoderLayer(TransformerLayer):
         The norms.
     dropout, dropout1, dropout2 : Dropout
         The dropout of activations, of the attention's output and of the feed-forward network's output.
-    norm_first, activation, padded, training
+    norm_first, activation, padded, training, matmul_precision
         The options. They may be changed; a change takes effect at the next call.
 
     Raises
     ------
     ValueError
-        If a width is not positive, `dropout` is not between 0 and 1, or `norm` or `padded` is unknown.
+        If a width is not positive, `dropout` is not between 0 and 1, `norm`, `padded` or
+        `matmul_precision` is unknown, or `matmul_precision` is "int8" in a layer of float64.
     AssertionError
         If `d_model` is not divisible by `nhead` and `head_dim` is not given.
     RuntimeError, TypeError
@@ -240,6 +245,7 @@ training=False)
         dropout_seed: int | None = None,
         masked_rows: MaskedRows = "torch",
         padded: Padded | None = None,
+        matmul_precision: MatmulPrecision | None = None,
     ) -> Self:
         """Make a layer from trained parameters: those of one layer of an encoder in a state dict or a file.
 
@@ -278,6 +284,8 @@ training=False)
             As for the constructor.
         padded : {"zero", "computed"}, optional
             As for the constructor.
+        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+            As for the constructor.
 
         Returns
         -------
@@ -292,7 +300,7 @@ training=False)
             If the model is not known, or computes something that an encoder does not. The message names it.
         ValueError
             If no layer with `num_heads` heads has such shapes; if arguments, `config` and names contradict each other;
-            or if a file is damaged.
+            if `matmul_precision` is unknown, or "int8" for a layer of float64; or if a file is damaged.
         TypeError
             If `state_dict` is neither a mapping nor a path, or if something is not told.
         ImportError
@@ -319,19 +327,21 @@ training=False)
             options["batch_first"] = batch_first
         layer = cls(
             **options, dropout=dropout, dtype=trained_dtype(arrays["linear1.weight"].dtype, dtype),
-            dropout_seed=dropout_seed, padded=padded, masked_rows=masked_rows,
+            dropout_seed=dropout_seed, padded=padded, masked_rows=masked_rows, matmul_precision=matmul_precision,
         )  # fmt: skip
         layer.load_state_dict(arrays)
         return layer
 
     @classmethod
-    def from_torch(cls, module: Any) -> Self:
+    def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 
         Parameters
         ----------
         module : torch.nn.TransformerEncoderLayer
             The layer to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
+        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+            As for the constructor.
 
         Returns
         -------
@@ -342,6 +352,8 @@ training=False)
         TypeError
             If `module` is something else, if it overrides forward, or if its activation or a layer in it has no
             counterpart here.
+        ValueError
+            If `matmul_precision` is unknown, or "int8" for a layer of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 
@@ -351,7 +363,7 @@ training=False)
         >>> mha_c.TransformerEncoderLayer.from_torch(torch.nn.TransformerEncoderLayer(8, 2, 16)).linear1
         Linear(in_features=8, out_features=16, bias=True)
         """
-        return cls._layer_from_torch(module, ("forward", "_sa_block", "_ff_block"))
+        return cls._layer_from_torch(module, ("forward", "_sa_block", "_ff_block"), matmul_precision)
 
 
 class TransformerEncoder(Container):
@@ -384,6 +396,8 @@ class TransformerEncoder(Container):
         The norm of the output.
     enable_nested_tensor, mask_check, use_nested_tensor : bool
         As in torch.
+    matmul_precision : str or mapping or None
+        Of the layers, as for `TransformerEncoderLayer`. It may be assigned.
     padded, training
         They may be changed; a change takes effect at the next call.
 
@@ -540,6 +554,7 @@ class TransformerEncoder(Container):
         dropout_seed: int | None = None,
         masked_rows: MaskedRows = "torch",
         padded: Padded | None = None,
+        matmul_precision: MatmulPrecision | None = None,
     ) -> Self:
         """Make an encoder from trained parameters: the layers, and the norm of their output if the model has it.
 
@@ -580,6 +595,8 @@ class TransformerEncoder(Container):
             As for the constructor of the layers.
         padded : {"zero", "computed"}, optional
             As for the constructor.
+        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+            As for the constructor of the layers.
 
         Returns
         -------
@@ -594,7 +611,7 @@ class TransformerEncoder(Container):
             If the model is not known, or computes something that an encoder does not. The message names it.
         ValueError
             If no layer with `num_heads` heads has such shapes; if arguments, `config` and names contradict each other;
-            or if a file is damaged.
+            if `matmul_precision` is unknown, or "int8" for a layer of float64; or if a file is damaged.
         TypeError
             If `state_dict` is neither a mapping nor a path, or if something is not told.
         ImportError
@@ -629,8 +646,9 @@ class TransformerEncoder(Container):
             options["batch_first"] = batch_first
         real = trained_dtype(arrays["layers.0.linear1.weight"].dtype, dtype)
         layer = TransformerEncoderLayer(
-            **options, dropout=dropout, dtype=real, dropout_seed=dropout_seed, masked_rows=masked_rows
-        )
+            **options, dropout=dropout, dtype=real, dropout_seed=dropout_seed, masked_rows=masked_rows,
+            matmul_precision=matmul_precision,
+        )  # fmt: skip
         norm = None
         if has_norm:
             norm = LayerNorm(options["d_model"], options["layer_norm_eps"], bias="norm.bias" in arrays, dtype=real)
@@ -639,13 +657,15 @@ class TransformerEncoder(Container):
         return encoder
 
     @classmethod
-    def from_torch(cls, module: Any) -> Self:
+    def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make an encoder from an encoder of torch, with its arguments, parameters and training mode.
 
         Parameters
         ----------
         module : torch.nn.TransformerEncoder
             The encoder to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
+        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+            As for `TransformerEncoderLayer`.
 
         Returns
         -------
@@ -656,6 +676,8 @@ class TransformerEncoder(Container):
         TypeError
             If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
             here.
+        ValueError
+            If `matmul_precision` is unknown, or "int8" for layers of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 
@@ -668,7 +690,7 @@ class TransformerEncoder(Container):
         """
         check_torch_module(module, cls._kind, "Its layers may be copied one by one")
         options = {name: getattr(module, name) for name in cls._option_kinds if name != "padded"}
-        return cls._copied(module, {**options, "padded": None})
+        return cls._copied(module, {**options, "padded": None}, matmul_precision)
 
 
 def attention_call(

@@ -31,6 +31,7 @@ from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws
+from mha_c.parameters.quantization import MAPS, MatmulPrecision, precision_of_maps
 from mha_c.parameters.sets import integer
 
 if TYPE_CHECKING:
@@ -128,27 +129,29 @@ class TransformerLayer(Container):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         v_head_dim: int | None = None,
+        matmul_precision: MatmulPrecision | None = None,
     ) -> None:
         real = float_dtype(dtype)
         draws: Any = Draws.of(seed, real)  # a seed that continues, for the layers in this one
         seeds = iter(seeds_for(dropout_seed, len(self._child_names)))
         act = check_activation("activation", activation)
         hidden = integer("dim_feedforward", dim_feedforward)
+        precisions = precision_of_maps(matmul_precision, MAPS)
+        of_attention = {name: precisions[name] for name in ("in_proj", "out_proj")}
 
         def make(name: str) -> Module:
             if name.endswith("attn"):
                 return MultiheadAttention(
                     d_model, nhead, dropout, bias, batch_first=batch_first, device=device, dtype=real, seed=draws,
                     dropout_seed=next(seeds), masked_rows=masked_rows, num_kv_heads=num_kv_heads, head_dim=head_dim,
-                    v_head_dim=v_head_dim,
+                    v_head_dim=v_head_dim, matmul_precision=of_attention,
                 )  # fmt: skip
             if name.startswith("dropout"):
                 return Dropout(dropout, dropout_seed=next(seeds))
             if name.startswith("norm"):
                 return make_norm(norm, d_model, layer_norm_eps, bias, device, real)
-            if name == "linear1":
-                return Linear(d_model, hidden * (1 + is_gated(act)), bias, device, real, seed=draws)
-            return Linear(hidden, d_model, bias, device, real, seed=draws)
+            widths = (d_model, hidden * (1 + is_gated(act))) if name == "linear1" else (hidden, d_model)
+            return Linear(*widths, bias, device, real, seed=draws, matmul_precision=precisions[name])
 
         children = {name: make(name) for name in self._child_names}  # in the order in which torch draws parameters
         self._set_up(children, {"norm_first": norm_first, "activation": act, "padded": padded})
@@ -256,11 +259,13 @@ class TransformerLayer(Container):
         return added if self._norm_first else norm(added)
 
     @classmethod
-    def _layer_from_torch(cls, module: Any, methods: tuple[str, ...]) -> Self:
+    def _layer_from_torch(
+        cls, module: Any, methods: tuple[str, ...], matmul_precision: MatmulPrecision | None
+    ) -> Self:
         instead = "The layers in it may be copied one by one"
         check_torch_module(module, cls._kind, instead, methods)
         name = torch_activation(module.activation)
         if name is None:
             raise TypeError(f"from_torch knows the activations relu, gelu and silu, but got {module.activation!r}")
         options = {"norm_first": module.norm_first, "activation": name, "padded": None}
-        return cls._copied(module, options)
+        return cls._copied(module, options, matmul_precision)

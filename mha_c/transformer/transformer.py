@@ -19,6 +19,7 @@ from mha_c.module import Module, Option, check_device, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws, reset_matrices
+from mha_c.parameters.quantization import MatmulPrecision
 from mha_c.parameters.sets import integer
 from mha_c.transformer.layer import Norm, Padded, make_norm, truth
 from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
@@ -74,6 +75,8 @@ class Transformer(Container):
         As for `TransformerEncoder` and `TransformerDecoder`.
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
+    matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        As for `TransformerEncoderLayer` and `TransformerDecoderLayer`.
 
     Attributes
     ----------
@@ -85,6 +88,8 @@ class Transformer(Container):
         As for the constructor.
     batch_first : bool
         As for the constructor. The layers have their own.
+    matmul_precision : str or mapping or None
+        Of the layers. It may be assigned.
     training : bool
         The mode.
 
@@ -139,6 +144,7 @@ class Transformer(Container):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         v_head_dim: int | None = None,
+        matmul_precision: MatmulPrecision | None = None,
     ) -> None:
         draws: Any = Draws.of(seed, float_dtype(dtype))  # a seed that continues, for both
         of_encoder, of_decoder = seeds_for(dropout_seed, 2)
@@ -153,6 +159,7 @@ class Transformer(Container):
             "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
             "v_head_dim": v_head_dim,
+            "matmul_precision": matmul_precision,
         }
         encoder, decoder = custom_encoder, custom_decoder
         if encoder is None:
@@ -284,13 +291,15 @@ class Transformer(Container):
         return np.triu(np.full((size, size), -np.inf, float_dtype(dtype)), 1)
 
     @classmethod
-    def from_torch(cls, module: Any) -> Self:
+    def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 
         Parameters
         ----------
         module : torch.nn.Transformer
             The layer to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
+        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+            As for the constructor.
 
         Returns
         -------
@@ -301,6 +310,8 @@ class Transformer(Container):
         TypeError
             If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
             here.
+        ValueError
+            If `matmul_precision` is unknown, or "int8" for layers of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 
@@ -311,4 +322,4 @@ class Transformer(Container):
         2
         """
         check_torch_module(module, cls._kind, "Its encoder and decoder may be copied by themselves")
-        return cls._copied(module, {name: getattr(module, name) for name in cls._option_kinds})
+        return cls._copied(module, {name: getattr(module, name) for name in cls._option_kinds}, matmul_precision)

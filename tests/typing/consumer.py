@@ -58,6 +58,9 @@ assert_type(layer.in_proj_weight, Array | None)
 assert_type(layer.out_proj.weight, Array)
 assert_type(layer.out_proj.bias, Array | None)
 assert_type(layer.out_proj.in_features, int)
+layer.matmul_precision = {"default": "int8", "out_proj": None}
+assert_type(mha_c.TransformerEncoderLayer(8, 2, matmul_precision={"linear1": "int8"}), mha_c.TransformerEncoderLayer)
+mha_c.Linear(8, 2, matmul_precision="int8").save("linear.npz", packed=True)
 assert_type(layer.training, bool)
 assert_type(layer.dropout_seed, int)
 assert_type(layer.state_dict(prefix="attention."), OrderedDict[str, Array])
@@ -147,6 +150,8 @@ mha_c.MultiheadAttention(8, 4, masked_rows="none")  # type: ignore[arg-type]
 mha_c.MultiheadAttention(8, "4")  # type: ignore[arg-type]
 mha_c.MultiheadAttention(64.0, 8)  # type: ignore[arg-type]
 mha_c.MultiheadAttention(8, 4, dropout="0.1")  # type: ignore[arg-type]
+mha_c.MultiheadAttention(8, 4, matmul_precision="int4")  # type: ignore[arg-type]
+layer.matmul_precision = 8  # type: ignore[assignment]
 mha_c.MultiheadAttention(8, 4, seed="a")  # type: ignore[arg-type]
 mha_c.MultiheadAttention(d_model=8, nhead=4)  # type: ignore[call-arg]
 mha_c.MultiHeadAttention(8, 4)  # type: ignore[attr-defined]
