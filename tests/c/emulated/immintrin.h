@@ -88,12 +88,12 @@ static inline __m512 emulated_cvtph_ps(__m256i a)
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps emulated_cvtph_ps
 
-/* The rounding is a constant in the instruction. */
 static inline __m256 emulated_half(__m512 a, int i)
 {
     const emulated_reals x = {a};
     return x.half[i];
 }
+/* A macro, because the rounding is a constant in the instruction. */
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(a, rounding) \
     _mm256_set_m128i(_mm256_cvtps_ph(emulated_half(a, 1), rounding), _mm256_cvtps_ph(emulated_half(a, 0), rounding))
