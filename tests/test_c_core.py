@@ -72,17 +72,20 @@ class Workshop:
         self.cores = {}
         self.outputs = {}
 
+    def compile(self, compiler, sources):
+        """An object file for each source."""
+        objects = [self.folder / compiler / f"core_{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda pair: execute([compiler, *self.flags, "-c", pair[0], "-o", pair[1]]),
+                          zip(sources, objects)))
+        return objects
+
     def core(self, compiler):
         """The object files of everything in csrc that does not need Python."""
         if compiler not in self.cores:
-            folder = self.folder / compiler
-            folder.mkdir()
+            (self.folder / compiler).mkdir()
             sources = sorted([*(REPOSITORY / "csrc").glob("*.c"), *(REPOSITORY / "csrc" / "kernels").glob("*.c")])
-            objects = [folder / f"core_{source.stem}.o" for source in sources]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(lambda pair: execute([compiler, *self.flags, "-c", pair[0], "-o", pair[1]]),
-                              zip(sources, objects)))
-            self.cores[compiler] = objects
+            self.cores[compiler] = self.compile(compiler, sources)
         return self.cores[compiler]
 
     def program(self, compiler, name):
@@ -125,17 +128,16 @@ class Emulation(Workshop):
         if compiler not in self.cores:
             folder = self.folder / compiler
             folder.mkdir()
-            objects = {made.name: made for made in self.workshop.core(compiler)}
-            for source in [REPOSITORY / "csrc" / "cpu.c", *(REPOSITORY / "csrc" / "kernels").glob("avx512*.c")]:
+            sources = [REPOSITORY / "csrc" / "cpu.c", *(REPOSITORY / "csrc" / "kernels").glob("avx512*.c")]
+            for source in sources:
                 text = source.read_text()
                 for pattern, new in CHANGES:
                     text = re.sub(pattern, new, text, flags=re.M)
-                changed = folder / source.name
-                changed.write_text(f'#line 1 "{source}"\n{text}')
-                made = folder / f"core_{source.stem}.o"
-                execute([compiler, *self.flags, "-c", changed, "-o", made])
-                objects[made.name] = made
-            self.cores[compiler] = list(objects.values())
+                (folder / source.name).write_text(f'#line 1 "{source}"\n{text}')
+            emulated = self.compile(compiler, [folder / source.name for source in sources])
+            replaced = {made.name for made in emulated}
+            native = [made for made in self.workshop.core(compiler) if made.name not in replaced]
+            self.cores[compiler] = [*native, *emulated]
         return self.cores[compiler]
 
 
@@ -151,8 +153,9 @@ def emulation(workshop, tmp_path_factory):
     need("clang")
     if "avx2" not in workshop.levels("clang"):
         pytest.skip(f"this CPU ({platform.machine()}) lacks avx2, over which AVX-512 is emulated")
-    if subprocess.run(["clang", "-xc", "-E", "-"], input="#include <simde/x86/avx512.h>", capture_output=True, text=True,
-                      check=False).returncode != 0:
+    simde = subprocess.run(["clang", "-xc", "-E", "-"], input="#include <simde/x86/avx512.h>", text=True,
+                           capture_output=True, check=False)
+    if simde.returncode != 0:
         pytest.skip("SIMDe is not installed")
     return Emulation(tmp_path_factory.mktemp("emulated"), workshop)
 

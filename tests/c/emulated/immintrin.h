@@ -4,8 +4,6 @@
  *
  * Below are those that SIMDe 0.7.4 lacks or declares otherwise, and one that it adds up in another order. A function
  * that is neither there nor here does not compile, because the compiler's own needs AVX-512.
- *
- * _mm512_dpbf16_ps() keeps subnormal numbers. The instruction takes them for zeros.
  */
 #ifndef MHA_TESTS_IMMINTRIN_H
 #define MHA_TESTS_IMMINTRIN_H
@@ -16,9 +14,6 @@
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
-
-/* No register holds 64 bytes. The kernels' statements in assembly hold values in registers and compute nothing. */
-#define __asm__(...) ((void)0)
 
 /* ---- Those that SIMDe has by its own names only, or with other arguments by Intel's ---- */
 
@@ -88,12 +83,12 @@ static inline __m512 emulated_cvtph_ps(__m256i a)
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps emulated_cvtph_ps
 
-/* The rounding is a constant in the instruction. */
 static inline __m256 emulated_half(__m512 a, int i)
 {
     const emulated_reals x = {a};
     return x.half[i];
 }
+/* A macro, because the rounding is a constant in the instruction. */
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(a, rounding) \
     _mm256_set_m128i(_mm256_cvtps_ph(emulated_half(a, 1), rounding), _mm256_cvtps_ph(emulated_half(a, 0), rounding))
@@ -107,14 +102,31 @@ static inline __mmask16 emulated_test_epi8_mask(__m128i a, __m128i b)
 
 /* ---- Products of halves ---- */
 
-/* Two fused multiply-adds, of the upper numbers first. SIMDe adds the two products to each other first. */
+/* Two fused multiply-adds, of the upper numbers first. SIMDe adds the two products to each other first. Whatever the
+ * caller's mode is, numbers are rounded to the nearest, and subnormal ones are zeros before and after each step. */
+static inline __m256 emulated_dpbf16_of_half(__m256 sums, __m256i a, __m256i b)
+{
+    const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
+    const unsigned mode = 0x9fc0, callers = _mm_getcsr(); /* no exceptions, flush to zero, zeros for subnormals */
+    __asm__("vldmxcsr %5\n\tvfmadd231ps %2, %1, %0\n\tvfmadd231ps %4, %3, %0\n\tvldmxcsr %6"
+            : "+&x"(sums)
+            : "x"(_mm256_and_si256(a, upper)), "x"(_mm256_and_si256(b, upper)), "x"(_mm256_slli_epi32(a, 16)),
+              "x"(_mm256_slli_epi32(b, 16)), "m"(mode), "m"(callers));
+    return sums;
+}
+
 static inline __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b)
 {
-    const emulated_i32 x = (emulated_i32)a, y = (emulated_i32)b;
-    sums = _mm512_fmadd_ps((__m512)(x & ~0xffff), (__m512)(y & ~0xffff), sums);
-    return _mm512_fmadd_ps((__m512)(x << 16), (__m512)(y << 16), sums);
+    const emulated_integers x = {(__m512i)a}, y = {(__m512i)b};
+    emulated_reals z = {sums};
+    for (int i = 0; i < 2; i++)
+        z.half[i] = emulated_dpbf16_of_half(z.half[i], x.half[i], y.half[i]);
+    return z.whole;
 }
 #undef _mm512_dpbf16_ps
 #define _mm512_dpbf16_ps emulated_dpbf16_ps
+
+/* No register holds 64 bytes. The kernels' statements in assembly hold values in registers and compute nothing. */
+#define __asm__(...) ((void)0)
 
 #endif
