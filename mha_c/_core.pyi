@@ -5,12 +5,12 @@ from contextvars import ContextVar
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-# An array of the layer's dtype, or int8 numbers and the scales of their rows.
-_Weight: TypeAlias = NDArray[Any] | tuple[NDArray[np.int8], NDArray[np.float32]]
+# An array of the layer's dtype; or int8 numbers and the scales of their rows; or an array and "bfloat16".
+_Weight: TypeAlias = NDArray[Any] | tuple[NDArray[np.int8], NDArray[np.float32]] | tuple[NDArray[Any], str]
 
 @final
 class Weights:
@@ -20,7 +20,7 @@ class Weights:
         num_kv_heads: int,
         head_dim: int,
         v_head_dim: int,
-        dtype: str,
+        dtype: DTypeLike,
         q_proj_weight: _Weight,
         k_proj_weight: _Weight,
         v_proj_weight: _Weight,
@@ -36,7 +36,7 @@ class Weights:
 
 @final
 class Linear:
-    def __new__(cls, dtype: str, weight: _Weight, bias: NDArray[Any] | None, /) -> Linear: ...
+    def __new__(cls, dtype: DTypeLike, weight: _Weight, bias: NDArray[Any] | None, /) -> Linear: ...
     @property
     def nbytes(self) -> int: ...
 

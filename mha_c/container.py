@@ -234,7 +234,7 @@ class ModuleList(Container, MutableSequence[_Layer]):
         ----------
         module : torch.nn.ModuleList
             The list.
-        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             Of the layers in it, as for their constructors.
 
         Returns
@@ -246,7 +246,7 @@ class ModuleList(Container, MutableSequence[_Layer]):
         TypeError
             If one of its layers cannot be copied.
         ValueError
-            If `matmul_precision` is unknown, or "int8" for a layer of float64.
+            If `matmul_precision` is unknown, or given for a layer of float64.
 
         Examples
         --------

@@ -296,7 +296,7 @@ def multi_head_attention_forward(
         head_dim = width // num_heads
         parameters = _of_one_dtype(use_separate_proj_weight, *projections, *extra, *output)
         return _core.forward(
-            _core.Weights(num_heads, num_heads, head_dim, head_dim, parameters[0].dtype.name, *parameters),
+            _core.Weights(num_heads, num_heads, head_dim, head_dim, parameters[0].dtype, *parameters),
             query,
             key,
             value,

@@ -117,10 +117,10 @@ class MultiheadAttention(RandomModule):
     num_kv_heads : int, optional
         Number of key and value heads, a divisor of `num_heads`; `num_heads` unless given. With fewer of them
         (grouped-query attention), query head h reads key and value head ``h // (num_heads // num_kv_heads)``.
-    matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
-        In what the linear maps are multiplied. None: in float32, or float64. "int8": weights and rows of inputs are
-        rounded to int8 numbers, whose products are summed exactly; see the notes. A mapping chooses for "in_proj" and
-        "out_proj", or with "default" for those that it does not name.
+    matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        What the linear maps multiply. None: float32 or float64. "bfloat16": weights and inputs are rounded to
+        bfloat16. "int8": weights and rows of inputs are rounded to int8 numbers, whose products are summed exactly; see
+        the notes. A mapping chooses for "in_proj" and "out_proj", or with "default" for those that it does not name.
 
     Attributes
     ----------
@@ -143,7 +143,7 @@ class MultiheadAttention(RandomModule):
     ------
     ValueError
         If a width is not positive, `num_kv_heads` does not divide `num_heads`, `masked_rows` or `matmul_precision` is
-        unknown, or `matmul_precision` is "int8" in a layer of float64.
+        unknown, or `matmul_precision` is given in a layer of float64.
     AssertionError
         If `embed_dim` is not divisible by `num_heads` and `head_dim` is not given.
     TypeError, RuntimeError
@@ -165,8 +165,9 @@ class MultiheadAttention(RandomModule):
         y = b + s_x s_w (sum of q_x q_w)
 
     The sum is exact over up to 8192 features, and those of more features are added in order. So "int8" gives the same
-    bits on every CPU whose float32 results have the same bits. A row with NaN or infinity gives NaN. Scores and weighted
-    sums stay in float32. Parameters and state dicts stay those of the dtype.
+    bits on every CPU whose float32 results have the same bits, and so does "bfloat16", whose sums are float32. A row with
+    NaN or infinity gives NaN. Scores and weighted sums stay in float32. Parameters and state dicts stay those of the
+    dtype.
 
     Examples
     --------
@@ -476,7 +477,7 @@ class MultiheadAttention(RandomModule):
         layout : {"stacked", "per_head"}, optional
             How one weight holds several projections: "stacked", one below the other, as in timm and GPT-2; "per_head",
             head by head, as in GPT-NeoX, BLOOM and Falcon. It is needed if the name of the weight does not show it.
-        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
         Returns
@@ -494,7 +495,7 @@ class MultiheadAttention(RandomModule):
             usually do so, such as Llama and T5. The message names the difference.
         ValueError
             If no layer of `num_heads` heads has such shapes; if arguments contradict `config` or each other; if
-            `layout` is needed; if `matmul_precision` is unknown, or "int8" for a layer of float64; or if a file is
+            `layout` is needed; if `matmul_precision` is unknown, or given for a layer of float64; or if a file is
             incomplete, damaged or of another kind.
         TypeError
             If `state_dict` is neither a mapping nor a path, or if the number of heads is not known.
@@ -566,7 +567,7 @@ class MultiheadAttention(RandomModule):
             The layer to copy. A subclass will do if it has torch's forward. The weights are those that torch would use
             now, whether they are parameters, parametrized or plain tensors. Hooks and buffers are not copied.
             The dtype is that of the output weight.
-        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
         Returns
@@ -578,7 +579,7 @@ class MultiheadAttention(RandomModule):
         TypeError
             If `module` is something else, or if it overrides forward, which could then compute anything.
         ValueError
-            If `matmul_precision` is unknown, or "int8" for a layer of float64.
+            If `matmul_precision` is unknown, or given for a layer of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 

@@ -46,7 +46,7 @@ class _Parameters(ArraySet):
 
     def __init__(self, arrays: Mapping[str, Weight], dtype: np.dtype[Any], *precisions: Any) -> None:
         super().__init__(arrays, dtype, *precisions)
-        self.packed = _core.Linear(dtype.name, self.for_core("weight"), self.array("bias"))
+        self.packed = _core.Linear(dtype, self.for_core("weight"), self.array("bias"))
 
 
 def _maps(name: str = "") -> dict[str, tuple[str, ...]]:
@@ -83,9 +83,9 @@ class Linear(Module):
         Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. Those
         of bfloat16 and float16 are float32's, rounded, from which torch's differ in about one number of a thousand.
         None: a random seed.
-    matmul_precision : {"int8"}, optional
-        "int8": W and the rows of the input are rounded to int8 numbers, whose products are summed exactly, as for
-        `MultiheadAttention`. None: products are computed in float32 or float64.
+    matmul_precision : {"bfloat16", "int8"}, optional
+        What is multiplied, as for `MultiheadAttention`: numbers that are rounded to bfloat16 or int8. None: float32 or
+        float64.
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class Linear(Module):
     TypeError, RuntimeError
         If an argument has a wrong type, a size is negative, or `dtype` or `device` is not supported.
     ValueError
-        If `matmul_precision` is unknown, or "int8" in a layer of float64.
+        If `matmul_precision` is unknown, or given in a layer of float64.
     ImportError
         If `dtype` is bfloat16, and ml_dtypes is not installed.
     MemoryError
@@ -218,7 +218,7 @@ class Linear(Module):
         module : torch.nn.Linear
             The layer to copy. A subclass will do if it has torch's forward. The dtype is that of
             the weight.
-        matmul_precision : {"int8"}, optional
+        matmul_precision : {"bfloat16", "int8"}, optional
             As for the constructor.
 
         Returns
@@ -230,7 +230,7 @@ class Linear(Module):
         TypeError
             If `module` is something else, or if it overrides forward, which could then compute anything.
         ValueError
-            If `matmul_precision` is unknown, or "int8" for a layer of float64.
+            If `matmul_precision` is unknown, or given for a layer of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 

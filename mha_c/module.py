@@ -52,7 +52,7 @@ __all__ = [
     "lock",
     "module_from_description",
     "module_from_torch",
-    "multiplies_int8",
+    "precisions_of",
 ]
 
 _Value = TypeVar("_Value")
@@ -130,7 +130,7 @@ class PrecisionOfMaps(property):
 
         super().__init__(read, assign)
         self.__doc__ = (
-            "In what the linear maps are multiplied: None (the layer's dtype), \"int8\", or a mapping from their names."
+            'What the linear maps multiply: None (numbers of the layer), "bfloat16", "int8", or a mapping from their names.'
         )
 
     if TYPE_CHECKING:
@@ -595,7 +595,7 @@ class Module:
         ...     mha_c.MultiheadAttention.load(f"{folder}/layer.npz").training
         False
         """
-        if packed and not multiplies_int8(self):
+        if packed and "int8" not in precisions_of(self):
             raise ValueError('packed=True writes int8 weights, but this layer has none: set matmul_precision="int8"')
         arrays = {
             at + name: array
@@ -820,9 +820,9 @@ def _name_of_class(module: Any) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def multiplies_int8(module: Module) -> bool:
-    """Whether a linear map of a layer, or of a layer in it, multiplies int8 numbers."""
-    return any(one._parameters.precisions for one in module.modules())
+def precisions_of(module: Module) -> set[Precision]:
+    """What linear maps of a layer, and of layers in it, multiply in place of the layer's numbers."""
+    return {precision for one in module.modules() for precision in one._parameters.precisions.values()}
 
 
 def check_device(device: Any) -> None:

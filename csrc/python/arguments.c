@@ -267,15 +267,17 @@ int run_forward(module_state *state, call_arguments *arguments)
 
 PyObject *stored_output(const call_arguments *arguments)
 {
-    return as_stored(arguments->output, (PyArrayObject *)arguments->weights->k_weight, arguments->out);
+    const weights_object *weights = arguments->weights;
+    return as_stored(arguments->output, weights->descr, arguments->out);
 }
 
 /* The weights as the caller gets them; None if they are not wanted. */
 static PyObject *stored_attn_weights(const call_arguments *arguments)
 {
+    const weights_object *weights = arguments->weights;
     if (arguments->attn_weights == NULL)
         return Py_NewRef(Py_None);
-    return as_stored(arguments->attn_weights, (PyArrayObject *)arguments->weights->k_weight, NULL);
+    return as_stored(arguments->attn_weights, weights->descr, NULL);
 }
 
 PyObject *hand_back(const call_arguments *arguments)

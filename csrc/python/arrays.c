@@ -164,14 +164,22 @@ const char *dtype_name(mha_dtype dtype)
     return names[dtype];
 }
 
-int dtype_named(const char *name, mha_dtype *dtype)
+/* Without the name of its module. */
+static const char *name_of(PyArray_Descr *descr)
+{
+    const char *name = descr->typeobj->tp_name, *dot = strrchr(name, '.');
+    return dot == NULL ? name : dot + 1;
+}
+
+int dtype_of_descr(PyArray_Descr *descr, mha_dtype *dtype)
 {
     for (mha_dtype known = MHA_FLOAT32; known <= MHA_FLOAT16; known++)
-        if (strcmp(dtype_name(known), name) == 0) {
+        if (strcmp(dtype_name(known), name_of(descr)) == 0) {
             *dtype = known;
             return 0;
         }
-    PyErr_Format(PyExc_TypeError, "parameters must be of float32, float64, bfloat16 or float16, not %s", name);
+    PyErr_Format(PyExc_TypeError, "parameters must be of float32, float64, bfloat16 or float16, not %s",
+                 name_of(descr));
     return -1;
 }
 
@@ -316,12 +324,12 @@ static PyArrayObject *narrowed(PyArrayObject *wide, mha_dtype dtype, PyArray_Des
     return halves;
 }
 
-PyObject *as_stored(PyArrayObject *result, PyArrayObject *like, PyArrayObject *out)
+PyObject *as_stored(PyArrayObject *result, PyArray_Descr *descr, PyArrayObject *out)
 {
-    mha_dtype dtype;
     PyArrayObject *stored = (PyArrayObject *)Py_NewRef((PyObject *)result);
-    if (find_dtype(like, &dtype) && mha_is_half(dtype))
-        Py_SETREF(stored, narrowed(result, dtype, PyArray_DESCR(like)));
+    for (mha_dtype half = MHA_BFLOAT16; half <= MHA_FLOAT16; half++)
+        if (strcmp(dtype_name(half), name_of(descr)) == 0)
+            Py_SETREF(stored, narrowed(result, half, descr));
     if (stored == NULL || out == NULL || out == stored)
         return (PyObject *)stored;
     const int failed = PyArray_CopyInto(out, stored);

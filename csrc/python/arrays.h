@@ -21,8 +21,8 @@ bool find_dtype(PyArrayObject *array, mha_dtype *dtype);
 const char *dtype_name(mha_dtype dtype);
 const char *torch_dtype_name(mha_dtype dtype);
 
-/* The dtype of a name. Returns 0, or -1 with a TypeError. */
-int dtype_named(const char *name, mha_dtype *dtype);
+/* The dtype that NumPy's stands for. Returns 0, or -1 with a TypeError. */
+int dtype_of_descr(PyArray_Descr *descr, mha_dtype *dtype);
 
 /* Whether it holds floating-point numbers of any width, including registered types such as bfloat16. */
 bool array_is_floating(PyArrayObject *array);
@@ -80,9 +80,9 @@ PyArrayObject *as_computed(PyArrayObject *array);
  * with an exception. */
 int take_computed(PyArrayObject **const *arrays, size_t count);
 
-/* A new reference to what the caller gets of a result: halves if `like` holds halves, in `out` unless that is NULL.
+/* A new reference to what the caller gets of a result: halves if `descr` is their dtype, in `out` unless that is NULL.
  * NULL with an exception. */
-PyObject *as_stored(PyArrayObject *result, PyArrayObject *like, PyArrayObject *out);
+PyObject *as_stored(PyArrayObject *result, PyArray_Descr *descr, PyArrayObject *out);
 
 /* A new C-contiguous array of the type in which a dtype is computed. Raises MemoryError for a shape beyond all memory,
  * for which NumPy raises ValueError. */

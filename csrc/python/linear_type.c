@@ -43,23 +43,25 @@ static int check_linear(PyArrayObject *weight, PyArrayObject *bias)
 static PyObject *linear_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     PyObject *weight_object, *bias_object;
-    const char *dtype_text;
+    PyArray_Descr *descr = NULL;
     mha_dtype dtype;
     weight_arrays weight;
     PyArrayObject *bias = NULL;
+    linear_object *self = NULL;
+    PyObject *pins = NULL;
     if (kwargs != NULL && PyDict_GET_SIZE(kwargs) != 0) {
         PyErr_SetString(PyExc_TypeError, "Linear() takes no keyword arguments");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "sOO:Linear", &dtype_text, &weight_object, &bias_object) ||
-        dtype_named(dtype_text, &dtype) < 0 || weight_from_object(weight_object, "weight", dtype, &weight) < 0 ||
+    if (!PyArg_ParseTuple(args, "O&OO:Linear", PyArray_DescrConverter, &descr, &weight_object, &bias_object) ||
+        dtype_of_descr(descr, &dtype) < 0 || weight_from_object(weight_object, "weight", dtype, &weight) < 0 ||
         (bias_object != Py_None && parameter_from_object(bias_object, "bias", dtype, &bias) < 0) ||
         check_linear(weight.numbers, bias) < 0)
-        return NULL;
+        goto done;
 
-    linear_object *self = (linear_object *)type->tp_alloc(type, 0);
+    self = (linear_object *)type->tp_alloc(type, 0);
     PyArrayObject *const arrays[] = {weight.numbers, weight.scale, bias};
-    PyObject *pins = pin_memory(arrays, 3);
+    pins = pin_memory(arrays, 3);
     if (self == NULL || pins == NULL) {
         Py_CLEAR(self);
         goto done;
@@ -72,6 +74,7 @@ static PyObject *linear_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     if (raise_status(pack(self, &given, bias == NULL ? NULL : PyArray_DATA(bias))) < 0)
         Py_CLEAR(self);
 done:
+    Py_XDECREF((PyObject *)descr);
     Py_XDECREF(pins);
     return (PyObject *)self;
 }
@@ -99,7 +102,7 @@ static PyGetSetDef linear_getset[] = {
 PyDoc_STRVAR(linear_doc, "Linear(dtype, weight, bias, /)\n--\n\n"
                          "One immutable linear map, packed for the kernels of this CPU.\n\n"
                          "weight is (features, depth), and bias (features,) or None: C-contiguous, aligned, in native\n"
-                         "byte order and of the dtype with this name, float32, float64, bfloat16 or float16. weight may\n"
+                         "byte order and of this dtype: float32, float64, bfloat16 or float16. weight may\n"
                          "also be a tuple, as a weight of Weights. Anything else raises TypeError or ValueError.");
 
 static PyType_Slot linear_slots[] = {
@@ -192,7 +195,7 @@ PyObject *linear(PyObject *module, PyObject *const *objects, Py_ssize_t count)
                             .y = PyArray_DATA(output)};
     PyArrayObject *const arrays[] = {x, output};
     if (run_core(state, mha_linear_operations(&call), &call.threads, &call.stop, arrays, 2, start_linear, &call) == 0)
-        result = as_stored(output, input, NULL);
+        result = as_stored(output, PyArray_DESCR(input), NULL);
 done:
     Py_XDECREF(input);
     Py_XDECREF(x);
@@ -269,7 +272,7 @@ PyObject *activate(PyObject *module, PyObject *const *objects, Py_ssize_t count)
     PyArrayObject *const arrays[] = {x, output};
     if (run_core(state, mha_activation_operations(&call), &call.threads, &call.stop, arrays, 2, start_activation,
                  &call) == 0)
-        result = as_stored(output, input, NULL);
+        result = as_stored(output, PyArray_DESCR(input), NULL);
 done:
     Py_XDECREF(input);
     Py_XDECREF(x);

@@ -325,7 +325,7 @@ PyObject *normalize(PyObject *module, PyObject *const *objects, Py_ssize_t count
     if (run_core(state, mha_norm_operations(call), &call->threads, &call->stop, arrays,
                  sizeof arrays / sizeof *arrays, start, call) < 0)
         goto done;
-    result = as_stored(arguments.output, arguments.given, NULL);
+    result = as_stored(arguments.output, PyArray_DESCR(arguments.given), NULL);
 done:
     release(&arguments);
     return result;

@@ -518,7 +518,7 @@ PyObject *scaled_dot_product_attention(PyObject *module, PyObject *const *object
     if (run_core(state, mha_sdpa_operations(call), &call->threads, &call->stop, arrays,
                  sizeof arrays / sizeof *arrays, start, call) < 0)
         goto done;
-    result = as_stored(arguments.output, arguments.given, arguments.out);
+    result = as_stored(arguments.output, PyArray_DESCR(arguments.given), arguments.out);
 done:
     release(&arguments);
     return result;

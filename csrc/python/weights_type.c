@@ -17,6 +17,7 @@ enum { PACK_WITHOUT_GIL = 1 << 16 };
 typedef struct {
     Py_ssize_t H, Hkv, D, Dv;
     mha_dtype dtype;
+    PyArray_Descr *descr; /* owned */
     weight_arrays q_weight, k_weight, v_weight, out_weight;
     PyArrayObject *in_bias, *bias_k, *bias_v, *out_bias; /* NULL: none */
 } weights_arguments;
@@ -193,21 +194,23 @@ static PyObject *weights_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
 {
     weights_arguments given = {.in_bias = NULL};
     PyObject *objects[8];
-    const char *dtype;
+    weights_object *self = NULL;
     if (kwargs != NULL && PyDict_GET_SIZE(kwargs) != 0) {
         PyErr_SetString(PyExc_TypeError, "Weights() takes no keyword arguments");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "nnnnsOOOOOOOO:Weights", &given.H, &given.Hkv, &given.D, &given.Dv, &dtype, &objects[0],
-                          &objects[1], &objects[2], &objects[3], &objects[4], &objects[5], &objects[6], &objects[7]) ||
-        dtype_named(dtype, &given.dtype) < 0 || check_counts(&given) < 0 || collect(&given, objects) < 0 ||
+    if (!PyArg_ParseTuple(args, "nnnnO&OOOOOOOO:Weights", &given.H, &given.Hkv, &given.D, &given.Dv,
+                          PyArray_DescrConverter, &given.descr, &objects[0], &objects[1], &objects[2], &objects[3],
+                          &objects[4], &objects[5], &objects[6], &objects[7]) ||
+        dtype_of_descr(given.descr, &given.dtype) < 0 || check_counts(&given) < 0 || collect(&given, objects) < 0 ||
         check_shapes(&given) < 0)
-        return NULL;
+        goto done;
 
-    weights_object *self = (weights_object *)type->tp_alloc(type, 0);
+    self = (weights_object *)type->tp_alloc(type, 0);
     if (self == NULL)
-        return NULL;
+        goto done;
     self->dtype = given.dtype;
+    self->descr = (PyArray_Descr *)Py_NewRef((PyObject *)given.descr);
     self->has_bias_kv = given.bias_k != NULL;
     self->nbytes = count_bytes(&given);
     self->widths = (mha_widths){
@@ -225,6 +228,8 @@ static PyObject *weights_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     self->pins = pin_parameters(&given);
     if (self->pins == NULL || raise_status(pack(self, &given)) < 0)
         Py_CLEAR(self);
+done:
+    Py_XDECREF((PyObject *)given.descr);
     return (PyObject *)self;
 }
 
@@ -233,6 +238,7 @@ static void weights_dealloc(PyObject *object)
     weights_object *self = (weights_object *)object;
     PyTypeObject *type = Py_TYPE(object);
     mha_layer_destroy(self->packed);
+    Py_XDECREF((PyObject *)self->descr);
     Py_XDECREF(self->k_weight);
     Py_XDECREF(self->pins);
     type->tp_free(object);
@@ -255,8 +261,8 @@ PyDoc_STRVAR(weights_doc, "Weights(num_heads, num_kv_heads, head_dim, v_head_dim
                           "        v_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias, /)\n"
                           "--\n\n"
                           "One immutable set of parameters, packed for the kernels of this CPU.\n\n"
-                          "All arrays are C-contiguous, aligned, in native byte order and of the dtype with this name,\n"
-                          "float32, float64, bfloat16 or float16. A weight may also be a tuple, except with float64: an\n"
+                          "All arrays are C-contiguous, aligned, in native byte order and of this dtype: float32,\n"
+                          "float64, bfloat16 or float16. A weight may also be a tuple, except with float64: an\n"
                           "int8 array, and a float32 array of the scales of its rows; or an array, and \"bfloat16\", if\n"
                           "its products read bfloat16. Biases and bias_k / bias_v are None where the layer has none;\n"
                           "in_proj_bias holds the biases of q, k and v, stacked. Anything else raises TypeError or\n"

@@ -11,10 +11,11 @@
 typedef struct {
     PyObject_HEAD
     mha_layer *packed;
-    PyObject *k_weight; /* the array that `packed` refers to */
+    PyObject *k_weight; /* the array that `packed` refers to; NULL: it is int8, and was copied */
     PyObject *pins;     /* keep its memory in place */
     mha_widths widths;
     mha_dtype dtype;
+    PyArray_Descr *descr; /* the same for NumPy */
     bool has_bias_kv;
     size_t nbytes; /* of the parameters that it was made from */
 } weights_object;

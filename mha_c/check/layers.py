@@ -19,7 +19,7 @@ from mha_c.check.requirement import require_torch
 from mha_c.check.transformers import compare_transformer, transformer_class
 from mha_c.display.words import describe_call
 from mha_c.layer import MultiheadAttention, parameters_of
-from mha_c.module import Module, multiplies_int8
+from mha_c.module import Module, precisions_of
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.dtypes import DTYPE_NAMES
 
@@ -56,7 +56,7 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
         If `module` is not such a layer, or has a dtype that layers of mha_c do not have; or if there are not 1, 2 or 3
         inputs.
     ValueError
-        If `module` multiplies int8 numbers, as its `matmul_precision` says.
+        If `module` has a `matmul_precision`.
 
     Notes
     -----
@@ -74,10 +74,10 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     >>> report.agrees, [comparison.name for comparison in report.comparisons][:3]
     (True, ['attn_output', 'attn_output_weights', '  head 0'])
     """
-    if isinstance(module, Module) and multiplies_int8(module):
+    if isinstance(module, Module) and precisions_of(module):
         raise ValueError(
-            "check.against_torch looks for wrong terms among errors of rounding, which int8 numbers would hide: check a "
-            "copy of the layer with matmul_precision=None"
+            "check.against_torch looks for wrong terms among errors of rounding, which those of its matmul_precision "
+            "would hide: check a copy of the layer with matmul_precision=None"
         )
     if transformer_class(module) is not None:
         return compare_transformer(module, *inputs, **call)

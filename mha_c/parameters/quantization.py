@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as int8 numbers with a scale for each row, and the linear maps of a layer that multiply such numbers."""
+"""Weights as int8 numbers with a scale for each row, and what the linear maps of a layer multiply."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ __all__ = [
     "Weight",
     "check_quantized",
     "dequantize",
+    "multiplied",
     "precision_of_maps",
     "precision_of_weights",
     "quantize",
@@ -25,7 +26,7 @@ __all__ = [
     "take_rows",
 ]
 
-Precision: TypeAlias = Literal["int8"]
+Precision: TypeAlias = Literal["bfloat16", "int8"]
 MatmulPrecision: TypeAlias = Precision | Mapping[str, Precision | None]
 
 #: The linear maps that layers have, by their names in `matmul_precision`.
@@ -110,6 +111,31 @@ def quantize(weight: NDArray[Any]) -> Quantized:
 def quantized(weight: Weight) -> Quantized:
     """The same weight as int8 numbers, if it is not held as such."""
     return weight if isinstance(weight, Quantized) else quantize(weight)
+
+
+def multiplied(weight: Weight, precision: Precision | None) -> Any:
+    """A weight as the core takes it, to be multiplied in this precision.
+
+    Parameters
+    ----------
+    weight : numpy.ndarray or Quantized
+        The weight, quantized only for "int8".
+    precision : {"bfloat16", "int8"} or None
+        As for `matmul_precision`.
+
+    Returns
+    -------
+    numpy.ndarray, or tuple of two
+        The array; or int8 numbers and scales; or the array and "bfloat16".
+
+    Examples
+    --------
+    >>> multiplied(np.eye(1, dtype=np.float32), "bfloat16")
+    (array([[1.]], dtype=float32), 'bfloat16')
+    """
+    if precision == "int8":
+        return quantized(weight)
+    return weight if precision is None else (weight, precision)
 
 
 def dequantize(weight: Quantized, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -233,12 +259,11 @@ def precision_of_maps(value: Any, maps: Sequence[str]) -> dict[str, Precision | 
 
 
 def _checked(value: Any) -> Precision | None:
-    if value is None or isinstance(value, str) and value == "int8":
+    if value is None or isinstance(value, str) and value in get_args(Precision):
         return value  # type: ignore[return-value]
-    words = f'matmul_precision must be None, "int8", or a mapping of linear maps to these, but got {value!r}'
-    if isinstance(value, str) and value == "bfloat16":
-        words += ". Products of bfloat16 are not there yet: a layer of the dtype bfloat16 computes in float32"
-    raise ValueError(words)
+    raise ValueError(
+        f'matmul_precision must be None, "bfloat16", "int8", or a mapping of linear maps to these, but got {value!r}'
+    )
 
 
 def precision_of_weights(value: Any, maps: Mapping[str, Sequence[str]]) -> dict[str, Precision]:

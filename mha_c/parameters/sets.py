@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mha_c import _core
 from mha_c.parameters.dtypes import is_real
-from mha_c.parameters.quantization import Precision, Quantized, Weight, check_quantized, dequantize, quantized, take_rows
+from mha_c.parameters.quantization import Precision, Quantized, Weight, check_quantized, dequantize, multiplied, take_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -212,8 +212,9 @@ class ArraySet:
         The parameters by name, in the order of the state dict.
     dtype : numpy.dtype
         That of the layer, to which the arrays are cast.
-    precisions : mapping of str to {"int8"}, default {}
-        The weights that are multiplied as int8 numbers. Of the others, those that are quantized become arrays.
+    precisions : mapping of str to {"bfloat16", "int8"}, default {}
+        What products with a weight read, if not the layer's dtype. A quantized weight that is not "int8" becomes an
+        array.
 
     Attributes
     ----------
@@ -229,7 +230,7 @@ class ArraySet:
     ------
     ValueError
         If a parameter does not consist of real numbers, a quantized one is not what `quantize` makes of finite numbers,
-        or int8 numbers are asked for in float64.
+        or there are precisions in float64.
 
     Examples
     --------
@@ -247,8 +248,8 @@ class ArraySet:
     ) -> None:
         if precisions and dtype == np.float64:
             raise ValueError(
-                'matmul_precision="int8" is for layers of float32, bfloat16 and float16, but this one is float64: '
-                "products of int8 numbers are less accurate than float32"
+                "matmul_precision is for layers of float32, bfloat16 and float16, but this one is float64: products "
+                "of bfloat16 or int8 numbers are less accurate than float32"
             )
         self.dtype = dtype
         self.precisions = MappingProxyType(dict(precisions))
@@ -264,7 +265,7 @@ class ArraySet:
         """A parameter as it is kept."""
         if isinstance(one, Quantized):
             check_quantized(name, one)
-            if name in self.precisions:
+            if self.precisions.get(name) == "int8":
                 return Quantized(np.ascontiguousarray(one.numbers), np.ascontiguousarray(one.scales))
             one = dequantize(one, self.dtype)
         if not is_real(one.dtype):
@@ -304,10 +305,9 @@ class ArraySet:
     def _as_array(self, one: Weight) -> NDArray[Any]:
         return dequantize(one, self.dtype) if isinstance(one, Quantized) else one
 
-    def for_core(self, name: str) -> Weight:
-        """A weight as the core multiplies it."""
-        one = self.stored[name]
-        return quantized(one) if name in self.precisions else one
+    def for_core(self, name: str) -> Any:
+        """A weight as the core takes it."""
+        return multiplied(self.stored[name], self.precisions.get(name))
 
     def with_changes(
         self,
@@ -364,8 +364,8 @@ class ParameterSet(ArraySet):
             widths.num_kv_heads,
             widths.head_dim,
             widths.v_head_dim,
-            dtype.name,
-            *self._inputs_for_core(),
+            dtype,
+            *(multiplied(*one) for one in self._inputs_for_core()),
             self.array("in_proj_bias"),
             self.array("bias_k"),
             self.array("bias_v"),
@@ -376,13 +376,12 @@ class ParameterSet(ArraySet):
     def _remade(self, *arguments: Any) -> Self:
         return type(self)(self.widths, *arguments)
 
-    def _inputs_for_core(self) -> tuple[Weight, Weight, Weight]:
-        """The weights that project query, key and value, as the core multiplies them."""
-        if self.widths.packed:
-            q, k, v = self._split(self.for_core("in_proj_weight"))
-        else:
-            q, k, v = map(self.for_core, SEPARATE_WEIGHTS)
-        return q, k, v
+    def _inputs_for_core(self) -> list[tuple[Weight, Precision | None]]:
+        """The weights that project query, key and value, and their precisions."""
+        names = ("in_proj_weight",) * 3 if self.widths.packed else SEPARATE_WEIGHTS
+        stored = self.stored
+        weights = self._split(stored[names[0]]) if self.widths.packed else (stored[name] for name in names)
+        return [(weight, self.precisions.get(name)) for weight, name in zip(weights, names)]
 
     @property
     def input_weights(self) -> _Three:
@@ -419,7 +418,8 @@ class ParameterSet(ArraySet):
             return take_rows(stacked, (np.array(chosen)[:, None] * width + np.arange(width)).reshape(-1))
 
         parts = ((widths.head_dim, heads), (widths.head_dim, kv_heads), (widths.v_head_dim, kv_heads))
-        q, k, v = (rows_of(weight, *part) for weight, part in zip(self._inputs_for_core(), parts))
+        inputs = zip(self._inputs_for_core(), parts)
+        q, k, v = (multiplied(rows_of(weight, *part), precision) for (weight, precision), part in inputs)
         biases = self.input_biases
         learnt = [self.array(name) for name in ("bias_k", "bias_v")]
         bias_k, bias_v = (
@@ -430,7 +430,7 @@ class ParameterSet(ArraySet):
             len(heads),
             widths.head_dim,
             widths.v_head_dim,
-            self.dtype.name,
+            self.dtype,
             q,
             k,
             v,

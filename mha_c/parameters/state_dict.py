@@ -369,7 +369,7 @@ def arrays_for_file(parameters: ArraySet, at: str, packed: bool) -> dict[str, ND
     """
     arrays: dict[str, NDArray[Any]] = {}
     for name, one in parameters.stored.items():
-        if packed and name in parameters.precisions:
+        if packed and parameters.precisions.get(name) == "int8":
             one = quantized(one)
         if not isinstance(one, Quantized):
             arrays[name] = one

@@ -337,7 +337,7 @@ def _pack_layer(arrays: dict[str, NDArray[Any]], facts: LayerFacts) -> LayerPart
         tuple(one.weights for one in attentions),
         tuple((_copy(norm, "weight"), _copy(norm, "bias"), eps, False) for norm, eps in zip(norms, facts.eps)),
         *(
-            _core.Linear(linear["weight"].dtype.name, _copy(linear, "weight"), _copy(linear, "bias"))
+            _core.Linear(linear["weight"].dtype, _copy(linear, "weight"), _copy(linear, "bias"))
             for linear in (linear1, linear2)
         ),
     )

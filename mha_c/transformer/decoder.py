@@ -59,7 +59,7 @@ class TransformerDecoderLayer(TransformerLayer):
         what the layer computes for them. None: "computed".
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
-    matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+    matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
         As for `TransformerEncoderLayer`. "in_proj" and "out_proj" are those of both attentions.
 
     Attributes
@@ -208,7 +208,7 @@ class TransformerDecoderLayer(TransformerLayer):
         ----------
         module : torch.nn.TransformerDecoderLayer
             The layer to copy. A subclass will do if it has torch's methods. Hooks and buffers are not copied.
-        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
         Returns
@@ -221,7 +221,7 @@ class TransformerDecoderLayer(TransformerLayer):
             If `module` is something else, if it overrides forward, or if its activation or a layer in it has no
             counterpart here.
         ValueError
-            If `matmul_precision` is unknown, or "int8" for a layer of float64.
+            If `matmul_precision` is unknown, or given for a layer of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 
@@ -361,7 +361,7 @@ class TransformerDecoder(Container):
         ----------
         module : torch.nn.TransformerDecoder
             The decoder to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
-        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for `TransformerDecoderLayer`.
 
         Returns
@@ -374,7 +374,7 @@ class TransformerDecoder(Container):
             If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
             here.
         ValueError
-            If `matmul_precision` is unknown, or "int8" for layers of float64.
+            If `matmul_precision` is unknown, or given for layers of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 

@@ -95,7 +95,7 @@ class TransformerEncoderLayer(TransformerLayer):
         what the layer computes for them. None: "computed".
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
-    matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+    matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
         As for `MultiheadAttention`. A mapping chooses for "in_proj", "out_proj", "linear1" and "linear2", or with
         "default" for those that it does not name.
 
@@ -116,7 +116,7 @@ class TransformerEncoderLayer(TransformerLayer):
     ------
     ValueError
         If a width is not positive, `dropout` is not between 0 and 1, `norm`, `padded` or
-        `matmul_precision` is unknown, or `matmul_precision` is "int8" in a layer of float64.
+        `matmul_precision` is unknown, or `matmul_precision` is given in a layer of float64.
     AssertionError
         If `d_model` is not divisible by `nhead` and `head_dim` is not given.
     RuntimeError, TypeError
@@ -284,7 +284,7 @@ training=False)
             As for the constructor.
         padded : {"zero", "computed"}, optional
             As for the constructor.
-        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
         Returns
@@ -300,7 +300,7 @@ training=False)
             If the model is not known, or computes something that an encoder does not. The message names it.
         ValueError
             If no layer with `num_heads` heads has such shapes; if arguments, `config` and names contradict each other;
-            if `matmul_precision` is unknown, or "int8" for a layer of float64; or if a file is damaged.
+            if `matmul_precision` is unknown, or given for a layer of float64; or if a file is damaged.
         TypeError
             If `state_dict` is neither a mapping nor a path, or if something is not told.
         ImportError
@@ -340,7 +340,7 @@ training=False)
         ----------
         module : torch.nn.TransformerEncoderLayer
             The layer to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
-        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
         Returns
@@ -353,7 +353,7 @@ training=False)
             If `module` is something else, if it overrides forward, or if its activation or a layer in it has no
             counterpart here.
         ValueError
-            If `matmul_precision` is unknown, or "int8" for a layer of float64.
+            If `matmul_precision` is unknown, or given for a layer of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 
@@ -595,7 +595,7 @@ class TransformerEncoder(Container):
             As for the constructor of the layers.
         padded : {"zero", "computed"}, optional
             As for the constructor.
-        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor of the layers.
 
         Returns
@@ -611,7 +611,7 @@ class TransformerEncoder(Container):
             If the model is not known, or computes something that an encoder does not. The message names it.
         ValueError
             If no layer with `num_heads` heads has such shapes; if arguments, `config` and names contradict each other;
-            if `matmul_precision` is unknown, or "int8" for a layer of float64; or if a file is damaged.
+            if `matmul_precision` is unknown, or given for a layer of float64; or if a file is damaged.
         TypeError
             If `state_dict` is neither a mapping nor a path, or if something is not told.
         ImportError
@@ -664,7 +664,7 @@ class TransformerEncoder(Container):
         ----------
         module : torch.nn.TransformerEncoder
             The encoder to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
-        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for `TransformerEncoderLayer`.
 
         Returns
@@ -677,7 +677,7 @@ class TransformerEncoder(Container):
             If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
             here.
         ValueError
-            If `matmul_precision` is unknown, or "int8" for layers of float64.
+            If `matmul_precision` is unknown, or given for layers of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 

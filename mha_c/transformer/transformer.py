@@ -75,7 +75,7 @@ class Transformer(Container):
         As for `TransformerEncoder` and `TransformerDecoder`.
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
-    matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+    matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
         As for `TransformerEncoderLayer` and `TransformerDecoderLayer`.
 
     Attributes
@@ -298,7 +298,7 @@ class Transformer(Container):
         ----------
         module : torch.nn.Transformer
             The layer to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
-        matmul_precision : {"int8"} or mapping of str to {"int8"} or None, optional
+        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
         Returns
@@ -311,7 +311,7 @@ class Transformer(Container):
             If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
             here.
         ValueError
-            If `matmul_precision` is unknown, or "int8" for layers of float64.
+            If `matmul_precision` is unknown, or given for layers of float64.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 
