@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime
+from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.transformers.optimizer import optimize_model
 
 import encoder_problem
 import onnx_encoder
 import onnx_layer
 from cases import Case
-from encoder_cases import EncoderCase
+from encoder_cases import EncoderCase, Model
 from peers import Prepared
 from problem import Array, make
 
@@ -26,7 +29,8 @@ class OnnxRuntime:
 
     def prepare(self, case: Case) -> Prepared:
         layer = onnx_layer.build(make(case), self.kind)
-        return bind(layer.whole(), layer.feeds, self.options)
+        model = quantized(layer.whole()) if case.matmul_precision else layer.whole()
+        return bind(model, layer.feeds, self.options)
 
 
 class OnnxRuntimeEncoder:
@@ -40,10 +44,26 @@ class OnnxRuntimeEncoder:
     def prepare(self, case: EncoderCase) -> Prepared:
         model, feeds = onnx_encoder.build(encoder_problem.make(case))
         if self.optimized:
-            model = optimize_model(model, "bert", case.model.H, case.model.E, opt_level=0).model
-            operators = {node.op_type for node in model.graph.node}
-            assert {"Attention", "BiasGelu", "SkipLayerNormalization"} <= operators, operators
-        return bind(model, feeds, self.options)
+            model = optimized(model, case.model)
+        return bind(quantized(model) if case.matmul_precision else model, feeds, self.options)
+
+
+def optimized(model: onnx.ModelProto, of: Model) -> onnx.ModelProto:
+    """The model of an encoder after ONNX Runtime's optimizer for BERT, which finds whole layers of attention."""
+    model = optimize_model(model, "bert", of.H, of.E, opt_level=0).model
+    operators = {node.op_type for node in model.graph.node}
+    assert {"Attention", "BiasGelu", "SkipLayerNormalization"} <= operators, operators
+    return model
+
+
+def quantized(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with products of int8, by ONNX Runtime's dynamic quantization: weights have a scale for each output
+    feature, and an activation has one scale, which is found when the model runs. Weights keep 8 bits, as by default
+    (reduce_range=False): without VNNI, sums of two products can saturate."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        quantize_dynamic(model, file, per_channel=True)
+        return onnx.load(file)
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
