@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import onnx_encoder
 import onnx_layer
 from cases import Case
 from encoder_cases import EncoderCase, Model
+from onnx_graph import CONTRIB
 from peers import Prepared
 from problem import Array, make
 
@@ -60,9 +62,13 @@ def quantized(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with products of int8, by ONNX Runtime's dynamic quantization: weights have a scale for each output
     feature, and an activation has one scale, which is found when the model runs. Weights keep 8 bits, as by default
     (reduce_range=False): without VNNI, sums of two products can saturate."""
+    logging.getLogger().setLevel(logging.ERROR)  # it advises to prepare models, which only adds operators to these
+    microsofts = (node for node in model.graph.node if (node.op_type, node.domain) == ("Attention", CONTRIB))
+    operators = ["MatMul", *(node.op_type for node in microsofts)]  # its quantizer takes ONNX's Attention for this one
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
-        quantize_dynamic(model, file, per_channel=True)
+        kind = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # of results of Microsoft's operators
+        quantize_dynamic(model, file, operators, per_channel=True, extra_options=kind)
         return onnx.load(file)
 
 

@@ -4,6 +4,7 @@ heads and int8: torch.ao.quantization replaces torch.nn.Linear, but not the proj
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -81,6 +82,7 @@ class TorchLayer:
         pairs = (in_weight, tensor(problem.in_bias)), (tensor(problem.out_weight), tensor(problem.out_bias))
         maps = torch.nn.ModuleList(linear(weight, bias) for weight, bias in pairs).eval()
         if case.matmul_precision:
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel and other")
             quantize_dynamic(maps, {torch.nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
         project, project_output = maps
         x, kv = tensor(problem.query), case.kv_head_count * case.head_dim
