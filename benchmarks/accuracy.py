@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
+from onnxruntime.quantization import QuantType
 
 import mha_c
 import onnx_encoder
@@ -103,31 +104,32 @@ def errors() -> Iterator[str]:
 OUTLIERS = {"nothing": np.s_[:0], "every 64th token": np.s_[:, ::64], "every 128th feature": np.s_[..., ::128]}
 
 
-def int8_layer(case: Case, seed: int, outliers: Any) -> tuple[float, float]:
-    """The relative rms errors of self-attention in int8, by mha_c and by ONNX Runtime."""
+def int8_layer(case: Case, seed: int, outliers: Any) -> list[float]:
+    """The relative rms errors of self-attention in int8: by mha_c, and by ONNX Runtime with signed and unsigned weights."""
     problem = make(case, seed)
     x = problem.query  # and key and value
     x[outliers] *= 30
     exact, _ = reference(problem)
-    ours, _ = layer(problem)(x, x, x, need_weights=False)
+    outputs = [layer(problem)(x, x, x, need_weights=False)[0]]
     graph = onnx_layer.build(problem, "MultiHeadAttention")
-    prepared = bind(quantized(graph.whole()), graph.feeds, session_options(1))
-    theirs, _ = prepared.result(prepared.call())
-    return rms(ours - exact) / rms(exact), rms(theirs - exact) / rms(exact)
+    for weight_type in (QuantType.QInt8, QuantType.QUInt8):
+        prepared = bind(quantized(graph.whole(), weight_type), graph.feeds, session_options(1))
+        outputs.append(prepared.result(prepared.call())[0])
+    return [rms(output - exact) / rms(exact) for output in outputs]
 
 
 def int8_errors() -> Iterator[str]:
     """The table of errors in int8."""
-    yield "| relative rms error of the output | 30 times as large | mha_c | ONNX Runtime | share |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "| relative rms error | 30 times as large | mha_c | ONNX Runtime | mha_c's share | unsigned weights | mha_c's share |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for items in (1, 8):
         case = Case("int8", items, 128, 768, 12, matmul_precision="int8")
         name = f"{items} × 128 tokens, {case.E} features, {case.H} heads"
         for what, outliers in OUTLIERS.items():
             found = np.array([int8_layer(case, seed, outliers) for seed in INT8_SEEDS])
-            ours, theirs = np.median(found, axis=0)
-            share = np.median(found[:, 0] / found[:, 1])
-            yield f"| {name} | {what} | {ours:.1e} | {theirs:.1e} | {share:.2f} |"
+            ours, signed, unsigned = (f"{error:.1e}" for error in np.median(found, axis=0))
+            shares = [f"{share:.2f}" for share in np.median(found[:, :1] / found, axis=0)]
+            yield f"| {name} | {what} | {ours} | {signed} | {shares[1]} | {unsigned} | {shares[2]} |"
 
 
 def ranks(numbers: NDArray[Any]) -> NDArray[Any]:
@@ -173,14 +175,14 @@ def in_torch(encoder: mha_c.TransformerEncoder, dtype: str) -> Callable[..., Any
     return encode
 
 
-def in_onnx_runtime(encoder: mha_c.TransformerEncoder) -> Callable[..., Any]:
+def in_onnx_runtime(encoder: mha_c.TransformerEncoder, weight_type: QuantType) -> Callable[..., Any]:
     """The same encoder in ONNX Runtime's dynamic int8. It computes one sentence at a time, as an activation has one scale."""
     case = EncoderCase("int8", "MiniLM", lengths=(1,))
     x = np.zeros((case.N, case.L, case.model.E), np.float32)
     model, _ = onnx_encoder.build(EncoderProblem(case, dict(encoder.state_dict()), x, None))
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[1].dim_param = "length"
-    model = quantized(optimized(model, case.model))
+    model = quantized(optimized(model, case.model), weight_type)
     session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(1))
 
     def encode(x: NDArray[Any], padding: NDArray[Any]) -> NDArray[Any]:
@@ -198,7 +200,8 @@ def encoders(encoder: mha_c.TransformerEncoder) -> Iterator[tuple[str, str, str,
         yield dtype, "mha_c", dtype, in_mha_c(encoder, dtype)
         yield dtype, "torch", dtype, in_torch(encoder, dtype)
     yield "int8", "mha_c", "float32", in_mha_c(encoder, "float32", "int8")
-    yield "int8", "ONNX Runtime", "float32", in_onnx_runtime(encoder)
+    yield "int8", "ONNX Runtime", "float32", in_onnx_runtime(encoder, QuantType.QInt8)
+    yield "int8", "ONNX Runtime, unsigned weights", "float32", in_onnx_runtime(encoder, QuantType.QUInt8)
     for wide in WIDE:
         precision = {"default": "int8", **dict.fromkeys(wide)}
         words = f"int8, but float32 in {' and '.join(wide)}"

@@ -32,9 +32,9 @@ from workers import PeerError, Worker, one_cpu
 
 from mha_c.display.progress import progress, say
 
-# Relative rms error of a right answer: a few hundred times the unit in the last place. bfloat16 would be at 1e-2. int8 has
-# no such bound: a library may choose its scales. A wrong layer has an error of about 1.
-TOLERANCE = {"float32": 3e-5, "float64": 1e-13, "bfloat16": 3e-2, "float16": 4e-3, "int8": 0.2}
+# Relative rms error of a right answer: a few hundred times the unit in the last place. bfloat16 would be at 1e-2. In int8,
+# a library may choose its scales: errors of 0.14 were seen. A wrong layer has an error of about 1.
+TOLERANCE = {"float32": 3e-5, "float64": 1e-13, "bfloat16": 3e-2, "float16": 4e-3, "int8": 0.5}
 
 
 @dataclass(frozen=True)
