@@ -24,7 +24,7 @@ OURS = peers.OURS.name
 LEVELS = {
     "avx2": "AVX2",
     "avx512": "AVX-512",
-    "avx512_vnni": "AVX-512 with VNNI",
+    "avx512_vnni": "AVX-512 VNNI",
     "neon": "NEON",
     "neon_dotprod": "NEON with dot products",
     "portable": "portable C",
