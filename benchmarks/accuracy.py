@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -155,12 +156,15 @@ def read_pairs() -> list[tuple[str, ...]]:
     return [tuple(line.split("\t")) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
 
 
-def in_mha_c(encoder: mha_c.TransformerEncoder, dtype: str, precision: Any = None) -> Callable[..., Any]:
-    """The encoder in a dtype, with products of a precision."""
+def in_mha_c(encoder: mha_c.TransformerEncoder, dtype: str, precision: Any = None) -> tuple[str, Callable[..., Any]]:
+    """The size of a file of the encoder in a dtype, with products of a precision, and the encoder."""
     cast = copy.deepcopy(encoder).to(dtype)
-    for each in cast.layers:
-        each.matmul_precision = precision
-    return lambda x, padding: cast(x, src_key_padding_mask=padding)
+    cast.matmul_precision = precision
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "encoder.safetensors")
+        cast.save(file, packed=precision is not None)
+        size = f"{file.stat().st_size / 1e6:.1f} MB"
+    return size, lambda x, padding: cast(x, src_key_padding_mask=padding)
 
 
 def in_torch(encoder: mha_c.TransformerEncoder, dtype: str) -> Callable[..., Any]:
@@ -194,33 +198,33 @@ def in_onnx_runtime(encoder: mha_c.TransformerEncoder, weight_type: QuantType) -
     return encode
 
 
-def encoders(encoder: mha_c.TransformerEncoder) -> Iterator[tuple[str, str, str, Callable[..., Any]]]:
-    """Kinds of numbers, a library, the dtype of the inputs, and the encoder of this library in such numbers."""
+def encoders(encoder: mha_c.TransformerEncoder) -> Iterator[tuple[str, str, str, str, Callable[..., Any]]]:
+    """Kinds of numbers, the dtype of the inputs, a library, and the size of a file and the encoder of this library."""
     for dtype in DTYPES:
-        yield dtype, "mha_c", dtype, in_mha_c(encoder, dtype)
-        yield dtype, "torch", dtype, in_torch(encoder, dtype)
-    yield "int8", "mha_c", "float32", in_mha_c(encoder, "float32", "int8")
-    yield "int8", "ONNX Runtime", "float32", in_onnx_runtime(encoder, QuantType.QInt8)
-    yield "int8", "ONNX Runtime, unsigned weights", "float32", in_onnx_runtime(encoder, QuantType.QUInt8)
+        yield dtype, dtype, "mha_c", *in_mha_c(encoder, dtype)
+        yield dtype, dtype, "torch", "", in_torch(encoder, dtype)
+    yield "int8", "float32", "mha_c", *in_mha_c(encoder, "float32", "int8")
+    yield "int8", "float32", "ONNX Runtime", "", in_onnx_runtime(encoder, QuantType.QInt8)
+    yield "int8", "float32", "ONNX Runtime, unsigned weights", "", in_onnx_runtime(encoder, QuantType.QUInt8)
     for wide in WIDE:
         precision = {"default": "int8", **dict.fromkeys(wide)}
         words = f"int8, but float32 in {' and '.join(wide)}"
-        yield words, "mha_c", "float32", in_mha_c(encoder, "float32", precision)
+        yield words, "float32", "mha_c", *in_mha_c(encoder, "float32", precision)
 
 
 def model() -> Iterator[str]:
     """The table of the sentence model."""
     sentences = minilm.SentenceEncoder()
     pairs = Sentences(sentences, read_pairs())
-    exact = pairs.vectors(in_mha_c(sentences.encoder, "float64"), "float64")
+    exact = pairs.vectors(in_mha_c(sentences.encoder, "float64")[1], "float64")
     order = ranks(np.sum(exact[::2] * exact[1::2], axis=1))
-    yield "| MiniLM, 200 pairs of sentences | computed by | 1 − cosine: worst | mean | rank correlation |"
-    yield "| --- | --- | --- | --- | --- |"
-    for numbers, library, dtype, encode in encoders(sentences.encoder):
+    yield "| MiniLM, 200 pairs of sentences | computed by | file | 1 − cosine: worst | mean | rank correlation |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for numbers, dtype, library, size, encode in encoders(sentences.encoder):
         vectors = pairs.vectors(encode, dtype)
         distances = 1 - np.sum(vectors * exact, axis=1)
         correlation = np.corrcoef(order, ranks(np.sum(vectors[::2] * vectors[1::2], axis=1)))[0, 1]
-        yield f"| {numbers} | {library} | {distances.max():.1e} | {distances.mean():.1e} | {correlation:.6f} |"
+        yield f"| {numbers} | {library} | {size} | {distances.max():.1e} | {distances.mean():.1e} | {correlation:.6f} |"
 
 
 if __name__ == "__main__":
