@@ -82,11 +82,11 @@ def measure_case(
             left_out[worker.name] = str(error)
             continue
         quality[worker.name] = quality_of((output, weights))
-        error = quality[worker.name]["error"]
-        if error < tolerance:
+        relative_error = quality[worker.name]["error"]
+        if relative_error < tolerance:
             taking_part.append((worker, seconds))
         else:
-            left_out[worker.name] = f"wrong answer: relative error {error:.1e}"
+            left_out[worker.name] = f"wrong answer: relative error {relative_error:.1e}"
     times, peaks = _rounds(case, taking_part, left_out, threads, peak, effort)
     return {
         "threads": threads,

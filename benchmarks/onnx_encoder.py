@@ -68,6 +68,7 @@ def _mask(graph: Graph, padding: Array, dtype: Any) -> str:
     attended = graph.input("attended", (~padding).astype(np.int32))
     for axis in (1, 2):
         attended = graph.op("Unsqueeze", attended, graph.constant(np.array([axis], dtype=np.int64)))
-    one, least = (graph.constant(np.array(value, dtype=dtype)) for value in (1, ml_dtypes.finfo(dtype).min))
+    smallest = ml_dtypes.finfo(dtype).min  # type: ignore[no-untyped-call]
+    one, least = (graph.constant(np.array(value, dtype=dtype)) for value in (1, smallest))
     hidden = graph.op("Sub", one, graph.op("Cast", attended, to=onnx.helper.np_dtype_to_tensor_dtype(dtype)))
     return str(graph.op("Mul", hidden, least))

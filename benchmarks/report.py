@@ -41,7 +41,7 @@ class Row:
     seconds: float  # median of our time
     share: float | None  # of the peak of the multiply-add units
     ratios: dict[str, float]  # by library, called in the way that is its fastest here: medians over rounds
-    quality: dict[str, dict[str, float]] = field(default_factory=dict)  # how good results are, ours and those of these ways
+    quality: dict[str, dict[str, float]] = field(default_factory=dict)  # of our results and of those of these ways
 
     @property
     def others(self) -> dict[str, float]:
@@ -103,7 +103,8 @@ def summarize(results: dict[str, Any]) -> Summary:
         if OURS not in run["seconds"]:
             continue
         medians = {name: _rounded(statistics.median(_ratios(run, name))) for name in run["seconds"].keys() - {OURS}}
-        ratios, fastest = {}, {OURS: OURS}
+        ratios: dict[str, float] = {}
+        fastest = {OURS: OURS}
         for name, ratio in sorted(medians.items(), key=lambda item: item[1]):
             library = libraries[name][0]
             ratios.setdefault(library, ratio)

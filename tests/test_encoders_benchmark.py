@@ -77,7 +77,6 @@ def test_the_command(tmp_path):
     assert "With one thread:" in page
     times, distances = re.findall(r"^\| BERT-base layer 1×24 \| (.*) \|$", page, flags=re.M)
     int8_times, int8_distances = re.findall(r"^\| BERT-base layer 1×24, int8 \| (.*) \|$", page, flags=re.M)
-    print(times, distances, int8_times, int8_distances)
     assert times.count("×") == 2 and int8_times.count("×") == 1  # torch's encoder is not measured in int8
     assert max(float(cell) for cell in distances.split(" | ")) < 1e-10
     assert 1e-6 < float(int8_distances.split(" | ")[-1]) < 1e-2

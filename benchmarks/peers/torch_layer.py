@@ -83,7 +83,8 @@ class TorchLayer:
         maps = torch.nn.ModuleList(linear(weight, bias) for weight, bias in pairs).eval()
         if case.matmul_precision:
             warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel and other")
-            quantize_dynamic(maps, {torch.nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
+            kinds = {torch.nn.Linear: per_channel_dynamic_qconfig}
+            quantize_dynamic(maps, kinds, inplace=True)  # type: ignore[no-untyped-call]
         project, project_output = maps
         x, kv = tensor(problem.query), case.kv_head_count * case.head_dim
 
