@@ -37,6 +37,7 @@ class Case:
     vdim: int | None = None
     kv_heads: int | None = None
     dtype: str = "float32"
+    matmul_precision: str | None = None  # of the projections: "int8"
     causal: bool = False
     attn_mask: str = ""  # "float": (L, S), added to the scores; "bool": (N * H, L, S), True = hidden
     live: tuple[int, ...] = ()  # how many keys of each item are real; a key_padding_mask hides the rest
@@ -72,24 +73,33 @@ class Case:
         words = [f"{self.N},{self.L},{self.E},{self.H}"]
         words += [f"{name}={value}" for name, value in special.items() if value]
         words += [self.dtype] if self.dtype != "float32" else []
+        words += [self.matmul_precision] if self.matmul_precision else []
         words += ["causal"] if self.causal else []
         words += [f"{self.attn_mask} mask"] if self.attn_mask else []
         words += ["weights"] if self.need_weights else []
         return " ".join(words)
 
     @property
-    def needed_flops(self) -> float:
-        """Floating-point operations that the result needs, in the cheaper order of the products. Keys that a mask
-        hides from every query, and keys above the causal diagonal, count as nothing; scores count once, even where
-        weights are returned; softmax and masks do not count."""
+    def operations(self) -> dict[str, float]:
+        """Multiplications and additions that the result needs, by the numbers that are multiplied, in the cheaper
+        order of the products. Keys that a mask hides from every query, and keys above the causal diagonal, count as
+        nothing; scores count once, even where weights are returned; softmax and masks do not count."""
         keys = sum(self.live) if self.live else self.N * self.keys
         scores = self.L * keys
         if self.causal:
             scores = self.N * sum(min(row + 1, self.keys) for row in range(self.L))
         queries, features = self.N * self.L, (self.kdim or self.E) + (self.vdim or self.E)
-        keys_first = keys * self.kv_head_count * self.head_dim * features + 2 * scores * self.E
+        projected, attended = keys * self.kv_head_count * self.head_dim * features, 2 * scores * self.E
+        always = 2 * queries * self.E * self.E  # the projection of the queries, and that of the output
+        if self.matmul_precision:  # keys are always projected
+            return {self.matmul_precision: 2.0 * (always + projected), self.dtype: 2.0 * attended}
         queries_first = queries * self.E * features + scores * self.H * features  # q (W_k x), and (weights x) W_v
-        return 2.0 * (2 * queries * self.E * self.E + min(keys_first, queries_first))
+        return {self.dtype: 2.0 * (always + min(projected + attended, queries_first))}
+
+    @property
+    def needed_flops(self) -> float:
+        """All of these operations."""
+        return sum(self.operations.values())
 
 
 def _cases(group: str, *shapes: tuple[int, int, int, int], **options: object) -> list[Case]:
@@ -114,6 +124,8 @@ CASES: list[Case] = [
     *_cases("widths", (1, 512, 1024, 16), kv_heads=4),
     *_cases("halves", (1, 1, 768, 12), (1, 128, 768, 12), (1, 512, 512, 8), dtype="bfloat16"),
     *_cases("halves", (1, 1, 768, 12), (1, 128, 768, 12), (1, 512, 512, 8), dtype="float16"),
+    *_cases("int8", (1, 1, 768, 12), (1, 128, 768, 12), (1, 512, 512, 8), matmul_precision="int8"),
+    *_cases("int8", (8, 128, 768, 12), (32, 24, 384, 12), matmul_precision="int8"),
     # Shapes where a library that is tuned for the ones above could fall behind unnoticed.
     *_cases("others", (1, 1, 768, 12), (1, 24, 768, 12), (16, 24, 384, 12), (1, 197, 1024, 16)),
     *_cases("others", (2, 300, 100, 5), (1, 1024, 128, 2), (1, 1000, 512, 8)),

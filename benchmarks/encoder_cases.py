@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class EncoderCase:
     lengths: tuple[int, ...]
     tokens: tuple[tuple[int, ...], ...] = ()  # MiniLM only: the numbers of the tokens; random ones if there are none
     dtype: str = "float32"
+    matmul_precision: str | None = None  # of the linear maps: "int8"
 
     @property
     def model(self) -> Model:
@@ -53,15 +54,27 @@ class EncoderCase:
 
     @property
     def name(self) -> str:
-        return f"{self.model_name} {self.N}×{self.L}{', padded' if self.is_padded else ''}"
+        words = [f"{self.model_name} {self.N}×{self.L}"]
+        words += ["padded"] if self.is_padded else []
+        words += [self.dtype] if self.dtype != "float32" else []
+        words += [self.matmul_precision] if self.matmul_precision else []
+        return ", ".join(words)
 
     @property
-    def needed_flops(self) -> float:
-        """Floating-point operations of the products. Padding counts as nothing, as do norms, softmax and gelu."""
+    def operations(self) -> dict[str, float]:
+        """Multiplications and additions of the products, by the numbers that are multiplied. Padding counts as
+        nothing, as do norms, softmax and gelu."""
         model = self.model
         linear = sum(self.lengths) * model.E * (4 * model.E + 2 * model.F)
         attention = sum(length**2 for length in self.lengths) * 2 * model.E
-        return 2.0 * model.layers * (linear + attention)
+        counts = {self.dtype: 2.0 * model.layers * attention}
+        kind = self.matmul_precision or self.dtype
+        return counts | {kind: counts.get(kind, 0.0) + 2.0 * model.layers * linear}
+
+    @property
+    def needed_flops(self) -> float:
+        """All of these operations."""
+        return sum(self.operations.values())
 
 
 def _uneven(count: int, longest: int) -> tuple[int, ...]:
@@ -70,7 +83,7 @@ def _uneven(count: int, longest: int) -> tuple[int, ...]:
     return tuple(lengths[::2] + lengths[1::2][::-1])
 
 
-CASES = [
+_FLOAT32 = [
     *(EncoderCase("encoder", "MiniLM", (length,)) for length in (24, 128, 384)),
     EncoderCase("encoder", "MiniLM", _uneven(32, 24)),
     EncoderCase("encoder", "MiniLM", _uneven(8, 128)),
@@ -78,4 +91,10 @@ CASES = [
     EncoderCase("layer", "BERT-base layer", _uneven(8, 128)),
     EncoderCase("layer", "ViT-B/16 layer", (197,)),
     EncoderCase("layer", "ViT-B/16 layer", (197,) * 8),
+]
+
+CASES = [
+    *_FLOAT32,
+    *(replace(case, group="int8", matmul_precision="int8") for case in _FLOAT32),
+    *(replace(case, group=dtype, dtype=dtype) for dtype in ("bfloat16", "float16") for case in _FLOAT32),
 ]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # gives NumPy the name bfloat16
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,7 +45,8 @@ def make(case: EncoderCase) -> EncoderProblem:
     rng = np.random.default_rng(case.lengths)
     padding = np.arange(case.L) >= np.array(case.lengths)[:, None]
     parameters, x = (_minilm if case.model_name == "MiniLM" else _random)(case, padding, rng)
-    return EncoderProblem(case, parameters, x, padding if case.is_padded else None)
+    parameters = {name: array.astype(case.dtype) for name, array in parameters.items()}
+    return EncoderProblem(case, parameters, x.astype(case.dtype), padding if case.is_padded else None)
 
 
 def _minilm(case: EncoderCase, padding: Array, rng: np.random.Generator) -> tuple[dict[str, Array], Array]:
@@ -64,7 +66,7 @@ def _random(case: EncoderCase, padding: Array, rng: np.random.Generator) -> tupl
     model = case.model
 
     def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> Array:
-        return (mean + scale * rng.standard_normal(shape)).astype(case.dtype)
+        return (mean + scale * rng.standard_normal(shape)).astype(np.float32)
 
     parameters: dict[str, Array] = {}
     for number in range(model.layers):
@@ -123,14 +125,27 @@ def reference(problem: EncoderProblem) -> Array:
     return x
 
 
-def judge(case: EncoderCase) -> Callable[[tuple[Array, Array | None]], float]:
-    """A function of a peer's output: its rms error, without padded rows, in units of the rms of what it should be."""
-    problem = make(case)
-    real = slice(None) if problem.padding is None else ~problem.padding
-    expected = reference(problem)[real]
+def judge(case: EncoderCase) -> Callable[[tuple[Array, Array | None]], dict[str, float]]:
+    """A function of a peer's output: its rms error, in units of the rms of what it should be, and 1 − the least cosine
+    of a vector of a sequence, the mean over its tokens. Both are without padded rows. What should be is the encoder
+    before its parameters and inputs are rounded to a narrower type."""
+    problem = make(replace(case, dtype="float32"))
+    real = np.ones((case.N, case.L), bool) if problem.padding is None else ~problem.padding
+    expected = reference(problem)
+    direction = _directions(expected, real)
 
-    def relative_error(result: tuple[Array, Array | None]) -> float:
-        difference = result[0][real] - expected
-        return float(np.sqrt(np.mean(difference**2) / np.mean(expected**2)))
+    def quality(result: tuple[Array, Array | None]) -> dict[str, float]:
+        output = result[0].astype(np.float64)
+        difference = (output - expected)[real]
+        cosines = np.sum(_directions(output, real) * direction, axis=1)
+        error = np.sqrt(np.mean(difference**2) / np.mean(expected[real] ** 2))
+        return {"error": float(error), "1 − cosine": float(1 - cosines.min())}
 
-    return relative_error
+    return quality
+
+
+def _directions(output: Array, real: Array) -> Array:
+    """The mean of the real rows of each sequence, (N, E), scaled to length 1."""
+    mean = np.mean(output, axis=1, where=real[:, :, None])
+    unit: Array = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    return unit

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 
@@ -19,7 +21,7 @@ def build(problem: EncoderProblem) -> tuple[onnx.ModelProto, dict[str, Array]]:
     case, model = problem.case, problem.case.model
     graph = Graph()
     x = graph.input("x", problem.x)
-    mask = None if problem.padding is None else _mask(graph, problem.padding)
+    mask = None if problem.padding is None else _mask(graph, problem.padding, np.dtype(case.dtype))
 
     def number(value: float) -> str:
         return graph.constant(np.array(value, dtype=case.dtype))
@@ -61,11 +63,12 @@ def build(problem: EncoderProblem) -> tuple[onnx.ModelProto, dict[str, Array]]:
     return graph.model({x: problem.x.shape}, case.dtype, OPSET), graph.feeds
 
 
-def _mask(graph: Graph, padding: Array) -> str:
+def _mask(graph: Graph, padding: Array, dtype: Any) -> str:
     """What is added to the scores, (N, 1, 1, L): 0, or for padding the least of all numbers."""
     attended = graph.input("attended", (~padding).astype(np.int32))
     for axis in (1, 2):
         attended = graph.op("Unsqueeze", attended, graph.constant(np.array([axis], dtype=np.int64)))
-    one, least = (graph.constant(np.array(value, dtype=np.float32)) for value in (1, np.finfo(np.float32).min))
-    hidden = graph.op("Sub", one, graph.op("Cast", attended, to=onnx.TensorProto.FLOAT))
+    smallest = ml_dtypes.finfo(dtype).min  # type: ignore[no-untyped-call]
+    one, least = (graph.constant(np.array(value, dtype=dtype)) for value in (1, smallest))
+    hidden = graph.op("Sub", one, graph.op("Cast", attended, to=onnx.helper.np_dtype_to_tensor_dtype(dtype)))
     return str(graph.op("Mul", hidden, least))

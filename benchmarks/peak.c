@@ -1,13 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * peak.c - how many floating-point operations a second the fused multiply-add units of this machine can do.
+ * peak.c - how many multiplications and additions a second the multiply-add units of this machine can do.
  *
  * Compiled by peak.py once per instruction set; VECTOR_BYTES is the width of its registers. Enough independent chains
  * to hide the latency of every core known to us, few enough to stay in registers.
  */
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #include <time.h>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define CHAINS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) \
@@ -19,7 +25,7 @@
 enum { CHAIN_COUNT = 0 CHAINS(COUNT), STEPS = 20000, MAX_THREADS = 256 };
 
 typedef struct {
-    int is_double, threads;
+    int kind, threads;
     double seconds, rate;
     atomic_int *arrived; /* threads that run */
 } job;
@@ -55,18 +61,89 @@ static double now(void)
 DEFINE_RUN(run_float, float)
 DEFINE_RUN(run_double, double)
 
+/* A step of int8: products of int8 are added to int32 without a loss. On x86 without VNNI, the numbers are int16 when
+ * they are multiplied. */
+#if defined(__AVX512VNNI__)
+typedef __m512i sums;
+#define STEP_INT8(a, x) _mm512_dpbusd_epi32(a, x, x)
+enum { PRODUCTS = 64 };
+#elif defined(__AVX512BW__)
+typedef __m512i sums;
+#define STEP_INT8(a, x) _mm512_add_epi32(a, _mm512_madd_epi16(x, x))
+enum { PRODUCTS = 32 };
+#elif defined(__AVX2__)
+typedef __m256i sums;
+#define STEP_INT8(a, x) _mm256_add_epi32(a, _mm256_madd_epi16(x, x))
+enum { PRODUCTS = 16 };
+#elif defined(__SSE2__)
+typedef __m128i sums;
+#define STEP_INT8(a, x) _mm_add_epi32(a, _mm_madd_epi16(x, x))
+enum { PRODUCTS = 8 };
+#elif defined(__ARM_FEATURE_DOTPROD)
+typedef int32x4_t sums;
+#define STEP_INT8(a, x) vdotq_s32(a, vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x))
+enum { PRODUCTS = 16 };
+#elif defined(__aarch64__)
+typedef int32x4_t sums; /* two products of numbers from -127 to 127 fit into int16 */
+static inline sums step_int8(sums a, int8x16_t x)
+{
+    return vpadalq_s16(a, vmlal_high_s8(vmull_s8(vget_low_s8(x), vget_low_s8(x)), x, x));
+}
+#define STEP_INT8(a, x) step_int8(a, vreinterpretq_s8_s32(x))
+enum { PRODUCTS = 16 };
+#else
+typedef uint32_t sums __attribute__((vector_size(VECTOR_BYTES)));
+#define STEP_INT8(a, x) ((a) + (x) * (x))
+enum { PRODUCTS = VECTOR_BYTES / 4 };
+#endif
+
+/* Makes the compiler forget what a vector holds. Otherwise it would multiply only once, and gcc would copy sums. */
+#if defined(__SSE2__)
+#define FORGET(vector) __asm__("" : "+x"(vector))
+#elif defined(__aarch64__)
+#define FORGET(vector) __asm__("" : "+w"(vector))
+#else
+#define FORGET(vector) __asm__("" : "+m"(vector))
+#endif
+
+typedef uint32_t words __attribute__((vector_size(sizeof(sums))));
+#define START_INT8(i) sums b##i = {0};
+#define CHAIN_INT8(i) \
+    FORGET(factor); \
+    b##i = STEP_INT8(b##i, factor); \
+    FORGET(b##i);
+#define SUM_INT8(i) sum += (words)b##i;
+
+static void run_int8(void)
+{
+    sums factor = (sums)((words){0} + 0x00030003u);
+    words sum = {0};
+    CHAINS(START_INT8)
+    for (int step = 0; step < STEPS; step++) {
+        CHAINS(CHAIN_INT8)
+    }
+    CHAINS(SUM_INT8)
+    volatile words result = sum;
+    (void)result;
+}
+
+/* By kind: what runs, and the products of a step. */
+static const struct {
+    void (*run)(void);
+    double products;
+} kinds[] = {{run_float, VECTOR_BYTES / 4.0}, {run_double, VECTOR_BYTES / 8.0}, {run_int8, PRODUCTS}};
+
 /* Runs for so many seconds; operations a second. */
 static double rate(const job *j, double seconds)
 {
-    const double lanes = VECTOR_BYTES / (double)(j->is_double ? sizeof(double) : sizeof(float));
     const double begin = now();
     double runs = 0, elapsed;
     do {
-        (j->is_double ? run_double : run_float)();
+        kinds[j->kind].run();
         runs++;
         elapsed = now() - begin;
     } while (elapsed < seconds);
-    return runs * STEPS * CHAIN_COUNT * lanes * 2 / elapsed;
+    return runs * STEPS * CHAIN_COUNT * kinds[j->kind].products * 2 / elapsed;
 }
 
 /* A thread that has just been woken is slow for some milliseconds: only what comes after them counts. */
@@ -81,8 +158,9 @@ static void *measure(void *argument)
     return NULL;
 }
 
-/* Operations per second of all threads together, 0 if a thread cannot be started. */
-double peak_rate(int threads, double seconds, int is_double)
+/* Operations per second of all threads together, on float32 (kind 0), float64 (1) or int8 (2). 0 if a thread cannot be
+ * started. */
+double peak_rate(int threads, double seconds, int kind)
 {
     pthread_t id[MAX_THREADS];
     job jobs[MAX_THREADS];
@@ -91,7 +169,7 @@ double peak_rate(int threads, double seconds, int is_double)
     if (threads > MAX_THREADS)
         threads = MAX_THREADS;
     for (int i = 0; i < threads; i++)
-        jobs[i] = (job){is_double, threads, seconds, 0, &arrived};
+        jobs[i] = (job){kind, threads, seconds, 0, &arrived};
     while (started < threads && pthread_create(&id[started], NULL, measure, &jobs[started]) == 0)
         started++;
     atomic_fetch_add(&arrived, threads - started); /* for those that never come */

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The peak of the fused multiply-add units, measured: what shares of peak are shares of."""
+"""The peak of the multiply-add units, measured: what shares of peak are shares of."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from pathlib import Path
 
 from compiler import HERE, compile_c
 
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mprefer-vector-width=512", "-DVECTOR_BYTES=64")
 _FLAGS = {
-    "avx512": ("-mavx512f", "-mprefer-vector-width=512", "-DVECTOR_BYTES=64"),
+    "avx512_vnni": (*_AVX512, "-mavx512vnni"),
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-DVECTOR_BYTES=32"),
+    "neon_dotprod": ("-march=armv8.2-a+dotprod", "-DVECTOR_BYTES=16"),
 }
+_KINDS = {"float32": 0, "float64": 1, "int8": 2, "bfloat16": 0, "float16": 0}  # halves are multiplied as float32
 
 
 class Peak:
@@ -25,6 +30,11 @@ class Peak:
         self._rate.restype = ctypes.c_double
         self._rate.argtypes = (ctypes.c_int, ctypes.c_double, ctypes.c_int)
 
-    def measure(self, threads: int, dtype: str, seconds: float = 0.01) -> float:
-        """Operations per second of that many threads together."""
-        return float(self._rate(threads, seconds, dtype == "float64"))
+    def measure(self, threads: int, kind: str, seconds: float = 0.01) -> float:
+        """Operations per second of that many threads together, on numbers of a kind."""
+        return float(self._rate(threads, seconds, _KINDS[kind]))
+
+    def measure_mixed(self, threads: int, operations: Mapping[str, float]) -> float:
+        """The same of so many operations on each kind of numbers, one kind after the other."""
+        least = sum(count / self.measure(threads, kind) for kind, count in operations.items())
+        return sum(operations.values()) / least

@@ -57,9 +57,9 @@ class Problem:
         return added.reshape(case.N, case.H, case.L, case.keys)
 
 
-def make(case: Case) -> Problem:
-    """The problem of a case: random numbers of useful sizes, always the same ones."""
-    rng = np.random.default_rng([case.N, case.L, case.E, case.H, case.keys])
+def make(case: Case, seed: int = 0) -> Problem:
+    """The problem of a case: random numbers of useful sizes, always the same ones for a seed."""
+    rng = np.random.default_rng([seed, case.N, case.L, case.E, case.H, case.keys])
 
     def normal(*shape: int, scale: float = 1.0) -> Array:
         return (rng.standard_normal(shape) * scale).astype(case.dtype)
@@ -126,20 +126,20 @@ def reference(problem: Problem) -> tuple[Array, Array | None]:
     return output, average if case.need_weights else None
 
 
-def judge(case: Case) -> Callable[[tuple[Array, Array | None]], float]:
+def judge(case: Case) -> Callable[[tuple[Array, Array | None]], dict[str, float]]:
     """A function of a peer's output and weights: the larger of their rms errors, in units of the rms of what they
     should be."""
     rows, expected = checked_rows(case), reference(make(case))
 
-    def relative_error(result: tuple[Array, Array | None]) -> float:
+    def relative_error(result: tuple[Array, Array | None]) -> dict[str, float]:
         errors = []
         for ours, theirs in zip(result, expected, strict=True):
             if theirs is None:
                 continue
             if ours is None:
-                return float("inf")
+                return {"error": float("inf")}
             difference = ours[:, rows].astype(np.float64) - theirs
             errors.append(float(np.sqrt(np.mean(difference**2) / np.mean(theirs**2))))
-        return max(errors)
+        return {"error": max(errors)}
 
     return relative_error

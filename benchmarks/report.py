@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,17 @@ class Row:
     seconds: float  # median of our time
     share: float | None  # of the peak of the multiply-add units
     ratios: dict[str, float]  # by library, called in the way that is its fastest here: medians over rounds
+    quality: dict[str, dict[str, float]] = field(default_factory=dict)  # of our results and of those of these ways
+
+    @property
+    def others(self) -> dict[str, float]:
+        """The ratios of the other libraries."""
+        return {library: ratio for library, ratio in self.ratios.items() if library != peers.IN_FLOAT32}
 
     @property
     def fastest(self) -> str:
         """The fastest of the other libraries."""
-        return min(self.ratios, key=self.ratios.__getitem__)
+        return min(self.others, key=self.others.__getitem__)
 
     @property
     def ratio(self) -> float:
@@ -74,7 +80,7 @@ class Summary:
     @property
     def libraries(self) -> list[str]:
         """The others that took part."""
-        return [name for name in self.versions if name != OURS]
+        return [name for name in self.versions if name not in (OURS, peers.IN_FLOAT32)]
 
     @property
     def has_torch_among_others(self) -> bool:
@@ -82,7 +88,7 @@ class Summary:
 
     def compared(self, threads: int) -> list[Row]:
         """The cases that another library took part in."""
-        return [row for row in self.rows if row.threads == threads and row.ratios]
+        return [row for row in self.rows if row.threads == threads and row.others]
 
     def workloads(self) -> list[Row]:
         """Those of them that have a name, with the most threads that were measured, in the order of their names."""
@@ -97,13 +103,19 @@ def summarize(results: dict[str, Any]) -> Summary:
     for run in results["runs"]:
         if OURS not in run["seconds"]:
             continue
+        medians = {name: _rounded(statistics.median(_ratios(run, name))) for name in run["seconds"].keys() - {OURS}}
         ratios: dict[str, float] = {}
-        for name in run["seconds"].keys() - {OURS}:
-            library, ratio = libraries[name][0], _rounded(statistics.median(_ratios(run, name)))
-            ratios[library] = min(ratio, ratios.get(library, ratio))
+        fastest = {OURS: OURS}
+        for name, ratio in sorted(medians.items(), key=lambda item: item[1]):
+            library = libraries[name][0]
+            ratios.setdefault(library, ratio)
+            fastest.setdefault(library, name)
         seconds, share = _ours(run)
-        ordered = dict(sorted(ratios.items(), key=lambda item: item[1]))
-        rows.append(Row(run["threads"], run["name"], _rounded(seconds), share and _rounded(share), ordered))
+        quality = {
+            library: {measure: float(f"{value:.2g}") for measure, value in run["quality"][name].items()}
+            for library, name in fastest.items()
+        }
+        rows.append(Row(run["threads"], run["name"], _rounded(seconds), share and _rounded(share), ratios, quality))
     return Summary(results["machine"], dict(libraries.values()), results["command"], rows)
 
 
@@ -139,20 +151,23 @@ def dump(summary: Summary) -> str:
 
 
 def line(run: dict[str, Any]) -> str:
-    """One case in one line, for the terminal, with the quartiles of its ratio to the fastest peer."""
+    """One case in one line, for the terminal, with the quartiles of its ratio to the fastest peer, and both errors."""
     words = [f"{run['threads']} thr", f"{run['case']['group']:<11}", f"{run['name']:<36}"]
     if OURS not in run["seconds"]:
         return " ".join([*words, f"mha_c: {run['left_out'].get(OURS, 'missing')}"])
     seconds, share = _ours(run)
     words += [f"{time_text(seconds):>9}", f"{run['needed_flops'] / seconds / 1e9:6.1f} GFLOP/s", f"{percent(share):>5}"]
-    quartiles = {
-        name: statistics.quantiles(_ratios(run, name), n=4, method="inclusive") for name in run["seconds"].keys() - {OURS}
-    }
+    others = run["seconds"].keys() - {OURS, peers.IN_FLOAT32}
+    quartiles = {name: statistics.quantiles(_ratios(run, name), n=4, method="inclusive") for name in others}
+    errors = [run["quality"][OURS]["error"]]
     if quartiles:
         fastest = min(quartiles, key=lambda name: quartiles[name][1])
         lower, middle, upper = quartiles[fastest]
         words += [f"{middle:6.2f}x [{lower:.2f}-{upper:.2f}] {fastest}"]
-    return " ".join(words)
+        errors += [run["quality"][fastest]["error"]]
+    if peers.IN_FLOAT32 in run["seconds"]:
+        words += [f"{statistics.median(_ratios(run, peers.IN_FLOAT32)):.2f}x in float32"]
+    return " ".join([*words, "error", " | ".join(f"{error:.1e}" for error in errors)])
 
 
 def time_text(seconds: float) -> str:
@@ -249,6 +264,33 @@ In a clone, with a C compiler:
 """
 
 
+def _narrow(rows: list[Row]) -> str:
+    """The section on cases in narrower numbers than float32, if there are any."""
+    narrow = [row for row in rows if peers.IN_FLOAT32 in row.ratios]
+    if not narrow:
+        return ""
+    cells = [
+        [f"`{row.shape}`", chart.times(row.ratios[peers.IN_FLOAT32]), _measure(row, OURS, "error")]
+        + ([_measure(row, row.fastest, "error"), row.fastest] if row.others else ["", ""])
+        for row in narrow
+    ]
+    header = ["shape", "mha_c in float32 takes", "error of mha_c", "error of the fastest other", "which is"]
+    return f"""## Narrow numbers
+
+In int8, the projections multiply int8; the products of attention itself are float32 in mha_c. Each output feature of the weights
+has a scale. mha_c finds a scale for each token. ONNX Runtime (`quantize_dynamic`, with weights of 8 bits, as by default) and torch
+(`quantize_dynamic`) find one for all tokens of a call. An error is the root of the mean square of the difference from float64,
+relative to that of the output.
+
+{_table(header, cells)}
+"""
+
+
+def _measure(row: Row, library: str, measure: str) -> str:
+    """How good the result of a library is."""
+    return f"{row.quality[library][measure]:.1e}" if library in row.quality else ""
+
+
 def page(summary: Summary) -> str:
     """The page, which shows the picture from a file beside it."""
     threads, *fewer = summary.threads
@@ -290,6 +332,7 @@ peak of the multiply-add units.
 
 </details>
 
+{_narrow(rows)}
 {_METHOD}
 ```bash
 python3 -m venv .venv && .venv/bin/pip install '.[benchmark]' && .venv/bin/python benchmarks/compare.py --quick
@@ -308,7 +351,7 @@ def facts(summary: Summary, file: str) -> str:
         "Instruction set of mha_c": LEVELS[machine["level"]],
         "System": f"{machine['system']}, Python {machine['python']}, NumPy {machine['numpy']}",
         "Compiler of mha_c": machine["compiler"],
-        "Versions": ", ".join(f"{name} {version}" for name, version in summary.versions.items()),
+        "Versions": ", ".join(f"{name} {summary.versions[name]}" for name in (OURS, *summary.libraries)),
         "Date": machine["date"][:10],
         "Command": f"`{summary.command}`",
         "All figures": f"[{file}]({file})",
@@ -316,20 +359,27 @@ def facts(summary: Summary, file: str) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 
 
+_ENCODER = "encoder, sequences × tokens"
+
+
 def encoders_page(summary: Summary) -> str:
-    """A table of every library for each number of threads."""
+    """A table of every library for each number of threads, and one of how close the results are to float64."""
+    names = [name for name in summary.versions if any(name in row.ratios for row in summary.rows)]
     tables = []
     for threads in summary.threads:
         rows = [row for row in summary.rows if row.threads == threads]
         cells = [
             [row.shape, time_text(row.seconds), percent(row.share)]
-            + [chart.times(row.ratios[name]) if name in row.ratios else "" for name in summary.libraries]
+            + [chart.times(row.ratios[name]) if name in row.ratios else "" for name in names]
             for row in rows
         ]
-        others = [f"{name} takes" for name in summary.libraries]
-        table = _table(["encoder, sequences × tokens", "mha_c takes", "of the peak", *others], cells)
+        others = [f"{name} takes" for name in names]
+        table = _table([_ENCODER, "mha_c takes", "of the peak", *others], cells)
         tables.append(f"With {_threads(threads)}:\n\n{table}")
     both = "\n\n".join(tables)
+    rows = [row for row in summary.rows if row.threads == summary.threads[0]]
+    cells = [[row.shape, *(_measure(row, name, "1 − cosine") for name in (OURS, *names))] for row in rows]
+    quality = _table([_ENCODER, OURS, *names], cells)
     return f"""# Whole encoders
 
 {facts(summary, "encoders.json")}
@@ -339,6 +389,11 @@ used in several ways, and the fastest one counts, separately for each row. The s
 additions of the products; padding does not count.
 
 {both}
+
+The vector of a sequence is the mean over its tokens. For the sequence where it is largest, 1 − the cosine between this vector and
+that of the encoder in float64 is, with {_threads(summary.threads[0])}:
+
+{quality}
 """
 
 

@@ -48,10 +48,12 @@ class Candidate:
 
 
 OURS = Candidate("mha_c", "ours", "Ours")
+IN_FLOAT32 = "mha_c in float32"  # of cases in narrower numbers
 
 # Of single attention layers.
 LAYERS = (
     OURS,
+    Candidate(IN_FLOAT32, "ours", "OursInFloat32"),
     Candidate("torch", "torch_layer", "TorchLayer", (False,)),
     Candidate("torch fast path", "torch_layer", "TorchLayer", (True,)),
     Candidate("ORT MultiHeadAttention", "onnx_runtime", "OnnxRuntime", ("MultiHeadAttention",)),
@@ -66,6 +68,7 @@ LAYERS = (
 # Of whole encoders.
 ENCODERS = (
     Candidate(OURS.name, "ours", "OurEncoder"),
+    Candidate(IN_FLOAT32, "ours", "OurEncoderInFloat32"),
     Candidate("torch", "torch_encoder", "TorchEncoder", ("eager",)),
     Candidate("torch fast path", "torch_encoder", "TorchEncoder", ("fast path",)),
     Candidate("torch compiled", "torch_encoder", "TorchEncoder", ("compiled",)),

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """CTranslate2's encoder. Its models start from numbers of tokens, so that here each vector of the input is the
-embedding of a token of its own: what is measured besides the encoder is a copy of the input."""
+embedding of a token of its own: what is measured besides the encoder is a copy of the input. In int8, CTranslate2 rounds
+embeddings to int8, too, and so the input."""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from typing import Any
 
@@ -14,7 +16,7 @@ from ctranslate2.specs import common_spec, transformer_spec
 import encoder_problem
 from encoder_cases import EncoderCase
 from encoder_problem import Array, EncoderProblem
-from peers import Prepared
+from peers import Prepared, Unsupported
 
 
 class CTranslate2Encoder:
@@ -23,18 +25,21 @@ class CTranslate2Encoder:
         self.version = f"CTranslate2 {ctranslate2.__version__}"
 
     def prepare(self, case: EncoderCase) -> Prepared:
-        problem = encoder_problem.make(case)
+        kind = case.matmul_precision or case.dtype
+        if kind not in ctranslate2.get_supported_compute_types("cpu"):
+            raise Unsupported(f"it does not compute in {kind} on this CPU")
+        problem = encoder_problem.make(dataclasses.replace(case, dtype="float32"))
         with tempfile.TemporaryDirectory() as folder:
             spec = specification(problem)
             spec.validate()
-            spec.optimize("float32")
+            spec.optimize(kind)
             spec.save(folder)
-            encoder = ctranslate2.Encoder(folder, compute_type="float32", intra_threads=self.threads)
+            encoder = ctranslate2.Encoder(folder, compute_type=kind, intra_threads=self.threads)
         ids = ctranslate2.StorageView.from_array(np.arange(case.N * case.L, dtype=np.int32).reshape(case.N, case.L))
         lengths = ctranslate2.StorageView.from_array(np.array(case.lengths, dtype=np.int32))
 
         def result(output: Any) -> tuple[Any, Any]:
-            return np.array(output.last_hidden_state), None
+            return np.array(output.last_hidden_state.to(ctranslate2.DataType.float32)), None
 
         return Prepared(lambda: encoder.forward_batch(ids, lengths), result)
 

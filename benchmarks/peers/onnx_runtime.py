@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.optimizer import optimize_model
 
 import encoder_problem
 import onnx_encoder
 import onnx_layer
 from cases import Case
-from encoder_cases import EncoderCase
-from peers import Prepared
+from encoder_cases import EncoderCase, Model
+from onnx_graph import CONTRIB
+from peers import Prepared, Unsupported
 from problem import Array, make
 
 
@@ -25,8 +30,10 @@ class OnnxRuntime:
         self.options = session_options(threads)
 
     def prepare(self, case: Case) -> Prepared:
+        check_dtype(case.dtype)
         layer = onnx_layer.build(make(case), self.kind)
-        return bind(layer.whole(), layer.feeds, self.options)
+        model = quantized(layer.whole()) if case.matmul_precision else layer.whole()
+        return bind(model, layer.feeds, self.options)
 
 
 class OnnxRuntimeEncoder:
@@ -38,12 +45,38 @@ class OnnxRuntimeEncoder:
         self.options = session_options(threads)
 
     def prepare(self, case: EncoderCase) -> Prepared:
+        check_dtype(case.dtype)
         model, feeds = onnx_encoder.build(encoder_problem.make(case))
         if self.optimized:
-            model = optimize_model(model, "bert", case.model.H, case.model.E, opt_level=0).model
-            operators = {node.op_type for node in model.graph.node}
-            assert {"Attention", "BiasGelu", "SkipLayerNormalization"} <= operators, operators
-        return bind(model, feeds, self.options)
+            model = optimized(model, case.model)
+        return bind(quantized(model) if case.matmul_precision else model, feeds, self.options)
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype == "bfloat16":
+        raise Unsupported("ONNX Runtime has no bfloat16 on CPUs")
+
+
+def optimized(model: onnx.ModelProto, of: Model) -> onnx.ModelProto:
+    """The model of an encoder after ONNX Runtime's optimizer for BERT, which finds whole layers of attention."""
+    model = optimize_model(model, "bert", of.H, of.E, opt_level=0).model
+    operators = {node.op_type for node in model.graph.node}
+    assert {"Attention", "BiasGelu", "SkipLayerNormalization"} <= operators, operators
+    return model
+
+
+def quantized(model: onnx.ModelProto, weight_type: QuantType = QuantType.QInt8) -> onnx.ModelProto:
+    """The model with products of int8, by ONNX Runtime's dynamic quantization: weights have a scale for each output
+    feature, and an activation has one scale, which is found when the model runs. By default, weights are signed and keep
+    8 bits (reduce_range=False): without VNNI, sums of two products can saturate. Unsigned weights do not saturate."""
+    logging.getLogger().setLevel(logging.ERROR)  # it advises to prepare models, which only adds operators to these
+    microsofts = (node for node in model.graph.node if (node.op_type, node.domain) == ("Attention", CONTRIB))
+    operators = ["MatMul", *(node.op_type for node in microsofts)]  # its quantizer takes ONNX's Attention for this one
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        kind = {"DefaultTensorType": onnx.TensorProto.FLOAT}  # of results of Microsoft's operators
+        quantize_dynamic(model, file, operators, True, weight_type=weight_type, extra_options=kind)
+        return onnx.load(file)
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:

@@ -7,6 +7,7 @@ plain operators in its own way, so that each of the three can be the fastest.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -30,42 +31,49 @@ class OpenVino:
     def __init__(self, threads: int, kind: str) -> None:
         self.kind = kind
         self.version = VERSION
-        self.settings = settings(threads)
+        self.threads = threads
 
     def prepare(self, case: Case) -> Prepared:
-        problem = make(case)
-        if problem.case.dtype != "float32":
-            raise Unsupported("the plugin for CPUs computes in float32")
+        options = settings(case, self.threads)
+        problem = make(dataclasses.replace(case, dtype="float32"))
         if self.kind == "plain":
             layer = onnx_layer.build(problem, "plain")
             model, feeds = CORE.read_model(layer.whole().SerializeToString()), layer.feeds
         else:
             model, feeds = sdpa_model(problem, dynamic=self.kind == "dynamic")
-        return compiled(model, feeds, self.settings)
+        return compiled(model, feeds, options)
 
 
 class OpenVinoEncoder:
     def __init__(self, threads: int, kind: str) -> None:
         self.kind = kind
         self.version = VERSION
-        self.settings = settings(threads)
+        self.threads = threads
 
     def prepare(self, case: EncoderCase) -> Prepared:
-        problem = encoder_problem.make(case)
+        options = settings(case, self.threads)
+        problem = encoder_problem.make(dataclasses.replace(case, dtype="float32"))
         if self.kind == "plain":
             exported, feeds = onnx_encoder.build(problem)
             model = CORE.read_model(exported.SerializeToString())
         else:
             model, feeds = sdpa_encoder(problem, dynamic=self.kind == "dynamic")
-        return compiled(model, feeds, self.settings)
+        return compiled(model, feeds, options)
 
 
-def settings(threads: int) -> dict[str, Any]:
-    return {
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 where the CPU has it
-    }
+# A dtype, as the plugin calls what a CPU can do, and as its precision hint. Without a hint, it takes bfloat16 where the
+# CPU has it.
+PRECISIONS = {"float32": ("FP32", "f32"), "bfloat16": ("BF16", "bf16"), "float16": ("FP16", "f16")}
+
+
+def settings(case: Case | EncoderCase, threads: int) -> dict[str, Any]:
+    """How the model of a case is compiled. Its inputs, weights and outputs are float32."""
+    if case.matmul_precision:
+        raise Unsupported("its int8 needs a model that was calibrated with data")
+    capability, hint = PRECISIONS.get(case.dtype, (case.dtype, ""))
+    if capability not in CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise Unsupported(f"it does not compute in {case.dtype} on this CPU")
+    return {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
 
 
 def compiled(model: openvino.Model, feeds: dict[str, Array], options: dict[str, Any]) -> Prepared:

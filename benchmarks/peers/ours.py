@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import encoder_problem
 import mha_c
 from cases import Case
 from encoder_cases import EncoderCase
-from peers import Prepared
+from peers import IN_FLOAT32, Prepared, Unsupported
 from problem import Problem, make
 
 
@@ -26,6 +27,7 @@ def layer(problem: Problem) -> mha_c.MultiheadAttention:
         num_kv_heads=case.kv_heads,
         batch_first=True,
         dtype=case.dtype,
+        **precision_of(case),
         seed=0,
     ).eval()
     state = {"in_proj_bias": problem.in_bias, "out_proj.weight": problem.out_weight, "out_proj.bias": problem.out_bias}
@@ -56,6 +58,17 @@ class Ours:
         return Prepared(call, lambda result: result)
 
 
+class OursInFloat32(Ours):
+    """The float32 layer of a case in narrower numbers."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self.version = f"{IN_FLOAT32} {mha_c.__version__}"
+
+    def prepare(self, case: Case) -> Prepared:
+        return super().prepare(in_float32(case))
+
+
 class OurEncoder:
     def __init__(self, threads: int) -> None:
         mha_c.set_num_threads(threads)
@@ -72,9 +85,33 @@ class OurEncoder:
             batch_first=True,
             norm_first=model.norm_first,
             dtype=case.dtype,
+            **precision_of(case),
             seed=0,
         )
         encoder = mha_c.TransformerEncoder(layer, model.layers, padded="zero").eval()
         encoder.load_state_dict(problem.parameters)
         x, padding = problem.x, problem.padding
         return Prepared(lambda: encoder(x, None, padding), lambda output: (output, None))
+
+
+class OurEncoderInFloat32(OurEncoder):
+    """The float32 encoder of a case in narrower numbers."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self.version = f"{IN_FLOAT32} {mha_c.__version__}"
+
+    def prepare(self, case: EncoderCase) -> Prepared:
+        return super().prepare(in_float32(case))
+
+
+def precision_of(case: Any) -> dict[str, Any]:
+    """The argument that asks for int8. tests/tools/gates.py measures versions that lack it, too."""
+    return {"matmul_precision": case.matmul_precision} if case.matmul_precision else {}
+
+
+def in_float32(case: Any) -> Any:
+    """The case in float32."""
+    if case.matmul_precision is None and case.dtype in ("float32", "float64"):
+        raise Unsupported("the numbers of the case are not narrower")
+    return dataclasses.replace(case, dtype="float32", matmul_precision=None)

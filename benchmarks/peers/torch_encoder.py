@@ -13,6 +13,7 @@ import torch
 import encoder_problem
 from encoder_cases import EncoderCase
 from peers import Prepared, Unsupported
+from peers.torch_layer import tensor
 
 
 class TorchEncoder:
@@ -27,6 +28,8 @@ class TorchEncoder:
         self.version = f"torch {torch.__version__}"
 
     def prepare(self, case: EncoderCase) -> Prepared:
+        if case.matmul_precision:
+            raise Unsupported("torch's quantization does not replace the projections of its attention layer")
         problem, model = encoder_problem.make(case), case.model
         layer = torch.nn.TransformerEncoderLayer(
             model.E,
@@ -41,15 +44,15 @@ class TorchEncoder:
         fast = self.kind == "fast path"
         nested = fast and not model.norm_first  # leaves out the padding
         encoder: Any = torch.nn.TransformerEncoder(layer, model.layers, enable_nested_tensor=nested).eval()
-        encoder.load_state_dict({name: torch.tensor(array) for name, array in problem.parameters.items()})
-        x = torch.from_numpy(problem.x)
+        encoder.load_state_dict({name: tensor(array) for name, array in problem.parameters.items()})
+        x = tensor(problem.x)
         padding = None if problem.padding is None else torch.from_numpy(problem.padding)
         if fast and not takes_fast_path(encoder, x, padding):
             raise Unsupported("torch does not take its fast path here")
         if self.kind == "compiled":
             torch.compiler.reset()
             encoder = torch.compile(encoder, dynamic=False, fullgraph=True)
-        return Prepared(lambda: encoder(x, None, padding), lambda output: (output.numpy(), None))
+        return Prepared(lambda: encoder(x, None, padding), lambda output: (output.double().numpy(), None))
 
 
 def takes_fast_path(encoder: Any, x: torch.Tensor, padding: torch.Tensor | None) -> bool:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.nn.MultiheadAttention with its fast path on or off; torch's functions where it has no such layer."""
+"""torch.nn.MultiheadAttention with its fast path on or off; torch's functions where it has no such layer, as for grouped
+heads and int8: torch.ao.quantization replaces torch.nn.Linear, but not the projections of MultiheadAttention."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 from torch.nn import functional as F
 
 from cases import Case
@@ -37,7 +40,8 @@ class TorchLayer:
 
     def prepare(self, case: Case) -> Prepared:
         problem = make(case)
-        call = self._grouped_call(problem) if problem.case.kv_heads else self._layer_call(problem)
+        by_functions = case.kv_heads or case.matmul_precision
+        call = self._call_of_functions(problem) if by_functions else self._layer_call(problem)
         if self.fast_path and not takes_fast_path(call):
             raise Unsupported("torch does not take its fast path here")
 
@@ -69,26 +73,37 @@ class TorchLayer:
         wanted, causal = case.need_weights, case.causal
         return lambda: layer(query, key, value, padding, wanted, mask, True, causal)
 
-    def _grouped_call(self, problem: Problem) -> Callable[[], Any]:
-        """Grouped heads, which torch has as a function only."""
+    def _call_of_functions(self, problem: Problem) -> Callable[[], Any]:
+        """Self-attention around torch's function, which has grouped heads, with the projections as linear layers."""
         case = problem.case
-        if self.fast_path or problem.padding is not None or case.attn_mask or case.need_weights:
-            raise Unsupported("torch.nn.MultiheadAttention has no grouped heads")
+        if self.fast_path or problem.padding is not None or case.attn_mask or case.need_weights or not case.is_self:
+            raise Unsupported("torch.nn.MultiheadAttention has no grouped heads and no int8")
         in_weight = torch.cat([tensor(w) for w in (problem.q_weight, problem.k_weight, problem.v_weight)])
-        x, in_bias, out_weight, out_bias = (
-            tensor(a) for a in (problem.query, problem.in_bias, problem.out_weight, problem.out_bias)
-        )
-        kv = case.kv_head_count * case.head_dim
+        pairs = (in_weight, tensor(problem.in_bias)), (tensor(problem.out_weight), tensor(problem.out_bias))
+        maps = torch.nn.ModuleList(linear(weight, bias) for weight, bias in pairs).eval()
+        if case.matmul_precision:
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor, torch.quantize_per_channel and other")
+            kinds = {torch.nn.Linear: per_channel_dynamic_qconfig}
+            quantize_dynamic(maps, kinds, inplace=True)  # type: ignore[no-untyped-call]
+        project, project_output = maps
+        x, kv = tensor(problem.query), case.kv_head_count * case.head_dim
 
         def call() -> Any:
             q, k, v = (
                 y.view(case.N, case.L, -1, case.head_dim).transpose(1, 2)
-                for y in torch.split(F.linear(x, in_weight, in_bias), [case.E, kv, kv], dim=-1)
+                for y in torch.split(project(x), [case.E, kv, kv], dim=-1)
             )
             context = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=True)
-            return F.linear(context.transpose(1, 2).flatten(2), out_weight, out_bias), None
+            return project_output(context.transpose(1, 2).flatten(2)), None
 
         return call
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor) -> torch.nn.Linear:
+    """The map with these parameters."""
+    made = torch.nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    made.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    return made
 
 
 def takes_fast_path(call: Callable[[], Any]) -> bool:
