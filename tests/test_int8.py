@@ -441,7 +441,7 @@ def test_pickles_in_another_process(tmp_path):
             module, x, y = pickle.loads((pathlib.Path({str(tmp_path)!r}) / name).read_bytes())
             assert module(x).tobytes() == y.tobytes()
             assert module.matmul_precision["linear1"] == "int8" and module.matmul_precision["in_proj"] is None
-        """)
+        """, env={"MHA_C_CPU": _core.config()["cpu_level"]})
 
 
 # ---------------------------------------------------------------------------------------------- loading, files
