@@ -70,7 +70,7 @@ def test_c_functions_describe_themselves():
     for function in [*functions, core.Weights]:
         inspect.signature(function)  # ValueError if there is none
         assert inspect.getdoc(function)
-    assert list(inspect.signature(core.Weights).parameters)[4:6] == ["q_proj_weight", "k_proj_weight"]
+    assert list(inspect.signature(core.Weights).parameters)[4:6] == ["dtype", "q_proj_weight"]
     assert str(inspect.signature(core.set_num_threads)) == "(n, /)"
     assert "dropout_call" in inspect.signature(core.forward).parameters
     assert inspect.getdoc(core.Weights.nbytes)
