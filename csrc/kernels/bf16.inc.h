@@ -12,6 +12,12 @@ static size_t swapped_row_words(size_t n)
     return (n + lanes_f32 - 1) / lanes_f32 * lanes_f32;
 }
 
+/* As float32, but 0 in place of a subnormal number, for which the instruction takes 0, too. */
+static inline uint32_t normal_half(uint16_t half)
+{
+    return half & 0x7f80 ? (uint32_t)half << 16 : 0;
+}
+
 /* Rounds at most MHA_CHAIN numbers to bfloat16, as float32, and swaps neighbours. */
 static void swap_neighbours(const float *x, size_t n, uint32_t largest_bits, uint32_t *row)
 {
@@ -20,11 +26,11 @@ static void swap_neighbours(const float *x, size_t n, uint32_t largest_bits, uin
     narrow_all(MHA_BFLOAT16, x, n, halves);
     size_t i = 0;
     for (; i + 2 <= n; i += 2) {
-        row[i] = (uint32_t)halves[i + 1] << 16;
-        row[i + 1] = (uint32_t)halves[i] << 16;
+        row[i] = normal_half(halves[i + 1]);
+        row[i + 1] = normal_half(halves[i]);
     }
     if (i < n)
-        row[i] = (uint32_t)halves[i] << 16;
+        row[i] = normal_half(halves[i]);
 }
 
 #define MHA_BF16_BY_FMA \

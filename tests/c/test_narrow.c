@@ -215,9 +215,11 @@ static float number_of_int8(const int8_level *at, const map_case *c, const float
     return y;
 }
 
+/* Subnormal numbers become 0. */
 static float as_bf16(float x)
 {
-    return (float)half_value(MHA_BFLOAT16, nearest_half(MHA_BFLOAT16, (double)x));
+    const float half = (float)half_value(MHA_BFLOAT16, nearest_half(MHA_BFLOAT16, (double)x));
+    return fabsf(half) < FLT_MIN ? 0 : half;
 }
 
 /* One number of the result of bfloat16: chains of MHA_CHAIN features. Of two neighbours, the second comes first. */
@@ -245,11 +247,11 @@ static void check_map(const int8_level *at, const map_case *c, bool is_bf16, uin
     float *wide = allocated(c->features * c->depth, sizeof *wide);
     mha_linear *linear = NULL;
     for (size_t i = 0; i < c->rows * c->depth; i++)
-        x[i] = (float)random_number(MHA_FLOAT32, 5, i);
+        x[i] = (float)random_number(MHA_FLOAT32, 5, i) * (i % 11 == 7 ? 0x1p-130f : 1);
     for (size_t i = 0; i < c->features * c->depth; i++)
         w[i] = (int8_t)(random_word(6, i) % 255 - 127);
     for (size_t i = 0; i < c->features * c->depth; i++)
-        wide[i] = (float)random_number(MHA_FLOAT32, 6, i);
+        wide[i] = (float)random_number(MHA_FLOAT32, 6, i) * (i % 13 == 5 ? 0x1p-127f : i % 11 == 7 ? 0x1p+100f : 1);
     for (size_t i = 0; i < c->features; i++) {
         scale[i] = (float)random_number(MHA_FLOAT32, 7, i);
         bias[i] = (float)random_number(MHA_FLOAT32, 8, i);
