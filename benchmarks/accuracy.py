@@ -162,7 +162,7 @@ def in_mha_c(encoder: mha_c.TransformerEncoder, dtype: str, precision: Any = Non
     cast.matmul_precision = precision
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "encoder.safetensors")
-        cast.save(file, packed=precision is not None)
+        cast.save(file, packed=precision not in (None, "bfloat16"))
         size = f"{file.stat().st_size / 1e6:.1f} MB"
     return size, lambda x, padding: cast(x, src_key_padding_mask=padding)
 
@@ -203,6 +203,7 @@ def encoders(encoder: mha_c.TransformerEncoder) -> Iterator[tuple[str, str, str,
     for dtype in DTYPES:
         yield dtype, dtype, "mha_c", *in_mha_c(encoder, dtype)
         yield dtype, dtype, "torch", "", in_torch(encoder, dtype)
+    yield "float32, products of bfloat16", "float32", "mha_c", *in_mha_c(encoder, "float32", "bfloat16")
     yield "int8", "float32", "mha_c", *in_mha_c(encoder, "float32", "int8")
     yield "int8", "float32", "ONNX Runtime", "", in_onnx_runtime(encoder, QuantType.QInt8)
     yield "int8", "float32", "ONNX Runtime, unsigned weights", "", in_onnx_runtime(encoder, QuantType.QUInt8)
