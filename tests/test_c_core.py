@@ -224,10 +224,11 @@ def test_emulated_avx512(emulation, name):
 
 @pytest.mark.parametrize("name", ONE_LEVEL)
 def test_emulated_avx512_has_equal_bits(workshop, emulation, name):
-    """Whole passes by AVX-512 and by AVX2. (The other programs compare the levels by themselves.)"""
+    """Whole passes by AVX-512 and by AVX2. (The other programs compare the levels by themselves.) The levels of AVX-512
+    differ in narrow products alone."""
     levels = [level for level in emulation.levels("clang") if level.endswith(EMULATED)]
-    assert levels
-    for level in levels:
+    assert len(levels) == 3
+    for level in levels if name == "narrow" else levels[-1:]:
         assert " 0 failures" in emulation.output("clang", name, level=level)
         assert emulation.hashes("clang", name, level=level) == workshop.hashes("clang", name, level="avx2")
 

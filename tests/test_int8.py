@@ -376,7 +376,7 @@ def test_repr():
     lambda dtype: mha_c.TransformerEncoderLayer(8, 2, dtype=dtype, matmul_precision={"linear2": "int8"}),
 ])
 def test_float64_is_refused(make):
-    words = 'matmul_precision="int8" is for layers of float32, bfloat16 and float16, but this one is float64'
+    words = 'matmul_precision is for layers of float32, bfloat16 and float16, but this one is float64'
     with pytest.raises(ValueError, match=words):
         make("float64")
     module = make("float32")
@@ -699,7 +699,7 @@ def test_check_refuses_it(tmp_path):
     pytest.importorskip("torch")
     encoder, x = encoder_layer(), normal((2, 7, 24))
     for module in (layer(24, 4, matmul_precision="int8"), encoder):
-        with pytest.raises(ValueError, match="int8 numbers would hide: check a copy of the layer with matmul_precision=N"):
+        with pytest.raises(ValueError, match="would hide: check a copy of the layer with matmul_precision=N"):
             mha_c.check.against_torch(module, x)
     encoder.save(tmp_path / "layer.npz", packed=True)
     loaded = mha_c.TransformerEncoderLayer.load(tmp_path / "layer.npz")

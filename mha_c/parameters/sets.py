@@ -365,7 +365,7 @@ class ParameterSet(ArraySet):
             widths.head_dim,
             widths.v_head_dim,
             dtype,
-            *(multiplied(*one) for one in self._inputs_for_core()),
+            *self._inputs_for_core(),
             self.array("in_proj_bias"),
             self.array("bias_k"),
             self.array("bias_v"),
@@ -376,12 +376,16 @@ class ParameterSet(ArraySet):
     def _remade(self, *arguments: Any) -> Self:
         return type(self)(self.widths, *arguments)
 
-    def _inputs_for_core(self) -> list[tuple[Weight, Precision | None]]:
-        """The weights that project query, key and value, and their precisions."""
+    def _inputs_for_core(self, rows: Sequence[Any] = (slice(None),) * 3) -> tuple[Any, Any, Any]:
+        """Some rows of the weights that project query, key and value, as the core takes them."""
         names = ("in_proj_weight",) * 3 if self.widths.packed else SEPARATE_WEIGHTS
         stored = self.stored
         weights = self._split(stored[names[0]]) if self.widths.packed else (stored[name] for name in names)
-        return [(weight, self.precisions.get(name)) for weight, name in zip(weights, names)]
+        q, k, v = (
+            multiplied(take_rows(weight, chosen), self.precisions.get(name))
+            for weight, chosen, name in zip(weights, rows, names)
+        )
+        return q, k, v
 
     @property
     def input_weights(self) -> _Three:
@@ -413,28 +417,19 @@ class ParameterSet(ArraySet):
         widths = self.widths
         groups = widths.num_heads // widths.num_kv_heads
         kv_heads = [head // groups for head in heads]
-
-        def rows_of(stacked: Any, width: int, chosen: Sequence[int]) -> Any:
-            return take_rows(stacked, (np.array(chosen)[:, None] * width + np.arange(width)).reshape(-1))
-
         parts = ((widths.head_dim, heads), (widths.head_dim, kv_heads), (widths.v_head_dim, kv_heads))
-        inputs = zip(self._inputs_for_core(), parts)
-        q, k, v = (multiplied(rows_of(weight, *part), precision) for (weight, precision), part in inputs)
+        rows = [(np.array(chosen)[:, None] * width + np.arange(width)).reshape(-1) for width, chosen in parts]
         biases = self.input_biases
         learnt = [self.array(name) for name in ("bias_k", "bias_v")]
-        bias_k, bias_v = (
-            None if one is None else rows_of(one[0, 0], *part)[None, None] for one, part in zip(learnt, parts[1:])
-        )
+        bias_k, bias_v = (None if one is None else one[:, :, chosen] for one, chosen in zip(learnt, rows[1:]))
         return _core.Weights(
             len(heads),
             len(heads),
             widths.head_dim,
             widths.v_head_dim,
             self.dtype,
-            q,
-            k,
-            v,
-            None if biases is None else np.concatenate([rows_of(bias, *part) for bias, part in zip(biases, parts)]),
+            *self._inputs_for_core(rows),
+            None if biases is None else np.concatenate([bias[chosen] for bias, chosen in zip(biases, rows)]),
             bias_k,
             bias_v,
             np.zeros((1, len(heads) * widths.v_head_dim), self.dtype),
