@@ -78,15 +78,23 @@ static mha_mask padding_mask(const described_call *c)
     return (mha_mask){hidden, MHA_MASK_HIDE, (ptrdiff_t)c->S, 0, 0, 1};
 }
 
+static mha_weight make_weight(const described_call *c, size_t features, size_t depth)
+{
+    /* any bytes are numbers of int8 */
+    const void *weight = numbers(c->dtype, features * depth);
+    return (mha_weight){.numbers = weight, .scale = c->narrow == INT8 ? numbers(MHA_FLOAT32, features) : NULL,
+                        .is_bf16 = c->narrow == BF16};
+}
+
 static mha_layer *make_layer(const described_call *c)
 {
     const size_t D = c->E / c->H, kv = c->Hkv * D;
     const mha_widths widths = {c->H, c->Hkv, D, D, c->E, c->Ek, c->Ev, c->E};
     const mha_parameters parameters = {
-        .q_weight.numbers = numbers(c->dtype, c->E * c->E), .k_weight.numbers = numbers(c->dtype, kv * c->Ek),
-        .v_weight.numbers = numbers(c->dtype, kv * c->Ev), .q_bias = numbers(c->dtype, c->E),
-        .k_bias = numbers(c->dtype, kv), .v_bias = numbers(c->dtype, kv),
-        .out_weight.numbers = numbers(c->dtype, c->E * c->E), .out_bias = numbers(c->dtype, c->E),
+        .q_weight = make_weight(c, c->E, c->E), .k_weight = make_weight(c, kv, c->Ek),
+        .v_weight = make_weight(c, kv, c->Ev), .out_weight = make_weight(c, c->E, c->E),
+        .q_bias = numbers(c->dtype, c->E), .k_bias = numbers(c->dtype, kv), .v_bias = numbers(c->dtype, kv),
+        .out_bias = numbers(c->dtype, c->E),
     };
     mha_layer *layer = NULL;
     if (mha_layer_create(&widths, c->dtype, &parameters, &layer) != MHA_OK)
@@ -97,8 +105,8 @@ static mha_layer *make_layer(const described_call *c)
 static mha_linear *make_linear(const described_call *c, size_t features, size_t depth)
 {
     mha_linear *linear = NULL;
-    const void *weight = numbers(c->dtype, features * depth), *bias = numbers(c->dtype, features);
-    if (mha_linear_create(c->dtype, features, depth, &(mha_weight){.numbers = weight}, bias, &linear) != MHA_OK)
+    const mha_weight weight = make_weight(c, features, depth);
+    if (mha_linear_create(c->dtype, features, depth, &weight, numbers(c->dtype, features), &linear) != MHA_OK)
         abort();
     return linear;
 }

@@ -21,6 +21,10 @@
 #include <sys/auxv.h>
 #endif
 
+#ifndef HWCAP_ASIMDDP /* in kernel headers before 4.15 */
+#define HWCAP_ASIMDDP (1 << 20)
+#endif
+
 enum { AVX2 = 1, AVX512 = 2, AVX512_VNNI = 4, AVX512_BF16 = 8, NEON = 16, NEON_DOTPROD = 32 };
 
 typedef struct {
@@ -32,9 +36,11 @@ typedef struct {
 
 /* Best first. */
 static const level levels[] = {
-#if defined(__x86_64__)
+#ifdef MHA_KNOWS_AVX512_BF16
     {"avx512_bf16", mha_kernels_avx512, {&mha_int8_avx512_vnni, &mha_bf16_avx512_bf16},
      AVX512 | AVX512_VNNI | AVX512_BF16},
+#endif
+#if defined(__x86_64__)
     {"avx512_vnni", mha_kernels_avx512, {&mha_int8_avx512_vnni, &mha_bf16_avx512}, AVX512 | AVX512_VNNI},
     {"avx512", mha_kernels_avx512, {&mha_int8_avx512, &mha_bf16_avx512}, AVX512},
     {"avx2", mha_kernels_avx2, {&mha_int8_avx2, &mha_bf16_avx2}, AVX2},

@@ -7,7 +7,7 @@
 
 #include "kernels.h"
 
-#if defined(__x86_64__)
+#ifdef MHA_KNOWS_AVX512_BF16
 #include <immintrin.h>
 
 #ifdef __clang__

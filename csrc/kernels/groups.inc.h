@@ -54,7 +54,8 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
             c##r##_2 = G(add)(c##r##_2, a_r, b_2); \
     }
         EACH_ROW(ACCUMULATE)
-        __builtin_prefetch(ahead, 0, 2);
+        if (rows > 3) /* the hardware is ahead of tiles with fewer rows */
+            __builtin_prefetch(ahead, 0, 2);
         ahead += step;
         a_0++;
         a_4++;

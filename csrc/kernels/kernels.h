@@ -243,6 +243,11 @@ typedef struct {
     void (*product)(const mha_product *product);
 } mha_narrow_kernels;
 
+/* gcc knows AVX512_BF16 from version 10 on. */
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+#define MHA_KNOWS_AVX512_BF16
+#endif
+
 extern const mha_narrow_kernels mha_bf16_portable, mha_int8_portable;
 extern const mha_narrow_kernels mha_bf16_avx2, mha_int8_avx2;
 extern const mha_narrow_kernels mha_bf16_avx512, mha_int8_avx512;
