@@ -121,7 +121,7 @@ def int8_layer(case: Case, seed: int, outliers: Any) -> list[float]:
 
 def int8_errors() -> Iterator[str]:
     """The table of errors in int8."""
-    yield "| relative rms error | 30 times as large | mha_c | ONNX Runtime | mha_c's share | unsigned weights | mha_c's share |"
+    yield "| relative rms error | 30 times as large | mha_c | ONNX Runtime, signed weights | mha_c's share | unsigned weights | mha_c's share |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for items in (1, 8):
         case = Case("int8", items, 128, 768, 12, matmul_precision="int8")

@@ -11,6 +11,7 @@ from compiler import HERE, compile_c
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mprefer-vector-width=512", "-DVECTOR_BYTES=64")
 _FLAGS = {
+    "avx512_bf16": (*_AVX512, "-mavx512vnni"),
     "avx512_vnni": (*_AVX512, "-mavx512vnni"),
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-DVECTOR_BYTES=32"),

@@ -19,10 +19,9 @@
 #elif defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
-#endif
-
-#ifndef HWCAP_ASIMDDP /* in kernel headers before 4.15 */
+#ifndef HWCAP_ASIMDDP /* Linux 4.15 */
 #define HWCAP_ASIMDDP (1 << 20)
+#endif
 #endif
 
 enum { AVX2 = 1, AVX512 = 2, AVX512_VNNI = 4, AVX512_BF16 = 8, NEON = 16, NEON_DOTPROD = 32 };

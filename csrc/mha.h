@@ -27,13 +27,12 @@ typedef struct {
 /* A weight matrix, C-contiguous, with a row for each output feature. */
 typedef struct {
     const void *numbers; /* in the layer's dtype, or int8 */
-    const float *scale;  /* [features]: the weights are the products of int8 and these; NULL: the weights are not int8 */
+    const float *scale;  /* [features]: weights are products of int8 and these; NULL: they are not int8 */
     bool is_bf16;        /* rows and weights are rounded to bfloat16 when they are multiplied; not with a scale */
 } mha_weight;
 
 /* The parameters as torch stores them: C-contiguous, in the layer's dtype. A bias that the layer does not have is NULL.
- * If the dtype is a half, inputs and results of calls are float32. Of a layer of
- * float64, weights are neither int8 nor rounded. */
+ * If the dtype is a half, inputs and results of calls are float32. Products of float64 are not narrow. */
 typedef struct {
     mha_weight q_weight, k_weight, v_weight; /* (H*D, E), (Hkv*D, Ek), (Hkv*Dv, Ev) */
     const void *q_bias, *k_bias, *v_bias;    /* (H*D), (Hkv*D), (Hkv*Dv) */
@@ -43,8 +42,8 @@ typedef struct {
 } mha_parameters;
 
 /* Parameters packed for the kernels of this CPU. They are immutable, and any number of threads may use them. The array
- * k_weight.numbers has to stay where it is, unchanged, as long as they live, unless its products are narrow. Nothing else of
- * mha_parameters is referenced afterwards. */
+ * k_weight.numbers has to stay where it is, unchanged, as long as they live, unless its products are narrow. Nothing
+ * else of mha_parameters is referenced afterwards. */
 typedef struct mha_layer mha_layer;
 
 mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *parameters,

@@ -61,7 +61,7 @@ typedef struct {
     size_t group;      /* numbers in a group; 1 unless products are narrow */
     size_t group_bytes;
     char *data;        /* written once, when the layer is made */
-    float *scale;      /* of the features, if they are int8; padded with zeros to whole vectors */
+    float *scale;      /* of the features, if they are int8; padded with zeros to whole vectors; NULL otherwise */
     char *bias;        /* as it is computed, padded with zeros to whole vectors; NULL: none */
 } mha_panels;
 

@@ -12,11 +12,11 @@
  *   rows | block |  (x)     slice |  P    |      |  P    | rows   = addend + chain, chain after chain;
  *        +-------+---             +-------+      +-------+          the last chain goes straight to y
  *
- * If products are narrow, the copy of a row is narrow. If it is quantised, it has one scale, and a product is as long as
- * a slice.
+ * If products are narrow, the copy of a row is narrow. If it is quantized, it has one scale, and a product is as long
+ * as a slice.
  *
- * Owns: the order of additions: bias, then chains of MHA_CHAIN features in order, or sums of MHA_INT8_FEATURES features.
- * It does not depend on the blocking.
+ * Owns: the order of additions: bias, then chains of MHA_CHAIN features in order, or sums of MHA_INT8_FEATURES
+ * features. It does not depend on the blocking.
  */
 #include "projection.h"
 

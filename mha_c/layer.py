@@ -164,9 +164,9 @@ class MultiheadAttention(RandomModule):
 
         y = b + s_x s_w (sum of q_x q_w)
 
-    The sum is exact over up to 8192 features, and those of more features are added in order. So "int8" gives the same
-    bits on every CPU whose float32 results have the same bits, and so does "bfloat16", whose sums are float32. A row with
-    NaN or infinity gives NaN. Scores and weighted sums stay in float32. Parameters and state dicts stay those of the
+    The sum is exact over up to 8192 features, and those of more features are added in order. A row with NaN or infinity
+    gives NaN. So "int8" gives the same bits on every CPU whose float32 results have the same bits. So does "bfloat16",
+    except for sums below 2^-126. Scores and weighted sums stay in float32. Parameters and state dicts stay those of the
     dtype.
 
     Examples

@@ -803,8 +803,10 @@ def test_linear_maps_and_activations_that_cannot_be():
     for arguments in ((weight.T, None), (weight, np.repeat(bias, 2)[::2])):
         with pytest.raises(ValueError, match="(weight|bias) must be C-contiguous"):
             _core.Linear("float32", *arguments)
-    with pytest.raises(TypeError, match="parameters must be of float32, float64, bfloat16 or float16, not int8"):
-        _core.Linear("int8", weight, bias)
+    halves = type("float16", (np.void,), {})  # no more than a name
+    for dtype in ("int8", ">f2", ">f4", np.dtype((halves, [("a", "i1")])), "O", "f8,f8"):
+        with pytest.raises(TypeError, match="parameters must be of float32, float64, bfloat16 or float16, not "):
+            _core.Linear(dtype, weight, bias)
     with pytest.raises(ValueError, match="bias has 5 elements for the 6 rows of weight"):
         _core.Linear("float32", weight, bias[:5])
     with pytest.raises(TypeError, match="Linear.. takes no keyword arguments"):

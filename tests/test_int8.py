@@ -541,6 +541,15 @@ def test_names_in_packed_files(tmp_path):
         mha_c.MultiheadAttention.from_state_dict(tmp_path / "layer.npz", num_heads=2, strict=False)
 
 
+def test_packed_files_are_no_state_dicts(tmp_path):
+    """from_state_dict says how to read them."""
+    layer(8, 2, matmul_precision="int8").save(tmp_path / "attention.npz", packed=True)
+    encoder_layer().save(tmp_path / "layer.npz", packed=True)
+    for kind, name in ((mha_c.MultiheadAttention, "attention"), (mha_c.TransformerEncoderLayer, "layer")):
+        with pytest.raises(RuntimeError, match=rf"packed=True\) wrote: read it with {kind.__name__}.load"):
+            kind.from_state_dict(tmp_path / f"{name}.npz", num_heads=2)
+
+
 def test_files_of_layers_without_the_option_say_nothing_of_it(tmp_path):
     """So that older versions read them; and files of older versions, which say nothing, are read."""
     mha_c.TransformerEncoderLayer(8, 2, 16).save(tmp_path / "layer.npz")
@@ -558,7 +567,7 @@ def test_layers_that_cannot_be_packed(tmp_path):
     weight = module.linear1.weight.copy()
     weight[3, 1] = np.inf
     module.linear1.weight = weight
-    with pytest.raises(ValueError, match="linear1.weight holds NaN or infinity, which int8 numbers cannot: leave out pa"):
+    with pytest.raises(ValueError, match="linear1.weight holds NaN or infinity, which int8 numbers cannot hold: leave"):
         module.save(path, packed=True)
     assert not path.exists()
     module.save(path)
@@ -699,7 +708,7 @@ def test_check_refuses_it(tmp_path):
     pytest.importorskip("torch")
     encoder, x = encoder_layer(), normal((2, 7, 24))
     for module in (layer(24, 4, matmul_precision="int8"), encoder):
-        with pytest.raises(ValueError, match="would hide: check a copy of the layer with matmul_precision=N"):
+        with pytest.raises(ValueError, match="would hide them: check a copy of the layer with matmul_precision=N"):
             mha_c.check.against_torch(module, x)
     encoder.save(tmp_path / "layer.npz", packed=True)
     loaded = mha_c.TransformerEncoderLayer.load(tmp_path / "layer.npz")

@@ -29,15 +29,9 @@ static size_t row_words(size_t n)
 static void round_row(const float *x, size_t n, uint32_t largest_bits, uint32_t *row)
 {
     uint16_t *halves = (uint16_t *)(void *)row;
-    size_t i = 0;
     (void)largest_bits;
-    for (; i + lanes_f32 <= n; i += lanes_f32)
-        narrow_bf16(halves + i, load_f32(x + i));
-    if (i < n) {
-        float last[lanes_f32] = {0};
-        memcpy(last, x + i, (n - i) * sizeof *x);
-        narrow_bf16(halves + i, load_f32(last));
-    }
+    for (size_t i = 0; i < n; i += lanes_f32)
+        narrow_bf16(halves + i, load_some(x + i, n - i));
 }
 
 typedef vec_f32 sum_bf16_pairs;

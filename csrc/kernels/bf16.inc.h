@@ -1,15 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * bf16.inc.h - products of bfloat16 by FMAs (the files of instruction sets include it after kernels.inc.h).
+ * bf16.inc.h - products of bfloat16 by FMAs (files of instruction sets include it after kernels.inc.h).
  *
- * Two FMAs of bfloat16 numbers as float32 give the bits of vdpbf16ps, if they come in its order. So rows and panels hold
- * neighbours in swapped order, and the tile of float32 does the rest.
+ * Two FMAs of bfloat16 numbers as float32 give the bits of vdpbf16ps, if they come in its order. So rows and panels
+ * hold neighbours in swapped order, and the tile of float32 does the rest.
  */
 
-/* Rows have room for whole vectors. */
 static size_t swapped_row_words(size_t n)
 {
-    return (n + lanes_f32 - 1) / lanes_f32 * lanes_f32;
+    return n;
 }
 
 /* As float32, but 0 in place of a subnormal number, for which the instruction takes 0, too. */

@@ -30,7 +30,8 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
 {
     const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row;
     const uint32_t *row = at->a, *a_0 = row + G(HEADER), *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0;
-    const size_t vector_bytes = lanes_f32 * G(GROUP_BYTES), b_bytes = p->b_k * G(GROUP_BYTES), step = at->step;
+    const size_t vector_bytes = lanes_f32 * G(GROUP_BYTES), read = vectors * vector_bytes;
+    const size_t b_bytes = p->b_k * G(GROUP_BYTES), step = at->step;
     const char *b = p->b;
     const char *ahead = at->ahead;
     const vec_i32 no_group = splat_i32(0);
@@ -56,6 +57,10 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
         EACH_ROW(ACCUMULATE)
         if (rows > 3) /* the hardware is ahead of tiles with fewer rows */
             __builtin_prefetch(ahead, 0, 2);
+        if (rows > 3 && read > LINE_BYTES)
+            __builtin_prefetch(ahead + LINE_BYTES, 0, 2);
+        if (rows > 3 && read > 2 * LINE_BYTES)
+            __builtin_prefetch(ahead + 2 * LINE_BYTES, 0, 2);
         ahead += step;
         a_0++;
         a_4++;

@@ -11,8 +11,8 @@
  *   row_int                  what a row holds of each number: int16_t or int8_t. A group fills 32 bits.
  *   store_row(p, v)          integers to row_int
  *   load_group(p)            a group of each of lanes_f32 features
- *   add_products(c, a, b)    c + the sum of a group's products, in each lane; a: a group in all lanes, b: of load_group().
- *                            The sum is held in a register. gcc would multiply a whole tile first, and spill.
+ *   add_products(c, a, b)    c + the sum of a group's products, in each lane; a: a group in all lanes, b: from
+ *                            load_group(). It is held in a register: gcc would multiply a whole tile first, and spill.
  *   WEIGHT_OFFSET            what panels hold in addition to each weight
  */
 #include "tiles.h"
@@ -33,17 +33,11 @@ static size_t row_words(size_t n)
 static uint32_t largest(const float *x, size_t n)
 {
     vec_i32 most = splat_i32(0);
-    size_t i = 0;
-    for (; i + lanes_f32 <= n; i += lanes_f32)
-        most = max_i32(most, without_sign(bits_of(load_f32(x + i))));
-    if (i < n) {
-        float last[lanes_f32] = {0};
-        memcpy(last, x + i, (n - i) * sizeof *x);
-        most = max_i32(most, without_sign(bits_of(load_f32(last))));
-    }
+    for (size_t i = 0; i < n; i += lanes_f32)
+        most = max_i32(most, without_sign(bits_of(load_some(x + i, n - i))));
     uint32_t lane[lanes_f32], result = 0;
     memcpy(lane, &most, sizeof lane);
-    for (i = 0; i < lanes_f32; i++)
+    for (size_t i = 0; i < lanes_f32; i++)
         result = lane[i] > result ? lane[i] : result;
     return result;
 }
@@ -68,14 +62,8 @@ static void quantize(const float *x, size_t n, uint32_t largest_bits, uint32_t *
         memset(q, 0, (row_words(n) - MHA_ROW_HEADER) * sizeof *row);
     } else {
         const vec_f32 inverse = splat_f32(127 / most);
-        size_t i = 0;
-        for (; i + lanes_f32 <= n; i += lanes_f32)
-            store_row(q + i, rounded(load_f32(x + i) * inverse));
-        if (i < n) {
-            float last[lanes_f32] = {0};
-            memcpy(last, x + i, (n - i) * sizeof *x);
-            store_row(q + i, rounded(load_f32(last) * inverse));
-        }
+        for (size_t i = 0; i < n; i += lanes_f32)
+            store_row(q + i, rounded(load_some(x + i, n - i) * inverse));
         scale = most / 127;
         start = start_of(q, n);
     }

@@ -204,8 +204,8 @@ extern const mha_kernels mha_kernels_neon[2];
  * Linear maps of float32 may multiply narrower numbers: rows are narrowed when they are copied for a product, and
  * weights when a layer is loaded.
  *
- *   int8      A row is *quantised* to integers from -127 to 127 with a scale: x is about scale * q. So is each feature of
- *             the weights. Sums of products are exact integers, so that they are equal on every instruction set.
+ *   int8      A row is *quantized* to integers from -127 to 127 with a scale: x is about scale * q. So is each feature
+ *             of the weights. Sums of products are exact integers, so that they are equal on every instruction set.
  *   bfloat16  Numbers are rounded to bfloat16, and subnormal ones to 0. Sums are float32. Of two neighbours along the
  *             depth, the second one is added first, as vdpbf16ps does: two FMAs in this order give its bits. Only sums
  *             below 2^-126 may differ, which the instruction takes for 0.
@@ -214,7 +214,7 @@ extern const mha_kernels mha_kernels_neon[2];
  * narrow row is words of 32 bits. A panel is [groups][P], of groups of `group_bytes`. */
 typedef enum { MHA_INT8 = 0, MHA_BF16 } mha_narrow_type;
 
-/* Words before the groups of a quantised row: its scale, and what its sums start with. */
+/* Words before the groups of a quantized row: its scale, and what its sums start with. */
 enum { MHA_ROW_HEADER = 2 };
 
 /* The most features that are added up as integers. It is the same on every instruction set, as MHA_CHAIN is. */
@@ -233,13 +233,13 @@ typedef struct {
      * have no scale. */
     uint32_t (*largest)(const float *x, size_t n);
 
-    /* Narrows n numbers of a row. Quantised: scale = largest / 127, q = x * (127 / largest), rounded to the nearest,
+    /* Narrows n numbers of a row. Quantized: scale = largest / 127, q = x * (127 / largest), rounded to the nearest,
      * ties to even. A row of zeros, and one with numbers below 2^-120 alone, becomes zeros with the scale 0. If
      * `largest` is not finite, the scale is NaN. */
     void (*take_row)(const float *x, size_t n, uint32_t largest, uint32_t *row);
 
-    /* C[rows][P] = addend + sum, where the sum of int8 is multiplied by (scale of the row * b_scale) in one FMA. Rows of
-     * a are narrow, depth counts groups, and a_row counts words. a_k is 1, and there is no factor. addend NULL: 0. */
+    /* C[rows][P] = addend + sum, where the sum of int8 is multiplied by (scale of the row * b_scale) in one FMA. Rows
+     * of a are narrow, depth counts groups, and a_row counts words. a_k is 1, and there is no factor. addend NULL: 0. */
     void (*product)(const mha_product *product);
 } mha_narrow_kernels;
 

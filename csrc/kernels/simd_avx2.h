@@ -138,7 +138,7 @@ static inline void transpose_f32(vec_f32 v[8])
     }
 }
 
-/* ---- Integers, see int8.inc.h ---- */
+/* ---- Integers, see int8.inc.h and groups.inc.h ---- */
 
 typedef __m256i vec_i32;
 typedef int16_t row_int;

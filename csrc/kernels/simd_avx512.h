@@ -154,7 +154,7 @@ static inline __attribute__((always_inline)) void transpose_f32(vec_f32 v[16])
     }
 }
 
-/* ---- Integers, see int8.inc.h ---- */
+/* ---- Integers, see int8.inc.h and groups.inc.h ---- */
 
 typedef __m512i vec_i32;
 

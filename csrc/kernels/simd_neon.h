@@ -120,7 +120,7 @@ static inline void transpose_f32(vec_f32 v[4])
     v[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
 }
 
-/* ---- Integers, see int8.inc.h ---- */
+/* ---- Integers, see int8.inc.h and groups.inc.h ---- */
 
 typedef int32x4_t vec_i32;
 typedef int8_t row_int;

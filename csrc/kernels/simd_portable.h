@@ -159,7 +159,7 @@ static inline void transpose_f64(vec_f64 v[2])
     v[1][0] = x;
 }
 
-/* ---- Integers, see int8.inc.h ---- */
+/* ---- Integers, see int8.inc.h and groups.inc.h ---- */
 
 typedef bits_f32 vec_i32;
 typedef int16_t row_int;
@@ -184,8 +184,8 @@ static inline vec_i32 rounded(vec_f32 v)
 
 static inline void store_row(row_int *p, vec_i32 v)
 {
-    for (int i = 0; i < 4; i++)
-        p[i] = (row_int)v[i];
+    const row_int four[] = {(row_int)v[0], (row_int)v[1], (row_int)v[2], (row_int)v[3]};
+    memcpy(p, four, sizeof four);
 }
 
 static inline vec_i32 load_group(const int8_t *p)

@@ -12,6 +12,10 @@ enum { STORE, ADD, RESCALE }; /* the three ends of a product, see mha_product */
 #define ROWS_OF_MANY {ROWS_1, ROWS_2, ROWS_3}
 #endif
 
+#define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
+
+enum { MAX_FEW_ROWS = 8 };
+
 /* The copies of a tile by what b holds: numbers of the table, or halves, which float32 tables read. */
 enum { OWN, OF_BF16, OF_F16 };
 #define HAS_HALVES_f32 1

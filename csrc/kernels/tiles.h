@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * tiles.h - what the tiles of real numbers and of int8 numbers share. A simd_*.h comes before.
+ * tiles.h - what tile.inc.h and groups.inc.h share. A simd_*.h comes before.
  */
 #ifndef MHA_TILES_H
 #define MHA_TILES_H
@@ -8,7 +8,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline))
 
-enum { LINE_BYTES = 64, MAX_ROWS = 8, MAX_FEW_ROWS = 8 };
+enum { LINE_BYTES = 64, MAX_ROWS = 8 };
 
 /* Makes the compiler forget how a pointer was computed. Otherwise gcc keeps the addresses of all rows of a tile at
  * once. There are more of them than registers, so it moves some to vector registers, where they wait behind the
@@ -30,7 +30,16 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 #endif
 
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
-#define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
+
+/* The first n numbers of a vector, at most all; the others are 0. */
+static inline vec_f32 load_some(const float *x, size_t n)
+{
+    float some[lanes_f32] = {0};
+    if (n >= lanes_f32)
+        return load_f32(x);
+    memcpy(some, x, n * sizeof *x);
+    return load_f32(some);
+}
 
 /* Tiles share the rows of a product evenly: 9 rows are 5 + 4, because a tile of one row has too few sums. Of `tiles`
  * tiles, the first `larger` have a row more than the others. */

@@ -134,27 +134,36 @@ PyArrayObject *array_from_object(const module_state *state, PyObject *object, co
 }
 
 /* Registered types such as bfloat16 have no kind of their own, so the name has to tell. */
-static bool is_registered(PyArrayObject *array, const char *name)
+static bool is_registered(PyArray_Descr *descr, const char *name)
 {
-    return PyTypeNum_ISUSERDEF(PyArray_TYPE(array)) && strstr(PyArray_DESCR(array)->typeobj->tp_name, name) != NULL;
+    return PyTypeNum_ISUSERDEF(descr->type_num) && strstr(descr->typeobj->tp_name, name) != NULL;
+}
+
+/* The size decides, not the name: where long double is no wider than double, it is a double. */
+static bool descr_is(PyArray_Descr *descr, mha_dtype dtype)
+{
+    return (dtype == MHA_BFLOAT16 ? is_registered(descr, "bfloat16") : PyTypeNum_ISFLOAT(descr->type_num)) &&
+           (size_t)PyDataType_ELSIZE(descr) == mha_size_of(dtype);
 }
 
 bool array_has_dtype(PyArrayObject *array, mha_dtype dtype)
 {
-    /* The size decides, not the name: where long double is no wider than double, it is a double. */
-    return (dtype == MHA_BFLOAT16 ? is_registered(array, "bfloat16") : PyTypeNum_ISFLOAT(PyArray_TYPE(array))) &&
-           (size_t)PyArray_ITEMSIZE(array) == mha_size_of(dtype);
+    return descr_is(PyArray_DESCR(array), dtype);
+}
+
+static bool find_dtype_of_descr(PyArray_Descr *descr, mha_dtype *dtype)
+{
+    for (mha_dtype known = MHA_FLOAT32; known <= MHA_FLOAT16; known++)
+        if (descr_is(descr, known)) {
+            *dtype = known;
+            return true;
+        }
+    return false;
 }
 
 bool find_dtype(PyArrayObject *array, mha_dtype *dtype)
 {
-    static const mha_dtype known[] = {MHA_FLOAT32, MHA_FLOAT64, MHA_BFLOAT16, MHA_FLOAT16};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (array_has_dtype(array, known[i])) {
-            *dtype = known[i];
-            return true;
-        }
-    return false;
+    return find_dtype_of_descr(PyArray_DESCR(array), dtype);
 }
 
 const char *dtype_name(mha_dtype dtype)
@@ -164,22 +173,12 @@ const char *dtype_name(mha_dtype dtype)
     return names[dtype];
 }
 
-/* Without the name of its module. */
-static const char *name_of(PyArray_Descr *descr)
-{
-    const char *name = descr->typeobj->tp_name, *dot = strrchr(name, '.');
-    return dot == NULL ? name : dot + 1;
-}
-
 int dtype_of_descr(PyArray_Descr *descr, mha_dtype *dtype)
 {
-    for (mha_dtype known = MHA_FLOAT32; known <= MHA_FLOAT16; known++)
-        if (strcmp(dtype_name(known), name_of(descr)) == 0) {
-            *dtype = known;
-            return 0;
-        }
-    PyErr_Format(PyExc_TypeError, "parameters must be of float32, float64, bfloat16 or float16, not %s",
-                 name_of(descr));
+    if (PyArray_ISNBO(descr->byteorder) && find_dtype_of_descr(descr, dtype))
+        return 0;
+    PyErr_Format(PyExc_TypeError, "parameters must be of float32, float64, bfloat16 or float16, not %S",
+                 (PyObject *)descr);
     return -1;
 }
 
@@ -192,7 +191,7 @@ const char *torch_dtype_name(mha_dtype dtype)
 
 bool array_is_floating(PyArrayObject *array)
 {
-    return PyTypeNum_ISFLOAT(PyArray_TYPE(array)) || is_registered(array, "float");
+    return PyTypeNum_ISFLOAT(PyArray_TYPE(array)) || is_registered(PyArray_DESCR(array), "float");
 }
 
 const char *torch_type_name(PyArrayObject *array)
@@ -326,10 +325,10 @@ static PyArrayObject *narrowed(PyArrayObject *wide, mha_dtype dtype, PyArray_Des
 
 PyObject *as_stored(PyArrayObject *result, PyArray_Descr *descr, PyArrayObject *out)
 {
+    mha_dtype dtype;
     PyArrayObject *stored = (PyArrayObject *)Py_NewRef((PyObject *)result);
-    for (mha_dtype half = MHA_BFLOAT16; half <= MHA_FLOAT16; half++)
-        if (strcmp(dtype_name(half), name_of(descr)) == 0)
-            Py_SETREF(stored, narrowed(result, half, descr));
+    if (find_dtype_of_descr(descr, &dtype) && mha_is_half(dtype))
+        Py_SETREF(stored, narrowed(result, dtype, descr));
     if (stored == NULL || out == NULL || out == stored)
         return (PyObject *)stored;
     const int failed = PyArray_CopyInto(out, stored);
@@ -405,6 +404,8 @@ mha_weight weight_of(const weight_arrays *weight)
 
 size_t weight_nbytes(const weight_arrays *weight)
 {
+    if (weight->is_bf16)
+        return sizeof(uint16_t) * (size_t)PyArray_SIZE(weight->numbers);
     return (size_t)PyArray_NBYTES(weight->numbers) +
            (weight->scale == NULL ? 0 : (size_t)PyArray_NBYTES(weight->scale));
 }

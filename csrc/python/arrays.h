@@ -47,20 +47,20 @@ PyObject *shape_as_list(int ndim, const npy_intp *shape);
 int parameter_from_object(PyObject *object, const char *name, mha_dtype dtype, PyArrayObject **array);
 
 /* A weight matrix as a layer is given it: an array in the layer's dtype; or a tuple of an array of int8 and one of
- * float32, the scales of its rows; or a tuple of an array in the layer's dtype and "bfloat16", if products read bfloat16.
- * References are borrowed. */
+ * float32, the scales of its rows; or a tuple of an array in the layer's dtype and "bfloat16", if products read
+ * bfloat16. References are borrowed. */
 typedef struct {
     PyArrayObject *numbers, *scale; /* scale NULL: no int8 */
     bool is_bf16;
 } weight_arrays;
 
-/* The same for a weight matrix. There is a scale for each row. */
+/* Takes a weight matrix, as parameter_from_object() does a parameter. There is a scale for each row. */
 int weight_from_object(PyObject *object, const char *name, mha_dtype dtype, weight_arrays *weight);
 
 /* What the core reads of them. */
 mha_weight weight_of(const weight_arrays *weight);
 
-/* Bytes of their memory. */
+/* Bytes of their numbers as they are multiplied. */
 size_t weight_nbytes(const weight_arrays *weight);
 
 /* Whether the memory of two arrays, from the first to the last byte, may overlap. False if one is NULL. */

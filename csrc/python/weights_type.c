@@ -128,12 +128,16 @@ static int collect(weights_arguments *given, PyObject *const *objects)
         {"bias_k", NULL, &given->bias_k},              {"bias_v", NULL, &given->bias_v},
         {"out_proj_weight", &given->out_weight, NULL}, {"out_proj_bias", NULL, &given->out_bias},
     };
-    for (size_t i = 0; i < sizeof places / sizeof *places; i++)
-        if (places[i].weight != NULL ? weight_from_object(objects[i], places[i].name, given->dtype, places[i].weight) < 0
-            : objects[i] != Py_None
-                ? parameter_from_object(objects[i], places[i].name, given->dtype, places[i].optional) < 0
-                : false)
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        const char *name = places[i].name;
+        int result = 0;
+        if (places[i].weight != NULL)
+            result = weight_from_object(objects[i], name, given->dtype, places[i].weight);
+        else if (objects[i] != Py_None)
+            result = parameter_from_object(objects[i], name, given->dtype, places[i].optional);
+        if (result < 0)
             return -1;
+    }
     return 0;
 }
 
@@ -180,7 +184,10 @@ static mha_status pack(weights_object *self, const weights_arguments *given)
         .out_weight = weight_of(&given->out_weight),
         .out_bias = numbers(given->out_bias),
     };
-    if (self->nbytes / item <= PACK_WITHOUT_GIL)
+    const size_t numbers_of_weights = widths->H * widths->D * widths->E +
+                                      widths->Hkv * (widths->D * widths->Ek + widths->Dv * widths->Ev) +
+                                      widths->Eo * widths->H * widths->Dv;
+    if (numbers_of_weights <= PACK_WITHOUT_GIL)
         return mha_layer_create(widths, self->dtype, &parameters, &self->packed);
 
     mha_status status;
@@ -223,7 +230,7 @@ static PyObject *weights_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         .Ev = (size_t)length(given.v_weight.numbers, 1),
         .Eo = (size_t)length(given.out_weight.numbers, 0),
     };
-    if (given.k_weight.scale == NULL)
+    if (given.k_weight.scale == NULL && !given.k_weight.is_bf16)
         self->k_weight = Py_NewRef((PyObject *)given.k_weight.numbers);
     self->pins = pin_parameters(&given);
     if (self->pins == NULL || raise_status(pack(self, &given)) < 0)
@@ -257,16 +264,17 @@ static PyGetSetDef weights_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(weights_doc, "Weights(num_heads, num_kv_heads, head_dim, v_head_dim, dtype, q_proj_weight, k_proj_weight,\n"
-                          "        v_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias, /)\n"
-                          "--\n\n"
-                          "One immutable set of parameters, packed for the kernels of this CPU.\n\n"
-                          "All arrays are C-contiguous, aligned, in native byte order and of this dtype: float32,\n"
-                          "float64, bfloat16 or float16. A weight may also be a tuple, except with float64: an\n"
-                          "int8 array, and a float32 array of the scales of its rows; or an array, and \"bfloat16\", if\n"
-                          "its products read bfloat16. Biases and bias_k / bias_v are None where the layer has none;\n"
-                          "in_proj_bias holds the biases of q, k and v, stacked. Anything else raises TypeError or\n"
-                          "ValueError.");
+PyDoc_STRVAR(weights_doc,
+             "Weights(num_heads, num_kv_heads, head_dim, v_head_dim, dtype, q_proj_weight, k_proj_weight,\n"
+             "        v_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias, /)\n"
+             "--\n\n"
+             "One immutable set of parameters, packed for the kernels of this CPU.\n\n"
+             "All arrays are C-contiguous, aligned, in native byte order and of this dtype: float32,\n"
+             "float64, bfloat16 or float16. A weight may also be a tuple, except with float64: an\n"
+             "int8 array, and a float32 array of the scales of its rows; or an array, and 'bfloat16',\n"
+             "if its products read bfloat16. Biases and bias_k / bias_v are None where the layer has\n"
+             "none; in_proj_bias holds the biases of q, k and v, stacked. Anything else raises\n"
+             "TypeError or ValueError.");
 
 static PyType_Slot weights_slots[] = {
     {Py_tp_doc, (void *)weights_doc},

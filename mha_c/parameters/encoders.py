@@ -17,7 +17,15 @@ from mha_c.parameters.loading import arrays_in, infer_layer, listed, read_array
 from mha_c.parameters.options import number_in, open_config, options_shown_by_names, read_config, refusal
 from mha_c.parameters.schemes import find_layers
 from mha_c.parameters.sets import Widths
-from mha_c.parameters.state_dict import Part, check_names, loading_error, match_state_dict, missing_keys, quoted
+from mha_c.parameters.state_dict import (
+    Part,
+    advice_on_packed,
+    check_names,
+    loading_error,
+    match_state_dict,
+    missing_keys,
+    quoted,
+)
 
 __all__ = ["infer_encoder", "infer_encoder_layer"]
 
@@ -245,9 +253,8 @@ def _only(
     choice = listed((f"prefix={quoted([place])}" for place in encoders or places), 3)
     names = listed((quoted([name]) for name in Part(flat, prefix)), 8)
     words = f"{'several' if meant else 'no'} encoder layers that mha_c knows fit prefix={quoted([prefix])}."
-    raise loading_error(
-        layer_name, [f"{words} It has {choice}." if choice else f"{words} The names are {names or 'others'}."]
-    )
+    found = f"It has {choice}." if choice else f"The names are {names or 'others'}."
+    raise loading_error(layer_name, [" ".join([words, advice_on_packed(layer_name, Part(flat, prefix)) or found])])
 
 
 def _cross_attention(flat: Mapping[str, Any], start: str) -> str:

@@ -15,7 +15,15 @@ from mha_c.parameters.dtypes import is_real, joined
 from mha_c.parameters.options import Config, options_shown_by_names, read_config, refusal, usual
 from mha_c.parameters.schemes import SCHEMES, Layout, Scheme, find_layers, schemes_named
 from mha_c.parameters.sets import PARAMETERS, SEPARATE_WEIGHTS, Widths, positive
-from mha_c.parameters.state_dict import Part, check_names, loading_error, match_state_dict, missing_keys, quoted
+from mha_c.parameters.state_dict import (
+    Part,
+    advice_on_packed,
+    check_names,
+    loading_error,
+    match_state_dict,
+    missing_keys,
+    quoted,
+)
 from mha_c.parameters.stored import Opaque, StoredArray
 
 __all__ = ["arrays_in", "infer_layer", "listed", "read_array"]
@@ -239,7 +247,9 @@ def _what_there_is(
     elif under and not (elsewhere and elsewhere[0].startswith(prefix)):
         beginning = f" that begin with {quoted([prefix])}" if prefix else ""
         yield f"The names{beginning} are {listed((quoted([name]) for name in Part(flat, prefix)), 8)}."
-        yield "names=(query, key, value, output) says what to take, or two names if one weight holds the first three."
+        yield advice_on_packed("MultiheadAttention", under) or (
+            "names=(query, key, value, output) says what to take, or two names if one weight holds the first three."
+        )
 
 
 def listed(words: Iterable[str], most: int) -> str:

@@ -86,7 +86,7 @@ def quantize(weight: NDArray[Any]) -> Quantized:
 
     Notes
     -----
-    Symmetric quantisation by rows: "Integer Quantization for Deep Learning Inference" (Wu et al., 2020), sections 3.1
+    Symmetric quantization by rows: "Integer Quantization for Deep Learning Inference" (Wu et al., 2020), sections 3.1
     and 3.2.
 
     Examples

@@ -249,7 +249,7 @@ class ArraySet:
         if precisions and dtype == np.float64:
             raise ValueError(
                 "matmul_precision is for layers of float32, bfloat16 and float16, but this one is float64: products "
-                "of bfloat16 or int8 numbers are less accurate than float32"
+                "of bfloat16 or int8 numbers are less accurate than float32; set matmul_precision=None first"
             )
         self.dtype = dtype
         self.precisions = MappingProxyType(dict(precisions))

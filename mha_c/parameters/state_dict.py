@@ -22,6 +22,7 @@ __all__ = [
     "ATTENTION",
     "IncompatibleKeys",
     "Part",
+    "advice_on_packed",
     "arrays_for_file",
     "check_description",
     "check_names",
@@ -375,9 +376,17 @@ def arrays_for_file(parameters: ArraySet, at: str, packed: bool) -> dict[str, ND
             arrays[name] = one
             continue
         if not np.isfinite(one.scales).all():
-            raise ValueError(f"{at}{name} holds NaN or infinity, which int8 numbers cannot: leave out packed=True")
+            raise ValueError(f"{at}{name} holds NaN or infinity, which int8 numbers cannot hold: leave out packed=True")
         arrays |= dict(zip(_quantized_names(name), one))
     return arrays
+
+
+def advice_on_packed(layer_name: str, names: Iterable[str]) -> str:
+    """What to write where a file of `save(path, packed=True)` is taken for a state dict; nothing for other names."""
+    numbers, _ = _quantized_names("")
+    if not any(name.endswith(numbers) for name in names):
+        return ""
+    return f"It holds int8 weights, which save(path, packed=True) wrote: read it with {layer_name}.load."
 
 
 def _quantized_names(name: str) -> tuple[str, str]:

@@ -26,11 +26,17 @@ static inline bench make_bench(const char *level, mha_dtype dtype, size_t vector
     return (bench){k, dtype, vectors, vectors * k->lanes, side, strcmp(level, "portable") != 0};
 }
 
+/* Whether a level has tables of its own, and not those of the level below it with other narrow products. */
+static inline bool has_own_tables(const char *level)
+{
+    return strcmp(mha_cpu_kernels_named(level, MHA_FLOAT32)->name, level) == 0;
+}
+
 /* Runs test() on every table of this CPU, with panels of every width, and both ends of buffers guarded. */
 static inline void on_every_bench(void (*test)(const bench *))
 {
     for (size_t i = 0; mha_cpu_supported(i); i++)
-        for (int dtype = 0; dtype < 2; dtype++)
+        for (int dtype = 0; dtype < 2 && has_own_tables(mha_cpu_supported(i)); dtype++)
             for (size_t v = 1; v <= mha_cpu_kernels_named(mha_cpu_supported(i), (mha_dtype)dtype)->vectors; v++)
                 for (int side = 0; side < 2; side++) {
                     const bench b = make_bench(mha_cpu_supported(i), (mha_dtype)dtype, v, (guarded_side)side);

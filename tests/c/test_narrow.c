@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * test_narrow.c - products of int8 and bfloat16 against their definition, to the last bit: rows that are quantised,
+ * test_narrow.c - products of int8 and bfloat16 against their definition, to the last bit: rows that are quantized,
  * panels of int8 of all widths, and whole linear maps.
  *
- * Kernels of int8 are tested on every level of this CPU, and linear maps on the chosen one. A hash of each stands for the
- * bits: all levels with FMA must give the same.
+ * Kernels of int8 are tested on every level of this CPU, and linear maps on the chosen one. A hash of each stands for
+ * the bits: all levels with FMA must give the same.
  */
 #include "bench.h"
 
@@ -25,14 +25,14 @@ static float bits_to_float(uint32_t bits)
     return x;
 }
 
-/* Integer i of a quantised row. */
+/* Integer i of a quantized row. */
 static int row_integer(const int8_level *at, const uint32_t *row, size_t i)
 {
     const void *q = row + MHA_ROW_HEADER;
     return at->k->group == 2 ? ((const int16_t *)q)[i] : ((const int8_t *)q)[i];
 }
 
-static float quantised(float x, float largest)
+static float quantized(float x, float largest)
 {
     return nearbyintf(x * (127 / largest));
 }
@@ -78,7 +78,7 @@ static void check_row(const int8_level *at, const float *x, size_t n)
     int64_t sum = 0;
     const size_t padded = (k->row_words(n) - MHA_ROW_HEADER) * k->group;
     for (size_t i = 0; i < padded; i++) {
-        const float q = i < n && is_finite && !is_zero ? quantised(x[i], largest) : 0;
+        const float q = i < n && is_finite && !is_zero ? quantized(x[i], largest) : 0;
         CHECK(row_integer(at, row, i) == (int)q, "%d instead of %g, at %zu of %zu", row_integer(at, row, i), (double)q,
               i, n);
         sum += (int)q;
@@ -107,7 +107,8 @@ typedef struct {
 static void check_product(const int8_level *at, const product_case *c, uint64_t *hash)
 {
     const mha_narrow_kernels *k = at->k;
-    const size_t P = c->vectors * at->lanes, groups = (c->depth + k->group - 1) / k->group, a_row = k->row_words(c->depth);
+    const size_t P = c->vectors * at->lanes, groups = (c->depth + k->group - 1) / k->group;
+    const size_t a_row = k->row_words(c->depth);
     static float x[MAX_TEST_ROWS][MAX_NUMBERS];
     static int8_t w[MAX_NUMBERS][MAX_LANES];
     uint32_t *a = guarded_buffer(0, c->rows * a_row * sizeof *a, at->side);
@@ -171,8 +172,9 @@ static void test_int8_kernels(void)
     for (size_t i = 0; mha_cpu_supported(i); i++)
         for (int side = 0; side < 2; side++) {
             const char *name = mha_cpu_supported(i);
-            const int8_level at = {name, mha_cpu_narrow_named(name, MHA_INT8), mha_cpu_kernels_named(name, MHA_FLOAT32)->lanes,
-                                   (guarded_side)side, strcmp(name, "portable") != 0};
+            const int8_level at = {name, mha_cpu_narrow_named(name, MHA_INT8),
+                                   mha_cpu_kernels_named(name, MHA_FLOAT32)->lanes, (guarded_side)side,
+                                   strcmp(name, "portable") != 0};
             uint64_t hash = HASH_OF_NOTHING;
             test_rows(&at);
             test_products(&at, &hash);
@@ -209,7 +211,7 @@ static float number_of_int8(const int8_level *at, const map_case *c, const float
     for (size_t first = 0; first < c->depth; first += MHA_INT8_FEATURES) {
         int64_t sum = 0;
         for (size_t k = first; k < c->depth && k < first + MHA_INT8_FEATURES; k++)
-            sum += (int64_t)quantised(x[k], largest) * w[k];
+            sum += (int64_t)quantized(x[k], largest) * w[k];
         y = multiplied(at, (float)sum, largest / 127 * scale, y);
     }
     return y;
