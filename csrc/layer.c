@@ -22,10 +22,10 @@ static void place_panels(mha_plan *plan, const mha_kernels *kernels, mha_panels 
     panels->split = mha_split_evenly(kernels, features, narrow ? narrow->vectors : kernels->vectors);
     panels->depth = depth;
     panels->type = weight->is_bf16 ? MHA_BFLOAT16 : type;
-    panels->group = narrow ? narrow->group : 1;
+    panels->group_log2 = narrow ? narrow->group_log2 : 0;
     panels->group_bytes = narrow ? narrow->group_bytes : mha_size_of(type);
     const size_t padded = panels->split.vectors * kernels->lanes;
-    mha_place(plan, &panels->data, padded, mha_panel_steps(panels), panels->group_bytes);
+    mha_place(plan, &panels->data, padded, mha_groups(panels, depth), panels->group_bytes);
     if (weight->scale)
         mha_place(plan, &panels->scale, padded, 1, sizeof *panels->scale);
     if (has_bias)
@@ -58,9 +58,9 @@ static void pack_halves(const mha_kernels *kernels, const mha_panels *panels, mh
 
 static void pack_int8(const mha_panels *panels, mha_panel panel, const int8_t *weight)
 {
-    const size_t P = panel.vectors * panels->split.lanes, group = panels->group, depth = panels->depth;
+    const size_t P = panel.vectors * panels->split.lanes, group = panels->narrow->group, depth = panels->depth;
     int8_t *to = (int8_t *)mha_panel_row(panels, &panel, 0);
-    memset(to, 0, mha_panel_steps(panels) * P * group);
+    memset(to, 0, mha_groups(panels, depth) * P * group);
     for (size_t i = 0; i < panel.count; i++) {
         const int8_t *row = weight + (panel.first + i) * depth;
         for (size_t k = 0; k < depth; k++)
@@ -75,17 +75,17 @@ static void pack_bf16(const mha_kernels *kernels, const mha_panels *panels, mha_
     float numbers[MHA_CHAIN];
     uint32_t words[MHA_CHAIN];
     const size_t P = panel.vectors * panels->split.lanes, depth = panels->depth, size = mha_size_of(type);
-    memset(mha_panel_row(panels, &panel, 0), 0, mha_panel_steps(panels) * P * panels->group_bytes);
+    memset(mha_panel_row(panels, &panel, 0), 0, mha_groups(panels, depth) * P * panels->group_bytes);
     for (size_t i = 0; i < panel.count; i++)
         for (size_t k = 0; k < depth; k += MHA_CHAIN) {
             const size_t width = mha_smaller(depth - k, MHA_CHAIN);
             char *to = mha_panel_row(panels, &panel, k);
             take_numbers(kernels, type, weight + ((panel.first + i) * depth + k) * size, width, (char *)numbers);
             panels->narrow->take_row(numbers, width, 0, words);
-            for (size_t step = 0; step < mha_divide_up(width, panels->group); step++) {
+            for (size_t step = 0; step < mha_groups(panels, width); step++) {
                 const uint16_t upper = (uint16_t)(words[step] >> 16);
                 memcpy(to + (step * P + i) * panels->group_bytes,
-                       panels->group == 1 ? (const void *)&upper : (const void *)&words[step], panels->group_bytes);
+                       panels->group_log2 == 0 ? (const void *)&upper : (const void *)&words[step], panels->group_bytes);
             }
         }
 }

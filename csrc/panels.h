@@ -58,24 +58,24 @@ typedef struct {
     size_t depth;
     mha_dtype type; /* of the numbers of `data`, which may be halves; not of int8 */
     const mha_narrow_kernels *narrow; /* NULL: products are not narrow */
-    size_t group;      /* numbers in a group; 1 unless products are narrow */
+    unsigned group_log2; /* of the numbers in a group: 0 unless products are narrow. A division takes many cycles. */
     size_t group_bytes;
     char *data;        /* written once, when the layer is made */
     float *scale;      /* of the features, if they are int8; padded with zeros to whole vectors; NULL otherwise */
     char *bias;        /* as it is computed, padded with zeros to whole vectors; NULL: none */
 } mha_panels;
 
-/* The groups of a feature. */
-static inline size_t mha_panel_steps(const mha_panels *panels)
+/* The groups of so many numbers. */
+static inline size_t mha_groups(const mha_panels *panels, size_t numbers)
 {
-    return mha_divide_up(panels->depth, panels->group);
+    return (numbers + ((size_t)1 << panels->group_log2) - 1) >> panels->group_log2;
 }
 
 /* The row with number k along the depth, of one panel. */
 static inline char *mha_panel_row(const mha_panels *panels, const mha_panel *panel, size_t k)
 {
-    const size_t P = panel->vectors * panels->split.lanes, step = k / panels->group;
-    return panels->data + (panel->first * mha_panel_steps(panels) + step * P) * panels->group_bytes;
+    const size_t P = panel->vectors * panels->split.lanes, groups = mha_groups(panels, panels->depth);
+    return panels->data + (panel->first * groups + (k >> panels->group_log2) * P) * panels->group_bytes;
 }
 
 #endif

@@ -277,10 +277,9 @@ static mha_prefetch next_weights(const mha_kernels *kernels, const mha_target *t
 {
     const mha_panels *panels = target->panels;
     const size_t row = panels->split.lanes * panels->group_bytes;
-    const char *end = panels->data + panels->split.vectors * row * mha_panel_steps(panels);
+    const char *end = panels->data + panels->split.vectors * row * mha_groups(panels, panels->depth);
     const size_t features = panels->narrow ? panels->narrow->chain : MHA_CHAIN;
-    const size_t steps = mha_divide_up(mha_smaller(panels->depth, features), panels->group);
-    const size_t chain = steps * kernels->vectors * row;
+    const size_t chain = mha_groups(panels, mha_smaller(panels->depth, features)) * kernels->vectors * row;
     const size_t bytes = b < end ? mha_smaller((size_t)(end - b), chain) : 0;
     return (mha_prefetch){.data = b, .rows = bytes > 0, .bytes = bytes};
 }
@@ -360,7 +359,7 @@ static void multiply_slice(const mha_kernels *kernels, const mha_projection *pro
     const size_t size = kernels->size, P = panel.vectors * kernels->lanes, b_row = P * panels->group_bytes;
     const bool fits = panel.count == P || panel.first + P <= target->room;
     const size_t features = mha_smaller(p->depth - first_feature, p->slice);
-    const char *addend = strip;
+    const char *addend = strip, *a = x->data;
     size_t addend_row = P, k = 0;
     if (first_feature == 0) {
         addend = panels->bias ? panels->bias + panel.first * size : NULL;
@@ -369,13 +368,14 @@ static void multiply_slice(const mha_kernels *kernels, const mha_projection *pro
     do {
         const size_t chain = mha_smaller(features - k, p->chain);
         const char *b = mha_panel_row(panels, &panel, first_feature + k);
-        const mha_prefetch prefetch = next_weights(kernels, target, b + mha_divide_up(chain, panels->group) * b_row);
-        mha_product product = {.rows = x->rows, .depth = mha_divide_up(chain, panels->group), .vectors = panel.vectors,
-                               .a = x->data + (ptrdiff_t)(k / p->chain * size) * x->chain_stride,
+        const size_t groups = mha_groups(panels, chain);
+        const mha_prefetch prefetch = next_weights(kernels, target, b + groups * b_row);
+        mha_product product = {.rows = x->rows, .depth = groups, .vectors = panel.vectors, .a = a,
                                .a_row = x->row_stride, .a_k = 1, .b = b, .b_k = P, .b_type = panels->type,
                                .b_scale = panels->scale ? panels->scale + panel.first : NULL, .addend = addend,
                                .addend_row = addend_row, .c = strip, .c_row = P, .prefetch = &prefetch};
         k += p->chain;
+        a += (ptrdiff_t)size * x->chain_stride;
         if (fits && first_feature + k >= p->depth) {
             multiply_to_y(kernels, projection->walk, target, panel, first_row, &product);
             return;

@@ -109,9 +109,11 @@ class Case:
         self.hidden = arguments[0].numpy()
 
     def check(self, encoder, seen=slice(None), **call):
-        """float64 tells one model from another. In units of the last place, torch's error in float32 is the measure."""
+        """float64 tells one model from another. In units of the last place, torch's error in float32 is the measure; in
+        float64, torch's result has an error, too.
+        """
         error = np.abs(self.torchs - self.exact)[seen].max()
-        for dtype, factor in ((np.float64, 2.0**-29), (np.float32, 1.0)):
+        for dtype, factor in ((np.float64, 2.0**-28), (np.float32, 1.0)):
             encoder = copy.deepcopy(encoder).to(dtype=dtype).eval()
             difference = np.abs(encoder(self.hidden.astype(dtype), **call) - self.exact)[seen].max()
             assert difference <= 4 * factor * error, (dtype, difference, error)

@@ -221,6 +221,7 @@ enum { MHA_ROW_HEADER = 2 };
 enum { MHA_INT8_FEATURES = 8192 };
 
 typedef struct {
+    unsigned group_log2; /* of `group`, which is 1, 2 or 4 */
     size_t group, group_bytes;
     size_t vectors;    /* in a panel, at most */
     size_t chain;      /* features of one product, at most: MHA_INT8_FEATURES or MHA_CHAIN */
