@@ -35,23 +35,32 @@ def encoder():
     return minilm.SentenceEncoder()
 
 
-def test_halves(encoder, monkeypatch):
-    """Vectors of sentences in bfloat16 and float16 are at least as close to float64's as torch's are."""
-    pytest.importorskip("torch")
-    pytest.importorskip("ml_dtypes")
+def test_narrow_numbers(encoder, monkeypatch):
+    """Vectors of sentences in bfloat16 and float16 are at least as close to float64's as torch's are; those of narrow
+    products are close, and keep the order of the pairs."""
+    for package in ("torch", "ml_dtypes", "onnx", "onnxruntime", "safetensors"):
+        pytest.importorskip(package)
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    halves = importlib.import_module("halves")
-    pairs = halves.read_pairs()
+    accuracy = importlib.import_module("accuracy")
+    pairs = accuracy.read_pairs()
     assert len(set(pairs)) == 200 and {len(pair) for pair in pairs} == {2}
-    sentences = halves.Sentences(encoder, pairs[::8])
-    exact = sentences.vectors(halves.in_mha_c(encoder.encoder, "float64"), "float64")
-    order = halves.ranks(np.sum(exact[::2] * exact[1::2], axis=1))
-    for dtype, error in (("bfloat16", 1e-4), ("float16", 2e-6)):
-        makers = (halves.in_mha_c, halves.in_torch)
-        ours, theirs = (sentences.vectors(make(encoder.encoder, dtype), dtype) for make in makers)
-        off, torchs = (1 - np.sum(vectors * exact, axis=1) for vectors in (ours, theirs))
-        assert off.mean() <= torchs.mean() and off.max() < error
-        ranks = halves.ranks(np.sum(ours[::2] * ours[1::2], axis=1))
+    sentences = accuracy.Sentences(encoder, pairs[::8])
+
+    def ours(dtype, precision=None):
+        _, encode = accuracy.in_mha_c(encoder.encoder, dtype, precision)
+        return sentences.vectors(encode, dtype)
+
+    exact = ours("float64")
+    order = accuracy.ranks(np.sum(exact[::2] * exact[1::2], axis=1))
+    for dtype, precision, error in (("bfloat16", None, 1e-4), ("float16", None, 2e-6), ("float32", "bfloat16", 4e-5),
+                                    ("float32", "int8", 1e-2)):
+        vectors = ours(dtype, precision)
+        off = 1 - np.sum(vectors * exact, axis=1)
+        assert off.max() < error
+        if precision is None:
+            torchs = sentences.vectors(accuracy.in_torch(encoder.encoder, dtype), dtype)
+            assert off.mean() <= np.mean(1 - np.sum(torchs * exact, axis=1))
+        ranks = accuracy.ranks(np.sum(vectors[::2] * vectors[1::2], axis=1))
         assert np.corrcoef(order, ranks)[0, 1] > 0.99
 
 
