@@ -22,7 +22,7 @@ static void place_panels(mha_plan *plan, const mha_kernels *kernels, mha_panels 
     panels->split = mha_split_evenly(kernels, features, narrow ? narrow->vectors : kernels->vectors);
     panels->depth = depth;
     panels->type = weight->is_bf16 ? MHA_BFLOAT16 : type;
-    panels->group_log2 = narrow ? narrow->group_log2 : 0;
+    panels->group_log2 = narrow ? (unsigned)__builtin_ctzl(narrow->group) : 0;
     panels->group_bytes = narrow ? narrow->group_bytes : mha_size_of(type);
     const size_t padded = panels->split.vectors * kernels->lanes;
     mha_place(plan, &panels->data, padded, mha_groups(panels, depth), panels->group_bytes);
@@ -64,7 +64,7 @@ static void pack_int8(const mha_panels *panels, mha_panel panel, const int8_t *w
     for (size_t i = 0; i < panel.count; i++) {
         const int8_t *row = weight + (panel.first + i) * depth;
         for (size_t k = 0; k < depth; k++)
-            to[(k / group * P + i) * group + k % group] = (int8_t)(row[k] + panels->narrow->weight_offset);
+            to[((k >> panels->group_log2) * P + i) * group + (k & (group - 1))] = (int8_t)(row[k] + panels->narrow->weight_offset);
     }
 }
 
@@ -84,8 +84,8 @@ static void pack_bf16(const mha_kernels *kernels, const mha_panels *panels, mha_
             panels->narrow->take_row(numbers, width, 0, words);
             for (size_t step = 0; step < mha_groups(panels, width); step++) {
                 const uint16_t upper = (uint16_t)(words[step] >> 16);
-                memcpy(to + (step * P + i) * panels->group_bytes,
-                       panels->group_log2 == 0 ? (const void *)&upper : (const void *)&words[step], panels->group_bytes);
+                const void *group = panels->group_log2 == 0 ? (const void *)&upper : (const void *)&words[step];
+                memcpy(to + (step * P + i) * panels->group_bytes, group, panels->group_bytes);
             }
         }
 }

@@ -273,14 +273,12 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
 
 /* What is needed next of the panels. The weights are much larger than the caches near the core, and the hardware
  * notices too late that the next chain is needed. */
-static mha_prefetch next_weights(const mha_kernels *kernels, const mha_target *target, const char *b)
+static mha_prefetch next_weights(const mha_kernels *kernels, const mha_panels *panels, size_t chain, const char *b)
 {
-    const mha_panels *panels = target->panels;
     const size_t row = panels->split.lanes * panels->group_bytes;
     const char *end = panels->data + panels->split.vectors * row * mha_groups(panels, panels->depth);
-    const size_t features = panels->narrow ? panels->narrow->chain : MHA_CHAIN;
-    const size_t chain = mha_groups(panels, mha_smaller(panels->depth, features)) * kernels->vectors * row;
-    const size_t bytes = b < end ? mha_smaller((size_t)(end - b), chain) : 0;
+    const size_t product = mha_groups(panels, mha_smaller(panels->depth, chain)) * kernels->vectors * row;
+    const size_t bytes = b < end ? mha_smaller((size_t)(end - b), product) : 0;
     return (mha_prefetch){.data = b, .rows = bytes > 0, .bytes = bytes};
 }
 
@@ -369,7 +367,7 @@ static void multiply_slice(const mha_kernels *kernels, const mha_projection *pro
         const size_t chain = mha_smaller(features - k, p->chain);
         const char *b = mha_panel_row(panels, &panel, first_feature + k);
         const size_t groups = mha_groups(panels, chain);
-        const mha_prefetch prefetch = next_weights(kernels, target, b + groups * b_row);
+        const mha_prefetch prefetch = next_weights(kernels, panels, p->chain, b + groups * b_row);
         mha_product product = {.rows = x->rows, .depth = groups, .vectors = panel.vectors, .a = a,
                                .a_row = x->row_stride, .a_k = 1, .b = b, .b_k = P, .b_type = panels->type,
                                .b_scale = panels->scale ? panels->scale + panel.first : NULL, .addend = addend,

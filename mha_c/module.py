@@ -130,7 +130,8 @@ class PrecisionOfMaps(property):
 
         super().__init__(read, assign)
         self.__doc__ = (
-            'What the linear maps multiply: None (numbers of the layer), "bfloat16", "int8", or a mapping from their names.'
+            'What the linear maps multiply: None (numbers of the layer), "bfloat16", "int8", or a mapping from their '
+            "names."
         )
 
     if TYPE_CHECKING:

@@ -72,7 +72,7 @@ static inline void end_bf16_pairs(vec_f32 sum, const uint32_t *row, const mha_pr
 #endif
 
 const mha_narrow_kernels mha_bf16_avx512_bf16 = {
-    .group_log2 = 1, .group = 2, .group_bytes = 4, .vectors = 3, .chain = MHA_CHAIN, .row_words = row_words, .take_row = round_row,
+    .group = 2, .group_bytes = 4, .vectors = 3, .chain = MHA_CHAIN, .row_words = row_words, .take_row = round_row,
     .product = product_bf16_pairs,
 };
 #endif

@@ -56,11 +56,7 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
     }
         EACH_ROW(ACCUMULATE)
         if (rows > 3) /* the hardware is ahead of tiles with fewer rows */
-            __builtin_prefetch(ahead, 0, 2);
-        if (rows > 3 && read > LINE_BYTES)
-            __builtin_prefetch(ahead + LINE_BYTES, 0, 2);
-        if (rows > 3 && read > 2 * LINE_BYTES)
-            __builtin_prefetch(ahead + 2 * LINE_BYTES, 0, 2);
+            prefetch_step(ahead, read);
         ahead += step;
         a_0++;
         a_4++;

@@ -12,12 +12,12 @@ INLINE void widen_vector(const mha_dtype type, const uint16_t *from, float *to)
     store_f32(to, type == MHA_BFLOAT16 ? widen_bf16(from) : widen_f16(from));
 }
 
-INLINE void narrow_vector(const mha_dtype type, const float *from, uint16_t *to)
+INLINE void narrow_vector(const mha_dtype type, vec_f32 from, uint16_t *to)
 {
     if (type == MHA_BFLOAT16)
-        narrow_bf16(to, load_f32(from));
+        narrow_bf16(to, from);
     else
-        narrow_f16(to, load_f32(from));
+        narrow_f16(to, from);
 }
 
 INLINE void widen_all(const mha_dtype type, const uint16_t *from, size_t n, float *to)
@@ -38,12 +38,10 @@ INLINE void narrow_all(const mha_dtype type, const float *from, size_t n, uint16
 {
     size_t i = 0;
     for (; i + lanes_f32 <= n; i += lanes_f32)
-        narrow_vector(type, from + i, to + i);
+        narrow_vector(type, load_f32(from + i), to + i);
     if (i < n) {
-        float last[lanes_f32] = {0};
         uint16_t halves[lanes_f32];
-        memcpy(last, from + i, (n - i) * sizeof *from);
-        narrow_vector(type, last, halves);
+        narrow_vector(type, load_some(from + i, n - i), halves);
         memcpy(to + i, halves, (n - i) * sizeof *to);
     }
 }

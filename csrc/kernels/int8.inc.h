@@ -95,7 +95,7 @@ static inline void end_int8(vec_i32 sum, const uint32_t *row, const mha_product 
 
 #define MHA_INT8_KERNELS \
     { \
-        .group_log2 = GROUP == 4 ? 2 : 1, .group = GROUP, .group_bytes = GROUP, .vectors = REGISTERS == 16 ? 2 : 3, .chain = MHA_INT8_FEATURES, \
+        .group = GROUP, .group_bytes = GROUP, .vectors = REGISTERS == 16 ? 2 : 3, .chain = MHA_INT8_FEATURES, \
         .weight_offset = WEIGHT_OFFSET, .row_words = row_words, .largest = largest, .take_row = quantize, \
         .product = product_int8, \
     }

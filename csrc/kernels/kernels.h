@@ -221,8 +221,8 @@ enum { MHA_ROW_HEADER = 2 };
 enum { MHA_INT8_FEATURES = 8192 };
 
 typedef struct {
-    unsigned group_log2; /* of `group`, which is 1, 2 or 4 */
-    size_t group, group_bytes;
+    size_t group;      /* 1, 2 or 4 */
+    size_t group_bytes;
     size_t vectors;    /* in a panel, at most */
     size_t chain;      /* features of one product, at most: MHA_INT8_FEATURES or MHA_CHAIN */
     int weight_offset; /* what panels of int8 hold in addition to each weight */
@@ -240,7 +240,8 @@ typedef struct {
     void (*take_row)(const float *x, size_t n, uint32_t largest, uint32_t *row);
 
     /* C[rows][P] = addend + sum, where the sum of int8 is multiplied by (scale of the row * b_scale) in one FMA. Rows
-     * of a are narrow, depth counts groups, and a_row counts words. a_k is 1, and there is no factor. addend NULL: 0. */
+     * of a are narrow, depth counts groups, and a_row counts words. a_k is 1, and there is no factor. addend NULL: 0.
+     */
     void (*product)(const mha_product *product);
 } mha_narrow_kernels;
 

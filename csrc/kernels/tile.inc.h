@@ -116,12 +116,10 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type
             c##r##_2 = V(fma)(a_r, b_2, c##r##_2); \
     }
         EACH_ROW(ACCUMULATE)
-        if (rows > 3 || read % LINE_BYTES == 0)
+        if (rows > 3)
+            prefetch_step(ahead, read);
+        else if (read % LINE_BYTES == 0)
             __builtin_prefetch(ahead, 0, 2);
-        if (rows > 3 && read > LINE_BYTES)
-            __builtin_prefetch(ahead + LINE_BYTES, 0, 2);
-        if (rows > 3 && read > 2 * LINE_BYTES)
-            __builtin_prefetch(ahead + 2 * LINE_BYTES, 0, 2);
         ahead += step;
         a_0 += a_k;
         a_4 += a_k;

@@ -31,6 +31,16 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 
+/* Prefetches as many bytes as a step reads of a panel: at most three lines. */
+INLINE void prefetch_step(const char *ahead, size_t read)
+{
+    __builtin_prefetch(ahead, 0, 2);
+    if (read > LINE_BYTES)
+        __builtin_prefetch(ahead + LINE_BYTES, 0, 2);
+    if (read > 2 * LINE_BYTES)
+        __builtin_prefetch(ahead + 2 * LINE_BYTES, 0, 2);
+}
+
 /* The first n numbers of a vector, at most all; the others are 0. */
 static inline vec_f32 load_some(const float *x, size_t n)
 {

@@ -76,8 +76,8 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     """
     if isinstance(module, Module) and precisions_of(module):
         raise ValueError(
-            "check.against_torch finds mistakes that are larger than the rounding of this dtype. matmul_precision rounds "
-            "more coarsely and would hide them: check a copy of the layer with matmul_precision=None"
+            "check.against_torch finds mistakes that are larger than the rounding of this dtype. matmul_precision "
+            "rounds more coarsely and would hide them: check a copy of the layer with matmul_precision=None"
         )
     if transformer_class(module) is not None:
         return compare_transformer(module, *inputs, **call)

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from mha_c import _core
 from mha_c.parameters.dtypes import is_real
-from mha_c.parameters.quantization import Precision, Quantized, Weight, check_quantized, dequantize, multiplied, take_rows
+from mha_c.parameters.quantization import (
+    Precision,
+    Quantized,
+    Weight,
+    check_quantized,
+    dequantize,
+    multiplied,
+    take_rows,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
