@@ -56,6 +56,12 @@ static size_t max_task_panels(const mha_attention *a)
 
 /* ---- Scratch ---- */
 
+/* Words between rows of narrow values. */
+static size_t padded_values(const mha_attention *a)
+{
+    return mha_divide_up(a->Dv, a->kernels->lanes) * a->kernels->lanes;
+}
+
 size_t mha_plan_panels(mha_attention *a, size_t panels)
 {
     const size_t P = mha_widest_panel(a), keys = mha_max_block_keys(a), size = a->kernels->size;
@@ -65,6 +71,13 @@ size_t mha_plan_panels(mha_attention *a, size_t panels)
     at->bias = mha_reserve(&layout, keys, P, size);
     if (can_hide(a))
         at->finite = mha_reserve(&layout, keys, a->Dv, size);
+    if (a->narrow) {
+        at->narrow_keys = mha_reserve(&layout, keys, mha_narrow_key_words(a), size);
+        at->narrow_values = mha_reserve(&layout, keys, padded_values(a), size);
+        at->narrow_exps = mha_reserve(&layout, keys, P, size);
+    }
+    if (a->narrow && can_hide(a))
+        at->rounded = mha_reserve(&layout, keys, a->Dv, size);
     at->states = layout.bytes;
     at->queries = mha_reserve(&one, a->D, P, size);
     at->out = mha_reserve(&one, a->Dv, P, size);
@@ -95,10 +108,23 @@ void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h,
 
 /* ---- Scores of one panel against one block, shared by both passes ---- */
 
+static const float *numbers_at(const char *numbers)
+{
+    return (const float *)(const void *)numbers;
+}
+
+static uint32_t *words_at(char *words)
+{
+    return (uint32_t *)(void *)words;
+}
+
 void mha_pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel lanes, char *queries)
 {
     a->kernels->pack_panel(mha_row_at(&a->q, n, h, lanes.first), (size_t)mha_row_numbers(&a->q), lanes.count, a->D,
                            a->rules->scale, queries, lanes.vectors);
+    if (a->narrow)
+        a->narrow->take_columns(numbers_at(queries), lanes.vectors * a->kernels->lanes, a->D,
+                                lanes.vectors * a->kernels->lanes, words_at(queries));
 }
 
 static const mha_rows *keys_of(const mha_attention *a, const mha_key_block *block)
@@ -118,10 +144,20 @@ static mha_visible apply_rules(const mha_attention *a, size_t n, size_t h, mha_p
     return mha_apply_rules(a->kernels, a->rules, mha_number_of(a->batch, n), &of_head, block, bias);
 }
 
+/* A group of queries and keys is neighbouring features. Keys of a block are narrowed once for neighbouring panels that
+ * read them. */
+static void narrow_keys(const mha_attention *a, size_t n, size_t hkv, const mha_key_block *block, char *narrow)
+{
+    const mha_rows *keys = keys_of(a, block);
+    for (size_t i = 0; i < block->keys; i++)
+        a->narrow->take_row(numbers_at(mha_row_at(keys, n, hkv, block->first + i)), a->D, 0,
+                            words_at(narrow) + i * mha_narrow_key_words(a));
+}
+
 /* scores[key][lane] of the visible keys. The bias is added last, if there is one. Chains have at most MHA_CHAIN
  * features, as in projections. */
 static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes, const mha_key_block *block,
-                  mha_visible visible, const char *queries, const char *bias, char *scores,
+                  mha_visible visible, const char *queries, const char *bias, const char *narrow_keys, char *scores,
                   const mha_prefetch *prefetch)
 {
     const mha_kernels *kernels = a->kernels;
@@ -131,7 +167,13 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
                            .a_row = mha_row_numbers(keys), .a_k = 1, .b = queries, .b_k = P,
                            .addend = visible.is_biased && a->D <= MHA_CHAIN ? bias : NULL, .addend_row = P,
                            .c = scores, .c_row = P, .prefetch = prefetch};
-    mha_multiply_chained(kernels, &product, a->D);
+    size_t depth = a->D;
+    if (a->narrow) {
+        product.a = narrow_keys;
+        product.a_row = (ptrdiff_t)mha_narrow_key_words(a);
+        depth = mha_divide_up(depth, a->narrow->group);
+    }
+    mha_multiply_chained(kernels, a->narrow, &product, depth);
     if (visible.is_biased && a->D > MHA_CHAIN)
         kernels->add(scores, scores, bias, visible.keys * P);
 }
@@ -157,9 +199,9 @@ static void hide_scores(const mha_attention *a, mha_panel lanes, mha_visible vis
         a->kernels->hide(scores, bias, visible.keys * lanes.vectors * a->kernels->lanes, -INFINITY);
 }
 
-void mha_add_values_with_care(const mha_kernels *kernels, const mha_product *values, const char *bias, char *finite)
+mha_product mha_with_finite_values(const mha_kernels *kernels, const mha_product *values, char *finite)
 {
-    const size_t size = kernels->size, features = values->rows, lanes = values->b_k;
+    const size_t size = kernels->size, features = values->rows;
     const ptrdiff_t row_bytes = values->a_k * (ptrdiff_t)size;
     mha_product product = *values;
     product.a = finite;
@@ -171,7 +213,13 @@ void mha_add_values_with_care(const mha_kernels *kernels, const mha_product *val
             if (!kernels->is_finite(row + i * size, 1))
                 kernels->fill(row + i * size, 1, 0);
     }
-    kernels->product(&product);
+    return product;
+}
+
+void mha_add_other_values(const mha_kernels *kernels, const mha_product *values, const char *bias)
+{
+    const size_t size = kernels->size, features = values->rows, lanes = values->b_k;
+    const ptrdiff_t row_bytes = values->a_k * (ptrdiff_t)size;
     for (size_t key = 0; key < values->depth; key++) {
         const char *row = (const char *)values->a + (ptrdiff_t)key * row_bytes;
         const char *exps = (const char *)values->b + key * lanes * size;
@@ -190,10 +238,12 @@ static bool needs_care(const mha_attention *a, const mha_panel_state *s)
 }
 
 void mha_score_block(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                     const char *queries, char *bias, char *scores)
+                     const char *queries, char *bias, char *keys, char *scores)
 {
     const mha_visible visible = apply_rules(a, n, h, lanes, block, bias);
-    score(a, n, h / a->shared, lanes, block, visible, queries, bias, scores, NULL);
+    if (a->narrow)
+        narrow_keys(a, n, h / a->shared, block, keys);
+    score(a, n, h / a->shared, lanes, block, visible, queries, bias, keys, scores, NULL);
     if (a->wanted == MHA_WANT_SCORES || atomic_load_explicit(&a->is_careful, memory_order_relaxed))
         hide_scores(a, lanes, visible, bias, scores);
     hide_rest(a, lanes, block, visible, scores);
@@ -229,11 +279,61 @@ static mha_prefetch prefetch_share(const mha_attention *a, const mha_panel_state
     return (mha_prefetch){mha_row_at(x, n, s->hkv, next->first + begin), end - begin, width * a->kernels->size, x->row};
 }
 
+/* A group of values and exps is neighbouring keys. */
+static void narrow_values(const mha_attention *a, const char *values, ptrdiff_t row, size_t keys, char *narrow)
+{
+    a->narrow->take_columns(numbers_at(values), (size_t)row, keys, a->Dv, words_at(narrow));
+}
+
+/* The product of values and exps. If products are narrow, so are the values already, of `narrowed` keys. The neighbour
+ * of the last visible key may be hidden: its exps are 0. */
+static void multiply_values(const mha_attention *a, const mha_product *values, size_t narrowed, char *exps, char *base)
+{
+    mha_product product = *values;
+    if (a->narrow) {
+        const size_t P = values->b_k, keys = mha_smaller(mha_divide_up(values->depth, 2) * 2, narrowed);
+        a->kernels->fill(exps + values->depth * P * a->kernels->size, (keys - values->depth) * P, 0);
+        a->narrow->take_columns(numbers_at(exps), P, keys, P, words_at(base + a->at.narrow_exps));
+        product.depth = mha_divide_up(keys, a->narrow->group);
+        product.a = base + a->at.narrow_values;
+        product.a_k = (ptrdiff_t)padded_values(a);
+        product.b = base + a->at.narrow_exps;
+        a->narrow->product(&product);
+    } else {
+        a->kernels->product(&product);
+    }
+}
+
+/* With care. Numbers that are finite may be infinite in bfloat16. */
+static void multiply_finite_values(const mha_attention *a, const mha_product *values, const char *bias, char *finite,
+                                   char *exps, char *base)
+{
+    mha_product given = *values;
+    if (a->narrow) {
+        const size_t row_bytes = a->Dv * a->kernels->size;
+        char *halves = base + a->at.narrow_values, *rounded = base + a->at.rounded;
+        for (size_t key = 0; key < values->depth; key++) {
+            a->kernels->narrow(MHA_BFLOAT16, numbers_at(values->a) + (ptrdiff_t)key * values->a_k, a->Dv, halves);
+            a->kernels->widen(MHA_BFLOAT16, halves, a->Dv, rounded + key * row_bytes);
+        }
+        given.a = rounded;
+        given.a_k = (ptrdiff_t)a->Dv;
+    }
+    const mha_product product = mha_with_finite_values(a->kernels, &given, finite);
+    if (a->narrow)
+        narrow_values(a, finite, product.a_k, product.depth, base + a->at.narrow_values);
+    multiply_values(a, &product, product.depth, exps, base);
+    mha_add_other_values(a->kernels, &given, bias);
+}
+
+/* `base` is the thread's scratch. */
 static void step(const mha_attention *a, size_t n, mha_panel_state *s, const mha_key_block *block,
-                 const mha_key_block *next, mha_visible visible, char *scores, char *exps, const char *bias)
+                 const mha_key_block *next, mha_visible visible, char *scores, char *base)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = s->lanes.vectors * kernels->lanes;
+    char *exps = base + a->at.scores;
+    const char *bias = base + a->at.bias;
     mha_prefetch prefetch_keys, prefetch_values;
     if (s->kept)
         hide_rest(a, s->lanes, block, visible, scores);
@@ -243,7 +343,8 @@ static void step(const mha_attention *a, size_t n, mha_panel_state *s, const mha
         prefetch_keys = prefetch_share(a, s, keys_of(a, next), n, next, a->D);
         prefetch_values = prefetch_share(a, s, values_of(a, next), n, next, a->Dv);
     }
-    score(a, n, s->hkv, s->lanes, block, visible, s->queries, bias, scores, next ? &prefetch_keys : NULL);
+    score(a, n, s->hkv, s->lanes, block, visible, s->queries, bias, base + a->at.narrow_keys, scores,
+          next ? &prefetch_keys : NULL);
     if (s->finite)
         hide_scores(a, s->lanes, visible, bias, scores);
     kernels->softmax_step(scores, visible.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
@@ -256,9 +357,9 @@ static void step(const mha_attention *a, size_t n, mha_panel_state *s, const mha
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
                                  .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
     if (s->finite)
-        mha_add_values_with_care(kernels, &product, visible.is_biased ? bias : NULL, s->finite);
+        multiply_finite_values(a, &product, visible.is_biased ? bias : NULL, s->finite, exps, base);
     else
-        kernels->product(&product);
+        multiply_values(a, &product, block->keys, exps, base);
     s->is_empty = false;
 }
 
@@ -293,7 +394,7 @@ static void count_sharers(mha_panel_state *panels, size_t count)
 
 bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size_t count, size_t worker)
 {
-    char *base = mha_scratch_of(a->team, worker), *exps = base + a->at.scores, *bias = base + a->at.bias;
+    char *base = mha_scratch_of(a->team, worker);
     const size_t blocks = mha_key_blocks(a->batch, n);
     if (blocks > 1) /* otherwise no block is prefetched */
         count_sharers(panels, count);
@@ -314,9 +415,17 @@ bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size
         for (size_t i = 0; i < count; i++) {
             mha_panel_state *s = &panels[i];
             if (i == 0 || !is_shared || s->lanes.first != panels[i - 1].lanes.first)
-                visible = apply_rules(a, n, s->h, s->lanes, block, bias);
-            char *scores = s->kept ? s->kept + b * mha_block_bytes(a, s->lanes.vectors) : exps;
-            step(a, n, s, block, next, visible, scores, exps, bias);
+                visible = apply_rules(a, n, s->h, s->lanes, block, base + a->at.bias);
+            if (a->narrow && (i == 0 || s->hkv != panels[i - 1].hkv)) {
+                const mha_rows *values = values_of(a, block);
+                narrow_keys(a, n, s->hkv, block, base + a->at.narrow_keys);
+                narrow_values(a, mha_row_at(values, n, s->hkv, block->first), mha_row_numbers(values), block->keys,
+                              base + a->at.narrow_values);
+            }
+            char *scores = base + a->at.scores;
+            if (s->kept)
+                scores = s->kept + b * mha_block_bytes(a, s->lanes.vectors);
+            step(a, n, s, block, next, visible, scores, base);
         }
         features += a->D + a->Dv;
         if (features >= FEATURES_PER_POLL && mha_is_stopped())
@@ -380,7 +489,7 @@ static void attend_task(void *context, size_t task, size_t worker)
 /* Whether items are so small that calling the kernels above would take longer than the arithmetic. */
 static bool is_handful(const mha_attention *a)
 {
-    return a->L <= MHA_HANDFUL && a->batch->S <= MHA_HANDFUL && a->D <= MHA_HANDFUL && a->Dv <= MHA_HANDFUL &&
+    return !a->narrow && a->L <= MHA_HANDFUL && a->batch->S <= MHA_HANDFUL && a->D <= MHA_HANDFUL && a->Dv <= MHA_HANDFUL &&
            a->batch->extra == 0 && !can_hide(a) && !a->wanted && !(a->rules->dropout_p > 0);
 }
 

@@ -28,6 +28,8 @@ typedef struct {
 typedef struct {
     size_t scores, bias;                       /* [block][P] */
     size_t finite;                             /* [block][Dv]; only if the rules can hide keys */
+    size_t narrow_keys, narrow_values, narrow_exps; /* of a block; only if products are narrow */
+    size_t rounded;                            /* [block][Dv]; only if both */
     size_t states, state_bytes;                /* a piece for each panel of a task */
     size_t queries, out, maximum, sum, factor; /* offsets into such a piece */
     size_t kept, kept_bytes;                   /* [panel][2][keys of all blocks][P]: probabilities, and scores */
@@ -36,6 +38,7 @@ typedef struct {
 
 typedef struct {
     const mha_kernels *kernels;
+    const mha_narrow_kernels *narrow; /* of products of bfloat16; NULL: they are not narrow */
     const mha_batch *batch;
     const mha_rules *rules;
     size_t L, H, Hkv, D, Dv;
@@ -64,11 +67,12 @@ size_t mha_plan_attention(mha_attention *a);
 /* Fills the context. */
 mha_status mha_attend(mha_attention *attention);
 
-/* Runs a product of values (rows: features, depth: keys) and exps in which hidden values may be NaN or infinite. The
- * product reads `finite` [keys][features], a copy of the values with 0 for such numbers. Then they are added, each to
- * the lanes that see its key: those whose bias [keys][P] is not -inf; NULL: all. The order of these additions does not
- * matter, because the sums become infinite or NaN. */
-void mha_add_values_with_care(const mha_kernels *kernels, const mha_product *values, const char *bias, char *finite);
+/* A product of values (rows: features, depth: keys) and exps in which hidden values may be NaN or infinite is run in two
+ * steps. The first one, which is returned, reads `finite` [keys][features], a copy of the values with 0 for such
+ * numbers. The second one adds these, each to the lanes that see its key: those whose bias [keys][P] is not -inf; NULL:
+ * all. The order of these additions does not matter, because the sums become infinite or NaN. */
+mha_product mha_with_finite_values(const mha_kernels *kernels, const mha_product *values, char *finite);
+void mha_add_other_values(const mha_kernels *kernels, const mha_product *values, const char *bias);
 
 /* ---- What probabilities.c shares ---- */
 
@@ -111,6 +115,12 @@ static inline size_t mha_max_blocks(const mha_attention *a)
     return mha_divide_up(a->batch->S, MHA_BLOCK_KEYS) + (a->batch->extra > 0);
 }
 
+/* Words of a narrow key. */
+static inline size_t mha_narrow_key_words(const mha_attention *a)
+{
+    return a->narrow ? a->narrow->row_words(a->D) : 0;
+}
+
 /* Bytes of the scores of a block. */
 static inline size_t mha_block_bytes(const mha_attention *a, size_t vectors)
 {
@@ -138,12 +148,13 @@ void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h,
  * false if the call is to be stopped. */
 bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size_t count, size_t worker);
 
-/* queries [D][P] = those of one panel, scaled. */
+/* queries [D][P] = those of one panel, scaled; narrow if products are. */
 void mha_pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel lanes, char *queries);
 
-/* scores [block][P] of a panel whose queries are packed. Keys that are not visible get -inf. `bias` holds a block. */
+/* scores [block][P] of a panel whose queries are packed. Keys that are not visible get -inf. `bias` has room for a
+ * block, and `narrow_keys` for its keys if products are narrow. */
 void mha_score_block(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                     const char *queries, char *bias, char *scores);
+                     const char *queries, char *bias, char *narrow_keys, char *scores);
 
 /* Applies dropout to the probabilities of the first `keys` keys of a block. */
 void mha_drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block, size_t keys,

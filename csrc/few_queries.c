@@ -29,10 +29,10 @@ enum {
 static bool is_possible(const mha_layer *layer, const mha_call *call)
 {
     /* Extra and static keys have no input. Dropout is for training. Scores lack a constant here, so they cannot be
-     * returned. Narrow products would need weights the other way round. */
+     * returned. Narrow products would need weights the other way round, and keys and values. */
     return layer->widths.Ek >= MIN_FEATURES && layer->widths.Ev >= MIN_FEATURES &&
            mha_extra_keys(layer, call) == 0 && !call->static_k.data && !call->static_v.data &&
-           !layer->k.narrow && !layer->v.narrow && !(call->dropout_p > 0) && call->L > 0 &&
+           !layer->k.narrow && !layer->v.narrow && !layer->attention && !(call->dropout_p > 0) && call->L > 0 &&
            call->wanted != MHA_WANT_SCORES;
 }
 
@@ -228,7 +228,7 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
     mha_product product = {.rows = f->a->L, .vectors = vectors, .a = mha_row_at(&f->a->q, i, h, 0),
                            .a_row = mha_row_numbers(&f->a->q), .a_k = 1, .b = Wk, .b_k = w->Ek,
                            .b_type = layer->k.type, .c = t, .c_row = w->H * f->t_stride};
-    mha_multiply_chained(layer->kernels, &product, w->D);
+    mha_multiply_chained(layer->kernels, NULL, &product, w->D);
 }
 
 /* Checks that the constants q_h bk_h / sqrt(D) of a head's rows are finite. No score contains them, so a check of the
@@ -340,10 +340,10 @@ static void add_values(const mha_few_queries *f, const few_segment *g, const mha
         product.rows = mha_smaller(Ev - e, MHA_CHAIN);
         copy_inputs(f, f->value, g->i, block, e, product.rows, s->slice);
         product.addend = product.c = g->sums + e * P * kernels->size;
+        const mha_product finite = is_careful ? mha_with_finite_values(kernels, &product, s->finite) : product;
+        kernels->product(&finite);
         if (is_careful)
-            mha_add_values_with_care(kernels, &product, bias, s->finite);
-        else
-            kernels->product(&product);
+            mha_add_other_values(kernels, &product, bias);
     }
 }
 
@@ -431,7 +431,7 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
     mha_product product = {.rows = f->a->L, .vectors = panel.vectors, .a = y,
                            .a_row = (ptrdiff_t)(w->H * f->y_stride), .a_k = 1, .b = mha_panel_row(&layer->v, &panel, 0),
                            .b_k = P, .b_type = layer->v.type, .addend_row = P, .c = strip, .c_row = P};
-    mha_multiply_chained(kernels, &product, w->Ev);
+    mha_multiply_chained(kernels, NULL, &product, w->Ev);
     if (layer->v.bias) {
         product.b_type = kernels->dtype;
         product.depth = 1;

@@ -39,6 +39,8 @@ typedef struct {
     const void *bias_k, *bias_v; /* (Hkv*D), (Hkv*Dv): an additional key and value, which are not projected */
     mha_weight out_weight; /* (Eo, H*Dv) */
     const void *out_bias;  /* (Eo) */
+    /* Scaled queries, keys, exponentials and values are rounded to bfloat16 when they are multiplied. */
+    bool is_attention_bf16;
 } mha_parameters;
 
 /* Parameters packed for the kernels of this CPU. They are immutable, and any number of threads may use them. The array

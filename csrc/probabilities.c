@@ -28,6 +28,7 @@ typedef struct {
     char *probabilities; /* [keys of these blocks][P] */
     char *scores;        /* [block][P], of one head */
     char *bias;          /* [block][P]: what masks add to the scores */
+    char *narrow_keys;   /* of a block, if products are narrow */
     char *rows;          /* [P][block]: transposed probabilities */
 } average;
 
@@ -115,6 +116,7 @@ static void take_average(const mha_attention *a, char *base, mha_layout *layout,
     w->probabilities = take(a, base, layout, mha_smaller(SEGMENT_BLOCKS, mha_max_blocks(a)) * keys, P);
     w->scores = take(a, base, layout, keys, P);
     w->bias = take(a, base, layout, keys, P);
+    w->narrow_keys = take(a, base, layout, keys, mha_narrow_key_words(a));
     w->rows = take(a, base, layout, P, MHA_BLOCK_KEYS);
 }
 
@@ -256,7 +258,7 @@ static void second_pass_task(void *context, size_t task, size_t worker)
             mha_key_block_at(a->batch, w.n, b, &block);
             char *probabilities = w.probabilities + (b - first) * mha_block_bytes(a, w.lanes.vectors);
             char *scores = h == w.first_head ? probabilities : w.scores;
-            mha_score_block(a, w.n, h, w.lanes, &block, w.queries, w.bias, scores);
+            mha_score_block(a, w.n, h, w.lanes, &block, w.queries, w.bias, w.narrow_keys, scores);
             add_probabilities(a, &w, h, &block, scores, probabilities);
         }
     }

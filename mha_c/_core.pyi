@@ -29,6 +29,7 @@ class Weights:
         bias_v: NDArray[Any] | None,
         out_proj_weight: _Weight,
         out_proj_bias: NDArray[Any] | None,
+        is_attention_bfloat16: bool = False,
         /,
     ) -> Weights: ...
     @property

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableSequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
-from mha_c.module import Module, PrecisionOfMaps, module_from_description, module_from_torch
+from mha_c.module import Module, PrecisionOfProducts, module_from_description, module_from_torch
 from mha_c.parameters.quantization import MatmulPrecision
 from mha_c.parameters.state_dict import Part, check_description
 
@@ -64,7 +64,7 @@ class Container(Module):
     True
     """
 
-    matmul_precision = PrecisionOfMaps()
+    matmul_precision = PrecisionOfProducts()
 
     _child_names: ClassVar[tuple[str, ...]]  # in torch's order
     # The attributes that a file and a copy from torch hold, beside the layers.

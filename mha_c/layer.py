@@ -18,7 +18,7 @@ from mha_c.dropout import RandomModule
 from mha_c.module import (
     Option,
     Parameter,
-    PrecisionOfMaps,
+    PrecisionOfProducts,
     check_device,
     check_memory,
     check_torch_module,
@@ -209,7 +209,7 @@ class MultiheadAttention(RandomModule):
     batch_first = Option("batch_first", flag, "Whether inputs are (N, L, E) rather than (L, N, E)")
     add_zero_attn = Option("add_zero_attn", flag, "Whether to append one key and value of zeros")
     masked_rows = Option("masked_rows", _masked_rows, "What a query gets if every key is hidden from it")
-    matmul_precision = PrecisionOfMaps()
+    matmul_precision = PrecisionOfProducts()
 
     _kind = "MultiheadAttention"
 
@@ -249,7 +249,7 @@ class MultiheadAttention(RandomModule):
         real = float_dtype(dtype)
         shapes = widths.shapes(bool(flag("bias", bias)), bool(flag("add_bias_kv", add_bias_kv)))
         check_memory(shapes, real, f"embed_dim={widths.embed_dim:,}")
-        precisions = precision_of_weights(matmul_precision, widths.maps)
+        precisions = precision_of_weights(matmul_precision, widths.products)
         arrays = initial_parameters(shapes, real, seed)
         parameters = ParameterSet(widths, arrays, real, precisions)
         self._set_up(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
@@ -413,8 +413,8 @@ class MultiheadAttention(RandomModule):
     def _qkv_same_embed_dim(self) -> bool:
         return self._parameters.widths.packed
 
-    def _maps(self, at: str) -> Mapping[str, tuple[str, ...]]:
-        return self._parameters.widths.maps
+    def _products(self, at: str) -> Mapping[str, tuple[str, ...]]:
+        return self._parameters.widths.products
 
     @classmethod
     @knows_foreign_keywords
@@ -534,7 +534,7 @@ class MultiheadAttention(RandomModule):
                 will_cast=dtype is not None,
             )
         real = trained_dtype(arrays["out_proj.weight"].dtype, dtype)
-        parameters = ParameterSet(widths, arrays, real, precision_of_weights(matmul_precision, widths.maps))
+        parameters = ParameterSet(widths, arrays, real, precision_of_weights(matmul_precision, widths.products))
         return cls._from_parameters(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
     def _description(self) -> dict[str, Any]:
@@ -605,7 +605,7 @@ class MultiheadAttention(RandomModule):
             # Where one of two biases is missing, zeros change nothing.
             arrays[name] = np.zeros(shape) if tensor is None and name.endswith("bias") else as_array(tensor)
         real = trained_dtype(arrays["out_proj.weight"].dtype, None)
-        parameters = ParameterSet(widths, arrays, real, precision_of_weights(matmul_precision, widths.maps))
+        parameters = ParameterSet(widths, arrays, real, precision_of_weights(matmul_precision, widths.products))
         layer = cls._from_parameters(parameters, module.dropout, module.add_zero_attn, module.batch_first)
         return layer.train(module.training)
 

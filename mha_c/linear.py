@@ -13,7 +13,7 @@ from mha_c import _core
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.linear import advise_on_linear
-from mha_c.module import Module, Parameter, PrecisionOfMaps, check_device, check_memory, check_torch_module
+from mha_c.module import Module, Parameter, PrecisionOfProducts, check_device, check_memory, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.initialization import initial_linear
@@ -49,7 +49,7 @@ class _Parameters(ArraySet):
         self.packed = _core.Linear(dtype, self.for_core("weight"), self.array("bias"))
 
 
-def _maps(name: str = "") -> dict[str, tuple[str, ...]]:
+def _products(name: str = "") -> dict[str, tuple[str, ...]]:
     """The one map, by its name in the layer around it if `matmul_precision` knows that name, or else as any other."""
     return {name if name in MAPS else "default": ("weight",)}
 
@@ -127,7 +127,7 @@ class Linear(Module):
 
     weight = Parameter("weight", "The weight, (out_features, in_features).")
     bias = Parameter("bias", "The bias, (out_features,); None without `bias`.")
-    matmul_precision = PrecisionOfMaps()
+    matmul_precision = PrecisionOfProducts()
 
     _kind = "Linear"
     _parameters: _Parameters
@@ -148,7 +148,7 @@ class Linear(Module):
         check_device(device)
         real = float_dtype(dtype)
         check_memory({"weight": (rows, columns)}, real, f"in_features={columns:,} and out_features={rows:,}")
-        precisions = precision_of_weights(matmul_precision, _maps())
+        precisions = precision_of_weights(matmul_precision, _products())
         self._set_up(_Parameters(initial_linear(rows, columns, bool(bias), real, seed), real, precisions))
 
     def _set_up(self, parameters: _Parameters) -> None:
@@ -171,8 +171,8 @@ class Linear(Module):
         """The features of the output."""
         return self._parameters.shapes["weight"][0]
 
-    def _maps(self, at: str) -> Mapping[str, tuple[str, ...]]:
-        return _maps(at.removesuffix(".").rpartition(".")[2])
+    def _products(self, at: str) -> Mapping[str, tuple[str, ...]]:
+        return _products(at.removesuffix(".").rpartition(".")[2])
 
     def forward(self, input: AnyArray) -> Array:
         """Map every row of the input; calling the layer does the same.
@@ -244,7 +244,7 @@ class Linear(Module):
         check_torch_module(module, "Linear", instead)
         given = {"weight": module.weight, "bias": module.bias}
         arrays = {name: as_array(tensor) for name, tensor in given.items() if tensor is not None}
-        precisions = precision_of_weights(matmul_precision, _maps())
+        precisions = precision_of_weights(matmul_precision, _products())
         parameters = _Parameters(arrays, trained_dtype(arrays["weight"].dtype, None), precisions)
         return cls._from_parameters(parameters).train(module.training)
 
@@ -263,7 +263,7 @@ class Linear(Module):
         shapes: dict[str, tuple[int, ...]] = {"weight": (rows, columns)}
         if description["bias"]:
             shapes["bias"] = (rows,)
-        precisions = precision_of_weights(description.get("matmul_precision"), _maps())
+        precisions = precision_of_weights(description.get("matmul_precision"), _products())
         arrays, dtype = match_saved_arrays(cls.__name__, shapes, content, description["dtype"], precisions)
         return cls._from_parameters(_Parameters(arrays, dtype, precisions))
 

@@ -20,7 +20,7 @@ from mha_c.parameters.files import write_checkpoint
 from mha_c.parameters.quantization import (
     MatmulPrecision,
     Precision,
-    precision_of_maps,
+    precision_of_products,
     precision_of_weights,
     shortest,
 )
@@ -44,7 +44,7 @@ __all__ = [
     "Module",
     "Option",
     "Parameter",
-    "PrecisionOfMaps",
+    "PrecisionOfProducts",
     "check_device",
     "check_memory",
     "check_torch_module",
@@ -102,14 +102,14 @@ class Option(property, Generic[_Value]):
         def __set__(self, layer: Any, value: _Value) -> None: ...
 
 
-class PrecisionOfMaps(property):
-    """`matmul_precision` as an attribute of a layer with linear maps, or with layers in it that have them."""
+class PrecisionOfProducts(property):
+    """`matmul_precision` as an attribute of a layer that multiplies, or with layers in it that do."""
 
     def __init__(self) -> None:
         def read(layer: "Module") -> MatmulPrecision | None:
             found: dict[str, Precision | None] = {}
             for at, module in layer._places():
-                for name, weights in module._maps(at).items():
+                for name, weights in module._products(at).items():
                     precision = module._parameters.precisions.get(weights[0])
                     if found.setdefault(name, precision) != precision:
                         raise AttributeError(
@@ -118,20 +118,20 @@ class PrecisionOfMaps(property):
             return shortest(found)
 
         def assign(layer: "Module", value: Any) -> None:
-            places = [(module, module._maps(at)) for at, module in layer._places()]
-            names = list(dict.fromkeys(name for _, maps in places for name in maps))
-            chosen = precision_of_maps(value, names)
+            places = [(module, module._products(at)) for at, module in layer._places()]
+            names = list(dict.fromkeys(name for _, products in places for name in products))
+            chosen = precision_of_products(value, names)
             changes = []
-            for module, maps in places:
-                precisions = precision_of_weights({name: chosen[name] for name in maps}, maps)
+            for module, products in places:
+                precisions = precision_of_weights({name: chosen[name] for name in products}, products)
                 if precisions != module._parameters.precisions:
                     changes.append((module, {"precisions": precisions}))
             _replace(changes)
 
         super().__init__(read, assign)
         self.__doc__ = (
-            'What the linear maps multiply: None (numbers of the layer), "bfloat16", "int8", or a mapping from their '
-            "names."
+            'What linear maps and attention multiply: None (numbers of the layer), "bfloat16", "int8", or a mapping '
+            "from their names."
         )
 
     if TYPE_CHECKING:
@@ -195,9 +195,9 @@ class Module:
             raise ValueError(f"{name} has shape {shape}, but got an array of shape {array.shape}")
         _replace([(self, {"arrays": {name: array}})])
 
-    def _maps(self, at: str) -> Mapping[str, Sequence[str]]:
-        """The linear maps of the layer itself by their names in `matmul_precision`, and the parameters that are their
-        weights; `at` is what precedes the names of the parameters.
+    def _products(self, at: str) -> Mapping[str, Sequence[str]]:
+        """The names that the layer itself has in `matmul_precision`: linear maps with the parameters that are their
+        weights, and attention; `at` is what precedes the names of the parameters.
         """
         return {}
 
@@ -822,7 +822,7 @@ def _name_of_class(module: Any) -> str:
 
 
 def precisions_of(module: Module) -> set[Precision]:
-    """What linear maps of a layer, and of layers in it, multiply in place of the layer's numbers."""
+    """What a layer, and layers in it, multiply in place of the layer's numbers."""
     return {precision for one in module.modules() for precision in one._parameters.precisions.values()}
 
 

@@ -34,6 +34,20 @@ static void round_row(const float *x, size_t n, uint32_t largest_bits, uint32_t 
         narrow_bf16(halves + i, load_some(x + i, n - i));
 }
 
+/* Rows whose words hold a number of each of two rows. */
+static void pair_rows(const float *x, size_t x_row, size_t depth, size_t width, uint32_t *columns)
+{
+    const size_t row = (width + lanes_f32 - 1) / lanes_f32 * lanes_f32;
+    for (size_t k = 0; k < depth; k += 2, x += 2 * x_row, columns += row)
+        for (size_t i = 0; i < width; i += lanes_f32) {
+            const vec_i32 first = bits_of(round_bf16(load_some(x + i, width - i)));
+            vec_i32 second = splat_i32(0);
+            if (k + 1 < depth)
+                second = bits_of(round_bf16(load_some(x + x_row + i, width - i)));
+            _mm512_storeu_si512(columns + i, _mm512_or_si512(second, _mm512_srli_epi32(first, 16)));
+        }
+}
+
 typedef vec_f32 sum_bf16_pairs;
 enum { HEADER_bf16_pairs = 0, GROUP_BYTES_bf16_pairs = 4 };
 
@@ -56,8 +70,9 @@ static inline void end_bf16_pairs(vec_f32 sum, const uint32_t *row, const mha_pr
                                   const float *addend, float *c)
 {
     (void)row;
-    (void)p;
-    if (addend)
+    if (addend && p->factor)
+        sum = fma_f32(load_f32(addend + lane), load_f32((const float *)p->factor + lane), sum);
+    else if (addend)
         sum = load_f32(addend + lane) + sum;
     store_f32(c + lane, sum);
 }
@@ -73,6 +88,6 @@ static inline void end_bf16_pairs(vec_f32 sum, const uint32_t *row, const mha_pr
 
 const mha_narrow_kernels mha_bf16_avx512_bf16 = {
     .group = 2, .group_bytes = 4, .vectors = 3, .chain = MHA_CHAIN, .row_words = row_words, .take_row = round_row,
-    .product = product_bf16_pairs,
+    .take_columns = pair_rows, .product = product_bf16_pairs,
 };
 #endif

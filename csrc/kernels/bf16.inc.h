@@ -3,7 +3,8 @@
  * bf16.inc.h - products of bfloat16 by FMAs (files of instruction sets include it after kernels.inc.h).
  *
  * Two FMAs of bfloat16 numbers as float32 give the bits of vdpbf16ps, if they come in its order. So rows and panels
- * hold neighbours in swapped order, and the tile of float32 does the rest.
+ * hold neighbours in swapped order, and the tile of float32 does the rest. The last number of an odd depth has no
+ * neighbour, and keeps its place.
  */
 
 static size_t swapped_row_words(size_t n)
@@ -11,29 +12,46 @@ static size_t swapped_row_words(size_t n)
     return n;
 }
 
-/* As float32, but 0 in place of a subnormal number, for which the instruction takes 0, too. */
-static inline uint32_t normal_half(uint16_t half)
+/* Some numbers rounded to bfloat16, as float32. Subnormal ones become 0: the instruction takes 0 for them. */
+static inline vec_f32 load_rounded(const float *x, size_t n)
 {
-    return half & 0x7f80 ? (uint32_t)half << 16 : 0;
+    const vec_f32 rounded = round_bf16(load_some(x, n)), magnitude = max_f32(rounded, splat_f32(0) - rounded);
+    return zero_below_f32(rounded, magnitude, splat_f32(0x1p-126f));
 }
 
-/* Rounds at most MHA_CHAIN numbers to bfloat16, as float32, and swaps neighbours. */
-static void swap_neighbours(const float *x, size_t n, uint32_t largest_bits, uint32_t *row)
+static void swap_row(const float *x, size_t n, uint32_t largest_bits, uint32_t *row)
 {
-    uint16_t halves[MHA_CHAIN];
-    (void)largest_bits;
-    narrow_all(MHA_BFLOAT16, x, n, halves);
+    float last[lanes_f32], *to = (float *)(void *)row;
     size_t i = 0;
+    (void)largest_bits;
+    for (; i + lanes_f32 <= n; i += lanes_f32)
+        store_f32(to + i, swap_neighbours(load_rounded(x + i, lanes_f32)));
+    if (i == n)
+        return;
+    store_f32(last, load_rounded(x + i, n - i));
     for (; i + 2 <= n; i += 2) {
-        row[i] = normal_half(halves[i + 1]);
-        row[i + 1] = normal_half(halves[i]);
+        to[i] = last[i % lanes_f32 + 1];
+        to[i + 1] = last[i % lanes_f32];
     }
     if (i < n)
-        row[i] = normal_half(halves[i]);
+        to[i] = last[i % lanes_f32];
+}
+
+static void swap_rows(const float *x, size_t x_row, size_t depth, size_t width, uint32_t *columns)
+{
+    const size_t row = (width + lanes_f32 - 1) / lanes_f32 * lanes_f32;
+    float *to = (float *)(void *)columns;
+    for (size_t k = 0; k < depth; k += 2, x += 2 * x_row, to += 2 * row)
+        for (size_t i = 0; i < width; i += lanes_f32) {
+            const vec_f32 first = load_rounded(x + i, width - i);
+            if (k + 1 < depth)
+                store_f32(to + i, load_rounded(x + x_row + i, width - i));
+            store_f32(to + (k + 1 < depth ? row : 0) + i, first);
+        }
 }
 
 #define MHA_BF16_BY_FMA \
     { \
         .group = 1, .group_bytes = sizeof(uint16_t), .vectors = VECTORS, .chain = MHA_CHAIN, \
-        .row_words = swapped_row_words, .take_row = swap_neighbours, .product = product_f32, \
+        .row_words = swapped_row_words, .take_row = swap_row, .take_columns = swap_rows, .product = product_f32, \
     }

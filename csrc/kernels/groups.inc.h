@@ -20,20 +20,19 @@ typedef struct {
     const uint32_t *a;
     const float *addend; /* may be NULL */
     float *c;
-    const char *ahead; /* the next byte */
-    size_t step;       /* bytes to advance with each group */
+    prefetching prefetch;
 } G(progress);
 
 /* Computes one tile. `rows` and `vectors` are constants in every copy. Sums are variables of their own, as in
  * tile.inc.h. */
 INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *p, G(progress) *at)
 {
-    const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row;
+    const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = p->a_k;
     const uint32_t *row = at->a, *a_0 = row + G(HEADER), *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0;
     const size_t vector_bytes = lanes_f32 * G(GROUP_BYTES), read = vectors * vector_bytes;
-    const size_t b_bytes = p->b_k * G(GROUP_BYTES), step = at->step;
+    const size_t b_bytes = p->b_k * G(GROUP_BYTES), step = at->prefetch.step;
     const char *b = p->b;
-    const char *ahead = at->ahead;
+    const char *ahead = at->prefetch.ahead;
     const vec_i32 no_group = splat_i32(0);
     if (rows > 4)
         FORGET(a_4);
@@ -58,11 +57,11 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
         if (rows > 3) /* the hardware is ahead of tiles with fewer rows */
             prefetch_step(ahead, read);
         ahead += step;
-        a_0++;
-        a_4++;
+        a_0 += a_k;
+        a_4 += a_k;
         b += b_bytes;
     }
-    at->ahead = ahead;
+    at->prefetch.ahead = ahead;
     const float *addend = at->addend;
     float *c = at->c;
 #define FINISH(r) \
@@ -88,8 +87,10 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
 #define COPY(r, v) \
     NOINLINE void TILES(r, v)(const mha_product *p, G(progress) *at, size_t tiles) \
     { \
-        for (; tiles > 0; tiles--) \
+        for (; tiles > 0; tiles--) { \
+            prefetch_rows(p->prefetch, &at->prefetch); \
             G(tile)(r, v, p, at); \
+        } \
     }
 EACH_TILE_1(COPY)
 EACH_TILE_2(COPY)
@@ -113,11 +114,7 @@ static void G(product)(const mha_product *p)
     if (p->rows == 0)
         return;
     const shared_rows share = share_rows(p->rows, max_rows[p->vectors - 1]);
-    G(progress) at = {.a = p->a, .addend = p->addend, .c = p->c, .ahead = p->a};
-    if (p->prefetch && p->prefetch->rows == 1 && p->depth > 0) {
-        at.ahead = p->prefetch->data;
-        at.step = (p->prefetch->bytes + share.tiles * p->depth - 1) / (share.tiles * p->depth);
-    }
+    G(progress) at = {.a = p->a, .addend = p->addend, .c = p->c, .prefetch = begin_prefetching(p, share.tiles)};
     if (share.larger > 0)
         copies[p->vectors - 1][share.rows](p, &at, share.larger);
     copies[p->vectors - 1][share.rows - 1](p, &at, share.tiles - share.larger);

@@ -239,9 +239,14 @@ typedef struct {
      * `largest` is not finite, the scale is NaN. */
     void (*take_row)(const float *x, size_t n, uint32_t largest, uint32_t *row);
 
-    /* C[rows][P] = addend + sum, where the sum of int8 is multiplied by (scale of the row * b_scale) in one FMA. Rows
-     * of a are narrow, depth counts groups, and a_row counts words. a_k is 1, and there is no factor. addend NULL: 0.
-     */
+    /* Narrows a matrix x [depth][width] whose groups are neighbours along the depth, to words [groups][width, rounded
+     * up to whole vectors]. Its rows are x_row numbers apart. If that is the distance of the words, too, they may be in
+     * the place of x. NULL: rows have a scale. */
+    void (*take_columns)(const float *x, size_t x_row, size_t depth, size_t width, uint32_t *columns);
+
+    /* As that of mha_kernels, but depth counts groups, and a_row and a_k count words. The sum of int8 is multiplied by
+     * (scale of the row * b_scale) in one FMA that adds the addend or 0. It has no factor, and a_k is 1. b holds groups
+     * of `group_bytes` if b_type is MHA_BFLOAT16; otherwise words, as take_columns() makes them. */
     void (*product)(const mha_product *product);
 } mha_narrow_kernels;
 
@@ -256,15 +261,19 @@ extern const mha_narrow_kernels mha_bf16_avx512, mha_int8_avx512;
 extern const mha_narrow_kernels mha_bf16_avx512_bf16, mha_int8_avx512_vnni;
 extern const mha_narrow_kernels mha_bf16_neon, mha_int8_neon, mha_int8_neon_dotprod;
 
-/* The product of a whole depth, in chains of MHA_CHAIN. `product` describes the first chain, except for its depth. */
-static inline void mha_multiply_chained(const mha_kernels *kernels, mha_product *product, size_t depth)
+/* The product of a whole depth, in chains of MHA_CHAIN numbers, and of their groups if `narrow` is not NULL. `product`
+ * describes the first chain, except for its depth. */
+static inline void mha_multiply_chained(const mha_kernels *kernels, const mha_narrow_kernels *narrow,
+                                        mha_product *product, size_t depth)
 {
-    const ptrdiff_t a_chain = MHA_CHAIN * product->a_k * (ptrdiff_t)kernels->size;
+    void (*const multiply)(const mha_product *) = narrow ? narrow->product : kernels->product;
+    const size_t chain = narrow ? MHA_CHAIN / narrow->group : MHA_CHAIN;
+    const ptrdiff_t a_chain = (ptrdiff_t)(chain * kernels->size) * product->a_k;
     const size_t b_size = mha_is_half(product->b_type) ? mha_size_of(product->b_type) : kernels->size;
-    const size_t b_chain = MHA_CHAIN * product->b_k * b_size;
-    for (; depth > MHA_CHAIN; depth -= MHA_CHAIN) {
-        product->depth = MHA_CHAIN;
-        kernels->product(product);
+    const size_t b_chain = chain * product->b_k * b_size;
+    for (; depth > chain; depth -= chain) {
+        product->depth = chain;
+        multiply(product);
         product->a = (const char *)product->a + a_chain;
         product->b = (const char *)product->b + b_chain;
         product->addend = product->c;
@@ -272,7 +281,7 @@ static inline void mha_multiply_chained(const mha_kernels *kernels, mha_product 
         product->prefetch = NULL;
     }
     product->depth = depth;
-    kernels->product(product);
+    multiply(product);
 }
 
 #endif

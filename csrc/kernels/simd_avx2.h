@@ -89,16 +89,24 @@ static inline vec_f32 widen_f16(const uint16_t *p)
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
 }
 
-static inline void narrow_bf16(uint16_t *p, vec_f32 v)
+static inline vec_f32 round_bf16(vec_f32 v)
 {
     const __m256i x = _mm256_castps_si256(v), is_odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
     const __m256i nearest = _mm256_add_epi32(x, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
     const __m256i quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x400000));
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, is_nan), 16);
+    const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_blendv_epi8(nearest, quiet, is_nan), upper));
+}
+
+static inline void narrow_bf16(uint16_t *p, vec_f32 v)
+{
+    const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(round_bf16(v)), 16);
     const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
     _mm_storeu_si128((__m128i *)(void *)p, halves);
 }
+
+static inline vec_f32 swap_neighbours(vec_f32 v) { return _mm256_permute_ps(v, 0xb1); }
 
 static inline void narrow_f16(uint16_t *p, vec_f32 v)
 {

@@ -87,14 +87,22 @@ static inline vec_f32 widen_f16(const uint16_t *p)
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
 
-static inline void narrow_bf16(uint16_t *p, vec_f32 v)
+static inline vec_f32 round_bf16(vec_f32 v)
 {
     const __m512i x = _mm512_castps_si512(v), is_odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
     const __m512i nearest = _mm512_add_epi32(x, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     const __m512i rounded = _mm512_mask_or_epi32(nearest, is_nan, x, _mm512_set1_epi32(0x400000));
+    return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+static inline void narrow_bf16(uint16_t *p, vec_f32 v)
+{
+    const __m512i rounded = _mm512_castps_si512(round_bf16(v));
     _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
+
+static inline vec_f32 swap_neighbours(vec_f32 v) { return _mm512_permute_ps(v, 0xb1); }
 
 static inline void narrow_f16(uint16_t *p, vec_f32 v)
 {

@@ -93,13 +93,21 @@ static inline uint64_t nonzero(const char *p)
 static inline vec_f32 widen_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 static inline vec_f32 widen_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 
-static inline void narrow_bf16(uint16_t *p, vec_f32 v)
+static inline vec_f32 round_bf16(vec_f32 v)
 {
     const uint32x4_t x = vreinterpretq_u32_f32(v), is_odd = vandq_u32(vshrq_n_u32(x, 16), vdupq_n_u32(1));
     const uint32x4_t nearest = vaddq_u32(x, vaddq_u32(is_odd, vdupq_n_u32(0x7fff)));
     const uint32x4_t quiet = vorrq_u32(x, vdupq_n_u32(0x400000));
-    vst1_u16(p, vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), nearest, quiet), 16));
+    const uint32x4_t rounded = vbslq_u32(vceqq_f32(v, v), nearest, quiet);
+    return vreinterpretq_f32_u32(vandq_u32(rounded, vdupq_n_u32(0xffff0000)));
 }
+
+static inline void narrow_bf16(uint16_t *p, vec_f32 v)
+{
+    vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_f32(round_bf16(v)), 16));
+}
+
+static inline vec_f32 swap_neighbours(vec_f32 v) { return vrev64q_f32(v); }
 
 static inline void narrow_f16(uint16_t *p, vec_f32 v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 

@@ -106,15 +106,29 @@ static inline vec_f32 widen_f16(const uint16_t *p)
     return v;
 }
 
-static inline void narrow_bf16(uint16_t *p, vec_f32 v)
+static inline vec_f32 round_bf16(vec_f32 v)
 {
     for (int i = 0; i < 4; i++) {
         uint32_t bits;
         memcpy(&bits, (const char *)&v + i * 4, sizeof bits);
         const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-        p[i] = (uint16_t)((is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        bits = (is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+        memcpy((char *)&v + i * 4, &bits, sizeof bits);
+    }
+    return v;
+}
+
+static inline void narrow_bf16(uint16_t *p, vec_f32 v)
+{
+    v = round_bf16(v);
+    for (int i = 0; i < 4; i++) {
+        uint32_t bits;
+        memcpy(&bits, (const char *)&v + i * 4, sizeof bits);
+        p[i] = (uint16_t)(bits >> 16);
     }
 }
+
+static inline vec_f32 swap_neighbours(vec_f32 v) { return (vec_f32){v[1], v[0], v[3], v[2]}; }
 
 /* Adding 0.5 rounds what is below 2^-14 to a multiple of 2^-24, which is a unit of subnormal halves. */
 static inline void narrow_f16(uint16_t *p, vec_f32 v)

@@ -52,25 +52,12 @@ INLINE void V(finish)(const int end, VEC chain, const REAL *addend, const REAL *
     V(store)(c + lane, chain);
 }
 
-/* The rows of a product that are left, and what remains to be prefetched: several rows, or a single one. */
+/* The rows of a product that are left, and what remains to be prefetched. */
 typedef struct {
     const REAL *a, *addend; /* addend may be NULL */
     REAL *c;
-    const char *next;  /* several rows: the next one */
-    size_t left, each; /* several rows: how many are left, and how many come before each tile */
-    const char *ahead; /* a single row: the next byte */
-    size_t step; /* a single row: bytes to advance with each k */
+    prefetching prefetch;
 } V(progress);
-
-INLINE void V(prefetch)(const mha_prefetch *prefetch, V(progress) *at)
-{
-    for (size_t i = at->each; i > 0 && at->left > 0; i--) {
-        for (size_t byte = 0; byte < prefetch->bytes; byte += LINE_BYTES)
-            __builtin_prefetch(at->next + byte, 0, 2);
-        at->next += prefetch->stride;
-        at->left--;
-    }
-}
 
 /* Computes one tile. `rows`, `vectors` and `b_type` are constants in every copy.
  *
@@ -87,9 +74,9 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type
 {
     const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = p->a_k;
     const size_t vector_bytes = LANES * b_size(b_type, sizeof(REAL)), read = vectors * vector_bytes;
-    const size_t b_bytes = p->b_k * b_size(b_type, sizeof(REAL)), step = at->step;
+    const size_t b_bytes = p->b_k * b_size(b_type, sizeof(REAL)), step = at->prefetch.step;
     const REAL *a_0 = at->a, *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0;
-    const char *b = p->b, *ahead = at->ahead;
+    const char *b = p->b, *ahead = at->prefetch.ahead;
     const VEC zero = V(splat)(0);
     if (rows > 4)
         FORGET(a_4);
@@ -125,7 +112,7 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type
         a_4 += a_k;
         b += b_bytes;
     }
-    at->ahead = ahead;
+    at->prefetch.ahead = ahead;
     const REAL *addend = at->addend, *factor = p->factor;
     REAL *c = at->c;
     const size_t addend_row = p->addend_row, c_row = p->c_row;
@@ -163,7 +150,7 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type
     NOINLINE void name(const mha_product *p, V(progress) *at, size_t tiles) \
     { \
         for (; tiles > 0; tiles--) { \
-            V(prefetch)(p->prefetch, at); \
+            prefetch_rows(p->prefetch, &at->prefetch); \
             V(tile)(r, v, b_type, p, at); \
         } \
     }
@@ -208,16 +195,7 @@ static void V(product)(const mha_product *p)
     /* A product of few rows waits for its panel, so it reads the panel as rarely as possible. */
     const size_t max_rows = (p->rows > MAX_FEW_ROWS ? rows_of_many : rows_of_few)[p->vectors - 1];
     const shared_rows share = share_rows(p->rows, max_rows);
-    const mha_prefetch *prefetch = p->prefetch;
-    V(progress) at = {.a = p->a, .addend = p->addend, .c = p->c, .ahead = p->a};
-    if (prefetch && prefetch->rows == 1 && p->depth > 0) {
-        at.ahead = prefetch->data;
-        at.step = (prefetch->bytes + share.tiles * p->depth - 1) / (share.tiles * p->depth);
-    } else if (prefetch) {
-        at.next = prefetch->data;
-        at.left = prefetch->rows;
-        at.each = (prefetch->rows + share.tiles - 1) / share.tiles;
-    }
+    V(progress) at = {.a = p->a, .addend = p->addend, .c = p->c, .prefetch = begin_prefetching(p, share.tiles)};
     if (share.larger > 0)
         copies[b_type][p->vectors - 1][share.rows](p, &at, share.larger);
     copies[b_type][p->vectors - 1][share.rows - 1](p, &at, share.tiles - share.larger);

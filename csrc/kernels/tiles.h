@@ -31,6 +31,40 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 
+/* What a product has still to prefetch: several rows, or a single one. */
+typedef struct {
+    const char *next;  /* several rows: the next one */
+    size_t left, each; /* several rows: how many are left, and how many come before each tile */
+    const char *ahead; /* a single row: the next byte */
+    size_t step;       /* a single row: bytes to advance with each k */
+} prefetching;
+
+static inline prefetching begin_prefetching(const mha_product *p, size_t tiles)
+{
+    const mha_prefetch *wanted = p->prefetch;
+    prefetching left = {.ahead = p->a};
+    if (wanted && wanted->rows == 1 && p->depth > 0) {
+        left.ahead = wanted->data;
+        left.step = (wanted->bytes + tiles * p->depth - 1) / (tiles * p->depth);
+    } else if (wanted) {
+        left.next = wanted->data;
+        left.left = wanted->rows;
+        left.each = (wanted->rows + tiles - 1) / tiles;
+    }
+    return left;
+}
+
+/* Prefetches the rows that come before a tile. */
+INLINE void prefetch_rows(const mha_prefetch *wanted, prefetching *left)
+{
+    for (size_t i = left->each; i > 0 && left->left > 0; i--) {
+        for (size_t byte = 0; byte < wanted->bytes; byte += LINE_BYTES)
+            __builtin_prefetch(left->next + byte, 0, 2);
+        left->next += wanted->stride;
+        left->left--;
+    }
+}
+
 /* Prefetches as many bytes as a step reads of a panel: at most three lines. */
 INLINE void prefetch_step(const char *ahead, size_t read)
 {

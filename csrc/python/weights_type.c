@@ -20,6 +20,7 @@ typedef struct {
     PyArray_Descr *descr; /* owned */
     weight_arrays q_weight, k_weight, v_weight, out_weight;
     PyArrayObject *in_bias, *bias_k, *bias_v, *out_bias; /* NULL: none */
+    int is_attention_bf16;
 } weights_arguments;
 
 /* A parameter, and the shape that it has to have. -1: any length. */
@@ -78,6 +79,15 @@ static int check_shape(const parameter *expected)
     for (int i = 0; fits && i < expected->ndim; i++)
         fits = expected->shape[i] == -1 || expected->shape[i] == PyArray_DIM(array, i);
     return fits ? 0 : raise_shape(expected);
+}
+
+static int check_dtype(const weights_arguments *given)
+{
+    if (given->is_attention_bf16 && given->dtype == MHA_FLOAT64) {
+        PyErr_SetString(PyExc_TypeError, "products of float64 cannot be bfloat16");
+        return -1;
+    }
+    return 0;
 }
 
 static npy_intp length(PyArrayObject *array, int axis)
@@ -183,6 +193,7 @@ static mha_status pack(weights_object *self, const weights_arguments *given)
         .bias_v = numbers(given->bias_v),
         .out_weight = weight_of(&given->out_weight),
         .out_bias = numbers(given->out_bias),
+        .is_attention_bf16 = given->is_attention_bf16 != 0,
     };
     const size_t numbers_of_weights = widths->H * widths->D * widths->E +
                                       widths->Hkv * (widths->D * widths->Ek + widths->Dv * widths->Ev) +
@@ -206,11 +217,11 @@ static PyObject *weights_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         PyErr_SetString(PyExc_TypeError, "Weights() takes no keyword arguments");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "nnnnO&OOOOOOOO:Weights", &given.H, &given.Hkv, &given.D, &given.Dv,
+    if (!PyArg_ParseTuple(args, "nnnnO&OOOOOOOO|p:Weights", &given.H, &given.Hkv, &given.D, &given.Dv,
                           PyArray_DescrConverter, &given.descr, &objects[0], &objects[1], &objects[2], &objects[3],
-                          &objects[4], &objects[5], &objects[6], &objects[7]) ||
-        dtype_of_descr(given.descr, &given.dtype) < 0 || check_counts(&given) < 0 || collect(&given, objects) < 0 ||
-        check_shapes(&given) < 0)
+                          &objects[4], &objects[5], &objects[6], &objects[7], &given.is_attention_bf16) ||
+        dtype_of_descr(given.descr, &given.dtype) < 0 || check_dtype(&given) < 0 || check_counts(&given) < 0 ||
+        collect(&given, objects) < 0 || check_shapes(&given) < 0)
         goto done;
 
     self = (weights_object *)type->tp_alloc(type, 0);
@@ -266,15 +277,17 @@ static PyGetSetDef weights_getset[] = {
 
 PyDoc_STRVAR(weights_doc,
              "Weights(num_heads, num_kv_heads, head_dim, v_head_dim, dtype, q_proj_weight, k_proj_weight,\n"
-             "        v_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias, /)\n"
+             "        v_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias,\n"
+             "        is_attention_bfloat16=False, /)\n"
              "--\n\n"
              "One immutable set of parameters, packed for the kernels of this CPU.\n\n"
              "All arrays are C-contiguous, aligned, in native byte order and of this dtype: float32,\n"
              "float64, bfloat16 or float16. A weight may also be a tuple, except with float64: an\n"
              "int8 array, and a float32 array of the scales of its rows; or an array, and 'bfloat16',\n"
              "if its products read bfloat16. Biases and bias_k / bias_v are None where the layer has\n"
-             "none; in_proj_bias holds the biases of q, k and v, stacked. Anything else raises\n"
-             "TypeError or ValueError.");
+             "none; in_proj_bias holds the biases of q, k and v, stacked. is_attention_bfloat16 is for\n"
+             "attention's own products: of queries and keys, and of exponentials and values. Anything\n"
+             "else raises TypeError or ValueError.");
 
 static PyType_Slot weights_slots[] = {
     {Py_tp_doc, (void *)weights_doc},

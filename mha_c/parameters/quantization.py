@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as int8 numbers with a scale for each row, and what the linear maps of a layer multiply."""
+"""Weights as int8 numbers with a scale for each row, and what a layer multiplies."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "ATTENTION",
     "MAPS",
     "MatmulPrecision",
     "Precision",
@@ -18,7 +19,7 @@ __all__ = [
     "check_quantized",
     "dequantize",
     "multiplied",
-    "precision_of_maps",
+    "precision_of_products",
     "precision_of_weights",
     "quantize",
     "quantized",
@@ -31,6 +32,9 @@ MatmulPrecision: TypeAlias = Precision | Mapping[str, Precision | None]
 
 #: The linear maps that layers have, by their names in `matmul_precision`.
 MAPS: Final = ("in_proj", "out_proj", "linear1", "linear2")
+
+#: The name of attention's own two products there. They read no weights, so they cannot be int8.
+ATTENTION: Final = "attention"
 
 _LARGEST: Final = 127
 _MIN_LARGEST: Final = np.float32(2.0**-120)  # so that 127 / it is a normal number of float32
@@ -223,20 +227,20 @@ def take_rows(weight: Any, rows: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- matmul_precision
 
 
-def precision_of_maps(value: Any, maps: Sequence[str]) -> dict[str, Precision | None]:
-    """What `matmul_precision` says of each linear map.
+def precision_of_products(value: Any, products: Sequence[str]) -> dict[str, Precision | None]:
+    """What `matmul_precision` says of each linear map, and of attention itself.
 
     Parameters
     ----------
     value : str or mapping of str to str, or None
         The argument.
-    maps : sequence of str
-        The names of the linear maps that the layer has.
+    products : sequence of str
+        The names that the layer has.
 
     Returns
     -------
     dict of str to str or None
-        In the order of `maps`.
+        In the order of `products`.
 
     Raises
     ------
@@ -245,63 +249,70 @@ def precision_of_maps(value: Any, maps: Sequence[str]) -> dict[str, Precision | 
 
     Examples
     --------
-    >>> precision_of_maps({"default": "int8", "out_proj": None}, ("in_proj", "out_proj"))
-    {'in_proj': 'int8', 'out_proj': None}
+    >>> precision_of_products({"default": "int8", "out_proj": None}, ("in_proj", "attention", "out_proj"))
+    {'in_proj': 'int8', 'attention': None, 'out_proj': None}
     """
-    if not isinstance(value, Mapping):
-        return dict.fromkeys(maps, _checked(value))
-    known = [*(name for name in maps if name != "default"), "default"]
-    for name, precision in value.items():
+    chosen = value if isinstance(value, Mapping) else {"default": value}
+    known = [*(name for name in products if name != "default"), "default"]
+    for name, precision in chosen.items():
         if name not in known:
             raise ValueError(f"matmul_precision has {name!r}, but this layer knows the names {', '.join(known)}")
-        _checked(precision)
-    return {name: value.get(name, value.get("default")) for name in maps}
+        if _checked(precision) == "int8" and name == ATTENTION:
+            raise ValueError(
+                'matmul_precision has "int8" for attention, which has no weights: its products of queries and keys, '
+                'and of probabilities and values, can be None or "bfloat16"'
+            )
+    default = chosen.get("default")
+    of_attention = None if default == "int8" else default
+    return {name: chosen.get(name, of_attention if name == ATTENTION else default) for name in products}
 
 
 def _checked(value: Any) -> Precision | None:
     if value is None or isinstance(value, str) and value in get_args(Precision):
         return value  # type: ignore[return-value]
     raise ValueError(
-        f'matmul_precision must be None, "bfloat16", "int8", or a mapping of linear maps to these, but got {value!r}'
+        f'matmul_precision must be None, "bfloat16", "int8", or a mapping of names to these, but got {value!r}'
     )
 
 
-def precision_of_weights(value: Any, maps: Mapping[str, Sequence[str]]) -> dict[str, Precision]:
-    """What `matmul_precision` says of the weights that are not multiplied in the layer's dtype.
+def precision_of_weights(value: Any, products: Mapping[str, Sequence[str]]) -> dict[str, Precision]:
+    """What `matmul_precision` says of the weights, and of attention, that are not multiplied in the layer's dtype.
 
     Parameters
     ----------
     value : str or mapping of str to str, or None
         The argument.
-    maps : mapping of str to sequence of str
-        The linear maps of the layer, and the parameters that are their weights.
+    products : mapping of str to sequence of str
+        The linear maps of the layer, and the parameters that are their weights; "attention" stands for itself.
 
     Returns
     -------
     dict of str to str
-        By the names of parameters.
+        By the names of parameters, and "attention".
 
     Raises
     ------
     ValueError
-        As `precision_of_maps`.
+        As `precision_of_products`.
 
     Examples
     --------
     >>> precision_of_weights({"out_proj": "int8"}, {"in_proj": ["in_proj_weight"], "out_proj": ["out_proj.weight"]})
     {'out_proj.weight': 'int8'}
     """
-    chosen = precision_of_maps(value, list(maps))
-    return {weight: found for name, weights in maps.items() if (found := chosen[name]) for weight in weights}
+    chosen = precision_of_products(value, list(products))
+    return {weight: found for name, weights in products.items() if (found := chosen[name]) for weight in weights}
 
 
 def shortest(chosen: Mapping[str, Precision | None]) -> MatmulPrecision | None:
-    """The shortest `matmul_precision` that says this of each linear map.
+    """The shortest `matmul_precision` that says this of each name.
 
     Examples
     --------
-    >>> shortest({"in_proj": "int8", "out_proj": "int8"}), shortest({"in_proj": "int8", "out_proj": None})
-    ('int8', {'in_proj': 'int8', 'out_proj': None})
+    >>> shortest({"in_proj": "int8", "attention": None}), shortest({"in_proj": "int8", "attention": "bfloat16"})
+    ('int8', {'in_proj': 'int8', 'attention': 'bfloat16'})
     """
-    different = set(chosen.values())
-    return dict(chosen) if len(different) > 1 else next(iter(different), None)
+    for value in (None, *get_args(Precision)):
+        if precision_of_products(value, list(chosen)) == chosen:
+            return value  # type: ignore[no-any-return]
+    return dict(chosen)

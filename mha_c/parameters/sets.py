@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mha_c import _core
 from mha_c.parameters.dtypes import is_real
 from mha_c.parameters.quantization import (
+    ATTENTION,
     Precision,
     Quantized,
     Weight,
@@ -151,10 +152,11 @@ class Widths(NamedTuple):
         return shapes
 
     @property
-    def maps(self) -> dict[str, tuple[str, ...]]:
-        """The linear maps by their names in `matmul_precision`, and the parameters that are their weights."""
+    def products(self) -> dict[str, tuple[str, ...]]:
+        """The names in `matmul_precision`: linear maps with the parameters that are their weights, and attention."""
         return {
             "in_proj": ("in_proj_weight",) if self.packed else SEPARATE_WEIGHTS,
+            ATTENTION: (ATTENTION,),
             "out_proj": ("out_proj.weight",),
         }
 
@@ -221,8 +223,8 @@ class ArraySet:
     dtype : numpy.dtype
         That of the layer, to which the arrays are cast.
     precisions : mapping of str to {"bfloat16", "int8"}, default {}
-        What products with a weight read, if not the layer's dtype. A quantized weight that is not "int8" becomes an
-        array.
+        What products with a weight read, and those of attention, if not the layer's dtype. A quantized weight that is
+        not "int8" becomes an array.
 
     Attributes
     ----------
@@ -379,6 +381,7 @@ class ParameterSet(ArraySet):
             self.array("bias_v"),
             self.for_core("out_proj.weight"),
             self.array("out_proj.bias"),
+            ATTENTION in precisions,
         )
 
     def _remade(self, *arguments: Any) -> Self:
@@ -442,6 +445,7 @@ class ParameterSet(ArraySet):
             bias_v,
             np.zeros((1, len(heads) * widths.v_head_dim), self.dtype),
             None,
+            ATTENTION in self.precisions,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -252,7 +252,7 @@ def described_attention(
     """
     widths = Widths.from_arguments(**{name: description[name] for name in Widths._fields})
     shapes = widths.shapes(description["bias"], description["add_bias_kv"])
-    precisions = precision_of_weights(description.get("matmul_precision"), widths.maps)
+    precisions = precision_of_weights(description.get("matmul_precision"), widths.products)
     arrays, dtype = match_saved_arrays(layer_name, shapes, content, description["dtype"], precisions)
     told = {*Widths._fields, "bias", "add_bias_kv", "dtype"}
     parameters = ParameterSet(widths, arrays, dtype, precisions)
