@@ -141,13 +141,19 @@ static inline double *read_numbers(mha_dtype dtype, const void *x, size_t count)
     return numbers;
 }
 
-static inline void check_close(const char *what, mha_dtype dtype, const double *got, const double *wanted, size_t count)
+/* Whether numbers differ by at most `error`, relative to numbers around 1. */
+static inline void check_within(const char *what, double error, const double *got, const double *wanted, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
-        const double bound = 64 * eps_of(dtype) * (1 + fabs(wanted[i]));
+        const double bound = error * (1 + fabs(wanted[i]));
         CHECK(isnan(wanted[i]) ? isnan(got[i]) : fabs(got[i] - wanted[i]) <= bound, "%s[%zu]: %.17g instead of %.17g",
               what, i, got[i], wanted[i]);
     }
+}
+
+static inline void check_close(const char *what, mha_dtype dtype, const double *got, const double *wanted, size_t count)
+{
+    check_within(what, 64 * eps_of(dtype), got, wanted, count);
 }
 
 static inline void check_identical(const char *what, const double *got, const double *wanted, size_t count)
@@ -168,6 +174,7 @@ typedef struct {
     void *array[PARAMETERS]; /* NULL: the layer has none */
     mha_dtype dtype;
     narrowness narrow; /* WIDE unless the dtype is float32 */
+    bool is_attention_bf16; /* not with float64 */
 } parameters;
 
 static inline void parameter_shapes(const problem *p, size_t rows[PARAMETERS], size_t columns[PARAMETERS])
@@ -212,7 +219,7 @@ static inline mha_status pack_parameters(const problem *p, const parameters *giv
         .q_weight = weight_of(a[Q_WEIGHT], given->narrow), .k_weight = weight_of(a[K_WEIGHT], given->narrow),
         .v_weight = weight_of(a[V_WEIGHT], given->narrow), .out_weight = weight_of(a[OUT_WEIGHT], given->narrow),
         .q_bias = a[Q_BIAS], .k_bias = a[K_BIAS], .v_bias = a[V_BIAS], .out_bias = a[OUT_BIAS],
-        .bias_k = a[BIAS_K], .bias_v = a[BIAS_V],
+        .bias_k = a[BIAS_K], .bias_v = a[BIAS_V], .is_attention_bf16 = given->is_attention_bf16,
     };
     return mha_layer_create(&p->w, given->dtype, &packed, layer);
 }

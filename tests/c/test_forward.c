@@ -85,6 +85,31 @@ enum { PROBLEMS = sizeof problems / sizeof *problems };
 
 /* ---- One call ---- */
 
+/* Whether attention of float32 layers multiplies bfloat16. */
+static bool is_attention_bf16;
+
+static parameters make_given(const problem *p, mha_dtype dtype)
+{
+    parameters given = make_parameters(p, dtype);
+    given.is_attention_bf16 = is_attention_bf16;
+    return given;
+}
+
+/* Against the definition in doubles. Each number that is multiplied is rounded by at most 2^-9 of itself. Scores and
+ * outputs are sums of several products, some of whose errors add up. */
+static void check_defined(const char *what, mha_dtype dtype, const double *got, const double *wanted, size_t count)
+{
+    if (is_attention_bf16)
+        check_within(what, 0x1p-6, got, wanted, count);
+    else
+        check_close(what, dtype, got, wanted, count);
+}
+
+static const char *kind_name(mha_dtype dtype)
+{
+    return is_attention_bf16 ? "bfloat16 attention" : dtype_name(dtype);
+}
+
 static const manner plainly = {.threads = 1, .wanted = MHA_WANT_PROBABILITIES};
 
 /* The output in the order (N, L, Eo) whatever the call's, and the weights as they are. */
@@ -122,8 +147,8 @@ static void check_definition(const problem *p, const parameters *given, const an
 {
     const mha_call c = make_call(p, given->dtype, &plainly);
     answer wanted = define(p, given, &c, NULL);
-    check_close("output", given->dtype, got->output, wanted.output, p->N * p->L * p->w.Eo);
-    check_close("weights", given->dtype, got->weights, wanted.weights, p->N * p->w.H * p->L * columns_of(p));
+    check_defined("output", given->dtype, got->output, wanted.output, p->N * p->L * p->w.Eo);
+    check_defined("weights", given->dtype, got->weights, wanted.weights, p->N * p->w.H * p->L * columns_of(p));
     free_answer(&wanted);
 }
 
@@ -153,7 +178,7 @@ static void check_manners(const problem *p, const mha_layer *layer, mha_dtype dt
     for (size_t i = 0; i < sizeof manners / sizeof *manners; i++) {
         const manner *m = &manners[i];
         DESCRIBE("%s %s '%s', %zu threads, weights %d, L first %d, layout %zu, guarded at the %s", mha_cpu_name(),
-                 dtype_name(dtype), p->name, m->threads, (int)m->wanted, m->output_l_first, m->layout,
+                 kind_name(dtype), p->name, m->threads, (int)m->wanted, m->output_l_first, m->layout,
                  m->side == AT_END ? "end" : "start");
         answer a = run(p, layer, dtype, m);
         check_identical("output", a.output, plain->output, p->N * p->L * p->w.Eo);
@@ -184,7 +209,7 @@ static void check_items_alone(const problem *p, const mha_layer *layer, mha_dtyp
         for (size_t i = 0; i < 2; i++)
             masks[i]->data = masks[i]->kind ? (const char *)masks[i]->data + (ptrdiff_t)n * masks[i]->stride_n : NULL;
         c.N = 1;
-        DESCRIBE("%s %s '%s', item %zu alone", mha_cpu_name(), dtype_name(dtype), p->name, n);
+        DESCRIBE("%s %s '%s', item %zu alone", mha_cpu_name(), kind_name(dtype), p->name, n);
         answer a = call_forward(p, layer, dtype, &c);
         check_identical("output", a.output, plain->output + n * output, output);
         check_identical("weights", a.weights, plain->weights + n * of_weights, of_weights);
@@ -194,9 +219,9 @@ static void check_items_alone(const problem *p, const mha_layer *layer, mha_dtyp
 
 static void test_problem(const problem *p, mha_dtype dtype, uint64_t *hash)
 {
-    parameters given = make_parameters(p, dtype);
+    parameters given = make_given(p, dtype);
     mha_layer *layer = NULL;
-    DESCRIBE("%s %s '%s'", mha_cpu_name(), dtype_name(dtype), p->name);
+    DESCRIBE("%s %s '%s'", mha_cpu_name(), kind_name(dtype), p->name);
     const mha_status status = pack_parameters(p, &given, &layer);
     CHECK(status == MHA_OK, "status %d", (int)status);
     if (!layer)
@@ -222,9 +247,9 @@ static void test_padding(mha_dtype dtype)
     const problem shorter = {.name = "unpadded", .N = 1, .L = 4, .S = 70, .w = RAGGED, .has_bias = true};
     problem longer = shorter;
     longer.S = 200;
-    parameters given = make_parameters(&shorter, dtype);
+    parameters given = make_given(&shorter, dtype);
     mha_layer *layer = NULL;
-    DESCRIBE("%s %s padding", mha_cpu_name(), dtype_name(dtype));
+    DESCRIBE("%s %s padding", mha_cpu_name(), kind_name(dtype));
     CHECK(pack_parameters(&shorter, &given, &layer) == MHA_OK, "no weights");
     const manner m = {.threads = 1};
     answer wanted = run(&shorter, layer, dtype, &m);
@@ -277,9 +302,9 @@ static void test_hidden(mha_dtype dtype)
         for (int wanted = 0; wanted < 3; wanted++) {
             const problem *p = &all[i];
             const size_t heads = wanted == MHA_WANT_PROBABILITIES ? p->w.H : wanted != MHA_WANT_NONE;
-            parameters given = make_parameters(p, dtype);
+            parameters given = make_given(p, dtype);
             mha_layer *layer = NULL;
-            DESCRIBE("%s %s '%s', weights %d", mha_cpu_name(), dtype_name(dtype), p->name, wanted);
+            DESCRIBE("%s %s '%s', weights %d", mha_cpu_name(), kind_name(dtype), p->name, wanted);
             CHECK(pack_parameters(p, &given, &layer) == MHA_OK, "no weights");
             answer zeros = run_hidden(p, layer, dtype, (mha_wanted)wanted, (const double[]){0, 0, 0});
             answer others = run_hidden(p, layer, dtype, (mha_wanted)wanted, (const double[]){NAN, INFINITY, -INFINITY});
@@ -305,7 +330,7 @@ static void test_given_up(mha_dtype dtype)
     size_t rows[PARAMETERS], columns[PARAMETERS];
     parameter_shapes(&p, rows, columns);
     for (size_t i = 0; i < sizeof spoilt / sizeof *spoilt; i++) {
-        parameters given = make_parameters(&p, dtype);
+        parameters given = make_given(&p, dtype);
         if (spoilt[i] == TOO_LARGE_TOGETHER) { /* finite, but the product of a query's feature and a key's is not */
             put(dtype, given.array[Q_BIAS], 1, large);
             put(dtype, given.array[K_BIAS], 1, large);
@@ -313,7 +338,7 @@ static void test_given_up(mha_dtype dtype)
             put(dtype, given.array[spoilt[i]], (ptrdiff_t)(rows[spoilt[i]] * columns[spoilt[i]]) - 1, INFINITY);
         }
         mha_layer *layer = NULL;
-        DESCRIBE("%s %s '%s', parameter %d", mha_cpu_name(), dtype_name(dtype), p.name, spoilt[i]);
+        DESCRIBE("%s %s '%s', parameter %d", mha_cpu_name(), kind_name(dtype), p.name, spoilt[i]);
         CHECK(pack_parameters(&p, &given, &layer) == MHA_OK, "no weights");
         mha_call c = make_call(&p, dtype, &plainly);
         bool is_few[1];
@@ -338,14 +363,14 @@ static void test_dropout(mha_dtype dtype)
         problem p = {.name = "dropout", .N = 2, .L = 20, .S = 100, .w = RAGGED, .has_bias = true,
                      .padding = MHA_MASK_HIDE, .is_causal = i == 1, .dropout_p = rates[i]};
         const size_t count = p.N * p.w.H * p.L * p.S;
-        parameters given = make_parameters(&p, dtype);
+        parameters given = make_given(&p, dtype);
         mha_layer *layer = NULL;
-        DESCRIBE("%s %s dropout %g", mha_cpu_name(), dtype_name(dtype), p.dropout_p);
+        DESCRIBE("%s %s dropout %g", mha_cpu_name(), kind_name(dtype), p.dropout_p);
         CHECK(pack_parameters(&p, &given, &layer) == MHA_OK, "no weights");
         answer got = run(&p, layer, dtype, &plainly);
         const mha_call c = make_call(&p, dtype, &plainly);
         answer wanted = define(&p, &given, &c, got.weights);
-        check_close("output", dtype, got.output, wanted.output, p.N * p.L * p.w.Eo);
+        check_defined("output", dtype, got.output, wanted.output, p.N * p.L * p.w.Eo);
         size_t kept = 0, visible = 0;
         for (size_t j = 0; j < count; j++) {
             kept += got.weights[j] != 0;
@@ -355,7 +380,7 @@ static void test_dropout(mha_dtype dtype)
             else
                 wanted.weights[j] = 0;
         }
-        check_close("weights", dtype, got.weights, wanted.weights, count);
+        check_defined("weights", dtype, got.weights, wanted.weights, count);
         const double sigma = sqrt(p.dropout_p * (1 - p.dropout_p) * (double)visible);
         CHECK(fabs((double)kept - (1 - p.dropout_p) * (double)visible) <= 5 * sigma, "%zu of %zu kept", kept, visible);
         check_manners(&p, layer, dtype, &got);
@@ -408,6 +433,17 @@ static void test_halves(const problem *p, mha_dtype half)
     free_parameters(&halves);
 }
 
+static void test_dtype(mha_dtype dtype)
+{
+    uint64_t hash = HASH_OF_NOTHING;
+    for (size_t i = 0; i < PROBLEMS; i++)
+        test_problem(&problems[i], dtype, &hash);
+    printf("hash forward %s %016llx\n", kind_name(dtype), (unsigned long long)hash);
+    test_padding(dtype);
+    test_hidden(dtype);
+    test_dropout(dtype);
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1 && strcmp(argv[1], "levels") == 0) {
@@ -417,16 +453,13 @@ int main(int argc, char **argv)
     }
     if (!choose_kernels())
         return 2;
-    for (int dtype = 0; dtype < 2; dtype++) {
-        uint64_t hash = HASH_OF_NOTHING;
-        for (size_t i = 0; i < PROBLEMS; i++)
-            test_problem(&problems[i], (mha_dtype)dtype, &hash);
-        printf("hash forward %s %016llx\n", dtype_name((mha_dtype)dtype), (unsigned long long)hash);
-        test_padding((mha_dtype)dtype);
-        test_hidden((mha_dtype)dtype);
-        test_given_up((mha_dtype)dtype);
-        test_dropout((mha_dtype)dtype);
-    }
+    test_dtype(MHA_FLOAT32);
+    test_dtype(MHA_FLOAT64);
+    test_given_up(MHA_FLOAT32);
+    test_given_up(MHA_FLOAT64);
+    is_attention_bf16 = true;
+    test_dtype(MHA_FLOAT32);
+    is_attention_bf16 = false;
     for (size_t i = 0; i < PROBLEMS; i++) {
         test_halves(&problems[i], MHA_BFLOAT16);
         test_halves(&problems[i], MHA_FLOAT16);

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * test_narrow.c - products of int8 and bfloat16 against their definition, to the last bit: rows that are quantized,
- * panels of int8 of all widths, and whole linear maps.
+ * panels of int8 of all widths, whole linear maps, and attention.
  *
  * Kernels of int8 are tested on every level of this CPU, and linear maps on the chosen one. A hash of each stands for
  * the bits: all levels with FMA must give the same.
  */
 #include "bench.h"
+#include "problems.h"
 
 enum { MAX_NUMBERS = 100, MAX_TEST_ROWS = 18 };
 
@@ -132,7 +133,7 @@ static void check_product(const int8_level *at, const product_case *c, uint64_t 
         addend[i] = (float)random_number(MHA_FLOAT32, 2 + i / P, i % P);
     const mha_prefetch prefetch = {(const char *)b, 1, groups * P * k->group, 0};
     const mha_product product = {.rows = c->rows, .depth = groups, .vectors = c->vectors, .a = a,
-                                 .a_row = (ptrdiff_t)a_row, .b = b, .b_k = P, .b_scale = scale,
+                                 .a_row = (ptrdiff_t)a_row, .a_k = 1, .b = b, .b_k = P, .b_scale = scale,
                                  .addend = c->addend_row == 1 ? NULL : addend,
                                  .addend_row = c->addend_row == 1 ? 0 : c->addend_row, .c = y, .c_row = P,
                                  .prefetch = c->rows % 2 ? &prefetch : NULL};
@@ -299,6 +300,122 @@ static uint64_t test_maps(bool is_bf16)
     return hash;
 }
 
+/* ---- Attention ---- */
+
+typedef struct {
+    size_t L, S;
+    mha_widths w;
+    bool is_causal;
+} attention_case;
+
+/* Numbers of a projection: (length, heads * width). */
+static float *projected(const mha_layer *layer, const mha_call *call, mha_input input, size_t length, size_t width)
+{
+    float *y = allocated(length * width, sizeof *y);
+    const mha_rows x = input == MHA_QUERY ? call->query : input == MHA_KEY ? call->key : call->value;
+    const mha_input_projection projection = {.layer = layer, .input = input, .N = 1, .length = length, .x = x,
+                                             .y = mha_contiguous_rows(y, MHA_FLOAT32, 1, length, width), .threads = 1};
+    CHECK(mha_project_input(&projection) == MHA_OK, "no projection");
+    return y;
+}
+
+/* The sum of products of `count` pairs of numbers, `a_step` and `b_step` numbers apart. Of two neighbours, the second
+ * comes first. */
+static float pairs_sum(const int8_level *at, const float *a, size_t a_step, const float *b, size_t b_step, size_t count)
+{
+    float sum = 0;
+    for (size_t i = 0; i < count; i++) {
+        const size_t swapped = i % 2 ? i - 1 : i + 1 < count ? i + 1 : i;
+        sum = multiplied(at, as_bf16(a[swapped * a_step]), as_bf16(b[swapped * b_step]), sum);
+    }
+    return sum;
+}
+
+/* The context of one query and head, with the kernels' own softmax, in one lane. */
+static void context_of_query(const int8_level *at, const attention_case *c, size_t l, const float *q, const float *k,
+                             const float *v, float *context)
+{
+    const mha_kernels *kernels = mha_cpu_kernels(MHA_FLOAT32);
+    const size_t lanes = kernels->lanes, D = c->w.D, Dv = c->w.Dv, k_row = c->w.Hkv * D, v_row = c->w.Hkv * Dv;
+    static float scaled[1000], scores[MHA_BLOCK_KEYS * MHA_MAX_VECTOR_LANES], exps[MHA_BLOCK_KEYS];
+    float maximum[MHA_MAX_VECTOR_LANES], sum[MHA_MAX_VECTOR_LANES], factor[MHA_MAX_VECTOR_LANES];
+    for (size_t d = 0; d < D; d++)
+        scaled[d] = q[d] * (float)(1 / sqrt((double)D));
+    kernels->softmax_begin(maximum, sum, 1);
+    for (size_t first = 0; first < c->S; first += MHA_BLOCK_KEYS) {
+        const size_t keys = c->S - first < MHA_BLOCK_KEYS ? c->S - first : MHA_BLOCK_KEYS;
+        for (size_t i = 0; i < keys * lanes; i++) {
+            const size_t key = first + i / lanes;
+            float score = c->is_causal && key > l ? -INFINITY : 0;
+            for (size_t d = 0; d < D && isfinite(score); d += MHA_CHAIN)
+                score += pairs_sum(at, scaled + d, 1, k + key * k_row + d, 1, D - d < MHA_CHAIN ? D - d : MHA_CHAIN);
+            scores[i] = score;
+        }
+        kernels->softmax_step(scores, keys, 1, scores, maximum, sum, factor);
+        for (size_t i = 0; i < keys; i++)
+            exps[i] = scores[i * lanes];
+        for (size_t d = 0; d < Dv; d++) {
+            const float chain = pairs_sum(at, v + first * v_row + d, v_row, exps, 1, keys);
+            context[d] = first ? multiplied(at, context[d], factor[0], chain) : chain;
+        }
+    }
+    kernels->softmax_end(sum, factor, 1, MHA_EMPTY_ROW_NAN);
+    for (size_t d = 0; d < Dv; d++)
+        context[d] *= factor[0];
+}
+
+static void check_attention(const int8_level *at, const attention_case *c, uint64_t *hash)
+{
+    const problem p = {.N = 1, .L = c->L, .S = c->S, .w = c->w, .has_bias = true, .is_causal = c->is_causal};
+    const size_t H = c->w.H, Dv = c->w.Dv, shared = H / c->w.Hkv;
+    parameters given = make_parameters(&p, MHA_FLOAT32);
+    given.is_attention_bf16 = true;
+    mha_layer *layer = NULL;
+    float *context = allocated(c->L * H * Dv, sizeof *context), *wanted = allocated(Dv, sizeof *wanted);
+    CHECK(pack_parameters(&p, &given, &layer) == MHA_OK, "no layer");
+    for (size_t threads = 1; layer && threads <= 3; threads++) {
+        const manner m = {.threads = threads, .wanted = threads == 2 ? MHA_WANT_PROBABILITIES : MHA_WANT_NONE};
+        mha_call call = make_call(&p, MHA_FLOAT32, &m);
+        call.context = mha_contiguous_rows(context, MHA_FLOAT32, 1, c->L, H * Dv);
+        DESCRIBE("%s attention of %zu queries and %zu keys, D %zu, Dv %zu, %zu threads", at->name, c->L, c->S, c->w.D,
+                 Dv, threads);
+        CHECK(mha_forward(layer, &call) == MHA_OK, "no result");
+        float *q = projected(layer, &call, MHA_QUERY, c->L, H * c->w.D);
+        float *k = projected(layer, &call, MHA_KEY, c->S, c->w.Hkv * c->w.D);
+        float *v = projected(layer, &call, MHA_VALUE, c->S, c->w.Hkv * Dv);
+        for (size_t l = 0; l < c->L; l++)
+            for (size_t h = 0; h < H; h++) {
+                context_of_query(at, c, l, q + (l * H + h) * c->w.D, k + h / shared * c->w.D, v + h / shared * Dv, wanted);
+                for (size_t d = 0; d < Dv; d++) {
+                    CHECK_SAME(context[(l * H + h) * Dv + d], wanted[d], l, h * Dv + d);
+                    hash_number(hash, (double)wanted[d]);
+                }
+            }
+        free(q);
+        free(k);
+        free(v);
+    }
+    mha_layer_destroy(layer);
+    free_parameters(&given);
+    free(context);
+    free(wanted);
+}
+
+static uint64_t test_attention(void)
+{
+    static const attention_case cases[] = {
+        {5, 7, {2, 1, 4, 3, 8, 8, 8, 6}, false},       {70, 131, {2, 2, 64, 64, 9, 9, 9, 6}, false},
+        {3, 65, {1, 1, 65, 17, 9, 9, 9, 6}, false},    {1, 200, {4, 2, 130, 24, 9, 9, 9, 6}, false},
+        {33, 129, {2, 2, 16, 40, 9, 9, 9, 6}, true},   {100, 99, {3, 1, 7, 9, 9, 9, 9, 6}, true},
+        {1, 700, {2, 2, 32, 32, 40, 40, 40, 6}, false},
+    };
+    const int8_level at = {.name = mha_cpu_name(), .has_fma = strcmp(mha_cpu_name(), "portable") != 0};
+    uint64_t hash = HASH_OF_NOTHING;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        check_attention(&at, &cases[i], &hash);
+    return hash;
+}
+
 int main(void)
 {
     const char *reason;
@@ -309,5 +426,6 @@ int main(void)
     test_int8_kernels();
     printf("hash int8 maps %016llx\n", (unsigned long long)test_maps(false));
     printf("hash bf16 maps %016llx\n", (unsigned long long)test_maps(true));
+    printf("hash bf16 attention %016llx\n", (unsigned long long)test_attention());
     return check_report("test_narrow");
 }
