@@ -102,7 +102,7 @@ static inline void narrow_bf16(uint16_t *p, vec_f32 v)
     _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
-static inline vec_f32 swap_neighbours(vec_f32 v) { return _mm512_permute_ps(v, 0xb1); }
+static inline vec_f32 swap_neighbours(vec_f32 v) { return _mm512_shuffle_ps(v, v, 0xb1); }
 
 static inline void narrow_f16(uint16_t *p, vec_f32 v)
 {
