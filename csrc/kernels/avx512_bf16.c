@@ -49,7 +49,7 @@ static void pair_rows(const float *x, size_t x_row, size_t depth, size_t width, 
 }
 
 typedef vec_f32 sum_bf16_pairs;
-enum { HEADER_bf16_pairs = 0, GROUP_BYTES_bf16_pairs = 4 };
+enum { HEADER_bf16_pairs = 0, GROUP_BYTES_bf16_pairs = 4, ADJACENT_bf16_pairs = 0 };
 
 static inline vec_f32 begin_bf16_pairs(const uint32_t *row)
 {

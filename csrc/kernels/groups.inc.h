@@ -3,6 +3,8 @@
  * groups.inc.h - the tile of products by groups: some neighbours along the depth, 32 bits of a row, are multiplied and
  * added in one step. It is written once, and included after defining OF, the suffix of these names:
  *   sum, HEADER, GROUP_BYTES  the type of a sum of lanes_f32 lanes; the words before a row's groups; bytes of a group
+ *   ADJACENT                  1 if the groups of a row are always adjacent: a_k is then no variable, which would be
+ *                             one too many for clang's registers
  *   begin(row)                what the sums of a row start with
  *   load(b)                   a group of each of lanes_f32 features
  *   add(c, a, b)              c + the products of a group; a: a group of the row in all lanes
@@ -27,7 +29,7 @@ typedef struct {
  * tile.inc.h. */
 INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *p, G(progress) *at)
 {
-    const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = p->a_k;
+    const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = G(ADJACENT) ? 1 : p->a_k;
     const uint32_t *row = at->a, *a_0 = row + G(HEADER), *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0;
     const size_t vector_bytes = lanes_f32 * G(GROUP_BYTES), read = vectors * vector_bytes;
     const size_t b_bytes = p->b_k * G(GROUP_BYTES), step = at->prefetch.step;

@@ -74,7 +74,7 @@ static void quantize(const float *x, size_t n, uint32_t largest_bits, uint32_t *
 /* ---- Products ---- */
 
 typedef vec_i32 sum_int8;
-enum { HEADER_int8 = MHA_ROW_HEADER, GROUP_BYTES_int8 = GROUP };
+enum { HEADER_int8 = MHA_ROW_HEADER, GROUP_BYTES_int8 = GROUP, ADJACENT_int8 = 1 };
 
 static inline vec_i32 begin_int8(const uint32_t *row) { return splat_i32((int32_t)row[1]); }
 static inline vec_i32 load_int8(const char *b) { return load_group((const int8_t *)b); }
