@@ -205,7 +205,9 @@ static void fuzz_forward(choices *c)
     if (!is_small(&p) && p.N * (p.L + p.S) * (p.w.E + p.w.Ek + p.w.Ev) > MAX_NUMBERS)
         return;
     parameters given = make_parameters(&p, dtype);
-    given.narrow = dtype == MHA_FLOAT32 ? (narrowness)choose(c, NARROWS) : WIDE;
+    const size_t kind = dtype == MHA_FLOAT32 ? choose(c, 2 * NARROWS) : WIDE;
+    given.narrow = (narrowness)(kind % NARROWS);
+    given.is_attention_bf16 = kind >= NARROWS;
     mha_layer *layer = NULL;
     if (pack_parameters(&p, &given, &layer) != MHA_OK || make_block(&p, &s, dtype, &around) != MHA_OK)
         abort();
@@ -246,16 +248,16 @@ static void fuzz_forward(choices *c)
         put_queries_first(&call.output, p.N);
     call.attn_weights = malloc(p.N * heads * p.L * columns_of(&p) * number_size + 1);
     DESCRIBE("%s, N %zu, L %zu, S %zu, H %zu, Hkv %zu, D %zu, Dv %zu, E %zu, Ek %zu, Ev %zu, Eo %zu, attn %d (%d), "
-             "padding %d, extra %d%d, causal %d, self %d, threads %zu, weights %d, whole %d, narrow %d and %d",
+             "padding %d, extra %d%d, causal %d, self %d, threads %zu, weights %d, whole %d, narrow %d (%d) and %d",
              dtype_name(dtype), p.N, p.L, p.S, p.w.H, p.w.Hkv, p.w.D, p.w.Dv, p.w.E, p.w.Ek, p.w.Ev, p.w.Eo,
              (int)p.attn, p.attn_per_head, (int)p.padding, p.has_bias_kv, p.add_zero_attn, p.is_causal, p.is_self,
-             call.threads, (int)call.wanted, is_whole, (int)given.narrow, (int)s.narrow);
+             call.threads, (int)call.wanted, is_whole, (int)given.narrow, given.is_attention_bf16, (int)s.narrow);
     const mha_status status = mha_forward(layer, &call);
     if (status != MHA_OK && !(status == MHA_STOPPED && asked))
         abort();
     if (status == MHA_OK && is_whole)
         check_layer(&p, &s, dtype, layer, &call);
-    else if (status == MHA_OK && !wild && p.dropout_p == 0 && is_small(&p) && !given.narrow)
+    else if (status == MHA_OK && !wild && p.dropout_p == 0 && is_small(&p) && !kind)
         check_answer(&p, &given, &call);
     free(call.output.data);
     free(call.attn_weights);

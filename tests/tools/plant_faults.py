@@ -52,7 +52,7 @@ class Fault(NamedTuple):
 # ---- Reading C ----
 
 Edit = tuple[int, int, str]  # begin, end, what stands there instead
-FUNCTION = re.compile(r"^(?!typedef|enum|struct|union)\w[^;{}=]*?\b(?:V\((\w+)\)|(\w+))\([^;{}]*\)\n\{\n(.*?)^\}", re.M | re.S)
+FUNCTION = re.compile(r"^(?!typedef|enum|struct|union)\w[^;{}=]*?\b(?:[VG]\((\w+)\)|(\w+))\([^;{}]*\)\n\{\n(.*?)^\}", re.M | re.S)
 BLANK = re.compile(r'/\*.*?\*/|"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'|^#(?:[^\n]*\\\n)*[^\n]*', re.M | re.S)
 
 
@@ -197,7 +197,7 @@ class Unseen(NamedTuple):
 
 UNSEEN = [
     Unseen("", "", r"__builtin_prefetch|prefetch|madvise|MADV_", "a hint to the hardware or to the system"),
-    Unseen("tile", r"prefetch\(\)|progress", "", "what is prefetched"),
+    Unseen("tiles?", "prefetch", "", "what is prefetched"),
     Unseen("projection", r"prefetch_row\(\)|next_weights\(\)", "", "what is prefetched"),
     Unseen("attention", r"prefetch_share\(\)|count_sharers\(\)", "", "what is prefetched"),
     Unseen("projection", r"choose_tasks_per_block\(\)", "", "how threads share the work"),
@@ -214,7 +214,7 @@ UNSEEN = [
     Unseen("attention", r"mha_plan_panels\(\)", r"reserve\(&one, 1, P.* -> .*\(&one, 2, P", "room that is not used"),
     Unseen("few_queries", "", r"pack_panel\(bk.* -> .*size, 1, 1,", "the distance between rows of which there is one"),
     Unseen("few_queries", "", r"-> .*memcmp\(zero, number", "the same comparison"),
-    Unseen("kernels/kernels", r"mha_multiply_chained\(\)", r"-> .*depth >= MHA_CHAIN", "an empty chain, which adds 0"),
+    Unseen("kernels/kernels", r"mha_multiply_chained\(\)", r"-> .*depth >= chain", "an empty chain, which adds 0"),
     Unseen("layer", r"place_extra\(\)", r"-> .*3 \* heads", "room that is not used"),
     Unseen("sdpa", r"plan_attention\(\)", r"-> .*s->items : 1,", "room that is not used"),
     Unseen("spare", "", r"-> .*(bytes > LARGE|taken < MAX_SPARE)", "which memory is kept, at one size"),
@@ -267,7 +267,7 @@ NAMED = [
 
 # The tests of a subject, quick ones first: C programs by name, files of pytest or tests in them.
 SUBJECTS = [
-    (r"kernels/", "kernels softmax exp forward block test_dropout.py"),
+    (r"kernels/", "kernels narrow softmax exp forward block test_dropout.py"),
     (r"cpu", "kernels softmax forward test_reproducibility.py"),
     (r"block|rowwise", "block allocations test_whole_layers.py::test_workspace"),
     (r"threads|processors", "threads test_threads.py test_processes.py"),
@@ -284,7 +284,7 @@ SUBJECTS = [
     (r"python/run", "test_inputs.py test_hostile_arguments.py test_threads.py test_out_of_memory.py test_interrupt.py"),
     (r"python/", "test_inputs.py test_errors.py test_packed.py test_functional.py test_hostile_arguments.py "
                  "test_out_of_memory.py test_ownership.py test_advice.py"),
-    (r"", "forward block sdpa allocations test_inputs.py test_dropout.py test_functional.py::test_static_keys_and_values "
+    (r"", "forward narrow block sdpa allocations test_inputs.py test_dropout.py test_functional.py::test_static_keys_and_values "
           "test_reproducibility.py::test_chunks test_hidden.py "
           "test_ownership.py::test_memory_of_a_very_large_call test_explain.py test_extreme_numbers.py"),
 ]
