@@ -106,27 +106,6 @@ void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h,
     s->kept = NULL;
 }
 
-/* ---- Scores of one panel against one block, shared by both passes ---- */
-
-static const float *numbers_at(const char *numbers)
-{
-    return (const float *)(const void *)numbers;
-}
-
-static uint32_t *words_at(char *words)
-{
-    return (uint32_t *)(void *)words;
-}
-
-void mha_pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel lanes, char *queries)
-{
-    a->kernels->pack_panel(mha_row_at(&a->q, n, h, lanes.first), (size_t)mha_row_numbers(&a->q), lanes.count, a->D,
-                           a->rules->scale, queries, lanes.vectors);
-    if (a->narrow)
-        a->narrow->take_columns(numbers_at(queries), lanes.vectors * a->kernels->lanes, a->D,
-                                lanes.vectors * a->kernels->lanes, words_at(queries));
-}
-
 static const mha_rows *keys_of(const mha_attention *a, const mha_key_block *block)
 {
     return block->is_extra ? &a->extra_k : &a->k;
@@ -137,21 +116,93 @@ static const mha_rows *values_of(const mha_attention *a, const mha_key_block *bl
     return block->is_extra ? &a->extra_v : &a->v;
 }
 
-static mha_visible apply_rules(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                               char *bias)
+/* ---- Products of bfloat16 ----
+ *
+ * Queries and keys are narrowed in groups of features, exps and values in groups of keys. Keys and values of a block
+ * are narrowed once for neighbouring panels that read them. `base` is the thread's scratch. */
+
+static const float *numbers_at(const void *numbers)
 {
-    const mha_lanes of_head = {h, 1, lanes.first, lanes.count, lanes.vectors};
-    return mha_apply_rules(a->kernels, a->rules, mha_number_of(a->batch, n), &of_head, block, bias);
+    return numbers;
 }
 
-/* A group of queries and keys is neighbouring features. Keys of a block are narrowed once for neighbouring panels that
- * read them. */
+static uint32_t *words_at(void *words)
+{
+    return words;
+}
+
+/* In their place. */
+static void narrow_queries(const mha_attention *a, mha_panel lanes, char *queries)
+{
+    const size_t P = lanes.vectors * a->kernels->lanes;
+    a->narrow->take_columns(numbers_at(queries), P, a->D, P, words_at(queries));
+}
+
 static void narrow_keys(const mha_attention *a, size_t n, size_t hkv, const mha_key_block *block, char *narrow)
 {
     const mha_rows *keys = keys_of(a, block);
     for (size_t i = 0; i < block->keys; i++)
         a->narrow->take_row(numbers_at(mha_row_at(keys, n, hkv, block->first + i)), a->D, 0,
                             words_at(narrow) + i * mha_narrow_key_words(a));
+}
+
+static void narrow_values(const mha_attention *a, const char *values, ptrdiff_t row, size_t keys, char *base)
+{
+    a->narrow->take_columns(numbers_at(values), (size_t)row, keys, a->Dv, words_at(base + a->at.narrow_values));
+}
+
+static void narrow_block(const mha_attention *a, size_t n, size_t hkv, const mha_key_block *block, char *base)
+{
+    const mha_rows *values = values_of(a, block);
+    narrow_keys(a, n, hkv, block, base + a->at.narrow_keys);
+    narrow_values(a, mha_row_at(values, n, hkv, block->first), mha_row_numbers(values), block->keys, base);
+}
+
+/* Narrows the exps of a product of values, of which `narrowed` keys are narrow, and returns the product of both. The
+ * last visible key may be in a group with a hidden one, whose exps are 0. */
+static mha_product narrow_exps(const mha_attention *a, const mha_product *values, size_t narrowed, char *exps,
+                               char *base)
+{
+    const size_t P = values->b_k, keys = mha_smaller(mha_divide_up(values->depth, 2) * 2, narrowed);
+    mha_product product = *values;
+    a->kernels->fill(exps + values->depth * P * a->kernels->size, (keys - values->depth) * P, 0);
+    a->narrow->take_columns(numbers_at(exps), P, keys, P, words_at(base + a->at.narrow_exps));
+    product.depth = mha_divide_up(keys, a->narrow->group);
+    product.a = base + a->at.narrow_values;
+    product.a_k = (ptrdiff_t)padded_values(a);
+    product.b = base + a->at.narrow_exps;
+    return product;
+}
+
+/* The product with values that are rounded, but not narrow. Some of them may only now be infinite. */
+static mha_product round_values(const mha_attention *a, const mha_product *values, char *base)
+{
+    char *halves = base + a->at.narrow_values, *rounded = base + a->at.rounded;
+    mha_product product = *values;
+    for (size_t key = 0; key < values->depth; key++) {
+        a->kernels->narrow(MHA_BFLOAT16, numbers_at(values->a) + (ptrdiff_t)key * values->a_k, a->Dv, halves);
+        a->kernels->widen(MHA_BFLOAT16, halves, a->Dv, rounded + key * a->Dv * a->kernels->size);
+    }
+    product.a = rounded;
+    product.a_k = (ptrdiff_t)a->Dv;
+    return product;
+}
+
+/* ---- Scores of one panel against one block, shared by both passes ---- */
+
+void mha_pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel lanes, char *queries)
+{
+    a->kernels->pack_panel(mha_row_at(&a->q, n, h, lanes.first), (size_t)mha_row_numbers(&a->q), lanes.count, a->D,
+                           a->rules->scale, queries, lanes.vectors);
+    if (a->narrow)
+        narrow_queries(a, lanes, queries);
+}
+
+static mha_visible apply_rules(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
+                               char *bias)
+{
+    const mha_lanes of_head = {h, 1, lanes.first, lanes.count, lanes.vectors};
+    return mha_apply_rules(a->kernels, a->rules, mha_number_of(a->batch, n), &of_head, block, bias);
 }
 
 /* scores[key][lane] of the visible keys. The bias is added last, if there is one. Chains have at most MHA_CHAIN
@@ -279,49 +330,24 @@ static mha_prefetch prefetch_share(const mha_attention *a, const mha_panel_state
     return (mha_prefetch){mha_row_at(x, n, s->hkv, next->first + begin), end - begin, width * a->kernels->size, x->row};
 }
 
-/* A group of values and exps is neighbouring keys. */
-static void narrow_values(const mha_attention *a, const char *values, ptrdiff_t row, size_t keys, char *narrow)
-{
-    a->narrow->take_columns(numbers_at(values), (size_t)row, keys, a->Dv, words_at(narrow));
-}
-
-/* The product of values and exps. If products are narrow, so are the values already, of `narrowed` keys. The neighbour
- * of the last visible key may be hidden: its exps are 0. */
+/* The product of values and exps. If products are narrow, so are the values already, of `narrowed` keys. */
 static void multiply_values(const mha_attention *a, const mha_product *values, size_t narrowed, char *exps, char *base)
 {
-    mha_product product = *values;
     if (a->narrow) {
-        const size_t P = values->b_k, keys = mha_smaller(mha_divide_up(values->depth, 2) * 2, narrowed);
-        a->kernels->fill(exps + values->depth * P * a->kernels->size, (keys - values->depth) * P, 0);
-        a->narrow->take_columns(numbers_at(exps), P, keys, P, words_at(base + a->at.narrow_exps));
-        product.depth = mha_divide_up(keys, a->narrow->group);
-        product.a = base + a->at.narrow_values;
-        product.a_k = (ptrdiff_t)padded_values(a);
-        product.b = base + a->at.narrow_exps;
+        const mha_product product = narrow_exps(a, values, narrowed, exps, base);
         a->narrow->product(&product);
     } else {
-        a->kernels->product(&product);
+        a->kernels->product(values);
     }
 }
 
-/* With care. Numbers that are finite may be infinite in bfloat16. */
-static void multiply_finite_values(const mha_attention *a, const mha_product *values, const char *bias, char *finite,
-                                   char *exps, char *base)
+static void multiply_values_with_care(const mha_attention *a, const mha_product *values, const char *bias, char *finite,
+                                      char *exps, char *base)
 {
-    mha_product given = *values;
-    if (a->narrow) {
-        const size_t row_bytes = a->Dv * a->kernels->size;
-        char *halves = base + a->at.narrow_values, *rounded = base + a->at.rounded;
-        for (size_t key = 0; key < values->depth; key++) {
-            a->kernels->narrow(MHA_BFLOAT16, numbers_at(values->a) + (ptrdiff_t)key * values->a_k, a->Dv, halves);
-            a->kernels->widen(MHA_BFLOAT16, halves, a->Dv, rounded + key * row_bytes);
-        }
-        given.a = rounded;
-        given.a_k = (ptrdiff_t)a->Dv;
-    }
+    const mha_product given = a->narrow ? round_values(a, values, base) : *values;
     const mha_product product = mha_with_finite_values(a->kernels, &given, finite);
     if (a->narrow)
-        narrow_values(a, finite, product.a_k, product.depth, base + a->at.narrow_values);
+        narrow_values(a, finite, product.a_k, product.depth, base);
     multiply_values(a, &product, product.depth, exps, base);
     mha_add_other_values(a->kernels, &given, bias);
 }
@@ -357,7 +383,7 @@ static void step(const mha_attention *a, size_t n, mha_panel_state *s, const mha
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
                                  .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
     if (s->finite)
-        multiply_finite_values(a, &product, visible.is_biased ? bias : NULL, s->finite, exps, base);
+        multiply_values_with_care(a, &product, visible.is_biased ? bias : NULL, s->finite, exps, base);
     else
         multiply_values(a, &product, block->keys, exps, base);
     s->is_empty = false;
@@ -416,16 +442,10 @@ bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size
             mha_panel_state *s = &panels[i];
             if (i == 0 || !is_shared || s->lanes.first != panels[i - 1].lanes.first)
                 visible = apply_rules(a, n, s->h, s->lanes, block, base + a->at.bias);
-            if (a->narrow && (i == 0 || s->hkv != panels[i - 1].hkv)) {
-                const mha_rows *values = values_of(a, block);
-                narrow_keys(a, n, s->hkv, block, base + a->at.narrow_keys);
-                narrow_values(a, mha_row_at(values, n, s->hkv, block->first), mha_row_numbers(values), block->keys,
-                              base + a->at.narrow_values);
-            }
-            char *scores = base + a->at.scores;
-            if (s->kept)
-                scores = s->kept + b * mha_block_bytes(a, s->lanes.vectors);
-            step(a, n, s, block, next, visible, scores, base);
+            if (a->narrow && (i == 0 || s->hkv != panels[i - 1].hkv))
+                narrow_block(a, n, s->hkv, block, base);
+            char *kept = s->kept ? s->kept + b * mha_block_bytes(a, s->lanes.vectors) : NULL;
+            step(a, n, s, block, next, visible, kept ? kept : base + a->at.scores, base);
         }
         features += a->D + a->Dv;
         if (features >= FEATURES_PER_POLL && mha_is_stopped())
@@ -489,8 +509,8 @@ static void attend_task(void *context, size_t task, size_t worker)
 /* Whether items are so small that calling the kernels above would take longer than the arithmetic. */
 static bool is_handful(const mha_attention *a)
 {
-    return !a->narrow && a->L <= MHA_HANDFUL && a->batch->S <= MHA_HANDFUL && a->D <= MHA_HANDFUL && a->Dv <= MHA_HANDFUL &&
-           a->batch->extra == 0 && !can_hide(a) && !a->wanted && !(a->rules->dropout_p > 0);
+    return !a->narrow && a->L <= MHA_HANDFUL && a->batch->S <= MHA_HANDFUL && a->D <= MHA_HANDFUL &&
+           a->Dv <= MHA_HANDFUL && a->batch->extra == 0 && !can_hide(a) && !a->wanted && !(a->rules->dropout_p > 0);
 }
 
 /* The tasks of an item, which share its heads. */
