@@ -203,6 +203,7 @@ UNSEEN = [
     Unseen("attention", r"prefetch_share\(\)|count_sharers\(\)", "", "what is prefetched"),
     Unseen("projection", r"choose_tasks_per_block\(\)", "", "how threads share the work"),
     Unseen("probabilities", r"(even_parts|are_panels_even)\(\)", "", "how threads share the work"),
+    Unseen("probabilities", r"take\(\)", r"-> .*reserve\(layout, numbers, rows", "the same product"),
     Unseen("schedule", r"min_chunks\(\)", "", "how threads share the work"),
     Unseen("attention", r"tasks_of_handful\(\)", "", "how threads share the work"),
     Unseen("attention", r"is_handful\(\)", r"-> .* < MHA_HANDFUL", "which of two ways with equal bits, at one size"),
