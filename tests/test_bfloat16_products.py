@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""matmul_precision="bfloat16": the linear maps by their definition, in layers and in files. tests/test_int8.py has what
-both precisions share."""
+"""matmul_precision="bfloat16": linear maps and attention by their definition, in layers and in files. tests/test_int8.py
+has what both precisions share."""
 
 import copy
 import hashlib
+import itertools
+import pickle
 
 import mha_c
 import numpy as np
 import pytest
-from helpers import bits, layer, normal, randomize
+from helpers import bits, causal_mask, layer, normal, randomize, run_child
 from mha_c import _core
+from test_hidden import KINDS, LEVELS, hold_apart, skip_unless_supported
 from test_reproducibility import WITH_FMA, assert_agrees
 
 pytest.importorskip("ml_dtypes")
 
 EPS = float(np.finfo("f4").eps)
+BLOCK = 64  # keys whose exponentials have one maximum
 
 
 def rounded(x):
@@ -25,6 +29,9 @@ def rounded(x):
 
 def linear(depth, features, bias=True, **options):
     return randomize(mha_c.Linear(depth, features, bias, matmul_precision="bfloat16", **options))
+
+
+# ---------------------------------------------------------------------------------------------- what is computed
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, 63, 64, 65, 384, 2048, 2049, 5000])
@@ -54,6 +61,131 @@ def test_rows_that_are_not_finite():
         got = module(spoilt)
         assert not np.isfinite(got[4]).any()
         np.testing.assert_array_equal(np.delete(got, 4, 0), np.delete(want, 4, 0))
+
+
+def attend(q, k, v, bias=0.0, extra=0, factor=1.0):
+    """Attention whose two products read numbers rounded to bfloat16: context and weights, each with how far rounding in
+    float32 may move it. q is (H, L, D), k and v are (Hkv, S, ...); the last keys are `extra` ones, in a block of their
+    own. `factor` is what dropout makes of weights.
+    """
+    k, v = (np.repeat(x, len(q) // len(x), axis=0) for x in (k, v))
+    s, depth = k.shape[1:]
+    a, b, c = (rounded(x).astype("f8") for x in (q * np.float32(depth**-0.5), k, v))
+    scores = a @ b.swapaxes(1, 2) + bias
+    size = np.abs(a) @ np.abs(b).swapaxes(1, 2) * depth + np.where(np.isfinite(scores), np.abs(scores), 0)
+    off = EPS * (size + size.max(axis=2, keepdims=True))  # of a score, and of the largest one
+    maximum, total, context, slack = np.full((*scores.shape[:2], 1), -np.inf), 0.0, 0.0, 0.0
+    ends = [*range(BLOCK, s - extra, BLOCK), s - extra]
+    for keys in (block for block in np.split(np.arange(s), ends) if block.size):
+        largest = np.maximum(maximum, scores[..., keys].max(axis=2, keepdims=True))
+        reference = np.where(np.isfinite(largest), largest, 0)
+        shrink, maximum = np.exp(maximum - reference), largest
+        exps = np.exp(scores[..., keys] - reference)
+        moved = exps * (off[..., keys] + 4 * EPS)
+        kept = np.broadcast_to(factor, scores.shape)[..., keys]
+        least, found, most = (rounded((x * kept).astype("f4")).astype("f8") for x in (exps - moved, exps, exps + moved))
+        size = found @ np.abs(c[:, keys])
+        slack = slack * shrink + (most - least) @ np.abs(c[:, keys]) + 16 * EPS * size
+        context = context * shrink + found @ c[:, keys]
+        total = total * shrink + exps.sum(axis=2, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(maximum), maximum, 0)) / total * factor
+    moved = off.max(axis=2, keepdims=True) + 16 * EPS
+    return (context / total, slack / total + moved * np.abs(context / total)), (weights, weights * moved)
+
+
+def bare_layer(heads, kv_heads, depth, precision="bfloat16", **options):
+    """Attention whose projections copy numbers, and multiply them in float32."""
+    module = layer(heads * depth, heads, num_kv_heads=kv_heads, bias=False, batch_first=True,
+                   matmul_precision={"attention": precision}, **options)
+    kept = np.eye(kv_heads * depth, heads * depth)
+    module.in_proj_weight = np.concatenate([np.eye(heads * depth), kept, kept])
+    module.out_proj.weight = np.eye(heads * depth)
+    return module
+
+
+def split(x, heads):
+    """(length, heads * width) by heads."""
+    return x.reshape(len(x), heads, -1).swapaxes(0, 1)
+
+
+def assert_close(got, wanted, what):
+    want, off = wanted
+    assert got.shape == want.shape
+    assert (np.abs(got - want) <= off).all(), f"{what}: {(np.abs(got - want) / np.maximum(off, 1e-30)).max():.3g}"
+
+
+def assert_attends(module, x, bias=0.0, live=slice(None), factor=None, **call):
+    """Holds one call on (query, key, value) of one item against the definition. `factor` takes the weights."""
+    query, key, value = x
+    out, weights = module(*(one[None] for one in x), average_attn_weights=False, **call)
+    kv_heads, depth = module.num_kv_heads, module.head_dim
+    k, v = (split(one[live, : kv_heads * depth], kv_heads) for one in (key, value))
+    extra = [split(one[0], kv_heads) for one in (module.bias_k, module.bias_v) if one is not None]
+    extra = [(one,) for one in extra] if extra else [(), ()]
+    if module.add_zero_attn:
+        extra = [(*one, np.zeros((kv_heads, 1, depth), "f4")) for one in extra]
+    k, v = (np.concatenate([one, *more], axis=1) for one, more in zip((k, v), extra))
+    count = len(extra[0])
+    bias = np.zeros((1, len(query), len(key))) + bias
+    bias = np.concatenate([bias[..., live], np.zeros((*bias.shape[:2], count))], axis=2)
+    shown = np.concatenate([weights[0][..., : len(key)][..., live], weights[0][..., len(key) :]], axis=2)
+    wanted, wanted_weights = attend(split(query, module.num_heads), k, v, bias, count, 1.0 if factor is None else factor(shown))
+    assert_close(split(out[0], module.num_heads), wanted, "context")
+    assert_close(shown, wanted_weights, "weights")
+    if factor is None:
+        bare, _ = module(*(one[None] for one in x), need_weights=False, **call)
+        np.testing.assert_array_equal(bare, out)
+
+
+def given_to(module, length, keys, seed=0):
+    """Query, key and value of one item, such that weights differ a lot."""
+    return [normal((rows, module.embed_dim), seed=seed + i) * 2 for i, rows in enumerate((length, keys, keys))]
+
+
+@pytest.mark.parametrize("heads, kv_heads, depth", [(2, 2, 16), (4, 2, 7), (1, 1, 65), (3, 1, 1)])
+@pytest.mark.parametrize("keys", [1, 2, 3, 63, 64, 65, 127, 128, 129, 130])
+def test_attention(heads, kv_heads, depth, keys):
+    """Products of rounded numbers, and sums of float32. (tests/c/test_narrow.c knows their order, and so every bit.)"""
+    module = bare_layer(heads, kv_heads, depth)
+    for length in (1, 5, 70):
+        assert_attends(module, given_to(module, length, keys))
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True},
+                                     {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
+def test_attention_with_masks(options):
+    module = bare_layer(4, 2, 8, **options)
+    for length, keys in ((1, 67), (66, 131), (90, 90)):
+        x = given_to(module, length, keys)
+        hidden = normal((length, keys)) > 0.5
+        hidden[:, 1] = False
+        assert_attends(module, x, np.where(hidden, -np.inf, 0), attn_mask=hidden)
+        by_head = np.where(normal((4, length, keys), seed=1) > 0.5, -np.inf, normal((4, length, keys), seed=2))
+        by_head[:, :, 1] = 0.5
+        assert_attends(module, x, by_head, attn_mask=by_head.astype("f4"))
+        assert_attends(module, x, np.where(causal_mask(length, keys), -np.inf, 0), is_causal=True)
+        removed = np.arange(keys) % 3 == 2
+        assert_attends(module, x, live=~removed, key_padding_mask=removed[None])
+        assert_attends(module, x, np.where(hidden, -np.inf, 0), ~removed, attn_mask=hidden, key_padding_mask=removed[None])
+
+
+def test_attention_with_dropout():
+    """What is kept is divided by 1 - p before it is rounded, and the sum is that of all exponentials."""
+    module = bare_layer(4, 2, 8, dropout=0.3, dropout_seed=5, training=True)
+    assert_attends(module, given_to(module, 66, 131), factor=lambda weights: (weights != 0) / 0.7)
+
+
+def test_attention_is_more_accurate_than_autocast():
+    """torch rounds to bfloat16 between the steps, too."""
+    torch = pytest.importorskip("torch")
+    module, x = layer(64, 4, batch_first=True), normal((2, 100, 64))
+    exact = copy.deepcopy(module).double()(*[x.astype("f8")] * 3)[0]
+    module.matmul_precision = "bfloat16"
+    twin = mha_c.torch.to_torch(module).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        theirs = twin(*[torch.from_numpy(x)] * 3, need_weights=False)[0].float().numpy()
+    ours, theirs = (np.sqrt(np.mean(np.square(one - exact))) for one in (module(x, x, x)[0], theirs))
+    assert 0.1 * theirs < ours < 0.8 * theirs
 
 
 def test_layers_have_the_bits_of_their_parts():
