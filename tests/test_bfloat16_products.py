@@ -10,15 +10,15 @@ import pickle
 import mha_c
 import numpy as np
 import pytest
-from helpers import bits, causal_mask, layer, normal, randomize, run_child
+from helpers import bits, causal_mask, layer, normal, randomize
 from mha_c import _core
-from test_hidden import KINDS, LEVELS, hold_apart, skip_unless_supported
 from test_reproducibility import WITH_FMA, assert_agrees
 
 pytest.importorskip("ml_dtypes")
 
 EPS = float(np.finfo("f4").eps)
 BLOCK = 64  # keys whose exponentials have one maximum
+INT8_MAPS = {"in_proj": "int8", "attention": "bfloat16", "out_proj": "int8"}
 
 
 def rounded(x):
@@ -212,6 +212,14 @@ def test_halves(dtype):
     one, x = linear(70, 9, dtype=dtype), normal((11, 70), dtype)
     wide = copy.deepcopy(one).float()
     np.testing.assert_array_equal(one(x), wide(x.astype("f4")).astype(dtype))
+    one, x = layer(24, 4, num_kv_heads=2, dtype=dtype, matmul_precision="bfloat16"), normal((67, 24), dtype)
+    wide = copy.deepcopy(one).float()
+    assert wide.matmul_precision == "bfloat16"
+    for got, want in zip(one(x, x, x), wide(*[x.astype("f4")] * 3)):
+        np.testing.assert_array_equal(got, want.astype(dtype))
+
+
+# ---------------------------------------------------------------------------------------------- equal bits
 
 
 def digest():
@@ -219,12 +227,24 @@ def digest():
     total = hashlib.sha256()
     for depth, features, rows in ((3, 5, 1), (65, 33, 7), (384, 100, 130), (2049, 17, 19)):
         total.update(linear(depth, features)(normal((rows, depth))).tobytes())
-    x = normal((3, 70, 24))
-    for options in ({}, {"num_kv_heads": 2, "head_dim": 7}, {"kdim": 24, "vdim": 24, "add_zero_attn": True}):
-        module = layer(24, 4, batch_first=True, matmul_precision="bfloat16", **options)
-        for result in module(x, x, x, key_padding_mask=np.arange(70) >= np.array([[70], [4], [65]]), is_causal=True):
-            total.update(np.ascontiguousarray(result).tobytes())
+    for module, calls in attentions():
+        for x, call in calls:
+            for result in module(*x, **call):
+                total.update(np.ascontiguousarray(result).tobytes())
     return total.hexdigest()
+
+
+def attentions():
+    """Layers of attention, each with (query, key, value) and the options of calls."""
+    x, padding = normal((3, 70, 24)), np.arange(70) >= np.array([[70], [4], [65]])
+    mask = np.where(normal((12, 70, 70)) > 1, -np.inf, normal((12, 70, 70), seed=1)).astype("f4")
+    mask[:, :, 0] = 0
+    long = normal((3, 1, 24)), normal((3, 601, 24)), normal((3, 601, 24), seed=1)
+    for options in ({}, {"num_kv_heads": 2, "head_dim": 7}, {"kdim": 24, "vdim": 24, "add_zero_attn": True},
+                    {"head_dim": 65, "add_bias_kv": True}, {"dropout": 0.3, "dropout_seed": 1, "training": True}):
+        module = layer(24, 4, batch_first=True, matmul_precision="bfloat16", **options)
+        masked = [{"key_padding_mask": padding, "is_causal": True}, {"attn_mask": mask, "average_attn_weights": False}]
+        yield module, [*(((x, x, x), call) for call in masked), (long, {})]
 
 
 @pytest.mark.parametrize("level", WITH_FMA)
@@ -243,6 +263,55 @@ def test_threads_batch_and_strides():
     np.testing.assert_array_equal(module(np.repeat(x, 2, axis=2)[..., ::2]), output)
 
 
+def test_attention_of_items():
+    """An item has the same bits alone, without its padding, with strides, and without weights."""
+    for module, calls in attentions():
+        if module.training:  # an item draws by its number
+            continue
+        for x, call in calls:
+            want = module(*x, **call)[0]
+            bare = module(*x, **call, need_weights=False)[0]
+            np.testing.assert_array_equal(bare, want)
+            np.testing.assert_array_equal(module(*(np.repeat(one, 2, axis=2)[..., ::2] for one in x), **call)[0], want)
+            for i, one in enumerate(zip(*x)):
+                alone = {name: value[i : i + 1] if name == "key_padding_mask" else value for name, value in call.items()}
+                if "attn_mask" in call:
+                    alone["attn_mask"] = call["attn_mask"][4 * i : 4 * i + 4]
+                np.testing.assert_array_equal(module(*(array[None] for array in one), **alone)[0][0], want[i])
+    module, (query, key, value) = layer(24, 4, batch_first=True, matmul_precision="bfloat16"), calls[-1][0]
+    many = np.repeat(query, 100, axis=1)  # few queries and many keys take no other path
+    np.testing.assert_array_equal(module(query, key, value)[0][:, 0], module(many, key, value)[0][:, 50])
+    padded = [np.concatenate([one, np.full((3, 40, 24), np.nan, "f4")], axis=1) for one in (key, value)]
+    padding = np.tile(np.arange(641) >= 601, (3, 1))
+    np.testing.assert_array_equal(module(query, *padded, key_padding_mask=padding)[0], module(query, key, value)[0])
+
+
+@pytest.mark.parametrize("filler", [[np.finfo("f4").max], [np.finfo("f4").max, np.finfo("f4").min], [np.nan, np.inf]], ids=str)
+def test_hidden_numbers_that_become_infinite(filler):
+    """The largest number of float32 is infinite in bfloat16. Where it is hidden, a query has the bits that it has with
+    zeros there.
+    """
+    module = bare_layer(2, 1, 9)
+    query, key, value = given_to(module, 70, 70)
+    late = np.arange(70) >= 66
+    hidden, by_flag = np.tile(late, (70, 1)), {"is_causal": True}
+    zeros = [np.where(late[:, None], 0, one).astype("f4")[None] for one in (key, value)]
+    spoilt = [np.where(late[:, None], np.resize(filler, one.shape), one).astype("f4")[None] for one in (key, value)]
+    for call, unseen in ((by_flag, 66), ({"attn_mask": causal_mask(70, 70)}, 66), ({"attn_mask": hidden}, 70),
+                         ({"attn_mask": np.where(hidden, -np.inf, 0.5).astype("f4")}, 70),
+                         ({"key_padding_mask": late[None]}, 70),
+                         ({"key_padding_mask": np.where(late[None], -np.inf, 0.5).astype("f4")}, 70)):
+        for need_weights in (True, False):
+            output, weights = module(query[None], *zeros, need_weights=need_weights, **call)
+            for given in (spoilt, (zeros[0], spoilt[1]), (spoilt[0], zeros[1])):
+                got, got_weights = module(query[None], *given, need_weights=need_weights, **call)
+                np.testing.assert_array_equal(got[:, :unseen], output[:, :unseen])
+                if need_weights:
+                    np.testing.assert_array_equal(got_weights[:, :unseen], weights[:, :unseen])
+    seen = module(query[None], zeros[0], spoilt[1], **by_flag)[0]
+    assert not np.isfinite(seen[:, 66:]).any()
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_files_and_copies(tmp_path, suffix):
     """The wide parameters are kept and written. packed=True writes int8 weights alone."""
@@ -255,17 +324,17 @@ def test_files_and_copies(tmp_path, suffix):
     np.testing.assert_array_equal(loaded(x), module(x))
     with pytest.raises(ValueError, match="packed=True writes int8 weights, but this layer has none"):
         module.save(tmp_path / f"packed{suffix}", packed=True)
-    both = mha_c.MultiheadAttention(8, 2, seed=0, matmul_precision={"in_proj": "int8", "out_proj": "bfloat16"})
-    both.save(tmp_path / f"both{suffix}", packed=True)
-    again = mha_c.MultiheadAttention.load(tmp_path / f"both{suffix}")
-    assert again.matmul_precision == {"in_proj": "int8", "out_proj": "bfloat16"}
-    np.testing.assert_array_equal(again.out_proj.weight, both.out_proj.weight)
     y = normal((3, 8))
-    np.testing.assert_array_equal(again(y, y, y)[0], both(y, y, y)[0])
-    both.matmul_precision = "bfloat16"
-    assert both.matmul_precision == copy.deepcopy(both).matmul_precision == "bfloat16"
-    again.matmul_precision = "bfloat16"  # of weights that were int8
-    assert again.in_proj_weight.dtype == "f4"
+    for value in ({"in_proj": "int8", "attention": None, "out_proj": "bfloat16"}, INT8_MAPS):
+        both = layer(8, 2, matmul_precision=value)
+        both.save(tmp_path / f"both{suffix}", packed=True)
+        again = mha_c.MultiheadAttention.load(tmp_path / f"both{suffix}")
+        for one in (again, pickle.loads(pickle.dumps(both)), copy.copy(both), copy.deepcopy(both)):
+            assert one.matmul_precision == value
+            assert [result.tobytes() for result in one(y, y, y)] == [result.tobytes() for result in both(y, y, y)]
+        again.matmul_precision = "bfloat16"  # of weights that were int8
+        assert again.in_proj_weight.dtype == "f4"
+    assert again.matmul_precision == copy.deepcopy(again).matmul_precision == "bfloat16"
 
 
 def test_what_is_refused():
