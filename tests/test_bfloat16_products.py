@@ -204,6 +204,35 @@ def test_layers_have_the_bits_of_their_parts():
         steps._is_plain = lambda *_: False
         given = (x,) if isinstance(whole, mha_c.TransformerEncoderLayer) else (x, normal((2, 5, 24), seed=1))
         np.testing.assert_array_equal(whole(*given), steps(*given))
+        np.testing.assert_array_equal(mha_c.explain(whole, *given).output, whole(*given))
+
+
+def test_explain():
+    """Scores, weights and contexts are those of the narrow products, also of some heads."""
+    module, x = layer(24, 4, batch_first=True, matmul_precision="bfloat16", num_kv_heads=2), normal((2, 67, 24))
+    explanation = mha_c.explain(module, x, is_causal=True)
+    heads = [explanation.stages[f"{name}_heads"].array for name in "qkv"]
+    q, k = rounded(heads[0] * np.float32(6**-0.5)), np.repeat(rounded(heads[1]), 2, axis=1)
+    np.testing.assert_allclose(explanation.scores, q @ k.swapaxes(2, 3), rtol=1e-6, atol=1e-6)
+    for i, one in enumerate(zip(*heads)):
+        context, weights = attend(*one, np.where(causal_mask(67, 67), -np.inf, 0))
+        assert_close(explanation.head_outputs[i], context, "context")
+        assert_close(explanation.weights[i], weights, "weights")
+    output, weights = module(x, x, x, is_causal=True, average_attn_weights=False)
+    np.testing.assert_array_equal(explanation.output, output)
+    np.testing.assert_array_equal(explanation.weights, weights)
+    some = mha_c.explain(module, x, is_causal=True, heads=[3, 0])
+    for name in ("scores", "weights", "head_outputs"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(explanation, name)[:, [3, 0]])
+    assert mha_c.explain(module, x[:1, :1], normal((1, 3000, 24))).paths == ("ordinary",)
+
+
+def test_plot():
+    """Pictures show the weights that the layer returns."""
+    pytest.importorskip("matplotlib")
+    module, x = layer(24, 4, matmul_precision="bfloat16"), normal((9, 24))
+    image = mha_c.plot.weights(mha_c.explain(module, x), head=1).images[0]
+    np.testing.assert_array_equal(image.get_array(), module(x, x, x, average_attn_weights=False)[1][1])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
