@@ -118,9 +118,10 @@ class MultiheadAttention(RandomModule):
         Number of key and value heads, a divisor of `num_heads`; `num_heads` unless given. With fewer of them
         (grouped-query attention), query head h reads key and value head ``h // (num_heads // num_kv_heads)``.
     matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
-        What the linear maps multiply. None: float32 or float64. "bfloat16": weights and inputs are rounded to
-        bfloat16. "int8": weights and rows of inputs are rounded to int8 numbers, whose products are summed exactly; see
-        the notes. A mapping chooses for "in_proj" and "out_proj", or with "default" for those that it does not name.
+        What is multiplied. None: float32 or float64. "bfloat16": numbers that are rounded to bfloat16, in the linear
+        maps and in attention itself. "int8": weights and rows of inputs of the linear maps, rounded to int8 numbers;
+        attention itself stays as with None. A mapping chooses for "in_proj", "attention" and "out_proj", or with
+        "default" for those that it does not name; "attention" can be None or "bfloat16". See the notes.
 
     Attributes
     ----------
@@ -158,6 +159,18 @@ class MultiheadAttention(RandomModule):
     Parameters are read-only arrays. Assigning to one, `load_state_dict` and `to` replace all of them at once, so other
     threads may call the layer at the same time: each call uses one set of parameters throughout.
 
+    With the `matmul_precision` "bfloat16", both factors of each product are rounded to the nearest number of bfloat16,
+    a tie to the even one, and to 0 where that is subnormal. Products are summed in float32. So the context of a query
+    is, with r for rounding::
+
+        s_j = r(Q / sqrt(head_dim)) . r(K_j)
+        e_j = exp(s_j - m)
+        context = sum_j r(e_j) r(V_j) / sum_j e_j
+
+    m is the largest score up to the end of a block of 64 keys. The sum of the exponentials and the weights that are
+    returned are not rounded. (Dot products with factors of bfloat16 and sums of float32: "A Study of BFLOAT16 for Deep
+    Learning Training", Kalamkar et al., 2019.)
+
     With the `matmul_precision` "int8", a row w of a weight becomes the int8 numbers rint(w / s) with the scale
     s = max|w| / 127. Each row of an input is quantized in the same way when it comes, so an outlier does not spoil the
     other rows. A map is then::
@@ -166,8 +179,7 @@ class MultiheadAttention(RandomModule):
 
     The sum is exact over up to 8192 features, and those of more features are added in order. A row with NaN or infinity
     gives NaN. So "int8" gives the same bits on every CPU whose float32 results have the same bits. So does "bfloat16",
-    except for sums below 2^-126. Scores and weighted sums stay in float32. Parameters and state dicts stay those of the
-    dtype.
+    except for sums below 2^-126. Parameters and state dicts stay those of the dtype.
 
     Examples
     --------

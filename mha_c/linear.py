@@ -84,8 +84,8 @@ class Linear(Module):
         of bfloat16 and float16 are float32's, rounded, from which torch's differ in about one number of a thousand.
         None: a random seed.
     matmul_precision : {"bfloat16", "int8"}, optional
-        What is multiplied, as for `MultiheadAttention`: numbers that are rounded to bfloat16 or int8. None: float32 or
-        float64.
+        What is multiplied, as in the linear maps of `MultiheadAttention`: numbers that are rounded to bfloat16 or int8.
+        None: float32 or float64.
 
     Attributes
     ----------

@@ -60,7 +60,7 @@ class TransformerDecoderLayer(TransformerLayer):
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
     matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
-        As for `TransformerEncoderLayer`. "in_proj" and "out_proj" are those of both attentions.
+        As for `TransformerEncoderLayer`. "in_proj", "attention" and "out_proj" stand for those of both attentions.
 
     Attributes
     ----------
