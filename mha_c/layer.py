@@ -16,12 +16,14 @@ from mha_c.advice.calls import advise_on_call, warn_of_decoding
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.dropout import RandomModule
 from mha_c.module import (
+    Module,
     Option,
     Parameter,
     PrecisionOfProducts,
     check_device,
     check_memory,
     check_torch_module,
+    dtypes_for,
     flag,
 )
 from mha_c.parameters.files import open_state_dict
@@ -731,8 +733,8 @@ def layer_with(parameters: ParameterSet, *, add_zero_attn: bool, batch_first: bo
     return layer.eval()
 
 
-def facts_of(layer: MultiheadAttention) -> dict[str, Any]:
-    """What `advise_on_call` needs to know about a layer."""
+def facts_of(layer: MultiheadAttention, whole: Module | None = None) -> dict[str, Any]:
+    """What `advise_on_call` needs to know about a layer, perhaps in a whole layer that was called."""
     widths, arrays = layer._parameters.widths, layer._parameters.arrays
     return {
         "num_heads": widths.num_heads,
@@ -740,6 +742,7 @@ def facts_of(layer: MultiheadAttention) -> dict[str, Any]:
         "parameters": arrays.values(),
         "extra_keys": ("bias_k" in arrays) + bool(layer.add_zero_attn),
         "batch_first": bool(layer.batch_first),
+        "other_dtypes": dtypes_for(layer if whole is None else whole),
     }
 
 

@@ -13,7 +13,15 @@ from mha_c import _core
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.linear import advise_on_linear
-from mha_c.module import Module, Parameter, PrecisionOfProducts, check_device, check_memory, check_torch_module
+from mha_c.module import (
+    Module,
+    Parameter,
+    PrecisionOfProducts,
+    check_device,
+    check_memory,
+    check_torch_module,
+    dtypes_for,
+)
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.initialization import initial_linear
@@ -204,7 +212,7 @@ class Linear(Module):
         try:
             return _core.linear(parameters.packed, input)
         except REFUSALS as error:
-            advise_on_linear(error, input, parameters.arrays["weight"])
+            advise_on_linear(error, input, parameters.arrays["weight"], dtypes_for(self))
             raise
 
     __call__ = forward

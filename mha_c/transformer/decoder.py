@@ -185,12 +185,12 @@ class TransformerDecoderLayer(TransformerLayer):
                 error,
                 AttentionCall(
                     "tgt", tgt, "tgt", tgt, "tgt_mask", tgt_mask, "tgt_key_padding_mask", tgt_key_padding_mask,
-                    "tgt_is_causal", tgt_is_causal, lambda: facts_of(self.self_attn),
+                    "tgt_is_causal", tgt_is_causal, lambda: facts_of(self.self_attn, self),
                 ),
                 AttentionCall(
                     "tgt", tgt, "memory", memory, "memory_mask", memory_mask, "memory_key_padding_mask",
                     memory_key_padding_mask, "memory_is_causal", memory_is_causal,
-                    lambda: facts_of(self.multihead_attn),
+                    lambda: facts_of(self.multihead_attn, self),
                 ),
             )  # fmt: skip
             raise

@@ -699,7 +699,7 @@ def attention_call(
     """The attention of the first of some layers, for advice."""
     return AttentionCall(
         "src", src, "src", src, mask_name, mask, "src_key_padding_mask", padding, flag_name, is_causal,
-        lambda: facts_of(layers[0].self_attn),
+        lambda: facts_of(layers[0].self_attn, layers[0]),
     )  # fmt: skip
 
 
