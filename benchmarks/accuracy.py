@@ -57,9 +57,8 @@ def attention(length: int, features: int, heads: int, **call: Any) -> Callable[.
     perhaps for narrow products, beside torch's autocast."""
 
     def compute(dtype: str, seed: int, precision: Any = None) -> tuple[Any, Any, Any]:
-        module = mha_c.MultiheadAttention(
-            features, heads, batch_first=True, dtype=dtype, seed=seed, matmul_precision=precision
-        ).eval()
+        module = mha_c.MultiheadAttention(features, heads, batch_first=True, dtype=dtype, seed=seed).eval()
+        module.matmul_precision = precision
         x = np.random.default_rng(seed).standard_normal((2, length, features)).astype(dtype)
         mask = {"attn_mask": np.triu(np.ones((length, length), bool), 1)} if call.get("is_causal") else {}
         with torch.autocast("cpu", torch.bfloat16, enabled=precision is not None):
@@ -74,8 +73,9 @@ def encoder_layer(length: int, features: int, heads: int, **options: Any) -> Cal
 
     def compute(dtype: str, seed: int, precision: Any = None) -> tuple[Any, Any, Any]:
         module = mha_c.TransformerEncoderLayer(
-            features, heads, 4 * features, batch_first=True, dtype=dtype, seed=seed, matmul_precision=precision, **options
+            features, heads, 4 * features, batch_first=True, dtype=dtype, seed=seed, **options
         ).eval()
+        module.matmul_precision = precision
         x = np.random.default_rng(seed).standard_normal((2, length, features)).astype(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision is not None):
             theirs = layer_in_torch(module, {"src": x})

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""matmul_precision="bfloat16": linear maps and attention by their definition, in layers and in files. tests/test_int8.py
-has what both precisions share."""
+"""matmul_precision="bfloat16": linear maps and attention by their definition, in layers and in files.
+tests/test_int8.py has what both precisions share."""
 
 import copy
 import hashlib
@@ -16,7 +16,7 @@ from test_reproducibility import WITH_FMA, assert_agrees
 
 pytest.importorskip("ml_dtypes")
 
-EPS = float(np.finfo("f4").eps)
+EPS, LARGEST = float(np.finfo("f4").eps), np.finfo("f4").max
 BLOCK = 64  # keys whose exponentials have one maximum
 INT8_MAPS = {"in_proj": "int8", "attention": "bfloat16", "out_proj": "int8"}
 
@@ -129,7 +129,8 @@ def assert_attends(module, x, bias=0.0, live=slice(None), factor=None, **call):
     bias = np.zeros((1, len(query), len(key))) + bias
     bias = np.concatenate([bias[..., live], np.zeros((*bias.shape[:2], count))], axis=2)
     shown = np.concatenate([weights[0][..., : len(key)][..., live], weights[0][..., len(key) :]], axis=2)
-    wanted, wanted_weights = attend(split(query, module.num_heads), k, v, bias, count, 1.0 if factor is None else factor(shown))
+    kept = 1.0 if factor is None else factor(shown)
+    wanted, wanted_weights = attend(split(query, module.num_heads), k, v, bias, count, kept)
     assert_close(split(out[0], module.num_heads), wanted, "context")
     assert_close(shown, wanted_weights, "weights")
     if factor is None:
@@ -166,7 +167,8 @@ def test_attention_with_masks(options):
         assert_attends(module, x, np.where(causal_mask(length, keys), -np.inf, 0), is_causal=True)
         removed = np.arange(keys) % 3 == 2
         assert_attends(module, x, live=~removed, key_padding_mask=removed[None])
-        assert_attends(module, x, np.where(hidden, -np.inf, 0), ~removed, attn_mask=hidden, key_padding_mask=removed[None])
+        masks = {"attn_mask": hidden, "key_padding_mask": removed[None]}
+        assert_attends(module, x, np.where(hidden, -np.inf, 0), ~removed, **masks)
 
 
 def test_attention_with_dropout():
@@ -303,9 +305,8 @@ def test_attention_of_items():
             np.testing.assert_array_equal(bare, want)
             np.testing.assert_array_equal(module(*(np.repeat(one, 2, axis=2)[..., ::2] for one in x), **call)[0], want)
             for i, one in enumerate(zip(*x)):
-                alone = {name: value[i : i + 1] if name == "key_padding_mask" else value for name, value in call.items()}
-                if "attn_mask" in call:
-                    alone["attn_mask"] = call["attn_mask"][4 * i : 4 * i + 4]
+                rows = {"key_padding_mask": slice(i, i + 1), "attn_mask": slice(4 * i, 4 * i + 4)}
+                alone = {name: value[rows[name]] if name in rows else value for name, value in call.items()}
                 np.testing.assert_array_equal(module(*(array[None] for array in one), **alone)[0][0], want[i])
     module, (query, key, value) = layer(24, 4, batch_first=True, matmul_precision="bfloat16"), calls[-1][0]
     many = np.repeat(query, 100, axis=1)  # few queries and many keys take no other path
@@ -315,7 +316,7 @@ def test_attention_of_items():
     np.testing.assert_array_equal(module(query, *padded, key_padding_mask=padding)[0], module(query, key, value)[0])
 
 
-@pytest.mark.parametrize("filler", [[np.finfo("f4").max], [np.finfo("f4").max, np.finfo("f4").min], [np.nan, np.inf]], ids=str)
+@pytest.mark.parametrize("filler", [[LARGEST], [LARGEST, -LARGEST], [np.nan, np.inf]], ids=str)
 def test_hidden_numbers_that_become_infinite(filler):
     """The largest number of float32 is infinite in bfloat16. Where it is hidden, a query has the bits that it has with
     zeros there.

@@ -135,8 +135,8 @@ def test_rows_of_zeros_and_tiny_rows():
 @pytest.mark.parametrize("value", ["int8", {"in_proj": "int8"}, {"default": "int8", "in_proj": None}], ids=str)
 @pytest.mark.parametrize("options", [{}, {"kdim": 20, "vdim": 70}, {"num_kv_heads": 2, "add_bias_kv": True}], ids=str)
 def test_attention_is_made_of_linear_maps(options, value):
-    """Each projection has the bits of a Linear, and what is between them is attention in float32, or in bfloat16 if that
-    is chosen by name.
+    """Each projection has the bits of a Linear, and what is between them is attention in float32, or in bfloat16 if a
+    mapping says so.
     """
     module = layer(24, 4, batch_first=True, matmul_precision=value, **options)
     told = {"default": value} if isinstance(value, str) else value
@@ -741,7 +741,8 @@ def test_check_refuses_it(tmp_path):
     """The comparison with torch judges roundings of floats; a copy with wide numbers can be compared."""
     pytest.importorskip("torch")
     encoder, x = encoder_layer(), normal((2, 7, 24))
-    for module in (layer(24, 4, matmul_precision="int8"), layer(24, 4, matmul_precision={"attention": "bfloat16"}), encoder):
+    narrow = [layer(24, 4, matmul_precision=value) for value in ("int8", {"attention": "bfloat16"})]
+    for module in (*narrow, encoder):
         with pytest.raises(ValueError, match="would hide them: check a copy of the layer with matmul_precision=N"):
             mha_c.check.against_torch(module, x)
     encoder.save(tmp_path / "layer.npz", packed=True)

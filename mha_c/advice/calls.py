@@ -149,10 +149,12 @@ def advice_on_call(
     ----------
     flags : mapping of str to object
         The arguments that are True or False.
-    query, key, value, key_padding_mask, attn_mask, num_heads, features, parameters, extra_keys, batch_first, other_dtypes
+    query, key, value, key_padding_mask, attn_mask
         As for `advise_on_call`.
     names : mapping of str to str, default {}
         What the caller knows as "query", "key", "value", "key_padding_mask", "attn_mask", and the widths.
+    num_heads, features, parameters, extra_keys, batch_first, other_dtypes
+        As for `advise_on_call`.
 
     Yields
     ------
