@@ -4,7 +4,6 @@ tests/test_int8.py has what both precisions share."""
 
 import copy
 import hashlib
-import itertools
 import pickle
 
 import mha_c
