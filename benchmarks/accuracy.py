@@ -227,7 +227,8 @@ def encoders(encoder: mha_c.TransformerEncoder) -> Iterator[tuple[str, str, str,
     for dtype in DTYPES:
         yield dtype, dtype, "mha_c", *in_mha_c(encoder, dtype)
         yield dtype, dtype, "torch", "", in_torch(encoder, dtype)
-    for precision, words in zip(NARROW, ("products of bfloat16", "the same, but float32 in attention"), strict=True):
+    names = ("float32, products of bfloat16", "the same, but float32 in attention")
+    for precision, words in zip(NARROW, names, strict=True):
         yield words, "float32", "mha_c", *in_mha_c(encoder, "float32", precision)
     yield "int8", "float32", "mha_c", *in_mha_c(encoder, "float32", "int8")
     yield "int8", "float32", "ONNX Runtime", "", in_onnx_runtime(encoder, QuantType.QInt8)

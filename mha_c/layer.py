@@ -165,13 +165,13 @@ class MultiheadAttention(RandomModule):
     a tie to the even one, and to 0 where that is subnormal. Products are summed in float32. So the context of a query
     is, with r for rounding::
 
-        s_j = r(Q / sqrt(head_dim)) . r(K_j)
+        s_j = r(Q / sqrt(head_dim)) · r(K_j) + mask_j
         e_j = exp(s_j - m)
         context = sum_j r(e_j) r(V_j) / sum_j e_j
 
-    m is the largest score up to the end of a block of 64 keys. The sum of the exponentials and the weights that are
-    returned are not rounded. (Dot products with factors of bfloat16 and sums of float32: "A Study of BFLOAT16 for Deep
-    Learning Training", Kalamkar et al., 2019.)
+    m is the largest score of the block of 64 keys that j is in, and of the blocks before. If a later block has a larger
+    one, both sums are scaled. The e_j that are added up and the weights that are returned are not rounded. (Factors of
+    bfloat16 and sums of float32: "A Study of BFLOAT16 for Deep Learning Training", Kalamkar et al., 2019.)
 
     With the `matmul_precision` "int8", a row w of a weight becomes the int8 numbers rint(w / s) with the scale
     s = max|w| / 127. Each row of an input is quantized in the same way when it comes, so an outlier does not spoil the
