@@ -28,6 +28,7 @@ from cases import Case
 from encoder_cases import EncoderCase
 from encoder_problem import EncoderProblem
 from mha_c.check import definition
+from mha_c.module import precisions_of
 from mha_c.torch import forward_in_torch, layer_in_torch, to_torch
 from mha_c.torch.tensors import array_of, tensor_of
 from peers.onnx_runtime import bind, optimized, quantized, session_options
@@ -41,6 +42,7 @@ import minilm  # noqa: E402
 DTYPES = ("float32", "bfloat16", "float16")
 SEEDS = range(5)
 INT8_SEEDS = range(10)
+NARROW: tuple[Any, ...] = ("bfloat16", {"default": "bfloat16", "attention": None})
 WIDE = (("linear2",), ("linear1", "linear2"), ("in_proj",), ("out_proj",))  # what stays float32 beside int8
 PAIRS = REPOSITORY / "tests" / "data" / "sentence_pairs.txt"
 
@@ -50,28 +52,34 @@ def rms(error: NDArray[Any]) -> float:
     return float(np.sqrt(np.mean(np.square(error))))
 
 
-def attention(length: int, features: int, heads: int, **call: Any) -> Callable[[str, int], tuple[Any, Any, Any]]:
-    """What gives the output of self-attention by mha_c, by torch and by the definition, for a dtype and a seed."""
+def attention(length: int, features: int, heads: int, **call: Any) -> Callable[..., tuple[Any, Any, Any]]:
+    """What gives the output of self-attention by mha_c, by torch and by the definition, for a dtype and a seed, and
+    perhaps for narrow products, beside torch's autocast."""
 
-    def compute(dtype: str, seed: int) -> tuple[Any, Any, Any]:
+    def compute(dtype: str, seed: int, precision: Any = None) -> tuple[Any, Any, Any]:
         module = mha_c.MultiheadAttention(features, heads, batch_first=True, dtype=dtype, seed=seed).eval()
+        module.matmul_precision = precision
         x = np.random.default_rng(seed).standard_normal((2, length, features)).astype(dtype)
         mask = {"attn_mask": np.triu(np.ones((length, length), bool), 1)} if call.get("is_causal") else {}
-        theirs = forward_in_torch(module, x, x, x, **{**call, **mask, "is_causal": False})
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is not None):
+            theirs = forward_in_torch(module, x, x, x, **{**call, **mask, "is_causal": False})
         return module(x, x, x, **call)[0], theirs[0], definition.attend(module, x, x, x, **call)[0]
 
     return compute
 
 
-def encoder_layer(length: int, features: int, heads: int, **options: Any) -> Callable[[str, int], tuple[Any, Any, Any]]:
+def encoder_layer(length: int, features: int, heads: int, **options: Any) -> Callable[..., tuple[Any, Any, Any]]:
     """The same of a layer of an encoder, with a feed-forward network four times as wide."""
 
-    def compute(dtype: str, seed: int) -> tuple[Any, Any, Any]:
+    def compute(dtype: str, seed: int, precision: Any = None) -> tuple[Any, Any, Any]:
         module = mha_c.TransformerEncoderLayer(
             features, heads, 4 * features, batch_first=True, dtype=dtype, seed=seed, **options
         ).eval()
+        module.matmul_precision = precision
         x = np.random.default_rng(seed).standard_normal((2, length, features)).astype(dtype)
-        return module(x), layer_in_torch(module, {"src": x}), definition.transform(module, x, None, None, False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is not None):
+            theirs = layer_in_torch(module, {"src": x})
+        return module(x), theirs, definition.transform(module, x, None, None, False)
 
     return compute
 
@@ -98,6 +106,22 @@ def errors() -> Iterator[str]:
                 ours, theirs, exact = compute(dtype, seed)
                 found.append([rms(one.astype(np.float64) - exact) for one in (ours, theirs)])
             cells += [f"{error:.1e}" for error in np.median(found, axis=0)]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def narrow_errors() -> Iterator[str]:
+    """The table of errors of bfloat16 products in float32 layers."""
+    columns = [*(f"`matmul_precision={precision!r}`".replace("'", '"') for precision in NARROW), "torch's autocast"]
+    yield f"| rms error of the output | {' | '.join(columns)} |"
+    yield "| --- |" + " --- |" * len(columns)
+    for name, compute in CASES.items():
+        found = []
+        for seed in SEEDS:
+            for precision in NARROW:
+                ours, theirs, exact = compute("float32", seed, precision)
+                found.append(rms(ours.astype(np.float64) - exact))
+            found.append(rms(theirs.astype(np.float64) - exact))
+        cells = [f"{error:.1e}" for error in np.median(np.reshape(found, (-1, len(columns))), axis=0)]
         yield f"| {name} | {' | '.join(cells)} |"
 
 
@@ -162,7 +186,7 @@ def in_mha_c(encoder: mha_c.TransformerEncoder, dtype: str, precision: Any = Non
     cast.matmul_precision = precision
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "encoder.safetensors")
-        cast.save(file, packed=precision not in (None, "bfloat16"))
+        cast.save(file, packed="int8" in precisions_of(cast))
         size = f"{file.stat().st_size / 1e6:.1f} MB"
     return size, lambda x, padding: cast(x, src_key_padding_mask=padding)
 
@@ -203,7 +227,9 @@ def encoders(encoder: mha_c.TransformerEncoder) -> Iterator[tuple[str, str, str,
     for dtype in DTYPES:
         yield dtype, dtype, "mha_c", *in_mha_c(encoder, dtype)
         yield dtype, dtype, "torch", "", in_torch(encoder, dtype)
-    yield "float32, products of bfloat16", "float32", "mha_c", *in_mha_c(encoder, "float32", "bfloat16")
+    names = ("float32, products of bfloat16", "the same, but float32 in attention")
+    for precision, words in zip(NARROW, names, strict=True):
+        yield words, "float32", "mha_c", *in_mha_c(encoder, "float32", precision)
     yield "int8", "float32", "mha_c", *in_mha_c(encoder, "float32", "int8")
     yield "int8", "float32", "ONNX Runtime", "", in_onnx_runtime(encoder, QuantType.QInt8)
     yield "int8", "float32", "ONNX Runtime, unsigned weights", "", in_onnx_runtime(encoder, QuantType.QUInt8)
@@ -211,6 +237,8 @@ def encoders(encoder: mha_c.TransformerEncoder) -> Iterator[tuple[str, str, str,
         precision = {"default": "int8", **dict.fromkeys(wide)}
         words = f"int8, but float32 in {' and '.join(wide)}"
         yield words, "float32", "mha_c", *in_mha_c(encoder, "float32", precision)
+    precision = {"default": "int8", "attention": "bfloat16"}
+    yield "int8, and bfloat16 in attention", "float32", "mha_c", *in_mha_c(encoder, "float32", precision)
 
 
 def model() -> Iterator[str]:
@@ -229,7 +257,7 @@ def model() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    for table in (errors, int8_errors, model):
+    for table in (errors, narrow_errors, int8_errors, model):
         for line in table():
             print(line, flush=True)
         print()

@@ -16,12 +16,14 @@ from mha_c.advice.calls import advise_on_call, warn_of_decoding
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.dropout import RandomModule
 from mha_c.module import (
+    Module,
     Option,
     Parameter,
     PrecisionOfProducts,
     check_device,
     check_memory,
     check_torch_module,
+    dtypes_for,
     flag,
 )
 from mha_c.parameters.files import open_state_dict
@@ -118,9 +120,10 @@ class MultiheadAttention(RandomModule):
         Number of key and value heads, a divisor of `num_heads`; `num_heads` unless given. With fewer of them
         (grouped-query attention), query head h reads key and value head ``h // (num_heads // num_kv_heads)``.
     matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
-        What the linear maps multiply. None: float32 or float64. "bfloat16": weights and inputs are rounded to
-        bfloat16. "int8": weights and rows of inputs are rounded to int8 numbers, whose products are summed exactly; see
-        the notes. A mapping chooses for "in_proj" and "out_proj", or with "default" for those that it does not name.
+        What is multiplied. None: float32 or float64. "bfloat16": numbers that are rounded to bfloat16, in the linear
+        maps and in attention itself. "int8": weights and rows of inputs of the linear maps, rounded to int8 numbers;
+        attention itself stays as with None. A mapping chooses for "in_proj", "attention" and "out_proj", or with
+        "default" for those that it does not name; "attention" can be None or "bfloat16". See the notes.
 
     Attributes
     ----------
@@ -158,6 +161,18 @@ class MultiheadAttention(RandomModule):
     Parameters are read-only arrays. Assigning to one, `load_state_dict` and `to` replace all of them at once, so other
     threads may call the layer at the same time: each call uses one set of parameters throughout.
 
+    With the `matmul_precision` "bfloat16", both factors of each product are rounded to the nearest number of bfloat16,
+    a tie to the even one, and to 0 where that is subnormal. Products are summed in float32. So the context of a query
+    is, with r for rounding::
+
+        s_j = r(Q / sqrt(head_dim)) · r(K_j) + mask_j
+        e_j = exp(s_j - m)
+        context = sum_j r(e_j) r(V_j) / sum_j e_j
+
+    m is the largest score of the block of 64 keys that j is in, and of the blocks before. If a later block has a larger
+    one, both sums are scaled. The e_j that are added up and the weights that are returned are not rounded. (Factors of
+    bfloat16 and sums of float32: "A Study of BFLOAT16 for Deep Learning Training", Kalamkar et al., 2019.)
+
     With the `matmul_precision` "int8", a row w of a weight becomes the int8 numbers rint(w / s) with the scale
     s = max|w| / 127. Each row of an input is quantized in the same way when it comes, so an outlier does not spoil the
     other rows. A map is then::
@@ -166,8 +181,7 @@ class MultiheadAttention(RandomModule):
 
     The sum is exact over up to 8192 features, and those of more features are added in order. A row with NaN or infinity
     gives NaN. So "int8" gives the same bits on every CPU whose float32 results have the same bits. So does "bfloat16",
-    except for sums below 2^-126. Scores and weighted sums stay in float32. Parameters and state dicts stay those of the
-    dtype.
+    except for sums below 2^-126. Parameters and state dicts stay those of the dtype.
 
     Examples
     --------
@@ -719,8 +733,8 @@ def layer_with(parameters: ParameterSet, *, add_zero_attn: bool, batch_first: bo
     return layer.eval()
 
 
-def facts_of(layer: MultiheadAttention) -> dict[str, Any]:
-    """What `advise_on_call` needs to know about a layer."""
+def facts_of(layer: MultiheadAttention, whole: Module | None = None) -> dict[str, Any]:
+    """What `advise_on_call` needs to know about a layer, perhaps in a whole layer that was called."""
     widths, arrays = layer._parameters.widths, layer._parameters.arrays
     return {
         "num_heads": widths.num_heads,
@@ -728,6 +742,7 @@ def facts_of(layer: MultiheadAttention) -> dict[str, Any]:
         "parameters": arrays.values(),
         "extra_keys": ("bias_k" in arrays) + bool(layer.add_zero_attn),
         "batch_first": bool(layer.batch_first),
+        "other_dtypes": dtypes_for(layer if whole is None else whole),
     }
 
 

@@ -13,7 +13,15 @@ from mha_c import _core
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.linear import advise_on_linear
-from mha_c.module import Module, Parameter, PrecisionOfProducts, check_device, check_memory, check_torch_module
+from mha_c.module import (
+    Module,
+    Parameter,
+    PrecisionOfProducts,
+    check_device,
+    check_memory,
+    check_torch_module,
+    dtypes_for,
+)
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.initialization import initial_linear
@@ -84,8 +92,8 @@ class Linear(Module):
         of bfloat16 and float16 are float32's, rounded, from which torch's differ in about one number of a thousand.
         None: a random seed.
     matmul_precision : {"bfloat16", "int8"}, optional
-        What is multiplied, as for `MultiheadAttention`: numbers that are rounded to bfloat16 or int8. None: float32 or
-        float64.
+        What is multiplied, as in the linear maps of `MultiheadAttention`: numbers that are rounded to bfloat16 or int8.
+        None: float32 or float64.
 
     Attributes
     ----------
@@ -204,7 +212,7 @@ class Linear(Module):
         try:
             return _core.linear(parameters.packed, input)
         except REFUSALS as error:
-            advise_on_linear(error, input, parameters.arrays["weight"])
+            advise_on_linear(error, input, parameters.arrays["weight"], dtypes_for(self))
             raise
 
     __call__ = forward

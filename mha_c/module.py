@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 import numpy as np
 
 from mha_c.parameters.arrays import Array, as_array
-from mha_c.parameters.dtypes import float_dtype
+from mha_c.parameters.dtypes import DTYPES, float_dtype
 from mha_c.parameters.files import write_checkpoint
 from mha_c.parameters.quantization import (
     MatmulPrecision,
@@ -48,6 +48,7 @@ __all__ = [
     "check_device",
     "check_memory",
     "check_torch_module",
+    "dtypes_for",
     "flag",
     "lock",
     "module_from_description",
@@ -819,6 +820,11 @@ def _describe_module(module: Any, kind: str) -> str:
 
 def _name_of_class(module: Any) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def dtypes_for(module: Module) -> list[str]:
+    """The dtypes to which a layer may be cast."""
+    return [name for name in DTYPES if name != "float64" or not precisions_of(module)]
 
 
 def precisions_of(module: Module) -> set[Precision]:

@@ -14,6 +14,7 @@ from mha_c.functional import scaled_dot_product_attention
 from test_reproducibility import LEVELS, skip_unless_supported
 
 DTYPES = ("float32", "float64")
+NUMBERS = (*((dtype, None) for dtype in DTYPES), ("float32", "bfloat16"))  # and what is multiplied
 # N, L, S, E, H, Hkv: one panel and several, one block of keys and several, so many keys that scores are
 # computed twice for the weights; the last three are calls with few queries.
 SHAPES = ((2, 64, 64, 64, 4, 4), (2, 70, 130, 48, 4, 2), (1, 90, 300, 130, 1, 1), (3, 5, 5, 8, 4, 4),
@@ -55,10 +56,10 @@ def spoil(array, rows):
     return array
 
 
-def hold_apart(shape, dtype, kind):
+def hold_apart(shape, dtype, kind, precision=None):
     """Each query that sees none of the spoilt keys gets the bits that it gets with zeros there."""
     n, length, s, e, h, hkv = shape
-    module = helpers.layer(e, h, num_kv_heads=hkv, batch_first=True, dtype=dtype)
+    module = helpers.layer(e, h, num_kv_heads=hkv, batch_first=True, dtype=dtype, matmul_precision=precision)
     query, key, value = (normal((n, rows, e), dtype, seed) for seed, rows in enumerate((length, s, s)))
     masks, is_visible = make_masks(kind, shape, dtype)
     unseen = ~is_visible.any(axis=(1, 2))
@@ -86,11 +87,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:is_causal:UserWarning")  # there
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, precision", NUMBERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_layer(shape, dtype, kind):
+def test_layer(shape, dtype, precision, kind):
     """Every mask, every path, any number of threads, with and without weights."""
-    hold_apart(shape, dtype, kind)
+    hold_apart(shape, dtype, kind, precision)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -99,8 +100,10 @@ def test_every_instruction_set(level):
     skip_unless_supported(level)
     run_child("""
         import test_hidden as t
-        for shape, kind in t.itertools.product(t.SHAPES, t.KINDS):
-            t.hold_apart(shape, "float32", kind)
+        for kind in t.KINDS:
+            for shape in t.SHAPES:
+                t.hold_apart(shape, "float32", kind)
+            t.hold_apart(t.SHAPES[1], "float32", kind, "bfloat16")
         """ + f"assert t.mha_c._core.config()['cpu_level'] == {level!r}", env={"MHA_C_CPU": level})
 
 

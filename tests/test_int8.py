@@ -21,7 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:Use
 SUFFIXES = [".npz", ".safetensors"]
 DEPTHS = [0, 1, 2, 3, 5, 64, 65, 384, 8192, 8193, 20000]
 SLICE = 8192  # features whose products are summed exactly
-OWN = {"in_proj": "int8", "out_proj": None}  # a mapping in the form in which a layer shows it
+OWN = {"in_proj": "int8", "attention": None, "out_proj": None}  # a mapping in the form in which a layer shows it
+BOTH = {"default": "int8", "attention": "bfloat16"}
 
 
 def quantize(rows):
@@ -134,10 +135,12 @@ def test_rows_of_zeros_and_tiny_rows():
 @pytest.mark.parametrize("value", ["int8", {"in_proj": "int8"}, {"default": "int8", "in_proj": None}], ids=str)
 @pytest.mark.parametrize("options", [{}, {"kdim": 20, "vdim": 70}, {"num_kv_heads": 2, "add_bias_kv": True}], ids=str)
 def test_attention_is_made_of_linear_maps(options, value):
-    """Each projection has the bits of a Linear, and what is between them is attention in float32."""
+    """Each projection has the bits of a Linear, and what is between them is attention in float32, or in bfloat16 if a
+    mapping says so.
+    """
     module = layer(24, 4, batch_first=True, matmul_precision=value, **options)
-    precision = {"in_proj": None, "out_proj": None, **(dict.fromkeys(["in_proj", "out_proj"], "int8") if value == "int8"
-                 else {"in_proj": value["in_proj"], "out_proj": value.get("default")})}
+    told = {"default": value} if isinstance(value, str) else value
+    precision = {name: told.get(name, told.get("default")) for name in ("in_proj", "out_proj")}
     given = [normal((2, 9, width), seed=i) for i, width in enumerate((24, module.kdim, module.vdim))]
     explanation = mha_c.explain(module, *given)
 
@@ -150,8 +153,13 @@ def test_attention_is_made_of_linear_maps(options, value):
     for name, x, weight, bias in zip("qkv", given, parameters.input_weights, parameters.input_biases):
         np.testing.assert_array_equal(explanation.stages[name].array, mapped(x, weight, bias, precision["in_proj"]))
     heads = [explanation.stages[f"{name}_heads"].array for name in "qkv"]
-    np.testing.assert_allclose(scaled_dot_product_attention(*heads, enable_gqa=True),
-                               explanation.head_outputs, rtol=1e-5, atol=1e-5)
+    attended = scaled_dot_product_attention(*heads, enable_gqa=True)
+    np.testing.assert_allclose(explanation.head_outputs, attended, rtol=1e-5, atol=1e-5)
+    module.matmul_precision = {**told, "attention": "bfloat16"}
+    narrow = mha_c.explain(module, *given)
+    np.testing.assert_array_equal(narrow.stages["v_heads"].array, heads[2])
+    assert 1e-4 < np.abs(narrow.head_outputs - attended).max() < 0.1
+    module.matmul_precision = value
     output = mapped(explanation.concatenated, module.out_proj.weight, module.out_proj.bias, precision["out_proj"])
     np.testing.assert_array_equal(output, explanation.output)
     np.testing.assert_array_equal(module(*given)[0], explanation.output)
@@ -297,9 +305,14 @@ def test_strides_and_out():
 
 def test_forms():
     """A layer shows the shortest form; names that are not given have the default's value."""
+    narrow, own_both = {"default": "bfloat16", "attention": None}, dict(OWN, attention="bfloat16", out_proj="int8")
     for value, shown in ((None, None), ("int8", "int8"), ({}, None), ({"default": "int8"}, "int8"), (OWN, OWN),
                          ({"in_proj": "int8"}, OWN), ({"default": "int8", "out_proj": None}, OWN),
-                         ({"in_proj": "int8", "out_proj": "int8"}, "int8")):
+                         ({"in_proj": "int8", "out_proj": "int8"}, "int8"), ({**BOTH, "attention": None}, "int8"),
+                         (BOTH, own_both), (own_both, own_both), ({"default": "bfloat16"}, "bfloat16"),
+                         (dict.fromkeys(OWN, "bfloat16"), "bfloat16"), (dict.fromkeys(OWN), None),
+                         (narrow, {"in_proj": "bfloat16", "attention": None, "out_proj": "bfloat16"}),
+                         ({"attention": "bfloat16"}, {**dict.fromkeys(OWN), "attention": "bfloat16"})):
         module = mha_c.MultiheadAttention(8, 2, matmul_precision=value)
         assert module.matmul_precision == shown
         module = mha_c.MultiheadAttention(8, 2)
@@ -309,10 +322,13 @@ def test_forms():
 
 
 @pytest.mark.parametrize("value, words", [
-    ("int4", r'must be None, "bfloat16", "int8", or a mapping of linear maps to these, but got \'int4\'$'),
+    ("int4", r'must be None, "bfloat16", "int8", or a mapping of names to these, but got \'int4\'$'),
     ("float16", "but got 'float16'"),
     (8, "but got 8"), (True, "but got True"), (["int8"], "but got"), (np.zeros(3), "but got"),
-    ({"linear1": "int8"}, "has 'linear1', but this layer knows the names in_proj, out_proj, default"),
+    ({"linear1": "int8"}, "has 'linear1', but this layer knows the names in_proj, attention, out_proj, default"),
+    ({"attention": "int8"}, 'has "int8" for attention, which has no weights: its products of queries and keys, and of '
+                            'probabilities and values, can be None or "bfloat16"'),
+    ({"default": "bfloat16", "attention": "int4"}, "but got 'int4'"),
     ({"in_proj": "int4"}, "but got 'int4'"), ({None: "int8"}, "has None"), ({"in_proj": {}}, "but got {}"),
 ], ids=str)
 def test_values_that_are_not_known(value, words):
@@ -325,8 +341,11 @@ def test_values_that_are_not_known(value, words):
 
 
 def test_names_of_other_layers():
-    with pytest.raises(ValueError, match="has 'in_proj', but this layer knows the names default"):
-        mha_c.Linear(8, 2, matmul_precision={"in_proj": "int8"})
+    for name in ("in_proj", "attention"):
+        with pytest.raises(ValueError, match=f"has '{name}', but this layer knows the names default"):
+            mha_c.Linear(8, 2, matmul_precision={name: "bfloat16"})
+    with pytest.raises(ValueError, match='has "int8" for attention'):
+        mha_c.TransformerDecoderLayer(8, 2, matmul_precision={"attention": "int8"})
     with pytest.raises(ValueError, match="'linear3', but this layer knows the names in_proj, out_proj, linear1, linear2"):
         mha_c.TransformerEncoderLayer(8, 2, matmul_precision={"linear3": None})
     with pytest.raises(TypeError, match="Write matmul_precision='int8' instead of matmul_precison='int8'"):
@@ -334,22 +353,30 @@ def test_names_of_other_layers():
 
 
 def test_layers_hand_it_to_the_layers_in_them():
-    value = {"default": "int8", "out_proj": None}
-    shown = {"in_proj": "int8", "out_proj": None, "linear1": "int8", "linear2": "int8"}
+    value = {"default": "int8", "out_proj": None, "attention": "bfloat16"}
+    shown = {"in_proj": "int8", "attention": "bfloat16", "out_proj": None, "linear1": "int8", "linear2": "int8"}
+    of_attention = {name: shown[name] for name in OWN}
     module = mha_c.TransformerEncoderLayer(8, 2, 16, matmul_precision=value)
-    assert module.matmul_precision == shown and module.self_attn.matmul_precision == OWN
+    assert module.matmul_precision == shown and module.self_attn.matmul_precision == of_attention
     assert module.linear1.matmul_precision == module.linear2.matmul_precision == "int8"
     encoder = mha_c.TransformerEncoder(module, 2, mha_c.LayerNorm(8))
     model = mha_c.Transformer(8, 2, 1, 1, 16, matmul_precision=value)
     assert encoder.matmul_precision == model.matmul_precision == shown
-    for one in (encoder, model, model.encoder, model.decoder, model.decoder.layers[0], model.decoder.layers):
+    decoder_layer = model.decoder.layers[0]
+    assert decoder_layer.self_attn.matmul_precision == decoder_layer.multihead_attn.matmul_precision == of_attention
+    for one in (encoder, model, model.encoder, model.decoder, decoder_layer, model.decoder.layers):
         one.matmul_precision = value
         assert one.matmul_precision == shown
         one.matmul_precision = None
         assert one.matmul_precision is None
-        one.matmul_precision = {"linear2": "int8"}
-        assert one.matmul_precision == {**dict.fromkeys(shown), "linear2": "int8"}
-    assert encoder.layers[1].linear2.matmul_precision == "int8" and encoder.layers[1].linear1.matmul_precision is None
+        for name in ("linear2", "attention"):
+            one.matmul_precision = {name: "bfloat16"}
+            assert one.matmul_precision == {**dict.fromkeys(shown), name: "bfloat16"}
+        with pytest.raises(ValueError, match='has "int8" for attention'):
+            one.matmul_precision = {"default": "bfloat16", "attention": "int8"}
+        assert one.matmul_precision == {**dict.fromkeys(shown), "attention": "bfloat16"}
+    assert {layer.multihead_attn.matmul_precision["attention"] for layer in model.decoder.layers} == {"bfloat16"}
+    assert encoder.layers[1].linear2.matmul_precision is None
     layers = mha_c.ModuleList([mha_c.Linear(8, 8), mha_c.LayerNorm(8)])
     layers.matmul_precision = "int8"
     assert layers[0].matmul_precision == layers.matmul_precision == "int8"
@@ -373,6 +400,7 @@ def test_repr():
 @pytest.mark.parametrize("make", [
     lambda dtype: mha_c.Linear(8, 2, dtype=dtype, matmul_precision="int8"),
     lambda dtype: mha_c.MultiheadAttention(8, 2, dtype=dtype, matmul_precision="int8"),
+    lambda dtype: mha_c.MultiheadAttention(8, 2, dtype=dtype, matmul_precision={"attention": "bfloat16"}),
     lambda dtype: mha_c.TransformerEncoderLayer(8, 2, dtype=dtype, matmul_precision={"linear2": "int8"}),
 ])
 def test_float64_is_refused(make):
@@ -408,7 +436,8 @@ def test_parameters_stay_those_of_the_wide_layer():
 
 
 def test_copies_and_pickles():
-    for module, x in ((encoder_layer(), normal((2, 7, 24))), (linear(24, 9), normal((7, 24)))):
+    for module, x in ((encoder_layer(), normal((2, 7, 24))), (encoder_layer(matmul_precision=BOTH), normal((2, 7, 24))),
+                      (linear(24, 9), normal((7, 24)))):
         for copied in (copy.copy(module), copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert copied.matmul_precision == module.matmul_precision
             assert copied(x).tobytes() == module(x).tobytes()
@@ -453,15 +482,17 @@ def test_loaders():
     told = {"num_heads": 4, "activation": "relu", "layer_norm_eps": 1e-5, "norm_first": False}
     x = normal((7, 24))
     want = copy.deepcopy(trained).eval()
-    want.matmul_precision = "int8"
-    got = mha_c.TransformerEncoder.from_state_dict(trained.state_dict(), **told, matmul_precision="int8").eval()
-    assert got.matmul_precision == "int8" and got(x).tobytes() == want(x).tobytes()
+    for value in (BOTH, "int8"):
+        want.matmul_precision = value
+        got = mha_c.TransformerEncoder.from_state_dict(trained.state_dict(), **told, matmul_precision=value).eval()
+        assert got.matmul_precision == want.matmul_precision and got(x).tobytes() == want(x).tobytes()
     got = mha_c.TransformerEncoderLayer.from_state_dict(
         trained.state_dict(), "layers.1.", **told, matmul_precision="int8").eval()
     assert got(x).tobytes() == want.layers[1](x).tobytes()
-    got = mha_c.MultiheadAttention.from_state_dict(
-        trained.state_dict(), "layers.0.self_attn.", num_heads=4, matmul_precision=OWN)
-    assert got.matmul_precision == OWN
+    for value in (OWN, dict(OWN, attention="bfloat16")):
+        got = mha_c.MultiheadAttention.from_state_dict(
+            trained.state_dict(), "layers.0.self_attn.", num_heads=4, matmul_precision=value)
+        assert got.matmul_precision == value
     with pytest.raises(ValueError, match="is float64"):
         mha_c.MultiheadAttention.from_state_dict(
             trained.state_dict(), "layers.0.self_attn.", num_heads=4, dtype="float64", matmul_precision=OWN)
@@ -477,6 +508,8 @@ def test_from_torch():
         made = getattr(mha_c, type(module).__name__).from_torch(module, matmul_precision="int8")
         assert made.matmul_precision == "int8"
         assert type(made).from_torch(module).matmul_precision is None
+        if "default" not in made._products("") and not isinstance(made, mha_c.ModuleList):
+            assert type(made).from_torch(module, matmul_precision=BOTH).matmul_precision["attention"] == "bfloat16"
         with pytest.raises(ValueError, match="is float64"):
             type(made).from_torch(module.double(), matmul_precision="int8")
     back = mha_c.torch.to_torch(made)
@@ -485,7 +518,7 @@ def test_from_torch():
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("value", ["int8", {"default": "int8", "linear2": None}], ids=str)
+@pytest.mark.parametrize("value", ["int8", {"default": "int8", "linear2": None}, BOTH], ids=str)
 def test_files(tmp_path, suffix, dtype, value):
     """Wide or packed, a file gives the bits of the layer that was saved; a packed one gives the same file again."""
     if suffix == ".safetensors":
@@ -508,7 +541,7 @@ def test_files(tmp_path, suffix, dtype, value):
     state = loaded.state_dict()
     for name, array in module.state_dict().items():
         assert state[name].dtype == dtype and state[name].shape == array.shape
-        if name.endswith("bias") or "norm" in name or name == "linear2.weight" and value != "int8":
+        if name.endswith("bias") or "norm" in name or name == "linear2.weight" and "linear2" in value:
             assert state[name].tobytes() == array.tobytes()
         else:
             numbers, scales = quantize(array)
@@ -679,9 +712,10 @@ def test_descriptions_that_lie(tmp_path, value):
 # ---------------------------------------------------------------------------------------------- around the layers
 
 
-def test_explain(tmp_path):
+@pytest.mark.parametrize("value", ["int8", BOTH], ids=str)
+def test_explain(tmp_path, value):
     """Explanations have the bits of the calls, also of some heads, of whole layers and of stacks."""
-    module, x = layer(24, 4, batch_first=True, matmul_precision="int8", num_kv_heads=2), normal((2, 9, 24))
+    module, x = layer(24, 4, batch_first=True, matmul_precision=value, num_kv_heads=2), normal((2, 9, 24))
     module.save(tmp_path / "layer.npz", packed=True)
     for one in (module, mha_c.MultiheadAttention.load(tmp_path / "layer.npz")):
         explanation = mha_c.explain(one, x, is_causal=True)
@@ -691,7 +725,7 @@ def test_explain(tmp_path):
         np.testing.assert_array_equal(some.head_outputs, explanation.head_outputs[:, [3, 0]])
         assert str(explanation) and explanation._repr_html_() and mha_c.heads.entropy(explanation.weights).size
     for dtype in ("float32", "float16"):
-        whole, given = encoder_layer(dtype=dtype), x.astype(dtype)
+        whole, given = encoder_layer(dtype=dtype, matmul_precision=value), x.astype(dtype)
         np.testing.assert_array_equal(mha_c.explain(whole, given).output, whole(given))
         encoder = mha_c.TransformerEncoder(whole, 2).eval()
         np.testing.assert_array_equal(mha_c.explain(encoder, given).residual_stream["layer 1"], encoder(given))
@@ -707,7 +741,8 @@ def test_check_refuses_it(tmp_path):
     """The comparison with torch judges roundings of floats; a copy with wide numbers can be compared."""
     pytest.importorskip("torch")
     encoder, x = encoder_layer(), normal((2, 7, 24))
-    for module in (layer(24, 4, matmul_precision="int8"), encoder):
+    narrow = [layer(24, 4, matmul_precision=value) for value in ("int8", {"attention": "bfloat16"})]
+    for module in (*narrow, encoder):
         with pytest.raises(ValueError, match="would hide them: check a copy of the layer with matmul_precision=N"):
             mha_c.check.against_torch(module, x)
     encoder.save(tmp_path / "layer.npz", packed=True)
@@ -721,15 +756,30 @@ def test_errors_of_calls(tmp_path):
     module = layer(24, 4, matmul_precision="int8")
     module.save(tmp_path / "layer.npz", packed=True)
     loaded, wide = mha_c.MultiheadAttention.load(tmp_path / "layer.npz"), layer(24, 4)
-    for x in (normal((5, 3, 24), "float64"), normal((5, 3, 20)), normal((24,)), [[1.0]]):
+    for x in (normal((5, 3, 20)), normal((24,)), [[1.0]]):
         said = {repr(outcome(lambda one=one, x=x: one(x, x, x)).error) for one in (module, loaded, wide)}
         assert len(said) == 1 and said != {"None"}
     one = linear(24, 3)
     one.save(tmp_path / "linear.npz", packed=True)
-    for x in (normal((5, 24), "float64"), normal((5, 20)), np.float32(3)):
+    for x in (normal((5, 20)), np.float32(3)):
         made = (one, mha_c.Linear.load(tmp_path / "linear.npz"), mha_c.Linear(24, 3))
         said = {repr(outcome(lambda one=one, x=x: one(x)).error) for one in made}
         assert len(said) == 1 and said != {"None"}
+
+
+def test_float64_inputs():
+    """No message offers to make such a layer float64, which would be refused."""
+    pytest.importorskip("ml_dtypes")
+    wide = mha_c.Linear(24, 3)
+    narrow = [(linear(24, 3), 1), (layer(24, 4, matmul_precision={"attention": "bfloat16"}), 3),
+              (encoder_layer(matmul_precision={"linear1": "int8"}), 1),
+              (mha_c.TransformerDecoderLayer(24, 4, 48, matmul_precision={"linear2": "bfloat16"}).eval(), 2)]
+    for module, inputs in narrow:
+        words = str(outcome(lambda: module(*[normal((5, 3, 24), "float64")] * inputs)).error)
+        assert "astype(np.float32)" in words and "layer.to" not in words
+        words = str(outcome(lambda: module(*[normal((5, 3, 24), "float16")] * inputs)).error)
+        assert 'layer.to("float16")' in words
+    assert 'layer.to("float64")' in str(outcome(lambda: wide(normal((5, 24), "float64"))).error)
 
 
 def test_torch_tensors():

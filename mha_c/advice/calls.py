@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -76,6 +76,7 @@ def advise_on_call(
     parameters: Iterable[Any],
     extra_keys: int,
     batch_first: bool | None,
+    other_dtypes: Collection[str] = (),
 ) -> None:
     """Add to the words with which a call was refused what does not fit, in NumPy's words, and what to write.
 
@@ -95,6 +96,8 @@ def advise_on_call(
         How many keys are appended.
     batch_first : bool or None
         The layer's. None: it is a function, which has none.
+    other_dtypes : collection of str, default ()
+        The dtypes to which the layer may be cast.
 
     Examples
     --------
@@ -119,6 +122,7 @@ def advise_on_call(
         parameters=parameters,
         extra_keys=extra_keys,
         batch_first=batch_first,
+        other_dtypes=other_dtypes,
     )
     add_advice(error, advice)
 
@@ -137,6 +141,7 @@ def advice_on_call(
     parameters: Iterable[Any],
     extra_keys: int,
     batch_first: bool | None,
+    other_dtypes: Collection[str] = (),
 ) -> Iterator[Advice]:
     """What does not fit in a call of an attention layer, perhaps in a layer whose arguments have other names.
 
@@ -144,10 +149,12 @@ def advice_on_call(
     ----------
     flags : mapping of str to object
         The arguments that are True or False.
-    query, key, value, key_padding_mask, attn_mask, num_heads, features, parameters, extra_keys, batch_first
+    query, key, value, key_padding_mask, attn_mask
         As for `advise_on_call`.
     names : mapping of str to str, default {}
         What the caller knows as "query", "key", "value", "key_padding_mask", "attn_mask", and the widths.
+    num_heads, features, parameters, extra_keys, batch_first, other_dtypes
+        As for `advise_on_call`.
 
     Yields
     ------
@@ -176,7 +183,8 @@ def advice_on_call(
         yield from advice_on_lists(dtype, **{names.get(name, name): one for name, one in inputs.items()}, **masks)
         q, k, v = (named(one, name) for name, one in inputs.items())
         padding, mask = (None if item[1] is None else Argument.of(*item) for item in masks.items())
-        yield from _Call(q, k, v, padding, mask, num_heads, features, dtype, extra_keys, batch_first).advice()
+        call = _Call(q, k, v, padding, mask, num_heads, features, dtype, extra_keys, batch_first, other_dtypes)
+        yield from call.advice()
 
     others = {own: other for own, other in names.items() if own not in inputs}
     pattern = r"\b(%s)(?!\w)" % "|".join(map(re.escape, others)) if others else "(?!)"
@@ -208,6 +216,7 @@ class _Call(NamedTuple):
     dtype: str
     extra_keys: int
     batch_first: bool | None
+    other_dtypes: Collection[str]
 
     def advice(self) -> Iterator[Advice]:
         yield from advice_on_integers(self.key_padding_mask, shows=False)
@@ -325,7 +334,7 @@ class _Call(NamedTuple):
             return
         cure = f"pass {listed(one.cast(self.dtype) for one in wrong)}"
         dtype = self.query.dtype
-        if not self.is_function and dtype in DTYPES and all(one.dtype == dtype for one in inputs):
+        if dtype in self.other_dtypes and all(one.dtype == dtype for one in inputs):
             cure += f', or make the layer {dtype} with layer.to("{dtype}")'
         yield Advice(f"{found}: {cure}", leads=True)
 

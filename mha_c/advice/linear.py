@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from mha_c.advice.arguments import Advice, Argument, add_advice, advice_on_lists
-from mha_c.parameters.dtypes import DTYPES
 
 __all__ = ["advise_on_linear"]
 
-def advise_on_linear(error: Exception, input: Any, weight: Any) -> None:
+
+def advise_on_linear(error: Exception, input: Any, weight: Any, other_dtypes: Collection[str] = ()) -> None:
     """Add to the words with which a call was refused what does not fit, and what to write.
 
     Parameters
@@ -22,6 +22,8 @@ def advise_on_linear(error: Exception, input: Any, weight: Any) -> None:
         As it was passed.
     weight : numpy.ndarray
         The layer's.
+    other_dtypes : collection of str, default ()
+        The dtypes to which the layer may be cast.
 
     Examples
     --------
@@ -44,7 +46,7 @@ def advise_on_linear(error: Exception, input: Any, weight: Any) -> None:
         found = f"input is {given.dtype}, but this layer is {dtype}"
         if given.has_numbers:
             found += f": pass {given.cast(dtype)}"
-        if given.dtype in DTYPES:
+        if given.dtype in other_dtypes:
             found += f', or make the layer {given.dtype} with layer.to("{given.dtype}")'
         yield Advice(found, leads=True)
 

@@ -60,7 +60,7 @@ class TransformerDecoderLayer(TransformerLayer):
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
     matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
-        As for `TransformerEncoderLayer`. "in_proj" and "out_proj" are those of both attentions.
+        As for `TransformerEncoderLayer`. "in_proj", "attention" and "out_proj" stand for those of both attentions.
 
     Attributes
     ----------
@@ -185,12 +185,12 @@ class TransformerDecoderLayer(TransformerLayer):
                 error,
                 AttentionCall(
                     "tgt", tgt, "tgt", tgt, "tgt_mask", tgt_mask, "tgt_key_padding_mask", tgt_key_padding_mask,
-                    "tgt_is_causal", tgt_is_causal, lambda: facts_of(self.self_attn),
+                    "tgt_is_causal", tgt_is_causal, lambda: facts_of(self.self_attn, self),
                 ),
                 AttentionCall(
                     "tgt", tgt, "memory", memory, "memory_mask", memory_mask, "memory_key_padding_mask",
                     memory_key_padding_mask, "memory_is_causal", memory_is_causal,
-                    lambda: facts_of(self.multihead_attn),
+                    lambda: facts_of(self.multihead_attn, self),
                 ),
             )  # fmt: skip
             raise

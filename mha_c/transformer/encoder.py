@@ -96,8 +96,8 @@ class TransformerEncoderLayer(TransformerLayer):
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
     matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
-        As for `MultiheadAttention`. A mapping chooses for "in_proj", "out_proj", "linear1" and "linear2", or with
-        "default" for those that it does not name.
+        As for `MultiheadAttention`. A mapping chooses for "in_proj", "attention", "out_proj", "linear1" and "linear2",
+        or with "default" for those that it does not name.
 
     Attributes
     ----------
@@ -699,7 +699,7 @@ def attention_call(
     """The attention of the first of some layers, for advice."""
     return AttentionCall(
         "src", src, "src", src, mask_name, mask, "src_key_padding_mask", padding, flag_name, is_causal,
-        lambda: facts_of(layers[0].self_attn),
+        lambda: facts_of(layers[0].self_attn, layers[0]),
     )  # fmt: skip
 
 

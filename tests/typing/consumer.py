@@ -59,6 +59,7 @@ assert_type(layer.out_proj.weight, Array)
 assert_type(layer.out_proj.bias, Array | None)
 assert_type(layer.out_proj.in_features, int)
 layer.matmul_precision = {"default": "int8", "out_proj": None}
+layer.matmul_precision = {"default": "int8", "attention": "bfloat16"}
 assert_type(mha_c.TransformerEncoderLayer(8, 2, matmul_precision={"linear1": "int8"}), mha_c.TransformerEncoderLayer)
 mha_c.Linear(8, 2, matmul_precision="int8").save("linear.npz", packed=True)
 assert_type(layer.training, bool)
