@@ -212,6 +212,7 @@ UNSEEN = [
     Unseen("", r"_operations\(\)", "", "how many threads a call uses, and whether it keeps the GIL"),
     Unseen("processors", r"(quota_of|lists|cgroup_quota|read_line)\(\)", "", "needs a cgroup with a quota"),
     Unseen("processors", r"usable_cpus\(\)", "quota", "needs a cgroup with a quota"),
+    Unseen("probabilities", r"second_pass_task\(\)", r"-> .*layout = \{1\}", "where the first piece of scratch begins"),
     Unseen("attention", r"mha_plan_panels\(\)", r"-> .*one = \{1\}", "alignment, which sanitize.py ubsan checks"),
     Unseen("attention", r"mha_plan_panels\(\)", r"reserve\(&one, 1, P.* -> .*\(&one, 2, P", "room that is not used"),
     Unseen("few_queries", "", r"pack_panel\(bk.* -> .*size, 1, 1,", "the distance between rows of which there is one"),
