@@ -44,7 +44,7 @@ class Case:
     vdim: int | None = None
     kv_heads: int | None = None
     dtype: str = "float32"
-    matmul_precision: str | None = None  # "bfloat16", or "int8", which the projections alone multiply
+    matmul_precision: str | None = None  # "bfloat16", of all products; "int8", of the projections
     causal: bool = False
     attn_mask: str = ""  # "float": (L, S), added to the scores; "bool": (N * H, L, S), True = hidden
     live: tuple[int, ...] = ()  # how many keys of each item are real; a key_padding_mask hides the rest

@@ -36,7 +36,7 @@ class EncoderCase:
     lengths: tuple[int, ...]
     tokens: tuple[tuple[int, ...], ...] = ()  # MiniLM only: the numbers of the tokens; random ones if there are none
     dtype: str = "float32"
-    matmul_precision: str | None = None  # "bfloat16", or "int8", which the linear maps alone multiply
+    matmul_precision: str | None = None  # "bfloat16", of all products; "int8", of linear maps
 
     @property
     def model(self) -> Model:

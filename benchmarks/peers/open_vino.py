@@ -61,8 +61,8 @@ class OpenVinoEncoder:
         return compiled(model, feeds, options)
 
 
-# A kind of numbers, as the plugin calls what a CPU can do, and as its precision hint. Without a hint, it takes bfloat16 where the
-# CPU has it.
+# A kind of numbers, as the plugin calls what a CPU can do, and as its precision hint. Without a hint, it takes bfloat16
+# where the CPU has it.
 PRECISIONS = {"float32": ("FP32", "f32"), "bfloat16": ("BF16", "bf16"), "float16": ("FP16", "f16")}
 
 

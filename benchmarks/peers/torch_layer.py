@@ -2,7 +2,7 @@
 """torch.nn.MultiheadAttention with its fast path on or off; torch's functions where it has no such layer, as for grouped
 heads and int8: torch.ao.quantization replaces torch.nn.Linear, but not the projections of MultiheadAttention.
 
-Products of bfloat16 are those of a layer of bfloat16, or of a layer of float32 in `medium` precision."""
+Products of bfloat16 are those of a bfloat16 layer, or of a float32 layer in `medium` precision."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def in_torch(case: Any, medium: bool) -> Any:
 
 
 def set_precision(medium: bool) -> None:
-    """Lets float32 layers multiply bfloat16 where the CPU has instructions for it, or not."""
+    """In medium precision, float32 layers multiply bfloat16 where torch has a fast way to do so."""
     torch.set_float32_matmul_precision("medium" if medium else "highest")
 
 
