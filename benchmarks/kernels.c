@@ -162,7 +162,8 @@ static bench narrow_bench(const char *level, mha_narrow_type type, size_t rows, 
 
 static void time_narrow_projection(const char *level, mha_narrow_type type, size_t rows, size_t vectors)
 {
-    const size_t features = 768, chain = mha_cpu_narrow_named(level, type)->chain;
+    const size_t features = 768; /* as in BERT-base */
+    const size_t chain = mha_cpu_narrow_named(level, type)->chain;
     bench b = narrow_bench(level, type, rows, mha_smaller(features, chain), vectors);
     float *scale = numbers(MHA_FLOAT32, lanes(&b));
     narrow_rows(&b);

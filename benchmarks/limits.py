@@ -57,7 +57,7 @@ class Limits:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    choose = select(parser, [case for case in CASES if not case.matmul_precision])  # limits.c has no others
+    choose = select(parser, [case for case in CASES if not case.matmul_precision])  # limits.c has no narrow products
     cases = choose(parser.parse_args())
     level = machine.describe()["level"]
     with tempfile.TemporaryDirectory() as folder:
