@@ -266,7 +266,9 @@ In a clone, with a C compiler:
 
 _NARROW_NUMBERS = """A layer of bfloat16 or float16 has parameters, inputs and outputs of such numbers. mha_c multiplies them as
 float32. Products of bfloat16 and int8 are those of a float32 layer, which rounds what it multiplies: to bfloat16 in linear maps and
-in attention itself, to int8 in linear maps alone."""
+in attention itself, to int8 in linear maps alone. For products of bfloat16, torch computes a bfloat16 layer, or a float32 layer after
+`torch.set_float32_matmul_precision("medium")`, which multiplies float32 if torch has no fast way to multiply bfloat16. OpenVINO is
+set to bfloat16, and takes part if the CPU has it."""
 
 
 def _narrow(rows: list[Row]) -> str:
@@ -284,10 +286,9 @@ def _narrow(rows: list[Row]) -> str:
 
 {_NARROW_NUMBERS}
 
-For products of bfloat16, torch computes a bfloat16 layer, or a float32 layer after `torch.set_float32_matmul_precision("medium")`.
-OpenVINO is set to bfloat16, and takes part if the CPU has it. In int8, each output feature of the weights has a scale. mha_c finds a
-scale for each token. ONNX Runtime (`quantize_dynamic`, with weights of 8 bits, as by default) and torch (`quantize_dynamic`) find one
-for all tokens of a call. An error is the root of the mean square of the difference from float64, relative to that of the output.
+In int8, each output feature of the weights has a scale. mha_c finds a scale for each token. ONNX Runtime (`quantize_dynamic`, with
+weights of 8 bits, as by default) and torch (`quantize_dynamic`) find one for all tokens of a call. An error is the root of the mean
+square of the difference from float64, relative to that of the output.
 
 {_table(header, cells)}
 """
