@@ -82,8 +82,8 @@ static mha_weight make_weight(const described_call *c, size_t features, size_t d
 {
     /* any bytes are numbers of int8 */
     const void *weight = numbers(c->dtype, features * depth);
-    return (mha_weight){.numbers = weight, .scale = c->narrow == INT8 ? numbers(MHA_FLOAT32, features) : NULL,
-                        .is_bf16 = c->narrow == BF16};
+    return (mha_weight){.numbers = weight, .scale = c->is_int8 ? numbers(MHA_FLOAT32, features) : NULL,
+                        .is_bf16 = c->is_bf16};
 }
 
 static mha_layer *make_layer(const described_call *c)
@@ -94,7 +94,7 @@ static mha_layer *make_layer(const described_call *c)
         .q_weight = make_weight(c, c->E, c->E), .k_weight = make_weight(c, kv, c->Ek),
         .v_weight = make_weight(c, kv, c->Ev), .out_weight = make_weight(c, c->E, c->E),
         .q_bias = numbers(c->dtype, c->E), .k_bias = numbers(c->dtype, kv), .v_bias = numbers(c->dtype, kv),
-        .out_bias = numbers(c->dtype, c->E),
+        .out_bias = numbers(c->dtype, c->E), .is_attention_bf16 = c->is_bf16,
     };
     mha_layer *layer = NULL;
     if (mha_layer_create(&widths, c->dtype, &parameters, &layer) != MHA_OK)

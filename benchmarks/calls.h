@@ -9,9 +9,6 @@
 
 enum { MAX_ITEMS = 64 };
 
-/* What products with weights read. */
-typedef enum { WIDE = 0, BF16, INT8 } narrowness;
-
 typedef struct {
     size_t N, L, S, E, Ek, Ev, H, Hkv;
     mha_dtype dtype;
@@ -21,7 +18,8 @@ typedef struct {
     bool is_causal;
     mha_wanted wanted;
     double dropout_p;
-    narrowness narrow;
+    bool is_bf16; /* products of linear maps, and attention's own, are of bfloat16 */
+    bool is_int8; /* products of linear maps are of int8 */
     size_t F; /* hidden features of a layer of a Transformer with gelu, which skips padding; 0: attention alone */
 } described_call;
 

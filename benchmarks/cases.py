@@ -22,6 +22,13 @@ class Named(Protocol):
     def name(self) -> str: ...
 
 
+def multiplied(dtype: str, matmul_precision: str | None) -> tuple[str, str]:
+    """The numbers that linear maps multiply, and those that attention itself multiplies. Layers of bfloat16 and float16
+    multiply float32."""
+    numbers = "float64" if dtype == "float64" else "float32"
+    return matmul_precision or numbers, "bfloat16" if matmul_precision == "bfloat16" else numbers
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of one layer, in torch's letters. Inputs are (N, length, features); self-attention unless S, kdim or
@@ -37,7 +44,7 @@ class Case:
     vdim: int | None = None
     kv_heads: int | None = None
     dtype: str = "float32"
-    matmul_precision: str | None = None  # of the projections: "int8"
+    matmul_precision: str | None = None  # "bfloat16", of all products; "int8", of the projections
     causal: bool = False
     attn_mask: str = ""  # "float": (L, S), added to the scores; "bool": (N * H, L, S), True = hidden
     live: tuple[int, ...] = ()  # how many keys of each item are real; a key_padding_mask hides the rest
@@ -73,7 +80,7 @@ class Case:
         words = [f"{self.N},{self.L},{self.E},{self.H}"]
         words += [f"{name}={value}" for name, value in special.items() if value]
         words += [self.dtype] if self.dtype != "float32" else []
-        words += [self.matmul_precision] if self.matmul_precision else []
+        words += [f"products of {self.matmul_precision}"] if self.matmul_precision else []
         words += ["causal"] if self.causal else []
         words += [f"{self.attn_mask} mask"] if self.attn_mask else []
         words += ["weights"] if self.need_weights else []
@@ -91,10 +98,11 @@ class Case:
         queries, features = self.N * self.L, (self.kdim or self.E) + (self.vdim or self.E)
         projected, attended = keys * self.kv_head_count * self.head_dim * features, 2 * scores * self.E
         always = 2 * queries * self.E * self.E  # the projection of the queries, and that of the output
-        if self.matmul_precision:  # keys are always projected
-            return {self.matmul_precision: 2.0 * (always + projected), self.dtype: 2.0 * attended}
+        of_maps, of_attention = multiplied(self.dtype, self.matmul_precision)
+        if of_maps != of_attention:  # keys are always projected
+            return {of_maps: 2.0 * (always + projected), of_attention: 2.0 * attended}
         queries_first = queries * self.E * features + scores * self.H * features  # q (W_k x), and (weights x) W_v
-        return {self.dtype: 2.0 * (always + min(projected + attended, queries_first))}
+        return {of_maps: 2.0 * (always + min(projected + attended, queries_first))}
 
     @property
     def needed_flops(self) -> float:
@@ -105,6 +113,8 @@ class Case:
 def _cases(group: str, *shapes: tuple[int, int, int, int], **options: object) -> list[Case]:
     return [Case(group, *shape, **options) for shape in shapes]  # type: ignore[arg-type]
 
+
+_MULTIPLIED_NARROW = ((1, 1, 768, 12), (1, 128, 768, 12), (1, 512, 512, 8), (8, 128, 768, 12), (32, 24, 384, 12))
 
 CASES: list[Case] = [
     *_cases("overhead", (3, 5, 8, 4), (1, 16, 64, 4)),
@@ -124,8 +134,8 @@ CASES: list[Case] = [
     *_cases("widths", (1, 512, 1024, 16), kv_heads=4),
     *_cases("halves", (1, 1, 768, 12), (1, 128, 768, 12), (1, 512, 512, 8), dtype="bfloat16"),
     *_cases("halves", (1, 1, 768, 12), (1, 128, 768, 12), (1, 512, 512, 8), dtype="float16"),
-    *_cases("int8", (1, 1, 768, 12), (1, 128, 768, 12), (1, 512, 512, 8), matmul_precision="int8"),
-    *_cases("int8", (8, 128, 768, 12), (32, 24, 384, 12), matmul_precision="int8"),
+    *_cases("products of bfloat16", *_MULTIPLIED_NARROW, matmul_precision="bfloat16"),
+    *_cases("products of int8", *_MULTIPLIED_NARROW, matmul_precision="int8"),
     # Shapes where a library that is tuned for the ones above could fall behind unnoticed.
     *_cases("others", (1, 1, 768, 12), (1, 24, 768, 12), (16, 24, 384, 12), (1, 197, 1024, 16)),
     *_cases("others", (2, 300, 100, 5), (1, 1024, 128, 2), (1, 1000, 512, 8)),

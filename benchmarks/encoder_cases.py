@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from cases import multiplied
+
 
 @dataclass(frozen=True)
 class Model:
@@ -34,7 +36,7 @@ class EncoderCase:
     lengths: tuple[int, ...]
     tokens: tuple[tuple[int, ...], ...] = ()  # MiniLM only: the numbers of the tokens; random ones if there are none
     dtype: str = "float32"
-    matmul_precision: str | None = None  # of the linear maps: "int8"
+    matmul_precision: str | None = None  # "bfloat16", of all products; "int8", of linear maps
 
     @property
     def model(self) -> Model:
@@ -57,7 +59,7 @@ class EncoderCase:
         words = [f"{self.model_name} {self.N}×{self.L}"]
         words += ["padded"] if self.is_padded else []
         words += [self.dtype] if self.dtype != "float32" else []
-        words += [self.matmul_precision] if self.matmul_precision else []
+        words += [f"products of {self.matmul_precision}"] if self.matmul_precision else []
         return ", ".join(words)
 
     @property
@@ -67,9 +69,9 @@ class EncoderCase:
         model = self.model
         linear = sum(self.lengths) * model.E * (4 * model.E + 2 * model.F)
         attention = sum(length**2 for length in self.lengths) * 2 * model.E
-        counts = {self.dtype: 2.0 * model.layers * attention}
-        kind = self.matmul_precision or self.dtype
-        return counts | {kind: counts.get(kind, 0.0) + 2.0 * model.layers * linear}
+        of_maps, of_attention = multiplied(self.dtype, self.matmul_precision)
+        counts = {of_attention: 2.0 * model.layers * attention}
+        return counts | {of_maps: counts.get(of_maps, 0.0) + 2.0 * model.layers * linear}
 
     @property
     def needed_flops(self) -> float:
@@ -95,6 +97,10 @@ _FLOAT32 = [
 
 CASES = [
     *_FLOAT32,
-    *(replace(case, group="int8", matmul_precision="int8") for case in _FLOAT32),
-    *(replace(case, group=dtype, dtype=dtype) for dtype in ("bfloat16", "float16") for case in _FLOAT32),
+    *(
+        replace(case, group=f"products of {precision}", matmul_precision=precision)
+        for precision in ("bfloat16", "int8")
+        for case in _FLOAT32
+    ),
+    *(replace(case, group="halves", dtype=dtype) for dtype in ("bfloat16", "float16") for case in _FLOAT32),
 ]

@@ -23,11 +23,11 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     peaks: dict[tuple[str, str], list[float]] = {}
     printed = subprocess.run([driver], stdout=subprocess.PIPE, text=True, check=True).stdout
     for row in printed.splitlines():
-        level, dtype, kernel, what, nanoseconds, flops, numbers = row.split("\t")
+        level, multiplied, kernel, what, nanoseconds, flops, numbers = row.split("\t")
         records.append(
             {
                 "level": level,
-                "dtype": dtype,
+                "multiplied": multiplied,
                 "kernel": kernel,
                 "what": what,
                 "nanoseconds": float(nanoseconds),
@@ -35,16 +35,16 @@ def measure(folder: Path) -> list[dict[str, Any]]:
                 "numbers": float(numbers),
             }
         )
-    for level, dtype in dict.fromkeys((record["level"], record["dtype"]) for record in records):
+    for level, multiplied in dict.fromkeys((record["level"], record["multiplied"]) for record in records):
         peak = Peak(level, folder)
-        peaks[level, dtype] = [peak.measure(1, dtype, 0.002) for _ in range(100)]
+        peaks[level, multiplied] = [peak.measure(1, multiplied, 0.002) for _ in range(100)]
     for record in records:
-        record["peak"] = max(peaks[record["level"], record["dtype"]])  # a kernel's time is its best, too
+        record["peak"] = max(peaks[record["level"], record["multiplied"]])  # a kernel's time is its best, too
     return records
 
 
 def line(record: dict[str, Any]) -> str:
-    name = f"{record['level']:<9}{record['dtype']:<9}{record['kernel']:<13}{record['what']:<46}"
+    name = f"{record['level']:<12}{record['multiplied']:<9}{record['kernel']:<13}{record['what']:<46}"
     if record["flops"]:
         rate = record["flops"] / record["nanoseconds"]
         return f"{name}{record['nanoseconds']:>9.0f} ns {rate:7.1f} GFLOP/s {rate * 1e9 / record['peak']:5.0%} of peak"
@@ -61,8 +61,8 @@ def main() -> None:
         except NoCompiler as error:
             sys.exit(str(error))
     print(*map(line, records), sep="\n")
-    for (level, dtype), peak in {(r["level"], r["dtype"]): r["peak"] for r in records}.items():
-        print(f"Peak of {level}, {dtype}: {peak / 1e9:.1f} GFLOP/s")
+    for (level, multiplied), peak in {(r["level"], r["multiplied"]): r["peak"] for r in records}.items():
+        print(f"Peak of {level}, {multiplied}: {peak / 1e9:.1f} GFLOP/s")
     if options.output:
         options.output.write_text(json.dumps({"machine": machine.describe(), "kernels": records}, indent=1) + "\n")
 

@@ -57,7 +57,7 @@ class Limits:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    choose = select(parser, [case for case in CASES if not case.matmul_precision])  # limits.c has no int8
+    choose = select(parser, [case for case in CASES if not case.matmul_precision])  # limits.c has no narrow products
     cases = choose(parser.parse_args())
     level = machine.describe()["level"]
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def main() -> None:
         for case in cases:
             kernels = limits.measure(case)
             alone, in_pass = (sum(seconds) for seconds in zip(*kernels.values(), strict=True))
-            share = case.needed_flops / alone / max(peak.measure(1, case.dtype, 0.002) for _ in range(50))
+            share = case.needed_flops / alone / max(peak.measure_mixed(1, case.operations, 0.002) for _ in range(50))
             shares = {kernel: f"{seconds.alone / alone:.1%}" for kernel, seconds in kernels.items()}
             parts = ", ".join(f"{kernel} {text}" for kernel, text in shares.items() if text != "0.0%")
             times = f"{alone * 1e3:9.4f} ms alone, {in_pass * 1e3:9.4f} in the pass"

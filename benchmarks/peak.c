@@ -66,23 +66,23 @@ DEFINE_RUN(run_double, double)
 #if defined(__AVX512VNNI__)
 typedef __m512i sums;
 #define STEP_INT8(a, x) _mm512_dpbusd_epi32(a, x, x)
-enum { PRODUCTS = 64 };
+enum { INT8_PRODUCTS = 64 };
 #elif defined(__AVX512BW__)
 typedef __m512i sums;
 #define STEP_INT8(a, x) _mm512_add_epi32(a, _mm512_madd_epi16(x, x))
-enum { PRODUCTS = 32 };
+enum { INT8_PRODUCTS = 32 };
 #elif defined(__AVX2__)
 typedef __m256i sums;
 #define STEP_INT8(a, x) _mm256_add_epi32(a, _mm256_madd_epi16(x, x))
-enum { PRODUCTS = 16 };
+enum { INT8_PRODUCTS = 16 };
 #elif defined(__SSE2__)
 typedef __m128i sums;
 #define STEP_INT8(a, x) _mm_add_epi32(a, _mm_madd_epi16(x, x))
-enum { PRODUCTS = 8 };
+enum { INT8_PRODUCTS = 8 };
 #elif defined(__ARM_FEATURE_DOTPROD)
 typedef int32x4_t sums;
 #define STEP_INT8(a, x) vdotq_s32(a, vreinterpretq_s8_s32(x), vreinterpretq_s8_s32(x))
-enum { PRODUCTS = 16 };
+enum { INT8_PRODUCTS = 16 };
 #elif defined(__aarch64__)
 typedef int32x4_t sums; /* two products of numbers from -127 to 127 fit into int16 */
 static inline sums step_int8(sums a, int8x16_t x)
@@ -90,16 +90,16 @@ static inline sums step_int8(sums a, int8x16_t x)
     return vpadalq_s16(a, vmlal_high_s8(vmull_s8(vget_low_s8(x), vget_low_s8(x)), x, x));
 }
 #define STEP_INT8(a, x) step_int8(a, vreinterpretq_s8_s32(x))
-enum { PRODUCTS = 16 };
+enum { INT8_PRODUCTS = 16 };
 #else
 typedef uint32_t sums __attribute__((vector_size(VECTOR_BYTES)));
 #define STEP_INT8(a, x) ((a) + (x) * (x))
-enum { PRODUCTS = VECTOR_BYTES / 4 };
+enum { INT8_PRODUCTS = VECTOR_BYTES / 4 };
 #endif
 
 /* Makes the compiler forget what a vector holds. Otherwise it would multiply only once, and gcc would copy sums. */
 #if defined(__SSE2__)
-#define FORGET(vector) __asm__("" : "+x"(vector))
+#define FORGET(vector) __asm__("" : "+v"(vector))
 #elif defined(__aarch64__)
 #define FORGET(vector) __asm__("" : "+w"(vector))
 #else
@@ -107,31 +107,49 @@ enum { PRODUCTS = VECTOR_BYTES / 4 };
 #endif
 
 typedef uint32_t words __attribute__((vector_size(sizeof(sums))));
-#define START_INT8(i) sums b##i = {0};
-#define CHAIN_INT8(i) \
+#define START_NARROW(i) sums b##i = {0};
+#define STEP_NARROW(i, step) \
     FORGET(factor); \
-    b##i = STEP_INT8(b##i, factor); \
+    b##i = step(b##i, factor); \
     FORGET(b##i);
-#define SUM_INT8(i) sum += (words)b##i;
+#define SUM_NARROW(i) sum += (words)b##i;
 
-static void run_int8(void)
-{
-    sums factor = (sums)((words){0} + 0x00030003u);
-    words sum = {0};
-    CHAINS(START_INT8)
-    for (int step = 0; step < STEPS; step++) {
-        CHAINS(CHAIN_INT8)
+/* `word`: some narrow numbers. */
+#define DEFINE_NARROW_RUN(name, chain, word) \
+    static void name(void) \
+    { \
+        sums factor = (sums)((words){0} + (word)); \
+        words sum = {0}; \
+        CHAINS(START_NARROW) \
+        for (int step = 0; step < STEPS; step++) { \
+            CHAINS(chain) \
+        } \
+        CHAINS(SUM_NARROW) \
+        volatile words result = sum; \
+        (void)result; \
     }
-    CHAINS(SUM_INT8)
-    volatile words result = sum;
-    (void)result;
-}
+
+#define CHAIN_INT8(i) STEP_NARROW(i, STEP_INT8)
+DEFINE_NARROW_RUN(run_int8, CHAIN_INT8, 0x00030003u)
+
+/* Products of bfloat16 are added to float32. Without an instruction for that, float32 is multiplied. */
+#if defined(__AVX512BF16__)
+#define STEP_BF16(a, x) (sums)_mm512_dpbf16_ps((__m512)(a), (__m512bh)(x), (__m512bh)(x))
+#define CHAIN_BF16(i) STEP_NARROW(i, STEP_BF16)
+DEFINE_NARROW_RUN(run_bf16, CHAIN_BF16, 0x3f003f00u) /* 0.5 */
+enum { BF16_PRODUCTS = VECTOR_BYTES / 2 };
+#else
+#define run_bf16 run_float
+enum { BF16_PRODUCTS = VECTOR_BYTES / 4 };
+#endif
 
 /* By kind: what runs, and the products of a step. */
 static const struct {
     void (*run)(void);
     double products;
-} kinds[] = {{run_float, VECTOR_BYTES / 4.0}, {run_double, VECTOR_BYTES / 8.0}, {run_int8, PRODUCTS}};
+} kinds[] = {
+    {run_float, VECTOR_BYTES / 4.0}, {run_double, VECTOR_BYTES / 8.0}, {run_int8, INT8_PRODUCTS}, {run_bf16, BF16_PRODUCTS}
+};
 
 /* Runs for so many seconds; operations a second. */
 static double rate(const job *j, double seconds)
@@ -158,8 +176,8 @@ static void *measure(void *argument)
     return NULL;
 }
 
-/* Operations per second of all threads together, on float32 (kind 0), float64 (1) or int8 (2). 0 if a thread cannot be
- * started. */
+/* Operations per second of all threads together, on float32 (kind 0), float64 (1), int8 (2) or bfloat16 (3). 0 if a
+ * thread cannot be started. */
 double peak_rate(int threads, double seconds, int kind)
 {
     pthread_t id[MAX_THREADS];

@@ -11,13 +11,13 @@ from compiler import HERE, compile_c
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mprefer-vector-width=512", "-DVECTOR_BYTES=64")
 _FLAGS = {
-    "avx512_bf16": (*_AVX512, "-mavx512vnni"),
+    "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
     "avx512_vnni": (*_AVX512, "-mavx512vnni"),
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-DVECTOR_BYTES=32"),
     "neon_dotprod": ("-march=armv8.2-a+dotprod", "-DVECTOR_BYTES=16"),
 }
-_KINDS = {"float32": 0, "float64": 1, "int8": 2, "bfloat16": 0, "float16": 0}  # halves are multiplied as float32
+_KINDS = {"float32": 0, "float64": 1, "int8": 2, "bfloat16": 3}
 
 
 class Peak:
@@ -35,7 +35,7 @@ class Peak:
         """Operations per second of that many threads together, on numbers of a kind."""
         return float(self._rate(threads, seconds, _KINDS[kind]))
 
-    def measure_mixed(self, threads: int, operations: Mapping[str, float]) -> float:
+    def measure_mixed(self, threads: int, operations: Mapping[str, float], seconds: float = 0.01) -> float:
         """The same of so many operations on each kind of numbers, one kind after the other."""
-        least = sum(count / self.measure(threads, kind) for kind, count in operations.items())
+        least = sum(count / self.measure(threads, kind, seconds) for kind, count in operations.items())
         return sum(operations.values()) / least

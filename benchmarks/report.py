@@ -152,7 +152,7 @@ def dump(summary: Summary) -> str:
 
 def line(run: dict[str, Any]) -> str:
     """One case in one line, for the terminal, with the quartiles of its ratio to the fastest peer, and both errors."""
-    words = [f"{run['threads']} thr", f"{run['case']['group']:<11}", f"{run['name']:<36}"]
+    words = [f"{run['threads']} thr", f"{run['case']['group']:<20}", f"{run['name']:<36}"]
     if OURS not in run["seconds"]:
         return " ".join([*words, f"mha_c: {run['left_out'].get(OURS, 'missing')}"])
     seconds, share = _ours(run)
@@ -264,6 +264,13 @@ In a clone, with a C compiler:
 """
 
 
+_NARROW_NUMBERS = """A layer of bfloat16 or float16 has parameters, inputs and outputs of such numbers. mha_c multiplies them as
+float32. Products of bfloat16 and int8 are those of a float32 layer, which rounds what it multiplies: to bfloat16 in linear maps and
+in attention itself, to int8 in linear maps alone. For products of bfloat16, torch computes a bfloat16 layer, or a float32 layer after
+`torch.set_float32_matmul_precision("medium")`, which multiplies float32 if torch has no fast way to multiply bfloat16. OpenVINO is
+set to bfloat16, and takes part if the CPU has it."""
+
+
 def _narrow(rows: list[Row]) -> str:
     """The section on cases in narrower numbers than float32, if there are any."""
     narrow = [row for row in rows if peers.IN_FLOAT32 in row.ratios]
@@ -277,10 +284,11 @@ def _narrow(rows: list[Row]) -> str:
     header = ["shape", "mha_c in float32 takes", "error of mha_c", "error of the fastest other", "which is"]
     return f"""## Narrow numbers
 
-In int8, the projections multiply int8; the products of attention itself are float32 in mha_c. Each output feature of the weights
-has a scale. mha_c finds a scale for each token. ONNX Runtime (`quantize_dynamic`, with weights of 8 bits, as by default) and torch
-(`quantize_dynamic`) find one for all tokens of a call. An error is the root of the mean square of the difference from float64,
-relative to that of the output.
+{_NARROW_NUMBERS}
+
+In int8, each output feature of the weights has a scale. mha_c finds a scale for each token. ONNX Runtime (`quantize_dynamic`, with
+weights of 8 bits, as by default) and torch (`quantize_dynamic`) find one for all tokens of a call. An error is the root of the mean
+square of the difference from float64, relative to that of the output.
 
 {_table(header, cells)}
 """
@@ -340,7 +348,12 @@ python3 -m venv .venv && .venv/bin/pip install '.[benchmark]' && .venv/bin/pytho
 
 It takes 12 minutes. [benchmarks/README.md](benchmarks/README.md) has the options.
 """
-    return re.sub("\n{3,}", "\n\n", text)  # where there is no picture, or one number of threads
+    return _joined(text)
+
+
+def _joined(text: str) -> str:
+    """The text without the empty lines of what it lacks: a picture, a second number of threads, narrow numbers."""
+    return re.sub("\n{3,}", "\n\n", text)
 
 
 def facts(summary: Summary, file: str) -> str:
@@ -380,13 +393,15 @@ def encoders_page(summary: Summary) -> str:
     rows = [row for row in summary.rows if row.threads == summary.threads[0]]
     cells = [[row.shape, *(_measure(row, name, "1 − cosine") for name in (OURS, *names))] for row in rows]
     quality = _table([_ENCODER, OURS, *names], cells)
-    return f"""# Whole encoders
+    text = f"""# Whole encoders
 
 {facts(summary, "encoders.json")}
 
 Each library computes the same encoder from the same vectors of tokens. 1.06× means 1.06 times as long as mha_c. Each library is
 used in several ways, and the fastest one counts, separately for each row. The share of the peak counts the multiplications and
 additions of the products; padding does not count.
+
+{_NARROW_NUMBERS if peers.IN_FLOAT32 in names else ""}
 
 {both}
 
@@ -395,6 +410,7 @@ that of the encoder in float64 is, with {_threads(summary.threads[0])}:
 
 {quality}
 """
+    return _joined(text)
 
 
 def write(summary: Summary, folder: Path) -> Path:

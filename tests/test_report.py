@@ -62,7 +62,7 @@ def test_what_it_says(report):
 def test_errors(report):
     """Those of the way that is its library's fastest. A page has a section on narrow numbers only if there are such cases. mha_c
     in float32 is none of the other libraries."""
-    narrow = run("1,1,768,12 int8", **{**ONE, "mha_c in float32": [0.002, 0.001, 0.001]})
+    narrow = run("1,1,768,12 products of int8", **{**ONE, "mha_c in float32": [0.002, 0.001, 0.001]})
     measured = results(run(**ONE), narrow)
     measured["versions"]["mha_c in float32"] = "mha_c in float32 0.1.0"
     summary = report.summarize(measured)
@@ -72,10 +72,12 @@ def test_errors(report):
     assert row.ratios["mha_c in float32"] == 0.5 and (row.fastest, row.ratio) == ("ONNX Runtime", 1.5)
     assert summary.libraries == ["torch", "ONNX Runtime"]
     page = report.page(summary)
-    assert "| `1,1,768,12 int8` | 0.50× | 1.0e-07 | 1.0e-06 | ONNX Runtime |" in page and "mha_c in float32 0.1.0" not in page
+    assert "| `1,1,768,12 products of int8` | 0.50× | 1.0e-07 | 1.0e-06 | ONNX Runtime |" in page and "mha_c in float32 0.1.0" not in page
     assert "Narrow numbers" not in report.page(report.summarize(results(run(**ONE))))
+    assert "\n\nA layer of bfloat16 or float16" in report.encoders_page(summary)
+    assert "A layer of bfloat16" not in report.encoders_page(report.summarize(results(run(**ONE))))
     assert report.line(narrow).endswith("1.50x [1.00-1.75] ORT plain 0.50x in float32 error 1.0e-07 | 1.0e-06")
-    assert "| 1,1,768,12 int8 | 1.0e-09 | 1.0e-06 | 1.0e-06 | 1.0e-06 |" in report.encoders_page(summary)
+    assert "| 1,1,768,12 products of int8 | 1.0e-09 | 1.0e-06 | 1.0e-06 | 1.0e-06 |" in report.encoders_page(summary)
 
 
 def test_without_others_or_an_answer_of_ours(report, tmp_path):

@@ -61,18 +61,19 @@ class OpenVinoEncoder:
         return compiled(model, feeds, options)
 
 
-# A dtype, as the plugin calls what a CPU can do, and as its precision hint. Without a hint, it takes bfloat16 where the
-# CPU has it.
+# A kind of numbers, as the plugin calls what a CPU can do, and as its precision hint. Without a hint, it takes bfloat16
+# where the CPU has it.
 PRECISIONS = {"float32": ("FP32", "f32"), "bfloat16": ("BF16", "bf16"), "float16": ("FP16", "f16")}
 
 
 def settings(case: Case | EncoderCase, threads: int) -> dict[str, Any]:
     """How the model of a case is compiled. Its inputs, weights and outputs are float32."""
-    if case.matmul_precision:
+    kind = case.matmul_precision or case.dtype
+    if kind == "int8":
         raise Unsupported("its int8 needs a model that was calibrated with data")
-    capability, hint = PRECISIONS.get(case.dtype, (case.dtype, ""))
+    capability, hint = PRECISIONS.get(kind, (kind, ""))
     if capability not in CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise Unsupported(f"it does not compute in {case.dtype} on this CPU")
+        raise Unsupported(f"it does not compute in {kind} on this CPU")
     return {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
 
 

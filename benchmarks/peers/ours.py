@@ -106,7 +106,7 @@ class OurEncoderInFloat32(OurEncoder):
 
 
 def precision_of(case: Any) -> dict[str, Any]:
-    """The argument that asks for int8. tests/tools/gates.py measures versions that lack it, too."""
+    """The argument that asks for narrow products. tests/tools/gates.py measures versions that lack it, too."""
     return {"matmul_precision": case.matmul_precision} if case.matmul_precision else {}
 
 

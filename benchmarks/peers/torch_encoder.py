@@ -13,21 +13,23 @@ import torch
 import encoder_problem
 from encoder_cases import EncoderCase
 from peers import Prepared, Unsupported
-from peers.torch_layer import tensor
+from peers.torch_layer import in_torch, set_precision, tensor
 
 
 class TorchEncoder:
-    def __init__(self, threads: int, kind: str) -> None:
+    def __init__(self, threads: int, kind: str, medium: bool = False) -> None:
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes that stay
         torch.set_num_threads(threads)
+        set_precision(medium)
         self.mode = torch.inference_mode()
         self.mode.__enter__()  # for good: entering it in each call would cost the peer microseconds
-        self.kind = kind
+        self.kind, self.medium = kind, medium
         warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype stage")
         torch.backends.mha.set_fastpath_enabled(kind == "fast path")
         self.version = f"torch {torch.__version__}"
 
     def prepare(self, case: EncoderCase) -> Prepared:
+        case = in_torch(case, self.medium)
         if case.matmul_precision:
             raise Unsupported("torch's quantization does not replace the projections of its attention layer")
         problem, model = encoder_problem.make(case), case.model

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.nn.MultiheadAttention with its fast path on or off; torch's functions where it has no such layer, as for grouped
-heads and int8: torch.ao.quantization replaces torch.nn.Linear, but not the projections of MultiheadAttention."""
+heads and int8: torch.ao.quantization replaces torch.nn.Linear, but not the projections of MultiheadAttention.
+
+Products of bfloat16 are those of a bfloat16 layer, or of a float32 layer in `medium` precision."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -29,16 +32,32 @@ def optional_tensor(array: Array | None) -> torch.Tensor | None:
     return None if array is None else tensor(array)
 
 
+def in_torch(case: Any, medium: bool) -> Any:
+    """The case that torch computes."""
+    if case.matmul_precision == "bfloat16":
+        return dataclasses.replace(case, dtype="float32" if medium else "bfloat16", matmul_precision=None)
+    if medium:
+        raise Unsupported("the case has no products of bfloat16")
+    return case
+
+
+def set_precision(medium: bool) -> None:
+    """In medium precision, float32 layers multiply bfloat16 where torch has a fast way to do so."""
+    torch.set_float32_matmul_precision("medium" if medium else "highest")
+
+
 class TorchLayer:
-    def __init__(self, threads: int, fast_path: bool) -> None:
+    def __init__(self, threads: int, fast_path: bool, medium: bool = False) -> None:
         torch.set_num_threads(threads)
+        set_precision(medium)
         self.mode = torch.inference_mode()
         self.mode.__enter__()  # for good: entering it in each call would cost the peer microseconds
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        self.fast_path = fast_path
+        self.fast_path, self.medium = fast_path, medium
         self.version = f"torch {torch.__version__}"
 
     def prepare(self, case: Case) -> Prepared:
+        case = in_torch(case, self.medium)
         problem = make(case)
         by_functions = case.kv_heads or case.matmul_precision
         call = self._call_of_functions(problem) if by_functions else self._layer_call(problem)
