@@ -201,6 +201,7 @@ UNSEEN = [
     Unseen("groups", r"tile\(\)", r"-> .*a_4 = rows >= 4", "an address that four rows do not use"),
     Unseen("projection", r"prefetch_row\(\)|next_weights\(\)", "", "what is prefetched"),
     Unseen("attention", r"prefetch_share\(\)|count_sharers\(\)", "", "what is prefetched"),
+    Unseen("projection", r"narrow_slice\(\)", r"-> .*spare\) : 1;", "rows of bfloat16 have no largest number"),
     Unseen("projection", r"choose_tasks_per_block\(\)", "", "how threads share the work"),
     Unseen("probabilities", r"(even_parts|are_panels_even)\(\)", "", "how threads share the work"),
     Unseen("probabilities", r"take\(\)", r"-> .*reserve\(layout, numbers, rows", "the same product"),
