@@ -591,6 +591,15 @@ def test_options_of_other_layers_are_refused(capsys, kind, options, refused):
     assert f"--layer {kind} does not have {refused}\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", ["--embed-dim", "--no-bias", "--add-bias-kv", "--embed-dim, --kdim, --vdim"])
+def test_command_refuses_what_a_file_says(options, capsys):
+    """Widths and parameters are those of the file, so they cannot be chosen."""
+    words = [word for name in options.split(", ") for word in ([name, "8"] if name.endswith("dim") else [name])]
+    with pytest.raises(SystemExit):
+        main(["check", "layer.npz", *words])
+    assert f"the layer in FILE says it itself: leave out {options}\n" in capsys.readouterr().err
+
+
 def test_command_over_the_grid(capsys, monkeypatch):
     assert {each.dtype for _, each in command.grid(dtype="float16")} == {"float16"}
     few = list(command.grid())[::105]

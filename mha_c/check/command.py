@@ -104,9 +104,14 @@ _KINDS: dict[str, _Kind] = {
 }
 
 
-def _option(default: Any, help: str, flag: str = "", of: tuple[str, ...] = (), **settings: Any) -> Any:
-    """A field of `Configuration`, how argparse reads it, and the kinds of layers that have it, if not all have."""
-    return field(default=default, metadata={"flag": flag, "of": of, "settings": {"help": help, **settings}})
+def _option(
+    default: Any, help: str, flag: str = "", of: tuple[str, ...] = (), in_file: bool = False, **settings: Any
+) -> Any:
+    """A field of `Configuration`, how argparse reads it, the kinds of layers that have it, if not all have, and whether
+    a layer in a file says it itself.
+    """
+    metadata = {"flag": flag, "of": of, "in_file": in_file, "settings": {"help": help, **settings}}
+    return field(default=default, metadata=metadata)
 
 
 _SIZE: dict[str, Any] = {"type": int, "metavar": "N"}
@@ -126,17 +131,19 @@ class Configuration:
     layer: str = _option(
         _ATTENTION, "attention, or a whole layer of an encoder or a decoder", choices=tuple(_KINDS)
     )
-    embed_dim: int | None = _option(None, "features of the query, or of a whole layer", **_SIZE)
+    embed_dim: int | None = _option(None, "features of the query, or of a whole layer", in_file=True, **_SIZE)
     num_heads: int | None = _option(None, "heads", **_SIZE)
-    kdim: int | None = _option(None, "features of the key", of=(_ATTENTION,), **_SIZE)
-    vdim: int | None = _option(None, "features of the value", of=(_ATTENTION,), **_SIZE)
-    dim_feedforward: int = _option(2048, "features of the feed-forward network", of=(_ENCODER, _DECODER), **_SIZE)
+    kdim: int | None = _option(None, "features of the key", of=(_ATTENTION,), in_file=True, **_SIZE)
+    vdim: int | None = _option(None, "features of the value", of=(_ATTENTION,), in_file=True, **_SIZE)
+    dim_feedforward: int = _option(
+        2048, "features of the feed-forward network", of=(_ENCODER, _DECODER), in_file=True, **_SIZE
+    )
     activation: str | None = _option(
         None, "relu unless given", of=(_ENCODER, _DECODER), choices=("relu", "gelu", "gelu_tanh", "silu")
     )
     norm_first: bool = _option(False, "norms before attention and feed-forward", of=(_ENCODER, _DECODER))
-    bias: bool = _option(True, "maps and norms without biases", "--no-bias")
-    add_bias_kv: bool = _option(False, "append a learned key and value", of=(_ATTENTION,))
+    bias: bool = _option(True, "maps and norms without biases", "--no-bias", in_file=True)
+    add_bias_kv: bool = _option(False, "append a learned key and value", of=(_ATTENTION,), in_file=True)
     add_zero_attn: bool = _option(False, "append a key and value of zeros", of=(_ATTENTION,))
     batch_first: bool = _option(False, "inputs are (N, L, E)")
     dtype: str | None = _option(None, "float32 unless given; without a layer, float32 and float64", choices=DTYPES)
@@ -210,8 +217,14 @@ class Configuration:
 
     def misplaced(self) -> list[str]:
         """The options that say something of layers of another kind."""
-        changed = [one for one in fields(self) if one.metadata and getattr(self, one.name) != one.default]
-        return [_flag(one) for one in changed if one.metadata["of"] and self.layer not in one.metadata["of"]]
+        return [_flag(one) for one in self._given() if one.metadata["of"] and self.layer not in one.metadata["of"]]
+
+    def in_file(self) -> list[str]:
+        """The options that repeat or contradict what the layer in the file says."""
+        return [_flag(one) for one in self._given() if self.file is not None and one.metadata["in_file"]]
+
+    def _given(self) -> list[Field[Any]]:
+        return [one for one in fields(self) if one.metadata and getattr(self, one.name) != one.default]
 
     def _layer(self) -> Any:
         if self.file is None:
@@ -340,6 +353,8 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     configuration = Configuration(**options)
     if misplaced := configuration.misplaced():
         parser.error(f"--layer {configuration.layer} does not have {', '.join(misplaced)}")
+    if in_file := configuration.in_file():
+        parser.error(f"the layer in FILE says it itself: leave out {', '.join(in_file)}")
     over_grid = configuration == Configuration(layer=configuration.layer, dtype=configuration.dtype)
     if not over_grid and configuration.file is None and None in (configuration.embed_dim, configuration.num_heads):
         parser.error("say which layer to check: --embed-dim and --num-heads, or FILE")
