@@ -208,7 +208,7 @@ static mha_visible apply_rules(const mha_attention *a, size_t n, size_t h, mha_p
 /* scores[key][lane] of the visible keys. The bias is added last, if there is one. Chains have at most MHA_CHAIN
  * features, as in projections. */
 static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes, const mha_key_block *block,
-                  mha_visible visible, const char *queries, const char *bias, const char *narrow_keys, char *scores,
+                  mha_visible visible, const char *queries, const char *bias, const char *narrow, char *scores,
                   const mha_prefetch *prefetch)
 {
     const mha_kernels *kernels = a->kernels;
@@ -220,7 +220,7 @@ static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes,
                            .c = scores, .c_row = P, .prefetch = prefetch};
     size_t depth = a->D;
     if (a->narrow) {
-        product.a = narrow_keys;
+        product.a = narrow;
         product.a_row = (ptrdiff_t)mha_narrow_key_words(a);
         depth = mha_divide_up(depth, a->narrow->group);
     }
@@ -289,12 +289,12 @@ static bool needs_care(const mha_attention *a, const mha_panel_state *s)
 }
 
 void mha_score_block(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                     const char *queries, char *bias, char *keys, char *scores)
+                     const char *queries, char *bias, char *narrow, char *scores)
 {
     const mha_visible visible = apply_rules(a, n, h, lanes, block, bias);
-    if (a->narrow)
-        narrow_keys(a, n, h / a->shared, block, keys);
-    score(a, n, h / a->shared, lanes, block, visible, queries, bias, keys, scores, NULL);
+    if (a->narrow && visible.keys > 0)
+        narrow_keys(a, n, h / a->shared, block, narrow);
+    score(a, n, h / a->shared, lanes, block, visible, queries, bias, narrow, scores, NULL);
     if (a->wanted == MHA_WANT_SCORES || atomic_load_explicit(&a->is_careful, memory_order_relaxed))
         hide_scores(a, lanes, visible, bias, scores);
     hide_rest(a, lanes, block, visible, scores);
@@ -438,12 +438,15 @@ bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size
             next = &two[(b + 1) % 2];
         }
         mha_visible visible = {0};
+        size_t narrowed = SIZE_MAX; /* the head whose keys and values of this block are narrow */
         for (size_t i = 0; i < count; i++) {
             mha_panel_state *s = &panels[i];
             if (i == 0 || !is_shared || s->lanes.first != panels[i - 1].lanes.first)
                 visible = apply_rules(a, n, s->h, s->lanes, block, base + a->at.bias);
-            if (a->narrow && (i == 0 || s->hkv != panels[i - 1].hkv))
+            if (a->narrow && visible.keys > 0 && s->hkv != narrowed) {
                 narrow_block(a, n, s->hkv, block, base);
+                narrowed = s->hkv;
+            }
             char *kept = s->kept ? s->kept + b * mha_block_bytes(a, s->lanes.vectors) : NULL;
             step(a, n, s, block, next, visible, kept ? kept : base + a->at.scores, base);
         }

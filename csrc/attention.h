@@ -67,8 +67,8 @@ size_t mha_plan_attention(mha_attention *a);
 /* Fills the context. */
 mha_status mha_attend(mha_attention *attention);
 
-/* A product of values (rows: features, depth: keys) and exps in which hidden values may be NaN or infinite is run in two
- * steps. The first one, which is returned, reads `finite` [keys][features], a copy of the values with 0 for such
+/* A product of values (rows: features, depth: keys) and exps in which hidden values may be NaN or infinite is run in
+ * two steps. The first one, which is returned, reads `finite` [keys][features], a copy of the values with 0 for such
  * numbers. The second one adds these, each to the lanes that see its key: those whose bias [keys][P] is not -inf; NULL:
  * all. The order of these additions does not matter, because the sums become infinite or NaN. */
 mha_product mha_with_finite_values(const mha_kernels *kernels, const mha_product *values, char *finite);
@@ -152,9 +152,9 @@ bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size
 void mha_pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel lanes, char *queries);
 
 /* scores [block][P] of a panel whose queries are packed. Keys that are not visible get -inf. `bias` has room for a
- * block, and `narrow_keys` for its keys if products are narrow. */
+ * block, and `narrow` for its keys if products are narrow. */
 void mha_score_block(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                     const char *queries, char *bias, char *narrow_keys, char *scores);
+                     const char *queries, char *bias, char *narrow, char *scores);
 
 /* Applies dropout to the probabilities of the first `keys` keys of a block. */
 void mha_drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block, size_t keys,

@@ -64,7 +64,8 @@ static void pack_int8(const mha_panels *panels, mha_panel panel, const int8_t *w
     for (size_t i = 0; i < panel.count; i++) {
         const int8_t *row = weight + (panel.first + i) * depth;
         for (size_t k = 0; k < depth; k++)
-            to[((k >> panels->group_log2) * P + i) * group + (k & (group - 1))] = (int8_t)(row[k] + panels->narrow->weight_offset);
+            to[((k >> panels->group_log2) * P + i) * group + (k & (group - 1))] =
+                (int8_t)(row[k] + panels->narrow->weight_offset);
     }
 }
 

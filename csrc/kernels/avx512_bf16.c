@@ -23,7 +23,7 @@
 /* A group is two halves, in the order of the row. The last group of an odd row has a 0. */
 static size_t row_words(size_t n)
 {
-    return (n + lanes_f32 - 1) / lanes_f32 * lanes_f32 / 2;
+    return whole_vectors(n) / 2;
 }
 
 static void round_row(const float *x, size_t n, uint32_t largest_bits, uint32_t *row)
@@ -37,7 +37,7 @@ static void round_row(const float *x, size_t n, uint32_t largest_bits, uint32_t 
 /* Rows whose words hold a number of each of two rows. */
 static void pair_rows(const float *x, size_t x_row, size_t depth, size_t width, uint32_t *columns)
 {
-    const size_t row = (width + lanes_f32 - 1) / lanes_f32 * lanes_f32;
+    const size_t row = whole_vectors(width);
     for (size_t k = 0; k < depth; k += 2, x += 2 * x_row, columns += row)
         for (size_t i = 0; i < width; i += lanes_f32) {
             const vec_i32 first = bits_of(round_bf16(load_some(x + i, width - i)));

@@ -39,7 +39,7 @@ static void swap_row(const float *x, size_t n, uint32_t largest_bits, uint32_t *
 
 static void swap_rows(const float *x, size_t x_row, size_t depth, size_t width, uint32_t *columns)
 {
-    const size_t row = (width + lanes_f32 - 1) / lanes_f32 * lanes_f32;
+    const size_t row = whole_vectors(width);
     float *to = (float *)(void *)columns;
     for (size_t k = 0; k < depth; k += 2, x += 2 * x_row, to += 2 * row)
         for (size_t i = 0; i < width; i += lanes_f32) {

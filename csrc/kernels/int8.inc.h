@@ -27,7 +27,7 @@ _Static_assert(MHA_INT8_FEATURES % GROUP == 0, "groups do not cross the sums of 
 /* Rows have room for whole vectors. */
 static size_t row_words(size_t n)
 {
-    return MHA_ROW_HEADER + (n + lanes_f32 - 1) / lanes_f32 * lanes_f32 / GROUP;
+    return MHA_ROW_HEADER + whole_vectors(n) / GROUP;
 }
 
 static uint32_t largest(const float *x, size_t n)

@@ -17,7 +17,7 @@
  *   nonzero(p)              of no dtype: bit i says that byte i of 16 is not 0
  *   widen_bf16(p), widen_f16(p)        of float32 alone: a vector of halves from memory
  *   narrow_bf16(p, v), narrow_f16(p, v)  and to memory, rounded to the nearest, ties to even; NaN becomes quiet
- *   round_bf16(v)           of float32 alone: the same as float32
+ *   round_bf16(v)           of float32 alone: a vector rounded like that, as float32
  *   swap_neighbours(v)      of float32 alone: lane 2 i <-> lane 2 i + 1
  *   REGISTERS               how many vectors fit into registers: the sums, up to 3 vectors of a panel and 1 broadcast
  *   ROWS_OF_MANY            optional: the rows of tiles of 1, 2 and 3 vectors in products of many rows

@@ -75,6 +75,12 @@ INLINE void prefetch_step(const char *ahead, size_t read)
         __builtin_prefetch(ahead + 2 * LINE_BYTES, 0, 2);
 }
 
+/* n, rounded up to whole vectors. */
+static inline size_t whole_vectors(size_t n)
+{
+    return (n + lanes_f32 - 1) / lanes_f32 * lanes_f32;
+}
+
 /* The first n numbers of a vector, at most all; the others are 0. */
 static inline vec_f32 load_some(const float *x, size_t n)
 {
