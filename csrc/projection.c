@@ -30,9 +30,9 @@ enum {
     /* of a slice of a block, which has to fit into the second-level cache; blocks of wide rows have fewer rows */
     MAX_BLOCK_BYTES = 491520,
     ROW_UNIT = 8,           /* blocks have whole multiples of this many rows, because most tiles have 8 or 4 rows */
-    MAX_SLICE_BYTES = 8192, /* of one row, unless a chain is longer; whole chains */
+    MAX_SLICE_BYTES = 16384, /* of one row, unless a chain is longer; whole chains */
     /* panels of a task if rows have several slices; each has a strip, which waits for the next slice */
-    MAX_SLICED_PANELS = 8,
+    MAX_SLICED_PANELS = 32,
     TASKS_PER_THREAD = 4,   /* so that threads end at about the same time */
     PANELS_PER_POLL = 16,   /* between two polls */
     MAX_SHORT_BYTES = 1600, /* between rows read in place; several such rows share a page */
