@@ -31,10 +31,9 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
 {
     const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = G(ADJACENT) ? 1 : p->a_k;
     const uint32_t *row = at->a, *a_0 = row + G(HEADER), *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0;
-    const size_t vector_bytes = lanes_f32 * G(GROUP_BYTES), read = vectors * vector_bytes;
-    const size_t b_bytes = p->b_k * G(GROUP_BYTES), step = at->prefetch.step;
+    const size_t vector_bytes = lanes_f32 * G(GROUP_BYTES);
+    const size_t b_bytes = p->b_k * G(GROUP_BYTES);
     const char *b = p->b;
-    const char *ahead = at->prefetch.ahead;
     const vec_i32 no_group = splat_i32(0);
     if (rows > 4)
         FORGET(a_4);
@@ -42,10 +41,6 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
     const G(sum) start_##r = G(begin)(row + (r < rows ? r * a_row : 0)); \
     G(sum) c##r##_0 = start_##r, c##r##_1 = start_##r, c##r##_2 = start_##r;
     EACH_ROW(DECLARE)
-    for (size_t k = p->depth; k > 0; k--) {
-        const vec_i32 b_0 = G(load)(b);
-        const vec_i32 b_1 = vectors > 1 ? G(load)(b + vector_bytes) : no_group;
-        const vec_i32 b_2 = vectors > 2 ? G(load)(b + 2 * vector_bytes) : no_group;
 #define ACCUMULATE(r) \
     if (r < rows) { \
         const vec_i32 a_r = splat_i32((int32_t)(r < 4 ? a_0 : a_4)[r % 4 == 3 ? a_rows_3 : r % 4 * a_row]); \
@@ -55,15 +50,17 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
         if (vectors > 2) \
             c##r##_2 = G(add)(c##r##_2, a_r, b_2); \
     }
-        EACH_ROW(ACCUMULATE)
-        if (rows > 3) /* the hardware is ahead of tiles with fewer rows */
-            prefetch_step(ahead, read);
-        ahead += step;
-        a_0 += a_k;
-        a_4 += a_k;
-        b += b_bytes;
-    }
-    at->prefetch.ahead = ahead;
+#define STEP \
+    const vec_i32 b_0 = G(load)(b); \
+    const vec_i32 b_1 = vectors > 1 ? G(load)(b + vector_bytes) : no_group; \
+    const vec_i32 b_2 = vectors > 2 ? G(load)(b + 2 * vector_bytes) : no_group; \
+    EACH_ROW(ACCUMULATE) \
+    ADVANCE(a_0, a_k); \
+    if (rows > 4) \
+        ADVANCE(a_4, a_k); \
+    ADVANCE(b, b_bytes);
+    prefetch_pieces(&at->prefetch);
+    TILE_LOOP(, rows, vectors * vector_bytes, p->depth, at->prefetch, STEP);
     const float *addend = at->addend;
     float *c = at->c;
 #define FINISH(r) \
@@ -80,6 +77,7 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
     EACH_ROW(FINISH)
 #undef DECLARE
 #undef ACCUMULATE
+#undef STEP
 #undef FINISH
     at->a += (ptrdiff_t)rows * a_row;
     at->addend = addend;
@@ -89,10 +87,8 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
 #define COPY(r, v) \
     NOINLINE void TILES(r, v)(const mha_product *p, G(progress) *at, size_t tiles) \
     { \
-        for (; tiles > 0; tiles--) { \
-            prefetch_rows(p->prefetch, &at->prefetch); \
+        for (; tiles > 0; tiles--) \
             G(tile)(r, v, p, at); \
-        } \
     }
 EACH_TILE_1(COPY)
 EACH_TILE_2(COPY)

@@ -8,7 +8,7 @@ INLINE void V(small_product)(const REAL *a, ptrdiff_t a_row, ptrdiff_t a_k, size
                              REAL *c)
 {
     const mha_product p = {.depth = depth, .a_row = a_row, .a_k = a_k, .b = b, .b_k = LANES, .c_row = LANES};
-    V(progress) at = {.a = a, .c = c, .prefetch = {.ahead = (const char *)a}};
+    V(progress) at = {.a = a, .c = c};
     for (size_t eights = rows / 8; eights > 0; eights--)
         V(tile)(8, 1, OWN, &p, &at);
     if (rows & 4)

@@ -27,12 +27,14 @@
 
 #include <stdint.h>
 
-/* Stands before a loop over an array of vectors. gcc keeps such an array in memory instead of registers unless the loop
- * is unrolled. */
+/* MHA_UNROLL stands before a loop over an array of vectors. gcc keeps such an array in memory instead of registers
+ * unless the loop is unrolled. MHA_UNROLL_4 stands before the loop of a tile; clang would spill. */
 #ifdef __clang__
 #define MHA_UNROLL _Pragma("unroll")
+#define MHA_UNROLL_4
 #else
 #define MHA_UNROLL _Pragma("GCC unroll 64")
+#define MHA_UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 
 /* The table with which power() makes 2^(k / 8) of an integer k. Let k = 8 n + j, shifted to where the exponent begins,

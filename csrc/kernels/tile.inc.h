@@ -63,36 +63,20 @@ typedef struct {
  *
  * Each sum is a variable of its own, because gcc would keep an array of them in memory. Broadcasts are not loaded
  * before they are used: that would need more registers than there are. Rows of a are addressed from every fourth row,
- * by one, two or three strides.
- *
- * Each step prefetches weights for the next tile. Tiles of four to eight rows prefetch every cache line that a step
- * reads of the panel. Tiles of one to three rows prefetch one line per step and leave the rest to the hardware, except
- * where lines are 96 bytes apart (three AVX2 vectors): there they prefetch nothing, because it would confuse the
- * hardware prefetcher. */
+ * by one, two or three strides. */
 INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type, const mha_product *p,
                     V(progress) *at)
 {
     const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = p->a_k;
-    const size_t vector_bytes = LANES * b_size(b_type, sizeof(REAL)), read = vectors * vector_bytes;
-    const size_t b_bytes = p->b_k * b_size(b_type, sizeof(REAL)), step = at->prefetch.step;
+    const size_t vector_bytes = LANES * b_size(b_type, sizeof(REAL));
+    const size_t b_bytes = p->b_k * b_size(b_type, sizeof(REAL));
     const REAL *a_0 = at->a, *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0;
-    const char *b = p->b, *ahead = at->prefetch.ahead;
+    const char *b = p->b;
     const VEC zero = V(splat)(0);
     if (rows > 4)
         FORGET(a_4);
 #define DECLARE(r) VEC c##r##_0 = zero, c##r##_1 = zero, c##r##_2 = zero;
     EACH_ROW(DECLARE)
-    for (size_t k = p->depth; k > 0; k--) {
-        VEC b_0 = V(load_b)(b_type, b);
-        VEC b_1 = vectors > 1 ? V(load_b)(b_type, b + vector_bytes) : zero;
-        VEC b_2 = vectors > 2 ? V(load_b)(b_type, b + 2 * vector_bytes) : zero;
-        if (rows == 2 || rows == 3) {
-            HOLD(b_0);
-            if (vectors > 1)
-                HOLD(b_1);
-            if (vectors > 2)
-                HOLD(b_2);
-        }
 #define ACCUMULATE(r) \
     if (r < rows) { \
         const VEC a_r = V(broadcast)((r < 4 ? a_0 : a_4) + (r % 4 == 3 ? a_rows_3 : r % 4 * a_row)); \
@@ -102,17 +86,24 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type
         if (vectors > 2) \
             c##r##_2 = V(fma)(a_r, b_2, c##r##_2); \
     }
-        EACH_ROW(ACCUMULATE)
-        if (rows > 3)
-            prefetch_step(ahead, read);
-        else if (read % LINE_BYTES == 0)
-            __builtin_prefetch(ahead, 0, 2);
-        ahead += step;
-        a_0 += a_k;
-        a_4 += a_k;
-        b += b_bytes;
-    }
-    at->prefetch.ahead = ahead;
+#define STEP \
+    VEC b_0 = V(load_b)(b_type, b); \
+    VEC b_1 = vectors > 1 ? V(load_b)(b_type, b + vector_bytes) : zero; \
+    VEC b_2 = vectors > 2 ? V(load_b)(b_type, b + 2 * vector_bytes) : zero; \
+    if (rows == 2 || rows == 3) { \
+        HOLD(b_0); \
+        if (vectors > 1) \
+            HOLD(b_1); \
+        if (vectors > 2) \
+            HOLD(b_2); \
+    } \
+    EACH_ROW(ACCUMULATE) \
+    ADVANCE(a_0, a_k); \
+    if (rows > 4) \
+        ADVANCE(a_4, a_k); \
+    ADVANCE(b, b_bytes);
+    prefetch_pieces(&at->prefetch);
+    TILE_LOOP(MHA_UNROLL_4, rows, vectors * vector_bytes, p->depth, at->prefetch, STEP);
     const REAL *addend = at->addend, *factor = p->factor;
     REAL *c = at->c;
     const size_t addend_row = p->addend_row, c_row = p->c_row;
@@ -139,6 +130,7 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type
     }
 #undef DECLARE
 #undef ACCUMULATE
+#undef STEP
 #undef FINISH
     at->a += (ptrdiff_t)rows * p->a_row;
     at->addend = addend;
@@ -149,10 +141,8 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type
 #define COPY(name, r, v, b_type) \
     NOINLINE void name(const mha_product *p, V(progress) *at, size_t tiles) \
     { \
-        for (; tiles > 0; tiles--) { \
-            prefetch_rows(p->prefetch, &at->prefetch); \
+        for (; tiles > 0; tiles--) \
             V(tile)(r, v, b_type, p, at); \
-        } \
     }
 #define COPY_OWN(r, v) COPY(V(tiles_##r##x##v), r, v, OWN)
 EACH_TILE_1(COPY_OWN)

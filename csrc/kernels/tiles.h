@@ -15,6 +15,18 @@ enum { LINE_BYTES = 64, MAX_ROWS = 8 };
  * multiplications. */
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 
+/* Moves a pointer to the next step of a loop. Where a tile has several loops, clang would keep addresses for all of
+ * them; gcc makes slower loops if it has to forget them. */
+#ifdef __clang__
+#define ADVANCE(pointer, distance) \
+    do { \
+        pointer += distance; \
+        FORGET(pointer); \
+    } while (0)
+#else
+#define ADVANCE(pointer, distance) (pointer += (distance))
+#endif
+
 /* Rows of a full tile of V vectors: enough sums to keep the multiply-add units busy, and few enough for the
  * registers. */
 #if REGISTERS == 16
@@ -31,49 +43,76 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 
-/* What a product has still to prefetch: several rows, or a single one. */
+/* What a product has still to prefetch: pieces that come before its tiles, or a row that its steps go along. */
 typedef struct {
-    const char *next;  /* several rows: the next one */
-    size_t left, each; /* several rows: how many are left, and how many come before each tile */
-    const char *ahead; /* a single row: the next byte */
-    size_t step;       /* a single row: bytes to advance with each k */
+    const char *next;  /* the next piece */
+    ptrdiff_t stride;  /* the distance between pieces, in bytes */
+    size_t bytes;      /* of a piece */
+    size_t left, each; /* how many pieces are left, and how many come before each tile */
+    const char *ahead; /* the next byte of the row */
+    size_t step;       /* bytes to advance with each k; 0: steps prefetch nothing */
 } prefetching;
+
+/* The most bytes of a single row that come before a tile. More requests at once would delay what the tile reads. */
+enum { MAX_PIECE = 512 };
 
 static inline prefetching begin_prefetching(const mha_product *p, size_t tiles)
 {
     const mha_prefetch *wanted = p->prefetch;
-    prefetching left = {.ahead = p->a};
-    if (wanted && wanted->rows == 1 && p->depth > 0) {
-        left.ahead = wanted->data;
-        left.step = (wanted->bytes + tiles * p->depth - 1) / (tiles * p->depth);
-    } else if (wanted) {
-        left.next = wanted->data;
-        left.left = wanted->rows;
-        left.each = (wanted->rows + tiles - 1) / tiles;
-    }
-    return left;
+    if (!wanted)
+        return (prefetching){0};
+    if (wanted->rows != 1)
+        return (prefetching){.next = wanted->data, .stride = wanted->stride, .bytes = wanted->bytes,
+                             .left = wanted->rows, .each = mha_divide_up(wanted->rows, tiles)};
+    if (wanted->bytes > MAX_PIECE * tiles && p->depth > 0)
+        return (prefetching){.ahead = wanted->data, .step = mha_divide_up(wanted->bytes, tiles * p->depth)};
+    const size_t piece = mha_divide_up(wanted->bytes, tiles);
+    return (prefetching){.next = wanted->data, .stride = (ptrdiff_t)piece, .bytes = piece, .left = tiles, .each = 1};
 }
 
-/* Prefetches the rows that come before a tile. */
-INLINE void prefetch_rows(const mha_prefetch *wanted, prefetching *left)
+/* Prefetches the pieces that come before a tile. */
+INLINE void prefetch_pieces(prefetching *left)
 {
     for (size_t i = left->each; i > 0 && left->left > 0; i--) {
-        for (size_t byte = 0; byte < wanted->bytes; byte += LINE_BYTES)
+        for (size_t byte = 0; byte < left->bytes; byte += LINE_BYTES)
             __builtin_prefetch(left->next + byte, 0, 2);
-        left->next += wanted->stride;
+        left->next += left->stride;
         left->left--;
     }
 }
 
-/* Prefetches as many bytes as a step reads of a panel: at most three lines. */
-INLINE void prefetch_step(const char *ahead, size_t read)
-{
-    __builtin_prefetch(ahead, 0, 2);
-    if (read > LINE_BYTES)
-        __builtin_prefetch(ahead + LINE_BYTES, 0, 2);
-    if (read > 2 * LINE_BYTES)
-        __builtin_prefetch(ahead + 2 * LINE_BYTES, 0, 2);
-}
+/* The loop of a tile of some rows. A STEP reads `read` bytes of the panel, and UNROLL is MHA_UNROLL_4 or nothing.
+ *
+ * Where two threads share a core, each gets half of the instructions that it can begin, and these limit the loop. So it
+ * is unrolled, and there are copies that prefetch less. Tiles of one to three rows prefetch at most one line in a step,
+ * and leave the rest to the hardware. If a step reads 96 bytes (three AVX2 vectors), they prefetch nothing, because it
+ * would confuse the hardware prefetcher. */
+#define TILE_LOOP(UNROLL, rows, read, depth, prefetch, STEP) \
+    do { \
+        const size_t step_ = (prefetch).step; \
+        const char *ahead_ = (prefetch).ahead; \
+        if (step_ == 0 || (rows <= 3 && read % LINE_BYTES != 0)) { \
+            UNROLL \
+            for (size_t k_ = depth; k_ > 0; k_--) { \
+                STEP \
+            } \
+        } else if (step_ <= LINE_BYTES || rows <= 3 || read <= LINE_BYTES) { \
+            UNROLL \
+            for (size_t k_ = depth; k_ > 0; k_--, ahead_ += step_) { \
+                STEP \
+                __builtin_prefetch(ahead_, 0, 2); \
+            } \
+        } else { \
+            for (size_t k_ = depth; k_ > 0; k_--, ahead_ += step_) { \
+                STEP \
+                __builtin_prefetch(ahead_, 0, 2); \
+                __builtin_prefetch(ahead_ + LINE_BYTES, 0, 2); \
+                if (read > 2 * LINE_BYTES) \
+                    __builtin_prefetch(ahead_ + 2 * LINE_BYTES, 0, 2); \
+            } \
+        } \
+        (prefetch).ahead = ahead_; \
+    } while (0)
 
 /* n, rounded up to whole vectors. */
 static inline size_t whole_vectors(size_t n)

@@ -18,10 +18,14 @@ enum { MAX_ROWS = 97 };
 
 typedef enum { NO_ADDEND, ITS_OWN_ROWS, ONE_ROW, IN_PLACE, ADDENDS } addend_kind;
 
+/* Tiles have a loop for each: nothing or a short row, a row by one line in a step, and by all lines. */
+typedef enum { SOME_ROWS, A_SHORT_ROW, A_ROW, A_LONG_ROW, PREFETCHED } prefetched_kind;
+
 typedef struct {
     size_t rows, depth, layout, gap; /* gap: unused numbers after each row of b, addend and c */
     addend_kind addend;
     bool has_factor;
+    prefetched_kind prefetched;
     mha_dtype b_type; /* a half, or 0: that of the table */
 } product_case;
 
@@ -93,9 +97,13 @@ static mha_product fill_product(const bench *b, const product_case *c)
     const size_t stride = b->P + c->gap;
     mha_product p = {.rows = c->rows, .depth = c->depth, .vectors = b->vectors, .a_row = a.row, .a_k = a.k,
                      .b_k = stride, .c_row = stride};
-    static mha_prefetch prefetch;
-    prefetch = (mha_prefetch){.data = (const char *)(uintptr_t)64, .rows = c->rows / 2, .bytes = 130, .stride = 4096};
-    p.prefetch = &prefetch; /* only a hint */
+    static mha_prefetch prefetch; /* only a hint */
+    prefetch = (mha_prefetch){.data = (const char *)(uintptr_t)64, .rows = 1, .bytes = 130, .stride = 4096};
+    if (c->prefetched == SOME_ROWS)
+        prefetch.rows = c->rows / 2;
+    else if (c->prefetched != A_SHORT_ROW)
+        prefetch.bytes = c->rows * c->depth * (c->prefetched == A_ROW ? 8 : 200);
+    p.prefetch = &prefetch;
     p.a = fill_a(b, c, a);
     p.b = fill_rows(b, 1, c->depth, c->gap, 2);
     if (c->addend == IN_PLACE) {
@@ -180,17 +188,18 @@ static void check_product(const bench *b, const product_case *c)
 /* Every combination of options for one ragged size, then some combination for every size. */
 static void test_product(const bench *b)
 {
-    static const size_t rows[] = {0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 16, 17, 97}, depths[] = {0, 1, 2, 5, 64, 131};
+    static const size_t rows[] = {0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 16, 17, 97}, depths[] = {0, 1, 2, 5, 64, 129, 130, 131};
     for (size_t layout = 0; layout < LAYOUTS; layout++)
         for (int addend = 0; addend < ADDENDS; addend++)
             for (size_t i = 0; i < 4; i++)
-                check_product(b, &(product_case){11, 7, layout, i % 2 ? 3 : 0, (addend_kind)addend, i / 2 != 0, 0});
+                check_product(b, &(product_case){11, 7, layout, i % 2 ? 3 : 0, (addend_kind)addend, i / 2 != 0,
+                                                 SOME_ROWS, 0});
     for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
         for (size_t d = 0; d < sizeof depths / sizeof *depths; d++)
-            for (uint64_t i = 0; i < 4; i++) {
-                const uint64_t word = random_word(r * 100 + d, i);
+            for (int prefetched = 0; prefetched < PREFETCHED; prefetched++) {
+                const uint64_t word = random_word(r * 100 + d, (uint64_t)prefetched);
                 product_case c = {rows[r], depths[d], word % LAYOUTS, word >> 8 & 1 ? 3 : 0,
-                                  (addend_kind)(word >> 16) % ADDENDS, word >> 24 & 1, 0};
+                                  (addend_kind)(word >> 16) % ADDENDS, word >> 24 & 1, (prefetched_kind)prefetched, 0};
                 check_product(b, &c);
                 for (int half = MHA_BFLOAT16; b->dtype == MHA_FLOAT32 && half <= MHA_FLOAT16; half++) {
                     c.b_type = (mha_dtype)half;
