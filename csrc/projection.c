@@ -33,7 +33,7 @@ enum {
     MAX_SLICE_BYTES = 16384, /* of one row, unless a chain is longer; whole chains */
     /* panels of a task if rows have several slices; each has a strip, which waits for the next slice */
     MAX_SLICED_PANELS = 32,
-    TASKS_PER_THREAD = 4,   /* so that threads end at about the same time */
+    TASKS_PER_THREAD = 8,   /* so that threads end at about the same time */
     PANELS_PER_POLL = 16,   /* between two polls */
     MAX_SHORT_BYTES = 1600, /* between rows read in place; several such rows share a page */
 };
