@@ -33,12 +33,12 @@ static size_t hidden_width(const mha_block *block)
     return block->linear1->panels.split.width;
 }
 
-/* The number of parts among which the rows are divided evenly. */
+/* The number of parts that share the rows evenly. */
 static size_t count_parts(const mha_block_pass *b)
 {
     const size_t row = mha_row_stride(hidden_width(b->block), b->kernels->lanes, b->kernels->size) * b->kernels->size;
-    return mha_divide_up(mha_walk_rows(b->walk),
-                         mha_larger(b->team->threads * MAX_HIDDEN_BYTES / mha_larger(row, 1), 1));
+    const size_t units = b->team->threads * MAX_HIDDEN_BYTES / mha_larger(row, 1) / MHA_ROW_UNIT;
+    return mha_divide_up(mha_row_units(mha_walk_rows(b->walk)), mha_larger(units, 1));
 }
 
 /* One part: hidden = activation(x W1^T + b1), y = hidden W2^T + b2. */
@@ -70,11 +70,10 @@ static mha_status feed_forward(const mha_block_pass *b)
     mha_status status = MHA_OK;
     for (size_t i = 0; i < parts && status == MHA_OK; i++) {
         part p;
-        const size_t first = mha_first_of_part(rows, parts, i), end = mha_first_of_part(rows, parts, i + 1);
-        plan_part(b, first, end - first, &p);
+        plan_part(b, mha_first_row_of_part(rows, parts, i), mha_rows_of_part(rows, parts, i), &p);
         const size_t distance = (size_t)p.hidden.row;
         const mha_activated_rows activated = {.kernels = b->kernels, .activation = b->block->activation,
-                                              .is_gated = b->block->is_gated, .rows = end - first,
+                                              .is_gated = b->block->is_gated, .rows = p.walk.length,
                                               .width = b->block->linear2->panels.depth, .x = p.hidden.data,
                                               .x_distance = distance, .y = p.hidden.data, .y_distance = distance};
         status = mha_project(b->kernels, &p.up, 1, b->team);
@@ -99,13 +98,19 @@ size_t mha_plan_block(mha_block_pass *b, mha_plan *plan)
     if (!block->linear1)
         return 0;
     mha_place_rows(plan, b->kernels, b->walk, 1, b->width, &b->change);
-    const size_t parts = count_parts(b), largest = parts ? mha_divide_up(rows, parts) : 0;
-    const mha_walk of_part = {.items = 1, .length = largest};
-    mha_place_rows(plan, b->kernels, &of_part, 1, hidden_width(block), &b->hidden);
+    const size_t parts = count_parts(b);
+    const mha_walk largest = {.items = 1, .length = parts ? mha_rows_of_part(rows, parts, 0) : 0};
+    mha_place_rows(plan, b->kernels, &largest, 1, hidden_width(block), &b->hidden);
     if (parts == 0 || plan->layout.too_large)
         return 0;
-    part p;
-    return mha_larger(plan_part(b, 0, largest, &p), plan_part(b, 0, rows / parts, &p));
+    /* Every part has as many rows as the first one, the last one, or the one before that. */
+    const size_t some[] = {0, parts > 1 ? parts - 2 : 0, parts - 1};
+    size_t scratch = 0;
+    for (size_t i = 0; i < sizeof some / sizeof *some; i++) {
+        part p;
+        scratch = mha_larger(scratch, plan_part(b, 0, mha_rows_of_part(rows, parts, some[i]), &p));
+    }
+    return scratch;
 }
 
 mha_status mha_begin_block(const mha_block_pass *b)

@@ -29,7 +29,6 @@ enum {
     MAX_BLOCK_ROWS = 128, /* rows for which a slice of a panel is read once */
     /* of a slice of a block, which has to fit into the second-level cache; blocks of wide rows have fewer rows */
     MAX_BLOCK_BYTES = 491520,
-    ROW_UNIT = 8,           /* blocks have whole multiples of this many rows, because most tiles have 8 or 4 rows */
     MAX_SLICE_BYTES = 16384, /* of one row, unless a chain is longer; whole chains */
     /* panels of a task if rows have several slices; each has a strip, which waits for the next slice */
     MAX_SLICED_PANELS = 32,
@@ -94,11 +93,10 @@ static mha_blocking choose_blocking(const mha_kernels *kernels, const mha_projec
     p.chain_width = narrow ? narrow->row_words(mha_smaller(p.slice, chain))
                            : mha_smaller(mha_divide_up(p.slice, kernels->lanes) * kernels->lanes, MHA_CHAIN);
     p.slices = depth ? mha_divide_up(depth, slice) : 1;
-    const size_t fit = MAX_BLOCK_BYTES / (mha_larger(row_width(&p), 1) * kernels->size) / ROW_UNIT * ROW_UNIT;
-    p.row_units = mha_divide_up(rows, ROW_UNIT);
+    const size_t fit = MAX_BLOCK_BYTES / (mha_larger(row_width(&p), 1) * kernels->size) / MHA_ROW_UNIT * MHA_ROW_UNIT;
     p.blocks = mha_divide_up(rows, mha_smaller(MAX_BLOCK_ROWS, fit));
     if (p.blocks)
-        p.block_rows = mha_divide_up(p.row_units, p.blocks) * ROW_UNIT;
+        p.block_rows = mha_divide_up(mha_row_units(rows), p.blocks) * MHA_ROW_UNIT;
     for (size_t t = 0; t < projection->targets; t++)
         p.panels += projection->target[t].panels->split.panels;
     p.task_panels = p.panels;
@@ -169,11 +167,6 @@ static void prefetch_row(const char *x, size_t bytes)
 {
     for (size_t i = 0; i < bytes; i += MHA_CACHE_LINE)
         __builtin_prefetch(x + i, 0, 2);
-}
-
-static size_t first_row_of(const mha_blocking *p, size_t block)
-{
-    return mha_smaller(mha_first_of_part(p->row_units, p->blocks, block) * ROW_UNIT, p->rows);
 }
 
 /* Copies a slice of some rows to a block. */
@@ -421,8 +414,9 @@ static void run_task(void *context, size_t task, size_t worker)
     const mha_blocking *p = &projection->blocking;
     const size_t size = j->kernels->size;
     size_t first_panel;
-    const size_t block_number = block_of_task(p, task, &first_panel), first_row = first_row_of(p, block_number);
-    const size_t rows = first_row_of(p, block_number + 1) - first_row;
+    const size_t block_number = block_of_task(p, task, &first_panel);
+    const size_t first_row = mha_first_row_of_part(p->rows, p->blocks, block_number);
+    const size_t rows = mha_rows_of_part(p->rows, p->blocks, block_number);
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
     copied_slice *copied = copied_by(j, worker);
     char *scratch = mha_scratch_of(j->team, worker), *block = scratch + p->block_at, *strips = scratch + p->strips_at;

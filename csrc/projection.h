@@ -11,6 +11,25 @@
 
 enum { MHA_TARGETS = 3 };
 
+/* Most tiles have 8 or 4 rows, so rows are divided into whole units. */
+enum { MHA_ROW_UNIT = 8 };
+
+static inline size_t mha_row_units(size_t rows)
+{
+    return mha_divide_up(rows, MHA_ROW_UNIT);
+}
+
+/* The first row of part i, if some parts share rows evenly. */
+static inline size_t mha_first_row_of_part(size_t rows, size_t parts, size_t i)
+{
+    return mha_smaller(mha_first_of_part(mha_row_units(rows), parts, i) * MHA_ROW_UNIT, rows);
+}
+
+static inline size_t mha_rows_of_part(size_t rows, size_t parts, size_t i)
+{
+    return mha_first_row_of_part(rows, parts, i + 1) - mha_first_row_of_part(rows, parts, i);
+}
+
 /* Where a product goes: y has the rows of the walk, with heads of `head_width` features. If the heads are apart, a
  * head is whole vectors. If head_width is 0, they are side by side.
  *
@@ -30,8 +49,7 @@ typedef struct {
     /* numbers, or words of a narrow row, that a row has in one chain of the block; the block holds one chain of all
      * rows after the other */
     size_t chain_width;
-    size_t row_units, blocks; /* row_units: some rows each, which the blocks share evenly */
-    size_t block_rows;        /* of the largest block */
+    size_t blocks, block_rows; /* blocks of rows; the rows of the largest one */
     size_t panels;            /* of all targets */
     size_t task_panels;       /* of one task */
     size_t tasks_per_block;
