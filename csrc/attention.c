@@ -71,8 +71,8 @@ size_t mha_plan_panels(mha_attention *a, size_t panels)
     at->bias = mha_reserve(&layout, keys, P, size);
     if (can_hide(a))
         at->finite = mha_reserve(&layout, keys, a->Dv, size);
+    at->narrow_keys = mha_reserve(&layout, keys, mha_narrow_key_words(a), size);
     if (a->narrow) {
-        at->narrow_keys = mha_reserve(&layout, keys, mha_narrow_key_words(a), size);
         at->narrow_values = mha_reserve(&layout, keys, padded_values(a), size);
         at->narrow_exps = mha_reserve(&layout, keys, P, size);
     }
