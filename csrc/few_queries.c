@@ -524,7 +524,8 @@ static void probabilities_of_block(const mha_few_queries *f, const query_rows *w
         const mha_panel panel = mha_panel_at(&f->by_head, p);
         const size_t P = panel.vectors * kernels->lanes;
         const char *queries = w->panels + panel.first * f->layer->widths.Ek * size;
-        const size_t seen = is_hidden ? 0 : score_inputs(f, w->i, w->l * H + panel.first, panel, block, queries, s).keys;
+        const size_t lane = w->l * H + panel.first;
+        const size_t seen = is_hidden ? 0 : score_inputs(f, w->i, lane, panel, block, queries, s).keys;
         kernels->fill(s->scores + seen * P * size, (block->keys - seen) * P, -INFINITY);
         kernels->softmax_probabilities(s->scores, block->keys, panel.vectors, w->maximum + panel.first * size,
                                        w->sum + panel.first * size);

@@ -9,8 +9,8 @@
  * for every head. All heads of all queries of an item are lanes side by side: lane i is query i / H, head i % H.
  *
  * The equations hold for finite numbers only. An infinite x_s makes the score infinite, but projecting the key gives
- * infinities of both signs, whose sum is NaN. So a query is given up when it meets a number that is not finite. Its item
- * goes through another pass. Only queries that were given up take their results from it. The others keep theirs.
+ * infinities of both signs, whose sum is NaN. So a query is given up when it meets a number that is not finite. Its
+ * item goes through another pass. Only queries that were given up take their results from it. The others keep theirs.
  */
 #ifndef MHA_FEW_QUERIES_H
 #define MHA_FEW_QUERIES_H

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * kept.h - copies of the results of some queries. Another pass overwrites all results of their items. Then the copies are
- * put back.
+ * kept.h - copies of the results of some queries. Another pass overwrites all results of their items. Then the copies
+ * are put back.
  */
 #ifndef MHA_KEPT_H
 #define MHA_KEPT_H

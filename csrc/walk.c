@@ -85,7 +85,8 @@ static mha_run run_by_rows(const mha_walk *walk, const mha_rows *x, size_t r, si
 {
     const size_t i = r % walk->items, rows = end - r;
     const bool goes_on = x->row == (ptrdiff_t)walk->items * x->item;
-    return (mha_run){mha_row_at(x, i, 0, r / walk->items), goes_on ? rows : mha_smaller(walk->items - i, rows), x->item};
+    return (mha_run){mha_row_at(x, i, 0, r / walk->items), goes_on ? rows : mha_smaller(walk->items - i, rows),
+                     x->item};
 }
 
 /* Whether rows lie in the order of their numbers, as in the workspace. */

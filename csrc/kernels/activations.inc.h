@@ -10,8 +10,8 @@
 #define MHA_ACTIVATIONS_INC_H
 
 /* The probability that a standard normal number is above t >= 0 is (1 - w) p(w) exp(-t^2 / 2), where w = t / (TAIL + t)
- * is between 0 and 1. The polynomials p are minimax in the relative error, which is 2^-24.5 for t up to 13.5, and 2^-56.2
- * for t up to 38 (Remez' algorithm). TAIL makes it small. Above LAST_TAIL, the exponential is 0. */
+ * is between 0 and 1. The polynomials p are minimax in the relative error, which is 2^-24.5 for t up to 13.5, and
+ * 2^-56.2 for t up to 38 (Remez' algorithm). TAIL makes it small. Above LAST_TAIL, the exponential is 0. */
 #define TAIL_f32 3.0f
 #define TAIL_f64 5.0
 #define LAST_TAIL_f32 16.0f

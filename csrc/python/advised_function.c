@@ -114,8 +114,8 @@ static PyObject *reduce(PyObject *self, PyObject *no_arguments)
 
 PyDoc_STRVAR(advised_function_doc,
              "AdvisedFunction(function, advise, /)\n--\n\n"
-             "Calling it calls the function. If a call with keywords raises TypeError, advise(error, keywords) may add\n"
-             "to the error; what advise raises itself is dropped.");
+             "Calling it calls the function. If a call with keywords raises TypeError, advise(error, keywords) may\n"
+             "add to the error; what advise raises itself is dropped.");
 
 static PyMethodDef methods[] = {
     {"__reduce__", reduce, METH_NOARGS, NULL},

@@ -260,7 +260,8 @@ int run_forward(module_state *state, call_arguments *arguments)
     mha_call *call = &arguments->call;
     PyArrayObject *const arrays[] = {arguments->query, arguments->key, arguments->value, arguments->key_padding_mask,
                                      arguments->attn_mask, arguments->static_k, arguments->static_v, arguments->output,
-                                     arguments->norms[0], arguments->norms[1], arguments->norms[2], arguments->norms[3]};
+                                     arguments->norms[0], arguments->norms[1], arguments->norms[2],
+                                     arguments->norms[3]};
     return run_core(state, mha_forward_operations(arguments->weights->packed, call), &call->threads, &call->stop,
                     arrays, sizeof arrays / sizeof *arrays, start_forward, arguments);
 }

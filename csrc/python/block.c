@@ -42,8 +42,8 @@ static int check_norm_parameter(const call_arguments *arguments, PyObject *objec
         return 0;
     if (!PyArray_Check(object) || !array_has_dtype((PyArrayObject *)object, arguments->weights->dtype) ||
         !array_has_shape((PyArrayObject *)object, 1, &E) || !PyArray_ISCARRAY_RO((PyArrayObject *)object)) {
-        PyErr_Format(PyExc_ValueError, "the parameters of a norm must be C-contiguous arrays of the layer's dtype and of "
-                                       "the shape (%zd,)", E);
+        PyErr_Format(PyExc_ValueError, "the parameters of a norm must be C-contiguous arrays of the layer's dtype and "
+                                       "of the shape (%zd,)", E);
         return -1;
     }
     *array = as_computed((PyArrayObject *)object);
@@ -107,8 +107,8 @@ static int collect_block(const module_state *state, PyObject *const *objects, ca
     const bool is_one = arguments->key == arguments->query && arguments->value == arguments->query;
     if ((block->is_self_attention && !is_one) || (block->zeroes_padding && !block->is_self_attention) ||
         arguments->need_weights) {
-        PyErr_SetString(PyExc_ValueError, "self-attention needs one input, zeroes_padding needs self-attention, and there "
-                                          "are no weights");
+        PyErr_SetString(PyExc_ValueError, "self-attention needs one input, zeroes_padding needs self-attention, and "
+                                          "there are no weights");
         return -1;
     }
     block->linear1 = linear1 == NULL ? NULL : linear1->packed;

@@ -46,8 +46,8 @@ static const char linear_map_doc[] =
 
 static const char activate_doc[] =
     "activate($module, input, activation, is_gated, /)\n--\n\n"
-    "The activation of each number: \"relu\", \"gelu\", \"gelu_tanh\", \"silu\" or \"quick_gelu\". If it is gated, that of\n"
-    "the first half of each row, times the second half.";
+    "The activation of each number: \"relu\", \"gelu\", \"gelu_tanh\", \"silu\" or \"quick_gelu\". If it is gated,\n"
+    "that of the first half of each row, times the second half.";
 
 static const char project_doc[] =
     "project($module, weights, input, x, batch_first, /)\n--\n\n"
@@ -68,8 +68,8 @@ static const char takes_few_queries_doc[] =
 
 static const char sample_doc[] =
     "sample($module, arrays, /)\n--\n\n"
-    "Up to 64 numbers of each array of a tuple as bytes, the first and the last among them: other bytes tell that they\n"
-    "changed.";
+    "Up to 64 numbers of each array of a tuple as bytes, the first and the last among them: other bytes tell that\n"
+    "they changed.";
 
 static const char set_num_threads_doc[] =
     "set_num_threads($module, n, /)\n--\n\n"
