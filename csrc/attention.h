@@ -29,7 +29,7 @@ typedef struct {
     size_t scores, bias;                       /* [block][P] */
     size_t finite;                             /* [block][Dv]; only if the rules can hide keys */
     size_t narrow_keys;                        /* of a block; empty unless products are narrow */
-    size_t narrow_values, narrow_exps;         /* the same; only if products are narrow */
+    size_t narrow_values, narrow_exps;         /* of a block; only if products are narrow */
     size_t rounded;                            /* [block][Dv]; only if both */
     size_t states, state_bytes;                /* a piece for each panel of a task */
     size_t queries, out, maximum, sum, factor; /* offsets into such a piece */

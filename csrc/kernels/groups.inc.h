@@ -55,10 +55,7 @@ INLINE void G(tile)(const size_t rows, const size_t vectors, const mha_product *
     const vec_i32 b_1 = vectors > 1 ? G(load)(b + vector_bytes) : no_group; \
     const vec_i32 b_2 = vectors > 2 ? G(load)(b + 2 * vector_bytes) : no_group; \
     EACH_ROW(ACCUMULATE) \
-    ADVANCE(a_0, a_k); \
-    if (rows > 4) \
-        ADVANCE(a_4, a_k); \
-    ADVANCE(b, b_bytes);
+    NEXT_STEP(rows);
     prefetch_pieces(&at->prefetch);
     TILE_LOOP(, rows, vectors * vector_bytes, p->depth, at->prefetch, STEP);
     const float *addend = at->addend;

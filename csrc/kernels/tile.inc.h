@@ -98,10 +98,7 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type
             HOLD(b_2); \
     } \
     EACH_ROW(ACCUMULATE) \
-    ADVANCE(a_0, a_k); \
-    if (rows > 4) \
-        ADVANCE(a_4, a_k); \
-    ADVANCE(b, b_bytes);
+    NEXT_STEP(rows);
     prefetch_pieces(&at->prefetch);
     TILE_LOOP(MHA_UNROLL_4, rows, vectors * vector_bytes, p->depth, at->prefetch, STEP);
     const REAL *addend = at->addend, *factor = p->factor;

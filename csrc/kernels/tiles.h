@@ -15,17 +15,24 @@ enum { LINE_BYTES = 64, MAX_ROWS = 8 };
  * multiplications. */
 #define FORGET(pointer) __asm__("" : "+r"(pointer))
 
-/* Moves a pointer to the next step of a loop. Where a tile has several loops, clang would keep addresses for all of
- * them; gcc makes slower loops if it has to forget them. */
+/* Moves the pointers of a tile, a_0, a_4 and b, to its next step. A tile has several loops. clang would keep addresses
+ * for all of them; gcc makes slower loops if it has to forget them. */
 #ifdef __clang__
-#define ADVANCE(pointer, distance) \
-    do { \
-        pointer += distance; \
-        FORGET(pointer); \
-    } while (0)
+#define FORGET_IN_LOOP(pointer) FORGET(pointer)
 #else
-#define ADVANCE(pointer, distance) (pointer += (distance))
+#define FORGET_IN_LOOP(pointer) ((void)0)
 #endif
+#define NEXT_STEP(rows) \
+    do { \
+        a_0 += a_k; \
+        FORGET_IN_LOOP(a_0); \
+        if (rows > 4) { \
+            a_4 += a_k; \
+            FORGET_IN_LOOP(a_4); \
+        } \
+        b += b_bytes; \
+        FORGET_IN_LOOP(b); \
+    } while (0)
 
 /* Rows of a full tile of V vectors: enough sums to keep the multiply-add units busy, and few enough for the
  * registers. */

@@ -18,7 +18,8 @@ enum { MAX_ROWS = 97 };
 
 typedef enum { NO_ADDEND, ITS_OWN_ROWS, ONE_ROW, IN_PLACE, ADDENDS } addend_kind;
 
-/* Tiles have a loop for each: nothing or a short row, a row by one line in a step, and by all lines. */
+/* Tiles have three loops: their steps prefetch nothing (some rows, or a short one, come before them), one line, or all
+ * lines. */
 typedef enum { SOME_ROWS, A_SHORT_ROW, A_ROW, A_LONG_ROW, PREFETCHED } prefetched_kind;
 
 typedef struct {
@@ -188,7 +189,8 @@ static void check_product(const bench *b, const product_case *c)
 /* Every combination of options for one ragged size, then some combination for every size. */
 static void test_product(const bench *b)
 {
-    static const size_t rows[] = {0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 16, 17, 97}, depths[] = {0, 1, 2, 5, 64, 129, 130, 131};
+    static const size_t rows[] = {0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 16, 17, 97};
+    static const size_t depths[] = {0, 1, 2, 5, 64, 129, 130, 131};
     for (size_t layout = 0; layout < LAYOUTS; layout++)
         for (int addend = 0; addend < ADDENDS; addend++)
             for (size_t i = 0; i < 4; i++)
