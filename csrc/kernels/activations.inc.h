@@ -2,8 +2,8 @@
  *
  * activations.inc.h - what a feed-forward network does to each number (kernels.inc.h includes it).
  *
- * No function subtracts numbers that are nearly equal. So its relative error is small for every x, also where results
- * are near 0.
+ * Where a function subtracts numbers that are nearly equal, the difference is small beside what it is added to. So its
+ * relative error is small for every x, also where results are near 0.
  */
 
 #ifndef MHA_ACTIVATIONS_INC_H
@@ -35,10 +35,10 @@ INLINE VEC V(minus)(VEC x)
     return V(splat)(0) - x;
 }
 
-/* -|x|, but not below `lowest` */
-INLINE VEC V(minus_magnitude)(VEC x, REAL lowest)
+/* -factor |x|, but not below `lowest`; of 0 it is -0, so that -0 stays -0 in what follows, as in torch. */
+INLINE VEC V(minus_magnitude)(VEC x, REAL factor, REAL lowest)
 {
-    return V(max)(V(minus)(V(max)(x, V(minus)(x))), V(splat)(lowest));
+    return V(max)(V(splat)(-factor) * V(max)(x, V(minus)(x)), V(splat)(lowest));
 }
 
 /* NaN stays, as in torch. */
@@ -51,7 +51,7 @@ INLINE VEC V(relu)(VEC x)
  * |x| (Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016). */
 INLINE VEC V(gelu)(VEC x)
 {
-    const VEC minus_t = V(minus_magnitude)(x, -V(LAST_TAIL));
+    const VEC minus_t = V(minus_magnitude)(x, 1, -V(LAST_TAIL));
     const VEC w = minus_t / (minus_t - V(splat)(V(TAIL)));
     VEC p = V(splat)(V(tail_coefficients)[0]);
     MHA_UNROLL
@@ -61,18 +61,22 @@ INLINE VEC V(gelu)(VEC x)
     return V(fma)(minus_t, beyond, V(relu)(x));
 }
 
-/* x / (1 + exp(-z)), where z has the sign of x: the positive part of x, less |x| / (1 + exp(|z|)). */
-INLINE VEC V(times_sigmoid)(VEC x, VEC z)
+/* x / (1 + exp(-a x)), where a > 0: the positive part of x, less |x| q, where q = e / (1 + e) and e = exp(-a |x|).
+ *
+ * 2 q is e + e (1 - e) / (1 + e). Near x = 0, e is near 1, and the quotient is small. So errors of 1 + e and of the
+ * division are small, too, and the rounding of the sum remains. */
+INLINE VEC V(times_sigmoid)(VEC x, VEC twice_a)
 {
-    const VEC e = V(exp)(V(minus_magnitude)(z, V(LOWEST)));
-    return V(fma)(V(minus_magnitude)(x, V(LOWEST)), e / (V(splat)(1) + e), V(relu)(x));
+    const VEC half = V(minus_magnitude)(x, (REAL)0.5, V(LOWEST)), one = V(splat)(1);
+    const VEC e = V(exp)(half * twice_a);
+    return V(fma)(half, V(fma)(e, (one - e) / (one + e), e), V(relu)(x));
 }
 
 /* x (1 + tanh(u)) / 2 is x / (1 + exp(-2 u)), where u = sqrt(2 / pi) (x + 0.044715 x^3). */
 INLINE VEC V(gelu_tanh)(VEC x)
 {
-    const VEC linear = V(splat)((REAL)0x1.9884533d43651p+0), cubic = V(splat)((REAL)0x1.2444f2a4d8b4bp-4);
-    return V(times_sigmoid)(x, x * V(fma)(x * x, cubic, linear));
+    const VEC linear = V(splat)((REAL)0x1.9884533d43651p+1), cubic = V(splat)((REAL)0x1.2444f2a4d8b4bp-3);
+    return V(times_sigmoid)(x, V(fma)(x * x, cubic, linear));
 }
 
 INLINE VEC V(activated)(VEC x, const mha_activation activation)
@@ -85,9 +89,9 @@ INLINE VEC V(activated)(VEC x, const mha_activation activation)
     case MHA_GELU_TANH:
         return V(gelu_tanh)(x);
     case MHA_SILU:
-        return V(times_sigmoid)(x, x);
+        return V(times_sigmoid)(x, V(splat)(2));
     case MHA_QUICK_GELU:
-        return V(times_sigmoid)(x, x * V(splat)((REAL)1.702));
+        return V(times_sigmoid)(x, V(splat)(2 * (REAL)1.702));
     }
     return x;
 }

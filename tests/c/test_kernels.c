@@ -669,7 +669,7 @@ static double activate_alone(const bench *b, mha_activation activation, double x
     return get(b->dtype, number, 0);
 }
 
-/* NaN stays NaN, infinity stays, minus infinity becomes 0, and small numbers keep their digits. */
+/* NaN stays NaN, infinity and zeros stay, minus infinity becomes 0, and small numbers keep their digits. */
 static void check_special_numbers(const bench *b, mha_activation activation)
 {
     const double tiny = smallest_of(b->dtype), least = tiny * eps_of(b->dtype), large = -lowest_of(b->dtype);
@@ -680,6 +680,8 @@ static void check_special_numbers(const bench *b, mha_activation activation)
     CHECK(activate_alone(b, activation, large) == large, "%a", activate_alone(b, activation, large));
     CHECK(activate_alone(b, activation, -INFINITY) == 0, "%a", activate_alone(b, activation, -INFINITY));
     CHECK(activate_alone(b, activation, -large) == 0, "%a", activate_alone(b, activation, -large));
+    CHECK(!signbit(activate_alone(b, activation, 0)) && signbit(activate_alone(b, activation, -0.0)),
+          "a zero has another sign");
     for (size_t i = 0; i < sizeof specials / sizeof *specials; i++) {
         const double x = specials[i], got = activate_alone(b, activation, x);
         const double wanted = activation == MHA_RELU ? (x > 0 ? x : 0) : x / 2;
