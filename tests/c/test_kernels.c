@@ -163,8 +163,9 @@ static void check_product(const bench *b, const product_case *c)
     static double expected[MAX_ROWS][MAX_LANES], bound[MAX_ROWS][MAX_LANES];
     const mha_product p = fill_product(b, c), asked = mha_is_half(c->b_type) ? by_halves(b, c, &p) : p;
     DESCRIBE("%s %s product by %s, %zu vectors, %zu rows, depth %zu, layout %zu, addend %d, factor %d, gap %zu, at the "
-             "%s", b->k->name, dtype_name(b->dtype), dtype_name(mha_is_half(c->b_type) ? c->b_type : b->dtype), b->vectors,
-             c->rows, c->depth, c->layout, (int)c->addend, c->has_factor, c->gap, b->side == AT_END ? "end" : "start");
+             "%s", b->k->name, dtype_name(b->dtype), dtype_name(mha_is_half(c->b_type) ? c->b_type : b->dtype),
+             b->vectors, c->rows, c->depth, c->layout, (int)c->addend, c->has_factor, c->gap,
+             b->side == AT_END ? "end" : "start");
     for (size_t r = 0; r < c->rows; r++)
         for (size_t lane = 0; lane < b->P; lane++)
             expected[r][lane] = expected_product(b, &p, r, lane, &bound[r][lane]);
@@ -620,19 +621,20 @@ static long double activated(mha_activation activation, long double x, long doub
     return activation == MHA_GELU ? x * erfcl(-x / sqrtl(2)) / 2 : x / (1 + expl(-z));
 }
 
-/* An exponent is rounded up to four times. Each rounding changes the exponential by half as many units as the exponent is
- * large. An exponential that underflows is 0. */
+/* An exponent is rounded up to four times. Each rounding changes the exponential by half as many units as the exponent
+ * is large. An exponential that underflows is 0. */
 static void check_activated(const bench *b, mha_activation activation, double x, double factor, double got)
 {
     long double exponent;
     const long double exact = activated(activation, (long double)x, &exponent) * (long double)factor;
-    const long double units = activation == MHA_RELU ? 0 : 4 + 2 * fabsl(exponent), unit = (long double)eps_of(b->dtype);
+    const long double units = activation == MHA_RELU ? 0 : 4 + 2 * fabsl(exponent);
+    const long double unit = (long double)eps_of(b->dtype);
     const long double least = (long double)(smallest_of(b->dtype) * (1 + fabs(x)) * (1 + fabs(factor)));
     if (factor == 1 && units == 0)
         CHECK(got == (double)exact, "%a becomes %a instead of %a", x, got, (double)exact);
     else
-        CHECK(fabsl((long double)got - exact) <= (units + 1) * unit * fabsl(exact) + least, "%a becomes %a instead of %a",
-              x, got, (double)exact);
+        CHECK(fabsl((long double)got - exact) <= (units + 1) * unit * fabsl(exact) + least,
+              "%a becomes %a instead of %a", x, got, (double)exact);
 }
 
 /* Of any size, from 2^-40 to 2^7, of both signs. */
