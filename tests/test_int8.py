@@ -346,8 +346,14 @@ def test_names_of_other_layers():
             mha_c.Linear(8, 2, matmul_precision={name: "bfloat16"})
     with pytest.raises(ValueError, match='has "int8" for attention'):
         mha_c.TransformerDecoderLayer(8, 2, matmul_precision={"attention": "int8"})
-    with pytest.raises(ValueError, match="'linear3', but this layer knows the names in_proj, out_proj, linear1, linear2"):
-        mha_c.TransformerEncoderLayer(8, 2, matmul_precision={"linear3": None})
+    words = "'linear3', but this layer knows the names in_proj, attention, out_proj, linear1, linear2, default"
+    for kind in (mha_c.TransformerEncoderLayer, mha_c.TransformerDecoderLayer):
+        with pytest.raises(ValueError, match=words):
+            kind(8, 2, matmul_precision={"linear3": None})
+        module = kind(8, 2)
+        for one in (module, mha_c.ModuleList([module])):
+            with pytest.raises(ValueError, match=words):
+                one.matmul_precision = {"linear3": None}
     with pytest.raises(TypeError, match="Write matmul_precision='int8' instead of matmul_precison='int8'"):
         mha_c.MultiheadAttention(8, 2, matmul_precison="int8")
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 __all__ = [
     "ATTENTION",
     "MAPS",
+    "PRODUCTS",
     "MatmulPrecision",
     "Precision",
     "Quantized",
@@ -30,11 +31,14 @@ __all__ = [
 Precision: TypeAlias = Literal["bfloat16", "int8"]
 MatmulPrecision: TypeAlias = Precision | Mapping[str, Precision | None]
 
-#: The linear maps that layers have, by their names in `matmul_precision`.
-MAPS: Final = ("in_proj", "out_proj", "linear1", "linear2")
-
-#: The name of attention's own two products there. They read no weights, so they cannot be int8.
+#: The name of attention's own two products in `matmul_precision`. They read no weights, so they cannot be int8.
 ATTENTION: Final = "attention"
+
+#: All names there that a layer of a Transformer knows, in the order in which it computes the products.
+PRODUCTS: Final = ("in_proj", ATTENTION, "out_proj", "linear1", "linear2")
+
+#: Those of linear maps.
+MAPS: Final = tuple(name for name in PRODUCTS if name != ATTENTION)
 
 _LARGEST: Final = 127
 _MIN_LARGEST: Final = np.float32(2.0**-120)  # so that 127 / it is a normal number of float32

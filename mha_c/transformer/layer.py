@@ -31,7 +31,7 @@ from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws
-from mha_c.parameters.quantization import ATTENTION, MAPS, MatmulPrecision, precision_of_products
+from mha_c.parameters.quantization import ATTENTION, PRODUCTS, MatmulPrecision, precision_of_products
 from mha_c.parameters.sets import integer
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class TransformerLayer(Container):
         seeds = iter(seeds_for(dropout_seed, len(self._child_names)))
         act = check_activation("activation", activation)
         hidden = integer("dim_feedforward", dim_feedforward)
-        precisions = precision_of_products(matmul_precision, (*MAPS, ATTENTION))
+        precisions = precision_of_products(matmul_precision, PRODUCTS)
         of_attention = {name: precisions[name] for name in ("in_proj", "out_proj", ATTENTION)}
 
         def make(name: str) -> Module:
