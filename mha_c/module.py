@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every layer has, as torch.nn.Module gives it: immutable parameters, casts, modes, state dicts."""
 
+import itertools
 import json
 import math
 import operator
@@ -8,7 +9,7 @@ import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
@@ -119,15 +120,12 @@ class PrecisionOfProducts(property):
             return shortest(found)
 
         def assign(layer: "Module", value: Any) -> None:
-            places = [(module, module._products(at)) for at, module in layer._places()]
-            names = list(dict.fromkeys(name for _, products in places for name in products))
-            chosen = precision_of_products(value, names)
-            changes = []
-            for module, products in places:
-                precisions = precision_of_weights({name: chosen[name] for name in products}, products)
-                if precisions != module._parameters.precisions:
-                    changes.append((module, {"precisions": precisions}))
-            _replace(changes)
+            precisions = layer._precisions(value)
+            _replace([
+                (module, {"precisions": one})
+                for (_, module), one in zip(layer._places(), precisions)
+                if one != module._parameters.precisions
+            ])
 
         super().__init__(read, assign)
         self.__doc__ = (
@@ -201,6 +199,12 @@ class Module:
         weights, and attention; `at` is what precedes the names of the parameters.
         """
         return {}
+
+    def _precisions(self, value: Any) -> list[Mapping[str, Precision]]:
+        """What `matmul_precision` says of the weights of this layer and of all in it, in the order of `_places`."""
+        products = [module._products(at) for at, module in self._places()]
+        chosen = precision_of_products(value, list(dict.fromkeys(name for one in products for name in one)))
+        return [precision_of_weights({name: chosen[name] for name in one}, one) for one in products]
 
     def _places(self, prefix: str = "") -> Iterator[tuple[str, "Module"]]:
         """This layer and all in it, before each what precedes the names of its parameters, in torch's order."""
@@ -370,13 +374,25 @@ class Module:
         >>> attention.load_state_dict(mha_c.MultiheadAttention(8, 2).state_dict())
         <All keys matched successfully>
         """
+        return self._take(state_dict, strict)
+
+    def _take(
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        precisions: Iterable[Mapping[str, Precision] | None] = itertools.repeat(None),
+    ) -> IncompatibleKeys:
+        """Replace the parameters, and also the precisions if `_precisions` gave them. Weights are quantized once."""
         shapes = {at + name: shape for at, one in self._places() for name, shape in one._parameters.shapes.items()}
         arrays, incompatible = match_state_dict(type(self).__name__, shapes, state_dict, strict, will_cast=True)
 
         def found(at: str, module: Module) -> dict[str, Array]:
             return {name: arrays[at + name] for name in module._parameters.shapes if at + name in arrays}
 
-        _replace([(module, {"arrays": found(at, module)}) for at, module in self._places()])
+        _replace([
+            (module, {"arrays": found(at, module), "precisions": one})
+            for (at, module), one in zip(self._places(), precisions)
+        ])
         return incompatible
 
     def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> Self:

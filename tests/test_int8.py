@@ -522,6 +522,58 @@ def test_from_torch():
     assert bits({name: tensor.numpy() for name, tensor in back.state_dict().items()}) == bits(made.float().state_dict())
 
 
+@pytest.fixture
+def rows_quantized(monkeypatch):
+    """The numbers of rows of the weights that are quantized from now on, in order."""
+    rows, whole = [], quantization.quantize
+    monkeypatch.setattr(quantization, "quantize", lambda weight: (rows.append(len(weight)), whole(weight))[1])
+    return rows
+
+
+def test_weights_are_quantized_once(rows_quantized):
+    """However a layer is made: query, key and value, the output, and the two maps of the feed-forward network."""
+    trained = mha_c.TransformerEncoder(mha_c.TransformerEncoderLayer(24, 4, 48), 3).state_dict()
+    told = {"num_heads": 4, "activation": "relu", "layer_norm_eps": 1e-5, "norm_first": False,
+            "matmul_precision": "int8"}
+    attention, network = [24] * 4, [48, 24]
+    encoder_layer, decoder_layer = attention + network, 2 * attention + network
+
+    def check(make, *rows):
+        rows_quantized.clear()
+        made = make()
+        assert made.matmul_precision == "int8" and sorted(rows_quantized) == sorted(sum(rows, []))
+
+    check(lambda: mha_c.TransformerEncoder.from_state_dict(trained, **told), *3 * [encoder_layer])
+    check(lambda: mha_c.TransformerEncoderLayer.from_state_dict(trained, "layers.1.", **told), encoder_layer)
+    check(lambda: mha_c.MultiheadAttention.from_state_dict(
+        trained, "layers.0.self_attn.", num_heads=4, matmul_precision="int8"), attention)
+    for kind, rows in ((mha_c.TransformerEncoderLayer, encoder_layer), (mha_c.TransformerDecoderLayer, decoder_layer)):
+        check(lambda: kind(24, 4, 48, matmul_precision="int8"), rows)
+    check(lambda: mha_c.Transformer(24, 4, 2, 3, 48, matmul_precision="int8"), *2 * [encoder_layer],
+          *3 * [decoder_layer])
+
+
+def test_from_torch_quantizes_once(rows_quantized):
+    nn = pytest.importorskip("torch").nn
+    for module, count in ((nn.Linear(8, 2), 1), (nn.MultiheadAttention(8, 2), 4), (nn.ModuleList([nn.Linear(8, 2)]), 1),
+                          (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2), 12),
+                          (nn.TransformerDecoderLayer(8, 2, 16), 10), (nn.Transformer(8, 2, 1, 2, 16), 26)):
+        rows_quantized.clear()
+        getattr(mha_c, type(module).__name__).from_torch(module, matmul_precision="int8")
+        assert len(rows_quantized) == count
+
+
+def test_layers_of_a_transformer_that_are_given_keep_their_precision():
+    """The option is for those that it makes, also if one of its parts has no layers."""
+    own = mha_c.TransformerEncoder(mha_c.TransformerEncoderLayer(8, 2, 16, matmul_precision="bfloat16"), 1)
+    model = mha_c.Transformer(8, 2, 1, 1, 16, custom_encoder=own, matmul_precision={"in_proj": "int8"})
+    assert own.matmul_precision == "bfloat16" and model.decoder.layers[0].self_attn.matmul_precision == OWN
+    model = mha_c.Transformer(8, 2, 0, 1, 16, matmul_precision={"in_proj": "int8"})
+    assert model.decoder.layers[0].self_attn.matmul_precision == OWN
+    mha_c.Transformer(8, 2, custom_encoder=own, custom_decoder=model.decoder, matmul_precision={"in_proj": "bfloat16"})
+    assert own.matmul_precision == "bfloat16" and model.decoder.layers[0].self_attn.matmul_precision == OWN
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("value", ["int8", {"default": "int8", "linear2": None}, BOTH], ids=str)

@@ -327,9 +327,9 @@ training=False)
             options["batch_first"] = batch_first
         layer = cls(
             **options, dropout=dropout, dtype=trained_dtype(arrays["linear1.weight"].dtype, dtype),
-            dropout_seed=dropout_seed, padded=padded, masked_rows=masked_rows, matmul_precision=matmul_precision,
+            dropout_seed=dropout_seed, padded=padded, masked_rows=masked_rows,
         )  # fmt: skip
-        layer.load_state_dict(arrays)
+        layer._take(arrays, precisions=layer._precisions(matmul_precision))
         return layer
 
     @classmethod
@@ -646,14 +646,13 @@ class TransformerEncoder(Container):
             options["batch_first"] = batch_first
         real = trained_dtype(arrays["layers.0.linear1.weight"].dtype, dtype)
         layer = TransformerEncoderLayer(
-            **options, dropout=dropout, dtype=real, dropout_seed=dropout_seed, masked_rows=masked_rows,
-            matmul_precision=matmul_precision,
+            **options, dropout=dropout, dtype=real, dropout_seed=dropout_seed, masked_rows=masked_rows
         )  # fmt: skip
         norm = None
         if has_norm:
             norm = LayerNorm(options["d_model"], options["layer_norm_eps"], bias="norm.bias" in arrays, dtype=real)
         encoder = cls(layer, num_layers, norm, padded=padded)
-        encoder.load_state_dict(arrays)
+        encoder._take(arrays, precisions=encoder._precisions(matmul_precision))
         return encoder
 
     @classmethod

@@ -12,7 +12,7 @@ from mha_c.activations import Activation
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.transformers import advise_on_steps, check_transformer_call
-from mha_c.container import Child, Container
+from mha_c.container import Child, Container, ModuleList
 from mha_c.dropout import seeds_for
 from mha_c.layer import MaskedRows
 from mha_c.module import Module, Option, check_device, check_torch_module
@@ -159,20 +159,24 @@ class Transformer(Container):
             "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
             "v_head_dim": v_head_dim,
-            "matmul_precision": matmul_precision,
         }
         encoder, decoder = custom_encoder, custom_decoder
+        made: list[Module] = []
         if encoder is None:
             encoder_layer = TransformerEncoderLayer(*arguments, dropout_seed=of_encoder, **options)
             last = make_norm(norm, d_model, layer_norm_eps, bias, device, dtype)
             encoder = TransformerEncoder(encoder_layer, num_encoder_layers, last, padded=padded)
+            made.append(encoder)
         if decoder is None:
             decoder_layer = TransformerDecoderLayer(*arguments, dropout_seed=of_decoder, **options)
             last = make_norm(norm, d_model, layer_norm_eps, bias, device, dtype)
             decoder = TransformerDecoder(decoder_layer, num_decoder_layers, last, padded=padded)
+            made.append(decoder)
         values = {"d_model": d_model, "nhead": nhead, "batch_first": batch_first}
         self._set_up({"encoder": encoder, "decoder": decoder}, values)
         self.load_state_dict(reset_matrices(dict(self.named_parameters()), draws), strict=False)
+        if made:
+            ModuleList(made).matmul_precision = matmul_precision  # at the end: weights are quantized once
 
     @knows_foreign_keywords
     def forward(
