@@ -118,7 +118,7 @@ def test_rms_error_of_layers_of_halves(dtype, options):
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", torch.nn.GELU("tanh"), torch.nn.SiLU()], ids=str)
 def test_rms_error_of_layers(activation, norm_first):
     """No larger than torch's own, both against torch's in float64; in the median over seeds."""
     options = {"activation": activation, "norm_first": norm_first, "batch_first": True}
