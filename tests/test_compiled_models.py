@@ -206,6 +206,16 @@ def test_left_to_torch_in_a_graph(run, reason):
     assert coverage(ours).rows[0][2:] == (0, 0, f"{reason}, in a graph")
 
 
+def test_other_devices_are_left_to_torch_in_a_graph():
+    """Where the operator has no function."""
+    _, ours = model(1)
+    compiled = torch.compile(ours.to("meta"), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        output, _ = compiled(torch.zeros(5, 3, 8, device="meta"))
+    assert output.shape == (5, 3, 8)
+    assert coverage(ours).rows[0][2:] == (0, 0, "tensors on meta, in a graph")
+
+
 def test_parameters_whose_changes_are_not_counted():
     """Those made in inference mode, which a graph cannot see."""
     theirs, ours = model(1)

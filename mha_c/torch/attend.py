@@ -21,6 +21,7 @@ from mha_c.torch.tensors import array_of, tensor_of
 
 __all__ = [
     "MISFIT",
+    "UNREADABLE",
     "Answer",
     "Call",
     "LayerState",
@@ -30,7 +31,6 @@ __all__ = [
     "attend_in_graph",
     "note_in_graph",
     "resolve_hint",
-    "why_not_readable",
 ]
 
 Answer: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
@@ -38,6 +38,7 @@ Answer: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 _Packed = TypeVar("_Packed", PackedParameters, PackedLayer)
 
 MISFIT = "arguments that do not fit"  # torch has words for them, or knows an answer
+UNREADABLE = "tensors that NumPy cannot read"
 
 
 class LayerState(Generic[_Packed]):
@@ -129,7 +130,7 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
         padding_array = None if key_padding_mask is None else array_of(key_padding_mask)
         mask_array = None if attn_mask is None else array_of(attn_mask)
     except (RuntimeError, TypeError, ValueError):
-        return why_not_readable(query)
+        return UNREADABLE
     answer = ask_core(
         _core.forward,
         parameters.weights,
@@ -157,11 +158,6 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
 
 # Where torch.compile gives up a graph, it traces the functions that are called. It must not trace this one.
 attend_apart_from_compiler = _disable_dynamo(attend)
-
-
-def why_not_readable(query: torch.Tensor) -> str:
-    """The reason for a call with tensors that have no array."""
-    return "tensors that NumPy cannot read" if query.is_cpu else f"tensors on {query.device.type}"
 
 
 def resolve_hint(

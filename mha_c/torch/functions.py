@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from mha_c import _core
 from mha_c.display.coverage import Coverage
-from mha_c.torch.attend import Answer, Call, ask_core, attend, resolve_hint, why_not_readable
+from mha_c.torch.attend import UNREADABLE, Answer, Call, ask_core, attend, resolve_hint
 from mha_c.torch.packed import PackedByWeight
 from mha_c.torch.reasons import HARMLESS_MODES, why_torch
 from mha_c.torch.tensors import array_of, tensor_of
@@ -221,7 +221,7 @@ def _attend(
         arrays = (array_of(query), array_of(key), array_of(value))
         mask = None if attn_mask is None else array_of(attn_mask)
     except (RuntimeError, TypeError, ValueError):
-        return why_not_readable(query)
+        return UNREADABLE
     out = None
     if mask is None or mask.ndim > 1:  # torch's choice reads two axes of a mask
         choice = torch._fused_sdp_choice(

@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mha_c import _core
 from mha_c.activations import torch_activation
-from mha_c.torch.attend import LayerState, ask_core, note_in_graph, resolve_hint, why_not_readable
+from mha_c.torch.attend import UNREADABLE, LayerState, ask_core, note_in_graph, resolve_hint
 from mha_c.torch.packed import AttentionShape, LayerFacts, LayerParts, PackedLayer
 from mha_c.torch.reasons import why_torch
 from mha_c.torch.replaced import Replaced, ReplacedAttention
@@ -211,7 +211,7 @@ class ReplacedLayer(Replaced):
                 for one in resolved
             ]  # fmt: skip
         except (RuntimeError, TypeError, ValueError):
-            return why_not_readable(x)
+            return UNREADABLE
         answer = ask_core(_run, packed, reading, array, source, arrays, zeroes_padding)
         return answer if isinstance(answer, str) else tensor_of(answer)
 

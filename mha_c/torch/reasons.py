@@ -61,7 +61,8 @@ def why_torch(
     for mask in masks:
         if mask.dtype not in (dtype, torch.bool):
             return f"mask in {_name(mask.dtype)}"
-    return _what_watches([*inputs, *masks, *parameters])
+    device = "" if inputs[0].is_cpu else f"tensors on {inputs[0].device.type}"
+    return _what_watches([*inputs, *masks, *parameters]) or device
 
 
 def _what_watches(tensors: list[torch.Tensor]) -> str:
