@@ -20,6 +20,7 @@ from mha_c.torch.packed import PackedLayer, PackedParameters
 from mha_c.torch.tensors import array_of, tensor_of
 
 __all__ = [
+    "LIBRARY",
     "MISFIT",
     "UNREADABLE",
     "Answer",
@@ -29,13 +30,17 @@ __all__ = [
     "attend",
     "attend_apart_from_compiler",
     "attend_in_graph",
+    "attend_in_torch",
     "note_in_graph",
     "resolve_hint",
+    "run_counted",
+    "why_not_packed",
 ]
 
 Answer: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
 _Packed = TypeVar("_Packed", PackedParameters, PackedLayer)
+_Result = TypeVar("_Result")
 
 MISFIT = "arguments that do not fit"  # torch has words for them, or knows an answer
 UNREADABLE = "tensors that NumPy cannot read"
@@ -121,8 +126,7 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
     key_padding_mask, attn_mask = call.key_padding_mask, call.attn_mask
     parameters = packed.get(tensors, call.embed_dim, call.num_heads, call.kdim, call.vdim)
     if parameters is None:
-        untracked = any(tensor.is_inference() for tensor in tensors.values())
-        return "parameters made in inference mode" if untracked else "unusual parameters"
+        return why_not_packed(tensors)
     try:
         query_array = array_of(query)
         key_array = query_array if key is query else array_of(key)
@@ -160,6 +164,12 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
 attend_apart_from_compiler = _disable_dynamo(attend)
 
 
+def why_not_packed(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The reason for a call with parameters that cannot be packed."""
+    untracked = any(tensor.is_inference() for tensor in tensors.values())
+    return "parameters made in inference mode" if untracked else "unusual parameters"
+
+
 def resolve_hint(
     is_causal: bool, need_weights: bool, key_padding_mask: object, attn_mask: torch.Tensor | None, has_added_keys: bool
 ) -> tuple[torch.Tensor | None, bool] | str:
@@ -195,8 +205,8 @@ def _threads_of_both() -> AbstractContextManager[None]:
 
 # ---- In a compiled graph ----
 
-_library: Any = torch.library.Library("mha_c", "DEF")  # type: ignore[no-untyped-call]
-_library.define(
+LIBRARY: Any = torch.library.Library("mha_c", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY.define(
     "attention(SymInt layer, Tensor?[] parameters, Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, "
     "bool need_weights, Tensor? attn_mask, bool average_attn_weights, bool is_causal, SymInt embed_dim, "
     "SymInt num_heads, SymInt kdim, SymInt vdim, bool batch_first, bool add_zero_attn) -> (Tensor, Tensor)"
@@ -246,18 +256,37 @@ def note_in_graph(number: int, reason: str) -> None:
 note_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def run_counted(
+    number: int,
+    kind: type[_Packed],
+    compute: Callable[..., _Result | str],
+    compute_in_torch: Callable[..., _Result],
+    *arguments: Any,
+) -> _Result:
+    """What one function computes, or where it has a reason for torch, the other one. The layer counts the call.
+
+    Examples
+    --------
+    >>> state = LayerState(PackedParameters())
+    >>> run_counted(state.number, PackedParameters, lambda packed, x: "gradients", torch.neg, torch.ones(1))
+    tensor([-1.])
+    >>> state.calls.by_reason
+    {'gradients': 1}
+    """
+    layer = LayerState.by_number.get(number) or LayerState(kind())  # a graph may outlive the layer
+    answer = compute(layer.packed, *arguments)
+    if not isinstance(answer, str):
+        layer.calls.add()
+        return answer
+    layer.calls.add(answer)
+    return compute_in_torch(*arguments)
+
+
 def _run(number: int, parameters: Sequence[torch.Tensor | None], *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator with tensors on the CPU."""
     call = Call(*arguments)
     tensors = {name: tensor for name, tensor in zip(PARAMETERS, parameters) if tensor is not None}
-    layer = LayerState.by_number.get(number) or LayerState(PackedParameters())  # a graph may outlive the layer
-    answer = attend(layer.packed, tensors, call)
-    if isinstance(answer, str):
-        layer.calls.add(answer)
-        answer = _attend_in_torch(tensors, call)
-    else:
-        layer.calls.add()
-    output, weights = answer
+    output, weights = run_counted(number, PackedParameters, attend, attend_in_torch, tensors, call)
     return output, output.new_empty(0) if weights is None else weights
 
 
@@ -279,8 +308,8 @@ def _shapes_of_run(
     return output, query.new_empty((*batch, *heads, query.shape[length_axis], keys))
 
 
-def _attend_in_torch(tensors: Mapping[str, torch.Tensor], call: Call) -> Answer:
-    """The same by torch, contiguous as the graph expects."""
+def attend_in_torch(tensors: Mapping[str, torch.Tensor], call: Call) -> Answer:
+    """What torch computes in place of `attend`, contiguous as a graph expects."""
     swapped = call.batch_first and call.query.dim() == 3
     query, key, value = (one.transpose(0, 1) if swapped else one for one in (call.query, call.key, call.value))
     attn_mask = call.attn_mask
@@ -313,5 +342,5 @@ def _attend_in_torch(tensors: Mapping[str, torch.Tensor], call: Call) -> Answer:
     return (output.transpose(0, 1) if swapped else output).contiguous(), weights
 
 
-_library.impl("attention", _disable_dynamo(_run), "CPU")
+LIBRARY.impl("attention", _disable_dynamo(_run), "CPU")
 torch.library.register_fake("mha_c::attention", _shapes_of_run)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Mapping
@@ -18,13 +17,12 @@ from mha_c.torch.layers import (
     LINEAR,
     NORM,
     Classes,
-    LayerReading,
-    Masks,
     ReplacedLayer,
     activation_name,
     tensors_of,
 )
 from mha_c.torch.packed import AttentionShape, LayerFacts
+from mha_c.torch.transform import LayerMasks, LayerReading, Masks
 from mha_c.torch.transformers import changes_nothing, uses_torchs_masks
 
 __all__ = ["mixin_of_transformers", "why_unknown"]
@@ -53,9 +51,10 @@ class _LayerOfTransformers(ReplacedLayer):
     _norm_first: ClassVar[bool] = False
     _arguments: ClassVar[tuple[str, ...]]  # of the forward that is known
 
-    @classmethod
-    @functools.cache
-    def _parts(cls) -> Mapping[str, Classes]:
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not hasattr(cls, "_torch_class"):  # which only the classes of layers have
+            return
         torchs, names = cls._torch_class, cls._names
         module, model = sys.modules[torchs.__module__], torchs.__name__.removesuffix("Layer")
         parts: dict[str, Classes] = {
@@ -63,7 +62,7 @@ class _LayerOfTransformers(ReplacedLayer):
         }
         parts |= dict.fromkeys((*names.projections, names.linear1, names.linear2), LINEAR)
         parts |= dict.fromkeys(names.norms, NORM) | dict.fromkeys(names.dropouts, DROPOUT)
-        return parts | {names.activation: ACTIVATION}
+        cls._parts = parts | {names.activation: ACTIVATION}
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args: Any, **kwargs: Any
@@ -81,17 +80,16 @@ class _LayerOfTransformers(ReplacedLayer):
         for name, argument in kwargs.items():
             if not (changes_nothing(name, argument) or name.startswith("encoder_")):
                 return name
-        return self._transform(hidden_states, None, (Masks(attention_mask),))
+        return self._transform(hidden_states, None, (Masks(attn_mask=attention_mask),))
 
-    def _resolve(self, masks: tuple[Masks, ...], x: torch.Tensor, reading: LayerReading) -> tuple[Masks, ...] | str:
+    def _resolve(self, masks: LayerMasks, x: torch.Tensor, reading: LayerReading) -> LayerMasks | str:
         if x.dim() != 3:
             return MISFIT
-        mask = masks[0].key_padding_mask
+        mask = masks[0].attn_mask
         attention: Any = self.get_submodule(self._names.attention)
         if mask is not None and mask.dtype == torch.bool and attention.config._attn_implementation in (None, "eager"):
             return "mask in bool"  # which would be added to the scores
-        padding = None if mask is None else _read_mask(mask, x)
-        return padding if isinstance(padding, str) else (Masks(padding),)
+        return masks
 
     def _read(self, parts: Mapping[str, Any]) -> LayerReading | str:
         names = self._names
@@ -118,7 +116,7 @@ class _LayerOfTransformers(ReplacedLayer):
         shape = AttentionShape(embed_dim, getattr(attention, names.num_heads), head_dim=head_dim)
         facts = LayerFacts((shape,), tuple(norm.eps for norm in norms))
         activation = activation_name(parts[names.activation]) or ""
-        return LayerReading(tensors, facts, activation, self._norm_first, True, (False,))
+        return LayerReading(tensors, facts, activation, self._norm_first, True, (False,), of_transformers=True)
 
 
 class _BertLayer(_LayerOfTransformers):
@@ -219,21 +217,3 @@ def why_unknown(layer: torch.nn.Module, cls: type[torch.nn.Module], mixin: type[
     if tuple(signature.parameters) != mixin._arguments or signature.return_annotation is not torch.Tensor:
         return f"another {cls.__name__} than that of transformers 5.24"
     return "overrides forward" if "forward" in vars(layer) else ""
-
-
-def _read_mask(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor | str:
-    """A mask (N or 1, 1, L or 1, L) as a mask of padding with the same effect, (N, L)."""
-    items, length = x.shape[0], x.shape[1]
-    if mask.dim() != 4 or not all(
-        size in sizes for size, sizes in zip(mask.shape, ((items, 1), (1,), (length, 1), (length,)))
-    ):
-        return "mask of another shape"
-    first = mask[:, :, :1]
-    if mask.shape[2] > 1 and not torch.equal(mask, first.expand_as(mask)):
-        return "mask that is not padding"
-    padding = first[:, 0, 0].expand(items, length)
-    if padding.dtype == torch.bool:
-        return ~padding
-    hidden = padding <= torch.finfo(padding.dtype).min
-    # The smallest number hides a key as surely as -inf, unless all keys of an item have it.
-    return hidden if bool(((padding == 0) | hidden).all() and not hidden.all(1).any()) else padding

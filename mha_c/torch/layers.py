@@ -5,20 +5,27 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch.nn.modules import module as _torch_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from mha_c import _core
 from mha_c.activations import torch_activation
-from mha_c.torch.attend import UNREADABLE, LayerState, ask_core, note_in_graph, resolve_hint
-from mha_c.torch.packed import AttentionShape, LayerFacts, LayerParts, PackedLayer
+from mha_c.torch.attend import LayerState, note_in_graph, resolve_hint
+from mha_c.torch.packed import AttentionShape, LayerFacts, PackedLayer
 from mha_c.torch.reasons import why_torch
 from mha_c.torch.replaced import Replaced, ReplacedAttention
-from mha_c.torch.tensors import array_of, tensor_of
+from mha_c.torch.transform import (
+    LayerMasks,
+    LayerReading,
+    Masks,
+    transform,
+    transform_apart_from_compiler,
+    transform_in_graph,
+)
 
 __all__ = [
     "ACTIVATION",
@@ -26,8 +33,6 @@ __all__ = [
     "LINEAR",
     "NORM",
     "Classes",
-    "LayerReading",
-    "Masks",
     "ReplacedDecoderLayer",
     "ReplacedEncoderLayer",
     "ReplacedLayer",
@@ -37,59 +42,12 @@ __all__ = [
 
 Classes: TypeAlias = tuple[type[torch.nn.Module], ...]
 
-# The classes of the parts of a layer.
+# The classes of the parts of a layer, to be compared by ==: torch.compile has copies of tuples.
 LINEAR: Classes = (torch.nn.Linear, NonDynamicallyQuantizableLinear)
 ATTENTION: Classes = (ReplacedAttention,)  # and subclasses
 NORM: Classes = (torch.nn.LayerNorm,)
 DROPOUT: Classes = (torch.nn.Dropout, torch.nn.Identity)
 ACTIVATION: Classes = ()  # a function, or a module of many classes
-
-
-class Masks(NamedTuple):
-    """The masks of one attention. `is_causal` is torch's hint, or once it is resolved, a mask.
-
-    Examples
-    --------
-    >>> Masks().is_causal
-    False
-    """
-
-    key_padding_mask: torch.Tensor | None = None
-    attn_mask: torch.Tensor | None = None
-    is_causal: bool = False
-
-
-class LayerReading(NamedTuple):
-    """What a layer is at the moment.
-
-    Attributes
-    ----------
-    tensors : dict of str to torch.Tensor
-        Its parameters, by the names of `PackedLayer`.
-    facts : LayerFacts
-        What the parameters do not say.
-    activation : str
-        The activation of the feed-forward network, as the core calls it.
-    norm_first, batch_first : bool
-        As in torch.
-    adds_zeros : tuple of bool
-        `add_zero_attn` of each attention.
-
-    Examples
-    --------
-    >>> LayerReading._fields[:3]
-    ('tensors', 'facts', 'activation')
-    """
-
-    tensors: dict[str, torch.Tensor]
-    facts: LayerFacts
-    activation: str
-    norm_first: bool
-    batch_first: bool
-    adds_zeros: tuple[bool, ...]
-
-
-_Masks: TypeAlias = tuple[Masks, ...]
 
 
 class ReplacedLayer(Replaced):
@@ -103,6 +61,9 @@ class ReplacedLayer(Replaced):
     >>> isinstance(layer, ReplacedLayer), isinstance(layer, torch.nn.TransformerEncoderLayer)
     (True, True)
     """
+
+    # The modules that the forward of torch's class uses, by path, and the classes for which it is known.
+    _parts: ClassVar[Mapping[str, Classes]]
 
     @functools.cached_property
     def _mha_c(self) -> LayerState[PackedLayer]:
@@ -124,16 +85,11 @@ class ReplacedLayer(Replaced):
             if isinstance(module, ReplacedAttention):
                 module.refresh()
 
-    @classmethod
-    def _parts(cls) -> Mapping[str, Classes]:
-        """The modules that the forward of torch's class uses, by path, and the classes for which it is known."""
-        raise NotImplementedError
-
     def _read(self, parts: Mapping[str, Any]) -> LayerReading | str:
         """What the layer is, or why torch is to compute it."""
         raise NotImplementedError
 
-    def _resolve(self, masks: _Masks, x: torch.Tensor, reading: LayerReading) -> _Masks | str:
+    def _resolve(self, masks: LayerMasks, x: torch.Tensor, reading: LayerReading) -> LayerMasks | str:
         """Masks as mha_c has them, or why torch is to compute them."""
         raise NotImplementedError
 
@@ -142,15 +98,15 @@ class ReplacedLayer(Replaced):
         proxy: Any = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.fx.Proxy)), None)
         if proxy is not None:  # torch.fx does not look into torch's own layers either
             return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), args, kwargs)
-        if torch.compiler.is_compiling():
-            note_in_graph(self._mha_c.number, "torch.compile")
-            return theirs(*args, **kwargs)
-        answer = self._compute(*args, **kwargs)
-        if isinstance(answer, str):
-            self._count(answer)
-            return theirs(*args, **kwargs)
-        self._count()
-        return answer
+        compiling = torch.compiler.is_compiling()
+        exporting = compiling and torch.compiler.is_exporting()
+        answer = "export" if exporting else self._compute(*args, **kwargs)
+        reason = answer if isinstance(answer, str) else ""
+        if not compiling:
+            self._count(reason)
+        elif reason:  # the operator counts its calls
+            note_in_graph(self._mha_c.number, reason)
+        return theirs(*args, **kwargs) if reason else answer
 
     def forward_in_mha_c(self, *args: Any, **kwargs: Any) -> torch.Tensor | str:
         """Return what the layer returns, or if torch has to compute it, the reason in a few words.
@@ -181,12 +137,12 @@ class ReplacedLayer(Replaced):
         raise NotImplementedError
 
     def _transform(
-        self, x: torch.Tensor, memory: torch.Tensor | None, masks: _Masks, *, zeroes_padding: bool = False
+        self, x: torch.Tensor, memory: torch.Tensor | None, masks: LayerMasks, *, zeroes_padding: bool = False
     ) -> torch.Tensor | str:
         """The output of the layer, or why torch is to compute it."""
         if self.training:
             return "training"
-        parts = _find_parts(self, self._parts())
+        parts = _find_parts(self, self._parts)
         reading = parts if isinstance(parts, str) else self._read(parts)
         if isinstance(reading, str):
             return reading
@@ -198,57 +154,10 @@ class ReplacedLayer(Replaced):
         resolved = self._resolve(masks, x, reading)
         if isinstance(resolved, str):
             return resolved
-        packed = self._mha_c.packed.get(reading.tensors, reading.facts)
-        if packed is None:
-            untracked = any(tensor.is_inference() for tensor in reading.tensors.values())
-            return "parameters made in inference mode" if untracked else "unusual parameters"
-        try:
-            array = array_of(x)
-            source = None if memory is None else array_of(memory)
-            arrays = [
-                (None if one.key_padding_mask is None else array_of(one.key_padding_mask),
-                 None if one.attn_mask is None else array_of(one.attn_mask), one.is_causal)
-                for one in resolved
-            ]  # fmt: skip
-        except (RuntimeError, TypeError, ValueError):
-            return UNREADABLE
-        answer = ask_core(_run, packed, reading, array, source, arrays, zeroes_padding)
-        return answer if isinstance(answer, str) else tensor_of(answer)
-
-
-def _run(parts: LayerParts, reading: LayerReading, x: Any, memory: Any, masks: Any, zeroes_padding: bool) -> Any:
-    """Every attention in turn, the last one with the feed-forward network."""
-    last = len(parts.attentions) - 1
-    for number, (weights, (key_padding_mask, attn_mask, is_causal)) in enumerate(zip(parts.attentions, masks)):
-        key = x if number == 0 else memory
-        x = _core.transform(
-            weights,
-            x,
-            key,
-            key,
-            key_padding_mask,
-            False,
-            attn_mask,
-            True,
-            is_causal,
-            None,
-            reading.batch_first,
-            reading.adds_zeros[number],
-            "torch",
-            0.0,
-            0,
-            0,
-            reading.norm_first,
-            number == 0,
-            parts.norms[number],
-            parts.linear1 if number == last else None,
-            reading.activation,
-            False,
-            parts.linear2 if number == last else None,
-            parts.norms[-1],
-            zeroes_padding,
-        )
-    return x
+        if torch.compiler.is_compiling():
+            return transform_in_graph(self._mha_c.number, reading, x, memory, resolved)
+        compute = transform_apart_from_compiler if "torch._dynamo" in sys.modules else transform  # which is faster
+        return compute(self._mha_c.packed, reading, x, memory, resolved, zeroes_padding)
 
 
 def _find_parts(layer: torch.nn.Module, classes: Mapping[str, Classes]) -> dict[str, Any] | str:
@@ -259,7 +168,7 @@ def _find_parts(layer: torch.nn.Module, classes: Mapping[str, Classes]) -> dict[
     for path, known in classes.items():
         within, _, name = path.rpartition(".")
         module = found[path] = found[within]._modules.get(name)
-        if module is None and known is ACTIVATION:
+        if module is None and known == ACTIVATION:
             function = found[path] = getattr(found[within], name)
             if activation_name(function) is None:
                 return f"{path} {getattr(function, '__name__', type(function).__name__)}"
@@ -281,9 +190,9 @@ def _find_parts(layer: torch.nn.Module, classes: Mapping[str, Classes]) -> dict[
 
 
 def _is_known(module: torch.nn.Module, known: Classes) -> bool:
-    if known is ACTIVATION:
+    if known == ACTIVATION:
         return activation_name(module) is not None
-    return isinstance(module, ATTENTION) if known is ATTENTION else type(module) in known
+    return isinstance(module, ATTENTION) if known == ATTENTION else type(module) in known
 
 
 def _may_matter(hook: Any) -> bool:
@@ -351,13 +260,12 @@ class _LayerOfTorch(ReplacedLayer):
     _attentions: ClassVar[tuple[str, ...]]
     _norms: ClassVar[tuple[str, ...]]
 
-    @classmethod
-    @functools.cache
-    def _parts(cls) -> Mapping[str, Classes]:
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         parts = dict.fromkeys(cls._attentions, ATTENTION) | {f"{name}.out_proj": LINEAR for name in cls._attentions}
         parts |= {"linear1": LINEAR, "activation": ACTIVATION, "linear2": LINEAR, "dropout": DROPOUT}
         parts |= dict.fromkeys(cls._norms, NORM)
-        return parts | {name.replace("norm", "dropout"): DROPOUT for name in cls._norms}
+        cls._parts = parts | {name.replace("norm", "dropout"): DROPOUT for name in cls._norms}
 
     def _read(self, parts: Mapping[str, Any]) -> LayerReading | str:
         attentions = [parts[name] for name in self._attentions]
@@ -383,7 +291,7 @@ class _LayerOfTorch(ReplacedLayer):
             tuple(bool(one.add_zero_attn) for one in attentions),
         )
 
-    def _resolve(self, masks: _Masks, x: torch.Tensor, reading: LayerReading) -> _Masks | str:
+    def _resolve(self, masks: LayerMasks, x: torch.Tensor, reading: LayerReading) -> LayerMasks | str:
         resolved = []
         for number, (key_padding_mask, attn_mask, is_causal) in enumerate(masks):
             has_added_keys = reading.adds_zeros[number] or f"attention{number}.bias_k" in reading.tensors

@@ -164,8 +164,9 @@ def replace_layers(model: _Model) -> _Model:
 
     Changed parameters take effect at the next call. `ReplacedAttention.refresh` names the exception.
 
-    Graphs made by ``torch.compile``, ``torch.export``, ``torch.onnx.export``, ``torch.jit.trace`` and
-    ``torch.jit.script`` hold torch's layers. For ``torch.compile``, use `replace_attention`.
+    ``torch.compile`` makes graphs in which mha_c computes. It does not notice hooks of modules in a layer, or a forward
+    of their own, if they come after the graph. Graphs of ``torch.export``, ``torch.onnx.export``, ``torch.jit.trace``
+    and ``torch.jit.script`` hold torch's layers and run without mha_c.
 
     Examples
     --------
