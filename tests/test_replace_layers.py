@@ -4,6 +4,7 @@ error against float64 is the tolerance."""
 
 import ast
 import copy
+import gc
 import importlib
 import pickle
 import re
@@ -24,6 +25,7 @@ from mha_c.torch import (  # noqa: E402
     replace_layers,
     restore_attention,
 )
+from mha_c.torch.attend import LayerState  # noqa: E402
 from mha_c.torch.huggingface import _KNOWN, why_unknown  # noqa: E402
 from random_parameters import set_random_parameters  # noqa: E402
 from torch import nn  # noqa: E402
@@ -128,13 +130,21 @@ def test_decoder_layers(name):
     assert_agrees(ours, theirs, inputs[:1] * 2, {})  # the memory is the target
 
 
+class OwnAttention(nn.MultiheadAttention):
+    pass
+
+
+def exchanged():
+    """A decoder layer whose attention, of a subclass, has extra keys, and whose memory has another width."""
+    layer = DECODER(16, 4, 24)
+    layer.self_attn = OwnAttention(16, 2, add_bias_kv=True, add_zero_attn=True)
+    layer.multihead_attn = nn.MultiheadAttention(16, 4, kdim=6, vdim=6, bias=False)
+    layer.norm2.eps = 0.1
+    return layer
+
+
 def test_attention_that_was_exchanged():
-    """Attention with extra keys, or to a memory of another width, in the place of torch's own."""
-    theirs = DECODER(16, 4, 24)
-    theirs.self_attn = nn.MultiheadAttention(16, 2, add_bias_kv=True, add_zero_attn=True)
-    theirs.multihead_attn = nn.MultiheadAttention(16, 4, kdim=6, vdim=6, bias=False)
-    set_random_parameters(theirs.eval())
-    ours = replace_layers(copy.deepcopy(theirs))
+    theirs, ours = make(exchanged)
     assert_agrees(ours, theirs, (torch.randn(5, 3, 16), torch.randn(7, 3, 6)), {"tgt_mask": causal(5)})
 
 
@@ -364,19 +374,17 @@ def test_hooks_of_all_modules():
     assert ours.linear1 in seen and coverage(ours).rows[0].reason == "hooks of all modules"
 
 
-def test_graphs():
-    """torch.compile makes graphs of torch's layer, and torch.fx calls the layer as one of torch's own."""
+def test_symbolic_and_scripted():
+    """torch.fx calls the layer as one of torch's own, and scripts hold torch's layer."""
     theirs, ours = make(encoder)
     x = torch.randn(3, 5, 16)
     graph = torch.fx.symbolic_trace(nn.Sequential(ours.layers[0], ours.layers[1]))
     with torch.no_grad():
         torch.testing.assert_close(graph(x), theirs(x), rtol=0, atol=5e-6)
         assert coverage(ours).here == 2
-        compiled = torch.compile(ours.layers[0], backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), theirs.layers[0](x), rtol=0, atol=5e-6)
-        assert coverage(ours).rows[0].reason == "torch.compile, in a graph"
         scripted = torch.jit.script(ours.layers[0])
         torch.testing.assert_close(scripted(x), theirs.layers[0](x), rtol=0, atol=5e-6)
+        assert coverage(ours).here == 2
 
 
 # ------------------------------------------------------------------------------------------- changed parameters
@@ -509,6 +517,235 @@ def test_what_has_no_layers():
         replace_layers(np.zeros(3))
     with pytest.raises(ValueError, match="there is no layer to replace in this Linear: no torch.nn.TransformerEncoder"):
         replace_layers(nn.Linear(2, 2))
+
+
+# ------------------------------------------------------------------------------------------- graphs of torch.compile
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiled(fresh_compiler):
+    """Compiles a model to one graph."""
+    return lambda model, backend="eager", **options: torch.compile(model, backend=backend, fullgraph=True, **options)
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batch", "one item"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_compiled_encoder_layers(name, batched, compiled):
+    theirs, ours = make(ENCODER, 16, 4, 24, **OPTIONS[name])
+    dtype = theirs.linear1.weight.dtype
+    x = torch.randn(*((3,) if batched else ()), 5, 16, dtype=dtype)
+    x = x if not batched or OPTIONS[name].get("batch_first") else x.transpose(0, 1)
+    graph = compiled(ours)
+    for masks in attention_masks(3, 5, 5, dtype, batched=batched):
+        call = {name if name == "is_causal" else f"src_{name}": mask for name, mask in masks.items()}
+        assert_agrees(graph, theirs, (x,), call)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_decoder_layers(backend, compiled):
+    theirs, ours = make(DECODER, 16, 4, 24, activation=nn.GELU("tanh"), norm_first=True)
+    inputs = [torch.randn(length, 3, 16) for length in (5, 7)]
+    graph = compiled(ours, backend)
+    of_target, of_memory = (attention_masks(3, 5, keys, torch.float32) for keys in (5, 7))
+    for own, others in zip(of_target, of_memory[::-1], strict=True):
+        call = {f"tgt_{name}": mask for name, mask in own.items()}
+        assert_agrees(graph, theirs, inputs, call | {f"memory_{name}": mask for name, mask in others.items()})
+
+
+def test_compiled_model_with_both_kinds(compiled):
+    """One graph without a break for all lengths and batches, in which layers and other attention are operators."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.transformer = nn.Transformer(16, 4, 2, 1, 24, batch_first=True)
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, source, target, padding):
+            x = self.transformer(source, target, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    theirs, ours = make(Model)
+    graphs = []
+    graph = compiled(ours, lambda graph, inputs: graphs.append(graph.code) or graph, dynamic=True)
+    for items, length in ((3, 7), (2, 9), (4, 5)):
+        padding = torch.arange(length) >= torch.tensor([[length], [4], [2], [3]])[:items]
+        assert_agrees(graph, theirs, (torch.randn(items, length, 16), torch.randn(items, 6, 16), padding), {}, here=4)
+    assert len(graphs) == 1
+    assert [graphs[0].count(f"torch.ops.mha_c.{name}(") for name in ("layer", "attention")] == [3, 1]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_noticed_by_graphs(change, compiled):
+    theirs, ours = make(ENCODER, 16, 4, 24)
+    x = torch.randn(5, 3, 16)
+    graph = compiled(ours)
+    with torch.no_grad():
+        graph(x)
+        for layer in (theirs, ours):
+            torch.manual_seed(1)
+            with torch.enable_grad() if change == "an optimizer" else torch.no_grad():
+                CHANGES[change](layer)
+    assert_agrees(graph, theirs, (x.to(theirs.linear1.weight.dtype),), {})
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_KIND)
+def test_what_is_not_as_torch_made_it_in_graphs(change, compiled):
+    """Also if a graph of what torch made is there. Hooks and a forward have to be there before the graph."""
+    torch.manual_seed(1)
+    theirs, ours = make(ENCODER, 16, 4, 24, dropout=0.0)
+    x = torch.randn(5, 3, 16)
+    graph = compiled(ours)
+    is_seen_later = not change.startswith("hooks") and change != "linear1 overrides forward"
+    if is_seen_later:
+        assert_agrees(graph, theirs, (x,), {})
+    for layer in (theirs, ours):
+        CHANGES_OF_KIND[change](layer)
+    with torch.no_grad():
+        expected, got = (outcome(lambda: layer(x)) for layer in (theirs, graph))
+    assert (got.error is None) == (expected.error is None)
+    if expected.error is None:
+        torch.testing.assert_close(got.result, expected.result)
+    first = coverage(ours).rows[0]
+    if change.startswith("unusual parameters"):  # which only the operator sees
+        assert first[2:] == (1, 1, "unusual parameters")
+    else:
+        assert re.sub(r"is a .*\.", "is a ", first.reason) == f"{change.partition(',')[0]}, in a graph"
+        assert first[2:4] == (is_seen_later, 0)
+
+
+@pytest.mark.parametrize("reason", [reason for reason in REASONS if reason != "tracing"])
+def test_reasons_in_graphs(reason, compiled):
+    theirs, ours = make(ENCODER, 16, 4, 24)
+    x = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        expected = outcome(lambda: REASONS[reason](theirs, x))
+        got = outcome(lambda: REASONS[reason](compiled(ours), x))
+    assert (got.error is None) == (expected.error is None)
+    if expected.error is None and not expected.result.is_meta:
+        torch.testing.assert_close(got.result, expected.result, rtol=1e-5, atol=1e-5)
+    in_operator = reason in ("arguments that do not fit", "parameters made in inference mode")
+    assert coverage(ours).rows[0][2:] == ((0, 1, reason) if in_operator else (0, 0, f"{reason}, in a graph"))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_graphs_of_training(backend, compiled):
+    theirs, ours = make(DECODER, 16, 4, 24, dropout=0.0)
+    inputs = torch.randn(5, 3, 16), torch.randn(7, 3, 16)
+    for training in (True, False):
+        theirs.train(training)(*inputs).square().sum().backward()
+        compiled(ours.train(training), backend)(*inputs).square().sum().backward()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+    assert coverage(ours).rows[0][2:] == (0, 0, "training, in a graph, gradients, in a graph")
+
+
+def test_a_graph_packs_what_its_layer_packs(compiled):
+    """The parameters that reach the operator are the layer's own."""
+    _, ours = make(DECODER, 16, 4, 24)
+    x = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        ours(x, x)
+        packed = ours._mha_c.packed._kept
+        for backend in ("eager", "aot_eager", "inductor"):
+            torch._dynamo.reset()
+            compiled(ours, backend)(x, x)
+            assert ours._mha_c.packed._kept is packed
+
+
+def operator_calls(model, *args, **call):
+    """The arguments of the operator in each layer of a model."""
+    calls = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.mha_c.layer.default:
+                calls.append(args)
+            return function(*args, **(kwargs or {}))
+
+    def run(graph, inputs):
+        def recorded(*inputs):
+            with Recorder():
+                return graph(*inputs)
+
+        return recorded
+
+    with torch.no_grad():
+        torch.compile(model, backend=run, fullgraph=True)(*args, **call)
+    return calls
+
+
+OPERATORS = {
+    "encoder": (ENCODER, {"norm_first": True}, {}),
+    "hint": (ENCODER, {"batch_first": True}, {"src_mask": causal(5), "is_causal": True}),
+    "masks": (ENCODER, {"activation": "gelu", "bias": False}, {"src_mask": torch.ones(5, 5).tril() == 0}),
+    "decoder": (DECODER, {"activation": nn.GELU("tanh")}, {"memory_key_padding_mask": torch.zeros(3, 7)}),
+    "silu": (DECODER, {"activation": nn.SiLU(), "norm_first": True}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator(name, fresh_compiler):
+    """torch's own checks of an operator, and what it asks torch for: the same."""
+    cls, options, call = OPERATORS[name]
+    _, ours = make(cls, 16, 4, 24, **options)
+    shapes = [(3, 5, 16), (3, 7, 16)] if options.get("batch_first") else [(5, 3, 16), (7, 3, 16)]
+    inputs = [torch.randn(shape) for shape in shapes][: 1 + (cls is DECODER)]
+    assert_operator_is_torchs(*operator_calls(ours, *inputs, **call))
+
+
+def test_operator_with_exchanged_attention(compiled):
+    theirs, ours = make(exchanged)
+    inputs, call = (torch.randn(5, 3, 16), torch.randn(7, 3, 6)), {"tgt_mask": causal(5)}
+    assert_agrees(compiled(ours), theirs, inputs, call)
+    torch._dynamo.reset()
+    assert_operator_is_torchs(*operator_calls(ours, *inputs, **call))
+
+
+def assert_operator_is_torchs(arguments):
+    number, names, parameters, *rest = arguments
+    parameters = [one.detach() for one in parameters]
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.mha_c.layer.default, (number, names, parameters, *rest))
+        expected = torch.ops.mha_c.layer(number, names, parameters, *rest)
+        with torch.inference_mode():
+            untracked = [one.clone() for one in parameters]
+        calls = LayerState.by_number[number].calls
+        before = dict(calls.by_reason)
+        by_torch = torch.ops.mha_c.layer(number, names, untracked, *rest)
+        torch.testing.assert_close(by_torch, expected, rtol=1e-5, atol=1e-5)
+    assert calls.by_reason == before | {"parameters made in inference mode": 1}
+
+
+def test_a_graph_may_outlive_its_layer(fresh_compiler):
+    _, ours = make(ENCODER, 16, 4, 24)
+    (number, names, parameters, *rest), = operator_calls(ours, torch.randn(5, 3, 16))
+    with torch.no_grad():
+        expected = torch.ops.mha_c.layer(number, names, parameters, *rest)
+        del ours
+        torch._dynamo.reset()
+        gc.collect()
+        assert number not in LayerState.by_number
+        assert torch.equal(torch.ops.mha_c.layer(number, names, parameters, *rest), expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(strict):
+    """What is exported runs without mha_c."""
+    theirs, ours = make(ENCODER, 16, 4, 24)
+    x = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        exported = torch.export.export(ours, (x,), strict=strict)
+        assert "mha_c" not in exported.graph_module.code
+        torch.testing.assert_close(exported.module()(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert {row.reason for row in coverage(ours).rows} == {"export, in a graph"}
 
 
 # ------------------------------------------------------------------------------------------- layers of transformers
@@ -646,6 +883,46 @@ def test_reasons_with_transformers(transformers, reason):
     assert str(got.error) == str(expected.error)
     if expected.error is None and reason not in ("training", "attention.self.query is a Mixed"):
         torch.testing.assert_close(got.result, expected.result)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["Bert", "DistilBert", "ViT"])
+def test_compiled_models_of_transformers(transformers, compiled, name, implementation):
+    theirs, ours, call = hugging_face(transformers, name, implementation)
+    graph = compiled(ours)
+    with torch.no_grad():
+        expected, got = theirs(**call)[0], graph(**call)[0]
+        exact = copy.deepcopy(theirs).double()(**{key: wider(one) for key, one in call.items()})[0]
+    comparison = Comparison.measure("output", got.numpy(), expected.numpy(), exact.numpy())
+    assert comparison.agrees, comparison
+    assert [row[2:] for row in coverage(ours).rows] == [(1, 0, "")] * 2, coverage(ours)
+
+
+@pytest.mark.parametrize("name", ["Bert", "Electra", "Roberta", "DistilBert", "ViT"])
+def test_operator_of_transformers(transformers, fresh_compiler, name):
+    _, ours, call = hugging_face(transformers, name)
+    for arguments in operator_calls(ours, **call):
+        assert_operator_is_torchs(arguments)
+
+
+@pytest.mark.parametrize("reason", HF_REASONS)
+def test_reasons_with_transformers_in_graphs(transformers, fresh_compiler, reason):
+    """Masks are read when the operator computes; it counts what it leaves to torch."""
+    theirs, ours, x = layer_and_input(transformers)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        expected = outcome(lambda: HF_REASONS[reason](theirs, x))
+        torch.manual_seed(1)
+        ours.compile(backend="eager", fullgraph=True)
+        got = outcome(lambda: HF_REASONS[reason](ours, x))
+    assert (got.error is None) == (expected.error is None)
+    *calls, given = coverage(ours).rows[0][2:]
+    in_operator = reason in ("mask that is not padding", "mask of another shape")
+    assert (calls, re.sub(r"is a .*\.", "is a ", given)) == (
+        ([0, 1], reason) if in_operator else ([0, 0], f"{reason}, in a graph")
+    )
+    if expected.error is None and reason not in ("training", "attention.self.query is a Mixed"):
+        torch.testing.assert_close(got.result, expected.result, rtol=1e-5, atol=1e-5)
 
 
 def test_outputs_that_transformers_records(transformers):
