@@ -182,6 +182,8 @@ def _find_parts(layer: torch.nn.Module, classes: Mapping[str, Classes]) -> dict[
             return f"{path} is a {kind.__module__}.{kind.__qualname__}"
         if module.training:
             return "training"
+        if known == NORM and len(module.normalized_shape) != 1:
+            return "unusual parameters"
         if "forward" in module.__dict__:
             return f"{path} overrides forward"
         if module._forward_pre_hooks or any(map(_may_matter, module._forward_hooks.values())):
