@@ -20,4 +20,4 @@ if __name__ == "__main__":
     if cases != CASES:
         print(f"MiniLM is left out: it needs {INSTALL}", file=sys.stderr)
     comparison = Comparison(cases, peers.ENCODERS, judge)
-    sys.exit(command(__doc__.splitlines()[0], comparison, "encoders.json", report.write_encoders))
+    sys.exit(command(__doc__.splitlines()[0], comparison, "encoder_results.json", report.write_encoders))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Report measurements: a line for each case, a summary, and from the summary a page and the README's table.
 
-    python benchmarks/report.py FILE --output DIR [--readme README.md]
+    python benchmarks/report.py FILE --output DIR [--readme README.md] [--encoders]
 
-FILE is results.json, as compare.py writes it, or a summary made from it, performance.json.
+FILE is results.json, as compare.py writes it, or a summary made from it, performance.json. With --encoders, it is
+encoder_results.json, as encoders.py writes it, or encoders.json.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is kept of a comparison, in performance.json."""
+    """What is kept of a comparison, in performance.json or encoders.json."""
 
     machine: dict[str, Any]
     versions: dict[str, str]  # by library
@@ -97,7 +98,7 @@ class Summary:
 
 
 def summarize(results: dict[str, Any]) -> Summary:
-    """The summary of results.json; cases for which our own answer is missing are left out."""
+    """The summary of all samples; cases for which our own answer is missing are left out."""
     libraries = {name: version.split("+")[0].rpartition(" ")[::2] for name, version in results["versions"].items()}
     rows = []
     for run in results["runs"]:
@@ -141,7 +142,7 @@ def load(text: str) -> Summary:
 
 
 def dump(summary: Summary) -> str:
-    """The text of performance.json: a line for each row."""
+    """The text of such a file: a line for each row."""
     head = {key: value for key, value in asdict(summary).items() if key != "rows"}
     rows = ",\n".join(f"  {json.dumps(asdict(row))}" for row in summary.rows)
     return json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n'
@@ -395,6 +396,8 @@ def encoders_page(summary: Summary) -> str:
     quality = _table([_ENCODER, OURS, *names], cells)
     text = f"""# Whole encoders
 
+{headline(summary)}
+
 {facts(summary, "encoders.json")}
 
 Each library computes the same encoder from the same vectors of tokens. 1.06× means 1.06 times as long as mha_c. Each library is
@@ -424,7 +427,8 @@ def write(summary: Summary, folder: Path) -> Path:
 
 
 def write_encoders(summary: Summary, folder: Path) -> Path:
-    """Writes encoders.md into the folder."""
+    """Writes encoders.json and encoders.md into the folder."""
+    (folder / "encoders.json").write_text(dump(summary), "utf-8")
     made = folder / "encoders.md"
     made.write_text(encoders_page(summary), "utf-8")
     return made
@@ -432,13 +436,14 @@ def write_encoders(summary: Summary, folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the page of a comparison again, and the README's table.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="results.json or performance.json")
+    parser.add_argument("file", type=Path, metavar="FILE", help="all samples, or a summary of them")
+    parser.add_argument("--encoders", action="store_true", help="the file is of encoders.py, not of compare.py")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"), metavar="DIR")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="write the table into this README, too")
     options = parser.parse_args()
     summary = load(options.file.read_text("utf-8"))
     options.output.mkdir(parents=True, exist_ok=True)
-    print(write(summary, options.output))
+    print((write_encoders if options.encoders else write)(summary, options.output))
     if options.readme:
         text = options.readme.read_text("utf-8")
         options.readme.write_text(README_BLOCK.sub(lambda _: readme(summary), text), "utf-8")

@@ -42,6 +42,13 @@ def test_the_figures_are_those_of_the_summary(tmp_path):
     assert re.search(r"<!-- speed -->\n\nIn the median of \d+ shapes", (tmp_path / "README.md").read_text("utf-8"))
 
 
+def test_the_figures_of_encoders_are_those_of_the_summary(tmp_path):
+    command = ["benchmarks/report.py", "docs/encoders.json", "--encoders", "--output", tmp_path]
+    subprocess.run([sys.executable, *command], cwd=REPOSITORY, check=True)
+    for made in ("encoders.json", "encoders.md"):
+        assert (tmp_path / made).read_text("utf-8") == (DOCS / made).read_text("utf-8")
+
+
 # What numpydoc asks for and does not get: summaries may be noun phrases ("The parameters by name"), short ones need no
 # longer text below them, and a reference to each relative of a function tells nobody much.
 ACCEPTED = {"ES01", "GL01", "GL02", "GL03", "PR08", "PR09", "RT03", "RT04", "RT05", "SA01", "SA03", "SS05", "SS06"}

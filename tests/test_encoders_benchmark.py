@@ -84,4 +84,4 @@ def test_the_command(tmp_path):
     assert times.count("×") == 2 and int8_times.count("×") == 1  # torch's encoder is not measured in int8
     assert max(float(cell) for cell in distances.split(" | ")) < 1e-10
     assert 1e-6 < float(int8_distances.split(" | ")[-1]) < 1e-2
-    assert (tmp_path / "encoders.json").exists()
+    assert (tmp_path / "encoder_results.json").exists() and (tmp_path / "encoders.json").exists()
