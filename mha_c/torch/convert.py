@@ -9,7 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from mha_c.parameters.loading import arrays_in
 from mha_c.parameters.stored import StoredArray
 from mha_c.torch.replace import restore_attention
 from mha_c.torch.tensors import array_of, tensor_of
+from mha_c.torch.transform import TORCH_ACTIVATIONS
 from mha_c.transformer.decoder import TransformerDecoder
 from mha_c.transformer.encoder import TransformerEncoder
 from mha_c.transformer.layer import TransformerLayer
@@ -43,13 +44,6 @@ __all__ = [
 ]
 
 TORCH_VERSION = str(torch.__version__)
-
-_ACTIVATIONS: Final[dict[str, Any]] = {
-    "relu": torch.nn.functional.relu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": torch.nn.GELU(approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-}
 
 _Layer = TypeVar("_Layer", MultiheadAttention, LayerNorm, RMSNorm)
 
@@ -148,7 +142,7 @@ def _container_in_torch(layer: Container, children: dict[str, torch.nn.Module]) 
         return torch.nn.ModuleList(children.values())
     if isinstance(layer, TransformerLayer):
         kind = getattr(torch.nn, layer._kind)
-        activation = _ACTIVATIONS.get(layer.activation) if isinstance(layer.activation, str) else None
+        activation = TORCH_ACTIVATIONS.get(layer.activation) if isinstance(layer.activation, str) else None
         if activation is None or any(isinstance(child, torch.nn.RMSNorm) for child in children.values()):
             raise ValueError(f"torch.nn.{layer._kind} has neither RMS norms nor the activation {layer.activation!r}")
         batch_first = layer.self_attn.batch_first  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from torch.nn.modules import module as _torch_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mha_c.activations import torch_activation
-from mha_c.torch.attend import LayerState, note_in_graph, resolve_hint
+from mha_c.torch.attend import LayerState, resolve_hint
 from mha_c.torch.packed import AttentionShape, LayerFacts, PackedLayer
 from mha_c.torch.reasons import why_torch
 from mha_c.torch.replaced import Replaced, ReplacedAttention
@@ -98,15 +98,9 @@ class ReplacedLayer(Replaced):
         proxy: Any = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.fx.Proxy)), None)
         if proxy is not None:  # torch.fx does not look into torch's own layers either
             return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), args, kwargs)
-        compiling = torch.compiler.is_compiling()
-        exporting = compiling and torch.compiler.is_exporting()
-        answer = "export" if exporting else self._compute(*args, **kwargs)
-        reason = answer if isinstance(answer, str) else ""
-        if not compiling:
-            self._count(reason)
-        elif reason:  # the operator counts its calls
-            note_in_graph(self._mha_c.number, reason)
-        return theirs(*args, **kwargs) if reason else answer
+        answer = "export" if torch.compiler.is_exporting() else self._compute(*args, **kwargs)
+        self._count(answer)
+        return theirs(*args, **kwargs) if isinstance(answer, str) else answer
 
     def forward_in_mha_c(self, *args: Any, **kwargs: Any) -> torch.Tensor | str:
         """Return what the layer returns, or if torch has to compute it, the reason in a few words.

@@ -70,8 +70,13 @@ class Replaced(torch.nn.Module):
         """
         self._mha_c.packed.drop()
 
-    def _count(self, reason: str = "") -> None:
-        """Count a call: one of torch's if there is a reason."""
+    def _count(self, answer: Any) -> None:
+        """Count a call: one of torch's if the answer is a reason. In a graph, operators count theirs."""
+        reason = answer if isinstance(answer, str) else ""
+        if torch.compiler.is_compiling():
+            if reason:
+                note_in_graph(self._mha_c.number, reason)
+            return
         self._mha_c.calls.add(reason)
         if reason in ("training", "gradients"):  # which change the parameters
             self.refresh()
@@ -189,20 +194,9 @@ class ReplacedAttention(Replaced, torch.nn.MultiheadAttention):
         if isinstance(query, torch.fx.Proxy):  # torch.fx does not look into torch's own layers either
             path = query.tracer.path_of_module(self)
             return query.tracer.create_proxy("call_module", path, arguments, {})
-        prepared = self._prepare(*arguments)
-        if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting():
-                prepared = "export"
-            if not isinstance(prepared, str):
-                return attend_in_graph(self._mha_c.number, *prepared)  # which counts the call
-            note_in_graph(self._mha_c.number, prepared)
-            return super().forward(*arguments)
-        answer = prepared if isinstance(prepared, str) else self._attend(*prepared)
-        if not isinstance(answer, str):
-            self._count()
-            return answer
+        answer = "export" if torch.compiler.is_exporting() else self.forward_in_mha_c(*arguments)
         self._count(answer)
-        return super().forward(*arguments)
+        return super().forward(*arguments) if isinstance(answer, str) else answer
 
     def forward_in_mha_c(
         self,
@@ -240,6 +234,8 @@ class ReplacedAttention(Replaced, torch.nn.MultiheadAttention):
         return prepared if isinstance(prepared, str) else self._attend(*prepared)
 
     def _attend(self, tensors: dict[str, torch.Tensor], call: Call) -> Answer | str:
+        if torch.compiler.is_compiling():
+            return attend_in_graph(self._mha_c.number, tensors, call)
         compute = attend_apart_from_compiler if "torch._dynamo" in sys.modules else attend  # which is faster
         return compute(self._mha_c.packed, tensors, call)
 

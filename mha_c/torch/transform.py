@@ -3,20 +3,35 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch._compile import _disable_dynamo
 from torch.nn.functional import gelu, layer_norm, linear, relu, scaled_dot_product_attention, silu
 
-from mha_c import _core
 from mha_c.torch.attend import LIBRARY, UNREADABLE, Call, ask_core, attend_in_torch, run_counted, why_not_packed
 from mha_c.torch.packed import AttentionShape, LayerFacts, LayerParts, PackedLayer
 from mha_c.torch.tensors import array_of, tensor_of
+from mha_c.transformer.layer import transform as transform_in_core
 
-__all__ = ["LayerMasks", "LayerReading", "Masks", "transform", "transform_apart_from_compiler", "transform_in_graph"]
+__all__ = [
+    "TORCH_ACTIVATIONS",
+    "LayerMasks",
+    "LayerReading",
+    "Masks",
+    "transform",
+    "transform_apart_from_compiler",
+    "transform_in_graph",
+]
+
+#: By the names that mha_c has for them.
+TORCH_ACTIVATIONS: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "relu": relu,
+    "gelu": gelu,
+    "gelu_tanh": torch.nn.GELU(approximate="tanh"),
+    "silu": silu,
+}
 
 
 class Masks(NamedTuple):
@@ -150,35 +165,13 @@ def _read_padding(mask: torch.Tensor | None, x: torch.Tensor) -> LayerMasks | st
 def _run(parts: LayerParts, reading: LayerReading, x: Any, memory: Any, masks: Any, zeroes_padding: bool) -> Any:
     """Every attention in turn, the last one with the feed-forward network."""
     last = len(parts.attentions) - 1
+    feed_forward = (parts.linear1, reading.activation, False, parts.linear2, parts.norms[-1])
     for number, (weights, (key_padding_mask, attn_mask, is_causal)) in enumerate(zip(parts.attentions, masks)):
-        key = x if number == 0 else memory
-        x = _core.transform(
-            weights,
-            x,
-            key,
-            key,
-            key_padding_mask,
-            False,
-            attn_mask,
-            True,
-            is_causal,
-            None,
-            reading.batch_first,
-            reading.adds_zeros[number],
-            "torch",
-            0.0,
-            0,
-            0,
-            reading.norm_first,
-            number == 0,
-            parts.norms[number],
-            parts.linear1 if number == last else None,
-            reading.activation,
-            False,
-            parts.linear2 if number == last else None,
-            parts.norms[-1],
-            zeroes_padding,
-        )
+        x = transform_in_core(
+            weights, x, (memory, memory) if number else (), key_padding_mask, attn_mask, is_causal, reading.batch_first,
+            reading.adds_zeros[number], "torch", reading.norm_first, parts.norms[number],
+            feed_forward if number == last else None, zeroes_padding,
+        )  # fmt: skip
     return x
 
 
@@ -254,13 +247,7 @@ def _run_in_graph(
     return run_counted(number, PackedLayer, transform, _transform_in_torch, reading, x, memory, masks)
 
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": relu,
-    "gelu": gelu,
-    "gelu_tanh": functools.partial(gelu, approximate="tanh"),
-    "silu": silu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
+_ACTIVATIONS = TORCH_ACTIVATIONS | {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
 def _transform_in_torch(

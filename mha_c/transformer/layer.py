@@ -41,7 +41,17 @@ elif sys.version_info >= (3, 11):
 else:
     Self = Any
 
-__all__ = ["Norm", "Padded", "TransformerLayer", "check_padded", "is_padding", "make_norm", "truth", "zero_padded_rows"]
+__all__ = [
+    "Norm",
+    "Padded",
+    "TransformerLayer",
+    "check_padded",
+    "is_padding",
+    "make_norm",
+    "transform",
+    "truth",
+    "zero_padded_rows",
+]
 
 Norm: TypeAlias = Literal["layer", "rms"]
 Padded: TypeAlias = Literal["zero", "computed"]
@@ -81,6 +91,56 @@ def zero_padded_rows(output: Array, key_padding_mask: AnyArray, batch_first: boo
     if not batch_first:
         rows = rows.T
     return np.where(rows[..., None], output.dtype.type(0), output)
+
+
+def transform(
+    weights: Any,
+    x: Any,
+    memory: tuple[Any, ...],
+    key_padding_mask: Any,
+    attn_mask: Any,
+    is_causal: Any,
+    batch_first: Any,
+    add_zero_attn: Any,
+    masked_rows: str,
+    norm_first: bool,
+    norm: Any,
+    feed_forward: tuple[Any, ...] | None,
+    zeroes_padding: bool,
+) -> Any:
+    """One attention in the core, without weights and dropout: to x, or to the key and the value in `memory`.
+
+    `feed_forward` follows it: the first map, the activation and whether it is gated, the second map, and the norm.
+    """
+    key, value = memory or (x, x)
+    linear1, activation, is_gated, linear2, last_norm = feed_forward or (None, "relu", False, None, norm)
+    return _core.transform(
+        weights,
+        x,
+        key,
+        value,
+        key_padding_mask,
+        False,
+        attn_mask,
+        True,
+        is_causal,
+        None,
+        batch_first,
+        add_zero_attn,
+        masked_rows,
+        0.0,
+        0,
+        0,
+        norm_first,
+        not memory,
+        norm,
+        linear1,
+        activation,
+        is_gated,
+        linear2,
+        last_norm,
+        zeroes_padding,
+    )
 
 
 class TransformerLayer(Container):
@@ -213,37 +273,16 @@ class TransformerLayer(Container):
     ) -> Any:
         if memory and is_causal and attn_mask is None and attention._warns_of_decoding:
             warn_of_decoding(x, memory[0], attention._batch_first)
-        key, value = memory or (x, x)
         parameters = attention._parameters
         first, *last = [norm._for_core(parameters.dtype) for norm in norms]
-        activation, is_gated = CORE_ACTIVATIONS[self._activation] if last else ("relu", False)  # type: ignore[index]
-        return _core.transform(
-            parameters.weights,
-            x,
-            key,
-            value,
-            key_padding_mask,
-            False,
-            attn_mask,
-            True,
-            is_causal,
-            None,
-            attention._batch_first,
-            attention._add_zero_attn,
-            attention._masked_rows,
-            0.0,
-            0,
-            0,
-            self._norm_first,
-            not memory,
-            first,
-            self.linear1._parameters.packed if last else None,
-            activation,
-            is_gated,
-            self.linear2._parameters.packed if last else None,
-            last[0] if last else first,
-            zeroes_padding,
-        )
+        feed_forward = None
+        if last:
+            activation: Any = CORE_ACTIVATIONS[self._activation]  # type: ignore[index]
+            feed_forward = (self.linear1._parameters.packed, *activation, self.linear2._parameters.packed, *last)
+        return transform(
+            parameters.weights, x, memory, key_padding_mask, attn_mask, is_causal, attention._batch_first,
+            attention._add_zero_attn, attention._masked_rows, self._norm_first, first, feed_forward, zeroes_padding,
+        )  # fmt: skip
 
     def _add_attention(self, x: Any, norm: Any, attention: Any, dropout: Any, *memory: Any, **masks: Any) -> Any:
         """One step: x + attention(norm(x)), or norm(x + attention(x))."""
