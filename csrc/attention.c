@@ -24,6 +24,8 @@
 enum {
     MAX_PANEL_BYTES = 131072, /* of all panels of a task, unless a single panel is larger */
     TASKS_PER_THREAD = 4,
+    NARROW_PANELS = 8, /* of a task whose products are narrow, at most: more than others, to share what is narrowed */
+    NARROW_HEADS = 2,  /* key/value heads whose block is narrow at the same time */
     FEATURES_PER_POLL = 1024, /* D + Dv, added up over the blocks between two polls */
 };
 
@@ -33,12 +35,14 @@ static bool is_mask_shared(const mha_attention *a)
     return a->rules->attn.kind && a->rules->attn.stride_h == 0;
 }
 
-/* The number of heads whose panels are shared out together. They are all heads if they share a mask, because reading a
- * mask costs more than reading keys and values. They are all heads, too, if each has one panel only, because a task
- * would be too small. */
+/* The number of heads whose panels are shared out together. They are all heads if each has one panel only, because a
+ * task would be too small. They are all heads, too, if they share a mask, because reading a mask costs more than reading
+ * keys and values. But narrowing keys and values costs more than both, so that the heads then are a few. */
 static size_t bundled_heads(const mha_attention *a)
 {
-    return is_mask_shared(a) || a->split.panels == 1 ? a->H : a->shared;
+    if (a->split.panels == 1 || (is_mask_shared(a) && !a->narrow))
+        return a->H;
+    return is_mask_shared(a) && a->shared == 1 && a->H % NARROW_HEADS == 0 ? NARROW_HEADS : a->shared;
 }
 
 /* Whether a query may see fewer keys than its item has. */
@@ -50,7 +54,8 @@ static bool can_hide(const mha_attention *a)
 static size_t max_task_panels(const mha_attention *a)
 {
     const size_t fit = MAX_PANEL_BYTES / (mha_widest_panel(a) * (a->D + a->Dv) * a->kernels->size);
-    const size_t wanted = mha_smaller(MHA_MAX_TASK_PANELS, bundled_heads(a) * a->split.panels);
+    const size_t most = a->narrow ? NARROW_PANELS : MHA_MAX_TASK_PANELS;
+    const size_t wanted = mha_smaller(most, bundled_heads(a) * a->split.panels);
     return fit < 1 ? 1 : mha_smaller(fit, wanted);
 }
 
@@ -71,9 +76,9 @@ size_t mha_plan_panels(mha_attention *a, size_t panels)
     at->bias = mha_reserve(&layout, keys, P, size);
     if (can_hide(a))
         at->finite = mha_reserve(&layout, keys, a->Dv, size);
-    at->narrow_keys = mha_reserve(&layout, keys, mha_narrow_key_words(a), size);
     if (a->narrow) {
-        at->narrow_values = mha_reserve(&layout, keys, padded_values(a), size);
+        at->narrow_keys = mha_reserve(&layout, NARROW_HEADS * keys, mha_narrow_key_words(a), size);
+        at->narrow_values = mha_reserve(&layout, NARROW_HEADS * keys, padded_values(a), size);
         at->narrow_exps = mha_reserve(&layout, keys, P, size);
     }
     if (a->narrow && can_hide(a))
@@ -92,14 +97,20 @@ size_t mha_plan_panels(mha_attention *a, size_t panels)
 /* The state is filled in where it stays: a copy would wait for the stores to reach the cache. */
 void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h, mha_panel lanes, mha_panel_state *s)
 {
-    char *base = mha_scratch_of(a->team, worker) + a->at.states + i * a->at.state_bytes;
-    s->queries = base + a->at.queries;
-    s->out = base + a->at.out;
-    s->maximum = base + a->at.maximum;
-    s->sum = base + a->at.sum;
-    s->factor = base + a->at.factor;
+    char *base = mha_scratch_of(a->team, worker), *state = base + a->at.states + i * a->at.state_bytes;
+    s->queries = state + a->at.queries;
+    s->out = state + a->at.out;
+    s->maximum = state + a->at.maximum;
+    s->sum = state + a->at.sum;
+    s->factor = state + a->at.factor;
     s->h = h;
     s->hkv = h / a->shared;
+    s->narrow_keys = s->narrow_values = NULL;
+    if (a->narrow) {
+        const size_t words = s->hkv % NARROW_HEADS * mha_max_block_keys(a) * a->kernels->size;
+        s->narrow_keys = base + a->at.narrow_keys + words * mha_narrow_key_words(a);
+        s->narrow_values = base + a->at.narrow_values + words * padded_values(a);
+    }
     s->lanes = lanes;
     s->is_empty = true;
     s->finite = NULL;
@@ -119,7 +130,7 @@ static const mha_rows *values_of(const mha_attention *a, const mha_key_block *bl
 /* ---- Products of bfloat16 ----
  *
  * Queries and keys are narrowed in groups of features, exps and values in groups of keys. Keys and values of a block
- * are narrowed once for neighbouring panels that read them. `base` is the thread's scratch. */
+ * are narrowed once for the panels of a task that read them. `base` is the thread's scratch. */
 
 static const float *numbers_at(const void *numbers)
 {
@@ -146,38 +157,39 @@ static void narrow_keys(const mha_attention *a, size_t n, size_t hkv, const mha_
                             words_at(narrow) + i * mha_narrow_key_words(a));
 }
 
-static void narrow_values(const mha_attention *a, const char *values, ptrdiff_t row, size_t keys, char *base)
+static void narrow_values(const mha_attention *a, const char *values, ptrdiff_t row, size_t keys, char *narrow)
 {
-    a->narrow->take_columns(numbers_at(values), (size_t)row, keys, a->Dv, words_at(base + a->at.narrow_values));
+    a->narrow->take_columns(numbers_at(values), (size_t)row, keys, a->Dv, words_at(narrow));
 }
 
-static void narrow_block(const mha_attention *a, size_t n, size_t hkv, const mha_key_block *block, char *base)
+static void narrow_block(const mha_attention *a, size_t n, const mha_panel_state *s, const mha_key_block *block)
 {
     const mha_rows *values = values_of(a, block);
-    narrow_keys(a, n, hkv, block, base + a->at.narrow_keys);
-    narrow_values(a, mha_row_at(values, n, hkv, block->first), mha_row_numbers(values), block->keys, base);
+    narrow_keys(a, n, s->hkv, block, s->narrow_keys);
+    narrow_values(a, mha_row_at(values, n, s->hkv, block->first), mha_row_numbers(values), block->keys,
+                  s->narrow_values);
 }
 
 /* Narrows the exps of a product of values, of which `narrowed` keys are narrow, and returns the product of both. The
  * last visible key may be in a group with a hidden one, whose exps are 0. */
-static mha_product narrow_exps(const mha_attention *a, const mha_product *values, size_t narrowed, char *exps,
-                               char *base)
+static mha_product narrow_exps(const mha_attention *a, const mha_panel_state *s, const mha_product *values,
+                               size_t narrowed, char *exps, char *base)
 {
     const size_t P = values->b_k, keys = mha_smaller(mha_divide_up(values->depth, 2) * 2, narrowed);
     mha_product product = *values;
     a->kernels->fill(exps + values->depth * P * a->kernels->size, (keys - values->depth) * P, 0);
     a->narrow->take_columns(numbers_at(exps), P, keys, P, words_at(base + a->at.narrow_exps));
     product.depth = mha_divide_up(keys, a->narrow->group);
-    product.a = base + a->at.narrow_values;
+    product.a = s->narrow_values;
     product.a_k = (ptrdiff_t)padded_values(a);
     product.b = base + a->at.narrow_exps;
     return product;
 }
 
 /* The product with values that are rounded, but not narrow. Some of them may only now be infinite. */
-static mha_product round_values(const mha_attention *a, const mha_product *values, char *base)
+static mha_product round_values(const mha_attention *a, const mha_panel_state *s, const mha_product *values, char *base)
 {
-    char *halves = base + a->at.narrow_values, *rounded = base + a->at.rounded;
+    char *halves = s->narrow_values, *rounded = base + a->at.rounded;
     mha_product product = *values;
     for (size_t key = 0; key < values->depth; key++) {
         a->kernels->narrow(MHA_BFLOAT16, numbers_at(values->a) + (ptrdiff_t)key * values->a_k, a->Dv, halves);
@@ -331,24 +343,25 @@ static mha_prefetch prefetch_share(const mha_attention *a, const mha_panel_state
 }
 
 /* The product of values and exps. If products are narrow, so are the values already, of `narrowed` keys. */
-static void multiply_values(const mha_attention *a, const mha_product *values, size_t narrowed, char *exps, char *base)
+static void multiply_values(const mha_attention *a, const mha_panel_state *s, const mha_product *values,
+                            size_t narrowed, char *exps, char *base)
 {
     if (a->narrow) {
-        const mha_product product = narrow_exps(a, values, narrowed, exps, base);
+        const mha_product product = narrow_exps(a, s, values, narrowed, exps, base);
         a->narrow->product(&product);
     } else {
         a->kernels->product(values);
     }
 }
 
-static void multiply_values_with_care(const mha_attention *a, const mha_product *values, const char *bias, char *finite,
-                                      char *exps, char *base)
+static void multiply_values_with_care(const mha_attention *a, const mha_panel_state *s, const mha_product *values,
+                                      const char *bias, char *exps, char *base)
 {
-    const mha_product given = a->narrow ? round_values(a, values, base) : *values;
-    const mha_product product = mha_with_finite_values(a->kernels, &given, finite);
+    const mha_product given = a->narrow ? round_values(a, s, values, base) : *values;
+    const mha_product product = mha_with_finite_values(a->kernels, &given, s->finite);
     if (a->narrow)
-        narrow_values(a, finite, product.a_k, product.depth, base);
-    multiply_values(a, &product, product.depth, exps, base);
+        narrow_values(a, s->finite, product.a_k, product.depth, s->narrow_values);
+    multiply_values(a, s, &product, product.depth, exps, base);
     mha_add_other_values(a->kernels, &given, bias);
 }
 
@@ -369,7 +382,7 @@ static void step(const mha_attention *a, size_t n, mha_panel_state *s, const mha
         prefetch_keys = prefetch_share(a, s, keys_of(a, next), n, next, a->D);
         prefetch_values = prefetch_share(a, s, values_of(a, next), n, next, a->Dv);
     }
-    score(a, n, s->hkv, s->lanes, block, visible, s->queries, bias, base + a->at.narrow_keys, scores,
+    score(a, n, s->hkv, s->lanes, block, visible, s->queries, bias, s->narrow_keys, scores,
           next ? &prefetch_keys : NULL);
     if (s->finite)
         hide_scores(a, s->lanes, visible, bias, scores);
@@ -383,9 +396,9 @@ static void step(const mha_attention *a, size_t n, mha_panel_state *s, const mha
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
                                  .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
     if (s->finite)
-        multiply_values_with_care(a, &product, visible.is_biased ? bias : NULL, s->finite, exps, base);
+        multiply_values_with_care(a, s, &product, visible.is_biased ? bias : NULL, exps, base);
     else
-        multiply_values(a, &product, block->keys, exps, base);
+        multiply_values(a, s, &product, block->keys, exps, base);
     s->is_empty = false;
 }
 
@@ -438,14 +451,14 @@ bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size
             next = &two[(b + 1) % 2];
         }
         mha_visible visible = {0};
-        size_t narrowed = SIZE_MAX; /* the head whose keys and values of this block are narrow */
+        size_t narrowed[NARROW_HEADS] = {SIZE_MAX, SIZE_MAX}; /* the heads whose keys and values are narrow */
         for (size_t i = 0; i < count; i++) {
             mha_panel_state *s = &panels[i];
             if (i == 0 || !is_shared || s->lanes.first != panels[i - 1].lanes.first)
                 visible = apply_rules(a, n, s->h, s->lanes, block, base + a->at.bias);
-            if (a->narrow && visible.keys > 0 && s->hkv != narrowed) {
-                narrow_block(a, n, s->hkv, block, base);
-                narrowed = s->hkv;
+            if (a->narrow && visible.keys > 0 && narrowed[s->hkv % NARROW_HEADS] != s->hkv) {
+                narrow_block(a, n, s, block);
+                narrowed[s->hkv % NARROW_HEADS] = s->hkv;
             }
             char *kept = s->kept ? s->kept + b * mha_block_bytes(a, s->lanes.vectors) : NULL;
             step(a, n, s, block, next, visible, kept ? kept : base + a->at.scores, base);
@@ -485,7 +498,7 @@ static void attend_task(void *context, size_t task, size_t worker)
 {
     mha_attention *a = context;
     const mha_attention_tasks *t = &a->tasks;
-    mha_panel_state panels[MHA_MAX_TASK_PANELS];
+    mha_panel_state panels[NARROW_PANELS];
     /* The last queries come first, because under a causal mask they see the most keys. */
     const size_t group = t->groups - 1 - task / t->bundles, bundle = task % t->bundles;
     const size_t first_head = bundle * t->heads % a->H, n = bundle * t->heads / a->H;

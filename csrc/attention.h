@@ -28,8 +28,8 @@ typedef struct {
 typedef struct {
     size_t scores, bias;                       /* [block][P] */
     size_t finite;                             /* [block][Dv]; only if the rules can hide keys */
-    size_t narrow_keys;                        /* of a block; empty unless products are narrow */
-    size_t narrow_values, narrow_exps;         /* of a block; only if products are narrow */
+    size_t narrow_keys, narrow_values;         /* of a block of some heads; only if products are narrow */
+    size_t narrow_exps;                        /* of a block; only if products are narrow */
     size_t rounded;                            /* [block][Dv]; only if both */
     size_t states, state_bytes;                /* a piece for each panel of a task */
     size_t queries, out, maximum, sum, factor; /* offsets into such a piece */
@@ -90,6 +90,7 @@ typedef struct {
     mha_panel lanes;
     bool is_empty; /* no key was visible so far */
     char *finite;  /* [block][Dv]: for mha_add_values_with_care(); NULL: without care */
+    char *narrow_keys, *narrow_values; /* of a block; only if products are narrow. Panels of a head share them. */
     char *kept;    /* [keys of all blocks][P]: the scores, if probabilities are made from them; otherwise NULL */
 } mha_panel_state;
 

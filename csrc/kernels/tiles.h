@@ -130,9 +130,9 @@ static inline size_t whole_vectors(size_t n)
 /* The first n numbers of a vector, at most all; the others are 0. */
 static inline vec_f32 load_some(const float *x, size_t n)
 {
-    float some[lanes_f32] = {0};
     if (n >= lanes_f32)
         return load_f32(x);
+    float some[lanes_f32] = {0}; /* not before, since it is stored */
     memcpy(some, x, n * sizeof *x);
     return load_f32(some);
 }
