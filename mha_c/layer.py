@@ -162,8 +162,8 @@ class MultiheadAttention(RandomModule):
     threads may call the layer at the same time: each call uses one set of parameters throughout.
 
     With the `matmul_precision` "bfloat16", both factors of each product are rounded to the nearest number of bfloat16,
-    a tie to the even one, and to 0 where that is subnormal. Products are summed in float32. So the context of a query
-    is, with r for rounding::
+    a tie to the even one. Subnormal factors become 0. Products are summed in float32. So the context of a query is, with
+    r for rounding::
 
         s_j = r(Q / sqrt(head_dim)) · r(K_j) + mask_j
         e_j = exp(s_j - m)

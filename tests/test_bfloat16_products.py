@@ -22,8 +22,7 @@ INT8_MAPS = {"in_proj": "int8", "attention": "bfloat16", "out_proj": "int8"}
 
 def rounded(x):
     """The nearest numbers of bfloat16, as float32; 0 in place of subnormal ones."""
-    halves = x.astype("bfloat16").astype("f4")
-    return np.where(np.abs(halves) < np.finfo("f4").tiny, np.float32(0), halves)
+    return np.where(np.abs(x) < np.finfo("f4").tiny, np.float32(0), x.astype("bfloat16").astype("f4"))
 
 
 def linear(depth, features, bias=True, **options):

@@ -31,20 +31,26 @@ static void round_row(const float *x, size_t n, uint32_t largest_bits, uint32_t 
     uint16_t *halves = (uint16_t *)(void *)row;
     (void)largest_bits;
     for (size_t i = 0; i < n; i += lanes_f32)
-        narrow_bf16(halves + i, load_some(x + i, n - i));
+        _mm256_storeu_si256((__m256i *)(void *)(halves + i), (__m256i)_mm512_cvtneps_pbh(load_some(x + i, n - i)));
 }
 
-/* Rows whose words hold a number of each of two rows. */
+/* The halves of two rows, each in turn: a number of the first row is the lower half of a word. */
+static inline vec_i32 pair(vec_f32 first, vec_f32 second)
+{
+    static const uint16_t in_turn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const vec_i32 both = (vec_i32)_mm512_cvtne2ps_pbh(second, first);
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(in_turn), both);
+}
+
 static void pair_rows(const float *x, size_t x_row, size_t depth, size_t width, uint32_t *columns)
 {
     const size_t row = whole_vectors(width);
     for (size_t k = 0; k < depth; k += 2, x += 2 * x_row, columns += row)
         for (size_t i = 0; i < width; i += lanes_f32) {
-            const vec_i32 first = bits_of(round_bf16(load_some(x + i, width - i)));
-            vec_i32 second = splat_i32(0);
-            if (k + 1 < depth)
-                second = bits_of(round_bf16(load_some(x + x_row + i, width - i)));
-            _mm512_storeu_si512(columns + i, _mm512_or_si512(second, _mm512_srli_epi32(first, 16)));
+            const vec_f32 first = load_some(x + i, width - i);
+            const vec_f32 second = k + 1 < depth ? load_some(x + x_row + i, width - i) : splat_f32(0);
+            _mm512_storeu_si512(columns + i, pair(first, second));
         }
 }
 

@@ -12,11 +12,11 @@ static size_t swapped_row_words(size_t n)
     return n;
 }
 
-/* Some numbers rounded to bfloat16, as float32. Subnormal ones become 0: the instruction takes 0 for them. */
+/* Some numbers rounded to bfloat16, as float32. Subnormal ones become 0, as AVX512_BF16 converts them. */
 static inline vec_f32 load_rounded(const float *x, size_t n)
 {
-    const vec_f32 rounded = round_bf16(load_some(x, n)), magnitude = max_f32(rounded, splat_f32(0) - rounded);
-    return zero_below_f32(rounded, magnitude, splat_f32(0x1p-126f));
+    const vec_f32 v = load_some(x, n), magnitude = max_f32(v, splat_f32(0) - v);
+    return zero_below_f32(round_bf16(v), magnitude, splat_f32(0x1p-126f));
 }
 
 static void swap_row(const float *x, size_t n, uint32_t largest_bits, uint32_t *row)

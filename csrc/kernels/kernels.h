@@ -206,9 +206,9 @@ extern const mha_kernels mha_kernels_neon[2];
  *
  *   int8      A row is *quantized* to integers from -127 to 127 with a scale: x is about scale * q. So is each feature
  *             of the weights. Sums of products are exact integers, so that they are equal on every instruction set.
- *   bfloat16  Numbers are rounded to bfloat16, and subnormal ones to 0. Sums are float32. Of two neighbours along the
- *             depth, the second one is added first, as vdpbf16ps does: two FMAs in this order give its bits. Only sums
- *             below 2^-126 may differ, which the instruction takes for 0.
+ *   bfloat16  Subnormal numbers become 0, and others are rounded to bfloat16, as vcvtneps2bf16 does. Sums are float32.
+ *             Of two neighbours along the depth, the second one is added first, as vdpbf16ps does: two FMAs in this
+ *             order give its bits. Only sums below 2^-126 may differ, which the instruction takes for 0.
  *
  * A *group* is `group` numbers of a row or of a feature, side by side, that are multiplied and added in one step. A
  * narrow row is words of 32 bits. A panel is [groups][P], of groups of `group_bytes`. */

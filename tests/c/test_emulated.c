@@ -120,6 +120,39 @@ static void test_dpbf16(void)
     }
 }
 
+/* ---- VCVTNE2PS2BF16 and VCVTNEPS2BF16: to the nearest, subnormal numbers to zeros, NaN to a quiet one ---- */
+
+static uint16_t as_bf16(uint32_t bits)
+{
+    const float x = float_of(bits);
+    if (isnan(x))
+        return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)nearest_half(MHA_BFLOAT16, (double)without_subnormal(x));
+}
+
+static void test_to_bf16(void)
+{
+    static const uint32_t special[] = {0x007fffff, 0x00800000, 0x7f7fffff, 0x7f800000, 0x7f800001, 0x3f808000};
+    DESCRIBE("conversions to bfloat16");
+    for (uint64_t n = 0; n < CASES; n++) {
+        uint32_t upper[WORDS], lower[WORDS];
+        uint16_t both[2 * WORDS], one[WORDS];
+        fill(upper, 10, n);
+        fill(lower, 11, n);
+        upper[n % WORDS] = special[n % 6] | (uint32_t)(n % 2) << 31;
+        lower[n % WORDS] = small(lower[n % WORDS], n / WORDS);
+        const __m512bh halves = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(upper), _mm512_loadu_ps(lower));
+        const __m256bh of_one = _mm512_cvtneps_pbh(_mm512_loadu_ps(upper));
+        memcpy(both, &halves, sizeof both);
+        memcpy(one, &of_one, sizeof one);
+        for (size_t i = 0; i < WORDS; i++) {
+            CHECK(both[i] == as_bf16(lower[i]), "%#x becomes %#x", lower[i], both[i]);
+            CHECK(both[WORDS + i] == as_bf16(upper[i]), "%#x becomes %#x", upper[i], both[WORDS + i]);
+            CHECK(one[i] == as_bf16(upper[i]), "%#x becomes %#x", upper[i], one[i]);
+        }
+    }
+}
+
 /* ---- Integers of 32 bits ---- */
 
 static void test_conversions(void)
@@ -154,6 +187,7 @@ int main(void)
     test_dpbusd();
     test_madd();
     test_dpbf16();
+    test_to_bf16();
     test_conversions();
     return check_report("test_emulated");
 }

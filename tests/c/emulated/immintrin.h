@@ -11,6 +11,7 @@
 #include_next <immintrin.h>
 
 #include <stdint.h>
+#include <string.h>
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
@@ -125,6 +126,42 @@ static inline __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b)
 }
 #undef _mm512_dpbf16_ps
 #define _mm512_dpbf16_ps emulated_dpbf16_ps
+
+/* To bfloat16, in any mode: to the nearest, ties to even; subnormal numbers become zeros, and NaN becomes quiet. */
+static inline uint16_t emulated_bf16(uint32_t bits)
+{
+    const uint32_t magnitude = bits & 0x7fffffff, upper = bits >> 16;
+    if (magnitude < 0x00800000)
+        return (uint16_t)(upper & 0x8000);
+    if (magnitude > 0x7f800000)
+        return (uint16_t)(upper | 0x40);
+    return (uint16_t)((bits + 0x7fff + (upper & 1)) >> 16);
+}
+
+static inline __m512bh emulated_cvtne2ps_pbh(__m512 upper, __m512 lower)
+{
+    uint32_t from[32];
+    uint16_t to[32];
+    __m512bh halves;
+    _mm512_storeu_ps(from, lower);
+    _mm512_storeu_ps(from + 16, upper);
+    for (int i = 0; i < 32; i++)
+        to[i] = emulated_bf16(from[i]);
+    memcpy(&halves, to, sizeof halves);
+    return halves;
+}
+#undef _mm512_cvtne2ps_pbh
+#define _mm512_cvtne2ps_pbh emulated_cvtne2ps_pbh
+
+static inline __m256bh emulated_cvtneps_pbh(__m512 a)
+{
+    const __m512bh twice = emulated_cvtne2ps_pbh(a, a);
+    __m256bh halves;
+    memcpy(&halves, &twice, sizeof halves);
+    return halves;
+}
+#undef _mm512_cvtneps_pbh
+#define _mm512_cvtneps_pbh emulated_cvtneps_pbh
 
 /* No register holds 64 bytes. The kernels' statements in assembly hold values in registers and compute nothing. */
 #define __asm__(...) ((void)0)
