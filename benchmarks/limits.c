@@ -2,10 +2,10 @@
  *
  * limits.c - how long the kernels of a forward pass take by themselves.
  *
- * The pass runs on kernels that write down what they are asked for, and how long it took. Then each kind of call is made
- * again and again, in memory of its own, which stays in the caches nearest to the core: no pass over the same kernels can
- * take less than the sum of these times. Compiled with -Wl,--wrap=mha_cpu_kernels, so that the core gets those kernels,
- * and called by limits.py with the numbers of a described_call.
+ * The pass runs on kernels that write down what they are asked for, and how long it took. Then each kind of call is
+ * made again and again, in memory of its own, which stays in the caches nearest to the core: no pass over the same
+ * kernels can take less than the sum of these times. Compiled with -Wl,--wrap=mha_cpu_kernels, so that the core gets
+ * those kernels, and called by limits.py with the numbers of a described_call.
  *
  * Prints a line for each kind of call: kernel, sizes, calls, nanoseconds of one alone, and of one in the pass.
  */

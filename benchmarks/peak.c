@@ -148,7 +148,8 @@ static const struct {
     void (*run)(void);
     double products;
 } kinds[] = {
-    {run_float, VECTOR_BYTES / 4.0}, {run_double, VECTOR_BYTES / 8.0}, {run_int8, INT8_PRODUCTS}, {run_bf16, BF16_PRODUCTS}
+    {run_float, VECTOR_BYTES / 4.0}, {run_double, VECTOR_BYTES / 8.0},
+    {run_int8, INT8_PRODUCTS}, {run_bf16, BF16_PRODUCTS},
 };
 
 /* Runs for so many seconds; operations a second. */

@@ -36,8 +36,8 @@ static bool is_mask_shared(const mha_attention *a)
 }
 
 /* The number of heads whose panels are shared out together. They are all heads if each has one panel only, because a
- * task would be too small. They are all heads, too, if they share a mask, because reading a mask costs more than reading
- * keys and values. But narrowing keys and values costs more than both, so that the heads then are a few. */
+ * task would be too small. They are all heads, too, if they share a mask, because reading it costs more than reading
+ * keys and values. Narrowing these costs even more, so that a few heads share the mask then. */
 static size_t bundled_heads(const mha_attention *a)
 {
     if (a->split.panels == 1 || (is_mask_shared(a) && !a->narrow))

@@ -560,6 +560,21 @@ def test_compiled_decoder_layers(backend, compiled):
         assert_agrees(graph, theirs, inputs, call | {f"memory_{name}": mask for name, mask in others.items()})
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_compiled_halves(dtype, compiled):
+    """The bits of a call outside of a graph, which is compared with torch in tests/test_torch_halves.py."""
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    dtype = getattr(torch, dtype)
+    _, ours = make(ENCODER, 16, 4, 24, dtype=dtype)
+    x = torch.randn(5, 3, 16).to(dtype)
+    with torch.no_grad():
+        output = compiled(ours)(x)
+        assert output.dtype == dtype
+        assert torch.equal(output, ours(x))
+    assert coverage(ours).here == 2
+
+
 def test_compiled_model_with_both_kinds(compiled):
     """One graph without a break for all lengths and batches, in which layers and other attention are operators."""
 

@@ -74,7 +74,8 @@ static inline void normalize_rows(mha_dtype dtype, const mha_norm *norm, size_t 
 {
     const mha_kernels *kernels = mha_cpu_kernels(dtype);
     for (size_t r = 0; r < rows; r++) {
-        const mha_norm_rows row = {.rows = 1, .width = E, .x = x + r * E * size_of(dtype), .y = y + r * E * size_of(dtype),
+        const mha_norm_rows row = {.rows = 1, .width = E, .x = x + r * E * size_of(dtype),
+                                   .y = y + r * E * size_of(dtype),
                                    .weight = norm->weight, .bias = norm->bias, .eps = norm->eps,
                                    .is_rms = norm->is_rms};
         kernels->normalize(&row);
@@ -109,8 +110,8 @@ static inline mha_status feed_forward_in_steps(const mha_block *b, size_t hidden
 static inline bool is_hidden_key(const mha_call *c, size_t n, size_t s)
 {
     const mha_mask *k = &c->key_padding_mask;
-    return k->kind &&
-           mask_number(k->kind, (const char *)k->data + (ptrdiff_t)n * k->stride_n + (ptrdiff_t)s * k->stride_s) == -INFINITY;
+    const char *at = (const char *)k->data + (ptrdiff_t)n * k->stride_n + (ptrdiff_t)s * k->stride_s;
+    return k->kind && mask_number(k->kind, at) == -INFINITY;
 }
 
 /* What a call of a layer has to write, C-contiguous (N, L, E), made by the parts of the layer one after the other. */

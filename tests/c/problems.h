@@ -106,8 +106,8 @@ static inline size_t mask_size(mha_mask_kind kind)
     return kind == MHA_MASK_FLOAT64 ? sizeof(double) : kind == MHA_MASK_FLOAT32 ? sizeof(float) : 1;
 }
 
-/* A third of the keys hidden, the others left alone or, by a float mask, moved. -2^100, the same in every type, leaves nothing of a
- * score. */
+/* A third of the keys hidden, the others left alone or, by a float mask, moved. -2^100, the same in every type, leaves
+ * nothing of a score. */
 static inline void put_mask_number(mha_mask_kind kind, char *at, uint64_t word)
 {
     static const double moves[] = {0, 0, 0.5, -2.25, -0x1p100, 1};
@@ -166,8 +166,8 @@ static inline void check_identical(const char *what, const double *got, const do
 
 enum { Q_WEIGHT, K_WEIGHT, V_WEIGHT, OUT_WEIGHT, Q_BIAS, K_BIAS, V_BIAS, OUT_BIAS, BIAS_K, BIAS_V, PARAMETERS };
 
-/* What the products of weights read. The numbers of INT8 weights are the bytes of the wide ones, and their scales some of
- * these. */
+/* What the products of weights read. The numbers of INT8 weights are the bytes of the wide ones, and their scales some
+ * of these. */
 typedef enum { WIDE = 0, BF16, INT8, NARROWS } narrowness;
 
 typedef struct {

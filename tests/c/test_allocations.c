@@ -183,7 +183,8 @@ static void make_block_at_last(const problem *p, const surroundings *s, mha_dtyp
 {
     const long before = in_use();
     mha_status status = MHA_NO_MEMORY;
-    for (size_t n = s->has_network ? 4 : 0; n < MAX_ALLOCATIONS && status != MHA_OK; n++) { /* 4: the test's own arrays */
+    const size_t of_test = s->has_network ? 4 : 0; /* the test's own arrays */
+    for (size_t n = of_test; n < MAX_ALLOCATIONS && status != MHA_OK; n++) {
         DESCRIBE("'%s', linear maps, %zu allocations", p->name, n);
         allocations_left = n + (s->has_norm_parameters ? 4 : 0);
         status = make_block(p, s, dtype, made);

@@ -26,15 +26,16 @@ static const block_problem problems[] = {
      {.has_norm_parameters = true, .has_network = true, .hidden = 40}, RIGHT},
     {{.name = "norms first, chains of features", .N = 2, .L = 20, .S = 20, .w = WIDTHS(3, 50, 150), .has_bias = true,
       .is_self = true},
-     {.norm_first = true, .has_norm_parameters = true, .has_network = true, .hidden = 131, .activation = MHA_GELU}, LEFT},
+     {.norm_first = true, .has_norm_parameters = true, .has_network = true, .hidden = 131, .activation = MHA_GELU},
+     LEFT},
     {{.name = "gated, rms", .N = 3, .L = 33, .S = 33, .w = WIDTHS(2, 6, 12), .is_self = true},
      {.norm_first = true, .is_rms = true, .has_network = true, .is_gated = true, .hidden = 37, .activation = MHA_SILU},
      HOLES},
     {{.name = "gated, gelu, grouped heads", .N = 3, .L = 33, .S = 33, .w = {.H = 6, .Hkv = 2, .D = 5, .Dv = 7, .E = 11,
       .Ek = 11, .Ev = 11, .Eo = 11}, .has_bias = true, .is_self = true},
      {.has_norm_parameters = true, .has_network = true, .is_gated = true, .hidden = 20, .activation = MHA_GELU}, HOLES},
-    {{.name = "no network, norms last", .N = 3, .L = 70, .S = 70, .w = WIDTHS(2, 8, 16), .is_self = true}, {.hidden = 0},
-     RIGHT},
+    {{.name = "no network, norms last", .N = 3, .L = 70, .S = 70, .w = WIDTHS(2, 8, 16), .is_self = true},
+     {.hidden = 0}, RIGHT},
     {{.name = "no network, norms first", .N = 3, .L = 70, .S = 70, .w = WIDTHS(2, 8, 16), .is_self = true},
      {.norm_first = true, .has_norm_parameters = true}, HOLES},
     {{.name = "no hidden features", .N = 2, .L = 5, .S = 5, .w = WIDTHS(2, 8, 16), .is_self = true},
@@ -200,7 +201,8 @@ static void check_items_alone(const block_problem *q, const mha_layer *layer, co
         if (c.attn_mask.kind)
             c.attn_mask.data = (const char *)c.attn_mask.data + (ptrdiff_t)n * c.attn_mask.stride_n;
         if (c.key_padding_mask.kind)
-            c.key_padding_mask.data = (const char *)c.key_padding_mask.data + (ptrdiff_t)n * c.key_padding_mask.stride_n;
+            c.key_padding_mask.data =
+                (const char *)c.key_padding_mask.data + (ptrdiff_t)n * c.key_padding_mask.stride_n;
         c.N = 1;
         DESCRIBE("%s %s '%s', zero %d, item %zu alone", mha_cpu_name(), dtype_name(dtype), q->p.name,
                  block->zeroes_padding, n);
@@ -212,7 +214,8 @@ static void check_items_alone(const block_problem *q, const mha_layer *layer, co
 }
 
 /* What padded rows hold reaches no other row, and no row at all if padded rows are zero. */
-static void check_hidden_numbers(const block_problem *q, const mha_layer *layer, const mha_block *block, mha_dtype dtype)
+static void check_hidden_numbers(const block_problem *q, const mha_layer *layer, const mha_block *block,
+                                 mha_dtype dtype)
 {
     static const double bad[] = {NAN, INFINITY, -INFINITY, 0};
     const size_t E = q->p.w.E;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * test_exp.c - how accurate exp(x) is, for x <= 0: "less than 1.125 ulp, and |x| / 20 for what ln(2) is rounded by, where
- * x is at least -126 ln(2), exactly 0 below, NaN stays NaN" (float64: 0.75, |x| / 3, -1022 ln(2)).
+ * test_exp.c - how accurate exp(x) is, for x <= 0: "less than 1.125 ulp, and |x| / 20 for what ln(2) is rounded by,
+ * where x is at least -126 ln(2), exactly 0 below, NaN stays NaN" (float64: 0.75, |x| / 3, -1022 ln(2)).
  *
  *     ./test_exp            a sample of all float32, a sample of float64
  *     ./test_exp every      and every float32 in [-128, 0], by the levels with FMA
@@ -51,8 +51,8 @@ static double ulps_f32(float p, float x)
     return fabs((double)p - wanted) / ulp;
 }
 
-/* A level's worst result so far, beyond what |x| explains. Levels with FMA give the same bits, so that only the first of
- * them is measured. */
+/* A level's worst result so far, beyond what |x| explains. Levels with FMA give the same bits, so that only the first
+ * of them is measured. */
 typedef struct {
     const mha_kernels *kernels;
     double ulps, x;

@@ -291,8 +291,9 @@ static void check_map(const int8_level *at, const map_case *c, bool is_bf16, uin
 static uint64_t test_maps(bool is_bf16)
 {
     static const map_case cases[] = {
-        {1, 1, 1, true},    {0, 3, 5, true},      {7, 0, 5, true},      {5, 3, 7, false},     {8, 64, 24, true},
-        {130, 65, 49, true}, {9, 2, 40, false},   {3, 384, 100, true}, {9, 8192, 17, false}, {5, 8193, 33, true}, {2, 16385, 130, true},
+        {1, 1, 1, true},     {0, 3, 5, true},     {7, 0, 5, true},      {5, 3, 7, false},    {8, 64, 24, true},
+        {130, 65, 49, true}, {3, 384, 100, true}, {9, 8192, 17, false}, {5, 8193, 33, true}, {2, 16385, 130, true},
+        {9, 2, 40, false},
     };
     const int8_level at = {.name = mha_cpu_name(), .has_fma = strcmp(mha_cpu_name(), "portable") != 0};
     uint64_t hash = HASH_OF_NOTHING;
@@ -386,7 +387,8 @@ static void check_attention(const int8_level *at, const attention_case *c, uint6
         float *v = projected(layer, &call, MHA_VALUE, c->S, c->w.Hkv * Dv);
         for (size_t l = 0; l < c->L; l++)
             for (size_t h = 0; h < H; h++) {
-                context_of_query(at, c, l, q + (l * H + h) * c->w.D, k + h / shared * c->w.D, v + h / shared * Dv, wanted);
+                context_of_query(at, c, l, q + (l * H + h) * c->w.D, k + h / shared * c->w.D, v + h / shared * Dv,
+                                 wanted);
                 for (size_t d = 0; d < Dv; d++) {
                     CHECK_SAME(context[(l * H + h) * Dv + d], wanted[d], l, h * Dv + d);
                     hash_number(hash, (double)wanted[d]);
