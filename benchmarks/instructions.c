@@ -34,6 +34,7 @@ static const struct {
     {"bfloat16", {1, 96, 96, 128, 128, 128, 2, 2, .dtype = MHA_BFLOAT16}},
     {"few queries in float16", {1, 1, 512, 256, 256, 256, 4, 4, .dtype = MHA_FLOAT16}},
     {"products of bfloat16", {1, 96, 96, 128, 128, 128, 2, 2, .is_bf16 = true}},
+    {"bfloat16 and a float mask", {1, 128, 128, 128, 128, 128, 2, 2, .attn = MHA_MASK_FLOAT32, .is_bf16 = true}},
     {"products of int8", {1, 96, 96, 128, 128, 128, 2, 2, .is_int8 = true}},
     {"padded layer", {4, 64, 64, 128, 128, 128, 4, 4, .live = {64, 16, 32, 48}, .F = 512}},
 };
