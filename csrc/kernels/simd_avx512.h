@@ -9,7 +9,7 @@
 #include "simd.h"
 
 #define REGISTERS 32
-/* Many rows take tiles of four rows, not eight: a Zen 4 waits for the 24 stores at the end of such a tile. 12 chains
+/* Many rows take tiles of four rows, not eight, unless the panel is widened: a Zen 4 waits for the 24 stores at the end of such a tile. 12 chains
  * are still enough for two multiply-add units. */
 #define ROWS_OF_MANY {8, 6, 4}
 #define HOLD(v) __asm__("" : "+v"(v))

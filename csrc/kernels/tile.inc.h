@@ -179,8 +179,9 @@ static void V(product)(const mha_product *p)
     static const size_t rows_of_few[VECTORS] = {ROWS_1, ROWS_2, ROWS_3}, rows_of_many[VECTORS] = ROWS_OF_MANY;
     if (p->rows == 0)
         return;
-    /* A product of few rows waits for its panel, so it reads the panel as rarely as possible. */
-    const size_t max_rows = (p->rows > MAX_FEW_ROWS ? rows_of_many : rows_of_few)[p->vectors - 1];
+    /* A product of few rows waits for its panel, and one of halves widens it. Both read it as rarely as possible. */
+    const bool are_many = p->rows > MAX_FEW_ROWS && b_type == OWN;
+    const size_t max_rows = (are_many ? rows_of_many : rows_of_few)[p->vectors - 1];
     const shared_rows share = share_rows(p->rows, max_rows);
     V(progress) at = {.a = p->a, .addend = p->addend, .c = p->c, .prefetch = begin_prefetching(p, share.tiles)};
     if (share.larger > 0)
