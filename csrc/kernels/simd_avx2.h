@@ -172,8 +172,8 @@ static inline vec_i32 load_group(const int8_t *p)
 
 static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b)
 {
-    c = _mm256_add_epi32(_mm256_madd_epi16(a, b), c);
-    HOLD(c);
+    const vec_i32 products = _mm256_madd_epi16(a, b);
+    __asm__("vpaddd %1, %0, %0" : "+x"(c) : "x"(products)); /* gcc would add in another register, and copy */
     return c;
 }
 
