@@ -20,6 +20,7 @@
  *   round_bf16(v)           of float32 alone: a vector rounded like that, as float32
  *   swap_neighbours(v)      of float32 alone: lane 2 i <-> lane 2 i + 1
  *   REGISTERS               how many vectors fit into registers: the sums, up to 3 vectors of a panel and 1 broadcast
+ *   WIDEN_BF16_TIGHT        optional: widen_bf16(p) without a register for a constant
  *   ROWS_OF_MANY            optional: the rows of tiles of 1, 2 and 3 vectors in products of many rows; not of halves
  */
 #ifndef MHA_SIMD_H

@@ -73,11 +73,21 @@ static inline uint64_t nonzero(const char *p)
     return (uint64_t)_mm_movemask_epi8(is_zero) ^ 0xffff;
 }
 
-/* One shuffle puts zeros below the halves. Its pattern stays in memory, since tiles leave no register for it. */
+/* The pattern of a shuffle that puts zeros below halves. */
+static const int8_t above_zeros[32] = {-1, -1, 0, 1, -1, -1, 2,  3,  -1, -1, 4,  5,  -1, -1, 6,  7,
+                                       -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15};
+
 static inline vec_f32 widen_bf16(const uint16_t *p)
 {
-    static const int8_t above_zeros[32] = {-1, -1, 0, 1, -1, -1, 2,  3,  -1, -1, 4,  5,  -1, -1, 6,  7,
-                                           -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15};
+    const __m256i pattern = _mm256_loadu_si256((const __m256i *)(const void *)above_zeros);
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, pattern));
+}
+
+/* The pattern stays in memory. */
+#define WIDEN_BF16_TIGHT widen_bf16_tight
+static inline vec_f32 widen_bf16_tight(const uint16_t *p)
+{
     const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p));
     __m256i wide;
     __asm__("vpshufb %2, %1, %0" : "=x"(wide) : "x"(twice), "m"(*(const __m256i *)(const void *)above_zeros));

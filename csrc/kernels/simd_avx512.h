@@ -9,8 +9,8 @@
 #include "simd.h"
 
 #define REGISTERS 32
-/* Many rows take tiles of four rows, not eight, unless panels hold halves: a Zen 4 waits for the 24 stores at the end of
- * a tile of eight. 12 chains are still enough for two multiply-add units. */
+/* Many rows take tiles of four rows, not eight, unless panels hold halves: a Zen 4 waits for the 24 stores at the end
+ * of a tile of eight. 12 chains are still enough for two multiply-add units. */
 #define ROWS_OF_MANY {8, 6, 4}
 #define HOLD(v) __asm__("" : "+v"(v))
 enum { lanes_f32 = 16, lanes_f64 = 8 };

@@ -27,16 +27,27 @@ static inline size_t b_size(const size_t b_type, size_t own)
     return b_type == OWN ? own : sizeof(uint16_t);
 }
 
-static inline vec_f32 load_b_f32(const size_t b_type, const char *b)
+#ifndef WIDEN_BF16_TIGHT
+#define WIDEN_BF16_TIGHT widen_bf16
+#endif
+
+/* Whether the sums of a tile, the vectors of the panel and a broadcast fill all registers. */
+static inline bool is_tight(const size_t rows, const size_t vectors)
 {
-    const void *p = b;
-    return b_type == OWN ? load_f32(p) : b_type == OF_BF16 ? widen_bf16(p) : widen_f16(p);
+    return rows * vectors + vectors + 1 >= REGISTERS;
 }
 
-static inline vec_f64 load_b_f64(const size_t b_type, const char *b)
+static inline vec_f32 load_b_f32(const size_t b_type, const bool tight, const char *b)
+{
+    const void *p = b;
+    return b_type == OWN ? load_f32(p) : b_type == OF_F16 ? widen_f16(p) : tight ? WIDEN_BF16_TIGHT(p) : widen_bf16(p);
+}
+
+static inline vec_f64 load_b_f64(const size_t b_type, const bool tight, const char *b)
 {
     const void *p = b;
     (void)b_type;
+    (void)tight;
     return load_f64(p);
 }
 
@@ -87,9 +98,9 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type
             c##r##_2 = V(fma)(a_r, b_2, c##r##_2); \
     }
 #define STEP \
-    VEC b_0 = V(load_b)(b_type, b); \
-    VEC b_1 = vectors > 1 ? V(load_b)(b_type, b + vector_bytes) : zero; \
-    VEC b_2 = vectors > 2 ? V(load_b)(b_type, b + 2 * vector_bytes) : zero; \
+    VEC b_0 = V(load_b)(b_type, is_tight(rows, vectors), b); \
+    VEC b_1 = vectors > 1 ? V(load_b)(b_type, is_tight(rows, vectors), b + vector_bytes) : zero; \
+    VEC b_2 = vectors > 2 ? V(load_b)(b_type, is_tight(rows, vectors), b + 2 * vector_bytes) : zero; \
     if (rows == 2 || rows == 3) { \
         HOLD(b_0); \
         if (vectors > 1) \
@@ -183,7 +194,8 @@ static void V(product)(const mha_product *p)
     const bool are_many = p->rows > MAX_FEW_ROWS && b_type == OWN;
     const size_t max_rows = (are_many ? rows_of_many : rows_of_few)[p->vectors - 1];
     const shared_rows share = share_rows(p->rows, max_rows);
-    V(progress) at = {.a = p->a, .addend = p->addend, .c = p->c, .prefetch = begin_prefetching(p, share.tiles)};
+    V(progress) at = {.a = p->a, .addend = p->addend, .c = p->c,
+                      .prefetch = begin_prefetching(p, share, p->vectors * LANES * b_size(b_type, sizeof(REAL)))};
     if (share.larger > 0)
         copies[b_type][p->vectors - 1][share.rows](p, &at, share.larger);
     copies[b_type][p->vectors - 1][share.rows - 1](p, &at, share.tiles - share.larger);

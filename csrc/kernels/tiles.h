@@ -50,6 +50,20 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 
+/* Tiles share the rows of a product evenly: 9 rows are 5 + 4, because a tile of one row has too few sums. Of `tiles`
+ * tiles, the first `larger` have a row more than the others. */
+typedef struct {
+    size_t tiles, rows, larger;
+} shared_rows;
+
+static inline shared_rows share_rows(size_t rows, size_t max_rows)
+{
+    if (rows <= max_rows)
+        return (shared_rows){1, rows, 0};
+    const size_t tiles = (rows - 1) / max_rows + 1;
+    return (shared_rows){tiles, rows / tiles, rows % tiles};
+}
+
 /* What a product has still to prefetch: pieces that come before its tiles, or a row that its steps go along. */
 typedef struct {
     const char *next;  /* the next piece */
@@ -63,11 +77,22 @@ typedef struct {
 /* The most bytes of a single row that come before a tile. More requests at once would delay what the tile reads. */
 enum { MAX_PIECE = 512 };
 
-static inline prefetching begin_prefetching(const mha_product *p, size_t tiles)
+/* How far ahead a product prefetches its own panel. */
+enum { OWN_AHEAD = 2048 };
+
+/* Each step of the product's tiles reads `read` bytes of the panel.
+ *
+ * A tile of one to three rows waits for the panel. If a step reads whole lines, the hardware fetches them in time, so
+ * that the next panel can be prefetched. Otherwise the product prefetches its own panel, and what follows it. But if
+ * one row reads 96 bytes in a step (three AVX2 vectors), the hardware does better alone. */
+static inline prefetching begin_prefetching(const mha_product *p, shared_rows share, size_t read)
 {
     const mha_prefetch *wanted = p->prefetch;
-    if (!wanted)
+    const size_t tiles = share.tiles;
+    if (!wanted || (wanted->rows == 1 && p->rows == 1 && read > LINE_BYTES && read % LINE_BYTES != 0))
         return (prefetching){0};
+    if (wanted->rows == 1 && p->rows <= 3 && read % LINE_BYTES != 0)
+        return (prefetching){.ahead = (const char *)p->b + OWN_AHEAD, .step = read};
     if (wanted->rows != 1)
         return (prefetching){.next = wanted->data, .stride = wanted->stride, .bytes = wanted->bytes,
                              .left = wanted->rows, .each = mha_divide_up(wanted->rows, tiles)};
@@ -91,19 +116,18 @@ INLINE void prefetch_pieces(prefetching *left)
 /* The loop of a tile of some rows. A STEP reads `read` bytes of the panel, and UNROLL is MHA_UNROLL_4 or nothing.
  *
  * Where two threads share a core, each gets half of the instructions that it can begin, and these limit the loop. So it
- * is unrolled, and there are copies that prefetch less. Tiles of one to three rows prefetch at most one line in a step,
- * and leave the rest to the hardware. If a step reads 96 bytes (three AVX2 vectors), they prefetch nothing, because it
- * would confuse the hardware prefetcher. */
+ * is unrolled, and there are copies that prefetch less. Tiles of one to three rows prefetch one line in a step of whole
+ * lines, and leave the rest to the hardware. */
 #define TILE_LOOP(UNROLL, rows, read, depth, prefetch, STEP) \
     do { \
         const size_t step_ = (prefetch).step; \
         const char *ahead_ = (prefetch).ahead; \
-        if (step_ == 0 || (rows <= 3 && read % LINE_BYTES != 0)) { \
+        if (step_ == 0) { \
             UNROLL \
             for (size_t k_ = depth; k_ > 0; k_--) { \
                 STEP \
             } \
-        } else if (step_ <= LINE_BYTES || rows <= 3 || read <= LINE_BYTES) { \
+        } else if (step_ <= LINE_BYTES || (rows <= 3 && read % LINE_BYTES == 0) || read <= LINE_BYTES) { \
             UNROLL \
             for (size_t k_ = depth; k_ > 0; k_--, ahead_ += step_) { \
                 STEP \
@@ -135,20 +159,6 @@ static inline vec_f32 load_some(const float *x, size_t n)
     float some[lanes_f32] = {0}; /* not before, since it is stored */
     memcpy(some, x, n * sizeof *x);
     return load_f32(some);
-}
-
-/* Tiles share the rows of a product evenly: 9 rows are 5 + 4, because a tile of one row has too few sums. Of `tiles`
- * tiles, the first `larger` have a row more than the others. */
-typedef struct {
-    size_t tiles, rows, larger;
-} shared_rows;
-
-static inline shared_rows share_rows(size_t rows, size_t max_rows)
-{
-    if (rows <= max_rows)
-        return (shared_rows){1, rows, 0};
-    const size_t tiles = (rows - 1) / max_rows + 1;
-    return (shared_rows){tiles, rows / tiles, rows % tiles};
 }
 
 #endif
