@@ -110,7 +110,7 @@ static void G(product)(const mha_product *p)
         return;
     const shared_rows share = share_rows(p->rows, max_rows[p->vectors - 1]);
     G(progress) at = {.a = p->a, .addend = p->addend, .c = p->c,
-                      .prefetch = begin_prefetching(p, share, p->vectors * lanes_f32 * G(GROUP_BYTES))};
+                      .prefetch = begin_prefetching(p, share.tiles, p->vectors * lanes_f32 * G(GROUP_BYTES))};
     if (share.larger > 0)
         copies[p->vectors - 1][share.rows](p, &at, share.larger);
     copies[p->vectors - 1][share.rows - 1](p, &at, share.tiles - share.larger);

@@ -29,7 +29,8 @@ enum { MHA_MAX_LANES = 48, MHA_MAX_VECTOR_LANES = 16 };
 
 /* Memory that will be read soon: some rows, or none. Several rows (keys, values) are prefetched a few at a time, before
  * each tile. A single row (packed weights) is prefetched evenly over the whole product: in every step of a tile, so
- * that a product of few rows never has many requests outstanding, or before each of many tiles. */
+ * that a product of few rows never has many requests outstanding, or before each of many tiles. A product of one to
+ * three rows may prefetch its own panel in its place. */
 typedef struct {
     const char *data;
     size_t rows, bytes;

@@ -195,7 +195,7 @@ static void V(product)(const mha_product *p)
     const size_t max_rows = (are_many ? rows_of_many : rows_of_few)[p->vectors - 1];
     const shared_rows share = share_rows(p->rows, max_rows);
     V(progress) at = {.a = p->a, .addend = p->addend, .c = p->c,
-                      .prefetch = begin_prefetching(p, share, p->vectors * LANES * b_size(b_type, sizeof(REAL)))};
+                      .prefetch = begin_prefetching(p, share.tiles, p->vectors * LANES * b_size(b_type, sizeof(REAL)))};
     if (share.larger > 0)
         copies[b_type][p->vectors - 1][share.rows](p, &at, share.larger);
     copies[b_type][p->vectors - 1][share.rows - 1](p, &at, share.tiles - share.larger);

@@ -50,20 +50,6 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 
-/* Tiles share the rows of a product evenly: 9 rows are 5 + 4, because a tile of one row has too few sums. Of `tiles`
- * tiles, the first `larger` have a row more than the others. */
-typedef struct {
-    size_t tiles, rows, larger;
-} shared_rows;
-
-static inline shared_rows share_rows(size_t rows, size_t max_rows)
-{
-    if (rows <= max_rows)
-        return (shared_rows){1, rows, 0};
-    const size_t tiles = (rows - 1) / max_rows + 1;
-    return (shared_rows){tiles, rows / tiles, rows % tiles};
-}
-
 /* What a product has still to prefetch: pieces that come before its tiles, or a row that its steps go along. */
 typedef struct {
     const char *next;  /* the next piece */
@@ -85,10 +71,9 @@ enum { OWN_AHEAD = 2048 };
  * A tile of one to three rows waits for the panel. If a step reads whole lines, the hardware fetches them in time, so
  * that the next panel can be prefetched. Otherwise the product prefetches its own panel, and what follows it. But if
  * one row reads 96 bytes in a step (three AVX2 vectors), the hardware does better alone. */
-static inline prefetching begin_prefetching(const mha_product *p, shared_rows share, size_t read)
+static inline prefetching begin_prefetching(const mha_product *p, size_t tiles, size_t read)
 {
     const mha_prefetch *wanted = p->prefetch;
-    const size_t tiles = share.tiles;
     if (!wanted || (wanted->rows == 1 && p->rows == 1 && read > LINE_BYTES && read % LINE_BYTES != 0))
         return (prefetching){0};
     if (wanted->rows == 1 && p->rows <= 3 && read % LINE_BYTES != 0)
@@ -159,6 +144,20 @@ static inline vec_f32 load_some(const float *x, size_t n)
     float some[lanes_f32] = {0}; /* not before, since it is stored */
     memcpy(some, x, n * sizeof *x);
     return load_f32(some);
+}
+
+/* Tiles share the rows of a product evenly: 9 rows are 5 + 4, because a tile of one row has too few sums. Of `tiles`
+ * tiles, the first `larger` have a row more than the others. */
+typedef struct {
+    size_t tiles, rows, larger;
+} shared_rows;
+
+static inline shared_rows share_rows(size_t rows, size_t max_rows)
+{
+    if (rows <= max_rows)
+        return (shared_rows){1, rows, 0};
+    const size_t tiles = (rows - 1) / max_rows + 1;
+    return (shared_rows){tiles, rows / tiles, rows % tiles};
 }
 
 #endif
