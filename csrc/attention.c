@@ -40,9 +40,13 @@ static bool is_mask_shared(const mha_attention *a)
  * keys and values. Narrowing these costs even more, so that a few heads share the mask then. */
 static size_t bundled_heads(const mha_attention *a)
 {
-    if (a->split.panels == 1 || (is_mask_shared(a) && !a->narrow))
+    if (a->split.panels == 1)
         return a->H;
-    return is_mask_shared(a) && a->shared == 1 && a->H % NARROW_HEADS == 0 ? NARROW_HEADS : a->shared;
+    if (!is_mask_shared(a))
+        return a->shared;
+    if (!a->narrow)
+        return a->H;
+    return a->shared == 1 && a->H % NARROW_HEADS == 0 ? NARROW_HEADS : a->shared;
 }
 
 /* Whether a query may see fewer keys than its item has. */

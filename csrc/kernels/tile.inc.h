@@ -82,6 +82,7 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type
     const size_t vector_bytes = LANES * b_size(b_type, sizeof(REAL));
     const size_t b_bytes = p->b_k * b_size(b_type, sizeof(REAL));
     const REAL *a_0 = at->a, *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0;
+    const bool tight = is_tight(rows, vectors);
     const char *b = p->b;
     const VEC zero = V(splat)(0);
     if (rows > 4)
@@ -98,9 +99,9 @@ INLINE void V(tile)(const size_t rows, const size_t vectors, const size_t b_type
             c##r##_2 = V(fma)(a_r, b_2, c##r##_2); \
     }
 #define STEP \
-    VEC b_0 = V(load_b)(b_type, is_tight(rows, vectors), b); \
-    VEC b_1 = vectors > 1 ? V(load_b)(b_type, is_tight(rows, vectors), b + vector_bytes) : zero; \
-    VEC b_2 = vectors > 2 ? V(load_b)(b_type, is_tight(rows, vectors), b + 2 * vector_bytes) : zero; \
+    VEC b_0 = V(load_b)(b_type, tight, b); \
+    VEC b_1 = vectors > 1 ? V(load_b)(b_type, tight, b + vector_bytes) : zero; \
+    VEC b_2 = vectors > 2 ? V(load_b)(b_type, tight, b + 2 * vector_bytes) : zero; \
     if (rows == 2 || rows == 3) { \
         HOLD(b_0); \
         if (vectors > 1) \

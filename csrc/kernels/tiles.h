@@ -74,10 +74,12 @@ enum { OWN_AHEAD = 2048 };
 static inline prefetching begin_prefetching(const mha_product *p, size_t tiles, size_t read)
 {
     const mha_prefetch *wanted = p->prefetch;
-    if (!wanted || (wanted->rows == 1 && p->rows == 1 && read > LINE_BYTES && read % LINE_BYTES != 0))
+    if (!wanted)
         return (prefetching){0};
-    if (wanted->rows == 1 && p->rows <= 3 && read % LINE_BYTES != 0)
-        return (prefetching){.ahead = (const char *)p->b + OWN_AHEAD, .step = read};
+    if (wanted->rows == 1 && p->rows <= 3 && read % LINE_BYTES != 0) {
+        const bool is_left_alone = p->rows == 1 && read > LINE_BYTES;
+        return (prefetching){.ahead = (const char *)p->b + OWN_AHEAD, .step = is_left_alone ? 0 : read};
+    }
     if (wanted->rows != 1)
         return (prefetching){.next = wanted->data, .stride = wanted->stride, .bytes = wanted->bytes,
                              .left = wanted->rows, .each = mha_divide_up(wanted->rows, tiles)};

@@ -250,8 +250,8 @@ static void check_map(const int8_level *at, const map_case *c, bool is_bf16, uin
     mha_linear *linear = NULL;
     for (size_t i = 0; i < c->rows * c->depth; i++)
         x[i] = (float)random_number(MHA_FLOAT32, 5, i) * (i % 11 == 7 ? 0x1p-130f : 1);
-    for (size_t i = 0; i < c->rows * c->depth; i += 5)
-        x[i] = i % 2 ? nextafterf(FLT_MIN, 0) : x[i];
+    for (size_t i = 5; i < c->rows * c->depth; i += 10)
+        x[i] = nextafterf(FLT_MIN, 0);
     for (size_t i = 0; i < c->features * c->depth; i++)
         w[i] = (int8_t)(random_word(6, i) % 255 - 127);
     for (size_t i = 0; i < c->features * c->depth; i++)
