@@ -5,7 +5,7 @@
  * A task multiplies a block of rows by some panels. It copies its rows slice by slice, so that the numbers of a chain
  * are close together. Rows that are short and lie regularly are not copied, nor are rows that the thread has just
  * copied for another task. The slice is multiplied by the same slice of each panel. Sums go through a strip, which
- * stays in the cache:
+ * stays in the cache. One or two rows are multiplied by several panels at once:
  *
  *          slice                    panel          strip
  *        +-------+---             +-------+      +-------+
@@ -39,8 +39,8 @@ enum {
 
 /* A slice of some rows. row_stride and chain_stride are the distances between rows and between chains, in numbers. */
 typedef struct {
+    size_t first_row, rows, first_feature;
     const char *data;
-    size_t rows;
     ptrdiff_t row_stride, chain_stride;
 } sliced_rows;
 
@@ -60,15 +60,16 @@ typedef struct {
     const mha_team *team;
 } projection_tasks;
 
-/* The number of tasks that share the panels of a block. It gives enough tasks to all threads, and the shortest time
- * until the last thread is ready: if two threads share 11 equal tasks, one of them waits. */
-static size_t choose_tasks_per_block(const mha_blocking *p, size_t threads)
+/* The number of tasks that share the panels of a block, in groups that are multiplied at once. It gives enough tasks to
+ * all threads, and the shortest time until the last thread is ready: if two threads share 11 equal tasks, one of them
+ * waits. */
+static size_t choose_tasks_per_block(const mha_blocking *p, size_t groups, size_t threads)
 {
-    const size_t min_tasks = mha_smaller(mha_divide_up(TASKS_PER_THREAD * threads, p->blocks), p->panels);
+    const size_t min_tasks = mha_smaller(mha_divide_up(TASKS_PER_THREAD * threads, p->blocks), groups);
     size_t best = min_tasks, best_time = SIZE_MAX;
-    for (size_t tasks = min_tasks; tasks <= mha_smaller(2 * min_tasks + 1, p->panels); tasks++) {
+    for (size_t tasks = min_tasks; tasks <= mha_smaller(2 * min_tasks + 1, groups); tasks++) {
         const size_t turns = mha_divide_up(p->blocks * tasks, threads);
-        const size_t time = turns * mha_divide_up(p->panels, tasks);
+        const size_t time = turns * mha_divide_up(groups, tasks);
         if (time < best_time) {
             best = tasks;
             best_time = time;
@@ -99,9 +100,12 @@ static mha_blocking choose_blocking(const mha_kernels *kernels, const mha_projec
         p.block_rows = mha_divide_up(mha_row_units(rows), p.blocks) * MHA_ROW_UNIT;
     for (size_t t = 0; t < projection->targets; t++)
         p.panels += projection->target[t].panels->split.panels;
+    p.at_once = p.panels >= threads * mha_panels_at_once(rows) ? mha_panels_at_once(rows) : 1;
     p.task_panels = p.panels;
-    if (threads > 1 && p.blocks && p.panels)
-        p.task_panels = mha_divide_up(p.panels, choose_tasks_per_block(&p, threads));
+    if (threads > 1 && p.blocks && p.panels) {
+        const size_t groups = mha_divide_up(p.panels, p.at_once);
+        p.task_panels = mha_divide_up(groups, choose_tasks_per_block(&p, groups, threads)) * p.at_once;
+    }
     if (p.slices > 1 && p.task_panels > MAX_SLICED_PANELS)
         p.task_panels = MAX_SLICED_PANELS;
     p.tasks_per_block = p.panels ? mha_divide_up(p.panels, p.task_panels) : 0; /* an output may have no features */
@@ -110,6 +114,7 @@ static mha_blocking choose_blocking(const mha_kernels *kernels, const mha_projec
     return p;
 }
 
+/* The rows of a block are whole units, so there is room for a few rows times several panels, too. */
 static size_t strip_size(const mha_kernels *kernels, const mha_blocking *p)
 {
     return p->block_rows * kernels->vectors * kernels->lanes;
@@ -245,14 +250,19 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
                               copied_slice *copied, char *block, char *spare)
 {
     const mha_blocking *p = &projection->blocking;
+    sliced_rows slice = {.first_row = first_row, .rows = rows, .first_feature = first_feature};
     const bool is_narrow = projection->target[0].panels->narrow != NULL;
     if (p->slices == 1 && !is_narrow) {
         mha_run run = mha_run_at(projection->walk, projection->x, true, first_row, first_row + rows);
         const ptrdiff_t size = (ptrdiff_t)mha_size_of(projection->x->type);
         if (rows == 1)
             run.distance = (ptrdiff_t)p->depth * size;
-        if (can_stay(&run, projection->x, rows))
-            return (sliced_rows){run.data, rows, run.distance / size, MHA_CHAIN};
+        if (can_stay(&run, projection->x, rows)) {
+            slice.data = run.data;
+            slice.row_stride = run.distance / size;
+            slice.chain_stride = MHA_CHAIN;
+            return slice;
+        }
     }
     if (copied->projection != projection || copied->first_row != first_row || copied->first_feature != first_feature) {
         if (is_narrow)
@@ -261,7 +271,10 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
             copy_slice(projection, first_row, rows, first_feature, block);
     }
     *copied = (copied_slice){projection, first_row, first_feature};
-    return (sliced_rows){block, rows, (ptrdiff_t)p->chain_width, (ptrdiff_t)(p->block_rows * p->chain_width)};
+    slice.data = block;
+    slice.row_stride = (ptrdiff_t)p->chain_width;
+    slice.chain_stride = (ptrdiff_t)(p->block_rows * p->chain_width);
+    return slice;
 }
 
 /* What is needed next of the panels. The weights are much larger than the caches near the core, and the hardware
@@ -341,42 +354,43 @@ static void copy_strip(const mha_walk *walk, const mha_target *target, mha_panel
     }
 }
 
-/* Adds one slice of one panel to its strip. The last slice goes to y. */
+/* Adds one slice of a panel, or of some that are multiplied at once, to its strip. The last slice goes to y. */
 static void multiply_slice(const mha_kernels *kernels, const mha_projection *projection, const mha_target *target,
-                           mha_panel panel, size_t first_row, size_t first_feature, const sliced_rows *x, char *strip)
+                           mha_panel panel, size_t at_once, const sliced_rows *x, char *strip)
 {
     const mha_blocking *p = &projection->blocking;
     const mha_panels *panels = target->panels;
     const size_t size = kernels->size, P = panel.vectors * kernels->lanes, b_row = P * panels->group_bytes;
-    const bool fits = panel.count == P || panel.first + P <= target->room;
-    const size_t features = mha_smaller(p->depth - first_feature, p->slice);
+    const size_t width = at_once * P, features = mha_smaller(p->depth - x->first_feature, p->slice);
+    const bool fits = panel.count == width || panel.first + width <= target->room;
     const char *addend = strip, *a = x->data;
-    size_t addend_row = P, k = 0;
-    if (first_feature == 0) {
+    size_t addend_row = width, k = 0;
+    if (x->first_feature == 0) {
         addend = panels->bias ? panels->bias + panel.first * size : NULL;
         addend_row = 0;
     }
     do {
         const size_t chain = mha_smaller(features - k, p->chain);
-        const char *b = mha_panel_row(panels, &panel, first_feature + k);
+        const char *b = mha_panel_row(panels, &panel, x->first_feature + k);
         const size_t groups = mha_groups(panels, chain);
         const mha_prefetch prefetch = next_weights(kernels, panels, p->chain, b + groups * b_row);
         mha_product product = {.rows = x->rows, .depth = groups, .vectors = panel.vectors, .a = a,
                                .a_row = x->row_stride, .a_k = 1, .b = b, .b_k = P, .b_type = panels->type,
+                               .more_panels = at_once - 1, .b_panel = mha_groups(panels, p->depth) * b_row,
                                .b_scale = panels->scale ? panels->scale + panel.first : NULL, .addend = addend,
-                               .addend_row = addend_row, .c = strip, .c_row = P, .prefetch = &prefetch};
+                               .addend_row = addend_row, .c = strip, .c_row = width, .prefetch = &prefetch};
         k += p->chain;
         a += (ptrdiff_t)size * x->chain_stride;
-        if (fits && first_feature + k >= p->depth) {
-            multiply_to_y(kernels, projection->walk, target, panel, first_row, &product);
+        if (fits && x->first_feature + k >= p->depth) {
+            multiply_to_y(kernels, projection->walk, target, panel, x->first_row, &product);
             return;
         }
         multiply(kernels, target, &product);
         addend = strip;
-        addend_row = P;
+        addend_row = width;
     } while (k < features);
-    if (first_feature + k >= p->depth)
-        copy_strip(projection->walk, target, panel, first_row, x->rows, strip, P * size);
+    if (x->first_feature + k >= p->depth)
+        copy_strip(projection->walk, target, panel, x->first_row, x->rows, strip, width * size);
 }
 
 /* Finds the target of a panel. On entry, *panel counts the panels of all targets. On return, it counts those of this
@@ -421,15 +435,17 @@ static void run_task(void *context, size_t task, size_t worker)
     copied_slice *copied = copied_by(j, worker);
     char *scratch = mha_scratch_of(j->team, worker), *block = scratch + p->block_at, *strips = scratch + p->strips_at;
     for (size_t s = 0; s < p->slices; s++) {
-        const size_t first = s * p->slice;
-        const sliced_rows x = take_slice(projection, first_row, rows, first, copied, block, scratch + p->spare_at);
-        for (size_t i = first_panel; i < end; i++) {
+        const sliced_rows x =
+            take_slice(projection, first_row, rows, s * p->slice, copied, block, scratch + p->spare_at);
+        for (size_t i = first_panel, at_once; i < end; i += at_once) {
             size_t in_target = i;
             const mha_target *target = find_target(projection, &in_target);
+            const mha_split *split = &target->panels->split;
+            const size_t end_in_target = mha_smaller(split->panels, in_target + end - i);
+            const mha_panel panel = mha_panels_at(split, in_target, end_in_target, p->at_once, &at_once);
             char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * size;
-            multiply_slice(j->kernels, projection, target, mha_panel_at(&target->panels->split, in_target), first_row,
-                           first, &x, strip);
-            if ((i - first_panel) % PANELS_PER_POLL == PANELS_PER_POLL - 1 && mha_is_stopped())
+            multiply_slice(j->kernels, projection, target, panel, at_once, &x, strip);
+            if (i / PANELS_PER_POLL < (i + at_once) / PANELS_PER_POLL && mha_is_stopped())
                 return;
         }
     }

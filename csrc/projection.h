@@ -31,7 +31,7 @@ static inline size_t mha_rows_of_part(size_t rows, size_t parts, size_t i)
 }
 
 /* Where a product goes: y has the rows of the walk, with heads of `head_width` features. If the heads are apart, a
- * head is whole vectors. If head_width is 0, they are side by side.
+ * head is whole vectors. If head_width is 0, they are side by side, as those of a few rows always are.
  *
  * Kernels write whole vectors. If they fit into `room`, numbers after the last feature are overwritten. If they do not
  * fit, rows are written up to the last feature. */
@@ -51,6 +51,7 @@ typedef struct {
     size_t chain_width;
     size_t blocks, block_rows; /* blocks of rows; the rows of the largest one */
     size_t panels;            /* of all targets */
+    size_t at_once;           /* panels that are multiplied at once, at most */
     size_t task_panels;       /* of one task */
     size_t tasks_per_block;
     /* blocks at which threads take turns, so that a thread's next task is usually on rows that it has copied */

@@ -6,7 +6,10 @@
 
 #include <string.h>
 
-enum { MIN_APART = 4 }; /* vectors of a head; narrower heads are not apart, since a panel is cut at their ends */
+enum {
+    MIN_APART = 4,      /* vectors of a head; narrower heads are not apart, since a panel is cut at their ends */
+    MIN_ROWS_APART = 9, /* fewer rows are on few pages anyway */
+};
 
 void mha_walk_live_keys(mha_walk *walk, const mha_batch *batch, mha_plan *plan)
 {
@@ -149,7 +152,8 @@ size_t mha_place_rows(mha_plan *plan, const mha_kernels *kernels, const mha_walk
 size_t mha_place_heads(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
                        mha_rows *rows)
 {
-    if (heads == 1 || width % kernels->lanes > 0 || width < MIN_APART * kernels->lanes) {
+    if (heads == 1 || width % kernels->lanes > 0 || width < MIN_APART * kernels->lanes ||
+        mha_walk_rows(walk) < MIN_ROWS_APART) {
         mha_place_rows(plan, kernels, walk, heads, width, rows);
         return 0;
     }

@@ -50,8 +50,9 @@ void mha_copy_row(const char *x, ptrdiff_t step, size_t numbers, size_t size, ch
 size_t mha_place_rows(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
                       mha_rows *rows);
 
-/* The same with a matrix for each head, if heads are wide: its rows are read one after another, and with all heads side
- * by side each row would be on another page. Returns the width of heads that are apart, otherwise 0. */
+/* The same with a matrix for each head, if heads are wide and rows are many: the rows are read one after another, and
+ * with all heads side by side each row would be on another page. Returns the width of heads that are apart, otherwise
+ * 0. */
 size_t mha_place_heads(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
                        mha_rows *rows);
 

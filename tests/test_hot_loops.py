@@ -26,7 +26,7 @@ MACHINE = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platfo
 
 FUNCTION = re.compile(r"^[0-9a-f]+ <_?(\w+)(?:\.\w+)*>:$")
 INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(\S.*)$")
-TILE = re.compile(r"tiles_(\d+)x(\d+)_(f32|f64|bf16_pairs|bf16|f16|int8)")
+TILE = re.compile(r"tiles_(\d+)x(\d+)x(\d+)_(f32|f64|bf16_pairs|bf16|f16|int8)")
 JUMP = re.compile(r"^(?:j\w+|b|b\.\w+|cbn?z|tbn?z)\s.*?(?:0x)?([0-9a-f]+) <")
 FINAL = re.compile(r"^(?:jmp|b|ret\w*)\b(?!\.)")
 MULTIPLY_ADD = re.compile(r"^(?:vfmadd\d+p[sd]|fmla|vpmaddwd|vpdpbusd|vdpbf16ps|sdot|sadalp)\b")
@@ -155,23 +155,28 @@ def functions(tmp_path_factory):
                                               ("avx512_bf16", "bf16_pairs")])
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_nothing_spills(functions, compiler, level, dtype):
-    """Every tile of R rows and V vectors has a loop of R * V multiply-adds (or, unrolled, a multiple) and no stack."""
+    """Every tile of R rows, Q panels and V vectors has a loop of R * Q * V multiply-adds (or, unrolled, a multiple) and
+    no stack."""
     code = functions(compiler, level)
-    tiles = {(int(m[1]), int(m[2])): code[name] for name in code if (m := TILE.fullmatch(name)) and m[3] == dtype}
-    vectors = max(v for _, v in tiles)
-    most_rows = [max((r for r, v_ in tiles if v_ == v), default=0) for v in range(1, vectors + 1)]
-    assert set(tiles) == {(r + 1, v) for v, most in enumerate(most_rows, 1) for r in range(most)}
+    tiles = {(int(m[1]), int(m[2]), int(m[3])): code[name]
+             for name in code if (m := TILE.fullmatch(name)) and m[4] == dtype}
+    vectors = max(v for _, _, v in tiles)
+    most_rows = [max((r for r, _, v_ in tiles if v_ == v), default=0) for v in range(1, vectors + 1)]
+    of_one_panel = {(r + 1, 1, v) for v, most in enumerate(most_rows, 1) for r in range(most)}
+    of_several = {(r, q, v) for r, q in [(1, 2), (1, 3), (1, 4), (2, 2)] for v in range(2, vectors + 1)}
+    assert set(tiles) == of_one_panel | of_several
     assert most_rows[-1] * vectors >= 12, "fewer accumulators than the smallest register file has room for"
     wrong = []
-    for (r, v), function in sorted(tiles.items()):
+    for (r, q, v), function in sorted(tiles.items()):
+        name = f"{r}x{q}x{v}"
         counted = [(sum(bool(MULTIPLY_ADD.match(i)) for i in loop), loop) for loop in loops(function)]
         hot = [(count, loop) for count, loop in counted if count]
         if not hot:
-            wrong.append(f"{r}x{v}: no loop with multiply-adds")
+            wrong.append(f"{name}: no loop with multiply-adds")
         for count, loop in hot:
-            if count % (r * v):
-                wrong.append(f"{r}x{v}: a loop of {count} multiply-adds")
-            wrong += [f"{r}x{v}: {i}" for i in stack_references(function, loop, LEVELS[level])]
+            if count % (r * q * v):
+                wrong.append(f"{name}: a loop of {count} multiply-adds")
+            wrong += [f"{name}: {i}" for i in stack_references(function, loop, LEVELS[level])]
     assert not wrong, f"{compiler}, {level}, {dtype}:\n" + "\n".join(wrong)
 
 
@@ -179,7 +184,7 @@ def test_nothing_spills(functions, compiler, level, dtype):
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_nothing_is_copied(functions, compiler, dtype):
     """Nor does a full tile of AVX2, where instructions are scarce, move numbers between registers."""
-    full = "tiles_6x2_int8" if dtype == "int8" else f"tiles_4x3_{dtype}"
+    full = "tiles_6x1x2_int8" if dtype == "int8" else f"tiles_4x1x3_{dtype}"
     hot = [loop for loop in loops(functions(compiler, "avx2")[full]) if any(map(MULTIPLY_ADD.match, loop))]
     assert hot
     assert not [i for loop in hot for i in loop if COPY.match(i)]

@@ -10,13 +10,13 @@ INLINE void V(small_product)(const REAL *a, ptrdiff_t a_row, ptrdiff_t a_k, size
     const mha_product p = {.depth = depth, .a_row = a_row, .a_k = a_k, .b = b, .b_k = LANES, .c_row = LANES};
     V(progress) at = {.a = a, .c = c};
     for (size_t eights = rows / 8; eights > 0; eights--)
-        V(tile)(8, 1, OWN, &p, &at);
+        V(tile)(8, 1, 1, OWN, &p, &at);
     if (rows & 4)
-        V(tile)(4, 1, OWN, &p, &at);
+        V(tile)(4, 1, 1, OWN, &p, &at);
     if (rows & 2)
-        V(tile)(2, 1, OWN, &p, &at);
+        V(tile)(2, 1, 1, OWN, &p, &at);
     if (rows & 1)
-        V(tile)(1, 1, OWN, &p, &at);
+        V(tile)(1, 1, 1, OWN, &p, &at);
 }
 
 /* Some queries, at most a vector of them. */

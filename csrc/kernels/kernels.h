@@ -30,12 +30,19 @@ enum { MHA_MAX_LANES = 48, MHA_MAX_VECTOR_LANES = 16 };
 /* Memory that will be read soon: some rows, or none. Several rows (keys, values) are prefetched a few at a time, before
  * each tile. A single row (packed weights) is prefetched evenly over the whole product: in every step of a tile, so
  * that a product of few rows never has many requests outstanding, or before each of many tiles. A product of one to
- * three rows may prefetch its own panel in its place. */
+ * three rows may prefetch its own panel in its place, or nothing. */
 typedef struct {
     const char *data;
     size_t rows, bytes;
     ptrdiff_t stride; /* bytes between rows */
 } mha_prefetch;
+
+/* A product of one or two rows goes through several panels at once. One panel has too few sums for a row to keep the
+ * multiply-add units busy, and caches fetch faster from several places than from one. */
+static inline size_t mha_panels_at_once(size_t rows)
+{
+    return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+}
 
 /* C[rows][P] = chain                       if addend is NULL
  *            = addend + chain              if factor is NULL
@@ -45,6 +52,9 @@ typedef struct {
  * addend is [rows][P] with stride addend_row, and may be c itself. A stride of 0 repeats one row, as for a bias. factor
  * is [P]. Nothing else may overlap. 1 <= vectors <= mha_kernels.vectors. Rows and depth may be 0.
  * `prefetch` is fetched meanwhile; NULL: nothing.
+ *
+ * If there are n panels, rows of c, addend and factor have n * P numbers, those of the second panel after those of the
+ * first. n is at most mha_panels_at_once(rows), and panels have at least two vectors.
  *
  *            k ->             b (panel)                    c
  *         +---------+       k +----------+        r +----------+
@@ -57,6 +67,7 @@ typedef struct {
     ptrdiff_t a_row, a_k;
     const void *b;
     size_t b_k;
+    size_t more_panels, b_panel; /* panels after the first one; bytes between two of them */
     mha_dtype b_type; /* of the numbers of b, if they are halves; float32 alone multiplies by halves */
     const float *b_scale; /* [P]; of products of int8 alone */
     const void *addend;

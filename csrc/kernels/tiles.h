@@ -8,7 +8,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline))
 
-enum { LINE_BYTES = 64, MAX_ROWS = 8 };
+enum { LINE_BYTES = 64, MAX_ROWS = 8, MAX_PANELS = 4 };
 
 /* Makes the compiler forget how a pointer was computed. Otherwise gcc keeps the addresses of all rows of a tile at
  * once. There are more of them than registers, so it moves some to vector registers, where they wait behind the
@@ -34,21 +34,27 @@ enum { LINE_BYTES = 64, MAX_ROWS = 8 };
         FORGET_IN_LOOP(b); \
     } while (0)
 
+/* The copies of a tile: X(rows, panels, vectors of a panel). */
+#define SEVERAL_PANELS(X, v) X(1, 2, v) X(1, 3, v) X(1, 4, v) X(2, 2, v)
+#define UP_TO_4_ROWS(X, v) X(1, 1, v) X(2, 1, v) X(3, 1, v) X(4, 1, v)
+#define EACH_TILE_1(X) UP_TO_4_ROWS(X, 1) X(5, 1, 1) X(6, 1, 1) X(7, 1, 1) X(8, 1, 1)
+
 /* Rows of a full tile of V vectors: enough sums to keep the multiply-add units busy, and few enough for the
  * registers. */
 #if REGISTERS == 16
 enum { ROWS_1 = 8, ROWS_2 = 6, ROWS_3 = 4 };
-#define EACH_TILE_1(X) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
-#define EACH_TILE_2(X) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2)
-#define EACH_TILE_3(X) X(1, 3) X(2, 3) X(3, 3) X(4, 3)
+#define EACH_TILE_2(X) SEVERAL_PANELS(X, 2) UP_TO_4_ROWS(X, 2) X(5, 1, 2) X(6, 1, 2)
+#define EACH_TILE_3(X) SEVERAL_PANELS(X, 3) UP_TO_4_ROWS(X, 3)
 #else
 enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
-#define EACH_TILE_1(X) X(1, 1) X(2, 1) X(3, 1) X(4, 1) X(5, 1) X(6, 1) X(7, 1) X(8, 1)
-#define EACH_TILE_2(X) X(1, 2) X(2, 2) X(3, 2) X(4, 2) X(5, 2) X(6, 2) X(7, 2) X(8, 2)
-#define EACH_TILE_3(X) X(1, 3) X(2, 3) X(3, 3) X(4, 3) X(5, 3) X(6, 3) X(7, 3) X(8, 3)
+#define EACH_TILE_2(X) SEVERAL_PANELS(X, 2) UP_TO_4_ROWS(X, 2) X(5, 1, 2) X(6, 1, 2) X(7, 1, 2) X(8, 1, 2)
+#define EACH_TILE_3(X) SEVERAL_PANELS(X, 3) UP_TO_4_ROWS(X, 3) X(5, 1, 3) X(6, 1, 3) X(7, 1, 3) X(8, 1, 3)
 #endif
 
 #define EACH_ROW(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define EACH_ROW_AND(X, y) X(0, y) X(1, y) X(2, y) X(3, y) X(4, y) X(5, y) X(6, y) X(7, y)
+#define EACH_PANEL(X) X(0) X(1) X(2) X(3)
+#define EACH_PANEL_AND(X, ...) X(0, __VA_ARGS__) X(1, __VA_ARGS__) X(2, __VA_ARGS__) X(3, __VA_ARGS__)
 
 /* What a product has still to prefetch: pieces that come before its tiles, or a row that its steps go along. */
 typedef struct {
@@ -66,19 +72,25 @@ enum { MAX_PIECE = 512 };
 /* How far ahead a product prefetches its own panel. */
 enum { OWN_AHEAD = 2048 };
 
-/* Each step of the product's tiles reads `read` bytes of the panel.
+/* Whether the hardware fetches the panels of a product of few rows in time, so that its tiles prefetch nothing: two of
+ * these are enough. */
+INLINE bool is_left_alone(size_t rows, size_t panels, size_t read)
+{
+    return (rows == 1) + (panels > 1) + (read > LINE_BYTES) >= 2;
+}
+
+/* Each step of the product's tiles reads `read` bytes of a panel.
  *
  * A tile of one to three rows waits for the panel. If a step reads whole lines, the hardware fetches them in time, so
- * that the next panel can be prefetched. Otherwise the product prefetches its own panel, and what follows it. But if
- * one row reads 96 bytes in a step (three AVX2 vectors), the hardware does better alone. */
+ * that the next panel can be prefetched. Otherwise the product prefetches its own panels, and what follows them. */
 static inline prefetching begin_prefetching(const mha_product *p, size_t tiles, size_t read)
 {
     const mha_prefetch *wanted = p->prefetch;
     if (!wanted)
         return (prefetching){0};
-    if (wanted->rows == 1 && p->rows <= 3 && read % LINE_BYTES != 0) {
-        const bool is_left_alone = p->rows == 1 && read > LINE_BYTES;
-        return (prefetching){.ahead = (const char *)p->b + OWN_AHEAD, .step = is_left_alone ? 0 : read};
+    if (p->more_panels > 0 || (wanted->rows == 1 && p->rows <= 3 && read % LINE_BYTES != 0)) {
+        const bool is_alone = is_left_alone(p->rows, 1 + p->more_panels, read);
+        return (prefetching){.ahead = (const char *)p->b + OWN_AHEAD, .step = is_alone ? 0 : read};
     }
     if (wanted->rows != 1)
         return (prefetching){.next = wanted->data, .stride = wanted->stride, .bytes = wanted->bytes,
@@ -104,10 +116,11 @@ INLINE void prefetch_pieces(prefetching *left)
  *
  * Where two threads share a core, each gets half of the instructions that it can begin, and these limit the loop. So it
  * is unrolled, and there are copies that prefetch less. Tiles of one to three rows prefetch one line in a step of whole
- * lines, and leave the rest to the hardware. */
-#define TILE_LOOP(UNROLL, rows, read, depth, prefetch, STEP) \
+ * lines, and leave the rest to the hardware. If there are several panels, `panel` bytes apart, a step prefetches a line
+ * of two, or nothing. */
+#define TILE_LOOP(UNROLL, rows, panels, panel, read, depth, prefetch, STEP) \
     do { \
-        const size_t step_ = (prefetch).step; \
+        const size_t step_ = panels > 1 && is_left_alone(rows, panels, read) ? 0 : (prefetch).step; \
         const char *ahead_ = (prefetch).ahead; \
         if (step_ == 0) { \
             UNROLL \
@@ -119,6 +132,8 @@ INLINE void prefetch_pieces(prefetching *left)
             for (size_t k_ = depth; k_ > 0; k_--, ahead_ += step_) { \
                 STEP \
                 __builtin_prefetch(ahead_, 0, 2); \
+                if (panels > 1) \
+                    __builtin_prefetch(ahead_ + panel, 0, 2); \
             } \
         } else { \
             for (size_t k_ = depth; k_ > 0; k_--, ahead_ += step_) { \

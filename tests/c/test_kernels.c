@@ -12,7 +12,7 @@
 #include "bench.h"
 #include "philox.h"
 
-enum { MAX_ROWS = 97 };
+enum { MAX_ROWS = 97, MAX_WIDTH = 4 * MAX_LANES };
 
 /* ---- product ---- */
 
@@ -27,6 +27,7 @@ typedef struct {
     addend_kind addend;
     bool has_factor;
     prefetched_kind prefetched;
+    size_t panels;
     mha_dtype b_type; /* a half, or 0: that of the table */
 } product_case;
 
@@ -81,23 +82,24 @@ static void *fill_a(const bench *b, const product_case *c, strides a)
     return data;
 }
 
-/* A matrix [rows][P] whose rows are P + gap apart, the gaps NaN. */
-static void *fill_rows(const bench *b, size_t slot, size_t rows, size_t gap, uint64_t seed)
+/* A matrix [rows][width] whose rows are width + gap apart, the gaps NaN. */
+static void *fill_rows(const bench *b, size_t slot, size_t rows, size_t width, size_t gap, uint64_t seed)
 {
-    const size_t stride = b->P + gap;
+    const size_t stride = width + gap;
     void *x = buffer(b, slot, rows ? rows * stride - gap : 0);
     for (size_t r = 0; r < rows; r++)
-        for (size_t lane = 0; lane < b->P; lane++)
-            put(b->dtype, x, (ptrdiff_t)(r * stride + lane), operand(b->dtype, seed, r * b->P + lane));
+        for (size_t lane = 0; lane < width; lane++)
+            put(b->dtype, x, (ptrdiff_t)(r * stride + lane), operand(b->dtype, seed, r * width + lane));
     return x;
 }
 
 static mha_product fill_product(const bench *b, const product_case *c)
 {
     const strides a = layout_of(c);
-    const size_t stride = b->P + c->gap;
+    const size_t width = c->panels * b->P, stride = width + c->gap, b_k = b->P + c->gap;
     mha_product p = {.rows = c->rows, .depth = c->depth, .vectors = b->vectors, .a_row = a.row, .a_k = a.k,
-                     .b_k = stride, .c_row = stride};
+                     .b_k = b_k, .more_panels = c->panels - 1, .b_panel = c->depth * b_k * b->k->size,
+                     .c_row = stride};
     static mha_prefetch prefetch; /* only a hint */
     prefetch = (mha_prefetch){.data = (const char *)(uintptr_t)64, .rows = 1, .bytes = 130, .stride = 4096};
     if (c->prefetched == SOME_ROWS)
@@ -106,28 +108,30 @@ static mha_product fill_product(const bench *b, const product_case *c)
         prefetch.bytes = c->rows * c->depth * (c->prefetched == A_ROW ? 8 : 200);
     p.prefetch = &prefetch;
     p.a = fill_a(b, c, a);
-    p.b = fill_rows(b, 1, c->depth, c->gap, 2);
+    p.b = fill_rows(b, 1, c->panels * c->depth, b->P, c->gap, 2);
     if (c->addend == IN_PLACE) {
-        p.c = fill_rows(b, 2, c->rows, c->gap, 3);
+        p.c = fill_rows(b, 2, c->rows, width, c->gap, 3);
         p.addend = p.c;
         p.addend_row = stride;
     } else {
         p.c = buffer(b, 2, c->rows ? c->rows * stride - c->gap : 0);
-        p.addend = c->addend == NO_ADDEND ? NULL : fill_rows(b, 3, c->addend == ONE_ROW ? 1 : c->rows, c->gap, 3);
+        p.addend = c->addend == NO_ADDEND ? NULL
+                                          : fill_rows(b, 3, c->addend == ONE_ROW ? 1 : c->rows, width, c->gap, 3);
         p.addend_row = c->addend == ONE_ROW ? 0 : stride;
     }
-    p.factor = c->has_factor ? fill_rows(b, 4, 1, 0, 4) : NULL;
+    p.factor = c->has_factor ? fill_rows(b, 4, 1, width, 0, 4) : NULL;
     return p;
 }
 
-/* What kernels.h says, one operation at a time; *bound is how far two roundings per FMA can lead away from it. */
+/* What kernels.h says of a number of a row of c, one operation at a time; *bound is how far two roundings per FMA can lead away from it. */
 static double expected_product(const bench *b, const mha_product *p, size_t r, size_t lane, double *bound)
 {
     const mha_dtype t = b->dtype;
+    const void *panel = (const char *)p->b + lane / b->P * p->b_panel;
     double chain = 0, size = 0;
     for (size_t k = 0; k < p->depth; k++) {
         const double x = get(t, p->a, (ptrdiff_t)r * p->a_row + (ptrdiff_t)k * p->a_k);
-        const double y = get(t, p->b, (ptrdiff_t)(k * p->b_k + lane));
+        const double y = get(t, panel, (ptrdiff_t)(k * p->b_k + lane % b->P));
         chain = fused(t, x, y, chain);
         size += fabs(x * y);
     }
@@ -145,33 +149,35 @@ static double expected_product(const bench *b, const mha_product *p, size_t r, s
 static mha_product by_halves(const bench *b, const product_case *c, const mha_product *p)
 {
     mha_product halves = *p;
-    const size_t count = c->depth ? c->depth * p->b_k - c->gap : 0;
+    const size_t rows = c->panels * c->depth, count = rows ? rows * p->b_k - c->gap : 0;
     uint16_t *bits = guarded_buffer(5, count * sizeof *bits, b->side);
-    for (size_t k = 0; k < c->depth; k++)
+    for (size_t k = 0; k < rows; k++)
         for (size_t lane = 0; lane < b->P; lane++) {
             const size_t i = k * p->b_k + lane;
             bits[i] = (uint16_t)nearest_half(c->b_type, get(b->dtype, p->b, (ptrdiff_t)i));
             put(b->dtype, guarded_slots[1].data, (ptrdiff_t)i, half_value(c->b_type, bits[i]));
         }
     halves.b = bits;
+    halves.b_panel = c->depth * p->b_k * sizeof *bits;
     halves.b_type = c->b_type;
     return halves;
 }
 
 static void check_product(const bench *b, const product_case *c)
 {
-    static double expected[MAX_ROWS][MAX_LANES], bound[MAX_ROWS][MAX_LANES];
+    static double expected[MAX_ROWS][MAX_WIDTH], bound[MAX_ROWS][MAX_WIDTH];
+    const size_t width = c->panels * b->P;
     const mha_product p = fill_product(b, c), asked = mha_is_half(c->b_type) ? by_halves(b, c, &p) : p;
-    DESCRIBE("%s %s product by %s, %zu vectors, %zu rows, depth %zu, layout %zu, addend %d, factor %d, gap %zu, at the "
-             "%s", b->k->name, dtype_name(b->dtype), dtype_name(mha_is_half(c->b_type) ? c->b_type : b->dtype),
-             b->vectors, c->rows, c->depth, c->layout, (int)c->addend, c->has_factor, c->gap,
-             b->side == AT_END ? "end" : "start");
+    DESCRIBE("%s %s product by %s, %zu panels of %zu vectors, %zu rows, depth %zu, layout %zu, addend %d, factor %d, "
+             "gap %zu, at the %s", b->k->name, dtype_name(b->dtype),
+             dtype_name(mha_is_half(c->b_type) ? c->b_type : b->dtype), c->panels, b->vectors, c->rows, c->depth,
+             c->layout, (int)c->addend, c->has_factor, c->gap, b->side == AT_END ? "end" : "start");
     for (size_t r = 0; r < c->rows; r++)
-        for (size_t lane = 0; lane < b->P; lane++)
+        for (size_t lane = 0; lane < width; lane++)
             expected[r][lane] = expected_product(b, &p, r, lane, &bound[r][lane]);
     b->k->product(&asked);
     for (size_t r = 0; r < c->rows; r++) {
-        for (size_t lane = 0; lane < b->P; lane++) {
+        for (size_t lane = 0; lane < width; lane++) {
             const double got = get(b->dtype, p.c, (ptrdiff_t)(r * p.c_row + lane));
             if (b->has_fma)
                 CHECK_SAME(got, expected[r][lane], r, lane);
@@ -180,11 +186,17 @@ static void check_product(const bench *b, const product_case *c)
                       "%a instead of %a, more than %a off", got, expected[r][lane], bound[r][lane]);
         }
         if (r + 1 < c->rows)
-            CHECK(all_canaries((unsigned char *)p.c + (r * p.c_row + b->P) * b->k->size, c->gap * b->k->size),
+            CHECK(all_canaries((unsigned char *)p.c + (r * p.c_row + width) * b->k->size, c->gap * b->k->size),
                   "wrote between rows %zu and %zu", r, r + 1);
     }
     for (size_t slot = 0; slot < 5; slot++)
         CHECK(!guarded_slots[slot].first || guarded_intact(slot), "wrote beside buffer %zu", slot);
+}
+
+/* The most panels that a product may have. */
+static size_t most_panels(const bench *b, size_t rows)
+{
+    return b->vectors > 1 ? mha_panels_at_once(rows) : 1;
 }
 
 /* Every combination of options for one ragged size, then some combination for every size. */
@@ -196,19 +208,21 @@ static void test_product(const bench *b)
         for (int addend = 0; addend < ADDENDS; addend++)
             for (size_t i = 0; i < 4; i++)
                 check_product(b, &(product_case){11, 7, layout, i % 2 ? 3 : 0, (addend_kind)addend, i / 2 != 0,
-                                                 SOME_ROWS, 0});
+                                                 SOME_ROWS, 1, 0});
     for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
         for (size_t d = 0; d < sizeof depths / sizeof *depths; d++)
-            for (int prefetched = 0; prefetched < PREFETCHED; prefetched++) {
-                const uint64_t word = random_word(r * 100 + d, (uint64_t)prefetched);
-                product_case c = {rows[r], depths[d], word % LAYOUTS, word >> 8 & 1 ? 3 : 0,
-                                  (addend_kind)(word >> 16) % ADDENDS, word >> 24 & 1, (prefetched_kind)prefetched, 0};
-                check_product(b, &c);
-                for (int half = MHA_BFLOAT16; b->dtype == MHA_FLOAT32 && half <= MHA_FLOAT16; half++) {
-                    c.b_type = (mha_dtype)half;
+            for (int prefetched = 0; prefetched < PREFETCHED; prefetched++)
+                for (size_t panels = 1; panels <= most_panels(b, rows[r]); panels++) {
+                    const uint64_t word = random_word(r * 100 + d, (uint64_t)prefetched + panels * 100);
+                    product_case c = {rows[r], depths[d], word % LAYOUTS, word >> 8 & 1 ? 3 : 0,
+                                      (addend_kind)(word >> 16) % ADDENDS, word >> 24 & 1,
+                                      (prefetched_kind)prefetched, panels, 0};
                     check_product(b, &c);
+                    for (int half = MHA_BFLOAT16; b->dtype == MHA_FLOAT32 && half <= MHA_FLOAT16; half++) {
+                        c.b_type = (mha_dtype)half;
+                        check_product(b, &c);
+                    }
                 }
-            }
 }
 
 /* ---- Panels in and out ---- */

@@ -9,7 +9,7 @@
 #include "bench.h"
 #include "problems.h"
 
-enum { MAX_NUMBERS = 100, MAX_TEST_ROWS = 18 };
+enum { MAX_NUMBERS = 100, MAX_TEST_ROWS = 18, MAX_WIDTH = 4 * MAX_LANES };
 
 typedef struct {
     const char *name;
@@ -101,53 +101,58 @@ static void test_rows(const int8_level *at)
 
 /* ---- Products ---- */
 
+typedef enum { BIAS, NO_ADDEND, SUMS, ADDENDS } addend_kind;
+
 typedef struct {
-    size_t rows, depth, vectors, addend_row; /* addend_row: 0 for a bias, P for sums, 1 for none */
+    size_t rows, depth, panels, vectors;
+    addend_kind addend;
 } product_case;
 
 static void check_product(const int8_level *at, const product_case *c, uint64_t *hash)
 {
     const mha_narrow_kernels *k = at->k;
-    const size_t P = c->vectors * at->lanes, groups = (c->depth + k->group - 1) / k->group;
-    const size_t a_row = k->row_words(c->depth);
+    const size_t P = c->vectors * at->lanes, width = c->panels * P, groups = (c->depth + k->group - 1) / k->group;
+    const size_t a_row = k->row_words(c->depth), panel_bytes = groups * P * k->group;
     static float x[MAX_TEST_ROWS][MAX_NUMBERS];
-    static int8_t w[MAX_NUMBERS][MAX_LANES];
+    static int8_t w[MAX_NUMBERS][MAX_WIDTH];
     uint32_t *a = guarded_buffer(0, c->rows * a_row * sizeof *a, at->side);
-    int8_t *b = guarded_buffer(1, groups * P * k->group, at->side);
-    float *scale = guarded_buffer(2, P * sizeof *scale, at->side);
-    float *addend = guarded_buffer(3, (c->addend_row ? c->rows : 1) * P * sizeof *addend, at->side);
-    float *y = guarded_buffer(4, c->rows * P * sizeof *y, at->side);
+    int8_t *b = guarded_buffer(1, c->panels * panel_bytes, at->side);
+    float *scale = guarded_buffer(2, width * sizeof *scale, at->side);
+    const size_t addends = c->addend == BIAS ? 1 : c->addend == SUMS ? c->rows : 0;
+    float *addend = guarded_buffer(3, addends * width * sizeof *addend, at->side);
+    float *y = guarded_buffer(4, c->rows * width * sizeof *y, at->side);
     for (size_t r = 0; r < c->rows; r++) {
         for (size_t i = 0; i < c->depth; i++)
             x[r][i] = (float)random_number(MHA_FLOAT32, 3 + r, i);
         k->take_row(x[r], c->depth, k->largest(x[r], c->depth), a + r * a_row);
     }
     for (size_t i = 0; i < c->depth; i++)
-        for (size_t lane = 0; lane < P; lane++) {
+        for (size_t lane = 0; lane < width; lane++) {
+            int8_t *panel = b + lane / P * panel_bytes;
             w[i][lane] = (int8_t)(random_word(i, lane) % 256);
-            b[(i / k->group * P + lane) * k->group + i % k->group] = (int8_t)(w[i][lane] + k->weight_offset);
+            panel[(i / k->group * P + lane % P) * k->group + i % k->group] = (int8_t)(w[i][lane] + k->weight_offset);
         }
-    for (size_t lane = 0; lane < P; lane++)
+    for (size_t lane = 0; lane < width; lane++)
         scale[lane] = (float)random_number(MHA_FLOAT32, 1, lane);
-    for (size_t i = 0; i < (c->addend_row ? c->rows : 1) * P; i++)
-        addend[i] = (float)random_number(MHA_FLOAT32, 2 + i / P, i % P);
-    const mha_prefetch prefetch = {(const char *)b, 1, groups * P * k->group, 0};
+    for (size_t i = 0; i < addends * width; i++)
+        addend[i] = (float)random_number(MHA_FLOAT32, 2 + i / width, i % width);
+    const mha_prefetch prefetch = {(const char *)b, 1, panel_bytes, 0};
     const mha_product product = {.rows = c->rows, .depth = groups, .vectors = c->vectors, .a = a,
-                                 .a_row = (ptrdiff_t)a_row, .a_k = 1, .b = b, .b_k = P, .b_scale = scale,
-                                 .addend = c->addend_row == 1 ? NULL : addend,
-                                 .addend_row = c->addend_row == 1 ? 0 : c->addend_row, .c = y, .c_row = P,
-                                 .prefetch = c->rows % 2 ? &prefetch : NULL};
+                                 .a_row = (ptrdiff_t)a_row, .a_k = 1, .b = b, .b_k = P,
+                                 .more_panels = c->panels - 1, .b_panel = panel_bytes, .b_scale = scale,
+                                 .addend = addends ? addend : NULL, .addend_row = c->addend == SUMS ? width : 0,
+                                 .c = y, .c_row = width, .prefetch = c->depth % 2 ? &prefetch : NULL};
     k->product(&product);
     for (size_t r = 0; r < c->rows; r++)
-        for (size_t lane = 0; lane < P; lane++) {
+        for (size_t lane = 0; lane < width; lane++) {
             int64_t sum = 0;
             for (size_t i = 0; i < c->depth; i++)
                 sum += (int64_t)row_integer(at, a + r * a_row, i) * w[i][lane];
             const float added = product.addend ? addend[r * product.addend_row + lane] : 0;
             const float wanted = multiplied(at, (float)sum, bits_to_float(a[r * a_row]) * scale[lane], added);
-            CHECK_SAME(y[r * P + lane], wanted, r, lane);
+            CHECK_SAME(y[r * width + lane], wanted, r, lane);
             if (hash && lane < 4) /* panels are as wide as the vectors of a level */
-                hash_number(hash, (double)y[r * P + lane]);
+                hash_number(hash, (double)y[r * width + lane]);
         }
     CHECK(guarded_intact(4), "numbers beyond the product were written");
 }
@@ -158,12 +163,13 @@ static void test_products(const int8_level *at, uint64_t *hash)
     for (size_t rows = 0; rows <= MAX_TEST_ROWS; rows++)
         for (size_t d = 0; d < sizeof depths / sizeof *depths; d++)
             for (size_t vectors = 1; vectors <= at->k->vectors; vectors++)
-                for (size_t kind = 0; kind < 3; kind++) {
-                    const product_case c = {rows, depths[d], vectors, kind == 2 ? vectors * at->lanes : kind};
-                    DESCRIBE("%s product of %zu rows, depth %zu, %zu vectors, addend %zu", at->name, rows, depths[d],
-                             vectors, kind);
-                    check_product(at, &c, vectors == 1 ? hash : NULL);
-                }
+                for (size_t panels = 1; panels <= (vectors > 1 ? mha_panels_at_once(rows) : 1); panels++)
+                    for (int addend = 0; addend < ADDENDS; addend++) {
+                        const product_case c = {rows, depths[d], panels, vectors, (addend_kind)addend};
+                        DESCRIBE("%s product of %zu rows, depth %zu, %zu panels of %zu vectors, addend %d", at->name,
+                                 rows, depths[d], panels, vectors, addend);
+                        check_product(at, &c, vectors == 1 ? hash : NULL);
+                    }
 }
 
 static void test_int8_kernels(void)
