@@ -74,7 +74,7 @@ static size_t max_segments(const mha_batch *batch)
 }
 
 /* A thread's scratch: scores of a panel, a slice of a block's inputs, the same with zeros for numbers that are not
- * finite, and a strip or the probabilities of all heads of a query. */
+ * finite, and strips of some panels or the probabilities of all heads of a query. */
 typedef struct {
     char *scores, *bias, *factor, *slice, *finite, *rows;
 } scratch_pieces;
@@ -92,7 +92,8 @@ static scratch_pieces take_scratch(const mha_few_queries *f, char *base, mha_lay
     const size_t bias = mha_reserve(layout, MHA_BLOCK_KEYS, P, size), factor = mha_reserve(layout, 1, P, size);
     const size_t slice = mha_reserve(layout, MHA_BLOCK_KEYS, slice_stride(kernels), size);
     const size_t finite = mha_reserve(layout, MHA_BLOCK_KEYS, MHA_CHAIN, size);
-    const size_t rows = mha_reserve(layout, mha_larger(H, f->a->L), mha_larger(MHA_BLOCK_KEYS, P), size);
+    const size_t strips = mha_larger(f->a->L * mha_panels_at_once(f->a->L), H);
+    const size_t rows = mha_reserve(layout, strips, mha_larger(MHA_BLOCK_KEYS, P), size);
     return base ? (scratch_pieces){base + scores, base + bias, base + factor, base + slice, base + finite, base + rows}
                 : (scratch_pieces){0};
 }
@@ -215,19 +216,20 @@ static void copy_inputs(const mha_few_queries *f, const mha_rows *x, size_t i, c
 
 /* ---- absorb ---- */
 
-/* Computes some features of the rows of t for one head: q_h times rows of Wk, which are read in place. The last vector
- * ends with the last feature, so that nothing is read beyond the matrix. The features that it shares with the vector
- * before are computed twice, to the same bits. */
-static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t first, size_t vectors)
+/* Computes some features of the rows of t for one head: q_h times rows of Wk, which are read in place, as panels side by
+ * side. The last vector ends with the last feature, so that nothing is read beyond the matrix. The features that it
+ * shares with the vector before are computed twice, to the same bits. */
+static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t first, size_t vectors, size_t panels)
 {
     const mha_layer *layer = f->layer;
     const mha_widths *w = &layer->widths;
-    const size_t hkv = h / (w->H / w->Hkv);
-    const char *Wk = (const char *)layer->k_weight + (hkv * w->D * w->Ek + first) * mha_size_of(layer->k.type);
+    const size_t hkv = h / (w->H / w->Hkv), b_size = mha_size_of(layer->k.type);
+    const char *Wk = (const char *)layer->k_weight + (hkv * w->D * w->Ek + first) * b_size;
     char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
     mha_product product = {.rows = f->a->L, .vectors = vectors, .a = mha_row_at(&f->a->q, i, h, 0),
                            .a_row = mha_row_numbers(&f->a->q), .a_k = 1, .b = Wk, .b_k = w->Ek,
-                           .b_type = layer->k.type, .c = t, .c_row = w->H * f->t_stride};
+                           .b_type = layer->k.type, .more_panels = panels - 1,
+                           .b_panel = vectors * layer->kernels->lanes * b_size, .c = t, .c_row = w->H * f->t_stride};
     mha_multiply_chained(layer->kernels, NULL, &product, w->D);
 }
 
@@ -264,12 +266,13 @@ static void absorb_task(void *context, size_t task, size_t worker)
     if (f->layer->k.bias)
         check_constants(f, i, h, &s);
     while (Ek - e >= kernels->lanes) {
-        const size_t vectors = mha_smaller((Ek - e) / kernels->lanes, kernels->vectors);
-        absorb_window(f, i, h, e, vectors);
-        e += vectors * kernels->lanes;
+        const size_t left = (Ek - e) / kernels->lanes, vectors = mha_smaller(left, kernels->vectors);
+        const size_t panels = mha_smaller(left / vectors, mha_panels_at_once(f->a->L));
+        absorb_window(f, i, h, e, vectors, panels);
+        e += panels * vectors * kernels->lanes;
     }
     if (e < Ek)
-        absorb_window(f, i, h, Ek - kernels->lanes, 1);
+        absorb_window(f, i, h, Ek - kernels->lanes, 1, 1);
 }
 
 static void pack_task(void *context, size_t task, size_t worker)
@@ -420,20 +423,24 @@ static void merge_task(void *context, size_t task, size_t worker)
 
 /* ---- emit ---- */
 
-/* Multiplies by one panel of Wv for one head, through a strip. The panel may contain features of other heads. */
-static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel panel, char *strip)
+/* Multiplies by a panel of Wv, or some at once, for one head, through a strip. They may contain features of other heads.
+ */
+static void emit_panels(const mha_few_queries *f, size_t i, size_t h, mha_panel panel, size_t at_once, char *strip)
 {
     const mha_layer *layer = f->layer;
     const mha_widths *w = &layer->widths;
     const mha_kernels *kernels = layer->kernels;
-    const size_t size = kernels->size, P = panel.vectors * kernels->lanes;
+    const size_t size = kernels->size, P = panel.vectors * kernels->lanes, width = at_once * P;
     const char *y = numbers_at(f, f->y, (i * lanes_of(f) + h) * f->y_stride);
     mha_product product = {.rows = f->a->L, .vectors = panel.vectors, .a = y,
                            .a_row = (ptrdiff_t)(w->H * f->y_stride), .a_k = 1, .b = mha_panel_row(&layer->v, &panel, 0),
-                           .b_k = P, .b_type = layer->v.type, .addend_row = P, .c = strip, .c_row = P};
+                           .b_k = P, .b_type = layer->v.type, .more_panels = at_once - 1,
+                           .b_panel = w->Ev * P * layer->v.group_bytes, .addend_row = width, .c = strip,
+                           .c_row = width};
     mha_multiply_chained(kernels, NULL, &product, w->Ev);
     if (layer->v.bias) {
         product.b_type = kernels->dtype;
+        product.b_panel = P * size;
         product.depth = 1;
         product.a = numbers_at(f, f->bias_factor, i * padded_lanes(f) + h);
         product.a_row = (ptrdiff_t)w->H;
@@ -446,7 +453,7 @@ static void emit_panel(const mha_few_queries *f, size_t i, size_t h, mha_panel p
     const size_t to = mha_smaller(head + w->Dv, panel.first + panel.count);
     for (size_t l = 0; l < f->a->L; l++)
         memcpy(mha_row_at(&f->a->context, i, h, l) + (from - head) * size,
-               strip + (l * P + from - panel.first) * size, (to - from) * size);
+               strip + (l * width + from - panel.first) * size, (to - from) * size);
 }
 
 /* Checks that the context of a head is finite. If a number in values, Wv or bv is not finite, nor is the context. A
@@ -468,10 +475,14 @@ static void emit_task(void *context, size_t task, size_t worker)
     const mha_widths *w = &f->layer->widths;
     const size_t i = task / w->H, h = task % w->H, head = h / (w->H / w->Hkv) * w->Dv;
     const mha_split *split = &f->layer->v.split;
-    for (size_t p = 0; p < split->panels; p++) {
-        const mha_panel panel = mha_panel_at(split, p);
-        if (panel.first < head + w->Dv && head < panel.first + panel.count)
-            emit_panel(f, i, h, panel, scratch_of(f, worker).rows);
+    size_t p = 0, end = split->panels, at_once;
+    while (mha_panel_at(split, p).first + mha_panel_at(split, p).count <= head)
+        p++;
+    while (mha_panel_at(split, end - 1).first >= head + w->Dv)
+        end--;
+    for (; p < end; p += at_once) {
+        const mha_panel panel = mha_panels_at(split, p, end, mha_panels_at_once(f->a->L), &at_once);
+        emit_panels(f, i, h, panel, at_once, scratch_of(f, worker).rows);
     }
     check_context(f, i, h);
 }

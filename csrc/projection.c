@@ -100,7 +100,7 @@ static mha_blocking choose_blocking(const mha_kernels *kernels, const mha_projec
         p.block_rows = mha_divide_up(mha_row_units(rows), p.blocks) * MHA_ROW_UNIT;
     for (size_t t = 0; t < projection->targets; t++)
         p.panels += projection->target[t].panels->split.panels;
-    p.at_once = p.panels >= threads * mha_panels_at_once(rows) ? mha_panels_at_once(rows) : 1;
+    p.at_once = mha_larger(mha_smaller(p.panels / threads, mha_panels_at_once(rows)), 1);
     p.task_panels = p.panels;
     if (threads > 1 && p.blocks && p.panels) {
         const size_t groups = mha_divide_up(p.panels, p.at_once);

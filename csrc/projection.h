@@ -51,7 +51,7 @@ typedef struct {
     size_t chain_width;
     size_t blocks, block_rows; /* blocks of rows; the rows of the largest one */
     size_t panels;            /* of all targets */
-    size_t at_once;           /* panels that are multiplied at once, at most */
+    size_t at_once;           /* panels that are multiplied at once, at most; each thread has as many */
     size_t task_panels;       /* of one task */
     size_t tasks_per_block;
     /* blocks at which threads take turns, so that a thread's next task is usually on rows that it has copied */

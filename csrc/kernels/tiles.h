@@ -72,8 +72,8 @@ enum { MAX_PIECE = 512 };
 /* How far ahead a product prefetches its own panel. */
 enum { OWN_AHEAD = 2048 };
 
-/* Whether the hardware fetches the panels of a product of few rows in time, so that its tiles prefetch nothing: two of
- * these are enough. */
+/* Whether the hardware fetches the panels of a product of few rows in time, so that its tiles prefetch nothing. Two of
+ * these three are enough. */
 INLINE bool is_left_alone(size_t rows, size_t panels, size_t read)
 {
     return (rows == 1) + (panels > 1) + (read > LINE_BYTES) >= 2;
@@ -116,8 +116,8 @@ INLINE void prefetch_pieces(prefetching *left)
  *
  * Where two threads share a core, each gets half of the instructions that it can begin, and these limit the loop. So it
  * is unrolled, and there are copies that prefetch less. Tiles of one to three rows prefetch one line in a step of whole
- * lines, and leave the rest to the hardware. If there are several panels, `panel` bytes apart, a step prefetches a line
- * of two, or nothing. */
+ * lines, and leave the rest to the hardware. If there are two panels, `panel` bytes apart, a step prefetches a line of
+ * each, or nothing. */
 #define TILE_LOOP(UNROLL, rows, panels, panel, read, depth, prefetch, STEP) \
     do { \
         const size_t step_ = panels > 1 && is_left_alone(rows, panels, read) ? 0 : (prefetch).step; \

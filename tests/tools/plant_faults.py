@@ -197,12 +197,13 @@ class Unseen(NamedTuple):
 
 UNSEEN = [
     Unseen("", "", r"__builtin_prefetch|prefetch|madvise|MADV_", "a hint to the hardware or to the system"),
-    Unseen("tiles?", "prefetch", "", "what is prefetched"),
+    Unseen("tiles?", r"prefetch|is_left_alone\(\)", "", "what is prefetched"),
     Unseen("groups", r"tile\(\)", r"-> .*a_4 = rows >= 4", "an address that four rows do not use"),
     Unseen("projection", r"prefetch_row\(\)|next_weights\(\)", "", "what is prefetched"),
     Unseen("attention", r"prefetch_share\(\)|count_sharers\(\)", "", "what is prefetched"),
     Unseen("projection", r"narrow_slice\(\)", r"-> .*spare\) : 1;", "rows of bfloat16 have no largest number"),
     Unseen("projection", r"choose_tasks_per_block\(\)", "", "how threads share the work"),
+    Unseen("projection", r"choose_blocking\(\)", r"at_once|groups", "how threads share the work"),
     Unseen("probabilities", r"(even_parts|are_panels_even)\(\)", "", "how threads share the work"),
     Unseen("probabilities", r"take\(\)", r"-> .*reserve\(layout, numbers, rows", "the same product"),
     Unseen("schedule", r"min_chunks\(\)", "", "how threads share the work"),
