@@ -75,7 +75,8 @@ def main():
         give_up("Atheris is not installed")
     command = build_core() if options.target == "core" else [
         sys.executable, TESTS / "fuzz" / "fuzz_python.py", options.target]
-    command += [f"-timeout={MOST_SECONDS}", f"-rss_limit_mb={MOST_MEGABYTES}",
+    # libFuzzer's own exit status for what it finds is 77, which here means that a tool is missing.
+    command += ["-error_exitcode=1", f"-timeout={MOST_SECONDS}", f"-rss_limit_mb={MOST_MEGABYTES}",
                 f"-artifact_prefix={SCRATCH / options.target}-failed-", "-print_final_stats=1",
                 *LENGTHS.get(options.target, ()), found, TESTS / "fuzz" / "corpus" / options.target]
     status, executed, spent = 0, 0, 0.0
