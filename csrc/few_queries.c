@@ -481,7 +481,7 @@ static void emit_task(void *context, size_t task, size_t worker)
     while (mha_panel_at(split, end - 1).first >= head + w->Dv)
         end--;
     for (; p < end; p += at_once) {
-        const mha_panel panel = mha_panels_at(split, p, end, mha_panels_at_once(f->a->L), &at_once);
+        const mha_panel panel = mha_panels_at(split, p, mha_smaller(mha_panels_at_once(f->a->L), end - p), &at_once);
         emit_panels(f, i, h, panel, at_once, scratch_of(f, worker).rows);
     }
     check_context(f, i, h);

@@ -43,12 +43,12 @@ static inline mha_panel mha_panel_at(const mha_split *split, size_t i)
     return (mha_panel){first, mha_smaller(split->width - first, vectors * split->lanes), vectors};
 }
 
-/* Panel i and those after it that are as wide as it, before panel `end` and at most `most`: as one, whose count is of
- * all, and whose vectors are those of each. */
-static inline mha_panel mha_panels_at(const mha_split *split, size_t i, size_t end, size_t most, size_t *panels)
+/* Panel i and those after it that are as wide as it, at most `most`: as one, whose count is of all, and whose vectors
+ * are those of each. */
+static inline mha_panel mha_panels_at(const mha_split *split, size_t i, size_t most, size_t *panels)
 {
     mha_panel all = mha_panel_at(split, i);
-    for (*panels = 1; *panels < mha_smaller(most, end - i); ++*panels) {
+    for (*panels = 1; *panels < mha_smaller(most, split->panels - i); ++*panels) {
         const mha_panel next = mha_panel_at(split, i + *panels);
         if (next.vectors != all.vectors)
             break;

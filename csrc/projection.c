@@ -250,19 +250,14 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
                               copied_slice *copied, char *block, char *spare)
 {
     const mha_blocking *p = &projection->blocking;
-    sliced_rows slice = {.first_row = first_row, .rows = rows, .first_feature = first_feature};
     const bool is_narrow = projection->target[0].panels->narrow != NULL;
     if (p->slices == 1 && !is_narrow) {
         mha_run run = mha_run_at(projection->walk, projection->x, true, first_row, first_row + rows);
         const ptrdiff_t size = (ptrdiff_t)mha_size_of(projection->x->type);
         if (rows == 1)
             run.distance = (ptrdiff_t)p->depth * size;
-        if (can_stay(&run, projection->x, rows)) {
-            slice.data = run.data;
-            slice.row_stride = run.distance / size;
-            slice.chain_stride = MHA_CHAIN;
-            return slice;
-        }
+        if (can_stay(&run, projection->x, rows))
+            return (sliced_rows){first_row, rows, first_feature, run.data, run.distance / size, MHA_CHAIN};
     }
     if (copied->projection != projection || copied->first_row != first_row || copied->first_feature != first_feature) {
         if (is_narrow)
@@ -271,10 +266,8 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
             copy_slice(projection, first_row, rows, first_feature, block);
     }
     *copied = (copied_slice){projection, first_row, first_feature};
-    slice.data = block;
-    slice.row_stride = (ptrdiff_t)p->chain_width;
-    slice.chain_stride = (ptrdiff_t)(p->block_rows * p->chain_width);
-    return slice;
+    return (sliced_rows){first_row, rows, first_feature, block, (ptrdiff_t)p->chain_width,
+                         (ptrdiff_t)(p->block_rows * p->chain_width)};
 }
 
 /* What is needed next of the panels. The weights are much larger than the caches near the core, and the hardware
@@ -440,9 +433,8 @@ static void run_task(void *context, size_t task, size_t worker)
         for (size_t i = first_panel, at_once; i < end; i += at_once) {
             size_t in_target = i;
             const mha_target *target = find_target(projection, &in_target);
-            const mha_split *split = &target->panels->split;
-            const size_t end_in_target = mha_smaller(split->panels, in_target + end - i);
-            const mha_panel panel = mha_panels_at(split, in_target, end_in_target, p->at_once, &at_once);
+            const mha_panel panel =
+                mha_panels_at(&target->panels->split, in_target, mha_smaller(p->at_once, end - i), &at_once);
             char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * size;
             multiply_slice(j->kernels, projection, target, panel, at_once, &x, strip);
             if (i / PANELS_PER_POLL < (i + at_once) / PANELS_PER_POLL && mha_is_stopped())

@@ -12,6 +12,12 @@
 
 enum { MAX_LANES = 64 }; /* of a panel, in any table */
 
+/* The most panels that a product may have. */
+static inline size_t most_panels(size_t vectors, size_t rows)
+{
+    return vectors > 1 ? mha_panels_at_once(rows) : 1;
+}
+
 typedef struct {
     const mha_kernels *k;
     mha_dtype dtype;

@@ -193,12 +193,6 @@ static void check_product(const bench *b, const product_case *c)
         CHECK(!guarded_slots[slot].first || guarded_intact(slot), "wrote beside buffer %zu", slot);
 }
 
-/* The most panels that a product may have. */
-static size_t most_panels(const bench *b, size_t rows)
-{
-    return b->vectors > 1 ? mha_panels_at_once(rows) : 1;
-}
-
 /* Every combination of options for one ragged size, then some combination for every size. */
 static void test_product(const bench *b)
 {
@@ -212,7 +206,7 @@ static void test_product(const bench *b)
     for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
         for (size_t d = 0; d < sizeof depths / sizeof *depths; d++)
             for (int prefetched = 0; prefetched < PREFETCHED; prefetched++)
-                for (size_t panels = 1; panels <= most_panels(b, rows[r]); panels++) {
+                for (size_t panels = 1; panels <= most_panels(b->vectors, rows[r]); panels++) {
                     const uint64_t word = random_word(r * 100 + d, (uint64_t)prefetched + panels * 100);
                     product_case c = {rows[r], depths[d], word % LAYOUTS, word >> 8 & 1 ? 3 : 0,
                                       (addend_kind)(word >> 16) % ADDENDS, word >> 24 & 1,

@@ -163,7 +163,7 @@ static void test_products(const int8_level *at, uint64_t *hash)
     for (size_t rows = 0; rows <= MAX_TEST_ROWS; rows++)
         for (size_t d = 0; d < sizeof depths / sizeof *depths; d++)
             for (size_t vectors = 1; vectors <= at->k->vectors; vectors++)
-                for (size_t panels = 1; panels <= (vectors > 1 ? mha_panels_at_once(rows) : 1); panels++)
+                for (size_t panels = 1; panels <= most_panels(vectors, rows); panels++)
                     for (int addend = 0; addend < ADDENDS; addend++) {
                         const product_case c = {rows, depths[d], panels, vectors, (addend_kind)addend};
                         DESCRIBE("%s product of %zu rows, depth %zu, %zu panels of %zu vectors, addend %d", at->name,
