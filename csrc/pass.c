@@ -39,13 +39,14 @@ static mha_target target_of(const mha_panels *panels, const mha_rows *y, size_t 
     return (mha_target){panels, y, head_width, (size_t)mha_placed_distance(y) / mha_size_of(y->type)};
 }
 
-/* Whether rows that padding hides as keys are not computed as queries either. Masks and the causal order refer to
- * queries by their numbers. With these, all rows are computed. */
+/* Whether rows that padding hides as keys are not computed as queries either. Masks, the causal order and dropout refer
+ * to queries by their numbers, and few_queries.c has the same number of queries in each item. There, all rows are
+ * computed. */
 static bool skips_padding(const mha_pass *p)
 {
     const mha_call *call = p->passes->call;
-    return call->block && call->block->zeroes_padding && !call->attn_mask.kind && !call->is_causal &&
-           mha_all_live_keys(p->batch) < p->batch->count * call->S;
+    return call->block && call->block->zeroes_padding && !p->passes->is_few && !call->attn_mask.kind &&
+           !call->is_causal && !(call->dropout_p > 0) && mha_all_live_keys(p->batch) < p->batch->count * call->S;
 }
 
 static void walk_queries(mha_pass *p, mha_plan *plan)

@@ -600,6 +600,21 @@ def test_padded_rows_of_single_layers(batch_first):
         layer.padded = "nan"
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("widths", [{"nhead": 2, "head_dim": 40}, {"nhead": 1, "head_dim": 16, "v_head_dim": 2000}])
+def test_padded_rows_where_heads_are_wider_than_the_layer(widths, norm_first):
+    """Then few operations are needed if queries attend to the inputs of the keys, which is a path of its own."""
+    layer = mha_c.TransformerEncoderLayer(16, dim_feedforward=32, batch_first=True, norm_first=norm_first, seed=0, **widths)
+    layer.eval()
+    x = np.random.default_rng(0).standard_normal((3, 200, 16), np.float32)
+    padding = np.arange(200) < np.array([[50], [0], [199]])
+    computed = layer(x, src_key_padding_mask=padding)
+    layer.padded = "zero"
+    zeroed = layer(x, src_key_padding_mask=padding)
+    assert not zeroed[padding].any()
+    np.testing.assert_array_equal(zeroed[~padding], computed[~padding])
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("activation", ["relu", lambda x: np.maximum(x, 0)])
 def test_long_doubles_beyond_float64_are_padding(activation):
