@@ -120,15 +120,21 @@ mha_status mha_begin_block(const mha_block_pass *b)
     return b->block->norm_first ? mha_add_and_normalize(&norm, b->team) : MHA_OK;
 }
 
-/* Rows of the output that padding hides become 0. */
-static void zero_padding(const mha_block_pass *b, const mha_batch *batch)
+typedef struct {
+    const mha_block_pass *b;
+    const mha_batch *batch;
+} padded_output;
+
+/* Rows of one item of the output that padding hides become 0. */
+static void zero_task(void *context, size_t item, size_t worker)
 {
-    for (size_t i = 0; i < batch->count; i++)
-        for (size_t l = 0, live = 0; l < batch->S; l++)
-            if (live < mha_live_keys(batch, i) && mha_live_numbers(batch, i)[live] == l)
-                live++;
-            else
-                b->kernels->fill(mha_row_at(&b->output, i, 0, l), b->width, 0);
+    (void)worker;
+    const padded_output *o = context;
+    for (size_t l = 0, live = 0; l < o->batch->S; l++)
+        if (live < mha_live_keys(o->batch, item) && mha_live_numbers(o->batch, item)[live] == l)
+            live++;
+        else
+            o->b->kernels->fill(mha_row_at(&o->b->output, item, 0, l), o->b->width, 0);
 }
 
 mha_status mha_end_block(const mha_block_pass *b, const mha_batch *batch)
@@ -148,7 +154,8 @@ mha_status mha_end_block(const mha_block_pass *b, const mha_batch *batch)
         status = feed_forward(b);
     if (status == MHA_OK && !is_last)
         status = mha_add_and_normalize(&last, b->team);
+    padded_output padded = {b, batch};
     if (status == MHA_OK && block->zeroes_padding && batch->index)
-        zero_padding(b, batch);
+        status = mha_parallel_for(b->team, batch->count, zero_task, &padded);
     return status;
 }

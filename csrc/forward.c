@@ -18,21 +18,27 @@
 
 #include "pass.h"
 #include "probabilities.h"
+#include "rowwise.h"
 #include "schedule.h"
 
 static mha_status project_inputs(mha_pass *p)
 {
     const mha_call *call = p->passes->call;
     const mha_widths *w = &p->passes->layer->widths;
-    const mha_rows k = mha_numbered(&call->static_k, p->batch->numbers);
-    const mha_rows v = mha_numbered(&call->static_v, p->batch->numbers);
+    const mha_rows static_k = mha_numbered(&call->static_k, p->batch->numbers);
+    const mha_rows static_v = mha_numbered(&call->static_v, p->batch->numbers);
+    const mha_copied_rows k = {&p->keys, &static_k, &p->attention.k, w->Hkv, w->D};
+    const mha_copied_rows v = {&p->keys, &static_v, &p->attention.v, w->Hkv, w->Dv};
+    mha_status status = MHA_OK;
     if (!p->passes->is_few)
         mha_number_rows(&p->keys);
-    if (k.data)
-        mha_copy_rows(&p->keys, &k, &p->attention.k, w->Hkv, w->D);
-    if (v.data)
-        mha_copy_rows(&p->keys, &v, &p->attention.v, w->Hkv, w->Dv);
-    return mha_project(p->passes->layer->kernels, p->inputs, p->input_count, &p->team);
+    if (static_k.data)
+        status = mha_copy_rows(&k, &p->team);
+    if (status == MHA_OK && static_v.data)
+        status = mha_copy_rows(&v, &p->team);
+    if (status == MHA_OK)
+        status = mha_project(p->passes->layer->kernels, p->inputs, p->input_count, &p->team);
+    return status;
 }
 
 static mha_status attend(mha_pass *p)
@@ -47,9 +53,13 @@ static mha_status project_output(const mha_pass *p)
     const mha_call *call = p->passes->call;
     const mha_widths *w = &p->passes->layer->widths;
     const mha_rows context = mha_numbered(&call->context, p->batch->numbers);
+    const mha_copied_rows copied = {&p->queries, &p->attention.context, &context, 1, w->H * w->Dv};
+    mha_status status = MHA_OK;
     if (context.data)
-        mha_copy_rows(&p->queries, &p->attention.context, &context, 1, w->H * w->Dv);
-    return call->output.data ? mha_project(p->passes->layer->kernels, &p->last, 1, &p->team) : MHA_OK;
+        status = mha_copy_rows(&copied, &p->team);
+    if (status == MHA_OK && call->output.data)
+        status = mha_project(p->passes->layer->kernels, &p->last, 1, &p->team);
+    return status;
 }
 
 static mha_status run_pass(void *memory)

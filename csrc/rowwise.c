@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * rowwise.c - rows in tasks of some rows: added, normalized, activated.
+ * rowwise.c - rows in tasks of some rows: copied, added, normalized, activated.
  *
  * Owns: nothing.
  */
@@ -16,7 +16,30 @@ static size_t rows_per_task(size_t width)
     return mha_larger(NUMBERS_PER_TASK / mha_larger(width, 1), 1);
 }
 
-/* The run of x from row r on. *rows becomes its rows, if they are fewer. */
+static void copy_task(void *context, size_t task, size_t worker)
+{
+    (void)worker;
+    const mha_copied_rows *c = context;
+    const size_t per_task = rows_per_task(c->heads * c->width), size = mha_size_of(c->x->type);
+    const size_t end = mha_smaller((task + 1) * per_task, mha_walk_rows(c->walk));
+    size_t rows;
+    for (size_t r = task * per_task; r < end; r += rows) {
+        const mha_run x = mha_run_at(c->walk, c->x, true, r, end), y = mha_run_at(c->walk, c->y, false, r, r + x.rows);
+        rows = y.rows;
+        for (ptrdiff_t i = 0; i < (ptrdiff_t)rows; i++)
+            for (ptrdiff_t h = 0; h < (ptrdiff_t)c->heads; h++)
+                mha_copy_row(x.data + i * x.distance + h * c->x->head, c->x->step, c->width, size,
+                             y.data + i * y.distance + h * c->y->head);
+    }
+}
+
+mha_status mha_copy_rows(const mha_copied_rows *copied, const mha_team *team)
+{
+    const size_t tasks = mha_divide_up(mha_walk_rows(copied->walk), rows_per_task(copied->heads * copied->width));
+    return mha_parallel_for(team, tasks, copy_task, (void *)copied);
+}
+
+/* The run of x from row r on. Lowers *rows to the length of the run. */
 static mha_run run_of(const mha_residual *s, const mha_rows *x, size_t r, size_t *rows)
 {
     if (!x)

@@ -1,12 +1,21 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * rowwise.h - steps that take each row by itself: residual connections, norms, activations.
+ * rowwise.h - steps that take each row by itself: copies, residual connections, norms, activations.
  */
 #ifndef MHA_ROWWISE_H
 #define MHA_ROWWISE_H
 
 #include "threads.h"
 #include "walk.h"
+
+/* Copies `width` numbers of each head of the rows of x, which are gathered, to y. */
+typedef struct {
+    const mha_walk *walk;
+    const mha_rows *x, *y;
+    size_t heads, width;
+} mha_copied_rows;
+
+mha_status mha_copy_rows(const mha_copied_rows *copied, const mha_team *team);
 
 /* sum = x + added, then y = norm(sum), for the rows of a walk. All are gathered. Their features are adjacent. */
 typedef struct {

@@ -172,14 +172,3 @@ void mha_copy_row(const char *x, ptrdiff_t step, size_t numbers, size_t size, ch
         for (size_t e = 0; e < numbers; e++)
             memcpy(to + e * sizeof(double), x + (ptrdiff_t)e * step, sizeof(double));
 }
-
-void mha_copy_rows(const mha_walk *walk, const mha_rows *x, const mha_rows *y, size_t heads, size_t width)
-{
-    for (size_t i = 0; i < walk->items; i++) {
-        const size_t *numbers = walk->live ? mha_live_numbers(walk->live, i) : NULL;
-        for (size_t l = 0; l < rows_of_item(walk, i); l++)
-            for (size_t h = 0; h < heads; h++)
-                mha_copy_row(mha_row_at(x, i, h, numbers ? numbers[l] : l), x->step, width, mha_size_of(x->type),
-                             mha_row_at(y, i, h, l));
-    }
-}

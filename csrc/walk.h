@@ -62,7 +62,4 @@ static inline ptrdiff_t mha_placed_distance(const mha_rows *rows)
     return rows->item < rows->row ? rows->item : rows->row;
 }
 
-/* Copies `width` numbers of each row of x, gathered, to y. */
-void mha_copy_rows(const mha_walk *walk, const mha_rows *x, const mha_rows *y, size_t heads, size_t width);
-
 #endif

@@ -13,7 +13,7 @@ enum { MHA_CACHE_LINE = 64, MHA_HUGE_PAGE = 2 << 20 }; /* in bytes */
 
 /* Sizes of pieces that will be one block. Initialise with zeros. */
 typedef struct {
-    size_t bytes;
+    size_t bytes; /* PTRDIFF_MAX after an overflow, so that a layout is too large, too, if this one is a piece of it */
     bool too_large; /* an overflow occurred on the way */
 } mha_layout;
 
@@ -25,7 +25,7 @@ static inline size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns
     size_t bytes;
     if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, size, &bytes) ||
         bytes > max_bytes || offset + bytes > max_bytes)
-        layout->too_large = true;
+        *layout = (mha_layout){.bytes = PTRDIFF_MAX, .too_large = true};
     else
         layout->bytes = offset + (bytes + MHA_CACHE_LINE - 1) / MHA_CACHE_LINE * MHA_CACHE_LINE;
     return offset;

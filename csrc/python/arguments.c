@@ -259,8 +259,8 @@ int run_forward(module_state *state, call_arguments *arguments)
 {
     mha_call *call = &arguments->call;
     PyArrayObject *const arrays[] = {arguments->query, arguments->key, arguments->value, arguments->key_padding_mask,
-                                     arguments->attn_mask, arguments->static_k, arguments->static_v, arguments->output,
-                                     arguments->norms[0], arguments->norms[1], arguments->norms[2],
+                                     arguments->attn_mask, arguments->static_k, arguments->static_v, arguments->paths,
+                                     arguments->output, arguments->norms[0], arguments->norms[1], arguments->norms[2],
                                      arguments->norms[3]};
     return run_core(state, mha_forward_operations(arguments->weights->packed, call), &call->threads, &call->stop,
                     arrays, sizeof arrays / sizeof *arrays, start_forward, arguments);
@@ -301,6 +301,7 @@ void release_arguments(call_arguments *arguments)
     Py_XDECREF(arguments->attn_mask);
     Py_XDECREF(arguments->static_k);
     Py_XDECREF(arguments->static_v);
+    Py_XDECREF(arguments->paths);
     Py_XDECREF(arguments->output);
     Py_XDECREF(arguments->attn_weights);
     for (size_t i = 0; i < sizeof arguments->norms / sizeof *arguments->norms; i++)

@@ -19,6 +19,7 @@ typedef struct {
     PyArrayObject *query, *key, *value;           /* the same array if the same object was passed */
     PyArrayObject *key_padding_mask, *attn_mask;  /* NULL: none */
     PyArrayObject *static_k, *static_v;           /* NULL: none */
+    PyArrayObject *paths;                         /* of attend(), one bool for each batch item; NULL otherwise */
     PyArrayObject *output;                        /* what the core writes; may be out */
     PyArrayObject *attn_weights;                  /* NULL: not wanted */
     PyArrayObject *norms[4]; /* weights and biases of a layer's norms; NULL: none */

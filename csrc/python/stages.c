@@ -59,6 +59,7 @@ static int read_paths(PyObject *object, call_arguments *arguments)
         PyErr_SetString(PyExc_ValueError, "paths must be an array of one bool for each batch item");
         return -1;
     }
+    arguments->paths = (PyArrayObject *)Py_NewRef(object);
     arguments->call.is_few = PyArray_DATA(array);
     return 0;
 }

@@ -286,6 +286,9 @@ static void test_layouts(void)
         mha_reserve(&plan.layout, 1, 1, 1);
         CHECK(mha_allocate(&plan, &block) == MHA_TOO_LARGE && !block, "allocated");
         CHECK(mha_take_workspace(&plan, &block) == MHA_TOO_LARGE && !block, "a workspace");
+        mha_plan whole = {0};
+        mha_reserve(&whole.layout, 1, plan.layout.bytes, 1);
+        CHECK(mha_allocate(&whole, &block) == MHA_TOO_LARGE && !block, "allocated as a piece");
     }
     DESCRIBE("twice what fits once");
     mha_plan plan = {0};
