@@ -161,14 +161,14 @@ def _find_parts(layer: torch.nn.Module, classes: Mapping[str, Classes]) -> dict[
     found: dict[str, Any] = {"": layer}
     for path, known in classes.items():
         within, _, name = path.rpartition(".")
-        module = found[path] = found[within]._modules.get(name)
-        if module is None and known == ACTIVATION:
-            function = found[path] = getattr(found[within], name)
-            if activation_name(function) is None:
-                return f"{path} {getattr(function, '__name__', type(function).__name__)}"
-            continue
+        # As torch reads it: an attribute hides a module of the same name.
+        module = found[path] = getattr(found[within], name, None)
         if module is None:
             return f"no {path}"
+        if not isinstance(module, torch.nn.Module):
+            if known == ACTIVATION and activation_name(module) is not None:
+                continue
+            return f"{path} {getattr(module, '__name__', type(module).__name__)}"
         kind = type(module)
         if "parametrizations" in module._modules:
             return "parametrized weights"
