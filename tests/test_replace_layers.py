@@ -50,8 +50,11 @@ def fused_path():
 
 
 def make(cls, *args, **options):
-    """A model with random parameters, and a replaced copy of it."""
-    theirs = set_random_parameters(cls(*args, **options)).eval()
+    """A model with random parameters, and a replaced copy of it.
+
+    Both are copies, because torch's copy of a decoder layer has relu in place of an activation that is a module.
+    """
+    theirs = copy.deepcopy(set_random_parameters(cls(*args, **options)).eval())
     return theirs, replace_layers(copy.deepcopy(theirs))
 
 
@@ -141,6 +144,32 @@ def exchanged():
     layer.multihead_attn = nn.MultiheadAttention(16, 4, kdim=6, vdim=6, bias=False)
     layer.norm2.eps = 0.1
     return layer
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_activations_that_are_modules(copied):
+    """torch's copy of a decoder layer has relu as an attribute, which hides the module."""
+    model = set_random_parameters(DECODER(16, 4, 24, activation=nn.GELU())).eval()
+    model = copy.deepcopy(model) if copied else model
+    given = torch.randn(5, 3, 16), torch.randn(7, 3, 16)
+    with torch.no_grad():
+        expected = model(*given)
+        torch.testing.assert_close(replace_layers(model)(*given), expected)
+    assert coverage(model).here == 1
+
+
+def test_parts_that_attributes_hide():
+    theirs, ours = make(ENCODER, 16, 4, 24)
+    x = torch.randn(5, 3, 16)
+    for hiding, reason in ((nn.Linear(24, 16), ""), (twice_the_first_16, "linear2 twice_the_first_16")):
+        vars(theirs)["linear2"] = vars(ours)["linear2"] = hiding
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x))
+        assert coverage(ours).rows[-1].reason == reason
+
+
+def twice_the_first_16(x):
+    return 2 * x[..., :16]
 
 
 def test_attention_that_was_exchanged():
@@ -493,6 +522,71 @@ def test_copies(how):
     assert type(restore_attention(copied).layers[0]) is ENCODER
 
 
+PRECISIONS = ["bfloat16", "int8", {"default": "int8", "attention": "bfloat16"}, {"out_proj": "bfloat16", "linear2": "int8"}]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_precision(kind, precision):
+    """The bits of mha_c's own layer, also of copies and after a change; without the argument those of a wide layer."""
+    cls, own = (ENCODER, mha_c.TransformerEncoderLayer) if kind == "encoder" else (DECODER, mha_c.TransformerDecoderLayer)
+    theirs, wide = make(cls, 32, 4, 48, batch_first=True)
+    x = torch.randn(3, 5, 32)
+    given = (x,) if kind == "encoder" else (x, torch.randn(3, 7, 32))
+
+    def assert_bits(model, precision):
+        made = own.from_torch(restore_attention(copy.deepcopy(model)), matmul_precision=precision).eval()
+        before = coverage(model).here
+        with torch.no_grad():
+            np.testing.assert_array_equal(model(*given).numpy(), made(*(one.numpy() for one in given)))
+        assert coverage(model).here == before + 1
+
+    ours = replace_layers(copy.deepcopy(theirs), matmul_precision=precision)
+    with torch.no_grad():
+        assert not torch.equal(ours(*given), wide(*given))
+    for model in ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)):
+        assert_bits(model, precision)
+    with torch.no_grad():
+        ours.linear2.weight.mul_(-2)
+    assert_bits(ours, precision)
+    assert_bits(replace_layers(ours), None)
+
+
+def test_precision_in_graphs(compiled):
+    _, ours = make(encoder)
+    replace_layers(ours, matmul_precision="int8")
+    x = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        assert torch.equal(compiled(ours)(x), ours(x))
+
+
+def test_precision_of_attention():
+    """Of layers of attention alone, and of those in layers that are left to torch."""
+    x = torch.randn(5, 3, 16)
+    for replace, found in ((replace_attention, nn.MultiheadAttention(16, 4)), (replace_layers, OwnFeedForward(16, 4, 24))):
+        model = replace(nn.Sequential(found).eval(), matmul_precision={"default": "int8", "attention": "bfloat16"})
+        attention = getattr(model[0], "self_attn", model[0])
+        made = mha_c.MultiheadAttention.from_torch(attention, matmul_precision={"default": "int8", "attention": "bfloat16"})
+        with torch.no_grad():
+            got, expected = attention(x, x, x)[0].numpy(), made.eval()(*[x.numpy()] * 3)[0]
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("replace", [replace_attention, replace_layers])
+def test_precision_that_is_not_possible(replace):
+    model = nn.Sequential(nn.MultiheadAttention(16, 4)).eval()
+    with pytest.raises(ValueError, match="matmul_precision must be None"):
+        replace(model, matmul_precision="int4")
+    with pytest.raises(ValueError, match="matmul_precision has 'linear3'"):
+        replace(model, matmul_precision={"linear3": "int8"})
+    assert type(model[0]) is nn.MultiheadAttention
+    replace(model.double(), matmul_precision="int8")
+    with torch.no_grad():
+        model[0](*[torch.zeros(5, 3, 16, dtype=torch.float64)] * 3)
+        model.float()[0](*[torch.zeros(5, 3, 16)] * 3)
+    assert [row[2:] for row in coverage(model).rows] == [(1, 1, "matmul_precision in float64")]
+
+
 class Named(ENCODER):
     pass
 
@@ -830,6 +924,27 @@ def test_models_of_transformers(transformers, name, implementation):
     assert [row[2:] for row in coverage(ours).rows] == [(1, 0, "")] * 2, coverage(ours)
     assert list(restore_attention(ours).state_dict()) == list(theirs.state_dict())
     assert [type(one) for one in ours.modules()] == [type(one) for one in theirs.modules()]
+
+
+@pytest.mark.parametrize("name", ["Bert", "DistilBert", "ViT"])
+def test_precision_of_models_of_transformers(transformers, name):
+    """The bits of the encoder that is loaded from the same parameters."""
+    theirs, ours, call = hugging_face(transformers, name)
+    replace_layers(ours, matmul_precision="int8")
+    inputs = []
+    layers = next(one for one in ours.modules() if isinstance(one, nn.ModuleList))
+    layers[0].register_forward_pre_hook(lambda module, args, kwargs: inputs.append(args[0]), with_kwargs=True)
+    with torch.no_grad():
+        got = ours(output_hidden_states=True, **call).hidden_states[-1].numpy()
+    made = mha_c.TransformerEncoder.from_state_dict(
+        {name: one.numpy() for name, one in theirs.state_dict().items()}, config=theirs.config.to_dict(),
+        matmul_precision="int8", padded="computed",
+    ).eval()  # fmt: skip
+    padding = call["attention_mask"].numpy() == 0 if "attention_mask" in call else None
+    expected = inputs[0].numpy()
+    for layer in made.layers:  # without the norm at the end, which is torch's
+        expected = layer(expected, src_key_padding_mask=padding)
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_the_known_classes_are_alike(transformers):

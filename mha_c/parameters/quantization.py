@@ -13,6 +13,7 @@ __all__ = [
     "ATTENTION",
     "MAPS",
     "PRODUCTS",
+    "PRODUCTS_OF_ATTENTION",
     "MatmulPrecision",
     "Precision",
     "Quantized",
@@ -34,8 +35,11 @@ MatmulPrecision: TypeAlias = Precision | Mapping[str, Precision | None]
 #: The name of attention's own two products in `matmul_precision`. They read no weights, so they cannot be int8.
 ATTENTION: Final = "attention"
 
-#: All names there that a layer of a Transformer knows, in the order in which it computes the products.
-PRODUCTS: Final = ("in_proj", ATTENTION, "out_proj", "linear1", "linear2")
+#: All names there that a layer of attention knows, in the order in which it computes the products.
+PRODUCTS_OF_ATTENTION: Final = ("in_proj", ATTENTION, "out_proj")
+
+#: Those of a layer of a Transformer.
+PRODUCTS: Final = (*PRODUCTS_OF_ATTENTION, "linear1", "linear2")
 
 #: Those of linear maps.
 MAPS: Final = tuple(name for name in PRODUCTS if name != ATTENTION)

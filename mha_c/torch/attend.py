@@ -34,7 +34,6 @@ __all__ = [
     "note_in_graph",
     "resolve_hint",
     "run_counted",
-    "why_not_packed",
 ]
 
 Answer: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
@@ -74,7 +73,7 @@ class LayerState(Generic[_Packed]):
         self.by_number[self.number] = self
 
     def __reduce__(self) -> tuple[type[LayerState[_Packed]], tuple[_Packed]]:
-        return LayerState, (type(self.packed)(),)
+        return LayerState, (type(self.packed)(self.packed.precisions),)
 
 
 class Call(NamedTuple):
@@ -126,7 +125,7 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
     key_padding_mask, attn_mask = call.key_padding_mask, call.attn_mask
     parameters = packed.get(tensors, call.embed_dim, call.num_heads, call.kdim, call.vdim)
     if parameters is None:
-        return why_not_packed(tensors)
+        return packed.why_not(tensors)
     try:
         query_array = array_of(query)
         key_array = query_array if key is query else array_of(key)
@@ -162,12 +161,6 @@ def attend(packed: PackedParameters, tensors: Mapping[str, torch.Tensor], call: 
 
 # Where torch.compile gives up a graph, it traces the functions that are called. It must not trace this one.
 attend_apart_from_compiler = _disable_dynamo(attend)
-
-
-def why_not_packed(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The reason for a call with parameters that cannot be packed."""
-    untracked = any(tensor.is_inference() for tensor in tensors.values())
-    return "parameters made in inference mode" if untracked else "unusual parameters"
 
 
 def resolve_hint(

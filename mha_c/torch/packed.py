@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Container, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,14 @@ from numpy.typing import NDArray
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mha_c import _core
+from mha_c.parameters.quantization import (
+    PRODUCTS,
+    PRODUCTS_OF_ATTENTION,
+    Precision,
+    multiplied,
+    precision_of_products,
+    precision_of_weights,
+)
 from mha_c.parameters.sets import SEPARATE_WEIGHTS, ParameterSet, Widths
 from mha_c.torch.reasons import DTYPES, PLAIN_TENSORS
 from mha_c.torch.tensors import array_of
@@ -26,6 +34,10 @@ from mha_c.torch.tensors import array_of
 __all__ = ["AttentionShape", "LayerFacts", "LayerParts", "PackedByWeight", "PackedLayer", "PackedParameters"]
 
 _Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+_Precisions: TypeAlias = Mapping[str, Precision | None]  # of each product by its name in `matmul_precision`
+_Pack: TypeAlias = Callable[[dict[str, NDArray[Any]], Any, _Precisions], Any]
+
+_WIDE: Final = precision_of_products(None, PRODUCTS)
 
 _SEPARATE_BIASES = ("q_proj_bias", "k_proj_bias", "v_proj_bias")
 
@@ -98,21 +110,25 @@ class _Kept(NamedTuple):
 
 
 class _Packed:
-    """Parameters that are packed when they are needed, and kept until they change."""
+    """Parameters that are packed when they are needed, and kept until they change.
 
-    def __init__(self) -> None:
+    After assigning to `precisions`, call `drop`.
+    """
+
+    def __init__(self, precisions: _Precisions = _WIDE) -> None:
+        self.precisions = precisions
         self._kept: _Kept | None = None
         self._last_drop = object()
 
-    def _get(
-        self, tensors: Mapping[str, torch.Tensor], arguments: Any, pack: Callable[[dict[str, NDArray[Any]], Any], Any]
-    ) -> Any:
+    def _get(self, tensors: Mapping[str, torch.Tensor], arguments: Any, pack: _Pack) -> Any:
         """What `pack` makes of the tensors, as arrays, and the arguments; the last result if nothing has changed."""
         generation = _last_step, self._last_drop
         kept = self._kept
+        if self._is_too_wide(tensors):
+            return None
         if kept is None or kept.generation != generation or not kept.is_of(tensors, arguments):
             # Another thread may be doing the same; whichever ends last is kept, and both are right.
-            self._kept = kept = _keep(tensors, arguments, generation, pack)
+            self._kept = kept = _keep(tensors, arguments, generation, pack, self.precisions)
         return None if kept is None else kept.parameters
 
     def drop(self) -> None:
@@ -124,6 +140,21 @@ class _Packed:
         """
         self._last_drop = object()  # for a thread that is packing at this moment
         self._kept = None
+
+    def why_not(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        """The reason why parameters cannot be packed, in a few words.
+
+        Examples
+        --------
+        >>> PackedParameters().why_not({"in_proj_weight": torch.zeros(24)})
+        'unusual parameters'
+        """
+        if any(tensor.is_inference() for tensor in tensors.values()):
+            return "parameters made in inference mode"
+        return "matmul_precision in float64" if self._is_too_wide(tensors) else "unusual parameters"
+
+    def _is_too_wide(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        return any(self.precisions.values()) and any(one.dtype == torch.float64 for one in tensors.values())
 
     def is_in_use(self) -> bool:
         """Whether anything else refers to the output projection's weight that was packed.
@@ -290,7 +321,8 @@ def _keep(
     tensors: Mapping[str, torch.Tensor],
     arguments: Any,
     generation: tuple[object, object],
-    pack: Callable[[dict[str, NDArray[Any]], Any], Any],
+    pack: _Pack,
+    precisions: _Precisions,
 ) -> _Kept | None:
     """Versions and samples are taken before the numbers, so that the next call notices a change in between."""
     if not all(_is_plain(one) for one in tensors.values()) or len({one.dtype for one in tensors.values()}) != 1:
@@ -300,11 +332,13 @@ def _keep(
     memory = tuple(arrays.values())
     sample = _core.sample(memory)
     biases = {name: array.tobytes() for name, array in arrays.items() if name.endswith("bias")}
-    parameters = pack(arrays, arguments)
+    parameters = pack(arrays, arguments, precisions)
     return None if parameters is None else _Kept(parameters, arguments, sources, memory, sample, biases, generation)
 
 
-def _pack_attention(arrays: dict[str, NDArray[Any]], shape: AttentionShape) -> ParameterSet | None:
+def _pack_attention(
+    arrays: dict[str, NDArray[Any]], shape: AttentionShape, precisions: _Precisions
+) -> ParameterSet | None:
     out_weight = arrays.get("out_proj.weight")
     if out_weight is None:
         return None
@@ -318,13 +352,17 @@ def _pack_attention(arrays: dict[str, NDArray[Any]], shape: AttentionShape) -> P
         return None
     if widths.packed and "in_proj_weight" not in arrays:
         arrays["in_proj_weight"] = np.concatenate([arrays.pop(name) for name in SEPARATE_WEIGHTS])
-    return ParameterSet(widths, arrays, out_weight.dtype)
+    own = {name: precisions[name] for name in PRODUCTS_OF_ATTENTION}
+    return ParameterSet(widths, arrays, out_weight.dtype, precision_of_weights(own, widths.products))
 
 
-def _pack_layer(arrays: dict[str, NDArray[Any]], facts: LayerFacts) -> LayerParts | None:
+def _pack_layer(arrays: dict[str, NDArray[Any]], facts: LayerFacts, precisions: _Precisions) -> LayerParts | None:
     linear1, linear2 = _part(arrays, "linear1."), _part(arrays, "linear2.")
     norms = [_part(arrays, f"norm{number}.") for number in range(len(facts.eps))]
-    sets = [_pack_attention(_attention(arrays, number), shape) for number, shape in enumerate(facts.attentions)]
+    sets = [
+        _pack_attention(_attention(arrays, number), shape, precisions)
+        for number, shape in enumerate(facts.attentions)
+    ]
     attentions = [one for one in sets if one is not None and one.widths.out_dim == one.widths.embed_dim]
     if len(attentions) < len(sets) or not linear1.keys() & linear2.keys() >= {"weight"}:
         return None
@@ -337,8 +375,10 @@ def _pack_layer(arrays: dict[str, NDArray[Any]], facts: LayerFacts) -> LayerPart
         tuple(one.weights for one in attentions),
         tuple((_copy(norm, "weight"), _copy(norm, "bias"), eps, False) for norm, eps in zip(norms, facts.eps)),
         *(
-            _core.Linear(linear["weight"].dtype, _copy(linear, "weight"), _copy(linear, "bias"))
-            for linear in (linear1, linear2)
+            _core.Linear(
+                linear["weight"].dtype, multiplied(_copy(linear, "weight"), precisions[name]), _copy(linear, "bias")
+            )
+            for name, linear in (("linear1", linear1), ("linear2", linear2))
         ),
     )
 

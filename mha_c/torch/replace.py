@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from mha_c.display.coverage import Coverage
+from mha_c.parameters.quantization import (
+    PRODUCTS,
+    PRODUCTS_OF_ATTENTION,
+    MatmulPrecision,
+    Precision,
+    precision_of_products,
+)
+from mha_c.torch.attend import LayerState
 from mha_c.torch.classes import class_over, set_class, torch_class_of, why_left_alone
 from mha_c.torch.huggingface import mixin_of_transformers, why_unknown
 from mha_c.torch.layers import ReplacedDecoderLayer, ReplacedEncoderLayer, ReplacedLayer
@@ -47,7 +55,7 @@ class _Replaceable(NamedTuple):
         return torch_class_of(self.layer).__name__
 
 
-def replace_attention(model: _Model) -> _Model:
+def replace_attention(model: _Model, *, matmul_precision: MatmulPrecision | None = None) -> _Model:
     """Make every ``torch.nn.MultiheadAttention`` of a model compute its inference with mha_c, in place.
 
     Each layer becomes a `ReplacedAttention`, which computes with mha_c in evaluation mode, on the CPU, in float32,
@@ -60,6 +68,9 @@ def replace_attention(model: _Model) -> _Model:
     model : torch.nn.Module
         The whole model. An encoder layer that is fused does not call its attention: to change that, the
         ``torch.nn.TransformerEncoder`` has to be part of the model.
+    matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        What the layers multiply, as in `mha_c.MultiheadAttention`. The parameters stay as they are. Calls in float64
+        are left to torch.
 
     Returns
     -------
@@ -72,7 +83,7 @@ def replace_attention(model: _Model) -> _Model:
         If `model` is not a torch module.
     ValueError
         If the model has no ``torch.nn.MultiheadAttention``, or only layers that override forward. These may
-        compute anything, and are left alone.
+        compute anything, and are left alone. If `matmul_precision` is unknown.
 
     Notes
     -----
@@ -100,6 +111,7 @@ def replace_attention(model: _Model) -> _Model:
     <class 'torch.nn.modules.activation.MultiheadAttention'>
     """
     check_model(model, "replace_attention")
+    precisions = precision_of_products(matmul_precision, PRODUCTS_OF_ATTENTION)
     layers = [one for one in _replaceable(model) if one.mixin is ReplacedAttention]
     if not layers:
         raise ValueError(f"there is no torch.nn.MultiheadAttention to replace in this {type(model).__name__}")
@@ -109,7 +121,7 @@ def replace_attention(model: _Model) -> _Model:
             f"no attention of this {type(model).__name__} can be replaced, because all of it overrides forward, which "
             f"may compute anything: {named}"
         )
-    _replace(layers)
+    _replace(layers, precisions)
     for module, name, unfused in _fusing_modules(model):
         replaced = [layer for layer in module.modules() if isinstance(layer, Replaced)]
         if name in vars(module) and replaced and not any(isinstance(layer, ReplacedLayer) for layer in replaced):
@@ -118,7 +130,7 @@ def replace_attention(model: _Model) -> _Model:
     return model
 
 
-def replace_layers(model: _Model) -> _Model:
+def replace_layers(model: _Model, *, matmul_precision: MatmulPrecision | None = None) -> _Model:
     """Make the layers of encoders and decoders of a model compute their inference with mha_c, in place.
 
     Every ``torch.nn.TransformerEncoderLayer`` and ``torch.nn.TransformerDecoderLayer`` is computed as a whole, and so
@@ -133,6 +145,9 @@ def replace_layers(model: _Model) -> _Model:
     ----------
     model : torch.nn.Module
         The model, or one layer.
+    matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        What the layers multiply, as in `mha_c.TransformerEncoderLayer`. The parameters stay as they are. Calls in
+        float64 are left to torch.
 
     Returns
     -------
@@ -145,7 +160,7 @@ def replace_layers(model: _Model) -> _Model:
         If `model` is not a torch module.
     ValueError
         If the model has no such layer or attention, or if all of them override their methods. These may compute
-        anything, and are left alone.
+        anything, and are left alone. If `matmul_precision` is unknown.
 
     Notes
     -----
@@ -184,6 +199,7 @@ def replace_layers(model: _Model) -> _Model:
     layers.1  TransformerEncoderLayer     1     0
     """
     check_model(model, "replace_layers")
+    precisions = precision_of_products(matmul_precision, PRODUCTS)
     layers = list(_replaceable(model))
     if not layers:
         raise ValueError(
@@ -194,14 +210,16 @@ def replace_layers(model: _Model) -> _Model:
         named = ", ".join(f"{one.name} ({one.class_name}, {one.why_left})".lstrip() for one in layers)
         raise ValueError(f"no layer of this {type(model).__name__} can be replaced: {named}")
     _allow_fusing(model)  # torch's encoder leaves out padding with it
-    _replace(layers)
+    _replace(layers, precisions)
     return model
 
 
-def _replace(layers: list[_Replaceable]) -> None:
+def _replace(layers: list[_Replaceable], precisions: Mapping[str, Precision | None]) -> None:
     for _, layer, mixin, why_left in layers:
         if not why_left:
             set_class(layer, class_over(torch_class_of(layer), mixin))
+            state: LayerState[Any] = layer._mha_c  # type: ignore[assignment]
+            state.packed.precisions = precisions
             layer.refresh()  # type: ignore[operator]
 
 

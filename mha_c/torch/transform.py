@@ -10,7 +10,7 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.nn.functional import gelu, layer_norm, linear, relu, scaled_dot_product_attention, silu
 
-from mha_c.torch.attend import LIBRARY, UNREADABLE, Call, ask_core, attend_in_torch, run_counted, why_not_packed
+from mha_c.torch.attend import LIBRARY, UNREADABLE, Call, ask_core, attend_in_torch, run_counted
 from mha_c.torch.packed import AttentionShape, LayerFacts, LayerParts, PackedLayer
 from mha_c.torch.tensors import array_of, tensor_of
 from mha_c.transformer.layer import transform as transform_in_core
@@ -122,7 +122,7 @@ def transform(
         return resolved
     parts = packed.get(reading.tensors, reading.facts)
     if parts is None:
-        return why_not_packed(reading.tensors)
+        return packed.why_not(reading.tensors)
     try:
         array = array_of(x)
         source = None if memory is None else array_of(memory)

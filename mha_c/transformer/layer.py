@@ -31,7 +31,7 @@ from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws
-from mha_c.parameters.quantization import ATTENTION, PRODUCTS, MatmulPrecision, precision_of_products
+from mha_c.parameters.quantization import PRODUCTS, PRODUCTS_OF_ATTENTION, MatmulPrecision, precision_of_products
 from mha_c.parameters.sets import integer
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class TransformerLayer(Container):
         act = check_activation("activation", activation)
         hidden = integer("dim_feedforward", dim_feedforward)
         precisions = precision_of_products(matmul_precision, PRODUCTS)
-        of_attention = {name: precisions[name] for name in ("in_proj", "out_proj", ATTENTION)}
+        of_attention = {name: precisions[name] for name in PRODUCTS_OF_ATTENTION}
 
         def make(name: str) -> Module:
             if name.endswith("attn"):
