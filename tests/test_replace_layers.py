@@ -165,7 +165,7 @@ def test_parts_that_attributes_hide():
         vars(theirs)["linear2"] = vars(ours)["linear2"] = hiding
         with torch.no_grad():
             torch.testing.assert_close(ours(x), theirs(x))
-        assert coverage(ours).rows[-1].reason == reason
+        assert reason in [row.reason for row in coverage(ours).rows]
 
 
 def twice_the_first_16(x):
