@@ -203,7 +203,7 @@ class Dropout(RandomModule):
         kept = (words >= self._p * 2.0**32).reshape(array.shape)
         factors = np.zeros(array.shape, computed_in(array.dtype))
         np.copyto(factors, factors.dtype.type(1 / (1 - self._p) if self._p < 1 else 0), where=kept)
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(all="ignore"):
             return (array * factors).astype(array.dtype, copy=False)  # infinity, dropped, is NaN in torch, too
 
     __call__ = forward

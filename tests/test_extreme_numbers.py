@@ -221,3 +221,31 @@ def test_sdpa(bad, shape, dtype):
     np.testing.assert_allclose(output[finite], theirs[finite], rtol=64 * np.finfo(dtype).eps,
                                atol=64 * np.finfo(dtype).eps)
     assert finite[:, [0, 2, 3]].all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", [*DTYPES, "bfloat16", "float16"])
+def test_settings_of_numpy_do_not_matter(dtype, scale):
+    """As in torch, which has none: numbers that round to 0 or infinity are neither errors nor warnings."""
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    makers = [
+        lambda: mha_c.MultiheadAttention(64, 2, dtype=dtype, seed=0),
+        lambda: mha_c.TransformerEncoderLayer(64, 2, 32, dtype=dtype, seed=0),
+        lambda: mha_c.TransformerDecoderLayer(64, 2, 32, dtype=dtype, seed=0),
+        lambda: mha_c.Linear(64, 32, dtype=dtype, seed=0),
+        lambda: mha_c.Dropout(0.5),
+    ]
+    mha_c.MultiheadAttention(8, 2, dtype=dtype)
+    x = (normal((2, 5, 64)) * np.float32(scale)).astype(dtype)
+    with np.errstate(all="raise"):
+        for make in makers:
+            module = make()
+            given = (x,) * {"MultiheadAttention": 3, "TransformerDecoderLayer": 2}.get(type(module).__name__, 1)
+            module.train()(*given)
+            module.eval()(*given)
+            if hasattr(module, "matmul_precision") and dtype != "float64":
+                module.matmul_precision = "int8"
+                module(*given)
+                module.matmul_precision = None
+            module.half().float()

@@ -142,7 +142,7 @@ def test_constructor_takes_what_torch_takes():
         assert mha_c.MultiheadAttention(8, 2, dtype=dtype).out_proj.weight.dtype == np.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e5m2, "longdouble", ">f4", "V2"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e5m2, "longdouble", ">f4", "V2", torch.zeros(1)], ids=str)
 def test_dtypes_that_no_layer_has(dtype):
     with pytest.raises(TypeError, match="dtype must be float32, float64, bfloat16 or float16"):
         mha_c.MultiheadAttention(8, 2, dtype=dtype)

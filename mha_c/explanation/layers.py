@@ -152,7 +152,7 @@ class _Steps:
             self.layer = uncounted(own).to(self.computed_in)
         yield
         name = self.stream[-1]
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             result = self._array(name).astype(self.dtype, copy=False)
         self.stages[name] = dataclasses.replace(self.stages[name], array=result)
         self.layer, self.computed_in = own, self.dtype

@@ -139,7 +139,7 @@ def _count_visible(
 
 def _as_numbers(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """A mask as the layer reads it: booleans as they are, numbers in the dtype in which it computes."""
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         return values.astype(values.dtype if values.dtype == bool else dtype, copy=False)
 
 

@@ -177,7 +177,7 @@ def float_dtype(dtype: Any) -> np.dtype[Any]:
         return bfloat16_dtype()
     try:
         found = np.dtype(name)
-    except TypeError:
+    except (TypeError, ValueError):
         found = None
     if found is not None and found.name in DTYPES and found.isnative:
         return found

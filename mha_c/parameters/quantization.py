@@ -112,7 +112,7 @@ def quantize(weight: NDArray[Any]) -> Quantized:
     is_finite = np.isfinite(largest)
     is_scaled = is_finite & (largest >= _MIN_LARGEST)
     safe = np.where(is_scaled, largest, np.float32(1))
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         numbers = rows * (_LARGEST / safe)[:, None]
     numbers[~is_scaled] = 0
     np.rint(numbers, out=numbers)
@@ -170,7 +170,7 @@ def dequantize(weight: Quantized, dtype: np.dtype[Any]) -> NDArray[Any]:
     >>> dequantize(Quantized(np.array([[127, -64]], np.int8), np.array([0.5], np.float32)), np.dtype("float32"))
     array([[ 63.5, -32. ]], dtype=float32)
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         array = (weight.numbers * weight.scales[:, None]).astype(dtype, copy=False)
     array.flags.writeable = False
     return array

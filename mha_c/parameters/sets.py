@@ -280,7 +280,7 @@ class ArraySet:
             one = dequantize(one, self.dtype)
         if not is_real(one.dtype):
             raise ValueError(f"{name}: expected real numbers, but got {one.dtype}")
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, as in torch
+        with np.errstate(all="ignore"):  # a float64 beyond float32 becomes inf, as in torch
             return np.asarray(one, self.dtype, order="C")
 
     @property

@@ -239,7 +239,7 @@ class TransformerLayer(Container):
             except REFUSALS as error:
                 if not hasattr(error, "refused"):
                     raise  # else the steps refuse it in their words
-        with np.errstate(over="ignore", invalid="ignore"):  # torch does not warn of numbers that are not finite
+        with np.errstate(all="ignore"):  # torch does not warn of numbers
             x = self._add_attention(x, norms[0], attention, dropouts[0], *memory, **masks)
             if len(norms) > 1:
                 x = self._add_feed_forward(x, norms[1], dropouts[1])
