@@ -265,9 +265,9 @@ In a clone, with a C compiler:
 """
 
 
-_NARROW_NUMBERS = """A layer of bfloat16 or float16 has parameters, inputs and outputs of such numbers. mha_c multiplies them as
-float32. Products of bfloat16 and int8 are those of a float32 layer, which rounds what it multiplies: to bfloat16 in linear maps and
-in attention itself, to int8 in linear maps alone. For products of bfloat16, torch computes a bfloat16 layer, or a float32 layer after
+_NARROW_NUMBERS = """A layer of bfloat16 or float16 stores parameters, inputs and outputs in 16 bits. mha_c multiplies them as
+float32. “Products of bfloat16” and “products of int8” mean a float32 layer that rounds the numbers before it multiplies them: to
+bfloat16 in linear maps and in attention itself, to int8 in linear maps alone. For products of bfloat16, torch computes a bfloat16 layer, or a float32 layer after
 `torch.set_float32_matmul_precision("medium")`, which multiplies float32 if torch has no fast way to multiply bfloat16. OpenVINO is
 set to bfloat16, and takes part if the CPU has it."""
 
@@ -402,7 +402,8 @@ def encoders_page(summary: Summary) -> str:
 
 Each library computes the same encoder from the same vectors of tokens. 1.06× means 1.06 times as long as mha_c. Each library is
 used in several ways, and the fastest one counts, separately for each row. The share of the peak counts the multiplications and
-additions of the products; padding does not count.
+additions of the products; padding does not count. The libraries of a row are measured in turns, and rows one after another, while
+the speed of the machine may change: compare the ratios in a row, not the times of two rows.
 
 {_NARROW_NUMBERS if peers.IN_FLOAT32 in names else ""}
 

@@ -35,6 +35,20 @@ def encoder():
     return minilm.SentenceEncoder()
 
 
+def test_recipe_in_the_documentation(encoder, tmp_path, monkeypatch):
+    """docs/loading.md, "From text to a vector": the vectors of this model."""
+    pytest.importorskip("safetensors")
+    page = (REPOSITORY / "docs" / "loading.md").read_text("utf-8").partition("## From text to a vector")[2]
+    recipe = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    (tmp_path / "minilm").symlink_to(minilm.model_folder())
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(recipe, found)
+    vectors = found["vectors"] / np.linalg.norm(found["vectors"], axis=1, keepdims=True)
+    sentences = re.search(r"encode_batch\(\[(.*)\]\)", recipe)[1]
+    np.testing.assert_allclose(vectors, encoder.encode(re.findall(r'"(.*?)"', sentences)), atol=1e-6)
+
+
 def test_narrow_numbers(encoder, monkeypatch):
     """Vectors of sentences in bfloat16 and float16 are at least as close to float64's as torch's are; those of narrow
     products are close, and keep the order of the pairs."""
