@@ -487,7 +487,7 @@ bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size
     return true;
 }
 
-/* The lanes of a panel of L queries that an item of fewer queries has. */
+/* Cuts a panel of L queries down to the queries that the item has. */
 static mha_panel first_lanes(const mha_attention *a, mha_panel lanes, size_t queries)
 {
     const size_t left = queries > lanes.first ? queries - lanes.first : 0;

@@ -32,7 +32,7 @@ static void place_panels(mha_plan *plan, const mha_kernels *kernels, mha_panels 
         mha_place(plan, &panels->bias, padded, 1, kernels->size);
 }
 
-/* Copies parameters as they are computed. */
+/* Copies parameters, halves as float32. */
 static void take_numbers(const mha_kernels *kernels, mha_dtype type, const char *numbers, size_t n, char *to)
 {
     if (mha_is_half(type))

@@ -43,8 +43,8 @@ static inline mha_panel mha_panel_at(const mha_split *split, size_t i)
     return (mha_panel){first, mha_smaller(split->width - first, vectors * split->lanes), vectors};
 }
 
-/* Panel i and those after it that are as wide as it, at most `most`: as one, whose count is of all, and whose vectors
- * are those of each. */
+/* Panel i and the panels of the same width after it, at most `most`. `count` covers all of them, `vectors` is that of
+ * one. */
 static inline mha_panel mha_panels_at(const mha_split *split, size_t i, size_t most, size_t *panels)
 {
     mha_panel all = mha_panel_at(split, i);
@@ -79,7 +79,7 @@ typedef struct {
     char *bias;        /* as it is computed, padded with zeros to whole vectors; NULL: none */
 } mha_panels;
 
-/* The groups of so many numbers. */
+/* How many groups hold this many numbers. */
 static inline size_t mha_groups(const mha_panels *panels, size_t numbers)
 {
     return (numbers + ((size_t)1 << panels->group_log2) - 1) >> panels->group_log2;

@@ -17,7 +17,7 @@ enum {
     MAX_KEPT_BYTES = 262144, /* of the scores that a task keeps, and of the sums of probabilities made from them */
     SEGMENT_BLOCKS = 8,      /* key blocks whose probabilities the second pass collects before it writes them */
     TASKS_PER_THREAD = 4,
-    MANY_TASKS_PER_THREAD = 16, /* with so many it matters little that one thread gets one more */
+    MANY_TASKS_PER_THREAD = 16, /* with this many, it matters little if one thread gets one more */
 };
 
 /* What the probabilities of some key blocks are made with, for one panel of queries. */

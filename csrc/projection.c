@@ -255,7 +255,7 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
         mha_run run = mha_run_at(projection->walk, projection->x, true, first_row, first_row + rows);
         const ptrdiff_t size = (ptrdiff_t)mha_size_of(projection->x->type);
         if (rows == 1)
-            run.distance = (ptrdiff_t)p->depth * size;
+            run.distance = (ptrdiff_t)p->depth * size; /* a single row has no distance: its length is looked at */
         if (can_stay(&run, projection->x, rows))
             return (sliced_rows){first_row, rows, first_feature, run.data, run.distance / size, MHA_CHAIN};
     }
@@ -318,19 +318,18 @@ static void multiply_to_run(const mha_kernels *kernels, const mha_target *target
 
 /* The same for rows that may be several runs. */
 static void multiply_to_y(const mha_kernels *kernels, const mha_walk *walk, const mha_target *target, mha_panel panel,
-                          size_t first_row, mha_product *product)
+                          size_t first_row, const mha_product *product)
 {
     const size_t size = kernels->size, rows = product->rows;
-    mha_run run = mha_run_at(walk, target->y, false, first_row, first_row + rows);
-    for (size_t done = run.rows; done < rows; done += run.rows) {
-        mha_product some = *product;
-        multiply_to_run(kernels, target, panel, &run, &some);
-        product->a = (const char *)product->a + (ptrdiff_t)run.rows * product->a_row * (ptrdiff_t)size;
-        if (product->addend)
-            product->addend = (const char *)product->addend + run.rows * product->addend_row * size;
+    mha_run run;
+    for (size_t done = 0; done < rows; done += run.rows) {
         run = mha_run_at(walk, target->y, false, first_row + done, first_row + rows);
+        mha_product some = *product;
+        some.a = (const char *)product->a + (ptrdiff_t)done * product->a_row * (ptrdiff_t)size;
+        if (product->addend)
+            some.addend = (const char *)product->addend + done * product->addend_row * size;
+        multiply_to_run(kernels, target, panel, &run, &some);
     }
-    multiply_to_run(kernels, target, panel, &run, product);
 }
 
 /* Copies the finished sums of a panel from its strip to y. */

@@ -11,7 +11,7 @@
 
 enum { MHA_TARGETS = 3 };
 
-/* Most tiles have 8 or 4 rows, so rows are divided into whole units. */
+/* Tiles of three and of one vector have 4 or 8 rows, so rows are divided into whole units. */
 enum { MHA_ROW_UNIT = 8 };
 
 static inline size_t mha_row_units(size_t rows)
@@ -51,7 +51,7 @@ typedef struct {
     size_t chain_width;
     size_t blocks, block_rows; /* blocks of rows; the rows of the largest one */
     size_t panels;            /* of all targets */
-    size_t at_once;           /* panels that are multiplied at once, at most; each thread has as many */
+    size_t at_once;           /* the most panels multiplied at once; every thread has that many */
     size_t task_panels;       /* of one task */
     size_t tasks_per_block;
     /* blocks at which threads take turns, so that a thread's next task is usually on rows that it has copied */

@@ -116,7 +116,7 @@ static void list_rows(const sdpa *s, const mha_heads *x, const mha_rows *rows)
     list_items(s, x->axes, x->rows.head, x->heads, (ptrdiff_t *)rows->items);
 }
 
-/* Fills the tables, when there is memory. */
+/* Fills the tables, after the workspace is taken. */
 static void fill_workspace(sdpa *s)
 {
     const mha_sdpa_call *call = s->call;

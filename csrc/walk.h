@@ -24,7 +24,7 @@ void mha_walk_live_keys(mha_walk *walk, const mha_batch *batch, mha_plan *plan);
 /* Plans another walk through the same rows. */
 void mha_walk_again(mha_walk *walk, const mha_walk *other, mha_plan *plan);
 
-/* Numbers the rows of such a walk, when there is memory. */
+/* Numbers the rows of such a walk, after the workspace is taken. */
 void mha_number_rows(const mha_walk *walk);
 
 bool mha_is_same_walk(const mha_walk *a, const mha_walk *b);

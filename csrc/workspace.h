@@ -41,7 +41,7 @@ static inline size_t mha_times(mha_layout *layout, size_t a, size_t b)
     return 0;
 }
 
-/* A block whose pieces are reached by pointers. They are set when there is memory. Begin with mha_begin_plan(). */
+/* A block whose pieces are reached by pointers. They are set after it is allocated. Begin with mha_begin_plan(). */
 enum { MHA_MAX_POINTERS = 40 };
 typedef struct {
     mha_layout layout;

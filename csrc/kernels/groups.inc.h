@@ -17,7 +17,7 @@
 #define TILES_OF(r, q, v, of) TILES_(r, q, v, of)
 #define TILES(r, q, v) TILES_OF(r, q, v, OF)
 
-/* The rows of a product that are left, and what remains to be prefetched. */
+/* The remaining rows of a product, and the remaining prefetches. */
 typedef struct {
     const uint32_t *a;
     const float *addend; /* may be NULL */

@@ -99,9 +99,9 @@ INLINE double V(inverse_root)(double x)
     return isfinite(corrected) ? corrected : y;
 }
 
-/* What is computed once for a row is computed in double. A mean is rounded to a REAL. Its error, rounding and all, is
- * the mean of what is left of the numbers ("Algorithms for computing the sample variance", Chan, Golub and LeVeque,
- * 1983). It corrects the variance and the result, so that a mean far from zero costs no accuracy. */
+/* What is computed once for a row is computed in double. A mean is rounded to a REAL. The mean of the differences from
+ * it is its error ("Algorithms for computing the sample variance", Chan, Golub and LeVeque, 1983). It corrects the
+ * variance and the result, so that a mean far from zero costs no accuracy. */
 INLINE V(moments) V(moments_of)(const REAL *x, size_t width, double eps, const bool is_rms)
 {
     const double n = (double)width;

@@ -29,8 +29,8 @@ static inline size_t b_size(const size_t b_type, size_t own)
 #define WIDEN_BF16_TIGHT widen_bf16
 #endif
 
-/* Whether the sums of a tile and what it multiplies fill all registers. One or two rows are multiplied by a vector
- * after the other, of which two are there at a time. */
+/* Whether the sums of a tile and what it multiplies fill all registers. One or two rows are multiplied by one vector
+ * at a time, while the next one is loaded. */
 static inline bool is_tight(const size_t rows, const size_t panels, const size_t vectors)
 {
     const size_t factors = rows <= 2 ? rows + 2 : 1 + vectors;
@@ -63,7 +63,7 @@ INLINE void V(finish)(const int end, VEC chain, const REAL *addend, const REAL *
     V(store)(c + lane, chain);
 }
 
-/* The rows of a product that are left, and what remains to be prefetched. */
+/* The remaining rows of a product, and the remaining prefetches. */
 typedef struct {
     const REAL *a, *addend; /* addend may be NULL */
     REAL *c;

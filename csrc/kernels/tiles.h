@@ -56,7 +56,7 @@ enum { ROWS_1 = 8, ROWS_2 = 8, ROWS_3 = 8 };
 #define EACH_PANEL(X) X(0) X(1) X(2) X(3)
 #define EACH_PANEL_AND(X, ...) X(0, __VA_ARGS__) X(1, __VA_ARGS__) X(2, __VA_ARGS__) X(3, __VA_ARGS__)
 
-/* What a product has still to prefetch: pieces that come before its tiles, or a row that its steps go along. */
+/* The remaining prefetches of a product: pieces before each tile, or a part of one row in each step. */
 typedef struct {
     const char *next;  /* the next piece */
     ptrdiff_t stride;  /* the distance between pieces, in bytes */
