@@ -136,7 +136,7 @@ static const mha_rows *values_of(const mha_attention *a, const mha_key_block *bl
  * Queries and keys are narrowed in groups of features, exps and values in groups of keys. Keys and values of a block
  * are narrowed once for the panels of a task that read them. `base` is the thread's scratch. */
 
-static const float *numbers_at(const void *numbers)
+static const float *floats_at(const void *numbers)
 {
     return numbers;
 }
@@ -150,27 +150,27 @@ static uint32_t *words_at(void *words)
 static void narrow_queries(const mha_attention *a, mha_panel lanes, char *queries)
 {
     const size_t P = lanes.vectors * a->kernels->lanes;
-    a->narrow->take_columns(numbers_at(queries), P, a->D, P, words_at(queries));
+    a->narrow->take_columns(floats_at(queries), P, a->D, P, words_at(queries));
 }
 
-static void narrow_keys(const mha_attention *a, size_t n, size_t hkv, const mha_key_block *block, char *narrow)
+static void narrow_keys(const mha_attention *a, size_t item, size_t hkv, const mha_key_block *block, char *narrow)
 {
     const mha_rows *keys = keys_of(a, block);
     for (size_t i = 0; i < block->keys; i++)
-        a->narrow->take_row(numbers_at(mha_row_at(keys, n, hkv, block->first + i)), a->D, 0,
+        a->narrow->take_row(floats_at(mha_row_at(keys, item, hkv, block->first + i)), a->D, 0,
                             words_at(narrow) + i * mha_narrow_key_words(a));
 }
 
 static void narrow_values(const mha_attention *a, const char *values, ptrdiff_t row, size_t keys, char *narrow)
 {
-    a->narrow->take_columns(numbers_at(values), (size_t)row, keys, a->Dv, words_at(narrow));
+    a->narrow->take_columns(floats_at(values), (size_t)row, keys, a->Dv, words_at(narrow));
 }
 
-static void narrow_block(const mha_attention *a, size_t n, const mha_panel_state *s, const mha_key_block *block)
+static void narrow_block(const mha_attention *a, size_t item, const mha_panel_state *s, const mha_key_block *block)
 {
     const mha_rows *values = values_of(a, block);
-    narrow_keys(a, n, s->hkv, block, s->narrow_keys);
-    narrow_values(a, mha_row_at(values, n, s->hkv, block->first), mha_row_numbers(values), block->keys,
+    narrow_keys(a, item, s->hkv, block, s->narrow_keys);
+    narrow_values(a, mha_row_at(values, item, s->hkv, block->first), mha_row_numbers(values), block->keys,
                   s->narrow_values);
 }
 
@@ -182,7 +182,7 @@ static mha_product narrow_exps(const mha_attention *a, const mha_panel_state *s,
     const size_t P = values->b_k, keys = mha_smaller(mha_divide_up(values->depth, 2) * 2, narrowed);
     mha_product product = *values;
     a->kernels->fill(exps + values->depth * P * a->kernels->size, (keys - values->depth) * P, 0);
-    a->narrow->take_columns(numbers_at(exps), P, keys, P, words_at(base + a->at.narrow_exps));
+    a->narrow->take_columns(floats_at(exps), P, keys, P, words_at(base + a->at.narrow_exps));
     product.depth = mha_divide_up(keys, a->narrow->group);
     product.a = s->narrow_values;
     product.a_k = (ptrdiff_t)padded_values(a);
@@ -196,7 +196,7 @@ static mha_product round_values(const mha_attention *a, const mha_panel_state *s
     char *halves = s->narrow_values, *rounded = base + a->at.rounded;
     mha_product product = *values;
     for (size_t key = 0; key < values->depth; key++) {
-        a->kernels->narrow(MHA_BFLOAT16, numbers_at(values->a) + (ptrdiff_t)key * values->a_k, a->Dv, halves);
+        a->kernels->narrow(MHA_BFLOAT16, floats_at(values->a) + (ptrdiff_t)key * values->a_k, a->Dv, halves);
         a->kernels->widen(MHA_BFLOAT16, halves, a->Dv, rounded + key * a->Dv * a->kernels->size);
     }
     product.a = rounded;
@@ -206,32 +206,33 @@ static mha_product round_values(const mha_attention *a, const mha_panel_state *s
 
 /* ---- Scores of one panel against one block, shared by both passes ---- */
 
-void mha_pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel lanes, char *queries)
+void mha_pack_queries(const mha_attention *a, size_t item, size_t h, mha_panel lanes, char *queries)
 {
-    a->kernels->pack_panel(mha_row_at(&a->q, n, h, lanes.first), (size_t)mha_row_numbers(&a->q), lanes.count, a->D,
+    a->kernels->pack_panel(mha_row_at(&a->q, item, h, lanes.first), (size_t)mha_row_numbers(&a->q), lanes.count, a->D,
                            a->rules->scale, queries, lanes.vectors);
     if (a->narrow)
         narrow_queries(a, lanes, queries);
 }
 
-static mha_visible apply_rules(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
-                               char *bias)
+static mha_visible apply_rules(const mha_attention *a, size_t item, size_t h, mha_panel lanes,
+                               const mha_key_block *block, char *bias)
 {
     const mha_lanes of_head = {h, 1, lanes.first, lanes.count, lanes.vectors};
-    return mha_apply_rules(a->kernels, a->rules, mha_number_of(a->batch, n), &of_head, block, bias);
+    return mha_apply_rules(a->kernels, a->rules, mha_number_of(a->batch, item), &of_head, block, bias);
 }
 
 /* scores[key][lane] of the visible keys. The bias is added last, if there is one. Chains have at most MHA_CHAIN
  * features, as in projections. */
-static void score(const mha_attention *a, size_t n, size_t hkv, mha_panel lanes, const mha_key_block *block,
+static void score(const mha_attention *a, size_t item, size_t hkv, mha_panel lanes, const mha_key_block *block,
                   mha_visible visible, const char *queries, const char *bias, const char *narrow, char *scores,
                   const mha_prefetch *prefetch)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = lanes.vectors * kernels->lanes;
     const mha_rows *keys = keys_of(a, block);
-    mha_product product = {.rows = visible.keys, .vectors = lanes.vectors, .a = mha_row_at(keys, n, hkv, block->first),
-                           .a_row = mha_row_numbers(keys), .a_k = 1, .b = queries, .b_k = P,
+    mha_product product = {.rows = visible.keys, .vectors = lanes.vectors,
+                           .a = mha_row_at(keys, item, hkv, block->first), .a_row = mha_row_numbers(keys), .a_k = 1,
+                           .b = queries, .b_k = P,
                            .addend = visible.is_biased && a->D <= MHA_CHAIN ? bias : NULL, .addend_row = P,
                            .c = scores, .c_row = P, .prefetch = prefetch};
     size_t depth = a->D;
@@ -304,26 +305,26 @@ static bool needs_care(const mha_attention *a, const mha_panel_state *s)
            !a->kernels->is_finite(s->out, a->Dv * s->lanes.vectors * a->kernels->lanes);
 }
 
-void mha_score_block(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
+void mha_score_block(const mha_attention *a, size_t item, size_t h, mha_panel lanes, const mha_key_block *block,
                      const char *queries, char *bias, char *narrow, char *scores)
 {
-    const mha_visible visible = apply_rules(a, n, h, lanes, block, bias);
+    const mha_visible visible = apply_rules(a, item, h, lanes, block, bias);
     if (a->narrow && visible.keys > 0)
-        narrow_keys(a, n, h / a->shared, block, narrow);
-    score(a, n, h / a->shared, lanes, block, visible, queries, bias, narrow, scores, NULL);
+        narrow_keys(a, item, h / a->shared, block, narrow);
+    score(a, item, h / a->shared, lanes, block, visible, queries, bias, narrow, scores, NULL);
     if (a->wanted == MHA_WANT_SCORES || atomic_load_explicit(&a->is_careful, memory_order_relaxed))
         hide_scores(a, lanes, visible, bias, scores);
     hide_rest(a, lanes, block, visible, scores);
 }
 
-void mha_drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block, size_t keys,
-                  char *probabilities)
+void mha_drop_out(const mha_attention *a, size_t item, size_t h, mha_panel lanes, const mha_key_block *block,
+                  size_t keys, char *probabilities)
 {
     const mha_dropout_block dropout = {
         .key = a->rules->dropout_key,
         .threshold = (uint64_t)((1 - a->rules->dropout_p) * 4294967296.0),
         .scale = 1 / (1 - a->rules->dropout_p),
-        .n = mha_number_of(a->batch, n), .h = h, .first_query = lanes.first,
+        .n = mha_number_of(a->batch, item), .h = h, .first_query = lanes.first,
         .index = block->index, .first_key = block->first_key,
     };
     a->kernels->dropout(probabilities, keys, lanes.vectors, lanes.count, &dropout);
@@ -331,19 +332,20 @@ void mha_drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes, c
 
 /* ---- First pass: context ---- */
 
-static void begin(const mha_attention *a, size_t n, mha_panel_state *s)
+static void begin(const mha_attention *a, size_t item, mha_panel_state *s)
 {
-    mha_pack_queries(a, n, s->h, s->lanes, s->queries);
+    mha_pack_queries(a, item, s->h, s->lanes, s->queries);
     a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
 }
 
 /* What the product of this panel prefetches of the next block of x: its share of the rows. The hardware would start too
  * late, or not at all where rows are on different pages. */
-static mha_prefetch prefetch_share(const mha_attention *a, const mha_panel_state *s, const mha_rows *x, size_t n,
+static mha_prefetch prefetch_share(const mha_attention *a, const mha_panel_state *s, const mha_rows *x, size_t item,
                                    const mha_key_block *next, size_t width)
 {
     const size_t begin = next->keys * s->share / s->sharers, end = next->keys * (s->share + 1) / s->sharers;
-    return (mha_prefetch){mha_row_at(x, n, s->hkv, next->first + begin), end - begin, width * a->kernels->size, x->row};
+    return (mha_prefetch){mha_row_at(x, item, s->hkv, next->first + begin), end - begin, width * a->kernels->size,
+                          x->row};
 }
 
 /* The product of values and exps. If products are narrow, so are the values already, of `narrowed` keys. */
@@ -370,7 +372,7 @@ static void multiply_values_with_care(const mha_attention *a, const mha_panel_st
 }
 
 /* `base` is the thread's scratch. */
-static void step(const mha_attention *a, size_t n, mha_panel_state *s, const mha_key_block *block,
+static void step(const mha_attention *a, size_t item, mha_panel_state *s, const mha_key_block *block,
                  const mha_key_block *next, mha_visible visible, char *scores, char *base)
 {
     const mha_kernels *kernels = a->kernels;
@@ -383,19 +385,19 @@ static void step(const mha_attention *a, size_t n, mha_panel_state *s, const mha
     if (visible.keys == 0) /* hidden keys would change nothing: their probability is 0, and the maximum stays */
         return;
     if (next) {
-        prefetch_keys = prefetch_share(a, s, keys_of(a, next), n, next, a->D);
-        prefetch_values = prefetch_share(a, s, values_of(a, next), n, next, a->Dv);
+        prefetch_keys = prefetch_share(a, s, keys_of(a, next), item, next, a->D);
+        prefetch_values = prefetch_share(a, s, values_of(a, next), item, next, a->Dv);
     }
-    score(a, n, s->hkv, s->lanes, block, visible, s->queries, bias, s->narrow_keys, scores,
+    score(a, item, s->hkv, s->lanes, block, visible, s->queries, bias, s->narrow_keys, scores,
           next ? &prefetch_keys : NULL);
     if (s->finite)
         hide_scores(a, s->lanes, visible, bias, scores);
     kernels->softmax_step(scores, visible.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
     if (a->rules->dropout_p > 0)
-        mha_drop_out(a, n, s->h, s->lanes, block, visible.keys, exps);
+        mha_drop_out(a, item, s->h, s->lanes, block, visible.keys, exps);
     const mha_rows *values = values_of(a, block);
     const mha_product product = {.rows = a->Dv, .depth = visible.keys, .vectors = s->lanes.vectors,
-                                 .a = mha_row_at(values, n, s->hkv, block->first), .a_row = 1,
+                                 .a = mha_row_at(values, item, s->hkv, block->first), .a_row = 1,
                                  .a_k = mha_row_numbers(values), .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
                                  .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
@@ -406,7 +408,7 @@ static void step(const mha_attention *a, size_t n, mha_panel_state *s, const mha
     s->is_empty = false;
 }
 
-static void finish(const mha_attention *a, size_t n, const mha_panel_state *s)
+static void finish(const mha_attention *a, size_t item, const mha_panel_state *s)
 {
     const mha_kernels *kernels = a->kernels;
     char *inverse = s->factor;
@@ -414,9 +416,9 @@ static void finish(const mha_attention *a, size_t n, const mha_panel_state *s)
         kernels->fill(s->out, a->Dv * s->lanes.vectors * kernels->lanes, 0);
     kernels->softmax_end(s->sum, inverse, s->lanes.vectors, mha_empty_row_of(a));
     kernels->unpack_panel(s->out, s->lanes.vectors, inverse, s->lanes.count, a->Dv,
-                          mha_row_at(&a->context, n, s->h, s->lanes.first), (size_t)mha_row_numbers(&a->context));
+                          mha_row_at(&a->context, item, s->h, s->lanes.first), (size_t)mha_row_numbers(&a->context));
     if (a->wanted) {
-        const size_t at = mha_statistics_offset(a, n, s->h, s->lanes);
+        const size_t at = mha_statistics_offset(a, item, s->h, s->lanes);
         const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->size;
         memcpy(a->maximum + at, s->maximum, bytes);
         memcpy(a->sum + at, s->sum, bytes);
@@ -435,23 +437,23 @@ static void count_sharers(mha_panel_state *panels, size_t count)
     }
 }
 
-bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size_t count, size_t worker)
+bool mha_attend_panels(mha_attention *a, size_t item, mha_panel_state *panels, size_t count, size_t worker)
 {
     char *base = mha_scratch_of(a->team, worker);
-    const size_t blocks = mha_key_blocks(a->batch, n);
+    const size_t blocks = mha_key_blocks(a->batch, item);
     if (blocks > 1) /* otherwise no block is prefetched */
         count_sharers(panels, count);
     for (size_t i = 0; i < count; i++)
-        begin(a, n, &panels[i]);
+        begin(a, item, &panels[i]);
     const bool is_shared = is_mask_shared(a);
     size_t features = 0; /* since the last poll */
     mha_key_block two[2];
     if (blocks > 0)
-        mha_key_block_at(a->batch, n, 0, &two[0]);
+        mha_key_block_at(a->batch, item, 0, &two[0]);
     for (size_t b = 0; b < blocks; b++) {
         const mha_key_block *block = &two[b % 2], *next = NULL;
         if (b + 1 < blocks) {
-            mha_key_block_at(a->batch, n, b + 1, &two[(b + 1) % 2]);
+            mha_key_block_at(a->batch, item, b + 1, &two[(b + 1) % 2]);
             next = &two[(b + 1) % 2];
         }
         mha_visible visible = {0};
@@ -459,13 +461,13 @@ bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size
         for (size_t i = 0; i < count; i++) {
             mha_panel_state *s = &panels[i];
             if (i == 0 || !is_shared || s->lanes.first != panels[i - 1].lanes.first)
-                visible = apply_rules(a, n, s->h, s->lanes, block, base + a->at.bias);
+                visible = apply_rules(a, item, s->h, s->lanes, block, base + a->at.bias);
             if (a->narrow && visible.keys > 0 && narrowed[s->hkv % NARROW_HEADS] != s->hkv) {
-                narrow_block(a, n, s, block);
+                narrow_block(a, item, s, block);
                 narrowed[s->hkv % NARROW_HEADS] = s->hkv;
             }
             char *kept = s->kept ? s->kept + b * mha_block_bytes(a, s->lanes.vectors) : NULL;
-            step(a, n, s, block, next, visible, kept ? kept : base + a->at.scores, base);
+            step(a, item, s, block, next, visible, kept ? kept : base + a->at.scores, base);
         }
         features += a->D + a->Dv;
         if (features >= FEATURES_PER_POLL && mha_is_stopped())
@@ -475,13 +477,13 @@ bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size
     for (size_t i = 0; i < count; i++) {
         mha_panel_state *s = &panels[i];
         if (!needs_care(a, s)) {
-            finish(a, n, s);
+            finish(a, item, s);
             continue;
         }
         s->finite = base + a->at.finite;
         s->is_empty = true;
         atomic_store_explicit(&a->is_careful, true, memory_order_relaxed);
-        if (!mha_attend_panels(a, n, s, 1, worker))
+        if (!mha_attend_panels(a, item, s, 1, worker))
             return false;
     }
     return true;
@@ -505,10 +507,10 @@ static void attend_task(void *context, size_t task, size_t worker)
     mha_panel_state panels[NARROW_PANELS];
     /* The last queries come first, because under a causal mask they see the most keys. */
     const size_t group = t->groups - 1 - task / t->bundles, bundle = task % t->bundles;
-    const size_t first_head = bundle * t->heads % a->H, n = bundle * t->heads / a->H;
+    const size_t first_head = bundle * t->heads % a->H, item = bundle * t->heads / a->H;
     const size_t first = group * t->panels;
     const size_t count = mha_smaller(t->panels, t->heads * a->split.panels - first);
-    const size_t queries = mha_queries_of(a, n);
+    const size_t queries = mha_queries_of(a, item);
     size_t head = first % t->heads, panel = first / t->heads, used = 0;
     for (size_t i = 0; i < count; i++) {
         const mha_panel lanes = first_lanes(a, mha_panel_at(&a->split, panel), queries);
@@ -521,7 +523,7 @@ static void attend_task(void *context, size_t task, size_t worker)
             panel++;
         }
     }
-    mha_attend_panels(a, n, panels, used, worker);
+    mha_attend_panels(a, item, panels, used, worker);
 }
 
 /* ---- A handful of tokens ---- */
@@ -543,17 +545,17 @@ static size_t tasks_of_handful(const mha_attention *a)
 static void attend_handful_task(void *context, size_t task, size_t worker)
 {
     const mha_attention *a = context;
-    const size_t tasks = tasks_of_handful(a), n = task / tasks, part = task % tasks;
-    mha_handful one = {.queries = mha_queries_of(a, n), .keys = mha_live_keys(a->batch, n), .D = a->D, .Dv = a->Dv,
-                       .q_row = mha_row_numbers(&a->q), .k_row = mha_row_numbers(&a->k),
+    const size_t tasks = tasks_of_handful(a), item = task / tasks, part = task % tasks;
+    mha_handful one = {.queries = mha_queries_of(a, item), .keys = mha_live_keys(a->batch, item), .D = a->D,
+                       .Dv = a->Dv, .q_row = mha_row_numbers(&a->q), .k_row = mha_row_numbers(&a->k),
                        .v_row = mha_row_numbers(&a->v), .context_row = mha_row_numbers(&a->context),
                        .scale = a->rules->scale, .empty_row = mha_empty_row_of(a)};
     (void)worker;
     for (size_t h = mha_first_of_part(a->H, tasks, part); h < mha_first_of_part(a->H, tasks, part + 1); h++) {
-        one.q = mha_row_at(&a->q, n, h, 0);
-        one.k = mha_row_at(&a->k, n, h / a->shared, 0);
-        one.v = mha_row_at(&a->v, n, h / a->shared, 0);
-        one.context = mha_row_at(&a->context, n, h, 0);
+        one.q = mha_row_at(&a->q, item, h, 0);
+        one.k = mha_row_at(&a->k, item, h / a->shared, 0);
+        one.v = mha_row_at(&a->v, item, h / a->shared, 0);
+        one.context = mha_row_at(&a->context, item, h, 0);
         a->kernels->attend_handful(&one);
     }
 }

@@ -100,10 +100,10 @@ static inline size_t mha_widest_panel(const mha_attention *a)
     return a->kernels->lanes * mha_smaller(a->split.vectors, a->kernels->vectors);
 }
 
-/* The number of queries of the item at place n. */
-static inline size_t mha_queries_of(const mha_attention *a, size_t n)
+/* The number of queries of an item. Here and below, `item` is its place in the batch. */
+static inline size_t mha_queries_of(const mha_attention *a, size_t item)
 {
-    return a->is_live_only ? mha_live_keys(a->batch, n) : a->L;
+    return a->is_live_only ? mha_live_keys(a->batch, item) : a->L;
 }
 
 /* Keys of the largest possible block. S is an upper bound of the live keys of an item. */
@@ -130,9 +130,9 @@ static inline size_t mha_block_bytes(const mha_attention *a, size_t vectors)
 }
 
 /* Where maximum and sum of a panel are. */
-static inline size_t mha_statistics_offset(const mha_attention *a, size_t n, size_t h, mha_panel lanes)
+static inline size_t mha_statistics_offset(const mha_attention *a, size_t item, size_t h, mha_panel lanes)
 {
-    return ((n * a->H + h) * a->split.vectors * a->kernels->lanes + lanes.first) * a->kernels->size;
+    return ((item * a->H + h) * a->split.vectors * a->kernels->lanes + lanes.first) * a->kernels->size;
 }
 
 /* An item without any key gives 0, as in torch. NaN is for keys that are all hidden. */
@@ -146,20 +146,20 @@ size_t mha_plan_panels(mha_attention *a, size_t panels);
 
 void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h, mha_panel lanes, mha_panel_state *s);
 
-/* Leads some panels of the item at place n together over the keys of their heads, and writes their context. Returns
- * false if the call is to be stopped. */
-bool mha_attend_panels(mha_attention *a, size_t n, mha_panel_state *panels, size_t count, size_t worker);
+/* Leads some panels of an item together over the keys of their heads, and writes their context. Returns false if the
+ * call is to be stopped. */
+bool mha_attend_panels(mha_attention *a, size_t item, mha_panel_state *panels, size_t count, size_t worker);
 
 /* queries [D][P] = those of one panel, scaled; narrow if products are. */
-void mha_pack_queries(const mha_attention *a, size_t n, size_t h, mha_panel lanes, char *queries);
+void mha_pack_queries(const mha_attention *a, size_t item, size_t h, mha_panel lanes, char *queries);
 
 /* scores [block][P] of a panel whose queries are packed. Keys that are not visible get -inf. `bias` has room for a
  * block, and `narrow` for its keys if products are narrow. */
-void mha_score_block(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block,
+void mha_score_block(const mha_attention *a, size_t item, size_t h, mha_panel lanes, const mha_key_block *block,
                      const char *queries, char *bias, char *narrow, char *scores);
 
 /* Applies dropout to the probabilities of the first `keys` keys of a block. */
-void mha_drop_out(const mha_attention *a, size_t n, size_t h, mha_panel lanes, const mha_key_block *block, size_t keys,
-                  char *probabilities);
+void mha_drop_out(const mha_attention *a, size_t item, size_t h, mha_panel lanes, const mha_key_block *block,
+                  size_t keys, char *probabilities);
 
 #endif

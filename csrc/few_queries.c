@@ -32,7 +32,7 @@ static bool is_possible(const mha_layer *layer, const mha_call *call)
      * returned. Narrow products would need weights the other way round, and keys and values. */
     return layer->widths.Ek >= MIN_FEATURES && layer->widths.Ev >= MIN_FEATURES &&
            mha_extra_keys(layer, call) == 0 && !call->static_k.data && !call->static_v.data &&
-           !layer->k.narrow && !layer->v.narrow && !layer->attention && !(call->dropout_p > 0) && call->L > 0 &&
+           !layer->k.narrow && !layer->v.narrow && !layer->narrow_attention && !(call->dropout_p > 0) && call->L > 0 &&
            call->wanted != MHA_WANT_SCORES;
 }
 
@@ -216,8 +216,8 @@ static void copy_inputs(const mha_few_queries *f, const mha_rows *x, size_t i, c
 
 /* ---- absorb ---- */
 
-/* Computes some features of the rows of t for one head: q_h times rows of Wk, which are read in place, as panels side by
- * side. The last vector ends with the last feature, so that nothing is read beyond the matrix. The features that it
+/* Computes some features of the rows of t for one head: q_h times rows of Wk, which are read in place, as panels side
+ * by side. The last vector ends with the last feature, so that nothing is read beyond the matrix. The features that it
  * shares with the vector before are computed twice, to the same bits. */
 static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t first, size_t vectors, size_t panels)
 {
@@ -423,8 +423,7 @@ static void merge_task(void *context, size_t task, size_t worker)
 
 /* ---- emit ---- */
 
-/* Multiplies by a panel of Wv, or some at once, for one head, through a strip. They may contain features of other heads.
- */
+/* Multiplies by a panel of Wv, or some at once, for one head, through a strip. Features of other heads may be in it. */
 static void emit_panels(const mha_few_queries *f, size_t i, size_t h, mha_panel panel, size_t at_once, char *strip)
 {
     const mha_layer *layer = f->layer;

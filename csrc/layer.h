@@ -12,7 +12,7 @@ struct mha_layer {
     mha_widths widths;
     const mha_kernels *kernels;
     mha_panels q, k, v, out;
-    const mha_narrow_kernels *attention; /* of its own products; NULL: they are not narrow */
+    const mha_narrow_kernels *narrow_attention; /* of attention itself; NULL: its products are not narrow */
     bool has_bias_kv;
     /* The same for every item: a row of bias_k and bias_v if the layer has them, then a row of zeros. */
     mha_rows extra_k, extra_v;

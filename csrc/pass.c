@@ -125,7 +125,7 @@ static void describe_attention(mha_pass *p)
     const size_t heads = call->wanted == MHA_WANT_AVERAGES ? 1 : w->H;
     mha_attention *a = &p->attention;
     a->kernels = layer->kernels;
-    a->narrow = layer->attention;
+    a->narrow = layer->narrow_attention;
     a->batch = p->batch;
     a->rules = &p->passes->rules;
     a->L = call->L;

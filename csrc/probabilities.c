@@ -22,7 +22,7 @@ enum {
 
 /* What the probabilities of some key blocks are made with, for one panel of queries. */
 typedef struct {
-    size_t n, first_head, heads;
+    size_t item, first_head, heads;
     mha_panel lanes;
     char *queries, *factor;
     char *probabilities; /* [keys of these blocks][P] */
@@ -130,17 +130,17 @@ static void add_probabilities(const mha_attention *a, const average *w, size_t h
     const mha_kernels *kernels = a->kernels;
     if (a->wanted == MHA_WANT_SCORES)
         return;
-    const size_t at = mha_statistics_offset(a, w->n, h, w->lanes);
+    const size_t at = mha_statistics_offset(a, w->item, h, w->lanes);
     kernels->softmax_probabilities(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
     if (a->rules->dropout_p > 0)
-        mha_drop_out(a, w->n, h, w->lanes, block, block->keys, scores);
+        mha_drop_out(a, w->item, h, w->lanes, block, block->keys, scores);
     if (scores != probabilities)
         kernels->add(probabilities, probabilities, scores, block->keys * w->lanes.vectors * kernels->lanes);
 }
 
 static char *probabilities_row(const mha_attention *a, const average *w, size_t lane)
 {
-    return mha_row_at(&a->probabilities, w->n, w->first_head / w->heads, w->lanes.first + lane);
+    return mha_row_at(&a->probabilities, w->item, w->first_head / w->heads, w->lanes.first + lane);
 }
 
 static void write_probabilities(const mha_attention *a, const average *w, const mha_key_block *block,
@@ -174,7 +174,8 @@ static void write_removed(const mha_attention *a, const average *w)
         add_probabilities(a, w, h, &one, scores, w->probabilities);
     }
     kernels->unpack_panel(w->probabilities, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
-    for (size_t s = mha_next_removed(a->batch, w->n, 0); s < a->batch->S; s = mha_next_removed(a->batch, w->n, s + 1))
+    for (size_t s = mha_next_removed(a->batch, w->item, 0); s < a->batch->S;
+         s = mha_next_removed(a->batch, w->item, s + 1))
         for (size_t lane = 0; lane < w->lanes.count; lane++)
             memcpy(probabilities_row(a, w, lane) + s * kernels->size, w->rows + lane * kernels->size, kernels->size);
 }
@@ -186,7 +187,7 @@ static void write_blocks(const mha_attention *a, const average *w, size_t first,
     a->kernels->fill(w->factor, w->lanes.vectors * a->kernels->lanes, 1 / (double)w->heads);
     for (size_t b = first; b < end; b++) {
         mha_key_block block;
-        mha_key_block_at(a->batch, w->n, b, &block);
+        mha_key_block_at(a->batch, w->item, b, &block);
         write_probabilities(a, w, &block, w->probabilities + (b - first) * mha_block_bytes(a, w->lanes.vectors));
     }
     if (first == 0 && a->batch->index)
@@ -197,9 +198,9 @@ static void write_blocks(const mha_attention *a, const average *w, size_t first,
 
 static void add_kept(const mha_attention *a, const average *w, const mha_panel_state *s)
 {
-    for (size_t b = 0; b < mha_key_blocks(a->batch, w->n); b++) {
+    for (size_t b = 0; b < mha_key_blocks(a->batch, w->item); b++) {
         mha_key_block block;
-        mha_key_block_at(a->batch, w->n, b, &block);
+        mha_key_block_at(a->batch, w->item, b, &block);
         const size_t at = b * mha_block_bytes(a, w->lanes.vectors);
         add_probabilities(a, w, s->h, &block, s->kept + at, w->probabilities + at);
     }
@@ -211,7 +212,7 @@ static void attend_and_write_task(void *context, size_t task, size_t worker)
     mha_attention *a = context;
     char *base = mha_scratch_of(a->team, worker);
     const size_t heads = averaged_heads(a), averages = averages_of_call(a);
-    const size_t n = task % averages / averages_of_item(a);
+    const size_t item = task % averages / averages_of_item(a);
     const size_t first_head = task % averages % averages_of_item(a) * heads;
     const size_t group = a->tasks.groups - 1 - task / averages, first = group * a->split.panels / a->tasks.groups;
     const size_t count = (group + 1) * a->split.panels / a->tasks.groups - first;
@@ -221,18 +222,18 @@ static void attend_and_write_task(void *context, size_t task, size_t worker)
         for (size_t i = 0; i < count; i++) {
             char *kept = base + a->at.kept + i * a->at.kept_bytes;
             mha_set_up_panel(a, worker, i, h, mha_panel_at(&a->split, first + i), &panels[i]);
-            w[i] = (average){.n = n, .first_head = first_head, .heads = heads, .lanes = panels[i].lanes,
+            w[i] = (average){.item = item, .first_head = first_head, .heads = heads, .lanes = panels[i].lanes,
                              .factor = panels[i].factor, .probabilities = kept, .scores = base + a->at.scores,
                              .rows = base + a->at.rows};
             panels[i].kept = h == first_head ? kept : kept + a->at.kept_bytes / 2;
         }
-        if (!mha_attend_panels(a, n, panels, count, worker))
+        if (!mha_attend_panels(a, item, panels, count, worker))
             return;
         for (size_t i = 0; i < count; i++)
             add_kept(a, &w[i], &panels[i]);
     }
     for (size_t i = 0; i < count; i++)
-        write_blocks(a, &w[i], 0, mha_key_blocks(a->batch, n));
+        write_blocks(a, &w[i], 0, mha_key_blocks(a->batch, item));
 }
 
 /* ---- Afterwards: scores are computed again ---- */
@@ -243,22 +244,22 @@ static void second_pass_task(void *context, size_t task, size_t worker)
     mha_layout layout = {0};
     const size_t heads = averaged_heads(a), segment = task % a->tasks.segments, panel = task / a->tasks.segments;
     average w = {
-        .n = panel / a->split.panels / averages_of_item(a),
+        .item = panel / a->split.panels / averages_of_item(a),
         .first_head = panel / a->split.panels % averages_of_item(a) * heads,
         .heads = heads,
         .lanes = mha_panel_at(&a->split, panel % a->split.panels),
     };
     take_average(a, mha_scratch_of(a->team, worker), &layout, &w);
     const size_t first = segment * SEGMENT_BLOCKS;
-    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(a->batch, w.n));
+    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(a->batch, w.item));
     for (size_t h = w.first_head; h < w.first_head + heads; h++) {
-        mha_pack_queries(a, w.n, h, w.lanes, w.queries);
+        mha_pack_queries(a, w.item, h, w.lanes, w.queries);
         for (size_t b = first; b < end; b++) {
             mha_key_block block;
-            mha_key_block_at(a->batch, w.n, b, &block);
+            mha_key_block_at(a->batch, w.item, b, &block);
             char *probabilities = w.probabilities + (b - first) * mha_block_bytes(a, w.lanes.vectors);
             char *scores = h == w.first_head ? probabilities : w.scores;
-            mha_score_block(a, w.n, h, w.lanes, &block, w.queries, w.bias, w.narrow_keys, scores);
+            mha_score_block(a, w.item, h, w.lanes, &block, w.queries, w.bias, w.narrow_keys, scores);
             add_probabilities(a, &w, h, &block, scores, probabilities);
         }
     }

@@ -26,7 +26,7 @@ INLINE void V(attend_vector)(const mha_handful *h, const REAL *q, size_t queries
     REAL sum[LANES], inverse[LANES];
     const size_t q_row = (size_t)h->q_row, context_row = (size_t)h->context_row;
     if (h->D < LANES)
-        V(pack_narrow)(q, q_row, queries, 0, h->D, (REAL)h->scale, panel, LANES);
+        V(pack_features)(q, q_row, queries, 0, h->D, (REAL)h->scale, panel, LANES);
     else
         V(pack_panel)(q, q_row, queries, h->D, h->scale, panel, 1);
     V(small_product)(h->k, h->k_row, 1, h->keys, panel, h->D, scores);
@@ -35,7 +35,7 @@ INLINE void V(attend_vector)(const mha_handful *h, const REAL *q, size_t queries
     V(softmax_end)(sum, inverse, 1, h->empty_row);
     V(small_product)(h->v, 1, h->v_row, h->Dv, scores, h->keys, sums);
     if (h->Dv < LANES)
-        V(unpack_narrow)(sums, LANES, inverse, queries, 0, h->Dv, context, context_row);
+        V(unpack_features)(sums, LANES, inverse, queries, 0, h->Dv, context, context_row);
     else
         V(unpack_panel)(sums, 1, inverse, queries, h->Dv, context, context_row);
 }

@@ -53,8 +53,8 @@ static inline size_t mha_panels_at_once(size_t rows)
  * is [P]. Nothing else may overlap. 1 <= vectors <= mha_kernels.vectors. Rows and depth may be 0.
  * `prefetch` is fetched meanwhile; NULL: nothing.
  *
- * If there are n panels, rows of c, addend, factor and b_scale have n * P numbers, those of the second panel after those
- * of the first. n is at most mha_panels_at_once(rows), and panels have at least two vectors.
+ * If there are n panels, rows of c, addend, factor and b_scale have n * P numbers, panel after panel. n is at most
+ * mha_panels_at_once(rows), and panels have at least two vectors.
  *
  *            k ->             b (panel)                    c
  *         +---------+       k +----------+        r +----------+

@@ -35,8 +35,8 @@ NOINLINE void V(pack_squares)(const REAL *rows, size_t row_stride, size_t count,
 }
 
 /* panel[d][i] = rows[i][d] * scale for features `first` to `width`, number by number. */
-INLINE void V(pack_narrow)(const REAL *rows, size_t row_stride, size_t count, size_t first, size_t width, REAL scale,
-                           REAL *panel, size_t P)
+INLINE void V(pack_features)(const REAL *rows, size_t row_stride, size_t count, size_t first, size_t width, REAL scale,
+                             REAL *panel, size_t P)
 {
     for (size_t d = first; d < width; d++) {
         const REAL *from = rows + d;
@@ -58,7 +58,7 @@ static void V(pack_panel)(const void *rows_, size_t row_stride, size_t count, si
         REAL *panel = (REAL *)panel_ + lane;
         if (whole > 0)
             V(pack_squares)(rows, row_stride, used, whole, V(splat)(scale), panel, P);
-        V(pack_narrow)(rows, row_stride, used, whole, width, scale, panel, P);
+        V(pack_features)(rows, row_stride, used, whole, width, scale, panel, P);
     }
 }
 
@@ -77,8 +77,8 @@ NOINLINE void V(unpack_squares)(const REAL *panel, size_t P, VEC factor, size_t 
 }
 
 /* rows[i][d] = panel[d][i] * factor[i] for features `first` to `width`, number by number. */
-INLINE void V(unpack_narrow)(const REAL *panel, size_t P, const REAL *factor, size_t count, size_t first, size_t width,
-                             REAL *rows, size_t row_stride)
+INLINE void V(unpack_features)(const REAL *panel, size_t P, const REAL *factor, size_t count, size_t first,
+                               size_t width, REAL *rows, size_t row_stride)
 {
     for (size_t d = first; d < width; d++) {
         const REAL *from = panel + d * P;
@@ -98,6 +98,6 @@ static void V(unpack_panel)(const void *panel_, size_t vectors, const void *fact
         REAL *rows = (REAL *)rows_ + lane * row_stride;
         if (whole > 0)
             V(unpack_squares)(panel, P, V(load)(factor), used, whole, rows, row_stride);
-        V(unpack_narrow)(panel, P, factor, used, whole, width, rows, row_stride);
+        V(unpack_features)(panel, P, factor, used, whole, width, rows, row_stride);
     }
 }
