@@ -99,14 +99,17 @@ size_t mha_plan_panels(mha_attention *a, size_t panels)
 }
 
 /* The state is filled in where it stays: a copy would wait for the stores to reach the cache. */
-void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h, mha_panel lanes, mha_panel_state *s)
+void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t item, size_t h, mha_panel lanes,
+                      mha_panel_state *s)
 {
     char *base = mha_scratch_of(a->team, worker), *state = base + a->at.states + i * a->at.state_bytes;
+    s->base = base;
     s->queries = state + a->at.queries;
     s->out = state + a->at.out;
     s->maximum = state + a->at.maximum;
     s->sum = state + a->at.sum;
     s->factor = state + a->at.factor;
+    s->item = item;
     s->h = h;
     s->hkv = h / a->shared;
     s->narrow_keys = s->narrow_values = NULL;
@@ -134,7 +137,7 @@ static const mha_rows *values_of(const mha_attention *a, const mha_key_block *bl
 /* ---- Products of bfloat16 ----
  *
  * Queries and keys are narrowed in groups of features, exps and values in groups of keys. Keys and values of a block
- * are narrowed once for the panels of a task that read them. `base` is the thread's scratch. */
+ * are narrowed once for the panels of a task that read them. */
 
 static const float *floats_at(const void *numbers)
 {
@@ -166,34 +169,35 @@ static void narrow_values(const mha_attention *a, const char *values, ptrdiff_t 
     a->narrow->take_columns(floats_at(values), (size_t)row, keys, a->Dv, words_at(narrow));
 }
 
-static void narrow_block(const mha_attention *a, size_t item, const mha_panel_state *s, const mha_key_block *block)
+static void narrow_block(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block)
 {
     const mha_rows *values = values_of(a, block);
-    narrow_keys(a, item, s->hkv, block, s->narrow_keys);
-    narrow_values(a, mha_row_at(values, item, s->hkv, block->first), mha_row_numbers(values), block->keys,
+    narrow_keys(a, s->item, s->hkv, block, s->narrow_keys);
+    narrow_values(a, mha_row_at(values, s->item, s->hkv, block->first), mha_row_numbers(values), block->keys,
                   s->narrow_values);
 }
 
 /* Narrows the exps of a product of values, of which `narrowed` keys are narrow, and returns the product of both. The
  * last visible key may be in a group with a hidden one, whose exps are 0. */
 static mha_product narrow_exps(const mha_attention *a, const mha_panel_state *s, const mha_product *values,
-                               size_t narrowed, char *exps, char *base)
+                               size_t narrowed, char *exps)
 {
+    char *narrow = s->base + a->at.narrow_exps;
     const size_t P = values->b_k, keys = mha_smaller(mha_divide_up(values->depth, 2) * 2, narrowed);
     mha_product product = *values;
     a->kernels->fill(exps + values->depth * P * a->kernels->size, (keys - values->depth) * P, 0);
-    a->narrow->take_columns(floats_at(exps), P, keys, P, words_at(base + a->at.narrow_exps));
+    a->narrow->take_columns(floats_at(exps), P, keys, P, words_at(narrow));
     product.depth = mha_divide_up(keys, a->narrow->group);
     product.a = s->narrow_values;
     product.a_k = (ptrdiff_t)padded_values(a);
-    product.b = base + a->at.narrow_exps;
+    product.b = narrow;
     return product;
 }
 
 /* The product with values that are rounded, but not narrow. Some of them may only now be infinite. */
-static mha_product round_values(const mha_attention *a, const mha_panel_state *s, const mha_product *values, char *base)
+static mha_product round_values(const mha_attention *a, const mha_panel_state *s, const mha_product *values)
 {
-    char *halves = s->narrow_values, *rounded = base + a->at.rounded;
+    char *halves = s->narrow_values, *rounded = s->base + a->at.rounded;
     mha_product product = *values;
     for (size_t key = 0; key < values->depth; key++) {
         a->kernels->narrow(MHA_BFLOAT16, floats_at(values->a) + (ptrdiff_t)key * values->a_k, a->Dv, halves);
@@ -332,28 +336,28 @@ void mha_drop_out(const mha_attention *a, size_t item, size_t h, mha_panel lanes
 
 /* ---- First pass: context ---- */
 
-static void begin(const mha_attention *a, size_t item, mha_panel_state *s)
+static void begin(const mha_attention *a, mha_panel_state *s)
 {
-    mha_pack_queries(a, item, s->h, s->lanes, s->queries);
+    mha_pack_queries(a, s->item, s->h, s->lanes, s->queries);
     a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
 }
 
 /* What the product of this panel prefetches of the next block of x: its share of the rows. The hardware would start too
  * late, or not at all where rows are on different pages. */
-static mha_prefetch prefetch_share(const mha_attention *a, const mha_panel_state *s, const mha_rows *x, size_t item,
+static mha_prefetch prefetch_share(const mha_attention *a, const mha_panel_state *s, const mha_rows *x,
                                    const mha_key_block *next, size_t width)
 {
     const size_t begin = next->keys * s->share / s->sharers, end = next->keys * (s->share + 1) / s->sharers;
-    return (mha_prefetch){mha_row_at(x, item, s->hkv, next->first + begin), end - begin, width * a->kernels->size,
+    return (mha_prefetch){mha_row_at(x, s->item, s->hkv, next->first + begin), end - begin, width * a->kernels->size,
                           x->row};
 }
 
 /* The product of values and exps. If products are narrow, so are the values already, of `narrowed` keys. */
 static void multiply_values(const mha_attention *a, const mha_panel_state *s, const mha_product *values,
-                            size_t narrowed, char *exps, char *base)
+                            size_t narrowed, char *exps)
 {
     if (a->narrow) {
-        const mha_product product = narrow_exps(a, s, values, narrowed, exps, base);
+        const mha_product product = narrow_exps(a, s, values, narrowed, exps);
         a->narrow->product(&product);
     } else {
         a->kernels->product(values);
@@ -361,54 +365,54 @@ static void multiply_values(const mha_attention *a, const mha_panel_state *s, co
 }
 
 static void multiply_values_with_care(const mha_attention *a, const mha_panel_state *s, const mha_product *values,
-                                      const char *bias, char *exps, char *base)
+                                      const char *bias, char *exps)
 {
-    const mha_product given = a->narrow ? round_values(a, s, values, base) : *values;
+    const mha_product given = a->narrow ? round_values(a, s, values) : *values;
     const mha_product product = mha_with_finite_values(a->kernels, &given, s->finite);
     if (a->narrow)
         narrow_values(a, s->finite, product.a_k, product.depth, s->narrow_values);
-    multiply_values(a, s, &product, product.depth, exps, base);
+    multiply_values(a, s, &product, product.depth, exps);
     mha_add_other_values(a->kernels, &given, bias);
 }
 
-/* `base` is the thread's scratch. */
-static void step(const mha_attention *a, size_t item, mha_panel_state *s, const mha_key_block *block,
-                 const mha_key_block *next, mha_visible visible, char *scores, char *base)
+/* Block b of the keys: scores, one step of the online softmax, values. */
+static void step(const mha_attention *a, mha_panel_state *s, size_t b, const mha_key_block *block,
+                 const mha_key_block *next, mha_visible visible)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t P = s->lanes.vectors * kernels->lanes;
-    char *exps = base + a->at.scores;
-    const char *bias = base + a->at.bias;
+    char *exps = s->base + a->at.scores, *scores = s->kept ? s->kept + b * mha_block_bytes(a, s->lanes.vectors) : exps;
+    const char *bias = s->base + a->at.bias;
     mha_prefetch prefetch_keys, prefetch_values;
     if (s->kept)
         hide_rest(a, s->lanes, block, visible, scores);
     if (visible.keys == 0) /* hidden keys would change nothing: their probability is 0, and the maximum stays */
         return;
     if (next) {
-        prefetch_keys = prefetch_share(a, s, keys_of(a, next), item, next, a->D);
-        prefetch_values = prefetch_share(a, s, values_of(a, next), item, next, a->Dv);
+        prefetch_keys = prefetch_share(a, s, keys_of(a, next), next, a->D);
+        prefetch_values = prefetch_share(a, s, values_of(a, next), next, a->Dv);
     }
-    score(a, item, s->hkv, s->lanes, block, visible, s->queries, bias, s->narrow_keys, scores,
+    score(a, s->item, s->hkv, s->lanes, block, visible, s->queries, bias, s->narrow_keys, scores,
           next ? &prefetch_keys : NULL);
     if (s->finite)
         hide_scores(a, s->lanes, visible, bias, scores);
     kernels->softmax_step(scores, visible.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
     if (a->rules->dropout_p > 0)
-        mha_drop_out(a, item, s->h, s->lanes, block, visible.keys, exps);
+        mha_drop_out(a, s->item, s->h, s->lanes, block, visible.keys, exps);
     const mha_rows *values = values_of(a, block);
     const mha_product product = {.rows = a->Dv, .depth = visible.keys, .vectors = s->lanes.vectors,
-                                 .a = mha_row_at(values, item, s->hkv, block->first), .a_row = 1,
+                                 .a = mha_row_at(values, s->item, s->hkv, block->first), .a_row = 1,
                                  .a_k = mha_row_numbers(values), .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
                                  .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
     if (s->finite)
-        multiply_values_with_care(a, s, &product, visible.is_biased ? bias : NULL, exps, base);
+        multiply_values_with_care(a, s, &product, visible.is_biased ? bias : NULL, exps);
     else
-        multiply_values(a, s, &product, block->keys, exps, base);
+        multiply_values(a, s, &product, block->keys, exps);
     s->is_empty = false;
 }
 
-static void finish(const mha_attention *a, size_t item, const mha_panel_state *s)
+static void finish(const mha_attention *a, const mha_panel_state *s)
 {
     const mha_kernels *kernels = a->kernels;
     char *inverse = s->factor;
@@ -416,9 +420,9 @@ static void finish(const mha_attention *a, size_t item, const mha_panel_state *s
         kernels->fill(s->out, a->Dv * s->lanes.vectors * kernels->lanes, 0);
     kernels->softmax_end(s->sum, inverse, s->lanes.vectors, mha_empty_row_of(a));
     kernels->unpack_panel(s->out, s->lanes.vectors, inverse, s->lanes.count, a->Dv,
-                          mha_row_at(&a->context, item, s->h, s->lanes.first), (size_t)mha_row_numbers(&a->context));
+                          mha_row_at(&a->context, s->item, s->h, s->lanes.first), (size_t)mha_row_numbers(&a->context));
     if (a->wanted) {
-        const size_t at = mha_statistics_offset(a, item, s->h, s->lanes);
+        const size_t at = mha_statistics_offset(a, s->item, s->h, s->lanes);
         const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->size;
         memcpy(a->maximum + at, s->maximum, bytes);
         memcpy(a->sum + at, s->sum, bytes);
@@ -437,15 +441,32 @@ static void count_sharers(mha_panel_state *panels, size_t count)
     }
 }
 
-bool mha_attend_panels(mha_attention *a, size_t item, mha_panel_state *panels, size_t count, size_t worker)
+/* Leads the panels over block b. */
+static void attend_block(const mha_attention *a, mha_panel_state *panels, size_t count, size_t b,
+                         const mha_key_block *block, const mha_key_block *next)
 {
-    char *base = mha_scratch_of(a->team, worker);
-    const size_t blocks = mha_key_blocks(a->batch, item);
+    const bool is_shared = is_mask_shared(a);
+    mha_visible visible = {0};
+    size_t narrowed[NARROW_HEADS] = {SIZE_MAX, SIZE_MAX}; /* the heads whose keys and values are narrow */
+    for (size_t i = 0; i < count; i++) {
+        mha_panel_state *s = &panels[i];
+        if (i == 0 || !is_shared || s->lanes.first != panels[i - 1].lanes.first)
+            visible = apply_rules(a, s->item, s->h, s->lanes, block, s->base + a->at.bias);
+        if (a->narrow && visible.keys > 0 && narrowed[s->hkv % NARROW_HEADS] != s->hkv) {
+            narrow_block(a, s, block);
+            narrowed[s->hkv % NARROW_HEADS] = s->hkv;
+        }
+        step(a, s, b, block, next, visible);
+    }
+}
+
+bool mha_attend_panels(mha_attention *a, mha_panel_state *panels, size_t count)
+{
+    const size_t item = panels[0].item, blocks = mha_key_blocks(a->batch, item);
     if (blocks > 1) /* otherwise no block is prefetched */
         count_sharers(panels, count);
     for (size_t i = 0; i < count; i++)
-        begin(a, item, &panels[i]);
-    const bool is_shared = is_mask_shared(a);
+        begin(a, &panels[i]);
     size_t features = 0; /* since the last poll */
     mha_key_block two[2];
     if (blocks > 0)
@@ -456,19 +477,7 @@ bool mha_attend_panels(mha_attention *a, size_t item, mha_panel_state *panels, s
             mha_key_block_at(a->batch, item, b + 1, &two[(b + 1) % 2]);
             next = &two[(b + 1) % 2];
         }
-        mha_visible visible = {0};
-        size_t narrowed[NARROW_HEADS] = {SIZE_MAX, SIZE_MAX}; /* the heads whose keys and values are narrow */
-        for (size_t i = 0; i < count; i++) {
-            mha_panel_state *s = &panels[i];
-            if (i == 0 || !is_shared || s->lanes.first != panels[i - 1].lanes.first)
-                visible = apply_rules(a, item, s->h, s->lanes, block, base + a->at.bias);
-            if (a->narrow && visible.keys > 0 && narrowed[s->hkv % NARROW_HEADS] != s->hkv) {
-                narrow_block(a, item, s, block);
-                narrowed[s->hkv % NARROW_HEADS] = s->hkv;
-            }
-            char *kept = s->kept ? s->kept + b * mha_block_bytes(a, s->lanes.vectors) : NULL;
-            step(a, item, s, block, next, visible, kept ? kept : base + a->at.scores, base);
-        }
+        attend_block(a, panels, count, b, block, next);
         features += a->D + a->Dv;
         if (features >= FEATURES_PER_POLL && mha_is_stopped())
             return false;
@@ -477,13 +486,13 @@ bool mha_attend_panels(mha_attention *a, size_t item, mha_panel_state *panels, s
     for (size_t i = 0; i < count; i++) {
         mha_panel_state *s = &panels[i];
         if (!needs_care(a, s)) {
-            finish(a, item, s);
+            finish(a, s);
             continue;
         }
-        s->finite = base + a->at.finite;
+        s->finite = s->base + a->at.finite;
         s->is_empty = true;
         atomic_store_explicit(&a->is_careful, true, memory_order_relaxed);
-        if (!mha_attend_panels(a, item, s, 1, worker))
+        if (!mha_attend_panels(a, s, 1))
             return false;
     }
     return true;
@@ -515,7 +524,7 @@ static void attend_task(void *context, size_t task, size_t worker)
     for (size_t i = 0; i < count; i++) {
         const mha_panel lanes = first_lanes(a, mha_panel_at(&a->split, panel), queries);
         if (lanes.count > 0) {
-            mha_set_up_panel(a, worker, used, first_head + head, lanes, &panels[used]);
+            mha_set_up_panel(a, worker, used, item, first_head + head, lanes, &panels[used]);
             used++;
         }
         if (++head == t->heads) {
@@ -523,7 +532,8 @@ static void attend_task(void *context, size_t task, size_t worker)
             panel++;
         }
     }
-    mha_attend_panels(a, item, panels, used, worker);
+    if (used > 0)
+        mha_attend_panels(a, panels, used);
 }
 
 /* ---- A handful of tokens ---- */

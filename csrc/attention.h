@@ -81,10 +81,11 @@ enum { MHA_MAX_TASK_PANELS = 4 }; /* panels that read keys and values, or the ma
 
 /* What a task holds for one panel. */
 typedef struct {
+    char *base;                   /* the thread's scratch */
     char *queries;                /* [D][P], scaled */
     char *out;                    /* [Dv][P]; undefined until a block has a visible key */
     char *maximum, *sum, *factor; /* [P] */
-    size_t h, hkv;                /* h: query head. hkv: its key/value head. */
+    size_t item, h, hkv;          /* h: query head. hkv: its key/value head. */
     /* sharers: panels of this task with the same hkv. share: the number of this panel among them. */
     size_t share, sharers;
     mha_panel lanes;
@@ -144,11 +145,13 @@ static inline mha_empty_row mha_empty_row_of(const mha_attention *a)
 /* Plans the scratch of a thread whose tasks have up to `panels` panels, and returns its size. */
 size_t mha_plan_panels(mha_attention *a, size_t panels);
 
-void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t h, mha_panel lanes, mha_panel_state *s);
+/* Sets up panel i of a task. */
+void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t item, size_t h, mha_panel lanes,
+                      mha_panel_state *s);
 
-/* Leads some panels of an item together over the keys of their heads, and writes their context. Returns false if the
- * call is to be stopped. */
-bool mha_attend_panels(mha_attention *a, size_t item, mha_panel_state *panels, size_t count, size_t worker);
+/* Leads some panels of an item, at least one, together over the keys of their heads, and writes their context. Returns
+ * false if the call is to be stopped. */
+bool mha_attend_panels(mha_attention *a, mha_panel_state *panels, size_t count);
 
 /* queries [D][P] = those of one panel, scaled; narrow if products are. */
 void mha_pack_queries(const mha_attention *a, size_t item, size_t h, mha_panel lanes, char *queries);

@@ -221,13 +221,13 @@ static void attend_and_write_task(void *context, size_t task, size_t worker)
     for (size_t h = first_head; h < first_head + heads; h++) {
         for (size_t i = 0; i < count; i++) {
             char *kept = base + a->at.kept + i * a->at.kept_bytes;
-            mha_set_up_panel(a, worker, i, h, mha_panel_at(&a->split, first + i), &panels[i]);
+            mha_set_up_panel(a, worker, i, item, h, mha_panel_at(&a->split, first + i), &panels[i]);
             w[i] = (average){.item = item, .first_head = first_head, .heads = heads, .lanes = panels[i].lanes,
                              .factor = panels[i].factor, .probabilities = kept, .scores = base + a->at.scores,
                              .rows = base + a->at.rows};
             panels[i].kept = h == first_head ? kept : kept + a->at.kept_bytes / 2;
         }
-        if (!mha_attend_panels(a, item, panels, count, worker))
+        if (!mha_attend_panels(a, panels, count))
             return;
         for (size_t i = 0; i < count; i++)
             add_kept(a, &w[i], &panels[i]);
