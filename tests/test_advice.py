@@ -626,6 +626,42 @@ def test_attention_masks_of_hugging_face():
                                   scaled_dot_product_attention(q[1], q[1], q[1], tokens[1] == 1))
 
 
+def test_masks_of_hugging_face_in_transformers():
+    """The same for whole layers and stacks; in a decoder, for the masks of both sequences."""
+    tokens, others = np.array([[1, 1, 1, 0], [1, 1, 0, 0]]), np.array([[1, 0], [1, 1]])
+    x, y = normal((2, 4, 8)), normal((2, 2, 8))
+    encoder = mha_c.TransformerEncoderLayer(8, 2, 16, batch_first=True, seed=0).eval()
+    decoder = mha_c.TransformerDecoderLayer(8, 2, 16, batch_first=True, seed=0).eval()
+    whole = mha_c.Transformer(8, 2, 1, 1, 16, batch_first=True).eval()
+    cases = [
+        (encoder, (x,), {"attention_mask": tokens}, ["src"]),
+        (mha_c.TransformerEncoder(encoder, 2).eval(), (x,), {"attention_mask": tokens}, ["src"]),
+        (decoder, (x, y), {"attention_mask": tokens, "encoder_attention_mask": others}, ["tgt", "memory"]),
+        (mha_c.TransformerDecoder(decoder, 2).eval(), (x, y), {"encoder_attention_mask": others}, ["memory"]),
+        (whole, (y, x), {"attention_mask": others, "decoder_attention_mask": tokens}, ["src", "memory", "tgt"]),
+    ]
+    for module, inputs, masks, meant in cases:
+        words = refusal(lambda: module(*inputs, **masks))
+        found = dict(re.findall(r"(\w+_key_padding_mask)=(\w+ == 0)", words))
+        assert sorted(found) == sorted(f"{name}_key_padding_mask" for name in meant)
+        written = {name: evaluated(code, masks) for name, code in found.items()}
+        of = {"src": others if module is whole else tokens, "tgt": tokens, "memory": others}
+        wanted = {f"{name}_key_padding_mask": of[name] == 0 for name in meant}
+        np.testing.assert_array_equal(module(*inputs, **written), module(*inputs, **wanted))
+        assert not np.array_equal(module(*inputs, **written), module(*inputs))
+
+
+def test_keywords_of_a_cache():
+    words = refusal(lambda: layer(8, 2)(X, X, X, past_key_values=None, use_cache=True, mask=None))
+    assert words.endswith(
+        "'past_key_values'. Write key_padding_mask= or attn_mask= instead of mask= (True hides a key here). mha_c has "
+        "no cache of keys and values: leave out past_key_values and use_cache, and pass all tokens each time.")
+    encoder = mha_c.TransformerEncoderLayer(8, 2, 16)
+    assert refusal(lambda: encoder(X, past_key_value=None)).endswith(
+        "'past_key_value'. mha_c has no cache of keys and values: leave out past_key_value, and pass all tokens each "
+        "time.")
+
+
 def test_keywords_of_other_functions():
     assert "Write num_heads=3 instead of n_heads=3." in refusal(lambda: M.from_state_dict({}, n_heads=3))
     assert "Write query= instead of q=" in refusal(lambda: multi_head_attention_forward(q=X))

@@ -54,15 +54,26 @@ _FOREIGN_NAMES: Final = {
     "weight": "gamma",
 }
 
-# Hugging Face's attention_mask, where True hides a key and where it shows one.
-_HIDING: Final = (
-    "key_padding_mask=attention_mask == 0 instead of attention_mask=attention_mask "
-    "(if 1 marks the tokens, as in Hugging Face's models: True hides a key here)"
-)
+# Hugging Face's masks of tokens, and the padding masks here that mean the same; those count that a function has all of.
+_PADDING: Final = {
+    "attention_mask": (
+        ("key_padding_mask",),
+        ("src_key_padding_mask", "memory_key_padding_mask"),
+        ("src_key_padding_mask",),
+        ("tgt_key_padding_mask",),
+    ),
+    "decoder_attention_mask": (("tgt_key_padding_mask",),),
+    "encoder_attention_mask": (("memory_key_padding_mask",),),
+}
 _SHOWING: Final = (
     "attn_mask=attention_mask[:, None, None] != 0 instead of attention_mask=attention_mask "
     "(if it is (N, S) and 1 marks the tokens, as in Hugging Face's models: True shows a key here)"
 )
+
+# What Hugging Face's models call keys and values of earlier calls, and whether to keep them.
+_CACHE: Final = ("layer_past", "past_key_value", "past_key_values", "use_cache")
+
+_INPUTS: Final = ("query", "src", "tgt")  # which calls have, and constructors do not
 
 
 def knows_foreign_keywords(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -90,10 +101,16 @@ batch_first=True instead of batchfirst=True.
 
     def advise(error: TypeError, keywords: Mapping[str, Any]) -> None:
         known = inspect.signature(function).parameters
-        advice = [_advice(name, value, known) for name, value in keywords.items() if name not in known]
-        if any(advice):
+        unknown = {name: value for name, value in keywords.items() if name not in known}
+        of_cache = [name for name in unknown if name in _CACHE and not known.keys().isdisjoint(_INPUTS)]
+        written = [_advice(name, value, known) for name, value in unknown.items() if name not in of_cache]
+        advice = [f"Write {', '.join(filter(None, written))}."] if any(written) else []
+        if of_cache:
+            left_out = " and ".join(of_cache)
+            advice.append(f"mha_c has no cache of keys and values: leave out {left_out}, and pass all tokens each time.")
+        if advice:
             words = str(error).partition(". Did you mean")[0]  # newer versions of Python make a guess, too
-            error.args = (f"{words}. Write {', '.join(filter(None, advice))}.",)
+            error.args = (" ".join([f"{words}.", *advice]),)
 
     return functools.update_wrapper(_core.AdvisedFunction(function, advise), function)
 
@@ -101,8 +118,13 @@ batch_first=True instead of batchfirst=True.
 def _advice(name: str, value: Any, known: Collection[str]) -> str | None:
     """What to write instead of an unknown keyword, if it can be told."""
     hides = any(own.endswith("key_padding_mask") for own in known)
+    for masks in _PADDING.get(name, ()):
+        if all(mask in known for mask in masks):
+            passed = " and ".join(f"{mask}={name} == 0" for mask in masks)
+            why = "if 1 marks the tokens, as in Hugging Face's models: True hides a key here"
+            return f"{passed} instead of {name}={name} ({why})"
     if name == "attention_mask" and "attn_mask" in known:
-        return _HIDING if hides else _SHOWING
+        return _SHOWING
     meant = [own for own in known if name in _FOREIGN_NAMES.get(own, "").split()] or _most_alike(name, known)
     if not meant:
         return None
