@@ -145,14 +145,15 @@ class _Norm(Module):
         eps = float(np.finfo(computed_in(dtype)).eps) if self._eps is None else self._eps
         return parameters.weight, parameters.bias, eps, self._is_rms
 
-    def _normalize(self, input: Any) -> Array:
+    def _normalize(self, input: Any, name: str = "input") -> Array:
         parameters = self._parameters
         try:
             return _core.normalize(
                 input, self._normalized_shape, parameters.weight, parameters.bias, self._eps, self._is_rms
             )
         except REFUSALS as error:
-            advise_on_norm(error, input, self._normalized_shape, parameters.weight, parameters.bias, is_layer=True)
+            of_layer = (self._normalized_shape, parameters.weight, parameters.bias)
+            advise_on_norm(error, input, *of_layer, name=name, is_layer=True)
             raise
 
     @classmethod
@@ -523,6 +524,6 @@ class RMSNorm(_Norm):
         >>> mha_c.RMSNorm(4).forward(np.zeros((2, 3, 4), np.float32)).shape
         (2, 3, 4)
         """
-        return self._normalize(x)
+        return self._normalize(x, "x")
 
     __call__ = forward

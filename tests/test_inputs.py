@@ -441,7 +441,7 @@ def test_wrong_out():
         with pytest.raises(exception, match="out"):
             module(*given, out=out)
     np.testing.assert_array_equal(read_only, 0)
-    with pytest.raises(TypeError, match="out must be of dtype float64, not numpy.float32"):
+    with pytest.raises(TypeError, match="out must be of dtype float64, not float32"):
         layer(8, 2, batch_first=True, dtype="float64")(*inputs(2, 3, 5, 8, dtype="float64"), out=given[0].copy())
 
 

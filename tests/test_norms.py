@@ -624,6 +624,8 @@ def test_advice():
     for x, kind, words in expected:
         with pytest.raises(kind, match=re.escape(words)):
             module(x)
+        with pytest.raises(kind, match=re.escape(re.sub(r"\binput\b", "x", words))):  # what this norm calls it
+            mha_c.RMSNorm(8)(x)
     plain = mha_c.LayerNorm(8, elementwise_affine=False)
     with pytest.raises(NotImplementedError, match="input is int64, but it must be float32, float64, bfloat16 or float16"):
         plain(np.ones((2, 8), "i8"))
@@ -631,8 +633,9 @@ def test_advice():
         assert plain(normal((2, 8), dtype)).dtype == dtype
     with pytest.raises(TypeError):
         module()
-    with pytest.raises(TypeError, match="input must be an array"):
-        module(None)
+    for norm, name in ((module, "input"), (mha_c.RMSNorm(8), "x")):
+        with pytest.raises(TypeError, match=f"^{name} must be an array"):
+            norm(None)
 
 
 # ---------------------------------------------------------------------------------------------- hostile arguments

@@ -695,6 +695,24 @@ def test_a_slice_of_a_list_takes_layers_alone():
     assert repr(layers[1]).startswith("LayerNorm")
 
 
+@pytest.mark.parametrize("kind", ["Encoder", "Decoder"])
+def test_a_stack_says_which_layer_it_takes(kind):
+    """A layer of torch is to be copied first, as the message says."""
+    nn, stack = pytest.importorskip("torch").nn, getattr(mha_c, f"Transformer{kind}")
+    argument = f"{kind.lower()}_layer"
+    given = getattr(nn, f"Transformer{kind}Layer")(8, 2, 16)
+    with pytest.raises(TypeError) as error:
+        stack(given, 2)
+    ours = f"mha_c.Transformer{kind}Layer"
+    cure = f"{ours}.from_torch({argument})"
+    assert str(error.value) == (
+        f"{argument} is torch's Transformer{kind}Layer, but it must be mha_c's: pass {cure}")
+    assert len(stack(eval(cure, {"mha_c": mha_c, argument: given}), 2).layers) == 2  # noqa: S307 - what it says
+    for wrong in (3, nn.Linear(8, 8)):
+        with pytest.raises(TypeError, match=f"is not a Module subclass: {argument} must be a {ours}$"):
+            stack(wrong, 2)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_padded_rows_of_stacks(batch_first):
     """Zeros after the last layer, also if it is of a derived class."""

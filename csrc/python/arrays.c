@@ -99,7 +99,7 @@ static PyArrayObject *to_base_class(const module_state *state, PyArrayObject *ar
     if (is_masked > 0)
         PyErr_Format(PyExc_TypeError,
                      "%s is a masked array, whose mask would be ignored: pass %s.filled(0) to put zeros where it "
-                     "masks, or %s.data to read what lies there",
+                     "masks, or %s.data to ignore the mask",
                      name, name, name);
     else if (is_masked == 0)
         view = PyArray_View(array, NULL, &PyArray_Type);
@@ -425,8 +425,8 @@ int out_from_object(PyObject *object, PyArrayObject **out)
 int check_out(PyArrayObject *out, mha_dtype dtype, int ndim, const npy_intp *shape)
 {
     if (!array_has_dtype(out, dtype)) {
-        PyErr_Format(PyExc_TypeError, "out must be of dtype %s, not %s", dtype_name(dtype),
-                     PyArray_DESCR(out)->typeobj->tp_name);
+        PyErr_Format(PyExc_TypeError, "out must be of dtype %s, not %S", dtype_name(dtype),
+                     (PyObject *)PyArray_DESCR(out));
         return -1;
     }
     if (!array_has_shape(out, ndim, shape)) {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,14 @@ __all__ = ["advise_on_norm"]
 
 
 def advise_on_norm(
-    error: Exception, input: Any, normalized_shape: Any, weight: Any, bias: Any, is_layer: bool = False
+    error: Exception,
+    input: Any,
+    normalized_shape: Any,
+    weight: Any,
+    bias: Any,
+    *,
+    name: str = "input",
+    is_layer: bool = False,
 ) -> None:
     """Add to the words with which a call was refused what does not fit, in NumPy's words, and what to write.
 
@@ -23,6 +31,8 @@ def advise_on_norm(
         What the call raised.
     input, normalized_shape, weight, bias
         As they were passed, or those of the layer.
+    name : str, default "input"
+        What the caller calls `input`.
     is_layer : bool, default False
         Whether it was a layer that was called, rather than a function.
 
@@ -35,6 +45,9 @@ def advise_on_norm(
     'input has the shape (8, 2), but its last axis must be 8: if axis 0 is meant, pass np.moveaxis(input, 0, -1).'
     """
 
+    if type(error) is TypeError and str(error).startswith("input "):  # in the core's own words, not torch's
+        error.args = (re.sub(r"\binput\b", name, str(error)),)
+
     def advice() -> Iterator[Advice]:
         parameters = [Argument.of(*item) for item in (("weight", weight), ("bias", bias)) if item[1] is not None]
         dtypes = {one.dtype for one in parameters}
@@ -43,11 +56,11 @@ def advise_on_norm(
         if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
             return
         dtype = dtypes.pop() if dtypes else DTYPES[0]
-        yield from advice_on_lists(dtype, input=input)
+        yield from advice_on_lists(dtype, **{name: input})
         shape = tuple(normalized_shape)
         if any(one.shape != shape for one in parameters):  # torch's words tell enough
             return
-        given = Argument.of("input", input)
+        given = Argument.of(name, input)
         yield from _advice_on_shape(given, shape)
         yield from _advice_on_dtype(given, dtype, is_layer, bool(parameters))
 
@@ -57,21 +70,21 @@ def advise_on_norm(
 def _advice_on_shape(given: Argument, shape: tuple[int, ...]) -> Iterator[Advice]:
     if not shape or given.shape[-len(shape) :] == shape:
         return
-    advice = f"input has the shape {given.shape}, but its last axes must be {shape}"
+    advice = f"{given.name} has the shape {given.shape}, but its last axes must be {shape}"
     if len(shape) == 1:
-        advice = f"input has the shape {given.shape}, but its last axis must be {shape[0]}"
+        advice = f"{given.name} has the shape {given.shape}, but its last axis must be {shape[0]}"
         if given.shape.count(shape[0]) == 1:
             axis = given.shape.index(shape[0])
-            advice += f": if axis {axis} is meant, pass np.moveaxis(input, {axis}, -1)"
+            advice += f": if axis {axis} is meant, pass np.moveaxis({given.name}, {axis}, -1)"
     yield Advice(advice)
 
 
 def _advice_on_dtype(given: Argument, dtype: str, is_layer: bool, has_parameters: bool) -> Iterator[Advice]:
     if given.dtype == dtype or not has_parameters and given.dtype in DTYPES:
         return
-    found = f"input is {given.dtype}, but it must be {DTYPE_NAMES}"
+    found = f"{given.name} is {given.dtype}, but it must be {DTYPE_NAMES}"
     if has_parameters:
-        found = f"input is {given.dtype}, but {'this layer is' if is_layer else 'the parameters are'} {dtype}"
+        found = f"{given.name} is {given.dtype}, but {'this layer is' if is_layer else 'the parameters are'} {dtype}"
     if not given.has_numbers:
         yield Advice(found, leads=True)
         return

@@ -333,5 +333,5 @@ def _import_safetensors() -> ModuleType:
     try:
         import safetensors.numpy
     except ModuleNotFoundError as error:
-        raise ImportError("safetensors files need `pip install safetensors`; .npz files need nothing") from error
+        raise ImportError("safetensors files need `pip install safetensors`; .npz files need no extra package") from error
     return safetensors

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.quantization import MatmulPrecision
 from mha_c.parameters.sets import integer
-from mha_c.transformer.layer import TransformerLayer, Padded, check_padded, zero_padded_rows
+from mha_c.transformer.layer import Padded, TransformerLayer, check_padded, copies_of, zero_padded_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -298,7 +297,7 @@ class TransformerDecoder(Container):
         *,
         padded: Padded | None = None,
     ) -> None:
-        layers = ModuleList([copy.deepcopy(decoder_layer) for _ in range(integer("num_layers", num_layers))])
+        layers = copies_of(decoder_layer, TransformerDecoderLayer, "decoder_layer", num_layers)
         self._set_up({"layers": layers, "norm": norm}, {"num_layers": num_layers, "padded": padded})
 
     @knows_foreign_keywords

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 from collections.abc import Mapping
@@ -27,7 +26,15 @@ from mha_c.parameters.encoders import infer_encoder, infer_encoder_layer
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.quantization import MatmulPrecision
 from mha_c.parameters.sets import integer
-from mha_c.transformer.layer import TransformerLayer, Padded, check_padded, is_padding, truth, zero_padded_rows
+from mha_c.transformer.layer import (
+    Padded,
+    TransformerLayer,
+    check_padded,
+    copies_of,
+    is_padding,
+    truth,
+    zero_padded_rows,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -456,7 +463,7 @@ class TransformerEncoder(Container):
         *,
         padded: Padded | None = None,
     ) -> None:
-        layers = ModuleList([copy.deepcopy(encoder_layer) for _ in range(integer("num_layers", num_layers))])
+        layers = copies_of(encoder_layer, TransformerEncoderLayer, "encoder_layer", num_layers)
         options = {
             "num_layers": num_layers,
             "enable_nested_tensor": enable_nested_tensor,

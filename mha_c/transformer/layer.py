@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from types import NoneType
@@ -22,7 +23,7 @@ from mha_c.activations import (
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.calls import warn_of_decoding
 from mha_c.advice.keywords import knows_foreign_keywords
-from mha_c.container import Child, Container
+from mha_c.container import Child, Container, ModuleList
 from mha_c.dropout import Dropout, seeds_for
 from mha_c.layer import MaskedRows, MultiheadAttention
 from mha_c.linear import Linear
@@ -46,6 +47,7 @@ __all__ = [
     "Padded",
     "TransformerLayer",
     "check_padded",
+    "copies_of",
     "is_padding",
     "make_norm",
     "transform",
@@ -308,3 +310,15 @@ class TransformerLayer(Container):
             raise TypeError(f"from_torch knows the activations relu, gelu and silu, but got {module.activation!r}")
         options = {"norm_first": module.norm_first, "activation": name, "padded": None}
         return cls._copied(module, options, matmul_precision)
+
+
+def copies_of(layer: Any, cls: type[TransformerLayer], name: str, num_layers: Any) -> ModuleList[Any]:
+    """The layers of a stack: deep copies of one that was passed as this argument, and ought to be of this class."""
+    if not isinstance(layer, Module):
+        found = type(layer)
+        if found.__module__.startswith("torch.") and found.__name__ == cls._kind:
+            words = f"{name} is torch's {cls._kind}, but it must be mha_c's: pass mha_c.{cls._kind}.from_torch({name})"
+        else:
+            words = f"{found.__name__} is not a Module subclass: {name} must be a mha_c.{cls._kind}"
+        raise TypeError(words)
+    return ModuleList([copy.deepcopy(layer) for _ in range(integer("num_layers", num_layers))])
