@@ -29,6 +29,7 @@ from mha_c.parameters.quantization import (
 from mha_c.parameters.sets import ArraySet
 from mha_c.parameters.state_dict import (
     IncompatibleKeys,
+    OtherLayer,
     arrays_for_file,
     check_description,
     match_state_dict,
@@ -60,6 +61,9 @@ __all__ = [
 
 _Value = TypeVar("_Value")
 _Module = TypeVar("_Module", bound="Module")
+
+# The classes whose `from_state_dict` reads the layers of Hugging Face's models.
+_OF_TRANSFORMERS: Final = ("MultiheadAttention", "TransformerEncoder", "TransformerEncoderLayer")
 
 _DEVICES = ("cpu", "cuda", "hip", "hpu", "meta", "mps", "mtia", "xla", "xpu")
 
@@ -752,7 +756,9 @@ def _load(cls: type[_Module], description: Mapping[str, Any], content: Mapping[s
     """A layer of a class, from what `_full_description` gave and its parameters."""
     kind = description.get("layer", "MultiheadAttention")  # which older files do not say
     if kind != cls._kind:
-        raise ValueError(f"it is a {kind}, not a {cls._kind}")
+        if kind not in _kinds:
+            raise ValueError(f"mha_c has no {kind}")
+        raise OtherLayer(f"a {kind}, not a {cls._kind}: use mha_c.{kind}.load")
     check_description(description, {"training": bool})
     layer = cls._described(description, content)
     layer.training = description["training"]
@@ -825,13 +831,16 @@ def check_torch_module(module: Any, kind: str, instead: str, methods: Sequence[s
 
 
 def _describe_module(module: Any, kind: str) -> str:
-    """The class of a module, and the layers of a kind of torch's in it."""
+    """The class of a module, and the layers of a kind of torch's in it; or how to read it, if it is of transformers."""
     torch = sys.modules.get("torch")
     described = _name_of_class(module)
     if torch is None or not isinstance(module, torch.nn.Module):
         return described
     names = [name for name, part in module.named_modules() if isinstance(part, getattr(torch.nn, kind, ()))]
     if not names:
+        if kind in _OF_TRANSFORMERS and described.startswith("transformers."):
+            reader = f"{kind}.from_state_dict(module.state_dict(), config=model.config.to_dict())"
+            described += f". For a module of transformers, write {reader}"
         return described
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     which = "one of them" if len(names) > 1 else "that layer"

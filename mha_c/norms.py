@@ -29,6 +29,7 @@ from mha_c.parameters.state_dict import (
     check_description,
     check_names,
     loading_error,
+    loading_error_for_dot,
     match_saved_arrays,
     match_state_dict,
     missing_keys,
@@ -232,6 +233,9 @@ class _Norm(Module):
                 shape = as_array(state["weight"], will_cast).shape
                 shapes = {name: shape for name in cls._parameter_names if name in state}
                 return match_state_dict(cls.__name__, shapes, state, strict, will_cast=will_cast)[0]
+        flat = arrays_in(tensors)
+        if any(f"{prefix}.{weight}" in flat for weight, *_ in _NAMES):
+            raise loading_error_for_dot(cls.__name__, prefix)
         raise loading_error(cls.__name__, [missing_keys([f"{prefix}weight"])])
 
     def _description(self) -> dict[str, Any]:

@@ -555,7 +555,7 @@ def test_command_of_whole_layers_in_files(capsys, tmp_path):
     assert read.norm_first and read.activation == "silu"
 
     for arguments, words in (([*saved, "--num-heads", "2"], "TransformerDecoderLayer.save wrote, without --num-heads"),
-                             (["check", "--layer", "encoder", saved[-1]], "it is a TransformerDecoderLayer, not a TransformerEncoderLayer"),
+                             (["check", "--layer", "encoder", saved[-1]], "holds a TransformerDecoderLayer, not a TransformerEncoderLayer"),
                              (f"check --layer encoder {tmp_path / 'model.pt'}".split(),
                               "a file that TransformerEncoderLayer.save did not write needs --num-heads: ")):
         assert main(arguments) == 2

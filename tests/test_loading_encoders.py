@@ -3,13 +3,14 @@
 
 import copy
 import json
+import re
 import sys
 from operator import attrgetter
 
 import numpy as np
 import pytest
 from helpers import REPOSITORY, outcome
-from mha_c import TransformerEncoder, TransformerEncoderLayer
+from mha_c import LayerNorm, MultiheadAttention, TransformerDecoder, TransformerEncoder, TransformerEncoderLayer
 from mha_c.parameters import encoder_names
 
 torch = pytest.importorskip("torch")
@@ -371,14 +372,91 @@ def test_other_shapes():
     assert TransformerEncoder.from_state_dict(gated, **TIMM | {"activation": "swiglu"}).layers[0].linear2.in_features == 12
 
 
+def small_bert():
+    return transformers.BertModel(transformers.BertConfig(**_text)).eval()
+
+
+@pytest.mark.parametrize("cls", [TransformerEncoder, TransformerEncoderLayer])
+def test_load_says_how_to_read_other_files(cls, tmp_path):
+    """A Hugging Face model's file is read with its config, and one of torch with the arguments that are asked for."""
+    small_bert().save_pretrained(tmp_path)
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    prefix = "encoder.layer.1." if cls is TransformerEncoderLayer else ""
+    words = str(outcome(lambda: cls.load(path)).error)
+    name = cls.__name__
+    assert words.endswith(
+        f'arguments are not known: {name}.from_state_dict(path, config="config.json") reads the file of a Hugging Face '
+        f"model, and {name}.from_state_dict(path, num_heads=...) one with torch's names")
+    assert isinstance(cls.from_state_dict(path, prefix, config=config), cls)
+    assert "needs activation, layer_norm_eps, norm_first, which" in refusal(
+        TypeError, torch.nn.TransformerEncoderLayer(8, 2, 16).state_dict(prefix="layers.0."), num_heads=2, cls=cls)
+
+
+def test_folders_and_names_of_models(tmp_path, monkeypatch):
+    """What is no file: the folder of a model, whose files are named, and its name in the hub."""
+    monkeypatch.chdir(tmp_path)
+    small_bert().save_pretrained("bert")
+    assert refusal(FileNotFoundError, "bert-base-uncased") == (
+        "[Errno 2] No such file or directory (mha_c does not download models: pass the path of a file, such as "
+        "'bert/model.safetensors'): 'bert-base-uncased'")
+    assert refusal(IsADirectoryError, "bert") == (
+        "[Errno 21] Is a directory (pass a file in it, such as 'bert/model.safetensors'; for attention or an encoder, "
+        "also config='bert/config.json'): 'bert'")
+    assert refusal(IsADirectoryError, "bert/model.safetensors", config="bert") == (
+        "[Errno 21] Is a directory (pass config='bert/config.json'): 'bert'")
+    assert TransformerEncoder.from_state_dict("bert/model.safetensors", config="bert/config.json").num_layers == 3
+    for name in ("model-1-of-2.bin", "model.bin.index.json"):
+        (tmp_path / name).touch()
+    assert "such as './model.bin.index.json'" in refusal(IsADirectoryError, ".")
+    assert "such as 'empty/model.safetensors'" in refusal(IsADirectoryError, (tmp_path / "empty").mkdir() or "empty")
+
+
+def test_from_torch_of_modules_of_transformers():
+    """What the message says reads them; other modules are told nothing of it."""
+    model = small_bert()
+    layer = model.encoder.layer[0]
+    cases = [(TransformerEncoder, model), (TransformerEncoder, model.encoder), (TransformerEncoderLayer, layer),
+             (MultiheadAttention, layer.attention)]
+    for cls, module in cases:
+        words = str(outcome(lambda: cls.from_torch(module)).error)
+        code = re.search(r"\. For a module of transformers, write (.+)$", words)[1]
+        names = {"module": module, "model": model, cls.__name__: cls}
+        assert isinstance(eval(code, names), cls)  # noqa: S307 - what the message says
+    for cls, module in ((TransformerDecoder, model), (TransformerEncoder, torch.nn.Linear(2, 2))):
+        assert "transformers, write" not in str(outcome(lambda: cls.from_torch(module)).error)
+
+
+@pytest.mark.parametrize("cls, prefix", [
+    (TransformerEncoderLayer, "encoder.layer.0"), (MultiheadAttention, "encoder.layer.0"),
+    (MultiheadAttention, "encoder.layer.0.attention"), (MultiheadAttention, "layer.0"),
+    (LayerNorm, "encoder.layer.0.output.LayerNorm"), (LayerNorm, "embeddings.LayerNorm"),
+])  # fmt: skip
+def test_a_prefix_without_its_dot(cls, prefix):
+    """The message says only that."""
+    model = small_bert()
+    options = {} if cls is LayerNorm else {"config": model.config.to_dict()}
+    words = refusal(RuntimeError, model.state_dict(), prefix, cls=cls, **options)
+    assert words == (f"Error(s) in loading state_dict for {cls.__name__}:\n\t"
+                     f'prefix="{prefix}" lacks its final dot: pass prefix="{prefix}."')
+    assert isinstance(cls.from_state_dict(model.state_dict(), f"{prefix}.", **options), cls)
+
+
+def test_a_prefix_that_lacks_more_than_a_dot():
+    for prefix in ("encoder.layer.0.attention.self", "encoder.layer", "encoder.layer.7"):
+        words = refusal(RuntimeError, small_bert().state_dict(), prefix, cls=MultiheadAttention, num_heads=4)
+        assert "dot" not in words and 'It has layers with prefix="encoder.layer.0.", ' in words
+
+
 def test_several_encoders():
     both = {f"{side}.{name}": array for name, array in VIT.items() for side in ("left", "right")}
     words = refusal(RuntimeError, both, **TIMM)
-    assert 'several encoder layers that mha_c knows fit prefix="". It has prefix="left.blocks.", prefix="right.blocks."' in words
+    assert words.endswith('prefix="" matches several stacks of layers: choose one of prefix="left.blocks.", '
+                          'prefix="right.blocks.".')
     assert TransformerEncoder.from_state_dict(both, "left.", **TIMM).num_layers == 2
     assert 'It has prefix="left.blocks."' in refusal(RuntimeError, both, "middle.", **TIMM)
     assert "The names are" in refusal(RuntimeError, {"weight": np.ones(3)}, **TIMM)
-    assert "several encoder layers" in refusal(RuntimeError, both, "blocks.0.", cls=TransformerEncoderLayer, **TIMM)
+    assert 'prefix="blocks.0." matches several layers: choose one of prefix="left.blocks.0.", ' in refusal(
+        RuntimeError, both, "blocks.0.", cls=TransformerEncoderLayer, **TIMM)
 
 
 @pytest.mark.parametrize("arguments, kind", [

@@ -180,7 +180,7 @@ def test_files_that_do_not_fit(tmp_path, path, value):
     description = layer._full_description()
     change(description, path, value)
     write_checkpoint(tmp_path / "layer.npz", layer.state_dict(), json.dumps(description))
-    with pytest.raises(ValueError, match=r"layer\.npz holds no layer"):
+    with pytest.raises(ValueError, match=r"layer\.npz holds (no layer: |a TransformerDecoder, not a )"):
         mha_c.TransformerEncoderLayer.load(tmp_path / "layer.npz")
 
 
@@ -196,9 +196,9 @@ def test_files_with_too_much(tmp_path, name):
 
 
 def test_files_without_a_description(tmp_path):
-    np.savez(tmp_path / "layer.npz", **encoder_layer().state_dict())
-    with pytest.raises(ValueError, match="make a TransformerEncoderLayer .* to load_state_dict"):
-        mha_c.TransformerEncoderLayer.load(tmp_path / "layer.npz")
+    np.savez(tmp_path / "layer.npz", **mha_c.TransformerDecoderLayer(8, 2, 16).state_dict())
+    with pytest.raises(ValueError, match="make a TransformerDecoderLayer .* to load_state_dict"):
+        mha_c.TransformerDecoderLayer.load(tmp_path / "layer.npz")
 
 
 @pytest.mark.parametrize("num_layers", [0, 1])
@@ -213,7 +213,8 @@ def test_encoders_without_layers_or_norm(tmp_path, num_layers):
 def test_files_of_other_layers(tmp_path):
     encoder_layer().save(tmp_path / "layer.npz")
     for cls in (mha_c.TransformerDecoderLayer, mha_c.Linear, mha_c.LayerNorm, mha_c.MultiheadAttention):
-        with pytest.raises(ValueError, match=f"it is a TransformerEncoderLayer, not a {cls.__name__}"):
+        with pytest.raises(ValueError, match=f"layer.npz holds a TransformerEncoderLayer, not a {cls.__name__}: "
+                                             "use mha_c.TransformerEncoderLayer.load$"):
             cls.load(tmp_path / "layer.npz")
 
 

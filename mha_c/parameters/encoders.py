@@ -22,6 +22,7 @@ from mha_c.parameters.state_dict import (
     advice_on_packed,
     check_names,
     loading_error,
+    loading_error_for_dot,
     match_state_dict,
     missing_keys,
     quoted,
@@ -248,11 +249,16 @@ def _only(
             f'the layers with prefix="{meant[0]}" belong to a decoder, which attends to another sequence, too (there '
             f"is {evidence}): {layer_name} reads encoders"
         )
+    if not meant and any(f".{place}".endswith(f".{prefix}.") for place in places):
+        raise loading_error_for_dot(layer_name, prefix)
     if not meant:
         _refuse_unknown(layer_name, flat, prefix, config)
     choice = listed((f"prefix={quoted([place])}" for place in encoders or places), 3)
     names = listed((quoted([name]) for name in Part(flat, prefix)), 8)
-    words = f"{'several' if meant else 'no'} encoder layers that mha_c knows fit prefix={quoted([prefix])}."
+    if meant:
+        several = f"several {'stacks of layers' if number else 'layers'}: choose one of {choice}."
+        raise loading_error(layer_name, [f"prefix={quoted([prefix])} matches {several}"])
+    words = f"no encoder layers that mha_c knows fit prefix={quoted([prefix])}."
     found = f"It has {choice}." if choice else f"The names are {names or 'others'}."
     raise loading_error(layer_name, [" ".join([words, advice_on_packed(layer_name, Part(flat, prefix)) or found])])
 

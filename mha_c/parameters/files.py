@@ -52,6 +52,9 @@ _SAFETENSORS: Final = {
     **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
 }
 
+# How the names of files of parameters usually end.
+_SUFFIXES: Final = (".index.json", ".safetensors", ".npz", ".bin", ".pt", ".pth", ".ckpt")
+
 # How files of other kinds begin, and what can be done about them.
 _OTHER_KINDS: Final = {
     b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.": (
@@ -148,11 +151,24 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
     ...     dict(tensors)
     {'bias': array([0., 0.])}
     """
-    if isinstance(source, str | os.PathLike):
-        with open_checkpoint(source) as checkpoint:
-            yield checkpoint.content
-    else:
+    with ExitStack() as files:
+        if isinstance(source, str | os.PathLike):
+            try:
+                source = files.enter_context(open_checkpoint(source)).content
+            except (FileNotFoundError, IsADirectoryError) as error:
+                error.strerror = f"{error.strerror} ({_advice_on_path(os.fsdecode(source))})"
+                raise
         yield source
+
+
+def _advice_on_path(path: str) -> str:
+    """What to pass instead of a path that is none of a file: a folder of a model, or its name in a hub."""
+    if not os.path.isdir(path):
+        return "mha_c does not download models: pass the path of a file, such as 'bert/model.safetensors'"
+    files = sorted(name for name in os.listdir(path) if name.endswith(_SUFFIXES))
+    file = next((name for name in files if name.endswith(".index.json")), files[0] if files else "model.safetensors")
+    file, config = (os.path.join(path, name) for name in (file, "config.json"))
+    return f"pass a file in it, such as {file!r}; for attention or an encoder, also config={config!r}"
 
 
 def _read(path: str, file: BufferedReader) -> Checkpoint:

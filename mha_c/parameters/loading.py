@@ -20,6 +20,7 @@ from mha_c.parameters.state_dict import (
     advice_on_packed,
     check_names,
     loading_error,
+    loading_error_for_dot,
     match_state_dict,
     missing_keys,
     quoted,
@@ -172,6 +173,9 @@ def _find(layer_name: str, state_dict: Mapping[str, Any], prefix: str, schemes: 
     start = prefix if prefix in found or len(found) != 1 else next(iter(found))
     if start in found:
         return _Place(flat, start, found[start])
+    if not found and prefix and (with_dot := find_layers(flat, f"{prefix}.", schemes)):
+        if f"{prefix}." in with_dot or len(with_dot) == 1:
+            raise loading_error_for_dot(layer_name, prefix)
     raise loading_error(layer_name, [" ".join(_what_there_is(state_dict, flat, prefix, schemes, list(found)))])
 
 

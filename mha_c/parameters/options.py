@@ -108,7 +108,12 @@ def open_config(source: Any, start: str) -> Mapping[str, Any]:
     {'model_type': 'clip_text_model', 'num_attention_heads': 8}
     """
     if isinstance(source, str | os.PathLike):
-        with open(source, "rb") as file, damage_is_value_error(os.fspath(source)):
+        try:
+            opened = open(source, "rb")
+        except IsADirectoryError as error:
+            error.strerror = f"{error.strerror} (pass config={os.path.join(os.fsdecode(source), 'config.json')!r})"
+            raise
+        with opened as file, damage_is_value_error(os.fspath(source)):
             source = json.load(file)
     if not isinstance(source, Mapping):
         raise TypeError(f"config must be a mapping, such as model.config.to_dict(), or a path, but got {type(source)}")

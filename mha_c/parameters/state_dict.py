@@ -21,6 +21,7 @@ from mha_c.parameters.sets import ArraySet, ParameterSet, Widths
 __all__ = [
     "ATTENTION",
     "IncompatibleKeys",
+    "OtherLayer",
     "Part",
     "advice_on_packed",
     "arrays_for_file",
@@ -29,6 +30,7 @@ __all__ = [
     "describe_attention",
     "described_attention",
     "loading_error",
+    "loading_error_for_dot",
     "match_saved_arrays",
     "match_state_dict",
     "missing_keys",
@@ -66,6 +68,10 @@ class IncompatibleKeys(_Keys):
         if not self.missing_keys and not self.unexpected_keys:
             return "<All keys matched successfully>"
         return f"_IncompatibleKeys(missing_keys={self.missing_keys}, unexpected_keys={self.unexpected_keys})"
+
+
+class OtherLayer(ValueError):
+    """A file holds another layer than the one that was asked for; `open_saved_layer` says which file."""
 
 
 class Part(Mapping[str, Any]):
@@ -138,7 +144,7 @@ def match_state_dict(
     TypeError
         If `state_dict` is not a mapping, or a name is not a string.
     RuntimeError
-        In torch's words, if `strict` and the names differ, or if a shape differs, or a value is no array.
+        In torch's words, if `strict` and the names differ, or if a shape differs, or a value is not an array.
     ImportError
         If ml_dtypes is needed and not installed.
 
@@ -281,6 +287,12 @@ def loading_error(layer_name: str, errors: Iterable[str]) -> RuntimeError:
     return RuntimeError("Error(s) in loading state_dict for {}:\n\t{}".format(layer_name, "\n\t".join(errors)))
 
 
+def loading_error_for_dot(layer_name: str, prefix: str) -> RuntimeError:
+    """The error for a prefix that would fit with a dot at its end."""
+    whole = f"{prefix}."
+    return loading_error(layer_name, [f"prefix={quoted([prefix])} lacks its final dot: pass prefix={quoted([whole])}"])
+
+
 @contextmanager
 def open_saved_layer(
     layer_name: str, path: str | os.PathLike[str], reader: str
@@ -327,6 +339,8 @@ def open_saved_layer(
             )
         try:
             yield json.loads(checkpoint.config), checkpoint.content
+        except OtherLayer as error:
+            raise ValueError(f"{checkpoint.path} holds {error}") from error
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.path} holds no layer: {error}") from error
 
