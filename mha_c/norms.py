@@ -21,7 +21,7 @@ from mha_c.module import Module, Option, Parameter, check_device, check_memory, 
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.dtypes import computed_in, float_dtype, trained_dtype
 from mha_c.parameters.files import open_state_dict
-from mha_c.parameters.loading import arrays_in
+from mha_c.parameters.loading import arrays_in, read_array
 from mha_c.parameters.quantization import Weight
 from mha_c.parameters.sets import ArraySet, number
 from mha_c.parameters.state_dict import (
@@ -230,7 +230,7 @@ class _Norm(Module):
             if names[0] in part:
                 torchs = dict(zip(names, cls._parameter_names))
                 state = {torchs.get(name, name): part[name] for name in part if strict or name in torchs}
-                shape = as_array(state["weight"], will_cast).shape
+                shape = read_array(state, "weight", will_cast).shape
                 shapes = {name: shape for name in cls._parameter_names if name in state}
                 return match_state_dict(cls.__name__, shapes, state, strict, will_cast=will_cast)[0]
         flat = arrays_in(tensors)

@@ -554,6 +554,46 @@ def test_what_is_not_warned_of():
             replaced(x[:5], x, x, attn_mask=torch.zeros(5, 10, dtype=torch.bool), need_weights=False, is_causal=True)
 
 
+# ------------------------------------------------------------------------------------------- dtypes of layers
+
+
+@pytest.mark.parametrize("dtype", ["int8", np.int8, np.dtype("int8")])
+def test_int8_is_a_precision_of_products(dtype):
+    """What integers are refused with in torch, then what to write, which works."""
+    for call in (lambda: M(8, 2, dtype=dtype), lambda: M(8, 2).to(dtype=dtype), lambda: mha_c.Linear(8, 2, dtype=dtype)):
+        words = refusal(call)
+        assert words.startswith("Only Tensors of floating point and complex dtype can require gradients: dtype must be ")
+        code = re.search(r"\. For products of int8, use matmul_precision=(.+)$", words)[1]
+        assert M(8, 2, matmul_precision=evaluated(code, {})).matmul_precision == "int8"
+    assert "matmul_precision" not in refusal(lambda: M(8, 2, dtype="int32"))
+
+
+@pytest.mark.parametrize("given, write", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"),
+                                          ("fp64", "float64")])
+def test_short_names_of_dtypes(given, write):
+    assert refusal(lambda: M(8, 2, dtype=given)).endswith(f", in which mha_c computes, but got {given!r}: write \"{write}\"")
+    assert M(8, 2, dtype=write).out_proj.weight.dtype.name == write
+    assert refusal(lambda: M(8, 2, dtype="f16")).endswith("but got 'f16'")
+
+
+@pytest.mark.parametrize("given, cure", [
+    ("bf16", 'write "bfloat16"'), ("float16", 'dtype="float16" makes a layer of float16'),
+    ("half", 'dtype="float16" makes a layer of float16'), ("fp16", 'dtype="float16" makes a layer of float16'),
+    ("float32", "write None for products of float32"), ("fp32", "write None for products of float32"), ("int4", ""),
+])
+def test_other_precisions_of_products(given, cure):
+    for value in (given, {"in_proj": given}):
+        words = refusal(lambda: M(8, 2, matmul_precision=value))
+        assert words == ('matmul_precision must be None, "bfloat16", "int8", or a mapping of names to these, but got '
+                         f"{given!r}{': ' if cure else ''}{cure}")
+
+
+def test_precisions_of_torch():
+    torch = pytest.importorskip("torch")
+    assert refusal(lambda: M(8, 2, matmul_precision=torch.bfloat16)).endswith('got torch.bfloat16: write "bfloat16"')
+    assert "makes a layer of float16" in refusal(lambda: M(8, 2, matmul_precision=torch.float16))
+
+
 # ------------------------------------------------------------------------------------------- keywords
 
 

@@ -450,16 +450,35 @@ def test_without_ml_dtypes(tmp_path):
         tensors = torch.load(f"{{folder}}/layer.pt")
         sources = [f"{{folder}}/layer.{{ending}}" for ending in ("npz", "safetensors", "pt")] + [tensors]
 
-        def refuses(call):
+        def refuses(call, cure=""):
             try:
                 call()
             except ImportError as error:
-                assert 'bfloat16 arrays need `pip install "mha-c[bfloat16]"`' in str(error), error
+                words = 'bfloat16 arrays need `pip install "mha-c[bfloat16]"`, which installs ml_dtypes'
+                assert str(error) == words + cure, error
             else:
                 raise AssertionError
 
+        cure = '; or pass dtype="float32"'
+        vector = {{"weight": tensors["out_proj.weight"][0]}}
+        refuses(lambda: mha_c.LayerNorm.from_state_dict(vector), cure)
+        assert mha_c.LayerNorm.from_state_dict(vector, dtype="float32").weight.shape == (8,)
+        encoder = mha_c.TransformerEncoderLayer(8, 2, 16).state_dict(prefix="layers.0.")
+        encoder = {{name: torch.tensor(array).bfloat16() for name, array in encoder.items()}}
+        options = dict(num_heads=2, activation="relu", layer_norm_eps=1e-5, norm_first=False)
+        refuses(lambda: mha_c.TransformerEncoder.from_state_dict(encoder, **options), cure)
+        assert mha_c.TransformerEncoder.from_state_dict(encoder, **options, dtype="float32").num_layers == 1
+        eighths = {{name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}}
+        torch.save(eighths, f"{{folder}}/float8.pt")
+        for dtype in (None, "float32"):
+            try:
+                MultiheadAttention.from_state_dict(f"{{folder}}/float8.pt", num_heads=2, dtype=dtype)
+            except ImportError as error:
+                assert str(error) == "numbers in float8_e4m3fn need `pip install ml_dtypes`", error
+            else:
+                raise AssertionError
         for source in sources:
-            refuses(lambda: MultiheadAttention.from_state_dict(source, num_heads=2))
+            refuses(lambda: MultiheadAttention.from_state_dict(source, num_heads=2), cure)
             refuses(lambda: MultiheadAttention.from_state_dict(source, num_heads=2, dtype="bfloat16"))
             for dtype in ("float32", "float64", "float16"):
                 read = MultiheadAttention.from_state_dict(source, num_heads=2, dtype=dtype)

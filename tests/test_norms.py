@@ -541,11 +541,13 @@ def test_words_for_shapes(kind, given, shape):
     x = normal(given)
     theirs = outcome(lambda: getattr(torch.nn, kind)(shape)(to_torch(x))).error
     name = "layer_norm" if kind == "LayerNorm" else "rms_norm"
-    for call in (lambda: getattr(mha_c, kind)(shape)(x), lambda: getattr(functional, name)(x, shape)):
+    calls = [("x" if kind == "RMSNorm" else "input", lambda: getattr(mha_c, kind)(shape)(x)),
+             ("input", lambda: getattr(functional, name)(x, shape))]
+    for argument, call in calls:
         ours = outcome(call).error
         assert type(ours) is type(theirs) and isinstance(ours, (RuntimeError, ValueError))
         assert str(ours).startswith(str(theirs).rstrip("."))
-        assert not shape or f"input has the shape {given}, but its last ax" in str(ours)
+        assert not shape or f"{argument} has the shape {given}, but its last ax" in str(ours)
 
 
 PARAMETERS = [((7,), (8,), None), ((7,), (7,), (8,)), ((8,), (3,), None), ((8,), (8, 1), None), ((7,), None, (1, 7)),

@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+_SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 DTYPE_NAMES = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
 
 
@@ -182,11 +183,13 @@ def float_dtype(dtype: Any) -> np.dtype[Any]:
     if found is not None and found.name in DTYPES and found.isnative:
         return found
     if found is not None and found.kind in "iub":
+        cure = ". For products of int8, use matmul_precision=\"int8\"" if found == np.int8 else ""
         raise RuntimeError(
             "Only Tensors of floating point and complex dtype can require gradients: "
-            f"dtype must be {DTYPE_NAMES}, but got {dtype!r}"
+            f"dtype must be {DTYPE_NAMES}, but got {dtype!r}{cure}"
         )
-    raise TypeError(f"dtype must be {DTYPE_NAMES}, in which mha_c computes, but got {dtype!r}")
+    cure = f': write "{_SHORT_NAMES[name]}"' if isinstance(name, str) and name in _SHORT_NAMES else ""
+    raise TypeError(f"dtype must be {DTYPE_NAMES}, in which mha_c computes, but got {dtype!r}{cure}")
 
 
 def joined(arrays: Iterable[NDArray[Any]]) -> NDArray[Any]:

@@ -351,9 +351,22 @@ def read_array(part: Mapping[str, Any], name: str, will_cast: bool = False) -> N
         raise TypeError(f"{name}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    except ImportError as error:
+        if _can_be_cast(part[name]):
+            raise ImportError(f'{error}; or pass dtype="float32"') from error
+        raise
     if not is_real(array.dtype):
         raise ValueError(f"{name}: expected real numbers, but got {array.dtype}")
     return array
+
+
+def _can_be_cast(value: Any) -> bool:
+    """Whether numbers that cannot be read as they are can be read for a caller who casts them."""
+    try:
+        as_array(value, will_cast=True)
+    except ImportError:
+        return False
+    return True
 
 
 def _read_foreign(

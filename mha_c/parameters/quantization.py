@@ -32,6 +32,13 @@ __all__ = [
 Precision: TypeAlias = Literal["bfloat16", "int8"]
 MatmulPrecision: TypeAlias = Precision | Mapping[str, Precision | None]
 
+#: What to write instead of what is not a `matmul_precision`.
+_INSTEAD: Final = {
+    **dict.fromkeys(("bf16", "bfloat16"), 'write "bfloat16"'),  # the second as a dtype, rather than as its name
+    **dict.fromkeys(("float16", "fp16", "half"), 'dtype="float16" makes a layer of float16'),
+    **dict.fromkeys(("float32", "fp32"), "write None for products of float32"),
+}
+
 #: The name of attention's own two products in `matmul_precision`. They read no weights, so they cannot be int8.
 ATTENTION: Final = "attention"
 
@@ -278,8 +285,10 @@ def precision_of_products(value: Any, products: Sequence[str]) -> dict[str, Prec
 def _checked(value: Any) -> Precision | None:
     if value is None or isinstance(value, str) and value in get_args(Precision):
         return value  # type: ignore[return-value]
+    name = str(value).removeprefix("torch.")
+    cure = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
     raise ValueError(
-        f'matmul_precision must be None, "bfloat16", "int8", or a mapping of names to these, but got {value!r}'
+        f'matmul_precision must be None, "bfloat16", "int8", or a mapping of names to these, but got {value!r}{cure}'
     )
 
 
