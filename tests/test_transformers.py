@@ -7,6 +7,7 @@ float32 says. Before that, each case is shown to notice: without a trait of its 
 
 import copy
 import pickle
+import re
 import sys
 import threading
 
@@ -17,7 +18,8 @@ pytest.importorskip("torchvision_operators")
 transformers = pytest.importorskip("transformers")
 from hugging_face import CASES, REFUSED, build, decode, encode, examine, padding, register_definition, tokens  # noqa: E402
 from mha_c import _core  # noqa: E402
-from mha_c.torch import attention, register_transformers  # noqa: E402
+from mha_c.torch import attention, register_transformers, replace_attention, replace_layers  # noqa: E402
+from mha_c.torch import coverage as coverage_of_layers  # noqa: E402
 
 TIMES_TORCHS_ERROR = 3
 TIMES_THE_TOLERANCE = 1000
@@ -146,6 +148,41 @@ def test_rows_of_the_coverage(coverage):
         encode(ready(transformers.DistilBertModel))  # whose layers have no numbers
     assert [(row.module, row.class_name, row.here) for row in coverage.rows] == [
         ("layer 0", "BertSelfAttention", 1), ("layer 1", "BertSelfAttention", 1), ("", "DistilBertSelfAttention", 2)]
+
+
+def test_a_models_coverage_says_where_its_calls_are_counted(coverage):
+    model = ready(transformers.BertModel)
+    assert str(coverage_of_layers(model)).endswith(
+        '\n\nattn_implementation="mha_c" is counted in what register_transformers() returned.')
+    assert "register" not in str(coverage_of_layers(ready(transformers.BertModel, "sdpa")))
+    replaced = replace_layers(ready(transformers.BertModel))
+    with torch.no_grad():
+        encode(replaced)
+    assert coverage_of_layers(replaced).here == 2 and "is counted in" in str(coverage_of_layers(replaced))
+
+
+@pytest.mark.parametrize(("model_class", "replace"), [
+    (transformers.BertModel, replace_attention), (transformers.GPT2Model, replace_attention),
+    (transformers.GPT2Model, replace_layers)])
+def test_models_without_layers_to_replace(model_class, replace):
+    """What the message says computes their attention, or their layers where they are known."""
+    model, is_known = ready(model_class, "sdpa"), model_class is transformers.BertModel
+    with pytest.raises(ValueError) as error:
+        replace(model)
+    name = model_class.__name__
+    assert re.match(rf"there is no (layer|torch\.nn\.MultiheadAttention) to replace in this {name}", str(error.value))
+    register = 'mha_c.torch.register_transformers(), and load the model with attn_implementation="mha_c"'
+    if is_known:
+        assert str(error.value).endswith(
+            f". Call mha_c.torch.replace_layers(model) for its whole layers; for its attention alone, call {register}")
+        assert replace_layers(copy.deepcopy(model))
+    else:
+        assert str(error.value).endswith(f". Call {register}")
+    found = register_transformers()
+    loaded = model_class._from_config(model.config, attn_implementation="mha_c").eval()
+    with torch.no_grad():
+        loaded(input_ids=tokens())
+    assert found.here > 0
 
 
 def test_training_is_torchs(coverage):

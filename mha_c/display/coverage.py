@@ -87,6 +87,8 @@ class Coverage:
     ----------
     what : str, default "attention"
         What is called, for the title of the table.
+    note : str, default ""
+        What to say below the table.
 
     Examples
     --------
@@ -99,8 +101,9 @@ class Coverage:
     (1, 1)
     """
 
-    def __init__(self, what: str = "attention") -> None:
+    def __init__(self, what: str = "attention", note: str = "") -> None:
         self._what = what
+        self._note = note
         self._calls: dict[tuple[str, str], Calls] = {}
 
     def add(self, module: str, class_name: str, reason: str = "", calls: int = 1) -> None:
@@ -158,8 +161,9 @@ class Coverage:
         'Calls of attention: 0 computed by mha_c, 0 left to torch'
         """
         rows = [(row.module or "-", row.class_name, f"{row.here:,}", f"{row.left:,}", row.reason) for row in self.rows]
+        notes = [self._note] if self._note else []
         title = f"Calls of {self._what}: {self.here:,} computed by mha_c, {self.left:,} left to torch"
-        return Table(title, ("module", "class", "here", "left", "reason"), rows, (), text=(0, 1, 4))
+        return Table(title, ("module", "class", "mha_c", "torch", "reason"), rows, notes, text=(0, 1, 4))
 
     def __repr__(self) -> str:
         return str(self.table()).rstrip("\n")

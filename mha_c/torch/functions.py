@@ -65,8 +65,8 @@ def attention() -> Iterator[Coverage]:
     >>> coverage
     Calls of attention: 1 computed by mha_c, 1 left to torch
     <BLANKLINE>
-    module  class                         here  left  reason
-    -       scaled_dot_product_attention     1     1  dropout
+    module  class                         mha_c  torch  reason
+    -       scaled_dot_product_attention      1      1  dropout
     """
     coverage = Coverage()
     with AttentionMode(coverage):

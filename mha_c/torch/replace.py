@@ -21,6 +21,7 @@ from mha_c.torch.classes import class_over, set_class, torch_class_of, why_left_
 from mha_c.torch.huggingface import mixin_of_transformers, why_unknown
 from mha_c.torch.layers import ReplacedDecoderLayer, ReplacedEncoderLayer, ReplacedLayer
 from mha_c.torch.replaced import Replaced, ReplacedAttention
+from mha_c.torch.transformers import registered_name
 
 __all__ = ["check_model", "coverage", "replace_attention", "replace_layers", "restore_attention", "whole_layers"]
 
@@ -114,7 +115,9 @@ def replace_attention(model: _Model, *, matmul_precision: MatmulPrecision | None
     precisions = precision_of_products(matmul_precision, PRODUCTS_OF_ATTENTION)
     layers = [one for one in _replaceable(model) if one.mixin is ReplacedAttention]
     if not layers:
-        raise ValueError(f"there is no torch.nn.MultiheadAttention to replace in this {type(model).__name__}")
+        raise ValueError(
+            f"there is no torch.nn.MultiheadAttention to replace in this {type(model).__name__}. {_instead(model)}"
+        )
     if all(one.why_left for one in layers):
         named = ", ".join(f"{one.name} ({one.class_name})".lstrip() for one in layers)
         raise ValueError(
@@ -194,9 +197,9 @@ def replace_layers(model: _Model, *, matmul_precision: MatmulPrecision | None = 
     >>> coverage(model)
     Calls of layers: 2 computed by mha_c, 0 left to torch
     <BLANKLINE>
-    module    class                    here  left  reason
-    layers.0  TransformerEncoderLayer     1     0
-    layers.1  TransformerEncoderLayer     1     0
+    module    class                    mha_c  torch  reason
+    layers.0  TransformerEncoderLayer      1      0
+    layers.1  TransformerEncoderLayer      1      0
     """
     check_model(model, "replace_layers")
     precisions = precision_of_products(matmul_precision, PRODUCTS)
@@ -204,7 +207,8 @@ def replace_layers(model: _Model, *, matmul_precision: MatmulPrecision | None = 
     if not layers:
         raise ValueError(
             f"there is no layer to replace in this {type(model).__name__}: no torch.nn.TransformerEncoderLayer, "
-            "TransformerDecoderLayer or MultiheadAttention, nor any of the layers of transformers that are known"
+            "TransformerDecoderLayer or MultiheadAttention, nor any of the layers of transformers that are known. "
+            f"{_instead(model)}"
         )
     if all(one.why_left for one in layers):
         named = ", ".join(f"{one.name} ({one.class_name}, {one.why_left})".lstrip() for one in layers)
@@ -212,6 +216,16 @@ def replace_layers(model: _Model, *, matmul_precision: MatmulPrecision | None = 
     _allow_fusing(model)  # torch's encoder leaves out padding with it
     _replace(layers, precisions)
     return model
+
+
+def _instead(model: torch.nn.Module) -> str:
+    """What to do with a model in which there is nothing to replace."""
+    if not any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        return "If it calls torch's functions of attention, run it in `with mha_c.torch.attention():`"
+    register = 'mha_c.torch.register_transformers(), and load the model with attn_implementation="mha_c"'
+    if whole_layers(model):
+        return f"Call mha_c.torch.replace_layers(model) for its whole layers; for its attention alone, call {register}"
+    return f"Call {register}"
 
 
 def _replace(layers: list[_Replaceable], precisions: Mapping[str, Precision | None]) -> None:
@@ -293,7 +307,10 @@ def coverage(model: torch.nn.Module) -> Coverage:
     layers = list(_replaceable(model))
     whole = [one for one in layers if isinstance(one.layer, ReplacedLayer)]
     within = {module for one in whole for module in one.layer.modules() if module is not one.layer}
-    found = Coverage("layers" if whole else "attention")
+    note = ""
+    if name := registered_name(model):
+        note = f'attn_implementation="{name}" is counted in what register_transformers() returned.'
+    found = Coverage("layers" if whole else "attention", note)
     for name, layer, mixin, why_left in layers:
         if mixin is not ReplacedAttention and not whole:
             continue

@@ -13,7 +13,7 @@ import torch
 from mha_c.display.coverage import Coverage
 from mha_c.torch.functions import ONE_QUERY, AttentionMode
 
-__all__ = ["changes_nothing", "register_transformers", "uses_torchs_masks"]
+__all__ = ["changes_nothing", "register_transformers", "registered_name", "uses_torchs_masks"]
 
 # Keyword arguments that change nothing, since the mask says the same. Those whose names begin with "output_" ask a model
 # for more outputs, and change nothing either.
@@ -70,9 +70,9 @@ def register_transformers(name: str = "mha_c") -> Coverage:
     >>> coverage
     Calls of attention: 2 computed by mha_c, 0 left to torch
     <BLANKLINE>
-    module   class              here  left  reason
-    layer 0  BertSelfAttention     1     0
-    layer 1  BertSelfAttention     1     0
+    module   class              mha_c  torch  reason
+    layer 0  BertSelfAttention      1      0
+    layer 1  BertSelfAttention      1      0
     """
     try:
         import transformers
@@ -124,6 +124,19 @@ def uses_torchs_masks(config: Any) -> bool:
     """
     name = config._attn_implementation
     return name in (None, "eager", "sdpa") or name in _names
+
+
+def registered_name(model: torch.nn.Module) -> str:
+    """The name of `register_transformers` by which a model, or one in it, computes its attention; "" if there is none.
+
+    Examples
+    --------
+    >>> registered_name(torch.nn.Linear(2, 2))
+    ''
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    names = (getattr(config, "_attn_implementation", None) for config in configs)
+    return next((name for name in names if name in _names), "")
 
 
 def _check_name(name: object, taken: Any) -> None:
