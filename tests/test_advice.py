@@ -554,6 +554,94 @@ def test_what_is_not_warned_of():
             replaced(x[:5], x, x, attn_mask=torch.zeros(5, 10, dtype=torch.bool), need_weights=False, is_causal=True)
 
 
+# ------------------------------------------------------------------------------------------- tensors and token ids
+
+
+def calls_with(x, y):
+    """Calls that take x, and y where they take a second input; by what they call x."""
+    encoder = mha_c.TransformerEncoderLayer(8, 2, 16)
+    decoder = mha_c.TransformerDecoderLayer(8, 2, 16)
+    return [
+        ("query", lambda x: layer(8, 2)(x, y, y)), ("value", lambda x: layer(8, 2)(y, y, x)),
+        ("query", lambda x: mha_c.explain(layer(8, 2), x, y, y)), ("key", lambda x: scaled_dot_product_attention(y, x, y)),
+        ("src", encoder), ("src", encoder.eval()), ("src", mha_c.TransformerEncoder(encoder, 2)),
+        ("memory", lambda x: decoder(y, x)), ("tgt", lambda x: mha_c.TransformerDecoder(decoder, 2)(x, y)),
+        ("src", lambda x: mha_c.Transformer(8, 2, 1, 1, 16)(x, y)), ("input", mha_c.Linear(8, 2)),
+        ("input", mha_c.LayerNorm(8)), ("x", mha_c.RMSNorm(8)),
+        ("input", lambda x: mha_c.functional.layer_norm(x, (8,))),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_that_require_gradients(dtype):
+    torch = pytest.importorskip("torch")
+    x = torch.tensor(X).to(getattr(torch, dtype)).requires_grad_()
+    for name, call in calls_with(x, torch.tensor(X)):
+        words = refusal(lambda: call(x))
+        assert words.startswith(f"{name} requires a gradient, which mha_c does not compute: pass {name}.detach(). torch "
+                                "says: Can't call numpy() on Tensor that requires grad.")
+        assert outcome(lambda: call(x)).error.__class__ is RuntimeError
+        if dtype == "float32":
+            call(evaluated(f"{name}.detach()", {name: x}))
+    words = refusal(lambda: layer(8, 2)(x, x.clone(), X))
+    assert words.startswith("query and key require gradients, which mha_c does not compute: pass query.detach() and "
+                            "key.detach(). torch says: ")
+    mask = torch.zeros(5, 5).requires_grad_()
+    encoder = mha_c.TransformerEncoderLayer(8, 2, 16)
+    assert refusal(lambda: encoder(X, mask)).startswith("src_mask requires a gradient, which mha_c does not compute: pass "
+                                                        "src_mask.detach(). torch says: ")
+
+
+def test_tensors_on_other_devices():
+    """meta has no numbers to copy. Of a device with numbers, only the words are tested: it need not be there."""
+    torch = pytest.importorskip("torch")
+
+    class OnDevice:
+        def __init__(self, tensor):
+            self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
+            self.device, self.requires_grad = torch.device("cuda:0"), False
+
+        def detach(self):
+            return self
+
+        def cpu(self):
+            return self.tensor
+
+        def __array__(self, *arguments, **keywords):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    x = torch.tensor(X)
+    for name, call in calls_with(x, x):
+        assert refusal(lambda: call(x.to("meta"))).startswith(f"{name} is on the device meta, where tensors have no numbers. torch ")
+        elsewhere, cure = OnDevice(x), f"{name}.cpu()"
+        assert refusal(lambda: call(elsewhere)).startswith(
+            f"{name} is on the device cuda:0, but mha_c computes on the CPU: pass {cure}. torch says: can't convert ")
+        call(evaluated(cure, {name: elsewhere}))
+
+
+def test_token_ids():
+    """Integers of another width: whatever torch's words are, the shape that is expected is that of their embeddings."""
+    ids = np.zeros((2, 3), np.int64)
+    encoder, decoder = (getattr(mha_c, f"Transformer{kind}Layer")(8, 2, 16, batch_first=True) for kind in ("Encoder", "Decoder"))
+    whole = mha_c.Transformer(8, 2, 1, 1, 16, batch_first=True)
+    cases = [("src", encoder, AssertionError), ("src", mha_c.TransformerEncoder(encoder, 2), AssertionError),
+             ("src", lambda ids: encoder(ids[0]), AssertionError),
+             ("tgt", lambda ids: decoder(ids, ids), AssertionError),
+             ("memory", lambda ids: decoder(np.zeros((2, 3, 8), "f"), ids), AssertionError),
+             ("src", lambda ids: whole(ids, ids), RuntimeError),
+             ("tgt", lambda ids: whole(np.zeros((2, 3, 8), "f"), ids), RuntimeError),
+             ("query", lambda ids: layer(8, 2, batch_first=True)(ids, ids, ids), AssertionError)]  # fmt: skip
+    for name, call, kind in cases:
+        for dtype in ("int64", "uint8"):
+            error = outcome(lambda: call(ids.astype(dtype))).error
+            assert type(error) is kind
+            assert re.match(rf"{name} is {dtype}, but it must hold vectors, \(batch, length, 8\)(, or \(length, 8\) without "
+                            r"a batch)?: if it holds token ids, pass their embeddings\. torch says: ", str(error))
+    assert "(length, batch, 8)" in refusal(lambda: layer(8, 2)(ids, ids, ids))
+    assert "token" not in refusal(lambda: encoder(np.zeros((2, 3, 8), np.int64)))  # of the right width
+    assert "token" not in refusal(lambda: encoder(np.zeros((2, 3, 6), "f")))
+
+
 # ------------------------------------------------------------------------------------------- dtypes of layers
 
 

@@ -17,7 +17,8 @@ __all__ = [
     "Argument",
     "add_advice",
     "advice_on_integers",
-    "advice_on_lists",
+    "advice_on_objects",
+    "advice_on_tokens",
     "distinct",
     "dtypes_of",
     "listed",
@@ -128,11 +129,31 @@ def rename_mask(error: Exception, *, attn_mask: str, key_padding_mask: str) -> N
         vars(error)["_words"] = f"{found[1]}{name}{found[3]}"
 
 
-def advice_on_lists(dtype: str, **arguments: Any) -> Iterator[Advice]:
-    """Lists and tuples are not converted: that takes long, and NumPy would choose the dtype."""
+def advice_on_objects(dtype: str, **arguments: Any) -> Iterator[Advice]:
+    """What is no array that NumPy can read. Lists and tuples would take long, and NumPy would choose the dtype."""
     for name, value in arguments.items():
         if isinstance(value, (list, tuple)):
             yield Advice(f"Pass np.asarray({name}, {in_numpy('bool' if name.endswith('mask') else dtype)})")
+    tensors = distinct(Argument.of(name, value) for name, value in arguments.items() if hasattr(value, "detach"))
+    needing = [one.name for one in tensors if one.value.requires_grad]
+    if needing:
+        found = f"{listed(needing)} {'require gradients' if needing[1:] else 'requires a gradient'}"
+        cure = listed(f"{name}.detach()" for name in needing)
+        yield Advice(f"{found}, which mha_c does not compute: pass {cure}", leads=True)
+    for one in tensors:
+        device = one.value.device
+        if device.type == "meta":
+            yield Advice(f"{one.name} is on the device meta, where tensors have no numbers", leads=True)
+        elif device.type != "cpu":
+            found = f"{one.name} is on the device {device}, but mha_c computes on the CPU"
+            yield Advice(f"{found}: pass {one.name}.cpu()", leads=True)
+
+
+def advice_on_tokens(argument: Argument, expected: str) -> Iterator[Advice]:
+    """Integers where vectors are expected, in an array of another shape: they may be token ids."""
+    if "int" in argument.dtype:
+        found = f"{argument.name} is {argument.dtype}, but it must hold vectors, {expected}"
+        yield Advice(f"{found}: if it holds token ids, pass their embeddings", leads=True)
 
 
 def advice_on_integers(mask: Argument | None, shows: bool) -> Iterator[Advice]:

@@ -16,7 +16,8 @@ from mha_c.advice.arguments import (
     Argument,
     add_advice,
     advice_on_integers,
-    advice_on_lists,
+    advice_on_objects,
+    advice_on_tokens,
     distinct,
     dtypes_of,
     listed,
@@ -180,7 +181,7 @@ def advice_on_call(
         if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
             return
         dtype = dtypes.pop()
-        yield from advice_on_lists(dtype, **{names.get(name, name): one for name, one in inputs.items()}, **masks)
+        yield from advice_on_objects(dtype, **{names.get(name, name): one for name, one in inputs.items()}, **masks)
         q, k, v = (named(one, name) for name, one in inputs.items())
         padding, mask = (None if item[1] is None else Argument.of(*item) for item in masks.items())
         call = _Call(q, k, v, padding, mask, num_heads, features, dtype, extra_keys, batch_first, other_dtypes)
@@ -219,6 +220,7 @@ class _Call(NamedTuple):
     other_dtypes: Collection[str]
 
     def advice(self) -> Iterator[Advice]:
+        yield from self._on_tokens()
         yield from advice_on_integers(self.key_padding_mask, shows=False)
         yield from advice_on_integers(self.attn_mask, shows=False)
         yield from self._on_ranks()
@@ -270,11 +272,19 @@ class _Call(NamedTuple):
 
     # ---- What may be wrong
 
+    def _expected_input(self, features: int | None) -> str:
+        batched = f"(batch, length, {features})" if self.batch_first else f"(length, batch, {features})"
+        return f"{batched}, or (length, {features}) without a batch"
+
+    def _on_tokens(self) -> Iterator[Advice]:
+        for one, features in zip((self.query, self.key, self.value), self.features):
+            if one.shape[-1:] != (features,):
+                yield from advice_on_tokens(one, self._expected_input(features))
+
     def _on_ranks(self) -> Iterator[Advice]:
         shapes = [one.shape for one in (self.query, self.key, self.value)]
         if len(self.query.shape) not in (2, 3):
-            batched = "(batch, length, {0})" if self.batch_first else "(length, batch, {0})"
-            expected = f"{batched}, or (length, {{0}}) without a batch".format(self.features[0])
+            expected = self._expected_input(self.features[0])
             yield Advice(f"{self.query.name} has the shape {self.query.shape}: it must be {expected}")
         if len({len(shape) for shape in shapes}) > 1:
             others = list(dict.fromkeys(f"{one.name} {one.shape}" for one in (self.key, self.value)))

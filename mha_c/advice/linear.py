@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from mha_c.advice.arguments import Advice, Argument, add_advice, advice_on_lists
+from mha_c.advice.arguments import Advice, Argument, add_advice, advice_on_objects
 
 __all__ = ["advise_on_linear"]
 
@@ -35,14 +35,16 @@ def advise_on_linear(error: Exception, input: Any, weight: Any, other_dtypes: Co
     """
 
     def advice() -> Iterator[Advice]:
+        yield from advice_on_objects(weight.dtype.name, input=input)
         given = Argument.of("input", input)
         in_features = weight.shape[1]
-        yield from advice_on_lists(weight.dtype.name, input=input)
         if not given.shape or given.shape[-1] != in_features:
             found = f"input has {given.shape[-1]} features" if given.shape else "input has no axes"
             yield Advice(f"{found}, but in_features is {in_features}")
             return
         dtype = weight.dtype.name
+        if given.dtype == dtype:
+            return
         found = f"input is {given.dtype}, but this layer is {dtype}"
         if given.has_numbers:
             found += f": pass {given.cast(dtype)}"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from mha_c.advice.arguments import Advice, Argument, add_advice, advice_on_lists
+from mha_c.advice.arguments import Advice, Argument, add_advice, advice_on_objects
 from mha_c.parameters.dtypes import DTYPES, DTYPE_NAMES
 
 __all__ = ["advise_on_norm"]
@@ -56,7 +56,7 @@ def advise_on_norm(
         if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
             return
         dtype = dtypes.pop() if dtypes else DTYPES[0]
-        yield from advice_on_lists(dtype, **{name: input})
+        yield from advice_on_objects(dtype, **{name: input})
         shape = tuple(normalized_shape)
         if any(one.shape != shape for one in parameters):  # torch's words tell enough
             return

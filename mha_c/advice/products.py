@@ -13,7 +13,7 @@ from mha_c.advice.arguments import (
     Argument,
     add_advice,
     advice_on_integers,
-    advice_on_lists,
+    advice_on_objects,
     distinct,
     dtypes_of,
     listed,
@@ -43,7 +43,7 @@ def advise_on_product(error: Exception, query: Any, key: Any, value: Any, attn_m
     """
 
     def advice() -> Iterator[Advice]:
-        yield from advice_on_lists(DTYPES[0], query=query, key=key, value=value, attn_mask=attn_mask)
+        yield from advice_on_objects(DTYPES[0], query=query, key=key, value=value, attn_mask=attn_mask)
         inputs = q, k, v = Argument.of("query", query), Argument.of("key", key), Argument.of("value", value)
         mask = None if attn_mask is None else Argument.of("attn_mask", attn_mask)
         if len({one.dtype for one in inputs}) > 1:

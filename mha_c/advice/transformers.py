@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
-from mha_c.advice.arguments import Advice, add_advice, rename_mask, shape_of
+from mha_c.advice.arguments import Advice, Argument, add_advice, advice_on_tokens, rename_mask, shape_of
 from mha_c.advice.calls import advice_on_call
 
 __all__ = ["AttentionCall", "advise_on_steps", "check_transformer_call"]
@@ -103,8 +104,11 @@ batch_first=True in the constructor makes it axis 0.
                 f"the batch number of src and tgt must be equal. src has a batch of {of_src}, and tgt of {of_tgt}, on "
                 f"axis {axis}. batch_first={not batch_first} in the constructor makes it axis {1 - axis}."
             )
-    for name, shape in shapes.items():
+    for (name, shape), value in zip(shapes.items(), (src, tgt)):
         if shape[-1:] != (d_model,):
             found = f"{shape[-1]} features" if shape else "no axes"
-            words = "the feature number of src and tgt must be equal to d_model"
-            raise RuntimeError(f"{words}. {name} has {found}, but d_model is {d_model}.")
+            error = RuntimeError("the feature number of src and tgt must be equal to d_model")
+            expected = f"(batch, length, {d_model})" if batch_first else f"(length, batch, {d_model})"
+            tokens = advice_on_tokens(Argument.of(name, value), expected)
+            add_advice(error, chain(tokens, [Advice(f"{name} has {found}, but d_model is {d_model}")]))
+            raise error
