@@ -22,6 +22,8 @@ examples:
   mha-c check --layer encoder
   mha-c check model.pt --num-heads 8 \\
       --prefix encoder.layers.0.self_attn.
+  mha-c check bert/model.safetensors --config bert/config.json \\
+      --layer encoder --prefix encoder.layer.0.
 
 exit status:
   0    everything agrees

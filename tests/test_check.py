@@ -503,7 +503,7 @@ def test_command_of_a_state_dict(capsys, tmp_path):
     assert "embed_dim=8, num_heads=4, batch_first=True, dtype=float32" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "layer.npz"), "--dtype", "float64", "--add-zero-attn"]) == 0
     assert "add_zero_attn=True, batch_first=True, dtype=float64" in in_one_line(capsys.readouterr().out)
-    for wrong, words in (("none.npz", "none.npz"), ("model.pt", "did not write needs --num-heads: ")):
+    for wrong, words in (("none.npz", "none.npz"), ("model.pt", "was not written by MultiheadAttention.save: pass --num-heads or --config")):
         assert main(["check", str(tmp_path / wrong)]) == 2
         assert words in capsys.readouterr().err
 
@@ -555,11 +555,60 @@ def test_command_of_whole_layers_in_files(capsys, tmp_path):
     assert read.norm_first and read.activation == "silu"
 
     for arguments, words in (([*saved, "--num-heads", "2"], "TransformerDecoderLayer.save wrote, without --num-heads"),
-                             (["check", "--layer", "encoder", saved[-1]], "holds a TransformerDecoderLayer, not a TransformerEncoderLayer"),
+                             (["check", "--layer", "encoder", saved[-1]], "decoder.npz holds a TransformerDecoderLayer, not a TransformerEncoderLayer: pass --layer decoder\n"),
                              (f"check --layer encoder {tmp_path / 'model.pt'}".split(),
-                              "a file that TransformerEncoderLayer.save did not write needs --num-heads: ")):
+                              "model.pt was not written by TransformerEncoderLayer.save: pass --num-heads or --config\n"),
+                             (f"check --layer decoder {tmp_path / 'model.pt'}".split(),
+                              "model.pt was not written by TransformerDecoderLayer.save: only such files are checked\n")):
         assert main(arguments) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.fixture
+def bert(tmp_path, monkeypatch):
+    """The files of a model of transformers in the folder "bert"."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    config = transformers.BertConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                     intermediate_size=48)
+    transformers.BertModel(config).save_pretrained("bert")
+
+
+def test_command_of_a_hugging_face_model(bert, capsys):
+    """Its config says what the options say of other files; options that it contradicts are refused."""
+    check = "check bert/model.safetensors --config bert/config.json --prefix encoder.layer.1."
+    assert main(f"{check} --layer encoder".split()) == 0
+    assert "TransformerEncoderLayer; src (3, 5, 32)" in capsys.readouterr().out
+    assert main(f"{check} --no-weights --batch-first".split()) == 0
+    assert "embed_dim=32, num_heads=4, batch_first=True" in capsys.readouterr().out
+    options = {"file": "bert/model.safetensors", "config": "bert/config.json", "prefix": "encoder.layer.1."}
+    layer = command.Configuration(layer="encoder", **options)._layer()
+    assert (layer.activation, layer.norm_first, layer.self_attn.batch_first, layer.norm1.eps) == ("gelu", False, True, 1e-12)
+    for wrong in ("--norm-first", "--activation relu", "--num-heads 8"):
+        assert main(f"{check} --layer encoder {wrong}".split()) == 2
+    for wrong in ("--layer decoder --config bert/config.json", "--config bert/config.json", "--prefix layers.0."):
+        with pytest.raises(SystemExit):
+            main(["check", *wrong.split()])
+
+
+@pytest.mark.parametrize("options, words", [
+    ("bert", "Is a directory (pass a file in it, such as 'bert/model.safetensors'; for attention or an encoder, also "
+             "--config 'bert/config.json'): 'bert'"),
+    ("bert/model.safetensors --layer encoder --num-heads 4", '--prefix "" matches several layers: choose one of --prefix '
+                                                             '"encoder.layer.0.", --prefix "encoder.layer.1.".'),
+    ("bert/model.safetensors --layer encoder --num-heads 4 --prefix encoder.layer.0.",
+     "FILE needs --config, the model's config.json, for BERT, RoBERTa, ELECTRA and the like"),
+    ("bert/model.safetensors --config bert/config.json --prefix encoder.layer.0",
+     '--prefix "encoder.layer.0" lacks its final dot: pass --prefix "encoder.layer.0."'),
+    ("bert/model.safetensors --config bert --prefix encoder.layer.0.", "(pass --config 'bert/config.json'): 'bert'"),
+    ("bert/model.safetensors --num-heads 3 --prefix encoder.layer.0.",
+     "(32, 32): take --num-heads from its configuration, or pass --config"),
+    ("bert/model.safetensors --num-heads 4 --prefix pooler.",
+     "(This command has no option for names: from_state_dict has it in Python.)"),
+])
+def test_command_says_which_options_to_write(bert, capsys, options, words):
+    assert main(["check", *options.split()]) == 2
+    assert capsys.readouterr().err.endswith(f"{words}\n")
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
@@ -643,7 +692,8 @@ def test_usage(capsys):
             main(["check", *wrong.split()])
         assert exit_.value.code == 2
     assert main("check --embed-dim 8 --num-heads 3".split()) == 2
-    assert "mha-c check: embed_dim must be divisible by num_heads" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(
+        "mha-c check: embed_dim must be divisible by num_heads. Choose --embed-dim 6 or 9 for 3 heads\n")
 
 
 def test_without_torch():

@@ -7,13 +7,15 @@ import argparse
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
+from mha_c.advice.arguments import listed
 from mha_c.layer import MultiheadAttention, parameters_of
 from mha_c.check.compare import CRITERION
 from mha_c.check.layers import against_torch
@@ -22,6 +24,7 @@ from mha_c.check.report import Report
 from mha_c.display.progress import progress
 from mha_c.display.table import Table, show
 from mha_c.parameters.dtypes import DTYPES
+from mha_c.parameters.files import open_checkpoint
 from mha_c.transformer.decoder import TransformerDecoderLayer
 from mha_c.transformer.encoder import TransformerEncoderLayer
 
@@ -139,16 +142,21 @@ class Configuration:
         2048, "features of the feed-forward network", of=(_ENCODER, _DECODER), in_file=True, **_SIZE
     )
     activation: str | None = _option(
-        None, "relu unless given", of=(_ENCODER, _DECODER), choices=("relu", "gelu", "gelu_tanh", "silu")
+        None, "default: relu, or that of CONFIG", of=(_ENCODER, _DECODER), choices=("relu", "gelu", "gelu_tanh", "silu")
     )
     norm_first: bool = _option(False, "norms before attention and feed-forward", of=(_ENCODER, _DECODER))
     bias: bool = _option(True, "maps and norms without biases", "--no-bias", in_file=True)
     add_bias_kv: bool = _option(False, "append a learned key and value", of=(_ATTENTION,), in_file=True)
     add_zero_attn: bool = _option(False, "append a key and value of zeros", of=(_ATTENTION,))
     batch_first: bool = _option(False, "inputs are (N, L, E)")
-    dtype: str | None = _option(None, "float32 unless given; without a layer, float32 and float64", choices=DTYPES)
+    dtype: str | None = _option(
+        None, "default: float32; when all configurations are checked, float32 and float64", choices=DTYPES
+    )
     prefix: str = _option(
         "", "what precedes the layer's names in FILE, such as encoder.layers.0.self_attn.", of=(_ATTENTION, _ENCODER)
+    )
+    config: str | None = _option(
+        None, "config.json of the Hugging Face model in FILE", of=(_ATTENTION, _ENCODER), metavar="CONFIG"
     )
     batch: int = _option(3, "batch size", **_SIZE)
     unbatched: bool = _option(False, "inputs without a batch axis")
@@ -229,14 +237,20 @@ class Configuration:
     def _layer(self) -> Any:
         if self.file is None:
             return self._new_layer()
-        if self.num_heads is None:
+        if self.num_heads is None and self.config is None:
             return self._saved_layer(self.file)
-        options: dict[str, Any] = {"num_heads": self.num_heads, "batch_first": self.batch_first, "dtype": self.dtype}
+        options: dict[str, Any] = {"num_heads": self.num_heads, "config": self.config, "dtype": self.dtype}
         if self.layer == _ATTENTION:
-            options["add_zero_attn"] = self.add_zero_attn
+            options |= {"add_zero_attn": self.add_zero_attn, "batch_first": self.batch_first}
             return MultiheadAttention.from_state_dict(self.file, self.prefix, **options)
         if self.layer == _ENCODER:
-            options |= {"activation": self.activation or "relu", "norm_first": self.norm_first, "layer_norm_eps": 1e-5}
+            has_config = self.config is not None  # which says what the options leave open
+            options |= {
+                "activation": self.activation or (None if has_config else "relu"),
+                "norm_first": self.norm_first or (None if has_config else False),
+                "layer_norm_eps": None if has_config else 1e-5,
+                "batch_first": self.batch_first or None,
+            }
             return TransformerEncoderLayer.from_state_dict(self.file, self.prefix, **options)
         raise ValueError("--layer decoder takes a file that TransformerDecoderLayer.save wrote, without --num-heads")
 
@@ -259,12 +273,12 @@ class Configuration:
         return layer
 
     def _saved_layer(self, file: str) -> Any:
-        try:
-            layer = self._class.load(file)
-        except ValueError as error:
-            name = self._class.__name__
-            cure = f"a file that {name}.save did not write needs --num-heads"
-            raise ValueError(str(error) if self.layer == _DECODER else f"{cure}: {error}") from None
+        with open_checkpoint(file) as checkpoint:
+            is_described = checkpoint.config is not None
+        if not is_described:
+            cure = "only such files are checked" if self.layer == _DECODER else "pass --num-heads or --config"
+            raise ValueError(f"{file} was not written by {self._class.__name__}.save: {cure}")
+        layer = self._class.load(file)
         for part in layer.modules():
             if isinstance(part, MultiheadAttention):
                 part.batch_first = part.batch_first or self.batch_first
@@ -308,7 +322,7 @@ def grid(layer: str = _ATTENTION, dtype: str | None = None) -> Iterator[tuple[tu
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to its parser."""
-    parser.add_argument("file", metavar="FILE", nargs="?", help="a .safetensors, .npz or .pt file that holds a layer")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a .safetensors, .npz, .pt, .pth, .bin or .ckpt file")
     for one in fields(Configuration):
         if not one.metadata:
             continue
@@ -355,6 +369,8 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
         parser.error(f"--layer {configuration.layer} does not have {', '.join(misplaced)}")
     if in_file := configuration.in_file():
         parser.error(f"the layer in FILE says it itself: leave out {', '.join(in_file)}")
+    if configuration.file is None and (configuration.config or configuration.prefix):
+        parser.error("--config and --prefix tell of FILE, which is missing")
     over_grid = configuration == Configuration(layer=configuration.layer, dtype=configuration.dtype)
     if not over_grid and configuration.file is None and None in (configuration.embed_dim, configuration.num_heads):
         parser.error("say which layer to check: --embed-dim and --num-heads, or FILE")
@@ -369,7 +385,7 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
         else:
             found = configuration.check()
     except _REFUSALS as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {_in_options(str(error))}", file=sys.stderr)
         return 2
     tables: list[Report | Table]
     if isinstance(found, Report):
@@ -383,6 +399,42 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     if interrupted:
         raise KeyboardInterrupt
     return 0 if found.agrees else 1
+
+
+# What errors say of arguments of Python, and what to say of options instead.
+_IN_OPTIONS: Final = {
+    r", or give the heads a width of their own with head_dim=\.\.\.$": "",
+    r"take num_heads, and where .+ from its configuration$": "take --num-heads from its configuration, or pass --config",
+    r"from_state_dict\(\) needs": "FILE needs",
+    r"\b(needs|pass) num_heads\b": r"\1 --num-heads",
+    r"(?<![\w./-])(activation|config|dtype|prefix)=(?=[\"'])": r"--\1 ",
+    r"(?<![\w./-])config=": "--config",
+    r"\bembed_dim=(?=\d)": "--embed-dim ",
+    r"\bnum_heads=(?=\d)": "--num-heads ",
+}
+_NO_OPTION: Final = re.compile(r"\b(?:layer_norm_eps|layout|names|strict)(?==)")
+_OTHER_FILE: Final = re.compile(r": use mha_c\.(\w+)\.load$")
+
+
+def _in_options(words: str) -> str:
+    """What an error says, with the options of the command in place of arguments of Python.
+
+    Examples
+    --------
+    >>> _in_options('num_heads=3 does not fit: choose one of prefix="layers.0.", prefix="layers.1."')
+    '--num-heads 3 does not fit: choose one of --prefix "layers.0.", --prefix "layers.1."'
+    """
+
+    def pass_layer(match: re.Match[str]) -> str:
+        kind = next((kind for kind in _KINDS if Configuration(layer=kind)._class.__name__ == match[1]), None)
+        return f": pass --layer {kind}" if kind else ", which this command does not check"
+
+    words = _OTHER_FILE.sub(pass_layer, words)
+    for pattern, replacement in _IN_OPTIONS.items():
+        words = re.sub(pattern, replacement, words)
+    if unknown := dict.fromkeys(_NO_OPTION.findall(words)):
+        words += f" (This command has no option for {listed(unknown)}: from_state_dict has it in Python.)"
+    return words
 
 
 @dataclass(frozen=True)

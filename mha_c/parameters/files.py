@@ -121,7 +121,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     """
     path = os.fspath(path)
     with ExitStack() as files:
-        file = files.enter_context(open(path, "rb"))
+        file = files.enter_context(_open(path))
         is_index = file.peek(1).startswith(b"{")
         yield _read_index(path, file, files) if is_index else _read(path, file)
 
@@ -151,14 +151,19 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
     ...     dict(tensors)
     {'bias': array([0., 0.])}
     """
-    with ExitStack() as files:
-        if isinstance(source, str | os.PathLike):
-            try:
-                source = files.enter_context(open_checkpoint(source)).content
-            except (FileNotFoundError, IsADirectoryError) as error:
-                error.strerror = f"{error.strerror} ({_advice_on_path(os.fsdecode(source))})"
-                raise
+    if isinstance(source, str | os.PathLike):
+        with open_checkpoint(source) as checkpoint:
+            yield checkpoint.content
+    else:
         yield source
+
+
+def _open(path: str) -> BufferedReader:
+    try:
+        return open(path, "rb")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        error.strerror = f"{error.strerror} ({_advice_on_path(os.fsdecode(path))})"
+        raise
 
 
 def _advice_on_path(path: str) -> str:
