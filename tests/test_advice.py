@@ -563,7 +563,8 @@ def calls_with(x, y):
     decoder = mha_c.TransformerDecoderLayer(8, 2, 16)
     return [
         ("query", lambda x: layer(8, 2)(x, y, y)), ("value", lambda x: layer(8, 2)(y, y, x)),
-        ("query", lambda x: mha_c.explain(layer(8, 2), x, y, y)), ("key", lambda x: scaled_dot_product_attention(y, x, y)),
+        ("query", lambda x: mha_c.explain(layer(8, 2), x, y, y)),
+        ("key", lambda x: scaled_dot_product_attention(y, x, y)),
         ("src", encoder), ("src", encoder.eval()), ("src", mha_c.TransformerEncoder(encoder, 2)),
         ("memory", lambda x: decoder(y, x)), ("tgt", lambda x: mha_c.TransformerDecoder(decoder, 2)(x, y)),
         ("src", lambda x: mha_c.Transformer(8, 2, 1, 1, 16)(x, y)), ("input", mha_c.Linear(8, 2)),
@@ -578,8 +579,8 @@ def test_tensors_that_require_gradients(dtype):
     x = torch.tensor(X).to(getattr(torch, dtype)).requires_grad_()
     for name, call in calls_with(x, torch.tensor(X)):
         words = refusal(lambda: call(x))
-        assert words.startswith(f"{name} requires a gradient, which mha_c does not compute: pass {name}.detach(). torch "
-                                "says: Can't call numpy() on Tensor that requires grad.")
+        assert words.startswith(f"{name} requires a gradient, which mha_c does not compute: pass {name}.detach(). "
+                                "torch says: Can't call numpy() on Tensor that requires grad.")
         assert outcome(lambda: call(x)).error.__class__ is RuntimeError
         if dtype == "float32":
             call(evaluated(f"{name}.detach()", {name: x}))
@@ -588,8 +589,8 @@ def test_tensors_that_require_gradients(dtype):
                             "key.detach(). torch says: ")
     mask = torch.zeros(5, 5).requires_grad_()
     encoder = mha_c.TransformerEncoderLayer(8, 2, 16)
-    assert refusal(lambda: encoder(X, mask)).startswith("src_mask requires a gradient, which mha_c does not compute: pass "
-                                                        "src_mask.detach(). torch says: ")
+    assert refusal(lambda: encoder(X, mask)).startswith(
+        "src_mask requires a gradient, which mha_c does not compute: pass src_mask.detach(). torch says: ")
 
 
 def test_tensors_on_other_devices():
@@ -612,7 +613,8 @@ def test_tensors_on_other_devices():
 
     x = torch.tensor(X)
     for name, call in calls_with(x, x):
-        assert refusal(lambda: call(x.to("meta"))).startswith(f"{name} is on the device meta, where tensors have no numbers. torch ")
+        assert refusal(lambda: call(x.to("meta"))).startswith(
+            f"{name} is on the device meta, where tensors have no numbers. torch says: ")
         elsewhere, cure = OnDevice(x), f"{name}.cpu()"
         assert refusal(lambda: call(elsewhere)).startswith(
             f"{name} is on the device cuda:0, but mha_c computes on the CPU: pass {cure}. torch says: can't convert ")
@@ -622,7 +624,8 @@ def test_tensors_on_other_devices():
 def test_token_ids():
     """Integers of another width: whatever torch's words are, the shape that is expected is that of their embeddings."""
     ids = np.zeros((2, 3), np.int64)
-    encoder, decoder = (getattr(mha_c, f"Transformer{kind}Layer")(8, 2, 16, batch_first=True) for kind in ("Encoder", "Decoder"))
+    encoder = mha_c.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    decoder = mha_c.TransformerDecoderLayer(8, 2, 16, batch_first=True)
     whole = mha_c.Transformer(8, 2, 1, 1, 16, batch_first=True)
     cases = [("src", encoder, AssertionError), ("src", mha_c.TransformerEncoder(encoder, 2), AssertionError),
              ("src", lambda ids: encoder(ids[0]), AssertionError),
@@ -635,8 +638,8 @@ def test_token_ids():
         for dtype in ("int64", "uint8"):
             error = outcome(lambda: call(ids.astype(dtype))).error
             assert type(error) is kind
-            assert re.match(rf"{name} is {dtype}, but it must hold vectors, \(batch, length, 8\)(, or \(length, 8\) without "
-                            r"a batch)?: if it holds token ids, pass their embeddings\. torch says: ", str(error))
+            assert re.match(rf"{name} is {dtype}, but it must hold vectors, \(batch, length, 8\)(, or \(length, 8\) "
+                            r"without a batch)?: if it holds token ids, pass their embeddings\. torch says: ", str(error))
     assert "(length, batch, 8)" in refusal(lambda: layer(8, 2)(ids, ids, ids))
     assert "token" not in refusal(lambda: encoder(np.zeros((2, 3, 8), np.int64)))  # of the right width
     assert "token" not in refusal(lambda: encoder(np.zeros((2, 3, 6), "f")))
@@ -648,9 +651,9 @@ def test_token_ids():
 @pytest.mark.parametrize("dtype", ["int8", np.int8, np.dtype("int8")])
 def test_int8_is_a_precision_of_products(dtype):
     """What integers are refused with in torch, then what to write, which works."""
-    for call in (lambda: M(8, 2, dtype=dtype), lambda: M(8, 2).to(dtype=dtype), lambda: mha_c.Linear(8, 2, dtype=dtype)):
+    for call in (lambda: M(8, 2, dtype=dtype), lambda: M(8, 2).to(dtype), lambda: mha_c.Linear(8, 2, dtype=dtype)):
         words = refusal(call)
-        assert words.startswith("Only Tensors of floating point and complex dtype can require gradients: dtype must be ")
+        assert words.startswith("Only Tensors of floating point and complex dtype can require gradients: dtype must ")
         code = re.search(r"\. For products of int8, use matmul_precision=(.+)$", words)[1]
         assert M(8, 2, matmul_precision=evaluated(code, {})).matmul_precision == "int8"
     assert "matmul_precision" not in refusal(lambda: M(8, 2, dtype="int32"))
@@ -659,7 +662,8 @@ def test_int8_is_a_precision_of_products(dtype):
 @pytest.mark.parametrize("given, write", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"),
                                           ("fp64", "float64")])
 def test_short_names_of_dtypes(given, write):
-    assert refusal(lambda: M(8, 2, dtype=given)).endswith(f", in which mha_c computes, but got {given!r}: write \"{write}\"")
+    words = refusal(lambda: M(8, 2, dtype=given))
+    assert words.endswith(f", in which mha_c computes, but got {given!r}: write \"{write}\"")
     assert M(8, 2, dtype=write).out_proj.weight.dtype.name == write
     assert refusal(lambda: M(8, 2, dtype="f16")).endswith("but got 'f16'")
 
@@ -827,7 +831,8 @@ def test_a_class_method_has_the_name_of_its_class(name):
 
 def test_advised_functions_are_like_others():
     """Signature, docstring, name, repr; bound to instances; pickled, copied and weakly referred to."""
-    for function in (M.forward, M.__init__, mha_c.TransformerEncoderLayer.__init__, scaled_dot_product_attention, multi_head_attention_forward):
+    for function in (M.forward, M.__init__, mha_c.TransformerEncoderLayer.__init__, scaled_dot_product_attention,
+                     multi_head_attention_forward):
         assert inspect.isroutine(function) and repr(function) == repr(function.__wrapped__)
         assert function.__doc__ == function.__wrapped__.__doc__
         assert function.__name__ == function.__wrapped__.__name__ == function.__qualname__.split(".")[-1]
@@ -1005,8 +1010,8 @@ def test_masked_arrays_are_refused():
     for name, value in given.items():
         for masked in (np.ma.array(value), np.ma.masked_where(value > 1, value)):
             for call in (module, lambda **arguments: mha_c.explain(module, **arguments)):
-                with pytest.raises(TypeError, match=rf"{name} is a masked array, .* pass {name}\.filled\(0\) to put zeros "
-                                                  rf"where it masks, or {name}\.data to ignore the mask"):
+                words = rf"{name}\.filled\(0\) to put zeros where it masks, or {name}\.data to ignore the mask"
+                with pytest.raises(TypeError, match=rf"{name} is a masked array, .* pass {words}"):
                     call(**{**given, name: masked})
             if name != "key_padding_mask":
                 arguments = {**{n: a for n, a in given.items() if n != "key_padding_mask"}, name: masked}

@@ -503,7 +503,7 @@ def test_command_of_a_state_dict(capsys, tmp_path):
     assert "embed_dim=8, num_heads=4, batch_first=True, dtype=float32" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "layer.npz"), "--dtype", "float64", "--add-zero-attn"]) == 0
     assert "add_zero_attn=True, batch_first=True, dtype=float64" in in_one_line(capsys.readouterr().out)
-    for wrong, words in (("none.npz", "none.npz"), ("model.pt", "was not written by MultiheadAttention.save: pass --num-heads or --config")):
+    for wrong, words in (("none.npz", "none.npz"), ("model.pt", "MultiheadAttention.save: pass --num-heads or --config")):
         assert main(["check", str(tmp_path / wrong)]) == 2
         assert words in capsys.readouterr().err
 
@@ -555,11 +555,12 @@ def test_command_of_whole_layers_in_files(capsys, tmp_path):
     assert read.norm_first and read.activation == "silu"
 
     for arguments, words in (([*saved, "--num-heads", "2"], "TransformerDecoderLayer.save wrote, without --num-heads"),
-                             (["check", "--layer", "encoder", saved[-1]], "decoder.npz holds a TransformerDecoderLayer, not a TransformerEncoderLayer: pass --layer decoder\n"),
+                             (["check", "--layer", "encoder", saved[-1]], "decoder.npz holds a TransformerDecoderLayer, "
+                              "not a TransformerEncoderLayer: pass --layer decoder\n"),
                              (f"check --layer encoder {tmp_path / 'model.pt'}".split(),
-                              "model.pt was not written by TransformerEncoderLayer.save: pass --num-heads or --config\n"),
+                              "was not written by TransformerEncoderLayer.save: pass --num-heads or --config\n"),
                              (f"check --layer decoder {tmp_path / 'model.pt'}".split(),
-                              "model.pt was not written by TransformerDecoderLayer.save: only such files are checked\n")):
+                              "was not written by TransformerDecoderLayer.save: only such files are checked\n")):
         assert main(arguments) == 2
         assert words in capsys.readouterr().err
 
@@ -583,7 +584,8 @@ def test_command_of_a_hugging_face_model(bert, capsys):
     assert "embed_dim=32, num_heads=4, batch_first=True" in capsys.readouterr().out
     options = {"file": "bert/model.safetensors", "config": "bert/config.json", "prefix": "encoder.layer.1."}
     layer = command.Configuration(layer="encoder", **options)._layer()
-    assert (layer.activation, layer.norm_first, layer.self_attn.batch_first, layer.norm1.eps) == ("gelu", False, True, 1e-12)
+    assert (layer.activation, layer.norm_first, layer.norm1.eps) == ("gelu", False, 1e-12)
+    assert layer.self_attn.batch_first
     for wrong in ("--norm-first", "--activation relu", "--num-heads 8"):
         assert main(f"{check} --layer encoder {wrong}".split()) == 2
     for wrong in ("--layer decoder --config bert/config.json", "--config bert/config.json", "--prefix layers.0."):
@@ -594,8 +596,8 @@ def test_command_of_a_hugging_face_model(bert, capsys):
 @pytest.mark.parametrize("options, words", [
     ("bert", "Is a directory (pass a file in it, such as 'bert/model.safetensors'; for attention or an encoder, also "
              "--config 'bert/config.json'): 'bert'"),
-    ("bert/model.safetensors --layer encoder --num-heads 4", '--prefix "" matches several layers: choose one of --prefix '
-                                                             '"encoder.layer.0.", --prefix "encoder.layer.1.".'),
+    ("bert/model.safetensors --layer encoder --num-heads 4",
+     '--prefix "" matches several layers: choose one of --prefix "encoder.layer.0.", --prefix "encoder.layer.1.".'),
     ("bert/model.safetensors --layer encoder --num-heads 4 --prefix encoder.layer.0.",
      "FILE needs --config, the model's config.json, for BERT, RoBERTa, ELECTRA and the like"),
     ("bert/model.safetensors --config bert/config.json --prefix encoder.layer.0",

@@ -474,7 +474,7 @@ def test_files_that_hold_no_norm(tmp_path):
     mha_c.MultiheadAttention(8, 2).save(tmp_path / "attention.npz")
     np.savez(tmp_path / "plain.npz", weight=np.ones(3))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "attention.npz").read_bytes()[:50])
-    refused = {"attention": "use mha_c.MultiheadAttention.load", "plain": "was not written by LayerNorm.save", "cut": "cut"}
+    refused = {"attention": "use mha_c.MultiheadAttention.load", "plain": "not written by LayerNorm.save", "cut": "cut"}
     for name, words in refused.items():
         with pytest.raises(ValueError, match=words):
             mha_c.LayerNorm.load(tmp_path / f"{name}.npz")

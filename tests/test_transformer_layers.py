@@ -195,6 +195,18 @@ def test_files_with_too_much(tmp_path, name):
         mha_c.TransformerEncoderLayer.load(tmp_path / "layer.npz")
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_from_torch_and_state_dict_of_every_layer():
+    """The functions of mha_c.torch take all layers that both have, not only attention and norms."""
+    nn = pytest.importorskip("torch").nn
+    encoder_layer, decoder_layer = nn.TransformerEncoderLayer(8, 2, 16), nn.TransformerDecoderLayer(8, 2, 16)
+    for theirs in (nn.Linear(8, 2), nn.Dropout(0.1), encoder_layer, decoder_layer, nn.TransformerEncoder(encoder_layer, 2),
+                   nn.TransformerDecoder(decoder_layer, 2), nn.Transformer(8, 2, 1, 1, 16), nn.ModuleList([encoder_layer])):
+        ours = mha_c.torch.from_torch(theirs, getattr(mha_c, type(theirs).__name__))
+        assert type(ours) is getattr(mha_c, type(theirs).__name__)
+        assert theirs.load_state_dict(mha_c.torch.state_dict(ours)).missing_keys == []
+
+
 def test_files_without_a_description(tmp_path):
     np.savez(tmp_path / "layer.npz", **mha_c.TransformerDecoderLayer(8, 2, 16).state_dict())
     with pytest.raises(ValueError, match="make a TransformerDecoderLayer .* to load_state_dict"):

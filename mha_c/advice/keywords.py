@@ -107,8 +107,8 @@ batch_first=True instead of batchfirst=True.
         written = [_advice(name, value, known) for name, value in unknown.items() if name not in of_cache]
         advice = [f"Write {', '.join(filter(None, written))}."] if any(written) else []
         if of_cache:
-            left_out = " and ".join(of_cache)
-            advice.append(f"mha_c has no cache of keys and values: leave out {left_out}, and pass all tokens each time.")
+            cure = f"leave out {' and '.join(of_cache)}, and pass all tokens each time"
+            advice.append(f"mha_c has no cache of keys and values: {cure}.")
         if advice:
             words = str(error).partition(". Did you mean")[0]  # newer versions of Python make a guess, too
             error.args = (" ".join([f"{words}.", *advice]),)

@@ -404,7 +404,7 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
 # What errors say of arguments of Python, and what to say of options instead.
 _IN_OPTIONS: Final = {
     r", or give the heads a width of their own with head_dim=\.\.\.$": "",
-    r"take num_heads, and where .+ from its configuration$": "take --num-heads from its configuration, or pass --config",
+    r"take num_heads, and .+ from its configuration$": "take --num-heads from its configuration, or pass --config",
     r"from_state_dict\(\) needs": "FILE needs",
     r"\b(needs|pass) num_heads\b": r"\1 --num-heads",
     r"(?<![\w./-])(activation|config|dtype|prefix)=(?=[\"'])": r"--\1 ",

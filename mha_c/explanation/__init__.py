@@ -94,9 +94,10 @@ def explain(layer: _TorchModule, *arguments: Any, **keywords: Any) -> Any: ...
 def explain(layer: Any, *arguments: Any, **keywords: Any) -> Any:
     """Show what a layer computes between its inputs and its output.
 
-    Every number comes from the C core that the layer itself uses, and `output` has the bits of the layer's own call; so
-    have `weights`, `average_weights` and `head_outputs` of an attention layer. A layer of bfloat16 or float16 computes
-    in float32 and rounds what it returns: `output` and `average_weights` are in its dtype, the other stages in float32.
+    Every number comes from the C core that the layer itself uses. `output`, and `weights`, `average_weights` and
+    `head_outputs` of an attention layer, are bit-for-bit those of the layer's own call. A layer of bfloat16 or float16
+    computes in float32 and rounds what it returns: `output` and `average_weights` are in its dtype, the other stages in
+    float32.
 
     Parameters
     ----------

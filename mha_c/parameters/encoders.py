@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders out of state dicts: their layers are found by names, and config.json tells what arrays do not show."""
+"""Encoders out of state dicts: their layers are found by names, and config.json gives what arrays do not show."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def infer_encoder(
     ValueError
         If no layer with so many heads has such shapes, or arguments and config contradict each other.
     TypeError
-        If a name in `state_dict` is not a string, or something is not told.
+        If a name in `state_dict` is not a string, or a required argument is missing.
     ImportError
         If ml_dtypes is needed and not installed.
 

@@ -354,5 +354,6 @@ def _import_safetensors() -> ModuleType:
     try:
         import safetensors.numpy
     except ModuleNotFoundError as error:
-        raise ImportError("safetensors files need `pip install safetensors`; .npz files need no extra package") from error
+        words = "safetensors files need `pip install safetensors`; .npz files need no extra package"
+        raise ImportError(words) from error
     return safetensors

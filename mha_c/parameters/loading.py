@@ -102,7 +102,8 @@ def infer_layer(
     NotImplementedError
         If the model computes something that a layer does not.
     ValueError
-        If no layer with so many heads has such shapes, or something cannot be told or contradicts itself.
+        If no layer with so many heads has such shapes, a required argument is missing, or what is given contradicts
+        itself.
     TypeError
         If a name in `state_dict` is not a string, or nothing tells the number of heads.
     ImportError

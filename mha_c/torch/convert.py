@@ -45,7 +45,7 @@ __all__ = [
 
 TORCH_VERSION = str(torch.__version__)
 
-_Layer = TypeVar("_Layer", MultiheadAttention, LayerNorm, RMSNorm)
+_Layer = TypeVar("_Layer", bound=Module)
 
 
 def from_torch(module: torch.nn.Module, cls: type[_Layer]) -> _Layer:
@@ -53,22 +53,28 @@ def from_torch(module: torch.nn.Module, cls: type[_Layer]) -> _Layer:
 
     Parameters
     ----------
-    module : torch.nn.MultiheadAttention, torch.nn.LayerNorm or torch.nn.RMSNorm
-        The layer to copy.
+    module : torch.nn.Module
+        The layer to copy: attention, a norm, a linear map, dropout, a layer, an encoder or a decoder of a Transformer,
+        a whole Transformer, or a ``torch.nn.ModuleList`` of such layers.
     cls : type
-        `mha_c.MultiheadAttention`, `mha_c.LayerNorm`, `mha_c.RMSNorm`, or a subclass.
+        The class of the same name in mha_c, such as `mha_c.TransformerEncoder`, or a subclass.
 
     Returns
     -------
-    MultiheadAttention, LayerNorm or RMSNorm
+    Module
+        Of the class `cls`.
 
     Examples
     --------
     >>> import mha_c, torch
     >>> from_torch(torch.nn.MultiheadAttention(8, 2), mha_c.MultiheadAttention).num_heads
     2
+    >>> encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3)
+    >>> from_torch(encoder, mha_c.TransformerEncoder).num_layers
+    3
     """
-    return cls.from_torch(module)
+    made: _Layer = cls.from_torch(module)  # type: ignore[attr-defined]  # each class that torch has, too, has it
+    return made
 
 
 @overload
@@ -205,8 +211,8 @@ def state_dict(layer: Module, *, prefix: str = "") -> OrderedDict[str, torch.Ten
 
     Parameters
     ----------
-    layer : MultiheadAttention, LayerNorm or RMSNorm
-        The layer to copy.
+    layer : Module
+        The layer to copy: any layer of mha_c, with all layers in it.
     prefix : str, default ""
         What to write before each name; no dot is added.
 

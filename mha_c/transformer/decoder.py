@@ -54,8 +54,8 @@ class TransformerDecoderLayer(TransformerLayer):
     seed, dropout_seed, norm
         As for `TransformerEncoderLayer`.
     padded : {"zero", "computed"}, optional
-        What the rows of the output hold that `tgt_key_padding_mask` names by True or -inf. "zero": zeros. "computed":
-        what the layer computes for them. None: "computed".
+        What to write into the output rows of padded tokens: those that `tgt_key_padding_mask` marks with True or -inf.
+        "zero": zeros. "computed": what the layer computes for them. None: "computed".
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
     matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
@@ -245,8 +245,9 @@ class TransformerDecoder(Container):
     norm : Module, optional
         What normalizes the output of the last layer.
     padded : {"zero", "computed"}, optional
-        What the rows hold that `tgt_key_padding_mask` names by True or -inf, after the last layer and before `norm`.
-        "zero": zeros. "computed": what the layers compute for them. None: "computed", as in torch.
+        What to write into the rows of padded tokens, after the last layer and before `norm`: those tokens that
+        `tgt_key_padding_mask` marks with True or -inf. "zero": zeros. "computed": what the layers compute for them.
+        None: "computed", as in torch.
 
     Attributes
     ----------

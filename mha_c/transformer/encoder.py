@@ -98,8 +98,8 @@ class TransformerEncoderLayer(TransformerLayer):
     norm : {"layer", "rms"}, default "layer"
         The norms: LayerNorm or RMSNorm.
     padded : {"zero", "computed"}, optional
-        What the rows of the output hold that `src_key_padding_mask` names by True or -inf. "zero": zeros. "computed":
-        what the layer computes for them. None: "computed".
+        What to write into the output rows of padded tokens: those that `src_key_padding_mask` marks with True or -inf.
+        "zero": zeros. "computed": what the layer computes for them. None: "computed".
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
     matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
@@ -268,7 +268,7 @@ training=False)
             The beginning of the layer's names, including the dot, such as ``"encoder.layer.0."``. More may precede it.
         config : mapping of str to object, or str or path-like, optional
             The configuration of a Hugging Face model, or its ``config.json``. It is needed for the names of these
-            models, and tells the four arguments that follow.
+            models, and gives the four arguments that follow.
         num_heads : int, optional
             Number of heads.
         activation : str or callable, optional
@@ -309,7 +309,7 @@ training=False)
             If no layer with `num_heads` heads has such shapes; if arguments, `config` and names contradict each other;
             if `matmul_precision` is unknown, or given for a layer of float64; or if a file is damaged.
         TypeError
-            If `state_dict` is neither a mapping nor a path, or if something is not told.
+            If `state_dict` is neither a mapping nor a path, or if a required argument is missing.
         ImportError
             If there are bfloat16 or float8 numbers to read, and ml_dtypes is not installed. It is not needed to cast
             bfloat16 to another `dtype`.
@@ -393,9 +393,9 @@ class TransformerEncoder(Container):
     mask_check : bool, default True
         Ignored. torch has it.
     padded : {"zero", "computed"}, optional
-        What the rows hold that `src_key_padding_mask` names by True or -inf, after the last layer and before `norm`.
-        "zero": zeros. "computed": what the layers compute for them. None: what torch gives without gradients.
-        See the notes.
+        What to write into the rows of padded tokens, after the last layer and before `norm`: those tokens that
+        `src_key_padding_mask` marks with True or -inf. "zero": zeros. "computed": what the layers compute for them.
+        None: what torch gives without gradients. See the notes.
 
     Attributes
     ----------
@@ -583,7 +583,7 @@ class TransformerEncoder(Container):
             there are several encoders. More may precede it.
         config : mapping of str to object, or str or path-like, optional
             The configuration of a Hugging Face model, or its ``config.json``. It is needed for the names of these
-            models, and tells the four arguments that follow.
+            models, and gives the four arguments that follow.
         num_heads : int, optional
             Number of heads.
         activation : str or callable, optional
@@ -624,7 +624,7 @@ class TransformerEncoder(Container):
             If no layer with `num_heads` heads has such shapes; if arguments, `config` and names contradict each other;
             if `matmul_precision` is unknown, or given for a layer of float64; or if a file is damaged.
         TypeError
-            If `state_dict` is neither a mapping nor a path, or if something is not told.
+            If `state_dict` is neither a mapping nor a path, or if a required argument is missing.
         ImportError
             If there are bfloat16 or float8 numbers to read, and ml_dtypes is not installed. It is not needed to cast
             bfloat16 to another `dtype`.
@@ -721,8 +721,8 @@ def _how_to_read(cls: type[TransformerEncoder] | type[TransformerEncoderLayer]) 
     """How to read a file of parameters that `save` did not write."""
     reader = f"{cls._kind}.from_state_dict"
     return (
-        f'{reader}(path, config="config.json") reads the file of a Hugging Face model, and {reader}(path, num_heads=...) '
-        "one with torch's names"
+        f'{reader}(path, config="config.json") reads the file of a Hugging Face model, and '
+        f"{reader}(path, num_heads=...) one with torch's names"
     )
 
 
