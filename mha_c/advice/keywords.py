@@ -142,7 +142,8 @@ def rename_inherited(cls: type, base: type) -> None:
         advised = value.__func__ if is_of_class else value
         if isinstance(advised, _core.AdvisedFunction) and name not in vars(cls):
             plain: Any = inspect.unwrap(advised)
-            copied = types.FunctionType(plain.__code__, plain.__globals__, name, plain.__defaults__, plain.__closure__)
+            code, defaults = plain.__code__, plain.__defaults__
+            copied: Any = types.FunctionType(code, plain.__globals__, name, defaults, plain.__closure__)
             copied.__kwdefaults__ = plain.__kwdefaults__
             functools.update_wrapper(copied, plain)
             del copied.__wrapped__  # a function of its own
