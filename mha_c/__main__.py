@@ -22,8 +22,8 @@ examples:
   mha-c check --layer encoder
   mha-c check model.pt --num-heads 8 \\
       --prefix encoder.layers.0.self_attn.
-  mha-c check bert/model.safetensors --config bert/config.json \\
-      --layer encoder --prefix encoder.layer.0.
+  mha-c check bert/model.safetensors --layer encoder \\
+      --config bert/config.json --prefix encoder.layer.0.
 
 exit status:
   0    everything agrees

@@ -183,7 +183,7 @@ def float_dtype(dtype: Any) -> np.dtype[Any]:
     if found is not None and found.name in DTYPES and found.isnative:
         return found
     if found is not None and found.kind in "iub":
-        cure = ". For products of int8, use matmul_precision=\"int8\"" if found == np.int8 else ""
+        cure = '. For products of int8, use matmul_precision="int8"' if found == np.int8 else ""
         raise RuntimeError(
             "Only Tensors of floating point and complex dtype can require gradients: "
             f"dtype must be {DTYPE_NAMES}, but got {dtype!r}{cure}"
