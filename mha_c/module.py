@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 import numpy as np
 
-from mha_c.advice.keywords import rename_inherited
 from mha_c.parameters.arrays import Array, as_array
 from mha_c.parameters.dtypes import DTYPES, float_dtype
 from mha_c.parameters.files import write_checkpoint
@@ -185,9 +184,6 @@ class Module:
         super().__init_subclass__()
         if "_kind" in vars(cls):
             _kinds[cls._kind] = cls
-            for base in cls.__mro__:
-                if not hasattr(base, "_kind"):  # a class that only its subclasses know
-                    rename_inherited(cls, base)
         # A call is forward without an indirection, unless a class defines __call__ itself.
         if cls.__call__ in [base.__dict__.get("forward") for base in cls.__mro__]:
             cls.__call__ = cls.forward  # type: ignore[attr-defined, method-assign]

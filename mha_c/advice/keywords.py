@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, ParamSpec, TypeVar
 
 from mha_c import _core
 
-__all__ = ["knows_foreign_keywords", "rename_inherited"]
+__all__ = ["knows_foreign_keywords"]
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -114,42 +113,6 @@ batch_first=True instead of batchfirst=True.
             error.args = (" ".join([f"{words}.", *advice]),)
 
     return functools.update_wrapper(_core.AdvisedFunction(function, advise), function)
-
-
-def rename_inherited(cls: type, base: type) -> None:
-    """Let a class have such functions of its base under its own name, which Python's errors then show.
-
-    Parameters
-    ----------
-    cls : type
-        The class.
-    base : type
-        The base, of which `knows_foreign_keywords` made some functions.
-
-    Examples
-    --------
-    >>> class _Base:
-    ...     @knows_foreign_keywords
-    ...     def attend(self, query): ...
-    >>> class Layer(_Base): ...
-    >>> rename_inherited(Layer, _Base)
-    >>> Layer().attend()
-    Traceback (most recent call last):
-    TypeError: Layer.attend() missing 1 required positional argument: 'query'
-    """
-    for name, value in vars(base).items():
-        is_of_class = isinstance(value, classmethod)
-        advised = value.__func__ if is_of_class else value
-        if isinstance(advised, _core.AdvisedFunction) and name not in vars(cls):
-            plain: Any = inspect.unwrap(advised)
-            code, defaults = plain.__code__, plain.__defaults__
-            copied: Any = types.FunctionType(code, plain.__globals__, name, defaults, plain.__closure__)
-            copied.__kwdefaults__ = plain.__kwdefaults__
-            functools.update_wrapper(copied, plain)
-            del copied.__wrapped__  # a function of its own
-            copied.__qualname__ = f"{cls.__qualname__}.{name}"
-            renamed = knows_foreign_keywords(copied)
-            setattr(cls, name, classmethod(renamed) if is_of_class else renamed)
 
 
 def _advice(name: str, value: Any, known: Collection[str]) -> str | None:

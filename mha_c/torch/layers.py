@@ -163,13 +163,13 @@ def _find_parts(layer: torch.nn.Module, classes: Mapping[str, Classes]) -> dict[
         within, _, name = path.rpartition(".")
         # As torch reads it: an attribute hides a module of the same name.
         module = found[path] = getattr(found[within], name, None)
+        kind = type(module)
         if module is None:
             return f"no {path}"
-        if not isinstance(module, torch.nn.Module):
+        if not issubclass(kind, torch.nn.Module):
             if known == ACTIVATION and activation_name(module) is not None:
                 continue
-            return f"{path} {getattr(module, '__name__', type(module).__name__)}"
-        kind = type(module)
+            return f"{path} {getattr(module, '__name__', kind.__name__)}"
         if "parametrizations" in module._modules:
             return "parametrized weights"
         if not _is_known(module, known):
