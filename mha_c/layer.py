@@ -442,7 +442,7 @@ class MultiheadAttention(RandomModule):
         strict: bool = True,
         dropout: float = 0.0,
         add_zero_attn: bool = False,
-        batch_first: bool = False,
+        batch_first: bool | None = None,
         dtype: Any = None,
         dropout_seed: int | None = None,
         masked_rows: MaskedRows = "torch",
@@ -475,8 +475,11 @@ class MultiheadAttention(RandomModule):
         strict : bool, default True
             Whether unknown arrays beside the projections, or a missing bias, are an error. If False, a missing bias is
             zero. With `names`, False also states that the model computes nothing else.
-        dropout, add_zero_attn, batch_first
+        dropout, add_zero_attn
             As for the constructor. A state dict does not record them.
+        batch_first : bool, optional
+            As for the constructor. None: True with `config`, as in Hugging Face's models, and otherwise False, as in
+            torch.
         dtype : optional
             float32, float64, bfloat16 or float16, to which the parameters are cast. None: the dtype of the output
             weight, or float32 if a layer cannot have it.
@@ -549,6 +552,8 @@ class MultiheadAttention(RandomModule):
             )
         real = trained_dtype(arrays["out_proj.weight"].dtype, dtype)
         parameters = ParameterSet(widths, arrays, real, precision_of_weights(matmul_precision, widths.products))
+        if batch_first is None:
+            batch_first = config is not None
         return cls._from_parameters(parameters, dropout, add_zero_attn, batch_first, dropout_seed, masked_rows)
 
     def _description(self) -> dict[str, Any]:

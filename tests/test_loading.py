@@ -754,6 +754,10 @@ def test_a_config_tells_the_heads(tmp_path):
         assert bits(loaded.state_dict()) == bits(module.state_dict())
         assert (loaded.num_heads, loaded.num_kv_heads, loaded.head_dim) == (4, 2, 6)
     assert from_state_dict(state, config={"num_attention_heads": 4}).num_kv_heads == 2
+    # Models of Hugging Face have the batch first, layers of torch the length.
+    for given, expected in (({"config": config}, True), ({"config": config, "batch_first": False}, False),
+                            ({"num_heads": 4, "num_kv_heads": 2}, False)):
+        assert from_state_dict(state, **given).batch_first is expected
     with pytest.raises(ValueError, match="num_heads is 2, but config says 4"):
         from_state_dict(state, config=config, num_heads=2)
     with pytest.raises(ValueError, match="config is for layers with 12 features, but this one has 10: pass num_heads"):

@@ -44,7 +44,7 @@ def main():
     transformers.logging.set_verbosity_error()
     hugging_face.register_definition()
     coverage = register_transformers()
-    print("| library | model | calls here / all | error | torch's error | changed by leaving out |")
+    print("| library | model | calls by mha_c / all | error | torch's error | changed by leaving out |")
     print("| - | - | - | - | - | - |")
     ratios = [show("transformers", case.model.__name__, hugging_face.examine(case, coverage, "mha_c"))
               for case in hugging_face.CASES]
