@@ -34,7 +34,6 @@
 #include "processors.h"
 
 enum {
-    MAX_THREADS = 1024,
 #if defined(__linux__)
     FUTEX_WAIT_PRIVATE = 128, /* from <linux/futex.h>, which musl lacks */
     FUTEX_WAKE_PRIVATE = 129,
@@ -48,7 +47,7 @@ enum {
  * until they have left. */
 enum { INSIDE = 0x7fff, CALLER_SLEEPS = 0x8000, SEAT = 0x10000 };
 
-_Static_assert((int)MAX_THREADS <= (int)INSIDE, "every thread can be counted in the gate");
+_Static_assert((int)MHA_MAX_THREADS <= (int)INSIDE, "every thread can be counted in the gate");
 
 struct loop {
     mha_task run;
@@ -316,7 +315,7 @@ static bool publish(struct loop *loop, size_t threads)
         atomic_exchange_explicit(&pool.busy, true, memory_order_acquire))
         return false;
 
-    unsigned seats = (unsigned)(threads < MAX_THREADS ? threads : MAX_THREADS) - 1;
+    unsigned seats = (unsigned)mha_smaller(threads, MHA_MAX_THREADS) - 1;
     if (pool.workers < seats)
         hire(seats);
     if (pool.workers < seats)

@@ -11,6 +11,9 @@
 
 #include "base.h"
 
+/* More threads than this do not help on any machine. Each of them has a share of the workspace. */
+enum { MHA_MAX_THREADS = 1024 };
+
 /* Who runs the loops of a call, and the memory of each thread. */
 typedef struct {
     size_t threads; /* at least 1 */

@@ -9,13 +9,7 @@
 #include "arrays.h"
 #include "run.h"
 
-/* *array = the array that an object stands for. It stays NULL for None where None is allowed. */
-static int collect_array(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
-{
-    *array = array_from_object(state, object, name);
-    return *array == NULL ? -1 : 0;
-}
-
+/* As collect_array(), except that *array stays NULL for None. */
 static int collect_optional(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
 {
     return object == Py_None ? 0 : collect_array(state, object, name, array);

@@ -251,6 +251,12 @@ bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b)
     return begin_a < end_b && begin_b < end_a;
 }
 
+int collect_array(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
+{
+    *array = array_from_object(state, object, name);
+    return *array == NULL ? -1 : 0;
+}
+
 PyArrayObject *mask_from_object(const module_state *state, PyObject *object, const char *name)
 {
     PyArrayObject *mask = array_from_object(state, object, name);

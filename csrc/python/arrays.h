@@ -11,6 +11,9 @@
  * is of the base class and in native byte order. It shares the memory unless the byte order had to change. */
 PyArrayObject *array_from_object(const module_state *state, PyObject *object, const char *name);
 
+/* *array = array_from_object(). Returns 0, or -1 with an exception. */
+int collect_array(const module_state *state, PyObject *object, const char *name, PyArrayObject **array);
+
 /* Whether the array holds the numbers of a layer of this dtype. */
 bool array_has_dtype(PyArrayObject *array, mha_dtype dtype);
 

@@ -10,9 +10,6 @@
 #include "arrays.h"
 #include "run.h"
 
-/* Packing touches every number once. With more numbers than this, other threads may run meanwhile. */
-enum { PACK_WITHOUT_GIL = 1 << 16 };
-
 static mha_status pack(linear_object *self, const mha_weight *weight, const void *bias)
 {
     const size_t features = (size_t)self->features, depth = (size_t)self->depth;

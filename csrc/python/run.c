@@ -8,15 +8,13 @@
 #define MHA_IMPORT_NUMPY
 #include "run.h"
 
+#include "../threads.h"
 #include "thread_count.h"
 
 /* A call that takes about 20 us keeps the GIL: to release it and wait for it again may cost more. Above about 50 us a
  * call may use threads: waking a thread takes about as long. Small calls run at about 20 GFLOP/s, others at 50. */
 #define OPERATIONS_WITHOUT_GIL 4e5
 #define OPERATIONS_WITH_THREADS 2.5e6
-
-/* Every thread has a share of the workspace. A number of threads beyond any machine's must not exhaust the memory. */
-enum { MAX_THREADS = 1024 };
 
 /* How often a long call checks for signals. A person who presses Ctrl-C does not notice the delay. */
 #define SIGNAL_SECONDS 0.05
@@ -123,7 +121,7 @@ static int run_pinned(module_state *state, double operations, size_t *threads, m
         const size_t allowed = thread_count(state);
         if (allowed == 0)
             return -1;
-        *threads = allowed < MAX_THREADS ? allowed : MAX_THREADS;
+        *threads = mha_smaller(allowed, MHA_MAX_THREADS);
     }
     const int watches_signals = is_main_thread(state);
     if (watches_signals < 0)

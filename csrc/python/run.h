@@ -13,6 +13,9 @@ int import_numpy(void);
 /* Raises the exception that a status stands for. 0 for MHA_OK, otherwise -1. */
 int raise_status(mha_status status);
 
+/* Packing weights touches every number once. With more numbers than this, other threads may run meanwhile. */
+enum { PACK_WITHOUT_GIL = 1 << 16 };
+
 /* Sets the attribute `refused` of the current exception: it is about the arguments, and nothing was computed. */
 void mark_refused(void);
 

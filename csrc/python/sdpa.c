@@ -76,12 +76,6 @@ static int collect_double(PyObject *object, const char *name, double *number)
     return raise_type(name, "float", object);
 }
 
-static int collect_array(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
-{
-    *array = array_from_object(state, object, name);
-    return *array == NULL ? -1 : 0;
-}
-
 static bool has_our_dtype(PyArrayObject *array)
 {
     mha_dtype dtype;

@@ -10,9 +10,6 @@
 #include "arrays.h"
 #include "run.h"
 
-/* Packing touches every number once. With more numbers than this, other threads may run meanwhile. */
-enum { PACK_WITHOUT_GIL = 1 << 16 };
-
 /* The arguments of the constructor. References are borrowed. */
 typedef struct {
     Py_ssize_t H, Hkv, D, Dv;
