@@ -8,7 +8,7 @@
 #include "threads.h"
 #include "walk.h"
 
-/* Copies `width` numbers of each head of the rows of x, which are gathered, to y. */
+/* Copies `width` numbers of each head from the rows of x, which are gathered, to those of y, which are not. */
 typedef struct {
     const mha_walk *walk;
     const mha_rows *x, *y;

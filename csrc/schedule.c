@@ -111,7 +111,6 @@ static mha_status run_in_chunks(chunk_tasks *j, const mha_team *team)
         mha_begin_plan(&plan);
         plan_chunk(j, &chunk, pass.bytes, &plan);
         j->bytes = mha_larger(j->bytes, plan.layout.bytes);
-        all.layout.too_large |= plan.layout.too_large;
     }
     mha_reserve(&all.layout, team->threads, j->bytes, 1);
     mha_status status = mha_take_workspace(&all, &j->workspaces);

@@ -37,7 +37,7 @@ static inline size_t mha_times(mha_layout *layout, size_t a, size_t b)
     size_t product;
     if (!__builtin_mul_overflow(a, b, &product))
         return product;
-    layout->too_large = true;
+    *layout = (mha_layout){.bytes = PTRDIFF_MAX, .too_large = true};
     return 0;
 }
 

@@ -556,7 +556,7 @@ def test_command_of_whole_layers_in_files(capsys, tmp_path):
 
     for arguments, words in (([*saved, "--num-heads", "2"], "TransformerDecoderLayer.save wrote, without --num-heads"),
                              (["check", "--layer", "encoder", saved[-1]], "decoder.npz holds a TransformerDecoderLayer, "
-                              "not a TransformerEncoderLayer: pass --layer decoder\n"),
+                              "not a TransformerEncoderLayer: use mha_c.TransformerDecoderLayer.load\n"),
                              (f"check --layer encoder {tmp_path / 'model.pt'}".split(),
                               "was not written by TransformerEncoderLayer.save: pass --num-heads or --config\n"),
                              (f"check --layer decoder {tmp_path / 'model.pt'}".split(),
@@ -595,18 +595,17 @@ def test_command_of_a_hugging_face_model(bert, capsys):
 
 @pytest.mark.parametrize("options, words", [
     ("bert", "Is a directory (pass a file in it, such as 'bert/model.safetensors'; for attention or an encoder, also "
-             "--config 'bert/config.json'): 'bert'"),
-    ("bert/model.safetensors --layer encoder --num-heads 4",
-     '--prefix "" matches several layers: choose one of --prefix "encoder.layer.0.", --prefix "encoder.layer.1.".'),
+             "config='bert/config.json'): 'bert' (Here, config is --config.)"),
+    ("bert/model.safetensors --layer encoder --num-heads 4", 'prefix="" matches several layers: choose one of prefix='
+                                                             '"encoder.layer.0.", prefix="encoder.layer.1.". (Here, '
+                                                             'prefix is --prefix.)'),
     ("bert/model.safetensors --layer encoder --num-heads 4 --prefix encoder.layer.0.",
-     "FILE needs --config, the model's config.json, for BERT, RoBERTa, ELECTRA and the like"),
+     "needs config=, the model's config.json, for BERT, RoBERTa, ELECTRA and the like (Here, config is --config.)"),
     ("bert/model.safetensors --config bert/config.json --prefix encoder.layer.0",
-     '--prefix "encoder.layer.0" lacks its final dot: pass --prefix "encoder.layer.0."'),
-    ("bert/model.safetensors --config bert --prefix encoder.layer.0.", "(pass --config 'bert/config.json'): 'bert'"),
-    ("bert/model.safetensors --num-heads 3 --prefix encoder.layer.0.",
-     "(32, 32): take --num-heads from its configuration, or pass --config"),
-    ("bert/model.safetensors --num-heads 4 --prefix pooler.",
-     "(This command has no option for names: from_state_dict has it in Python.)"),
+     'lacks its final dot: pass prefix="encoder.layer.0." (Here, prefix is --prefix.)'),
+    ("bert/model.safetensors --config bert --prefix encoder.layer.0.",
+     "(pass config='bert/config.json'): 'bert' (Here, config is --config.)"),
+    ("bert/model.safetensors --num-heads 3 --prefix encoder.layer.0.", " from its configuration (Here, num_heads is --num-heads.)"),
 ])
 def test_command_says_which_options_to_write(bert, capsys, options, words):
     assert main(["check", *options.split()]) == 2
@@ -694,8 +693,9 @@ def test_usage(capsys):
             main(["check", *wrong.split()])
         assert exit_.value.code == 2
     assert main("check --embed-dim 8 --num-heads 3".split()) == 2
-    assert capsys.readouterr().err.endswith(
-        "mha-c check: embed_dim must be divisible by num_heads. Choose --embed-dim 6 or 9 for 3 heads\n")
+    said = capsys.readouterr().err
+    assert "mha-c check: embed_dim must be divisible by num_heads. Choose embed_dim=6 or 9" in said
+    assert said.endswith("(Here, embed_dim is --embed-dim and num_heads is --num-heads.)\n")
 
 
 def test_without_torch():

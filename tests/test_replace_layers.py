@@ -168,6 +168,19 @@ def test_parts_that_attributes_hide():
         assert coverage(ours).rows[0].reason == reason, coverage(ours)
 
 
+@pytest.mark.parametrize("replace", [replace_attention, replace_layers])
+def test_an_output_projection_that_an_attribute_hides(replace):
+    theirs = set_random_parameters(nn.TransformerEncoder(ENCODER(16, 4, 24), 1)).eval()
+    ours = replace(copy.deepcopy(theirs))
+    hiding = nn.modules.linear.NonDynamicallyQuantizableLinear(16, 16).eval()
+    for model in theirs, ours:
+        vars(model.layers[0].self_attn)["out_proj"] = hiding
+    with torch.no_grad():
+        x = torch.randn(5, 3, 16)
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert coverage(ours).here == 1
+
+
 def twice_the_first_16(x):
     return 2 * x[..., :16]
 
@@ -585,6 +598,14 @@ def test_precision_that_is_not_possible(replace):
         model[0](*[torch.zeros(5, 3, 16, dtype=torch.float64)] * 3)
         model.float()[0](*[torch.zeros(5, 3, 16)] * 3)
     assert [row[2:] for row in coverage(model).rows] == [(1, 1, "matmul_precision in float64")]
+
+
+def test_precision_of_other_parts():
+    """That of the feed-forward network does not keep attention in float64 from mha_c."""
+    model = replace_layers(nn.Sequential(nn.MultiheadAttention(16, 4)).double().eval(), matmul_precision={"linear1": "int8"})
+    with torch.no_grad():
+        model[0](*[torch.zeros(5, 3, 16, dtype=torch.float64)] * 3)
+    assert coverage(model).here == 1
 
 
 class Named(ENCODER):

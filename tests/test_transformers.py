@@ -153,12 +153,12 @@ def test_rows_of_the_coverage(coverage):
 def test_a_models_coverage_says_where_its_calls_are_counted(coverage):
     model = ready(transformers.BertModel)
     assert str(coverage_of_layers(model)).endswith(
-        '\n\nattn_implementation="mha_c" is counted in what register_transformers() returned.')
+        '\n\nCalls through attn_implementation="mha_c" are counted in the coverage that register_transformers() returned.')
     assert "register" not in str(coverage_of_layers(ready(transformers.BertModel, "sdpa")))
     replaced = replace_layers(ready(transformers.BertModel))
     with torch.no_grad():
         encode(replaced)
-    assert coverage_of_layers(replaced).here == 2 and "is counted in" in str(coverage_of_layers(replaced))
+    assert coverage_of_layers(replaced).here == 2 and "are counted in" in str(coverage_of_layers(replaced))
 
 
 @pytest.mark.parametrize(("model_class", "replace"), [

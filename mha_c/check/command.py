@@ -370,7 +370,7 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     if in_file := configuration.in_file():
         parser.error(f"the layer in FILE says it itself: leave out {', '.join(in_file)}")
     if configuration.file is None and (configuration.config or configuration.prefix):
-        parser.error("--config and --prefix tell of FILE, which is missing")
+        parser.error("--config and --prefix describe FILE: name a file")
     over_grid = configuration == Configuration(layer=configuration.layer, dtype=configuration.dtype)
     if not over_grid and configuration.file is None and None in (configuration.embed_dim, configuration.num_heads):
         parser.error("say which layer to check: --embed-dim and --num-heads, or FILE")
@@ -401,40 +401,23 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     return 0 if found.agrees else 1
 
 
-# What errors say of arguments of Python, and what to say of options instead.
-_IN_OPTIONS: Final = {
-    r", or give the heads a width of their own with head_dim=\.\.\.$": "",
-    r"take num_heads, and .+ from its configuration$": "take --num-heads from its configuration, or pass --config",
-    r"from_state_dict\(\) needs": "FILE needs",
-    r"\b(needs|pass) num_heads\b": r"\1 --num-heads",
-    r"(?<![\w./-])(activation|config|dtype|prefix)=(?=[\"'])": r"--\1 ",
-    r"(?<![\w./-])config=": "--config",
-    r"\bembed_dim=(?=\d)": "--embed-dim ",
-    r"\bnum_heads=(?=\d)": "--num-heads ",
+# Arguments of Python that errors name, and the options that stand for them here.
+_OPTIONS: Final = {
+    rf"\b{name}{'' if '_' in name else '='}": f"{name} is --{name.replace('_', '-')}"
+    for name in ("activation", "config", "dtype", "embed_dim", "num_heads", "prefix")
 }
-_NO_OPTION: Final = re.compile(r"\b(?:layer_norm_eps|layout|names|strict)(?==)")
-_OTHER_FILE: Final = re.compile(r": use mha_c\.(\w+)\.load$")
 
 
 def _in_options(words: str) -> str:
-    """What an error says, with the options of the command in place of arguments of Python.
+    """What an error says, and which options stand for the arguments that it names.
 
     Examples
     --------
-    >>> _in_options('num_heads=3 does not fit: choose one of prefix="layers.0.", prefix="layers.1."')
-    '--num-heads 3 does not fit: choose one of --prefix "layers.0.", --prefix "layers.1."'
+    >>> _in_options('num_heads is 3: choose one of prefix="layers.0.", prefix="layers.1."')
+    'num_heads is 3: choose one of prefix="layers.0.", prefix="layers.1." (Here, num_heads is --num-heads and prefix is --prefix.)'
     """
-
-    def pass_layer(match: re.Match[str]) -> str:
-        kind = next((kind for kind in _KINDS if Configuration(layer=kind)._class.__name__ == match[1]), None)
-        return f": pass --layer {kind}" if kind else ", which this command does not check"
-
-    words = _OTHER_FILE.sub(pass_layer, words)
-    for pattern, replacement in _IN_OPTIONS.items():
-        words = re.sub(pattern, replacement, words)
-    if unknown := dict.fromkeys(_NO_OPTION.findall(words)):
-        words += f" (This command has no option for {listed(unknown)}: from_state_dict has it in Python.)"
-    return words
+    named = [option for name, option in _OPTIONS.items() if re.search(name, words)]
+    return f"{words} (Here, {listed(named)}.)" if named else words
 
 
 @dataclass(frozen=True)

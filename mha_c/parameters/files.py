@@ -170,10 +170,18 @@ def _advice_on_path(path: str) -> str:
     """What to pass instead of a path that is none of a file: a folder of a model, or its name in a hub."""
     if not os.path.isdir(path):
         return "mha_c does not download models: pass the path of a file, such as 'bert/model.safetensors'"
-    files = sorted(name for name in os.listdir(path) if name.endswith(_SUFFIXES))
-    file = next((name for name in files if name.endswith(".index.json")), files[0] if files else "model.safetensors")
-    file, config = (os.path.join(path, name) for name in (file, "config.json"))
-    return f"pass a file in it, such as {file!r}; for attention or an encoder, also config={config!r}"
+    try:
+        names = sorted(os.listdir(path))
+    except OSError:
+        names = []
+    files = [name for name in names if name.endswith(_SUFFIXES)]
+    if not files:
+        return "pass a file of parameters"
+    file = min(files, key=lambda name: ("model" not in name, not name.endswith(".index.json")))
+    advice = f"pass a file in it, such as {os.path.join(path, file)!r}"
+    if "config.json" in names:
+        advice += f"; for attention or an encoder, also config={os.path.join(path, 'config.json')!r}"
+    return advice
 
 
 def _read(path: str, file: BufferedReader) -> Checkpoint:

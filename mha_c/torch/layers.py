@@ -17,7 +17,7 @@ from mha_c.activations import torch_activation
 from mha_c.torch.attend import LayerState, resolve_hint
 from mha_c.torch.packed import AttentionShape, LayerFacts, PackedLayer
 from mha_c.torch.reasons import why_torch
-from mha_c.torch.replaced import Replaced, ReplacedAttention
+from mha_c.torch.replaced import Replaced, ReplacedAttention, part_of
 from mha_c.torch.transform import (
     LayerMasks,
     LayerReading,
@@ -161,8 +161,7 @@ def _find_parts(layer: torch.nn.Module, classes: Mapping[str, Classes]) -> dict[
     found: dict[str, Any] = {"": layer}
     for path, known in classes.items():
         within, _, name = path.rpartition(".")
-        # As torch reads it: an attribute hides a module of the same name.
-        module = found[path] = getattr(found[within], name, None)
+        module = found[path] = part_of(found[within], name)
         kind = type(module)
         if module is None:
             return f"no {path}"
@@ -271,7 +270,7 @@ class _LayerOfTorch(ReplacedLayer):
         tensors = {
             f"attention{number}.{name}": tensor
             for number, one in enumerate(attentions)
-            for name, tensor in one._tensors(one._modules["out_proj"]).items()
+            for name, tensor in one._tensors(parts[f"{self._attentions[number]}.out_proj"]).items()
         }
         for number, norm in enumerate(norms):
             tensors |= tensors_of(f"norm{number}", norm)

@@ -110,10 +110,7 @@ class _Kept(NamedTuple):
 
 
 class _Packed:
-    """Parameters that are packed when they are needed, and kept until they change.
-
-    After assigning to `precisions`, call `drop`.
-    """
+    """Parameters that are packed when they are needed, and kept until they change."""
 
     def __init__(self, precisions: _Precisions = _WIDE) -> None:
         self.precisions = precisions
@@ -140,6 +137,16 @@ class _Packed:
         """
         self._last_drop = object()  # for a thread that is packing at this moment
         self._kept = None
+
+    def multiply_in(self, precisions: Mapping[str, Precision | None]) -> None:
+        """Have products in these precisions from the next call on, by their names in `matmul_precision`.
+
+        Examples
+        --------
+        >>> PackedParameters().multiply_in({"in_proj": "int8", "attention": None, "out_proj": "int8"})
+        """
+        self.precisions = precisions
+        self.drop()
 
     def why_not(self, tensors: Mapping[str, torch.Tensor]) -> str:
         """The reason why parameters cannot be packed, in a few words.

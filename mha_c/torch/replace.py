@@ -71,7 +71,8 @@ def replace_attention(model: _Model, *, matmul_precision: MatmulPrecision | None
         ``torch.nn.TransformerEncoder`` has to be part of the model.
     matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
         What the layers multiply, as in `mha_c.MultiheadAttention`. The parameters stay as they are. Calls in float64
-        are left to torch.
+        are left to torch. Attention inside a layer that `replace_layers` replaced is computed with that layer, as it
+        says.
 
     Returns
     -------
@@ -233,8 +234,8 @@ def _replace(layers: list[_Replaceable], precisions: Mapping[str, Precision | No
         if not why_left:
             set_class(layer, class_over(torch_class_of(layer), mixin))
             state: LayerState[Any] = layer._mha_c  # type: ignore[assignment]
-            state.packed.precisions = precisions
-            layer.refresh()  # type: ignore[operator]
+            names = PRODUCTS_OF_ATTENTION if mixin is ReplacedAttention else PRODUCTS
+            state.packed.multiply_in({name: precisions[name] for name in names})
 
 
 def restore_attention(model: _Model) -> _Model:
@@ -309,7 +310,8 @@ def coverage(model: torch.nn.Module) -> Coverage:
     within = {module for one in whole for module in one.layer.modules() if module is not one.layer}
     note = ""
     if name := registered_name(model):
-        note = f'attn_implementation="{name}" is counted in what register_transformers() returned.'
+        calls = f'Calls through attn_implementation="{name}"'
+        note = f"{calls} are counted in the coverage that register_transformers() returned."
     found = Coverage("layers" if whole else "attention", note)
     for name, layer, mixin, why_left in layers:
         if mixin is not ReplacedAttention and not whole:

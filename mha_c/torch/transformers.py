@@ -136,7 +136,7 @@ def registered_name(model: torch.nn.Module) -> str:
     """
     configs = (getattr(module, "config", None) for module in model.modules())
     names = (getattr(config, "_attn_implementation", None) for config in configs)
-    return next((name for name in names if name in _names), "")
+    return next((name for name in names if isinstance(name, str) and name in _names), "")
 
 
 def _check_name(name: object, taken: Any) -> None:
