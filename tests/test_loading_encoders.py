@@ -407,8 +407,11 @@ def test_folders_and_names_of_models(tmp_path, monkeypatch):
     assert TransformerEncoder.from_state_dict("bert/model.safetensors", config="bert/config.json").num_layers == 3
     for name in ("model-1-of-2.bin", "model.bin.index.json"):
         (tmp_path / name).touch()
-    assert "such as './model.bin.index.json'" in refusal(IsADirectoryError, ".")
-    assert "such as 'empty/model.safetensors'" in refusal(IsADirectoryError, (tmp_path / "empty").mkdir() or "empty")
+    (tmp_path / "a_state_of_training.pt").touch()
+    said = refusal(IsADirectoryError, ".")
+    assert "such as './model.bin.index.json'" in said and "config=" not in said
+    (tmp_path / "empty").mkdir()
+    assert refusal(IsADirectoryError, "empty") == "[Errno 21] Is a directory (pass a file of parameters): 'empty'"
 
 
 def test_from_torch_of_modules_of_transformers():
