@@ -121,11 +121,10 @@ class _Packed:
         """What `pack` makes of the tensors, as arrays, and the arguments; the last result if nothing has changed."""
         generation = _last_step, self._last_drop
         kept = self._kept
-        if self._is_too_wide(tensors):
-            return None
         if kept is None or kept.generation != generation or not kept.is_of(tensors, arguments):
             # Another thread may be doing the same; whichever ends last is kept, and both are right.
-            self._kept = kept = _keep(tensors, arguments, generation, pack, self.precisions)
+            is_too_wide = self._is_too_wide(tensors)
+            self._kept = kept = None if is_too_wide else _keep(tensors, arguments, generation, pack, self.precisions)
         return None if kept is None else kept.parameters
 
     def drop(self) -> None:
