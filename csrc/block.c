@@ -101,7 +101,7 @@ size_t mha_plan_block(mha_block_pass *b, mha_plan *plan)
     const size_t parts = count_parts(b);
     const mha_walk largest = {.items = 1, .length = parts ? mha_rows_of_part(rows, parts, 0) : 0};
     mha_place_rows(plan, b->kernels, &largest, 1, hidden_width(block), &b->hidden);
-    if (parts == 0 || plan->layout.too_large)
+    if (parts == 0 || mha_is_too_large(&plan->layout))
         return 0;
     /* Every part has as many rows as the first one, the last one, or the one before that. */
     const size_t some[] = {0, parts > 1 ? parts - 2 : 0, parts - 1};

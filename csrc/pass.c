@@ -177,7 +177,7 @@ void mha_plan_pass(void *memory, const void *passes, const mha_batch *batch, con
         plan_keys(p, plan);
     describe_attention(p);
     plan_output(p, plan);
-    if (plan->layout.too_large)
+    if (mha_is_too_large(&plan->layout))
         return;
 
     const mha_layer *layer = p->passes->layer;

@@ -40,7 +40,7 @@ static _Atomic(char *) *spare_of(size_t bytes)
 mha_status mha_take_workspace(const mha_plan *plan, char **workspace)
 {
     *workspace = NULL;
-    if (plan->layout.too_large)
+    if (mha_is_too_large(&plan->layout))
         return MHA_TOO_LARGE;
     const size_t bytes = plan->layout.bytes + MHA_CACHE_LINE;
     char *memory = atomic_exchange(spare_of(bytes), NULL);

@@ -36,7 +36,7 @@ void mha_set_pointers(const mha_plan *plan, char *memory)
 mha_status mha_allocate(const mha_plan *plan, char **memory)
 {
     *memory = NULL;
-    if (plan->layout.too_large)
+    if (mha_is_too_large(&plan->layout))
         return MHA_TOO_LARGE;
     *memory = mha_allocate_bytes(plan->layout.bytes ? plan->layout.bytes : MHA_CACHE_LINE);
     if (!*memory)

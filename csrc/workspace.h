@@ -14,8 +14,12 @@ enum { MHA_CACHE_LINE = 64, MHA_HUGE_PAGE = 2 << 20 }; /* in bytes */
 /* Sizes of pieces that will be one block. Initialise with zeros. */
 typedef struct {
     size_t bytes; /* PTRDIFF_MAX after an overflow, so that a layout is too large, too, if this one is a piece of it */
-    bool too_large; /* an overflow occurred on the way */
 } mha_layout;
+
+static inline bool mha_is_too_large(const mha_layout *layout)
+{
+    return layout->bytes == PTRDIFF_MAX;
+}
 
 /* Reserves rows * columns elements of `size` bytes, aligned to a cache line, and returns their offset. It is inline
  * because a call reserves about twenty pieces. */
@@ -25,7 +29,7 @@ static inline size_t mha_reserve(mha_layout *layout, size_t rows, size_t columns
     size_t bytes;
     if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, size, &bytes) ||
         bytes > max_bytes || offset + bytes > max_bytes)
-        *layout = (mha_layout){.bytes = PTRDIFF_MAX, .too_large = true};
+        layout->bytes = PTRDIFF_MAX;
     else
         layout->bytes = offset + (bytes + MHA_CACHE_LINE - 1) / MHA_CACHE_LINE * MHA_CACHE_LINE;
     return offset;
@@ -37,7 +41,7 @@ static inline size_t mha_times(mha_layout *layout, size_t a, size_t b)
     size_t product;
     if (!__builtin_mul_overflow(a, b, &product))
         return product;
-    *layout = (mha_layout){.bytes = PTRDIFF_MAX, .too_large = true};
+    layout->bytes = PTRDIFF_MAX;
     return 0;
 }
 
