@@ -433,6 +433,8 @@ def test_features():
                           "(as passed, with the batch first: key (3, 2, 12), value (3, 2, 16)).")
     words = refusal(lambda: layer(16, 4, kdim=12)(query, query, query))
     assert words.endswith("key has 16 features, but kdim is 12: make the layer with kdim=16.")
+    words = refusal(lambda: mha_c.TransformerDecoderLayer(16, 4, 8)(query, narrow))  # no d_model would fit both
+    assert words.startswith("memory has 12 features, but d_model is 16. torch says: ")
     words = refusal(lambda: layer(16, 4)(narrow, narrow, narrow))
     assert words == "was expecting embedding dimension of 16, but got 12. query has 12 features, but embed_dim is 16."
     words = refusal(lambda: layer(16, 4)(query, query, query[:2]))
@@ -534,8 +536,22 @@ def test_decoding_is_warned_of_once():
     assert len(caught) == 1
 
 
+def test_attention_of_a_layer_warns_of_decoding():
+    """Except the one that attends to a memory, which may be longer than what is decoded."""
+    decoder, x = mha_c.TransformerDecoderLayer(16, 4, 8, batch_first=True).eval(), normal((2, 5, 16))
+    for module in (decoder, mha_c.TransformerEncoderLayer(16, 4, 8, batch_first=True).eval()):
+        with pytest.warns(UserWarning, match="is_causal=True lets query l see"):
+            module.self_attn(x[:, -1:], x, x, is_causal=True)
+    for training in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            decoder.train(training)(x[:, :3], x, memory_is_causal=True)
+            decoder.multihead_attn(x[:, :3], x, x, is_causal=True)
+
+
 def test_what_is_not_warned_of():
-    """As many queries as keys, or more; a mask beside is_causal; the functions; torch's hint in a replaced layer."""
+    """As many queries as keys, or more; a mask beside is_causal; the functions; torch's hint in a replaced layer; a
+    comparison."""
     module, x = layer(16, 4), normal((10, 2, 16))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -552,6 +568,7 @@ def test_what_is_not_warned_of():
         x = torch.tensor(x)
         with torch.no_grad():
             replaced(x[:5], x, x, attn_mask=torch.zeros(5, 10, dtype=torch.bool), need_weights=False, is_causal=True)
+        assert mha_c.check.against_torch(module, x[:5], x, is_causal=True).agrees
 
 
 # ------------------------------------------------------------------------------------------- tensors and token ids
@@ -619,6 +636,22 @@ def test_tensors_on_other_devices():
         assert refusal(lambda: call(elsewhere)).startswith(
             f"{name} is on the device cuda:0, but mha_c computes on the CPU: pass {cure}. torch says: can't convert ")
         call(evaluated(cure, {name: elsewhere}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("wrong", [None, 3, "src", object()])
+def test_what_is_no_array(wrong, training):
+    """Whole layers name their own argument."""
+    for name, call in calls_with(X, X):
+        if hasattr(call, "train"):
+            call.train(training)
+        assert refusal(lambda: call(wrong)).startswith(f"{name} must be an array"), (name, call)
+    encoder, decoder = mha_c.TransformerEncoderLayer(8, 2, 16), mha_c.TransformerDecoderLayer(8, 2, 16)
+    for name in ("tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask"):
+        if wrong is not None:
+            assert refusal(lambda: decoder.train(training)(X, X, **{name: wrong})).startswith(f"{name} must be an arr")
+    assert refusal(lambda: encoder(np.ma.array(X))).startswith("src is a masked array, whose mask would be ignored: "
+                                                               "pass src.filled(0)")
 
 
 def test_token_ids():
@@ -730,6 +763,11 @@ def test_several_keywords():
     assert words.endswith(" Write query= instead of q=, key= instead of k=, value= instead of v=.")
     words = refusal(lambda: M(d_model=10, nhead=4, dropout=0.1, foo=3))
     assert words.endswith("'d_model'. Write embed_dim=10 instead of d_model=10, num_heads=4 instead of nhead=4.")
+    words = refusal(lambda: mha_c.TransformerEncoderLayer(8, 2, hidden_act="gelu", hidden_dropout_prob=0.1,
+                                                          torch_dtype="float64", quantize="int8"))
+    assert words.endswith("Write activation='gelu' instead of hidden_act='gelu', dropout=0.1 instead of "
+                          "hidden_dropout_prob=0.1, dtype='float64' instead of torch_dtype='float64', "
+                          "matmul_precision='int8' instead of quantize='int8'.")
 
 
 @pytest.mark.parametrize("keyword, write", [

@@ -87,9 +87,9 @@ def in_numpy(dtype: str) -> str:
     return {"bool": "bool", "bfloat16": '"bfloat16"'}.get(dtype, f"np.{dtype}")
 
 
-def shape_of(value: Any) -> tuple[int, ...]:
-    """The shape of an array, a tensor, or whatever else is one to the core."""
-    return tuple(value.shape) if hasattr(value, "shape") else as_array(value).shape
+def shape_of(value: Any, name: str = "") -> tuple[int, ...]:
+    """The shape of an array, a tensor, or whatever else is one to the core. TypeError if it is none; `name` is for that."""
+    return tuple(value.shape) if hasattr(value, "shape") else as_array(value, name=name).shape
 
 
 def add_advice(error: Exception, advice: Iterator[Advice]) -> None:

@@ -184,7 +184,10 @@ def advice_on_call(
         yield from advice_on_objects(dtype, **{names.get(name, name): one for name, one in inputs.items()}, **masks)
         q, k, v = (named(one, name) for name, one in inputs.items())
         padding, mask = (None if item[1] is None else Argument.of(*item) for item in masks.items())
-        call = _Call(q, k, v, padding, mask, num_heads, features, dtype, extra_keys, batch_first, other_dtypes)
+        widths_are_free = "kdim" not in names
+        call = _Call(
+            q, k, v, padding, mask, num_heads, features, widths_are_free, dtype, extra_keys, batch_first, other_dtypes
+        )  # fmt: skip
         yield from call.advice()
 
     others = {own: other for own, other in names.items() if own not in inputs}
@@ -214,6 +217,8 @@ class _Call(NamedTuple):
     attn_mask: Argument | None
     num_heads: int
     features: tuple[int, int | None, int | None]
+    widths_are_free: bool
+    """Whether a layer can be made whose keys and values have widths of their own."""
     dtype: str
     extra_keys: int
     batch_first: bool | None
@@ -327,11 +332,11 @@ class _Call(NamedTuple):
         if wrong[0][1].name == wrong[-1][1].name:  # one argument is key and value
             wrong = wrong[:1]
         found = ", and ".join(f"{one.name} has {one.shape[-1]} features, but {name} is {w}" for name, one, w in wrong)
-        widths = listed(f"{name}={one.shape[-1]}" for name, one, _ in wrong)
-        cure = f"make the layer with {widths}"
         if self.is_function:
-            cure = "use_separate_proj_weight=True allows other widths"
-        yield Advice(f"{found}: {cure}", leads=True)
+            found += ": use_separate_proj_weight=True allows other widths"
+        elif self.widths_are_free:
+            found += f": make the layer with {listed(f'{name}={one.shape[-1]}' for name, one, _ in wrong)}"
+        yield Advice(found, leads=True)
 
     def _on_dtypes(self) -> Iterator[Advice]:
         inputs = (self.query, self.key, self.value)

@@ -29,8 +29,9 @@ _FOREIGN_NAMES: Final = {
     "num_kv_heads": "kv_heads n_kv_heads num_key_value_heads",
     "head_dim": "dim_head key_dim",
     "v_head_dim": "value_dim",
-    "dropout": "attention_dropout dropout_p dropout_rate",
-    "dropout_p": "attention_dropout dropout dropout_rate",
+    "activation": "act activation_fn activation_function hidden_act hidden_activation",
+    "dropout": "attention_dropout attention_probs_dropout_prob dropout_p dropout_rate hidden_dropout_prob",
+    "dropout_p": "attention_dropout attention_probs_dropout_prob dropout dropout_rate",
     "bias": "beta qkv_bias use_bias",
     "query": "q queries",
     "key": "k keys",
@@ -52,6 +53,8 @@ _FOREIGN_NAMES: Final = {
     "eps": "epsilon layer_norm_eps layer_norm_epsilon norm_eps rms_norm_eps variance_epsilon",
     "elementwise_affine": "affine",
     "weight": "gamma",
+    "dtype": "torch_dtype",
+    "matmul_precision": "compute_dtype precision quantization quantize",
 }
 
 # Hugging Face's masks of tokens, and the padding masks here that mean the same; those count that a function has all of.

@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from mha_c.advice.arguments import Advice, Argument, add_advice, advice_on_tokens, rename_mask, shape_of
 from mha_c.advice.calls import advice_on_call
+from mha_c.parameters.arrays import as_array
 
 __all__ = ["AttentionCall", "advise_on_steps", "check_transformer_call"]
 
@@ -56,6 +57,7 @@ def advise_on_steps(error: Exception, *calls: AttentionCall) -> None:
     >>> str(error)
     'was expecting embedding dimension of 8, but got 6. src has 6 features, but d_model is 8.'
     """
+    _name_what_is_no_array(error, calls)
     if len(calls) == 1:
         rename_mask(error, attn_mask=calls[0].mask_name, key_padding_mask=calls[0].padding_name)
 
@@ -68,6 +70,24 @@ def advise_on_steps(error: Exception, *calls: AttentionCall) -> None:
             yield from advice_on_call(flags, *inputs, names=names, **one.facts())
 
     add_advice(error, advice())
+
+
+def _name_what_is_no_array(error: Exception, calls: tuple[AttentionCall, ...]) -> None:
+    """Put the name of the layer's argument into the words for what is not an array."""
+    if type(error) is not TypeError:
+        return
+    for one in calls:
+        inputs = [(one.query_name, one.query), (one.key_name, one.key)]
+        masks = [(one.mask_name, one.mask), (one.padding_name, one.padding)]
+        for name, value in inputs + [mask for mask in masks if mask[1] is not None]:
+            if hasattr(value, "shape") and not hasattr(value, "filled"):
+                continue
+            try:
+                as_array(value, name=name)
+            except TypeError as better:
+                vars(error)["_words"] = str(better)
+                error.args = better.args
+                return
 
 
 def check_transformer_call(src: Any, tgt: Any, d_model: int, batch_first: bool) -> None:
@@ -95,7 +115,7 @@ def check_transformer_call(src: Any, tgt: Any, d_model: int, batch_first: bool) 
     RuntimeError: the batch number of src and tgt must be equal. src has a batch of 2, and tgt of 3, on axis 1. \
 batch_first=True in the constructor makes it axis 0.
     """
-    shapes = {"src": shape_of(src), "tgt": shape_of(tgt)}
+    shapes = {"src": shape_of(src, "src"), "tgt": shape_of(tgt, "tgt")}
     axis = 0 if batch_first else 1
     if len(shapes["src"]) == 3 and len(shapes["tgt"]) > axis:
         of_src, of_tgt = (shape[axis] for shape in shapes.values())

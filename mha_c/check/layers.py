@@ -90,11 +90,12 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     def ask(**changes: Any) -> list[tuple[Any, Any, Any]]:
         """Ours, the other's and the exact output; then, if asked for, the same of the weights."""
         asked = {**arguments, **changes}
+        ours = layer(**asked)  # first: if it refuses the call, it says why
         theirs: Any = ask_other(layer, **asked)
         exact = attend(layer, **asked)
         if leaks or layer.masked_rows == "zero":  # where torch answers NaN, this layer follows the definition on purpose
             theirs = tuple(None if one is None else _filled(one, wanted) for one, wanted in zip(theirs, exact))
-        return [results for results in zip(layer(**asked), theirs, exact) if results[0] is not None]
+        return [results for results in zip(ours, theirs, exact) if results[0] is not None]
 
     leaks = not all(np.isfinite(arguments[name]).all() for name in ("key", "value"))
     names = ("attn_output", "attn_output_weights")
@@ -138,7 +139,7 @@ def _filled(array: NDArray[Any], reference: NDArray[Any]) -> NDArray[Any]:
 def _evaluating_layer(module: Any) -> MultiheadAttention:
     """A layer of mha_c like `module`, not in training mode."""
     if isinstance(module, MultiheadAttention):
-        return copy.copy(module).eval()
+        return _ready(copy.copy(module))
     try:
         layer = MultiheadAttention.from_torch(module)
     except TypeError as error:
@@ -147,6 +148,11 @@ def _evaluating_layer(module: Any) -> MultiheadAttention:
     dtype = str(module.out_proj.weight.dtype).removeprefix("torch.")
     if dtype != layer.out_proj.weight.dtype.name:
         raise TypeError(f"a layer of mha_c is {DTYPE_NAMES}, but this one is {dtype}: check a copy.float()")
+    return _ready(layer)
+
+
+def _ready(layer: MultiheadAttention) -> MultiheadAttention:
+    layer._warns_of_decoding = False  # is_causal is compared as it was asked for
     return layer.eval()
 
 
@@ -160,7 +166,7 @@ def _arguments(inputs: Sequence[Any], call: Mapping[str, Any]) -> dict[str, Any]
     arguments = {name: argument for name, argument in bound.arguments.items() if name != "layer"}
     for name in ("query", "key", "value", "key_padding_mask", "attn_mask"):
         if arguments[name] is not None:
-            arguments[name] = as_array(arguments[name])
+            arguments[name] = as_array(arguments[name], name=name)
     return arguments
 
 

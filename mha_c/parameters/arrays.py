@@ -39,7 +39,7 @@ else:
     AnyArray.__module__ = "mha_c"
 
 
-def as_array(value: Any, will_cast: bool = False) -> NDArray[Any]:
+def as_array(value: Any, will_cast: bool = False, name: str = "") -> NDArray[Any]:
     """A NumPy array over `value`, copied only where NumPy cannot read it in place.
 
     Parameters
@@ -48,6 +48,8 @@ def as_array(value: Any, will_cast: bool = False) -> NDArray[Any]:
         An array, a tensor of torch, or whatever exposes the array interface, the buffer protocol or DLPack.
     will_cast : bool, default False
         Whether the caller casts the numbers. Without ml_dtypes, those of bfloat16 are then float32.
+    name : str, default ""
+        What the caller's caller knows it by, for errors.
 
     Returns
     -------
@@ -67,7 +69,8 @@ def as_array(value: Any, will_cast: bool = False) -> NDArray[Any]:
     array([97, 98], dtype=uint8)
     """
     if hasattr(value, "filled"):
-        raise TypeError("expected an array, but got a masked array, whose mask would be ignored: pass its filled(0)")
+        found = f"{name} is a masked array" if name else "expected an array, but got a masked array"
+        raise TypeError(f"{found}, whose mask would be ignored: pass {name or 'its'}{'.' if name else ' '}filled(0)")
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":  # which NumPy lacks
@@ -83,4 +86,6 @@ def as_array(value: Any, will_cast: bool = False) -> NDArray[Any]:
     try:
         return np.asarray(memoryview(value))
     except TypeError:
-        raise TypeError(f"expected an array or a tensor, but got {type(value)}") from None
+        found = type(value).__name__
+        expected = f"{name} must be an array (NumPy, buffer protocol or DLPack), not {found}"
+        raise TypeError(expected if name else f"expected an array or a tensor, but got {found}") from None

@@ -21,7 +21,6 @@ from mha_c.activations import (
     torch_activation,
 )
 from mha_c.advice.arguments import REFUSALS
-from mha_c.advice.calls import warn_of_decoding
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.container import Child, Container, ModuleList
 from mha_c.dropout import Dropout, seeds_for
@@ -220,9 +219,9 @@ class TransformerLayer(Container):
 
     def _set_up(self, children: Mapping[str, Module | None], options: Mapping[str, Any]) -> None:
         super()._set_up(children, options)
-        for child in children.values():
-            if isinstance(child, MultiheadAttention):
-                child._warns_of_decoding = False  # with a memory, fewer queries than keys are no sign of decoding
+        over_memory = children.get("multihead_attn")
+        if isinstance(over_memory, MultiheadAttention):
+            over_memory._warns_of_decoding = False  # a memory may be longer than what is decoded
 
     def _run(
         self,
@@ -273,8 +272,6 @@ class TransformerLayer(Container):
         key_padding_mask: Any,
         is_causal: Any,
     ) -> Any:
-        if memory and is_causal and attn_mask is None and attention._warns_of_decoding:
-            warn_of_decoding(x, memory[0], attention._batch_first)
         parameters = attention._parameters
         first, *last = [norm._for_core(parameters.dtype) for norm in norms]
         feed_forward = None
