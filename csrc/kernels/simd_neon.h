@@ -17,8 +17,22 @@ static inline vec_f32 load_f32(const float *p) { return vld1q_f32(p); }
 static inline vec_f64 load_f64(const double *p) { return vld1q_f64(p); }
 static inline void store_f32(float *p, vec_f32 v) { vst1q_f32(p, v); }
 static inline void store_f64(double *p, vec_f64 v) { vst1q_f64(p, v); }
-static inline vec_f32 broadcast_f32(const float *p) { return vld1q_dup_f32(p); }
-static inline vec_f64 broadcast_f64(const double *p) { return vld1q_dup_f64(p); }
+
+/* The number stays in lane 0 of a register, where FMAs take it. ld1r, which fills all lanes, takes the turn of an FMA. */
+static inline vec_f32 broadcast_f32(const float *p)
+{
+    float x = *p;
+    HOLD(x);
+    return vdupq_n_f32(x);
+}
+
+static inline vec_f64 broadcast_f64(const double *p)
+{
+    double x = *p;
+    HOLD(x);
+    return vdupq_n_f64(x);
+}
+
 static inline vec_f32 splat_f32(float x) { return vdupq_n_f32(x); }
 static inline vec_f64 splat_f64(double x) { return vdupq_n_f64(x); }
 static inline vec_f32 fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return vfmaq_f32(c, a, b); }
@@ -153,7 +167,7 @@ static inline vec_i32 load_group(const int8_t *p) { return vreinterpretq_s32_s8(
 /* As assembly: clang 14 has vdotq_s32() only if the whole file may use it. */
 static inline vec_i32 add_products(vec_i32 c, vec_i32 a, vec_i32 b)
 {
-    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(c) : "w"(a), "w"(b));
+    __asm__("sdot %0.4s, %2.16b, %1.4b[0]" : "+w"(c) : "w"(vgetq_lane_s32(a, 0)), "w"(b));
     return c;
 }
 #else
