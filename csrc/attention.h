@@ -90,7 +90,7 @@ typedef struct {
     size_t share, sharers;
     mha_panel lanes;
     bool is_empty; /* no key was visible so far */
-    char *finite;  /* [block][Dv]: for mha_add_values_with_care(); NULL: without care */
+    char *finite;  /* [block][Dv]: for multiply_values_with_care(); NULL: without care */
     char *narrow_keys, *narrow_values; /* of a block; only if products are narrow. Panels of a head share them. */
     char *kept;    /* [keys of all blocks][P]: the scores, if probabilities are made from them; otherwise NULL */
 } mha_panel_state;

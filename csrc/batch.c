@@ -31,10 +31,10 @@ mha_status mha_list_items(const mha_call *call, size_t extra, mha_items *items)
     mha_plan plan;
     mha_begin_plan(&plan);
     ptrdiff_t *numbers;
-    size_t *start, *index, positions, total = 0;
+    size_t *start, *index, rows, total = 0;
     *items = (mha_items){.memory = NULL};
-    if (__builtin_mul_overflow(N, call->L, &positions) || __builtin_mul_overflow(N, S, &positions))
-        return MHA_TOO_LARGE;
+    if (__builtin_mul_overflow(N, call->L, &rows) || __builtin_mul_overflow(N, S, &rows))
+        return MHA_TOO_LARGE; /* so mha_walk_rows() cannot overflow */
     mha_place(&plan, &numbers, N, 1, sizeof *numbers);
     mha_place(&plan, &items->picked, N, 1, sizeof *items->picked);
     mha_place(&plan, &items->is_picked, N, 1, sizeof *items->is_picked);

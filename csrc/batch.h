@@ -30,7 +30,7 @@ typedef struct {
 /* All items of a call, and room to pick some of them. */
 typedef struct {
     mha_batch all;
-    bool padding_adds; /* a number other than 0 to the score of a live key */
+    bool padding_adds; /* whether padding adds a number other than 0 to the score of a live key */
     bool *is_picked;   /* [N]; false at first */
     ptrdiff_t *picked; /* [N]: the numbers of a batch that was picked */
     char *memory;      /* owns the lists */

@@ -91,9 +91,10 @@ size_t mha_plan_block(mha_block_pass *b, mha_plan *plan)
 {
     const mha_block *block = b->block;
     const size_t rows = mha_walk_rows(b->walk);
-    b->normal.data = NULL; /* not set by the plan if there is no norm */
-    if (block->norm_first)
+    if (block->norm_first) {
+        b->normal.data = NULL; /* mha_add_projection() compares it before there is memory */
         mha_place_rows(plan, b->kernels, b->walk, 1, b->width, &b->normal);
+    }
     mha_place_rows(plan, b->kernels, b->walk, 1, b->width, &b->attended);
     if (!block->linear1)
         return 0;

@@ -15,7 +15,7 @@ typedef struct {
     const mha_walk *walk; /* the rows that are computed */
     const mha_team *team;
     size_t width;       /* E */
-    mha_rows x, output; /* of the call; gathered */
+    mha_rows x, output; /* of the call */
 
     mha_rows normal;   /* norms of rows, if they come first */
     mha_rows attended; /* what attention gives; later y, as mha_block says */

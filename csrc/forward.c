@@ -16,7 +16,6 @@
  */
 #include <math.h>
 
-#include "pass.h"
 #include "probabilities.h"
 #include "rowwise.h"
 #include "schedule.h"
@@ -62,9 +61,8 @@ static mha_status project_output(const mha_pass *p)
     return status;
 }
 
-static mha_status run_pass(void *memory)
+static mha_status run_pass(mha_pass *p)
 {
-    mha_pass *p = memory;
     const mha_block_pass *block = p->block.block ? &p->block : NULL;
     mha_number_rows(&p->queries);
     mha_status status = block ? mha_begin_block(block) : MHA_OK;
@@ -98,7 +96,6 @@ double mha_forward_operations(const mha_layer *layer, const mha_call *call)
 
 mha_status mha_forward(const mha_layer *layer, const mha_call *call)
 {
-    static const mha_steps steps = {mha_plan_pass, run_pass};
     const mha_team team = {.threads = call->threads, .stop = call->stop};
     mha_items items;
     mha_kept kept = {.queries = 0};
@@ -111,13 +108,13 @@ mha_status mha_forward(const mha_layer *layer, const mha_call *call)
         mha_pick_few_queries(layer, call, &items);
         const mha_batch few = mha_pick_items(&items, true);
         if (few.count > 0)
-            status = mha_run_at_once(&steps, &passes, &few, &team);
+            status = mha_run_at_once(run_pass, &passes, &few, &team);
     }
     if (status == MHA_OK) {
         passes.is_few = false;
         const mha_batch others = mha_pick_items(&items, false);
         if (others.count > 0)
-            status = mha_run_scheduled(&steps, &passes, &others, mha_larger(call->L, call->S), &team);
+            status = mha_run_scheduled(run_pass, &passes, &others, mha_larger(call->L, call->S), &team);
         mha_put_back(&kept);
     }
     mha_release(kept.memory);

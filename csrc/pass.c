@@ -7,12 +7,9 @@
 #include "pass.h"
 
 #include "probabilities.h"
-#include "schedule.h"
 
-/* Of q, k or v. They are in the first-level cache together, so it does not matter in which order they lie. */
+/* Bytes of q, k or v that stay in the first-level cache, so that their order does not matter. */
 enum { MAX_NEAR_BYTES = 49152 };
-
-_Static_assert(sizeof(mha_pass) <= MHA_MAX_PASS, "schedule.c has room for it");
 
 /* Whether other items' rows lie between those of an item, as in an array (length, N, features). */
 static bool lies_by_rows(const mha_pass *p, const mha_rows *x)
@@ -159,9 +156,8 @@ static void plan_output(mha_pass *p, mha_plan *plan)
                                .target = {{&layer->out, &p->output, 0, layer->widths.Eo}}};
 }
 
-void mha_plan_pass(void *memory, const void *passes, const mha_batch *batch, const mha_team *team, mha_plan *plan)
+void mha_plan_pass(mha_pass *p, const mha_passes *passes, const mha_batch *batch, const mha_team *team, mha_plan *plan)
 {
-    mha_pass *p = memory;
     p->passes = passes;
     p->batch = batch;
     p->team = *team;

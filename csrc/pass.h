@@ -35,7 +35,7 @@ typedef struct {
     mha_block_pass block; /* where the call has one */
 } mha_pass;
 
-/* Plans a pass, as mha_steps says (schedule.h). `memory` has room for an mha_pass. `passes` is an mha_passes. */
-void mha_plan_pass(void *memory, const void *passes, const mha_batch *batch, const mha_team *team, mha_plan *plan);
+/* Describes a pass over some items, and plans its workspace. `passes` and the batch stay where they are meanwhile. */
+void mha_plan_pass(mha_pass *p, const mha_passes *passes, const mha_batch *batch, const mha_team *team, mha_plan *plan);
 
 #endif

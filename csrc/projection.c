@@ -184,7 +184,7 @@ static void copy_slice(const mha_projection *projection, size_t first_row, size_
     const size_t chain_bytes = p->block_rows * p->chain_width * size;
     mha_run run;
     for (size_t done = 0; done < rows; done += run.rows) {
-        run = mha_run_at(projection->walk, x, true, first_row + done, first_row + rows);
+        run = mha_run_at(projection->walk, x, first_row + done, first_row + rows);
         const char *from = run.data + (ptrdiff_t)first_feature * x->step;
         for (size_t r = 0; r < run.rows; r++, from += run.distance) {
             if (r + 1 < run.rows && x->step == (ptrdiff_t)size)
@@ -230,7 +230,7 @@ static void narrow_slice(const mha_projection *projection, size_t first_row, siz
     const size_t features = mha_smaller(p->depth - first_feature, p->slice), row_words = p->chain_width;
     mha_run run;
     for (size_t done = 0; done < rows; done += run.rows) {
-        run = mha_run_at(projection->walk, x, true, first_row + done, first_row + rows);
+        run = mha_run_at(projection->walk, x, first_row + done, first_row + rows);
         for (size_t r = 0; r < run.rows; r++) {
             const char *row = run.data + (ptrdiff_t)r * run.distance;
             const uint32_t largest = narrow->largest ? largest_of_row(projection, row, spare) : 0;
@@ -252,7 +252,7 @@ static sliced_rows take_slice(const mha_projection *projection, size_t first_row
     const mha_blocking *p = &projection->blocking;
     const bool is_narrow = projection->target[0].panels->narrow != NULL;
     if (p->slices == 1 && !is_narrow) {
-        mha_run run = mha_run_at(projection->walk, projection->x, true, first_row, first_row + rows);
+        mha_run run = mha_run_at(projection->walk, projection->x, first_row, first_row + rows);
         const ptrdiff_t size = (ptrdiff_t)mha_size_of(projection->x->type);
         if (rows == 1)
             run.distance = (ptrdiff_t)p->depth * size; /* a single row has no distance: its length is looked at */
@@ -323,7 +323,7 @@ static void multiply_to_y(const mha_kernels *kernels, const mha_walk *walk, cons
     const size_t size = kernels->size, rows = product->rows;
     mha_run run;
     for (size_t done = 0; done < rows; done += run.rows) {
-        run = mha_run_at(walk, target->y, false, first_row + done, first_row + rows);
+        run = mha_run_at(walk, target->y, first_row + done, first_row + rows);
         mha_product some = *product;
         some.a = (const char *)product->a + (ptrdiff_t)done * product->a_row * (ptrdiff_t)size;
         if (product->addend)
@@ -339,7 +339,7 @@ static void copy_strip(const mha_walk *walk, const mha_target *target, mha_panel
     const size_t size = mha_size_of(target->y->type);
     mha_run run;
     for (size_t done = 0; done < rows; done += run.rows) {
-        run = mha_run_at(walk, target->y, false, first_row + done, first_row + rows);
+        run = mha_run_at(walk, target->y, first_row + done, first_row + rows);
         for (size_t r = 0; r < run.rows; r++)
             memcpy(run.data + (ptrdiff_t)r * run.distance + panel.first * size, strip + (done + r) * strip_bytes,
                    panel.count * size);

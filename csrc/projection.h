@@ -63,7 +63,7 @@ typedef struct {
 /* One input and what is made from it. Its rows are read once for all targets (q, k and v of the same input). */
 typedef struct {
     const mha_walk *walk;
-    const mha_rows *x; /* gathered */
+    const mha_rows *x;
     size_t targets;
     mha_target target[MHA_TARGETS];
     mha_blocking blocking; /* set by mha_plan_projection() */

@@ -15,7 +15,7 @@
 
 typedef struct {
     char *data;     /* the core does not write to inputs */
-    mha_dtype type; /* of the numbers, as they are stored */
+    mha_dtype type; /* float32 or float64: the binding widens halves */
     /* Distances in bytes. They may be negative, zero, or not a multiple of the size of a number. */
     ptrdiff_t item, head, row;
     ptrdiff_t step; /* between the numbers of a row */

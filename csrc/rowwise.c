@@ -24,7 +24,7 @@ static void copy_task(void *context, size_t task, size_t worker)
     const size_t end = mha_smaller((task + 1) * per_task, mha_walk_rows(c->walk));
     size_t rows;
     for (size_t r = task * per_task; r < end; r += rows) {
-        const mha_run x = mha_run_at(c->walk, c->x, true, r, end), y = mha_run_at(c->walk, c->y, false, r, r + x.rows);
+        const mha_run x = mha_run_at(c->walk, c->x, r, end), y = mha_run_at(c->walk, c->y, r, r + x.rows);
         rows = y.rows;
         for (ptrdiff_t i = 0; i < (ptrdiff_t)rows; i++)
             for (ptrdiff_t h = 0; h < (ptrdiff_t)c->heads; h++)
@@ -44,7 +44,7 @@ static mha_run run_of(const mha_residual *s, const mha_rows *x, size_t r, size_t
 {
     if (!x)
         return (mha_run){.data = NULL};
-    const mha_run run = mha_run_at(s->walk, x, true, r, r + *rows);
+    const mha_run run = mha_run_at(s->walk, x, r, r + *rows);
     *rows = mha_smaller(*rows, run.rows);
     return run;
 }

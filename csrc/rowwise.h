@@ -8,7 +8,7 @@
 #include "threads.h"
 #include "walk.h"
 
-/* Copies `width` numbers of each head from the rows of x, which are gathered, to those of y, which are not. */
+/* Copies `width` numbers of each head from the rows of x to those of y. */
 typedef struct {
     const mha_walk *walk;
     const mha_rows *x, *y;
@@ -17,7 +17,7 @@ typedef struct {
 
 mha_status mha_copy_rows(const mha_copied_rows *copied, const mha_team *team);
 
-/* sum = x + added, then y = norm(sum), for the rows of a walk. All are gathered. Their features are adjacent. */
+/* sum = x + added, then y = norm(sum), for the rows of a walk. Their features are adjacent. */
 typedef struct {
     const mha_kernels *kernels;
     const mha_walk *walk;

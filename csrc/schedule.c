@@ -10,8 +10,6 @@
  */
 #include "schedule.h"
 
-#include <stdalign.h>
-
 #include "spare.h"
 
 enum {
@@ -22,30 +20,25 @@ enum {
     MAX_EXCESS = 32,            /* one chunk per thread unless a thread gets over 1 / MAX_EXCESS more than its share */
 };
 
-/* Room for a pass. */
 typedef struct {
-    alignas(MHA_CACHE_LINE) char bytes[MHA_MAX_PASS];
-} pass_room;
-
-typedef struct {
-    const mha_steps *steps;
-    const void *context;
+    mha_steps steps;
+    const mha_passes *passes;
     const mha_batch *all;
     size_t chunks;
     char *workspaces; /* of all threads */
     size_t bytes;     /* of one */
 } chunk_tasks;
 
-mha_status mha_run_at_once(const mha_steps *steps, const void *context, const mha_batch *batch, const mha_team *team)
+mha_status mha_run_at_once(mha_steps steps, const mha_passes *passes, const mha_batch *batch, const mha_team *team)
 {
-    pass_room pass;
+    mha_pass pass;
     mha_plan plan;
     mha_begin_plan(&plan);
     char *workspace = NULL;
-    steps->plan(&pass, context, batch, team, &plan);
+    mha_plan_pass(&pass, passes, batch, team, &plan);
     mha_status status = mha_take_workspace(&plan, &workspace);
     if (status == MHA_OK)
-        status = steps->run(&pass);
+        status = steps(&pass);
     mha_give_workspace(workspace);
     return status;
 }
@@ -82,22 +75,22 @@ static mha_batch chunk_at(const chunk_tasks *j, size_t i)
     return chunk;
 }
 
-static void plan_chunk(const chunk_tasks *j, const mha_batch *chunk, char *pass, mha_plan *plan)
+static void plan_chunk(const chunk_tasks *j, const mha_batch *chunk, mha_pass *pass, mha_plan *plan)
 {
     const mha_team alone = {.threads = 1, .in_task = true};
-    j->steps->plan(pass, j->context, chunk, &alone, plan);
+    mha_begin_plan(plan);
+    mha_plan_pass(pass, j->passes, chunk, &alone, plan);
 }
 
 static void chunk_task(void *context, size_t task, size_t worker)
 {
     const chunk_tasks *j = context;
     const mha_batch chunk = chunk_at(j, task);
-    pass_room pass;
+    mha_pass pass;
     mha_plan plan;
-    mha_begin_plan(&plan);
-    plan_chunk(j, &chunk, pass.bytes, &plan);
+    plan_chunk(j, &chunk, &pass, &plan);
     mha_set_pointers(&plan, j->workspaces + worker * j->bytes);
-    (void)j->steps->run(&pass); /* a chunk is stopped only together with the whole loop */
+    (void)j->steps(&pass); /* a chunk is stopped only together with the whole loop */
 }
 
 static mha_status run_in_chunks(chunk_tasks *j, const mha_team *team)
@@ -106,10 +99,9 @@ static mha_status run_in_chunks(chunk_tasks *j, const mha_team *team)
     mha_begin_plan(&all);
     for (size_t i = 0; i < j->chunks; i++) {
         const mha_batch chunk = chunk_at(j, i);
-        pass_room pass;
+        mha_pass pass;
         mha_plan plan;
-        mha_begin_plan(&plan);
-        plan_chunk(j, &chunk, pass.bytes, &plan);
+        plan_chunk(j, &chunk, &pass, &plan);
         j->bytes = mha_larger(j->bytes, plan.layout.bytes);
     }
     mha_reserve(&all.layout, team->threads, j->bytes, 1);
@@ -120,10 +112,10 @@ static mha_status run_in_chunks(chunk_tasks *j, const mha_team *team)
     return status;
 }
 
-mha_status mha_run_scheduled(const mha_steps *steps, const void *context, const mha_batch *batch, size_t rows,
+mha_status mha_run_scheduled(mha_steps steps, const mha_passes *passes, const mha_batch *batch, size_t rows,
                              const mha_team *team)
 {
-    chunk_tasks j = {.steps = steps, .context = context, .all = batch,
+    chunk_tasks j = {.steps = steps, .passes = passes, .all = batch,
                      .chunks = choose_chunks(batch, rows, team->threads)};
-    return j.chunks > 1 ? run_in_chunks(&j, team) : mha_run_at_once(steps, context, batch, team);
+    return j.chunks > 1 ? run_in_chunks(&j, team) : mha_run_at_once(steps, passes, batch, team);
 }

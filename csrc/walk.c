@@ -67,9 +67,9 @@ static size_t find_item(const mha_walk *walk, size_t r, size_t *l)
 }
 
 /* Some rows of one item, from row l on, at most `rows`. */
-static mha_run run_of_item(const mha_walk *walk, const mha_rows *x, bool is_gathered, size_t i, size_t l, size_t rows)
+static mha_run run_of_item(const mha_walk *walk, const mha_rows *x, size_t i, size_t l, size_t rows)
 {
-    const size_t *numbers = is_gathered && walk->live ? mha_live_numbers(walk->live, i) : NULL;
+    const size_t *numbers = walk->live ? mha_live_numbers(walk->live, i) : NULL;
     if (!numbers)
         return (mha_run){mha_row_at(x, i, 0, l), rows, x->row};
     numbers += l;
@@ -99,20 +99,20 @@ static bool is_in_order(const mha_walk *walk, const mha_rows *x)
                       : !x->items && x->item == (ptrdiff_t)walk->length * x->row;
 }
 
-mha_run mha_run_at(const mha_walk *walk, const mha_rows *x, bool is_gathered, size_t r, size_t end)
+mha_run mha_run_at(const mha_walk *walk, const mha_rows *x, size_t r, size_t end)
 {
     if (walk->by_rows)
         return run_by_rows(walk, x, r, end);
     if (is_in_order(walk, x))
         return (mha_run){x->data + (ptrdiff_t)r * x->row, end - r, x->row};
     size_t l, i = find_item(walk, r, &l), of_item = rows_of_item(walk, i);
-    mha_run run = run_of_item(walk, x, is_gathered, i, l, mha_smaller(of_item - l, end - r));
+    mha_run run = run_of_item(walk, x, i, l, mha_smaller(of_item - l, end - r));
     for (r += run.rows, l += run.rows; r < end;) {
         while (l == of_item) {
             of_item = rows_of_item(walk, ++i);
             l = 0;
         }
-        const mha_run next = run_of_item(walk, x, is_gathered, i, l, mha_smaller(of_item - l, end - r));
+        const mha_run next = run_of_item(walk, x, i, l, mha_smaller(of_item - l, end - r));
         const ptrdiff_t gap = (ptrdiff_t)((uintptr_t)next.data - (uintptr_t)run.data) -
                               (ptrdiff_t)(run.rows - 1) * run.distance;
         if (run.rows == 1)
@@ -127,8 +127,8 @@ mha_run mha_run_at(const mha_walk *walk, const mha_rows *x, bool is_gathered, si
 }
 
 /* Rows in the order of their numbers, `row` numbers apart. */
-static size_t place(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t row, size_t head,
-                    size_t numbers, mha_rows *rows)
+static void place(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t row, size_t head,
+                  size_t numbers, mha_rows *rows)
 {
     const size_t size = kernels->size;
     rows->type = kernels->dtype;
@@ -139,14 +139,14 @@ static size_t place(mha_plan *plan, const mha_kernels *kernels, const mha_walk *
     rows->items = NULL;
     if (walk->live)
         mha_point(plan, &rows->items, walk->first_at);
-    return mha_place(plan, &rows->data, mha_walk_rows(walk), numbers, size);
+    mha_place(plan, &rows->data, mha_walk_rows(walk), numbers, size);
 }
 
-size_t mha_place_rows(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
-                      mha_rows *rows)
+void mha_place_rows(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
+                    mha_rows *rows)
 {
     const size_t row = mha_row_stride(heads * width, kernels->lanes, kernels->size);
-    return place(plan, kernels, walk, row, width, row, rows);
+    place(plan, kernels, walk, row, width, row, rows);
 }
 
 size_t mha_place_heads(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,

@@ -39,16 +39,16 @@ typedef struct {
     ptrdiff_t distance;
 } mha_run;
 
-/* The longest run of rows of x that begins with row r and ends before row `end`. If x is gathered, row l of an item is
- * that of its live key l. Otherwise x has rows for the live keys alone. */
-mha_run mha_run_at(const mha_walk *walk, const mha_rows *x, bool is_gathered, size_t r, size_t end);
+/* The longest run of rows of x that begins with row r and ends before row `end`. Rows that were placed for this walk lie
+ * in its order. In all others, row l of an item is that of its live key l. */
+mha_run mha_run_at(const mha_walk *walk, const mha_rows *x, size_t r, size_t end);
 
 /* Copies numbers of `size` bytes that are `step` bytes apart. The copies are adjacent. */
 void mha_copy_row(const char *x, ptrdiff_t step, size_t numbers, size_t size, char *to);
 
-/* Plans memory for the rows of a walk, with heads side by side, and returns its place. */
-size_t mha_place_rows(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
-                      mha_rows *rows);
+/* Plans memory for the rows of a walk, with heads side by side. */
+void mha_place_rows(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
+                    mha_rows *rows);
 
 /* The same with a matrix for each head, if heads are wide and rows are many: the rows are read one after another, and
  * with all heads side by side each row would be on another page. Returns the width of heads that are apart, otherwise

@@ -21,20 +21,18 @@ static inline vec_f32 load_rounded(const float *x, size_t n)
 
 static void swap_row(const float *x, size_t n, uint32_t largest_bits, uint32_t *row)
 {
-    float last[lanes_f32], *to = (float *)(void *)row;
+    float last[lanes_f32];
     size_t i = 0;
     (void)largest_bits;
     for (; i + lanes_f32 <= n; i += lanes_f32)
-        store_f32(to + i, swap_neighbours(load_rounded(x + i, lanes_f32)));
+        store_f32((float *)(void *)(row + i), swap_neighbours(load_rounded(x + i, lanes_f32)));
     if (i == n)
         return;
     store_f32(last, load_rounded(x + i, n - i));
-    for (; i + 2 <= n; i += 2) {
-        to[i] = last[i % lanes_f32 + 1];
-        to[i + 1] = last[i % lanes_f32];
+    for (size_t k = 0; k < n - i; k++) {
+        const size_t neighbour = k ^ 1;
+        memcpy(row + i + k, last + (neighbour < n - i ? neighbour : k), sizeof *row);
     }
-    if (i < n)
-        to[i] = last[i % lanes_f32];
 }
 
 static void swap_rows(const float *x, size_t x_row, size_t depth, size_t width, uint32_t *columns)
