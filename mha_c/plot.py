@@ -106,6 +106,8 @@ def weights(
 
     Raises
     ------
+    TypeError
+        As for `mha_c.heads.heads_of`.
     ValueError
         If the head does not exist; if the number of tokens is not that of the queries or keys; or as for
         `mha_c.heads.heads_of`.
@@ -153,7 +155,7 @@ def average(
 
     Raises
     ------
-    ValueError, IndexError
+    TypeError, ValueError, IndexError
         As for `weights`.
 
     Examples
@@ -193,7 +195,7 @@ def heads(
 
     Raises
     ------
-    ValueError, IndexError
+    TypeError, ValueError, IndexError
         As for `weights`; if the weights are averaged, or (L, S); and if there are fewer axes than heads.
 
     Examples
@@ -267,7 +269,7 @@ def entropy(
 
     Raises
     ------
-    ValueError, IndexError
+    TypeError, ValueError, IndexError
         As for `heads`.
 
     See Also
@@ -321,7 +323,7 @@ def distance(
 
     Raises
     ------
-    ValueError, IndexError
+    TypeError, ValueError, IndexError
         As for `heads`, and if L is not S.
 
     See Also
@@ -377,7 +379,7 @@ def token(
     ValueError, IndexError
         As for `weights`; and if the token does not exist, or if its word occurs more than once.
     TypeError
-        If `token` is a word and `tokens` are not given.
+        As for `weights`; and if `token` is a word and `tokens` are not given.
 
     Examples
     --------
@@ -447,7 +449,7 @@ def masking(
     Raises
     ------
     TypeError
-        If `masked_scores` are missing.
+        As for `weights`, and if `masked_scores` are missing.
     ValueError, IndexError
         As for `weights`, and if `axes` are not two.
 

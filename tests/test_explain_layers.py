@@ -282,6 +282,11 @@ def test_a_layer_of_a_stack_is_explained_as_it_was():
     encoder.eval()
     encoder.layers[1].linear1.weight = np.zeros((16, E), np.float32)
     np.testing.assert_array_equal(explanation[1].output, explanation.output)
+    np.testing.assert_array_equal(explanation[-1].output, explanation.output)
+    assert [each.output.shape for each in explanation] == [x.shape] * 2
+    for index in (2, -3):
+        with pytest.raises(IndexError, match=f"there is no layer {index}: there are 2, counted from 0"):
+            explanation[index]
 
 
 def test_one_layer_used_twice():

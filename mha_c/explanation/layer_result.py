@@ -280,7 +280,10 @@ class StackExplanation(_WithStream):
         return len(self.explain_layers)
 
     def __getitem__(self, index: int) -> LayerExplanation:
-        return self.explain_layers[operator.index(index)]()
+        count = len(self)
+        if not -count <= operator.index(index) < count:
+            raise IndexError(f"there is no layer {index}: there are {count}, counted from 0")
+        return self.explain_layers[index]()
 
     @property
     def notes(self) -> tuple[str, ...]:
