@@ -550,20 +550,12 @@ def residual_stream(
     norms = explanation.norms
     matrix = item_of(norms, item, has_batch=norms.ndim == 3)
     title = _title("Residual stream", layer)
-    if ax is None:
-        _, ax = pyplot.subplots(figsize=_figure_size(matrix.shape), layout="compressed")
-    assert ax is not None
-    cells = _bin(ax, matrix, weights=False)
-    largest = _largest(cells.array) if vmax is None else vmax
-    image = _heat_map(ax, cells, _sequential(ax), PowerNorm(0.5, 0, largest))
-    ax.set_aspect("auto")
     rows = _Names("step", list(explanation.residual_stream), True)
-    _label(ax, _Labels(rows, _Names.of("token", "positions", matrix.shape[1], tokens)))
-    ax.set_title(f"{title}{cells.note}", fontsize="medium")
+    labels = _Labels(rows, _Names.of("token", "positions", matrix.shape[1], tokens))
+    ax = _draw_matrix(matrix, title, labels, vmax, colorbar, ax, weights=False)
+    ax.set_aspect("auto")
     by_row = (f"{name}: {row.min(initial=np.inf):.3g} to {row.max(initial=0):.3g}" for name, row in zip(rows.words, matrix))
     _describe(ax, f"{title}. Norms of the rows of {matrix.shape[1]} tokens, {', '.join(by_row)}.")
-    if colorbar:
-        _colorbar(image, [ax], cells.meaning(_NORM))
     return ax
 
 
@@ -674,16 +666,24 @@ def _figure_size(shape: tuple[int, ...], largest: float = 6.5) -> tuple[float, f
 def _draw_weights(
     matrix: NDArray[Any], title: str, labels: _Labels, vmax: float | None, colorbar: bool, ax: Axes | None
 ) -> Axes:
+    ax = _draw_matrix(matrix, title, labels, vmax, colorbar, ax, weights=True)
+    _describe(ax, f"{title}, {labels.sizes}. The largest weights of its queries: {_largest_weights(matrix, labels, 20)}.")
+    return ax
+
+
+def _draw_matrix(
+    matrix: NDArray[Any], title: str, labels: _Labels, vmax: float | None, colorbar: bool, ax: Axes | None, weights: bool
+) -> Axes:
+    """Draw weights or norms, which are not negative, on a square-root scale."""
     if ax is None:
         _, ax = pyplot.subplots(figsize=_figure_size(matrix.shape), layout="compressed")
     assert ax is not None
-    cells = _bin(ax, matrix, weights=True)
+    cells = _bin(ax, matrix, weights=weights)
     image = _heat_map(ax, cells, _sequential(ax), PowerNorm(0.5, 0, _largest(cells.array) if vmax is None else vmax))
     _label(ax, labels)
     ax.set_title(f"{title}{cells.note}", fontsize="medium")
-    _describe(ax, f"{title}, {labels.sizes}. The largest weights of its queries: {_largest_weights(matrix, labels, 20)}.")
     if colorbar:
-        _colorbar(image, [ax], cells.meaning(_WEIGHT))
+        _colorbar(image, [ax], cells.meaning(_WEIGHT if weights else _NORM))
     return ax
 
 
