@@ -459,6 +459,20 @@ def test_shown(name, kind, monkeypatch):
     assert html.index("self_attn, stage by stage") < html.index("<b>self_attn_update</b>") < html.rindex("<b>output</b>")
 
 
+def test_narrow_products():
+    layer = mha_c.TransformerDecoderLayer(8, 2, 16, dtype="float16").eval()
+    layer.matmul_precision = {"default": "int8", "linear2": None}
+    layer.self_attn.matmul_precision = "bfloat16"
+    explanation = mha_c.explain(layer, *[np.ones((3, 8), np.float16)] * 2)
+    note = (
+        "Numbers that are multiplied: bfloat16 in self_attn.in_proj, self_attn.attention and self_attn.out_proj; "
+        "int8 in multihead_attn.in_proj, multihead_attn.out_proj and linear1; float32 in multihead_attn.attention and "
+        "linear2."
+    )
+    assert explanation.notes[-1] == note and note in " ".join(str(explanation).split())
+    assert note in explanation._repr_html_()
+
+
 def test_a_stack_is_shown(monkeypatch):
     encoder = mha_c.TransformerEncoder(encoder_layer("pre-norm"), 3, mha_c.LayerNorm(E)).eval()
     x = inputs(encoder.layers[0])

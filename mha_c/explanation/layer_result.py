@@ -129,7 +129,8 @@ class LayerExplanation(_WithStream):
     warnings : tuple of str
         What looks wrong: NaN and infinity, and the warnings of the attention.
     notes : tuple of str
-        Sentences about sizes, active features, and tokens with a large norm. Padded tokens do not count.
+        Sentences about sizes, active features, tokens with a large norm, and narrow products. Padded tokens do not
+        count.
     title : str
         The layer and the call, in one line.
 
