@@ -672,7 +672,13 @@ def _draw_weights(
 
 
 def _draw_matrix(
-    matrix: NDArray[Any], title: str, labels: _Labels, vmax: float | None, colorbar: bool, ax: Axes | None, weights: bool
+    matrix: NDArray[Any],
+    title: str,
+    labels: _Labels,
+    vmax: float | None,
+    colorbar: bool,
+    ax: Axes | None,
+    weights: bool,
 ) -> Axes:
     """Draw weights or norms, which are not negative, on a square-root scale."""
     if ax is None:

@@ -447,7 +447,7 @@ def test_words_are_shown_as_they_are():
         (lambda w: plot.masking(w, w, 4), "there is no head 4"),
         (lambda w: plot.weights(np.zeros(3)), "these have shape"),
         (lambda w: plot.weights(None), "^weights is None: call the layer with need_weights=True$"),
-        (lambda w: heads.entropy((w[0], w[0, 0])), r"a tuple of 2: pass one of them, such as the weights, layer\(\.\.\.\)\[1\]$"),
+        (lambda w: heads.entropy((w[0], w[0, 0])), r"tuple of 2: pass one of them, such as the weights, layer\(\.\.\.\)\[1\]$"),
         (lambda w: plot.heads(w, axes=[pyplot.gca()]), "4 heads need 4 axes"),
         (lambda w: plot.masking(w, w, axes=[pyplot.gca()]), "two axes"),
         (lambda w: plot.masking(w), "before and after"),
