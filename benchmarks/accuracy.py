@@ -29,7 +29,7 @@ from encoder_cases import EncoderCase
 from encoder_problem import EncoderProblem
 from mha_c.check import definition
 from mha_c.module import precisions_of
-from mha_c.torch import forward_in_torch, layer_in_torch, to_torch
+from mha_c.torch.convert import forward_in_torch, layer_in_torch, to_torch
 from mha_c.torch.tensors import array_of, tensor_of
 from peers.onnx_runtime import bind, optimized, quantized, session_options
 from peers.ours import layer

@@ -31,6 +31,7 @@ LEVELS = {
     "neon_dotprod": "NEON with dot products",
     "portable": "portable C",
 }
+NARROW = ("products of bfloat16", "products of int8", "bfloat16", "float16")
 README_BLOCK = re.compile(r"(?<=<!-- speed -->\n).*?(?=\n<!-- end of speed -->)", re.S)
 
 
@@ -58,6 +59,12 @@ class Row:
     @property
     def ratio(self) -> float:
         return self.ratios[self.fastest]
+
+    @property
+    def numbers(self) -> str:
+        """The kind of numbers of a case of encoders.py, as its name has it."""
+        kind = self.shape.rpartition(", ")[2]
+        return kind if kind in NARROW else "float32"
 
     @property
     def words(self) -> str:
@@ -190,14 +197,37 @@ def headline(summary: Summary) -> str:
     ranked = sorted(compared, key=lambda row: row.ratio)
     most, least, slower = ranked[-1], ranked[0], sum(row.ratio < 1 for row in ranked)
     others = _fastest_of([f"{name} {summary.versions[name]}" for name in summary.libraries])
-    conditions = [_threads(summary.threads[0]), summary.machine["cpu"].split(" (")[0], LEVELS[summary.machine["level"]]]
     sentences = [
-        f"In the median of {len(ranked)} shapes, mha_c is {_median(ranked)} times as fast as {others} ({', '.join(conditions)}).",
+        f"In the median of {len(ranked)} shapes, mha_c is {_median(ranked)} times as fast as {others} ({_conditions(summary)}).",
         f"The ratio is highest for “{most.words}” ({chart.times(most.ratio)}) and lowest for “{least.words}” "
         f"({chart.times(least.ratio)}). In {slower} of the {len(ranked)} shapes, another library is faster.",
         f"Against torch alone, the median is {_median(ranked, 'torch')}." if summary.has_torch_among_others else "",
     ]
     return "\n".join(filter(None, sentences))
+
+
+def headlines(summary: Summary) -> str:
+    """How fast encoders are, in a row for each kind of numbers, in each of which other libraries take part."""
+    compared = summary.compared(summary.threads[0])
+    if not compared:
+        return "No other library took part."
+    cells = []
+    for numbers in dict.fromkeys(row.numbers for row in compared):
+        rows = [row for row in compared if row.numbers == numbers]
+        libraries = [name for name in summary.libraries if any(name in row.ratios for row in rows)]
+        slower = sum(row.ratio < 1 for row in rows)
+        lowest = chart.times(min(row.ratio for row in rows))
+        cells.append([numbers, ", ".join(libraries), f"{_median(rows)}×", lowest, f"{slower} of {len(rows)}"])
+    header = ["numbers", "other libraries", "median", "lowest", "shapes in which another library is faster"]
+    return (
+        "How many times as long as mha_c the fastest other library takes, for each kind of numbers "
+        f"({_conditions(summary)}):\n\n{_table(header, cells)}"
+    )
+
+
+def _conditions(summary: Summary) -> str:
+    machine = summary.machine
+    return ", ".join([_threads(summary.threads[0]), machine["cpu"].split(" (")[0], LEVELS[machine["level"]]])
 
 
 def _median(rows: list[Row], library: str | None = None) -> str:
@@ -396,7 +426,7 @@ def encoders_page(summary: Summary) -> str:
     quality = _table([_ENCODER, OURS, *names], cells)
     text = f"""# Whole encoders
 
-{headline(summary)}
+{headlines(summary)}
 
 {facts(summary, "encoders.json")}
 

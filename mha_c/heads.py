@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mha_c.explanation import Explanation
+from mha_c.explanation import Explanation, LayerExplanation, StackExplanation
 from mha_c.parameters.dtypes import computed_in
 
 __all__ = ["distance", "entropy", "heads_of", "to_bertviz"]
@@ -37,6 +37,7 @@ class Matrices(NamedTuple):
     @classmethod
     def of(cls, source: Any, item: int, averaged: bool | None, stage: str = "weights") -> Matrices:
         """The matrices of an explanation or of an array. Arrays of weights are checked."""
+        _check_source(source, stage)
         is_explanation = isinstance(source, Explanation)
         array: NDArray[Any] = np.asarray(getattr(source, stage) if is_explanation else source)
         array = array.astype(computed_in(array.dtype), copy=False)
@@ -87,6 +88,19 @@ def item_of(array: NDArray[Any], item: int, has_batch: bool) -> NDArray[Any]:
     return chosen
 
 
+def _check_source(source: Any, stage: str) -> None:
+    """Refuse what holds matrices, or should have been one, and say where they are."""
+    if isinstance(source, LayerExplanation):
+        inside = " or ".join(f"explanation.{name}" for name in source.attentions)
+        raise TypeError(f"this explains a whole layer: pass the attention in it, {inside}")
+    if isinstance(source, StackExplanation):
+        raise TypeError("this explains a stack of layers: pass the attention of one of them, explanation[0].self_attn")
+    if source is None and stage == "weights":
+        raise TypeError("weights is None: call the layer with need_weights=True")
+    if isinstance(source, tuple) and any(hasattr(each, "shape") for each in source):
+        raise TypeError(f"{stage} is a tuple of {len(source)}: pass one of them, such as the weights, layer(...)[1]")
+
+
 def _check_weights(array: NDArray[Any]) -> None:
     """Refuse numbers that cannot be weights. A query that sees no key has NaN or 0 for every key."""
     smallest = array.min(initial=0.0, where=~np.isnan(array))
@@ -125,6 +139,8 @@ def heads_of(weights: Any, item: int = 0, *, averaged: bool | None = None) -> ND
 
     Raises
     ------
+    TypeError
+        If `weights` is None, a tuple of arrays, as a layer returns it, or the explanation of a whole layer or stack.
     ValueError
         If there are not 2 to 4 dimensions; if there are 3 and `averaged` is not given; or if the numbers cannot be
         weights: if one is negative, or if those of a query sum to neither 1 nor 0.
@@ -160,7 +176,7 @@ def entropy(weights: Any, *, item: int = 0, averaged: bool | None = None) -> NDA
 
     Raises
     ------
-    ValueError, IndexError
+    TypeError, ValueError, IndexError
         As for `heads_of`.
 
     Notes
@@ -197,7 +213,7 @@ def distance(weights: Any, *, item: int = 0, averaged: bool | None = None) -> ND
 
     Raises
     ------
-    ValueError, IndexError
+    TypeError, ValueError, IndexError
         As for `heads_of`, and if L is not S.
 
     Notes
@@ -244,7 +260,7 @@ def to_bertviz(*layers: Any, item: int = 0, averaged: bool | None = None) -> tup
     ------
     ImportError
         If torch, which bertviz needs, is not installed.
-    ValueError, IndexError
+    TypeError, ValueError, IndexError
         As for `heads_of`, and if the weights of a layer are averaged over the heads.
 
     Examples

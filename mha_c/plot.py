@@ -106,6 +106,8 @@ def weights(
 
     Raises
     ------
+    TypeError
+        As for `mha_c.heads.heads_of`.
     ValueError
         If the head does not exist; if the number of tokens is not that of the queries or keys; or as for
         `mha_c.heads.heads_of`.
@@ -153,7 +155,7 @@ def average(
 
     Raises
     ------
-    ValueError, IndexError
+    TypeError, ValueError, IndexError
         As for `weights`.
 
     Examples
@@ -193,7 +195,7 @@ def heads(
 
     Raises
     ------
-    ValueError, IndexError
+    TypeError, ValueError, IndexError
         As for `weights`; if the weights are averaged, or (L, S); and if there are fewer axes than heads.
 
     Examples
@@ -267,7 +269,7 @@ def entropy(
 
     Raises
     ------
-    ValueError, IndexError
+    TypeError, ValueError, IndexError
         As for `heads`.
 
     See Also
@@ -321,7 +323,7 @@ def distance(
 
     Raises
     ------
-    ValueError, IndexError
+    TypeError, ValueError, IndexError
         As for `heads`, and if L is not S.
 
     See Also
@@ -377,7 +379,7 @@ def token(
     ValueError, IndexError
         As for `weights`; and if the token does not exist, or if its word occurs more than once.
     TypeError
-        If `token` is a word and `tokens` are not given.
+        As for `weights`; and if `token` is a word and `tokens` are not given.
 
     Examples
     --------
@@ -447,7 +449,7 @@ def masking(
     Raises
     ------
     TypeError
-        If `masked_scores` are missing.
+        As for `weights`, and if `masked_scores` are missing.
     ValueError, IndexError
         As for `weights`, and if `axes` are not two.
 
@@ -548,20 +550,12 @@ def residual_stream(
     norms = explanation.norms
     matrix = item_of(norms, item, has_batch=norms.ndim == 3)
     title = _title("Residual stream", layer)
-    if ax is None:
-        _, ax = pyplot.subplots(figsize=_figure_size(matrix.shape), layout="compressed")
-    assert ax is not None
-    cells = _bin(ax, matrix, weights=False)
-    largest = _largest(cells.array) if vmax is None else vmax
-    image = _heat_map(ax, cells, _sequential(ax), PowerNorm(0.5, 0, largest))
-    ax.set_aspect("auto")
     rows = _Names("step", list(explanation.residual_stream), True)
-    _label(ax, _Labels(rows, _Names.of("token", "positions", matrix.shape[1], tokens)))
-    ax.set_title(f"{title}{cells.note}", fontsize="medium")
+    labels = _Labels(rows, _Names.of("token", "positions", matrix.shape[1], tokens))
+    ax = _draw_matrix(matrix, title, labels, vmax, colorbar, ax, weights=False)
+    ax.set_aspect("auto")
     by_row = (f"{name}: {row.min(initial=np.inf):.3g} to {row.max(initial=0):.3g}" for name, row in zip(rows.words, matrix))
     _describe(ax, f"{title}. Norms of the rows of {matrix.shape[1]} tokens, {', '.join(by_row)}.")
-    if colorbar:
-        _colorbar(image, [ax], cells.meaning(_NORM))
     return ax
 
 
@@ -672,16 +666,30 @@ def _figure_size(shape: tuple[int, ...], largest: float = 6.5) -> tuple[float, f
 def _draw_weights(
     matrix: NDArray[Any], title: str, labels: _Labels, vmax: float | None, colorbar: bool, ax: Axes | None
 ) -> Axes:
+    ax = _draw_matrix(matrix, title, labels, vmax, colorbar, ax, weights=True)
+    _describe(ax, f"{title}, {labels.sizes}. The largest weights of its queries: {_largest_weights(matrix, labels, 20)}.")
+    return ax
+
+
+def _draw_matrix(
+    matrix: NDArray[Any],
+    title: str,
+    labels: _Labels,
+    vmax: float | None,
+    colorbar: bool,
+    ax: Axes | None,
+    weights: bool,
+) -> Axes:
+    """Draw weights or norms, which are not negative, on a square-root scale."""
     if ax is None:
         _, ax = pyplot.subplots(figsize=_figure_size(matrix.shape), layout="compressed")
     assert ax is not None
-    cells = _bin(ax, matrix, weights=True)
+    cells = _bin(ax, matrix, weights=weights)
     image = _heat_map(ax, cells, _sequential(ax), PowerNorm(0.5, 0, _largest(cells.array) if vmax is None else vmax))
     _label(ax, labels)
     ax.set_title(f"{title}{cells.note}", fontsize="medium")
-    _describe(ax, f"{title}, {labels.sizes}. The largest weights of its queries: {_largest_weights(matrix, labels, 20)}.")
     if colorbar:
-        _colorbar(image, [ax], cells.meaning(_WEIGHT))
+        _colorbar(image, [ax], cells.meaning(_WEIGHT if weights else _NORM))
     return ax
 
 

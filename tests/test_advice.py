@@ -794,6 +794,9 @@ def test_attention_masks_of_hugging_face():
     mask = evaluated(code, {"attention_mask": tokens})
     np.testing.assert_array_equal(scaled_dot_product_attention(q, q, q, mask)[1],
                                   scaled_dot_product_attention(q[1], q[1], q[1], tokens[1] == 1))
+    code = re.search(r"attn_mask=(.+?) instead", refusal(lambda: scaled_dot_product_attention(
+        q, q, q, key_padding_mask=tokens == 0)))[1]
+    np.testing.assert_array_equal(evaluated(code, {"key_padding_mask": tokens == 0}), mask)
 
 
 def test_masks_of_hugging_face_in_transformers():

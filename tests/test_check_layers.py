@@ -12,7 +12,7 @@ mha_c = pytest.importorskip("mha_c")
 torch = pytest.importorskip("torch")
 
 from mha_c.check import definition  # noqa: E402
-from mha_c.torch import layer_in_torch, to_torch  # noqa: E402
+from mha_c.torch.convert import layer_in_torch, to_torch  # noqa: E402
 from mha_c.torch.tensors import tensor_of  # noqa: E402
 
 RNG = np.random.default_rng(0)

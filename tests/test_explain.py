@@ -751,6 +751,21 @@ def test_text():
     assert "masked_scores" in console.export_text()
 
 
+@pytest.mark.parametrize("precision, multiplied", [
+    ("int8", "int8 in in_proj and out_proj; float32 in attention"),
+    ("bfloat16", "bfloat16 in in_proj, attention and out_proj"),
+    ({"default": "int8", "attention": "bfloat16", "out_proj": None},
+     "int8 in in_proj; bfloat16 in attention; float32 in out_proj"),
+])  # fmt: skip
+def test_narrow_products(precision, multiplied):
+    module, x = mha_c.MultiheadAttention(8, 2).eval(), np.ones((3, 1, 8), np.float32)
+    assert "Numbers that are multiplied" not in str(mha_c.explain(module, x))
+    module.matmul_precision = precision
+    explanation = mha_c.explain(module, x)
+    assert explanation.notes[-1] == f"Numbers that are multiplied: {multiplied}."
+    assert explanation.notes[-1] in str(explanation) and explanation.notes[-1] in explanation._repr_html_()
+
+
 def test_operations():
     """2 for each term of a product; those of scores are there for each pair of query and key."""
     module, x, call = question("plain", "causal")

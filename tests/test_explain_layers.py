@@ -282,6 +282,11 @@ def test_a_layer_of_a_stack_is_explained_as_it_was():
     encoder.eval()
     encoder.layers[1].linear1.weight = np.zeros((16, E), np.float32)
     np.testing.assert_array_equal(explanation[1].output, explanation.output)
+    np.testing.assert_array_equal(explanation[-1].output, explanation.output)
+    assert [each.output.shape for each in explanation] == [x.shape] * 2
+    for index in (2, -3):
+        with pytest.raises(IndexError, match=f"there is no layer {index}: there are 2, counted from 0"):
+            explanation[index]
 
 
 def test_one_layer_used_twice():
@@ -452,6 +457,20 @@ def test_shown(name, kind, monkeypatch):
     for part in (*explanation.stages, *(f"{name}, stage by stage" for name in explanation.attentions)):
         assert part in html
     assert html.index("self_attn, stage by stage") < html.index("<b>self_attn_update</b>") < html.rindex("<b>output</b>")
+
+
+def test_narrow_products():
+    layer = mha_c.TransformerDecoderLayer(8, 2, 16, dtype="float16").eval()
+    layer.matmul_precision = {"default": "int8", "linear2": None}
+    layer.self_attn.matmul_precision = "bfloat16"
+    explanation = mha_c.explain(layer, *[np.ones((3, 8), np.float16)] * 2)
+    note = (
+        "Numbers that are multiplied: bfloat16 in self_attn.in_proj, self_attn.attention and self_attn.out_proj; "
+        "int8 in multihead_attn.in_proj, multihead_attn.out_proj and linear1; float32 in multihead_attn.attention and "
+        "linear2."
+    )
+    assert explanation.notes[-1] == note and note in " ".join(str(explanation).split())
+    assert note in explanation._repr_html_()
 
 
 def test_a_stack_is_shown(monkeypatch):

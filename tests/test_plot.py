@@ -446,6 +446,8 @@ def test_words_are_shown_as_they_are():
         (lambda w: plot.masking(w, w, item=1), "there is no item 1: the batch has 1"),
         (lambda w: plot.masking(w, w, 4), "there is no head 4"),
         (lambda w: plot.weights(np.zeros(3)), "these have shape"),
+        (lambda w: plot.weights(None), "^weights is None: call the layer with need_weights=True$"),
+        (lambda w: heads.entropy((w[0], w[0, 0])), r"tuple of 2: pass one of them, such as the weights, layer\(\.\.\.\)\[1\]$"),
         (lambda w: plot.heads(w, axes=[pyplot.gca()]), "4 heads need 4 axes"),
         (lambda w: plot.masking(w, w, axes=[pyplot.gca()]), "two axes"),
         (lambda w: plot.masking(w), "before and after"),
@@ -454,6 +456,20 @@ def test_words_are_shown_as_they_are():
 def test_refused(call, error):
     with pytest.raises((ValueError, IndexError, TypeError), match=error):
         call(random_weights(5))
+
+
+def test_explanations_of_layers_and_stacks_say_where_their_attention_is():
+    x = normal((5, 3, 8))
+    encoder = mha_c.TransformerEncoder(mha_c.TransformerEncoderLayer(8, 4, 16), 2).eval()
+    decoder_layer = mha_c.TransformerDecoderLayer(8, 4, 16).eval()
+    of_stack, of_decoder = mha_c.explain(encoder, x), mha_c.explain(decoder_layer, x, x)
+    for draw in (*DRAW_ARRAYS.values(), heads.entropy, heads.to_bertviz):
+        with pytest.raises(TypeError, match=r"pass the attention of one of them, explanation\[0\]\.self_attn$"):
+            draw(of_stack)
+        with pytest.raises(TypeError, match=r"pass the attention in it, explanation\.self_attn$"):
+            draw(of_stack[0])
+        with pytest.raises(TypeError, match=r"in it, explanation\.self_attn or explanation\.multihead_attn$"):
+            draw(of_decoder)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -80,6 +80,20 @@ def test_errors(report):
     assert "| 1,1,768,12 products of int8 | 1.0e-09 | 1.0e-06 | 1.0e-06 | 1.0e-06 |" in report.encoders_page(summary)
 
 
+def test_kinds_of_numbers_are_not_mixed(report):
+    """Other libraries take part in each of them, so one median of all would say nothing."""
+    slow = {"mha_c": [0.2] * 3, "torch": [0.1] * 3}
+    of_int8, of_bfloat16 = run("encoder, padded, products of int8", **slow), run("encoder, bfloat16", **slow)
+    summary = report.summarize(results(run("encoder", **ONE), run("encoder, padded", **ONE), of_int8, of_bfloat16))
+    assert report.headlines(summary).splitlines()[4:] == [
+        "| float32 | torch, ONNX Runtime | 1.50× | 1.50× | 0 of 2 |",
+        "| products of int8 | torch | 0.50× | 0.50× | 1 of 1 |",
+        "| bfloat16 | torch | 0.50× | 0.50× | 1 of 1 |",
+    ]
+    assert report.headlines(summary) in report.encoders_page(summary)
+    assert "No other library took part." in report.encoders_page(report.summarize(results(run(mha_c=[0.002]))))
+
+
 def test_without_others_or_an_answer_of_ours(report, tmp_path):
     lacking = run(mha_c=[1])
     del lacking["seconds"]["mha_c"]

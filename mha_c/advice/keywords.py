@@ -68,10 +68,12 @@ _PADDING: Final = {
     "decoder_attention_mask": (("tgt_key_padding_mask",),),
     "encoder_attention_mask": (("memory_key_padding_mask",),),
 }
-_SHOWING: Final = (
-    "attn_mask=attention_mask[:, None, None] != 0 instead of attention_mask=attention_mask "
-    "(if it is (N, S) and 1 marks the tokens, as in Hugging Face's models: True shows a key here)"
-)
+_SHOWING: Final = {
+    "attention_mask": "attn_mask=attention_mask[:, None, None] != 0 instead of attention_mask=attention_mask "
+    "(if it is (N, S) and 1 marks the tokens, as in Hugging Face's models: True shows a key here)",
+    "key_padding_mask": "attn_mask=~key_padding_mask[:, None, None] instead of key_padding_mask=key_padding_mask "
+    "(if it is (N, S) and True marks padding, as in layers: True shows a key here)",
+}
 
 # What Hugging Face's models call keys and values of earlier calls, and whether to keep them.
 _CACHE: Final = ("layer_past", "past_key_value", "past_key_values", "use_cache")
@@ -126,8 +128,8 @@ def _advice(name: str, value: Any, known: Collection[str]) -> str | None:
             passed = " and ".join(f"{mask}={name} == 0" for mask in masks)
             why = "if 1 marks the tokens, as in Hugging Face's models: True hides a key here"
             return f"{passed} instead of {name}={name} ({why})"
-    if name == "attention_mask" and "attn_mask" in known:
-        return _SHOWING
+    if name in _SHOWING and "attn_mask" in known:
+        return _SHOWING[name]
     meant = [own for own in known if name in _FOREIGN_NAMES.get(own, "").split()] or _most_alike(name, known)
     if not meant:
         return None

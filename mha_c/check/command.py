@@ -377,7 +377,7 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
     found: Report | _Survey
     try:
         require_torch("this command")
-        from mha_c.torch import TORCH_VERSION, one_thread
+        from mha_c.torch.convert import TORCH_VERSION, one_thread
 
         if over_grid:
             with one_thread():

@@ -122,7 +122,7 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
 def _torch_like(module: Any, layer: MultiheadAttention) -> tuple[str, str, Callable[..., Any]]:
     """torch, its version, and a function with the arguments of `attend` that it answers."""
     require_torch("check.against_torch")
-    from mha_c.torch import TORCH_VERSION, forward_in_torch
+    from mha_c.torch.convert import TORCH_VERSION, forward_in_torch
 
     torch_layer = layer if isinstance(module, MultiheadAttention) else copy.deepcopy(module).eval()
 

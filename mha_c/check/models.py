@@ -68,7 +68,8 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
     True
     """
     require_torch("check.model")
-    from mha_c.torch import TORCH_VERSION, run_both_ways
+    from mha_c.torch.convert import TORCH_VERSION
+    from mha_c.torch.record import run_both_ways
 
     runs = run_both_ways(model, inputs, call)
     comparisons = []

@@ -16,7 +16,7 @@ def require_torch(function: str) -> None:
     >>> require_torch("check.against_torch")
     """
     try:
-        from mha_c.torch import TORCH_VERSION  # noqa: F401
+        from mha_c.torch.convert import TORCH_VERSION  # noqa: F401
     except ImportError as error:
         if error.name != "torch":
             raise

@@ -90,7 +90,7 @@ def compare_transformer(module: Any, *inputs: Any, **call: Any) -> Report:
     True
     """
     require_torch("check.against_torch")
-    from mha_c.torch import TORCH_VERSION, layer_in_torch, to_torch
+    from mha_c.torch.convert import TORCH_VERSION, layer_in_torch, to_torch
 
     cls = transformer_class(module)
     assert cls is not None, "the caller asked transformer_class()"

@@ -129,7 +129,8 @@ class LayerExplanation(_WithStream):
     warnings : tuple of str
         What looks wrong: NaN and infinity, and the warnings of the attention.
     notes : tuple of str
-        Sentences about sizes, active features, and tokens with a large norm. Padded tokens do not count.
+        Sentences about sizes, active features, tokens with a large norm, and narrow products. Padded tokens do not
+        count.
     title : str
         The layer and the call, in one line.
 
@@ -280,7 +281,10 @@ class StackExplanation(_WithStream):
         return len(self.explain_layers)
 
     def __getitem__(self, index: int) -> LayerExplanation:
-        return self.explain_layers[operator.index(index)]()
+        count = len(self)
+        if not -count <= operator.index(index) < count:
+            raise IndexError(f"there is no layer {index}: there are {count}, counted from 0")
+        return self.explain_layers[index]()
 
     @property
     def notes(self) -> tuple[str, ...]:

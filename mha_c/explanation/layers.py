@@ -21,7 +21,7 @@ from mha_c.explanation.attention import explain as explain_attention
 from mha_c.explanation.layer_result import LayerExplanation, rows_of, size_of_rows, tokens_with_largest_norm
 from mha_c.explanation.result import Explanation
 from mha_c.explanation.stages import Stage
-from mha_c.explanation.words import called_explain, of_another_forward
+from mha_c.explanation.words import called_explain, of_another_forward, of_narrow_products
 from mha_c.module import Module
 from mha_c.norms import RMSNorm
 from mha_c.parameters.arrays import as_array
@@ -288,6 +288,7 @@ class _Steps:
                 f"Attention takes {of_attention:.0%} of the operations, and the two linear maps of the feed-forward "
                 f"network take {linear:.0%}."
             )
+        notes += of_narrow_products(self.original)
         if any(isinstance(module, Dropout) and module.is_active for module in self.layer.modules()):
             notes.append(
                 "Dropout is active. The layer's next call will drop the same numbers: an explanation does not count as "

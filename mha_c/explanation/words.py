@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
+from mha_c.advice.arguments import listed
 from mha_c.display.words import count, describe_call
 from mha_c.explanation.masks import Masks
-from mha_c.parameters.arrays import as_array
 from mha_c.explanation.stages import StagedCall
+from mha_c.module import Module, precisions_of
+from mha_c.parameters.arrays import as_array
+from mha_c.parameters.dtypes import computed_in
 
-__all__ = ["StageText", "Words", "called_explain", "of_another_forward"]
+__all__ = ["StageText", "Words", "called_explain", "of_another_forward", "of_narrow_products"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -36,6 +39,20 @@ def of_another_forward(layer: Any, kind: type[Any]) -> tuple[str, ...]:
     if type(layer).forward is kind.forward:
         return ()
     return (f"{name} overrides forward. This is what forward of mha_c.{kind.__name__} computes, not {name}.",)
+
+
+def of_narrow_products(layer: Module) -> tuple[str, ...]:
+    """A note on what a layer multiplies, if it has `matmul_precision`."""
+    if not precisions_of(layer):
+        return ()
+    places: dict[str, list[str]] = {}
+    for at, module in layer._places():
+        precisions, own = module._parameters.precisions, computed_in(module._parameters.dtype)
+        for name, weights in module._products(at).items():
+            place = name if at == f"{name}." else f"{at}{name}"
+            places.setdefault(precisions.get(weights[0], own.name), []).append(place)
+    said = (f"{numbers} in {listed(names)}" for numbers, names in places.items())
+    return (f"Numbers that are multiplied: {'; '.join(said)}.",)
 
 
 class StageText(NamedTuple):
@@ -176,8 +193,9 @@ class Words:
     # ---- Sentences
 
     def notes(self, masks: Masks, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
-        """Sentences: which path the layer takes, what masks hide, what dropout does."""
-        return (*self._path_notes(), *self._mask_notes(masks), *self._dropout_notes(arrays))
+        """Sentences: which path the layer takes, what it multiplies, what masks hide, what dropout does."""
+        of_products = of_narrow_products(self.call.layer)
+        return (*self._path_notes(), *of_products, *self._mask_notes(masks), *self._dropout_notes(arrays))
 
     def _path_notes(self) -> list[str]:
         few = [n for n, is_few in enumerate(self.call.paths) if is_few]

@@ -10,39 +10,25 @@ except ModuleNotFoundError as error:
         raise
     raise no_torch("mha_c.torch needs") from error
 
-from mha_c.torch.convert import (
-    TORCH_VERSION,
-    forward_in_torch,
-    from_torch,
-    layer_in_torch,
-    one_thread,
-    read_checkpoint,
-    state_dict,
-    to_torch,
-)
+from mha_c.torch.convert import forward_in_torch, from_torch, read_checkpoint, state_dict, to_torch
 from mha_c.torch.functions import attention
 from mha_c.torch.layers import ReplacedLayer
-from mha_c.torch.record import run_both_ways
 from mha_c.torch.replace import coverage, replace_attention, replace_layers, restore_attention
 from mha_c.torch.replaced import ReplacedAttention
 from mha_c.torch.transformers import register_transformers
 
 __all__ = [
-    "TORCH_VERSION",
     "ReplacedAttention",
     "ReplacedLayer",
     "attention",
     "coverage",
     "forward_in_torch",
     "from_torch",
-    "layer_in_torch",
-    "one_thread",
     "read_checkpoint",
     "register_transformers",
     "replace_attention",
     "replace_layers",
     "restore_attention",
-    "run_both_ways",
     "state_dict",
     "to_torch",
 ]
