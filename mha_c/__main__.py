@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         The exit status: of `check` 1 if mha_c and torch do not agree and 2 if nothing could be checked; 130 after
-        Ctrl-C; 1 if the output was closed, as by ``mha-c demo | head -1``.
+        Ctrl-C; 1 if the output was closed, as by ``mha-c demo | head -1``, or could not be written.
 
     Examples
     --------
@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     mha_c ...
     0
     """
+    if sys.stdout is None:  # as it is where the file descriptor was closed
+        sys.stdout = open(os.devnull, "w")
     try:
         try:
             return _run(argv)
@@ -61,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # Python flushes once more when it ends, and would fail again
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"mha-c: cannot write the output: {error.strerror}", file=sys.stderr)
+        # Python flushes once more when it ends, and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

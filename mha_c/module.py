@@ -823,7 +823,19 @@ def check_torch_module(module: Any, kind: str, instead: str, methods: Sequence[s
                 f"from_torch takes a torch.nn.{kind}, but this {module_class.__name__} overrides {name}, which could "
                 f"compute anything. {instead}"
             )
+    for path, part in module.named_modules():
+        if not all(map(_is_known_hook, (*part._forward_pre_hooks.values(), *part._forward_hooks.values()))):
+            raise TypeError(
+                f"from_torch takes a torch.nn.{kind}, but {path or 'this one'} has a forward hook, which could compute "
+                f"anything: remove it. {instead}"
+            )
     return torch
+
+
+def _is_known_hook(hook: Any) -> bool:
+    """Whether a hook makes a weight from others, as weight_norm and pruning do, or only listens, as mha_c's do."""
+    modules = [hook.__module__, *(cls.__module__ for cls in type(hook).__mro__)]
+    return any(name.startswith(("torch.nn.utils.", "mha_c.")) for name in modules)
 
 
 def _describe_module(module: Any, kind: str) -> str:

@@ -506,6 +506,13 @@ def test_command_of_a_state_dict(capsys, tmp_path):
     for wrong, words in (("none.npz", "none.npz"), ("model.pt", "MultiheadAttention.save: pass --num-heads or --config")):
         assert main(["check", str(tmp_path / wrong)]) == 2
         assert words in capsys.readouterr().err
+    assert main(["check", str(tmp_path / "layer.npz"), "--num-heads", "2"]) == 2
+    assert "layer.npz says it itself: leave out --num-heads and --config" in capsys.readouterr().err
+
+
+def test_command_without_memory(capsys, tmp_path):
+    assert main("check --embed-dim 1000000000 --num-heads 1".split()) == 2
+    assert "there is not enough memory for this check" in capsys.readouterr().err
 
 
 def test_command_of_whole_layers(capsys, monkeypatch):
@@ -554,7 +561,9 @@ def test_command_of_whole_layers_in_files(capsys, tmp_path):
     assert read.multihead_attn.batch_first and read.self_attn.batch_first
     assert read.norm_first and read.activation == "silu"
 
-    for arguments, words in (([*saved, "--num-heads", "2"], "TransformerDecoderLayer.save wrote, without --num-heads"),
+    for arguments, words in (([*saved, "--num-heads", "2"], "decoder.npz says it itself: leave out --num-heads and --config\n"),
+                             (f"check --layer decoder {tmp_path / 'model.pt'} --num-heads 2".split(),
+                              "TransformerDecoderLayer.save wrote, without --num-heads"),
                              (["check", "--layer", "encoder", saved[-1]], "decoder.npz holds a TransformerDecoderLayer, "
                               "not a TransformerEncoderLayer: use mha_c.TransformerDecoderLayer.load\n"),
                              (f"check --layer encoder {tmp_path / 'model.pt'}".split(),

@@ -44,6 +44,21 @@ def test_a_forward_of_its_own_is_refused():
         MultiheadAttention.from_torch(unusual_layers.OwnForward(8, 2))
 
 
+def test_hooks_are_refused():
+    """Those that compute a weight are torch's own, in KINDS."""
+    attention, encoder = torch.nn.MultiheadAttention(8, 2), torch.nn.TransformerEncoderLayer(8, 2, 16)
+    attention.register_forward_hook(lambda module, args, output: (output[0] * 2, output[1]))
+    encoder.linear1.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    norm = torch.nn.LayerNorm(8)
+    handle = norm.register_forward_hook(lambda module, args, output: output * 2)
+    for cls, module, name in ((MultiheadAttention, attention, "this one"), (mha_c.LayerNorm, norm, "this one"),
+                              (mha_c.TransformerEncoderLayer, encoder, "linear1")):
+        with pytest.raises(TypeError, match=f"but {name} has a forward hook, which could compute anything: remove it"):
+            cls.from_torch(module)
+    handle.remove()
+    assert mha_c.LayerNorm.from_torch(norm).normalized_shape == (8,)
+
+
 def test_replaced_layers():
     module = mha_c.torch.replace_attention(unusual_layers.Named(8, 2))
     assert MultiheadAttention.from_torch(module).num_heads == 2

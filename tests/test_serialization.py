@@ -344,6 +344,20 @@ def safetensors_file(path, header, data=b""):
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
+@pytest.mark.parametrize("length", [0x4B50, 0x17B])
+def test_safetensors_headers_of_any_length(tmp_path, length):
+    """The length comes first in the file: as that of a zip archive, "PK", or as that of an index in JSON, "{"."""
+    header, data = {}, b""
+    for name, array in mha_c.MultiheadAttention(4, 2, seed=0).state_dict().items():
+        entry = {"dtype": "F32", "shape": array.shape, "data_offsets": [len(data), len(data) + array.nbytes]}
+        header, data = {**header, name: entry}, data + array.tobytes()
+    path = tmp_path / "layer.safetensors"
+    safetensors_file(path, json.dumps(header).encode().ljust(length), data)
+    assert path.read_bytes().startswith((b"PK", b"{"))
+    layer = mha_c.MultiheadAttention.from_state_dict(path, num_heads=2)
+    np.testing.assert_array_equal(layer.out_proj.weight, mha_c.MultiheadAttention(4, 2, seed=0).out_proj.weight)
+
+
 @pytest.mark.parametrize(
     "header",
     [

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -288,6 +289,22 @@ def test_closed_output(arguments, tmp_path):
                           env={**os.environ, "PYTHONUNBUFFERED": ""})  # with it, argparse ignores the error
     os.close(write_end)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("arguments", ["demo", "info", "--help", "check --embed-dim 8 --num-heads 2"])
+def test_no_output(arguments, tmp_path):
+    """As in `mha-c demo >&-`, and on a disk that is full."""
+    if arguments.startswith("check"):
+        pytest.importorskip("torch")
+    command = f"{shlex.quote(sys.executable)} -m mha_c {arguments}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    for output, status, words in ((">&-", 0, ""), (">/dev/full", 1, "mha-c: cannot write the output: No space left on "
+                                                                    "device\n")):
+        if output == ">/dev/full" and not os.path.exists("/dev/full"):
+            continue
+        done = subprocess.run(["sh", "-c", f"exec {command} {output}"], stderr=subprocess.PIPE, cwd=tmp_path, text=True,
+                              timeout=PATIENCE, check=False, env=environment)
+        assert (done.returncode, done.stderr) == (status, words)
 
 
 def test_ctrl_c(capsys, monkeypatch):

@@ -122,7 +122,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     path = os.fspath(path)
     with ExitStack() as files:
         file = files.enter_context(_open(path))
-        is_index = file.peek(1).startswith(b"{")
+        beginning = file.peek(9)
+        is_index = beginning.startswith(b"{") and beginning[8:9] != b"{"  # where the header of a .safetensors begins
         yield _read_index(path, file, files) if is_index else _read(path, file)
 
 
@@ -187,10 +188,10 @@ def _advice_on_path(path: str) -> str:
 def _read(path: str, file: BufferedReader) -> Checkpoint:
     """What a file holds, of a kind that its first bytes tell."""
     beginning = file.read(32)
+    if beginning[8:9] == b"{":  # first: any two bytes may be the length of its header
+        return _read_safetensors(path, file)
     if beginning.startswith(b"PK"):
         return _read_zip(path, file)
-    if beginning[8:9] == b"{":
-        return _read_safetensors(path, file)
     if len(beginning) < 32:
         raise ValueError(f"cannot read {path}, which is empty or incomplete: it has {len(beginning)} bytes")
     kinds = (kind for start, kind in _OTHER_KINDS.items() if beginning.startswith(start))

@@ -19,6 +19,7 @@ from mha_c.torch.layers import (
     Classes,
     ReplacedLayer,
     activation_name,
+    are_norms_of,
     tensors_of,
 )
 from mha_c.torch.packed import AttentionShape, LayerFacts
@@ -74,7 +75,10 @@ class _LayerOfTransformers(ReplacedLayer):
     def _compute(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor | str:
-        # Those by position are encoder_hidden_states and their mask, of which only causal layers make use, and a cache.
+        # Those by position are encoder_hidden_states and their mask, of which only decoders make use, and a cache.
+        states = args[0] if args else kwargs.get("encoder_hidden_states")
+        if states is not None and getattr(self, "is_decoder", False):
+            return "cross-attention"
         if any(one is not None for one in args[2:]):
             return "cache"
         for name, argument in kwargs.items():
@@ -113,6 +117,8 @@ class _LayerOfTransformers(ReplacedLayer):
             tensors |= tensors_of(f"norm{number}", norm)
         tensors |= tensors_of("linear1", parts[names.linear1]) | tensors_of("linear2", parts[names.linear2])
         embed_dim = tensors["attention0.q_proj_weight"].shape[-1]
+        if not are_norms_of(norms, embed_dim):
+            return "unusual parameters"
         shape = AttentionShape(embed_dim, getattr(attention, names.num_heads), head_dim=head_dim)
         facts = LayerFacts((shape,), tuple(norm.eps for norm in norms))
         activation = activation_name(parts[names.activation]) or ""

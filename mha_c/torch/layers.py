@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -37,6 +37,7 @@ __all__ = [
     "ReplacedEncoderLayer",
     "ReplacedLayer",
     "activation_name",
+    "are_norms_of",
     "tensors_of",
 ]
 
@@ -154,11 +155,18 @@ class ReplacedLayer(Replaced):
         return compute(self._mha_c.packed, reading, x, memory, resolved, zeroes_padding)
 
 
+# Of layers of torch and transformers, by which their forward computes.
+_METHODS = ("_sa_block", "_mha_block", "_ff_block", "feed_forward_chunk")
+
+
 def _find_parts(layer: torch.nn.Module, classes: Mapping[str, Classes]) -> dict[str, Any] | str:
     """The parts of a layer by path, or why one of them may compute something else than its class says."""
     if _torch_module._global_forward_hooks or _torch_module._global_forward_pre_hooks:
         return "hooks of all modules"
     found: dict[str, Any] = {"": layer}
+    for name in _METHODS:
+        if name in layer.__dict__:
+            return f"overrides {name}"
     for path, known in classes.items():
         within, _, name = path.rpartition(".")
         module = found[path] = part_of(found[within], name)
@@ -175,10 +183,9 @@ def _find_parts(layer: torch.nn.Module, classes: Mapping[str, Classes]) -> dict[
             return f"{path} is a {kind.__module__}.{kind.__qualname__}"
         if module.training:
             return "training"
-        if known == NORM and len(module.normalized_shape) != 1:
-            return "unusual parameters"
-        if "forward" in module.__dict__:
-            return f"{path} overrides forward"
+        for name in ("forward", "ff_chunk"):
+            if name in module.__dict__:
+                return f"{path} overrides {name}"
         if module._forward_pre_hooks or any(map(_may_matter, module._forward_hooks.values())):
             return f"hooks of {path}"
     return found
@@ -220,6 +227,17 @@ def activation_name(value: Any) -> str | None:
     if kind.__module__ == "transformers.activations":
         return _ACTIVATIONS.get(kind.__name__)
     return torch_activation(value)
+
+
+def are_norms_of(norms: Sequence[Any], width: int) -> bool:
+    """Whether norms take rows of this width; one without parameters would not show it otherwise.
+
+    Examples
+    --------
+    >>> are_norms_of([torch.nn.LayerNorm(8)], 8), are_norms_of([torch.nn.LayerNorm((5, 8))], 8)
+    (True, False)
+    """
+    return all(norm.normalized_shape == (width,) for norm in norms)
 
 
 def tensors_of(part: str, module: Any) -> dict[str, torch.Tensor]:
@@ -265,6 +283,8 @@ class _LayerOfTorch(ReplacedLayer):
     def _read(self, parts: Mapping[str, Any]) -> LayerReading | str:
         attentions = [parts[name] for name in self._attentions]
         norms = [parts[name] for name in self._norms]
+        if not are_norms_of(norms, attentions[0].embed_dim):
+            return "unusual parameters"
         if len({bool(one.batch_first) for one in attentions}) > 1:
             return "attentions that differ in batch_first"
         tensors = {

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -294,7 +295,9 @@ class _Recorder(_PassOn):
             assert not isinstance(hint, str)  # mha_c has computed the call
             asked["attn_mask"], asked["is_causal"] = hint
             arguments = _map(lambda value: as_array(value).copy() if isinstance(value, torch.Tensor) else value, asked)
-            in_mha_c = MultiheadAttention.from_torch(module).eval()
+            bare: Any = copy.copy(module)
+            bare._forward_pre_hooks, bare._forward_hooks = OrderedDict(), OrderedDict()  # which run around this call
+            in_mha_c = MultiheadAttention.from_torch(bare).eval()
             self.runs.append(AttentionRun(name or "attention", in_mha_c, arguments, _to_arrays(ours), _to_arrays(output)))
 
         return record

@@ -158,7 +158,10 @@ def _read_padding(mask: torch.Tensor | None, x: torch.Tensor) -> LayerMasks | st
         return (Masks(~padding),)
     hidden = padding <= torch.finfo(padding.dtype).min
     # The smallest number hides a key as surely as -inf, unless all keys of an item have it.
-    hides_as_inf = bool(((padding == 0) | hidden).all() and not hidden.all(1).any())
+    is_all_hidden = bool(hidden.all(1).any())
+    if is_all_hidden and padding.dtype == torch.float16:
+        return "padding alone in float16"  # where torch rounds the sum of score and mask
+    hides_as_inf = bool(((padding == 0) | hidden).all()) and not is_all_hidden
     return (Masks(hidden if hides_as_inf else padding),)
 
 
