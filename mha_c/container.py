@@ -4,20 +4,13 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableSequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
+from mha_c._typing import Self
 from mha_c.module import Module, PrecisionOfProducts, module_from_description, module_from_torch
 from mha_c.parameters.quantization import MatmulPrecision
 from mha_c.parameters.state_dict import Part, check_description
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["Child", "Container", "ModuleList"]
 

@@ -4,13 +4,13 @@
 import math
 import operator
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
 from mha_c import _core
+from mha_c._typing import Self
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.calls import advise_on_call, warn_of_decoding
 from mha_c.advice.keywords import knows_foreign_keywords
@@ -35,13 +35,6 @@ from mha_c.parameters.quantization import MatmulPrecision, precision_of_weights
 from mha_c.parameters.schemes import Layout
 from mha_c.parameters.sets import ParameterSet, Widths, number
 from mha_c.parameters.state_dict import ATTENTION, check_description, describe_attention, described_attention
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["MultiheadAttention", "OutputProjection", "facts_of", "layer_with", "next_dropout_call", "parameters_of"]
 

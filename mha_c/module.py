@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 import numpy as np
 
+from mha_c._typing import Self
 from mha_c.parameters.arrays import Array, as_array
 from mha_c.parameters.dtypes import DTYPES, float_dtype
 from mha_c.parameters.files import write_checkpoint
@@ -34,13 +35,6 @@ from mha_c.parameters.state_dict import (
     match_state_dict,
     open_saved_layer,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = [
     "Module",

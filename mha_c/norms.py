@@ -7,13 +7,13 @@ import itertools
 import numbers
 import operator
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
+from typing import Any, ClassVar, Final, TypeAlias
 
 import numpy as np
 
 from mha_c import _core
+from mha_c._typing import Self
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.norms import advise_on_norm
@@ -34,13 +34,6 @@ from mha_c.parameters.state_dict import (
     match_state_dict,
     missing_keys,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["LayerNorm", "RMSNorm"]
 

@@ -8,12 +8,13 @@ import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
+from mha_c._typing import Self
 from mha_c.parameters.dtypes import is_real
 from mha_c.parameters.quantization import (
     ATTENTION,
@@ -25,9 +26,6 @@ from mha_c.parameters.quantization import (
     multiplied,
     take_rows,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["PARAMETERS", "SEPARATE_WEIGHTS", "ArraySet", "ParameterSet", "Widths", "integer", "number"]
 

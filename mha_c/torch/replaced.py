@@ -6,10 +6,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from mha_c._typing import Self
 from mha_c.parameters.sets import SEPARATE_WEIGHTS
 from mha_c.torch.attend import (
     Answer,
@@ -24,13 +25,6 @@ from mha_c.torch.attend import (
 from mha_c.torch.classes import class_over, torch_class_of
 from mha_c.torch.packed import PackedParameters
 from mha_c.torch.reasons import why_torch
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["Replaced", "ReplacedAttention", "part_of"]
 

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import sys
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mha_c._typing import Self
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.transformers import AttentionCall, advise_on_steps
@@ -19,13 +19,6 @@ from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.quantization import MatmulPrecision
 from mha_c.parameters.sets import integer
 from mha_c.transformer.layer import Padded, TransformerLayer, check_padded, copies_of, zero_padded_rows
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["TransformerDecoder", "TransformerDecoderLayer"]
 

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mha_c._typing import Self
 from mha_c.activations import Activation
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
@@ -35,13 +35,6 @@ from mha_c.transformer.layer import (
     truth,
     zero_padded_rows,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["TransformerEncoder", "TransformerEncoderLayer", "attention_call"]
 

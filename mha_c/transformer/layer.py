@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from mha_c import _core
+from mha_c._typing import Self
 from mha_c.activations import (
     CORE_ACTIVATIONS,
     Activation,
@@ -34,13 +34,6 @@ from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws
 from mha_c.parameters.quantization import PRODUCTS, PRODUCTS_OF_ATTENTION, MatmulPrecision, precision_of_products
 from mha_c.parameters.sets import integer
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = [
     "Norm",

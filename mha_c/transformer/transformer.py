@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mha_c._typing import Self
 from mha_c.activations import Activation
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
@@ -24,13 +24,6 @@ from mha_c.parameters.sets import integer
 from mha_c.transformer.layer import Norm, Padded, make_norm, truth
 from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
 from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer, attention_call
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["Transformer"]
 
