@@ -418,7 +418,7 @@ class MultiheadAttention(RandomModule):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        return self._parameters.widths.packed
+        return self._parameters.widths.is_stacked
 
     def _products(self, at: str) -> Mapping[str, tuple[str, ...]]:
         return self._parameters.widths.products

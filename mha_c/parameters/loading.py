@@ -17,7 +17,7 @@ from mha_c.parameters.schemes import SCHEMES, Layout, Scheme, find_layers, schem
 from mha_c.parameters.sets import PARAMETERS, SEPARATE_WEIGHTS, Widths, positive
 from mha_c.parameters.state_dict import (
     Part,
-    advice_on_packed,
+    advice_on_int8_file,
     check_names,
     loading_error,
     loading_error_for_dot,
@@ -143,7 +143,7 @@ def infer_layer(
             "pass num_heads"
         )
 
-    if widths.packed and "in_proj_weight" not in arrays:
+    if widths.is_stacked and "in_proj_weight" not in arrays:
         features = (widths.embed_dim, widths.kdim, widths.vdim)
         separate = dict(zip(SEPARATE_WEIGHTS, zip(widths.rows, features)))
         inputs, _ = match_state_dict(layer_name, separate, arrays, strict=False)
@@ -252,7 +252,7 @@ def _what_there_is(
     elif under and not (elsewhere and elsewhere[0].startswith(prefix)):
         beginning = f" that begin with {quoted([prefix])}" if prefix else ""
         yield f"The names{beginning} are {listed((quoted([name]) for name in Part(flat, prefix)), 8)}."
-        yield advice_on_packed("MultiheadAttention", under) or (
+        yield advice_on_int8_file("MultiheadAttention", under) or (
             "names=(query, key, value, output) says what to take, or two names if one weight holds the first three."
         )
 

@@ -105,7 +105,7 @@ class Widths(NamedTuple):
         )
 
     @property
-    def packed(self) -> bool:
+    def is_stacked(self) -> bool:
         """Whether in_proj_weight holds the input projections, stacked; else they are three parameters."""
         return self.kdim == self.vdim == self.embed_dim
 
@@ -133,7 +133,7 @@ class Widths(NamedTuple):
         """The shapes of the parameters by name, in the order of torch's state dict."""
         q, k, v = self.rows
         shapes: dict[str, tuple[int, ...]] = {}
-        if self.packed:
+        if self.is_stacked:
             shapes["in_proj_weight"] = (q + k + v, self.embed_dim)
         else:
             shapes["q_proj_weight"] = (q, self.embed_dim)
@@ -153,7 +153,7 @@ class Widths(NamedTuple):
     def products(self) -> dict[str, tuple[str, ...]]:
         """The names in `matmul_precision`: linear maps with the parameters that are their weights, and attention."""
         return {
-            "in_proj": ("in_proj_weight",) if self.packed else SEPARATE_WEIGHTS,
+            "in_proj": ("in_proj_weight",) if self.is_stacked else SEPARATE_WEIGHTS,
             ATTENTION: (ATTENTION,),
             "out_proj": ("out_proj.weight",),
         }
@@ -387,9 +387,9 @@ class ParameterSet(ArraySet):
 
     def _inputs_for_core(self, rows: Sequence[Any] = (slice(None),) * 3) -> tuple[Any, Any, Any]:
         """Some rows of the weights that project query, key and value, as the core takes them."""
-        names = ("in_proj_weight",) * 3 if self.widths.packed else SEPARATE_WEIGHTS
+        names = ("in_proj_weight",) * 3 if self.widths.is_stacked else SEPARATE_WEIGHTS
         stored = self.stored
-        weights = self._split(stored[names[0]]) if self.widths.packed else (stored[name] for name in names)
+        weights = self._split(stored[names[0]]) if self.widths.is_stacked else (stored[name] for name in names)
         q, k, v = (
             multiplied(take_rows(weight, chosen), self.precisions.get(name))
             for weight, chosen, name in zip(weights, rows, names)
@@ -400,7 +400,7 @@ class ParameterSet(ArraySet):
     def input_weights(self) -> _Three:
         """The weights that project query, key and value, whether they are stored as one parameter or as three."""
         arrays = self.arrays
-        if self.widths.packed:
+        if self.widths.is_stacked:
             q, k, v = self._split(arrays["in_proj_weight"])
         else:
             q, k, v = (arrays[name] for name in SEPARATE_WEIGHTS)

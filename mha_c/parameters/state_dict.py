@@ -23,7 +23,7 @@ __all__ = [
     "IncompatibleKeys",
     "OtherLayer",
     "Part",
-    "advice_on_packed",
+    "advice_on_int8_file",
     "arrays_for_file",
     "check_description",
     "check_names",
@@ -395,7 +395,7 @@ def arrays_for_file(parameters: ArraySet, at: str, packed: bool) -> dict[str, ND
     return arrays
 
 
-def advice_on_packed(layer_name: str, names: Iterable[str]) -> str:
+def advice_on_int8_file(layer_name: str, names: Iterable[str]) -> str:
     """What to write where a file of `save(path, packed=True)` is taken for a state dict; nothing for other names."""
     numbers, _ = _quantized_names("")
     if not any(name.endswith(numbers) for name in names):

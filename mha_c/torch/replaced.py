@@ -29,7 +29,7 @@ from mha_c.torch.reasons import why_torch
 __all__ = ["Replaced", "ReplacedAttention", "part_of"]
 
 _OWN = ("in_proj_bias", "bias_k", "bias_v")
-_PACKED = ("in_proj_weight", *_OWN)
+_STACKED = ("in_proj_weight", *_OWN)
 _SEPARATE = (*SEPARATE_WEIGHTS, *_OWN)
 
 
@@ -280,7 +280,7 @@ class ReplacedAttention(Replaced, torch.nn.MultiheadAttention):
 
     def _tensors(self, out_proj: torch.nn.Module) -> dict[str, torch.Tensor]:
         """What torch's forward would read, by the names of the state dict, without its hooks."""
-        names = _PACKED if self._qkv_same_embed_dim else _SEPARATE
+        names = _STACKED if self._qkv_same_embed_dim else _SEPARATE
         found = {name: _attribute(self, name) for name in names}
         found["out_proj.weight"] = _attribute(out_proj, "weight")
         found["out_proj.bias"] = _attribute(out_proj, "bias")
