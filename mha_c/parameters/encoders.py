@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mha_c.parameters.dtypes import joined
 from mha_c.parameters.encoder_names import LIBRARIES, MODELS, Model, Names, find_encoder_layers
-from mha_c.parameters.loading import arrays_in, infer_layer, listed, read_array
+from mha_c.parameters.loading import arrays_in, first_of, infer_layer, read_array
 from mha_c.parameters.options import number_in, open_config, options_shown_by_names, read_config, refusal
 from mha_c.parameters.schemes import find_layers
 from mha_c.parameters.sets import Widths
@@ -253,8 +253,8 @@ def _only(
         raise loading_error_for_dot(layer_name, prefix)
     if not meant:
         _refuse_unknown(layer_name, flat, prefix, config)
-    choice = listed((f"prefix={quoted([place])}" for place in encoders or places), 3)
-    names = listed((quoted([name]) for name in Part(flat, prefix)), 8)
+    choice = first_of((f"prefix={quoted([place])}" for place in encoders or places), 3)
+    names = first_of((quoted([name]) for name in Part(flat, prefix)), 8)
     if meant:
         several = f"several {'stacks of layers' if number else 'layers'}: choose one of {choice}."
         raise loading_error(layer_name, [f"prefix={quoted([prefix])} matches {several}"])

@@ -27,7 +27,7 @@ from mha_c.parameters.state_dict import (
 )
 from mha_c.parameters.stored import Opaque, StoredArray
 
-__all__ = ["arrays_in", "infer_layer", "listed", "read_array"]
+__all__ = ["arrays_in", "first_of", "infer_layer", "read_array"]
 
 _BIASES: Final = ("in_proj_bias", "out_proj.bias")
 _EXTRA_KEY: Final = ("bias_k", "bias_v")
@@ -245,24 +245,24 @@ def _what_there_is(
         yield missing_keys([prefix + "in_proj_weight"]).strip()
     elsewhere = found or sorted(find_layers(flat), key=lambda start: not start.startswith(prefix))
     if elsewhere:
-        yield f"It has layers with {listed((f'prefix={quoted([start])}' for start in elsewhere), 3)}."
+        yield f"It has layers with {first_of((f'prefix={quoted([start])}' for start in elsewhere), 3)}."
     if not any(_is_array(value) for value in flat.values()):
         other = (f"{quoted([str(name)])} ({_kind(value)})" for name, value in state_dict.items())
-        yield f"It holds no arrays{', but ' if state_dict else ''}{listed(other, 8)}."
+        yield f"It holds no arrays{', but ' if state_dict else ''}{first_of(other, 8)}."
     elif under and not (elsewhere and elsewhere[0].startswith(prefix)):
         beginning = f" that begin with {quoted([prefix])}" if prefix else ""
-        yield f"The names{beginning} are {listed((quoted([name]) for name in Part(flat, prefix)), 8)}."
+        yield f"The names{beginning} are {first_of((quoted([name]) for name in Part(flat, prefix)), 8)}."
         yield advice_on_int8_file("MultiheadAttention", under) or (
             "names=(query, key, value, output) says what to take, or two names if one weight holds the first three."
         )
 
 
-def listed(words: Iterable[str], most: int) -> str:
+def first_of(words: Iterable[str], most: int) -> str:
     """The first words in a sentence, and how many more there are.
 
     Examples
     --------
-    >>> listed(["a", "b", "c"], 2)
+    >>> first_of(["a", "b", "c"], 2)
     'a, b and 1 more'
     """
     words = list(words)
