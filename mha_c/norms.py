@@ -215,9 +215,7 @@ class _Norm(Module):
     @classmethod
     def _find(cls, tensors: Mapping[str, Any], prefix: str, strict: bool, will_cast: bool) -> dict[str, Array]:
         """The parameters of a layer by torch's names, perhaps among those of other layers."""
-        check_names(tensors)
-        if not isinstance(prefix, str):
-            raise TypeError(f"prefix must be a string, but got {prefix!r}")
+        check_names(tensors, prefix)
         for is_flat, names in itertools.product((False, True), _NAMES):
             part = Part(arrays_in(tensors) if is_flat else tensors, prefix)
             if names[0] in part:

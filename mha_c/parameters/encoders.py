@@ -214,9 +214,7 @@ def infer_encoder_layer(
 
 def _arrays(state_dict: Mapping[str, Any], prefix: Any) -> dict[str, Any]:
     """The arrays by names with dots; BERT's norms may have TensorFlow's names."""
-    check_names(state_dict)
-    if not isinstance(prefix, str):
-        raise TypeError(f"prefix must be a string, but got {prefix!r}")
+    check_names(state_dict, prefix)
     torchs = {"gamma": "weight", "beta": "bias"}
     return {
         re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda match: torchs[match[0]], name): array

@@ -117,9 +117,7 @@ def infer_layer(
     >>> widths.head_dim, {name: array.shape for name, array in arrays.items()}
     (2, {'in_proj_weight': (12, 4), 'out_proj.weight': (4, 4)})
     """
-    check_names(state_dict)
-    if not isinstance(prefix, str):
-        raise TypeError(f"prefix must be a string, but got {prefix!r}")
+    check_names(state_dict, prefix)
     if layout not in (None, "stacked", "per_head"):
         raise ValueError(f'layout must be "stacked" or "per_head", but got {layout!r}')
     place = _find(layer_name, state_dict, prefix, SCHEMES if names is None else schemes_named(names))

@@ -265,13 +265,15 @@ def described_attention(
     return parameters, {name: description[name] for name in ATTENTION if name not in told}
 
 
-def check_names(state_dict: Any) -> None:
+def check_names(state_dict: Any, prefix: Any = "") -> None:
     if not isinstance(state_dict, Mapping):
         cure = " Pass its state_dict()." if hasattr(state_dict, "state_dict") else ""
         raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.{cure}")
     for name in state_dict:
         if not isinstance(name, str):
             raise TypeError(f"the names in a state dict are strings, but one is {name!r}")
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, but got {prefix!r}")
 
 
 def missing_keys(names: Iterable[str]) -> str:
