@@ -12,10 +12,10 @@ import numpy as np
 
 from mha_c._typing import Self
 from mha_c.advice.keywords import knows_foreign_keywords
-from mha_c.module import Module, Option, check_torch_module, flag, lock
+from mha_c.module import Module, Option, check_torch_module, lock
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import flag, integer, number
 from mha_c.parameters.dtypes import computed_in
-from mha_c.parameters.sets import integer, number
 from mha_c.parameters.state_dict import check_description
 
 __all__ = ["Dropout", "RandomModule", "seeds_for"]

@@ -24,16 +24,16 @@ from mha_c.module import (
     check_memory,
     check_torch_module,
     dtypes_for,
-    flag,
 )
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.initialization import initial_parameters
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import flag, number
 from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.loading import infer_layer
 from mha_c.parameters.quantization import MatmulPrecision, precision_of_weights
 from mha_c.parameters.schemes import Layout
-from mha_c.parameters.sets import ParameterSet, Widths, number
+from mha_c.parameters.sets import ParameterSet, Widths
 from mha_c.parameters.state_dict import ATTENTION, check_description, describe_attention, described_attention
 
 __all__ = ["MultiheadAttention", "OutputProjection", "facts_of", "layer_with", "next_dropout_call", "parameters_of"]
@@ -254,7 +254,7 @@ class MultiheadAttention(RandomModule):
         widths = Widths.from_arguments(embed_dim, num_heads, kdim, vdim, head_dim, v_head_dim, out_dim, num_kv_heads)
         check_device(device)
         real = float_dtype(dtype)
-        shapes = widths.shapes(bool(flag("bias", bias)), bool(flag("add_bias_kv", add_bias_kv)))
+        shapes = widths.shapes(flag("bias", bias), flag("add_bias_kv", add_bias_kv))
         check_memory(shapes, real, f"embed_dim={widths.embed_dim:,}")
         precisions = precision_of_weights(matmul_precision, widths.products)
         arrays = initial_parameters(shapes, real, seed)
@@ -631,10 +631,10 @@ class MultiheadAttention(RandomModule):
             "dropout": (self.dropout, 0.0),
             "bias": ("out_proj.bias" in self._parameters.shapes, True),
             "add_bias_kv": ("bias_k" in self._parameters.shapes, False),
-            "add_zero_attn": (bool(self.add_zero_attn), False),
+            "add_zero_attn": (self.add_zero_attn, False),
             "kdim": (w.kdim, w.embed_dim),
             "vdim": (w.vdim, w.embed_dim),
-            "batch_first": (bool(self.batch_first), False),
+            "batch_first": (self.batch_first, False),
             "masked_rows": (self.masked_rows, "torch"),
             "head_dim": (w.head_dim, w.embed_dim / w.num_heads),
             "v_head_dim": (w.v_head_dim, w.head_dim),
@@ -738,8 +738,8 @@ def facts_of(layer: MultiheadAttention, whole: Module | None = None) -> dict[str
         "num_heads": widths.num_heads,
         "features": (widths.embed_dim, widths.kdim, widths.vdim),
         "parameters": arrays.values(),
-        "extra_keys": ("bias_k" in arrays) + bool(layer.add_zero_attn),
-        "batch_first": bool(layer.batch_first),
+        "extra_keys": ("bias_k" in arrays) + layer.add_zero_attn,
+        "batch_first": layer.batch_first,
         "other_dtypes": dtypes_for(layer if whole is None else whole),
     }
 

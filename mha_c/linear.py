@@ -23,10 +23,11 @@ from mha_c.module import (
     dtypes_for,
 )
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import integer
 from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.initialization import initial_linear
 from mha_c.parameters.quantization import MAPS, Precision, Weight, precision_of_weights
-from mha_c.parameters.sets import ArraySet, integer
+from mha_c.parameters.sets import ArraySet
 from mha_c.parameters.state_dict import check_description, match_saved_arrays
 
 __all__ = ["Linear"]

@@ -17,6 +17,7 @@ import numpy as np
 
 from mha_c._typing import Self
 from mha_c.parameters.arrays import Array, as_array
+from mha_c.parameters.checks import flag
 from mha_c.parameters.dtypes import DTYPES, float_dtype
 from mha_c.parameters.files import write_checkpoint
 from mha_c.parameters.quantization import (
@@ -45,7 +46,6 @@ __all__ = [
     "check_memory",
     "check_torch_module",
     "dtypes_for",
-    "flag",
     "lock",
     "module_from_description",
     "module_from_torch",
@@ -137,13 +137,6 @@ class PrecisionOfProducts(property):
 
         # Checkers do not take a literal of a dict for MatmulPrecision here.
         def __set__(self, layer: Any, value: Precision | Mapping[str, str | None] | None) -> None: ...
-
-
-def flag(name: str, value: Any) -> bool:
-    """Any object that Python can test for truth, as in torch, except text: "no" would be true."""
-    if isinstance(value, str):
-        raise TypeError(f"{name} must be True or False, but got {value!r}")
-    return value  # type: ignore[no-any-return]
 
 
 _kinds: Final[dict[str, type["Module"]]] = {}
@@ -569,7 +562,7 @@ class Module:
         return f"make a {cls._kind} with its arguments, and pass the arrays of the file to load_state_dict"
 
     def _full_description(self) -> dict[str, Any]:
-        described = {"layer": self._kind, **self._description(), "training": bool(self.training)}
+        described = {"layer": self._kind, **self._description(), "training": self.training}
         if self._parameters.precisions:
             described["matmul_precision"] = self.matmul_precision  # type: ignore[attr-defined]
         return described

@@ -19,11 +19,12 @@ from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.norms import advise_on_norm
 from mha_c.module import Module, Option, Parameter, check_device, check_memory, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import number
 from mha_c.parameters.dtypes import computed_in, float_dtype, trained_dtype
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.loading import arrays_in, read_array
 from mha_c.parameters.quantization import Weight
-from mha_c.parameters.sets import ArraySet, number
+from mha_c.parameters.sets import ArraySet
 from mha_c.parameters.state_dict import (
     Part,
     check_description,

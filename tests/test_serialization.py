@@ -119,6 +119,12 @@ def test_arguments_of_numpy_can_be_saved(tmp_path):
     module.save(tmp_path / "layer.npz")
     loaded = mha_c.MultiheadAttention.load(tmp_path / "layer.npz")
     assert (loaded.dropout, loaded.batch_first) == (0.5, True)
+    for flags in ({"batch_first": 1, "add_zero_attn": 0}, {"batch_first": np.bool_(False), "add_zero_attn": [3]}):
+        module = mha_c.MultiheadAttention(8, 2, **flags)
+        module.save(tmp_path / "layer.npz")
+        loaded = mha_c.MultiheadAttention.load(tmp_path / "layer.npz")
+        for name, value in flags.items():
+            assert getattr(module, name) is getattr(loaded, name) is bool(value)
 
 
 @pytest.mark.parametrize("options", TORCH_OPTIONS, ids=str)

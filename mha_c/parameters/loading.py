@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c.parameters.arrays import as_array
+from mha_c.parameters.checks import positive
 from mha_c.parameters.dtypes import is_real, joined
 from mha_c.parameters.options import Config, options_shown_by_names, read_config, refusal, usual
 from mha_c.parameters.schemes import SCHEMES, Layout, Scheme, find_layers, schemes_named
-from mha_c.parameters.sets import PARAMETERS, SEPARATE_WEIGHTS, Widths, positive
+from mha_c.parameters.sets import PARAMETERS, SEPARATE_WEIGHTS, Widths
 from mha_c.parameters.state_dict import (
     Part,
     advice_on_int8_file,

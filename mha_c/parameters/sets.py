@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from mha_c import _core
 from mha_c._typing import Self
+from mha_c.parameters.checks import integer, number, positive
 from mha_c.parameters.dtypes import is_real
 from mha_c.parameters.quantization import (
     ATTENTION,
@@ -27,7 +27,7 @@ from mha_c.parameters.quantization import (
     take_rows,
 )
 
-__all__ = ["PARAMETERS", "SEPARATE_WEIGHTS", "ArraySet", "ParameterSet", "Widths", "integer", "number"]
+__all__ = ["PARAMETERS", "SEPARATE_WEIGHTS", "ArraySet", "ParameterSet", "Widths"]
 
 SEPARATE_WEIGHTS: Final = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -176,30 +176,6 @@ class Widths(NamedTuple):
             "out_proj.weight": f"({out}, H·{dv})",
             "out_proj.bias": f"({out},)",
         }
-
-
-def number(name: str, value: Any, expected: str = "a number") -> Any:
-    """The value of an argument that must be a real number."""
-    try:
-        math.fabs(value)
-    except TypeError:
-        raise TypeError(f"{name} must be {expected}, but got {value!r}") from None
-    return value
-
-
-def integer(name: str, value: Any) -> int:
-    """The value of an argument that must be an int, or something that stands for one."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, but got {value!r}") from None
-
-
-def positive(name: str, value: Any) -> int:
-    """The value of an argument that must be an int above 0."""
-    if integer(name, value) <= 0:
-        raise ValueError(f"{name} must be greater than 0, but got {value}")
-    return operator.index(value)
 
 
 def _ways_to_divide(embed_dim: int, num_heads: int) -> str:

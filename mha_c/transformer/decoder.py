@@ -16,8 +16,8 @@ from mha_c.layer import MultiheadAttention, facts_of
 from mha_c.module import Module, Option, check_torch_module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import integer
 from mha_c.parameters.quantization import MatmulPrecision
-from mha_c.parameters.sets import integer
 from mha_c.transformer.layer import Padded, TransformerLayer, check_padded, copies_of, zero_padded_rows
 
 __all__ = ["TransformerDecoder", "TransformerDecoderLayer"]

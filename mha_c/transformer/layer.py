@@ -27,13 +27,13 @@ from mha_c.container import Child, Container, ModuleList
 from mha_c.dropout import Dropout, seeds_for
 from mha_c.layer import MaskedRows, MultiheadAttention
 from mha_c.linear import Linear
-from mha_c.module import Module, Option, check_torch_module, flag
+from mha_c.module import Module, Option, check_torch_module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import flag, integer
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws
 from mha_c.parameters.quantization import PRODUCTS, PRODUCTS_OF_ATTENTION, MatmulPrecision, precision_of_products
-from mha_c.parameters.sets import integer
 
 __all__ = [
     "Norm",
@@ -44,17 +44,11 @@ __all__ = [
     "is_padding",
     "make_norm",
     "transform",
-    "truth",
     "zero_padded_rows",
 ]
 
 Norm: TypeAlias = Literal["layer", "rms"]
 Padded: TypeAlias = Literal["zero", "computed"]
-
-
-def truth(name: str, value: Any) -> bool:
-    """True or False from any object that Python can test for truth, except text."""
-    return bool(flag(name, value))
 
 
 def check_padded(name: str, value: Any) -> Padded | None:
@@ -151,7 +145,7 @@ class TransformerLayer(Container):
     linear1 = Child[Linear]("linear1", "The first map of the feed-forward network.")
     dropout = Child[Dropout]("dropout", "The dropout between the two maps.")
     linear2 = Child[Linear]("linear2", "The second map of the feed-forward network.")
-    norm_first = Option("norm_first", truth, "Whether norms come before attention and feed-forward, or after them")
+    norm_first = Option("norm_first", flag, "Whether norms come before attention and feed-forward, or after them")
     activation = Option("activation", check_activation, "The activation between the two maps, a name or a callable")
     padded = Option("padded", check_padded, "What the padded rows of the output hold")
 

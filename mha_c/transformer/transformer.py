@@ -17,11 +17,11 @@ from mha_c.dropout import seeds_for
 from mha_c.layer import MaskedRows
 from mha_c.module import Module, Option, check_device, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array
+from mha_c.parameters.checks import flag, integer
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws, reset_matrices
 from mha_c.parameters.quantization import MatmulPrecision
-from mha_c.parameters.sets import integer
-from mha_c.transformer.layer import Norm, Padded, make_norm, truth
+from mha_c.transformer.layer import Norm, Padded, make_norm
 from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
 from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer, attention_call
 
@@ -104,7 +104,7 @@ class Transformer(Container):
     decoder = Child[TransformerDecoder]("decoder", "The decoder.")
     d_model = Option("d_model", integer, "Features of the inputs and the output")
     nhead = Option("nhead", integer, "Number of heads")
-    batch_first = Option("batch_first", truth, "Whether inputs are (N, S, E) rather than (S, N, E)")
+    batch_first = Option("batch_first", flag, "Whether inputs are (N, S, E) rather than (S, N, E)")
 
     _kind = "Transformer"
     _child_names = ("encoder", "decoder")
