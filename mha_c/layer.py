@@ -429,6 +429,7 @@ class MultiheadAttention(RandomModule):
         cls,
         state_dict: Mapping[str, Any] | str | os.PathLike[str],
         prefix: str = "",
+        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
         *,
         num_heads: int | None = None,
         names: Sequence[str] | None = None,
@@ -441,7 +442,6 @@ class MultiheadAttention(RandomModule):
         masked_rows: MaskedRows = "torch",
         head_dim: int | None = None,
         num_kv_heads: int | None = None,
-        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
         layout: Layout | None = None,
         matmul_precision: MatmulPrecision | None = None,
     ) -> Self:
@@ -459,6 +459,9 @@ class MultiheadAttention(RandomModule):
         prefix : str, default ""
             The beginning of the layer's names, including the dot, such as ``"encoder.layers.0.self_attn."``. More may
             precede it, such as ``"model."``, if there is only one such layer.
+        config : mapping of str to object, or str or path-like, optional
+            The configuration of a Hugging Face model, or its ``config.json``. It gives `num_heads`, `num_kv_heads` and
+            `head_dim`, and shows whether the model computes something that this layer does not.
         num_heads : int, optional
             Number of heads. It is needed unless `config`, or the shape of Flax's or Keras's kernels, gives it.
         names : sequence of str, optional
@@ -481,9 +484,6 @@ class MultiheadAttention(RandomModule):
         head_dim, num_kv_heads : int, optional
             Only needed if one weight holds query, key and value, and value heads and key heads differ in width. One of
             the two is then enough.
-        config : mapping of str to object, or str or path-like, optional
-            The configuration of a Hugging Face model, or its ``config.json``. It gives `num_heads`, `num_kv_heads` and
-            `head_dim`, and shows whether the model computes something that this layer does not.
         layout : {"stacked", "per_head"}, optional
             How one weight holds several projections: "stacked", one below the other, as in timm and GPT-2; "per_head",
             head by head, as in GPT-NeoX, BLOOM and Falcon. It is needed if the name of the weight does not show it.

@@ -214,6 +214,7 @@ def test_where_models_use_the_names_of_others(names, prefix, option):
     assert error_of(state, num_heads=4)[0] is NotImplementedError
     assert from_state_dict(state, num_heads=4, names=names, strict=False).num_heads == 4
     assert from_state_dict(state, config={"num_attention_heads": 4}).num_heads == 4
+    assert mha_c.MultiheadAttention.from_state_dict(state, "", {"num_attention_heads": 4}).num_heads == 4  # as an encoder's
     plain = {name.removeprefix(prefix): array for name, array in state.items()}
     for other in ("encoder.layers.0.attn.", "transformer.attn.", "blocks.0.attn."):
         moved = {other + name: array for name, array in plain.items()}
