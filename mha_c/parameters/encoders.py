@@ -28,12 +28,13 @@ from mha_c.parameters.state_dict import (
     quoted,
 )
 
-__all__ = ["infer_encoder", "infer_encoder_layer"]
+__all__ = ["ACTIVATIONS", "infer_encoder", "infer_encoder_layer"]
 
 _LAYERS: Final = ("encoder_layers", "num_hidden_layers", "n_layers")
 _ACTIVATION: Final = ("hidden_act", "activation_function", "activation")
 _EPS: Final = "layer_norm_eps"
-_ACTIVATIONS: Final = {
+# What Hugging Face calls the activations of mha_c.
+ACTIVATIONS: Final = {
     "relu": "relu",
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -369,8 +370,8 @@ def _told(
 def _activation(config: Mapping[str, Any], given: Any) -> str | None:
     """The activation that a config names."""
     name = next((config[entry] for entry in _ACTIVATION if entry in config), None)
-    if name is None or isinstance(name, str) and name in _ACTIVATIONS:
-        return _ACTIVATIONS[name] if name else None
+    if name is None or isinstance(name, str) and name in ACTIVATIONS:
+        return ACTIVATIONS[name] if name else None
     if given is None:
         raise NotImplementedError(f"config has the activation {name!r}, which mha_c does not know: pass activation=")
     return None

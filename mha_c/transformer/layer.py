@@ -62,7 +62,9 @@ def make_norm(norm: Any, d_model: int, eps: float, bias: bool, device: Any, dtyp
         return LayerNorm(d_model, eps, bias=bias, device=device, dtype=dtype)
     if norm == "rms":
         return RMSNorm(d_model, eps, device=device, dtype=dtype)
-    raise ValueError(f'norm must be "layer" or "rms", but got {norm!r}')
+    meant = getattr(norm, "__name__", str(norm)).lower().removesuffix("norm").rstrip("_")
+    cure = f': write "{meant}"' if meant in ("layer", "rms") else ""
+    raise ValueError(f'norm must be "layer" or "rms", but got {norm!r}{cure}')
 
 
 def is_padding(key_padding_mask: AnyArray) -> Array:
