@@ -674,10 +674,12 @@ def test_short_names_of_dtypes(given, write):
     ("float32", "write None for products of float32"), ("fp32", "write None for products of float32"), ("int4", ""),
 ])
 def test_other_precisions_of_products(given, cure):
-    for value in (given, {"in_proj": given}):
-        words = refusal(lambda: M(8, 2, matmul_precision=value))
-        assert words == ('matmul_precision must be None, "bfloat16", "int8", or a mapping of names to these, but got '
-                         f"{given!r}{': ' if cure else ''}{cure}")
+    got = f"but got {given!r}{': ' if cure else ''}{cure}"
+    assert refusal(lambda: M(8, 2, matmul_precision=given)) == (
+        f'matmul_precision must be None, "bfloat16", "int8", or a mapping of names to these, {got}')
+    for name in ("in_proj", "default"):
+        assert refusal(lambda: M(8, 2, matmul_precision={name: given})) == (
+            f'matmul_precision["{name}"] must be None, "bfloat16" or "int8", {got}')
 
 
 def test_precisions_of_torch():
