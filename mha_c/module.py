@@ -755,12 +755,17 @@ def module_from_description(description: Mapping[str, Any], content: Mapping[str
 
 def module_from_torch(module: Any) -> Module:
     """A layer from a layer of torch, of the same name."""
+    cls = _class_for(module)
+    if cls is None:
+        raise TypeError(f"from_torch takes layers that mha_c has, but got {_name_of_class(module)}")
+    made: Module = cls.from_torch(module)  # type: ignore[attr-defined]  # each of them has it
+    return made
+
+
+def _class_for(module: Any) -> type[Module] | None:
+    """The class of this package for a layer of torch, by its name."""
     nn: Any = getattr(sys.modules.get("torch"), "nn", None)
-    for kind, cls in _kinds.items():
-        if isinstance(module, getattr(nn, kind, ())):
-            made: Module = cls.from_torch(module)  # type: ignore[attr-defined]  # each of them has it
-            return made
-    raise TypeError(f"from_torch takes layers that mha_c has, but got {_name_of_class(module)}")
+    return next((cls for kind, cls in _kinds.items() if isinstance(module, getattr(nn, kind, ()))), None)
 
 
 def _is_device(value: Any) -> bool:
@@ -814,9 +819,13 @@ def check_torch_module(module: Any, kind: str, instead: str, methods: Sequence[s
 
 
 def _describe_module(module: Any, kind: str) -> str:
-    """The class of a module, and the layers of a kind of torch's in it; or how to read it, if it is of transformers."""
+    """The class of a module, and the layers of a kind of torch's in it; or what takes it, if it is something else."""
     torch = sys.modules.get("torch")
+    if isinstance(module, type):
+        return f"the class {module.__module__}.{module.__qualname__}: pass a layer"
     described = _name_of_class(module)
+    if isinstance(module, Mapping | str | os.PathLike):
+        return f"{described}: parameters alone are for {_reader(kind)}"
     if torch is None or not isinstance(module, torch.nn.Module):
         return described
     names = [name for name, part in module.named_modules() if isinstance(part, getattr(torch.nn, kind, ()))]
@@ -824,10 +833,16 @@ def _describe_module(module: Any, kind: str) -> str:
         if kind in _OF_TRANSFORMERS and described.startswith("transformers."):
             reader = f"{kind}.from_state_dict(module.state_dict(), config=model.config.to_dict())"
             described += f". For a module of transformers, write {reader}"
-        return described
+        cls = _class_for(module)
+        return f"{described}, which mha_c.{cls._kind}.from_torch takes" if cls else described
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     which = "one of them" if len(names) > 1 else "that layer"
     return f"{described}. It holds {', '.join(names[:3])}{more}: pass {which}"
+
+
+def _reader(kind: str) -> str:
+    """What reads a state dict into a layer of a kind, in code."""
+    return f"{kind}.from_state_dict" if hasattr(_kinds.get(kind), "from_state_dict") else "a layer's load_state_dict"
 
 
 def _name_of_class(module: Any) -> str:
