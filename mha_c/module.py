@@ -31,8 +31,10 @@ from mha_c.parameters.sets import ArraySet
 from mha_c.parameters.state_dict import (
     IncompatibleKeys,
     OtherLayer,
+    advice_on_saved_file,
     arrays_for_file,
     check_description,
+    check_names,
     match_state_dict,
     open_saved_layer,
 )
@@ -356,7 +358,7 @@ class Module:
         RuntimeError
             If names (with `strict`) or shapes differ; the message has torch's words.
         TypeError
-            If `state_dict` is not a mapping.
+            If `state_dict` is not a mapping. A file is read by `load` or, where a class has it, by `from_state_dict`.
 
         Examples
         --------
@@ -365,6 +367,13 @@ class Module:
         >>> attention.load_state_dict(mha_c.MultiheadAttention(8, 2).state_dict())
         <All keys matched successfully>
         """
+        if isinstance(state_dict, str | os.PathLike):
+            name = type(self).__name__
+            others = f", {name}.from_state_dict a checkpoint" if hasattr(self, "from_state_dict") else ""
+            raise TypeError(
+                f"Expected state_dict to be dict-like, got {type(state_dict)}. This is a path: {name}.load reads a "
+                f"file of save{others}."
+            )
         return self._take(state_dict, strict)
 
     def _take(
@@ -375,7 +384,10 @@ class Module:
     ) -> IncompatibleKeys:
         """Replace the parameters, and also the precisions if `_precisions` gave them. Weights are quantized once."""
         shapes = {at + name: shape for at, one in self._places() for name, shape in one._parameters.shapes.items()}
-        arrays, incompatible = match_state_dict(type(self).__name__, shapes, state_dict, strict, will_cast=True)
+        check_names(state_dict)
+        layer_name = type(self).__name__
+        advice = advice_on_saved_file(layer_name, state_dict)
+        arrays, incompatible = match_state_dict(layer_name, shapes, state_dict, strict, advice, will_cast=True)
 
         def found(at: str, module: Module) -> dict[str, Array]:
             return {name: arrays[at + name] for name in module._parameters.shapes if at + name in arrays}

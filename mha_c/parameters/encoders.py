@@ -19,7 +19,7 @@ from mha_c.parameters.schemes import find_layers
 from mha_c.parameters.sets import Widths
 from mha_c.parameters.state_dict import (
     Part,
-    advice_on_int8_file,
+    advice_on_saved_file,
     check_names,
     loading_error,
     loading_error_for_dot,
@@ -259,7 +259,7 @@ def _only(
         raise loading_error(layer_name, [f"prefix={quoted([prefix])} matches {several}"])
     words = f"no encoder layers that mha_c knows fit prefix={quoted([prefix])}."
     found = f"It has {choice}." if choice else f"The names are {names or 'others'}."
-    raise loading_error(layer_name, [" ".join([words, advice_on_int8_file(layer_name, Part(flat, prefix)) or found])])
+    raise loading_error(layer_name, [" ".join([words, advice_on_saved_file(layer_name, Part(flat, prefix)) or found])])
 
 
 def _cross_attention(flat: Mapping[str, Any], start: str) -> str:

@@ -18,7 +18,7 @@ from mha_c.parameters.schemes import SCHEMES, Layout, Scheme, find_layers, schem
 from mha_c.parameters.sets import PARAMETERS, SEPARATE_WEIGHTS, Widths
 from mha_c.parameters.state_dict import (
     Part,
-    advice_on_int8_file,
+    advice_on_saved_file,
     check_names,
     loading_error,
     loading_error_for_dot,
@@ -226,7 +226,7 @@ def _what_there_is(
     elif under and not (elsewhere and elsewhere[0].startswith(prefix)):
         beginning = f" that begin with {quoted([prefix])}" if prefix else ""
         yield f"The names{beginning} are {first_of((quoted([name]) for name in Part(flat, prefix)), 8)}."
-        yield advice_on_int8_file("MultiheadAttention", under) or (
+        yield advice_on_saved_file("MultiheadAttention", under) or (
             "names=(query, key, value, output) says what to take, or two names if one weight holds the first three."
         )
 

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mha_c.parameters.files import open_checkpoint
+from mha_c.parameters.files import CONFIG, open_checkpoint
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.quantization import Quantized, Weight, precision_of_weights, quantized
@@ -23,7 +23,7 @@ __all__ = [
     "IncompatibleKeys",
     "OtherLayer",
     "Part",
-    "advice_on_int8_file",
+    "advice_on_saved_file",
     "arrays_for_file",
     "check_description",
     "check_names",
@@ -397,12 +397,12 @@ def arrays_for_file(parameters: ArraySet, at: str, packed: bool) -> dict[str, ND
     return arrays
 
 
-def advice_on_int8_file(layer_name: str, names: Iterable[str]) -> str:
-    """What to write where a file of `save(path, packed=True)` is taken for a state dict; nothing for other names."""
+def advice_on_saved_file(layer_name: str, names: Collection[str]) -> str:
+    """What to write where what `save` wrote is taken for a state dict; nothing for other names."""
     numbers, _ = _quantized_names("")
-    if not any(name.endswith(numbers) for name in names):
-        return ""
-    return f"It holds int8 weights, which save(path, packed=True) wrote: read it with {layer_name}.load."
+    if any(name.endswith(numbers) for name in names):
+        return f"It holds int8 weights, which save(path, packed=True) wrote: read it with {layer_name}.load."
+    return f"This is what save wrote: read it with {layer_name}.load." if CONFIG in names else ""
 
 
 def _quantized_names(name: str) -> tuple[str, str]:
