@@ -202,6 +202,7 @@ class Dropout(RandomModule):
     __call__ = forward
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any) -> Self:
         """Make a layer from a layer of torch, with its probability and training mode.
 

@@ -570,6 +570,7 @@ class MultiheadAttention(RandomModule):
         return cls._from_parameters(parameters, **arguments)
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 

@@ -212,6 +212,7 @@ class Linear(Module):
     __call__ = forward
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: Precision | None = None) -> Self:
         """Make a layer from a layer of torch, with its parameters and training mode.
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 import numpy as np
 
 from mha_c._typing import Self
+from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.parameters.arrays import Array, as_array
 from mha_c.parameters.checks import flag
 from mha_c.parameters.dtypes import DTYPES, float_dtype
@@ -626,6 +627,7 @@ class Module:
         write_checkpoint(path, arrays, json.dumps(self._full_description()))
 
     @classmethod
+    @knows_foreign_keywords
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Load a layer that `save` wrote: its parameters bit for bit, its arguments and its training mode.
 

@@ -253,6 +253,7 @@ class _Norm(Module):
         return cls._from_parameters(_Parameters(arrays, dtype), shape, description["eps"])
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 

@@ -801,6 +801,15 @@ def test_keywords_of_other_functions():
     assert "Write query= instead of q=" in refusal(lambda: multi_head_attention_forward(q=X))
 
 
+@pytest.mark.parametrize("name", ["from_torch", "load"])
+def test_a_dtype_where_it_is_kept(name):
+    for cls in (M, mha_c.LayerNorm, mha_c.Linear, mha_c.Dropout, mha_c.ModuleList, mha_c.TransformerEncoderLayer,
+                mha_c.TransformerEncoder, mha_c.TransformerDecoderLayer, mha_c.TransformerDecoder, mha_c.Transformer):
+        words = refusal(lambda: getattr(cls, name)("model", dtype="float16"))
+        assert words.endswith(f"'dtype'. The dtype is kept: write {name}(...).to('float16').")
+    assert refusal(lambda: getattr(M, name)("model", dtype=np.float16)).endswith(f"write {name}(...).to(dtype).")
+
+
 def test_keywords_that_mean_nothing():
     """No guess where there is none to make, and none about what is not a keyword."""
     for call in (lambda: M(8, 2, foo=1), lambda: layer(8, 2)(X, X, X, foo=1), lambda: M(8, 2, num_layers=2)):

@@ -193,6 +193,7 @@ class TransformerDecoderLayer(TransformerLayer):
     __call__ = forward
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 
@@ -347,6 +348,7 @@ class TransformerDecoder(Container):
     __call__ = forward
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a decoder from a decoder of torch, with its arguments, parameters and training mode.
 

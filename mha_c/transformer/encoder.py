@@ -336,6 +336,7 @@ training=False)
         return _how_to_read(cls)
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 
@@ -663,6 +664,7 @@ class TransformerEncoder(Container):
         return _how_to_read(cls)
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make an encoder from an encoder of torch, with its arguments, parameters and training mode.
 

@@ -288,6 +288,7 @@ class Transformer(Container):
         return np.triu(np.full((size, size), -np.inf, float_dtype(dtype)), 1)
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 
