@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias
 
 from mha_c import _core
 from mha_c.parameters.arrays import Array
+from mha_c.parameters.encoders import ACTIVATIONS
 
 __all__ = ["CORE_ACTIVATIONS", "Activation", "activate", "activation", "is_gated", "torch_activation"]
 
@@ -56,8 +57,10 @@ def activation(name: str, value: Any) -> Activation:
     """
     if isinstance(value, str):
         if value not in CORE_ACTIVATIONS:
-            known = ", ".join(map(repr, CORE_ACTIVATIONS))
-            raise RuntimeError(f"activation should be relu/gelu, not {value}: mha_c knows {known}")
+            meant = ACTIVATIONS.get(value.lower(), value.lower())
+            known = f"mha_c knows {', '.join(map(repr, CORE_ACTIVATIONS))}"
+            cure = f'write "{meant}"' if meant in CORE_ACTIVATIONS else known
+            raise RuntimeError(f"activation should be relu/gelu, not {value}: {cure}")
         return value
     known_name = torch_activation(value)
     if known_name is not None:

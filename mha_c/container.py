@@ -4,20 +4,14 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableSequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
+from mha_c._typing import Self
+from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.module import Module, PrecisionOfProducts, module_from_description, module_from_torch
 from mha_c.parameters.quantization import MatmulPrecision
 from mha_c.parameters.state_dict import Part, check_description
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["Child", "Container", "ModuleList"]
 
@@ -227,6 +221,7 @@ class ModuleList(Container, MutableSequence[_Layer]):
         self._layers.insert(index, _layer(value))
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a list from a list of torch.
 

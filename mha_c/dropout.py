@@ -5,25 +5,18 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mha_c._typing import Self
 from mha_c.advice.keywords import knows_foreign_keywords
-from mha_c.module import Module, Option, check_torch_module, flag, lock
+from mha_c.module import Module, Option, check_torch_module, lock
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import flag, integer, number
 from mha_c.parameters.dtypes import computed_in
-from mha_c.parameters.sets import integer, number
 from mha_c.parameters.state_dict import check_description
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["Dropout", "RandomModule", "seeds_for"]
 
@@ -209,6 +202,7 @@ class Dropout(RandomModule):
     __call__ = forward
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any) -> Self:
         """Make a layer from a layer of torch, with its probability and training mode.
 

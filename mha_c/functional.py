@@ -290,7 +290,7 @@ def multi_head_attention_forward(
             projections = _separate_projections(features, q_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias)
         else:
             products = 1 if query is key is value else 3  # torch multiplies once where the inputs are the same
-            projections = _packed_projections(width, rows, products, in_proj_weight, in_proj_bias)
+            projections = _stacked_projections(width, rows, products, in_proj_weight, in_proj_bias)
         extra = [_extra_key(bias, width) for bias in (bias_k, bias_v)]
         output = _output_projection(width, rows, out_proj_weight, out_proj_bias)
         head_dim = width // num_heads
@@ -394,7 +394,7 @@ def _check_matrix(weight: Array, rows: int, depth: int, products: int = 1) -> No
         )
 
 
-def _packed_projections(
+def _stacked_projections(
     width: int, rows: int, products: int, in_weight: Any, in_bias: Any
 ) -> Iterator[Array | None]:
     """The three projections and their stacked bias, from stacked weights."""

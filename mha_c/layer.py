@@ -4,13 +4,13 @@
 import math
 import operator
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 
 from mha_c import _core
+from mha_c._typing import Self
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.calls import advise_on_call, warn_of_decoding
 from mha_c.advice.keywords import knows_foreign_keywords
@@ -24,24 +24,17 @@ from mha_c.module import (
     check_memory,
     check_torch_module,
     dtypes_for,
-    flag,
 )
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.initialization import initial_parameters
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import flag, number
 from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.loading import infer_layer
 from mha_c.parameters.quantization import MatmulPrecision, precision_of_weights
 from mha_c.parameters.schemes import Layout
-from mha_c.parameters.sets import ParameterSet, Widths, number
+from mha_c.parameters.sets import ParameterSet, Widths
 from mha_c.parameters.state_dict import ATTENTION, check_description, describe_attention, described_attention
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["MultiheadAttention", "OutputProjection", "facts_of", "layer_with", "next_dropout_call", "parameters_of"]
 
@@ -261,7 +254,7 @@ class MultiheadAttention(RandomModule):
         widths = Widths.from_arguments(embed_dim, num_heads, kdim, vdim, head_dim, v_head_dim, out_dim, num_kv_heads)
         check_device(device)
         real = float_dtype(dtype)
-        shapes = widths.shapes(bool(flag("bias", bias)), bool(flag("add_bias_kv", add_bias_kv)))
+        shapes = widths.shapes(flag("bias", bias), flag("add_bias_kv", add_bias_kv))
         check_memory(shapes, real, f"embed_dim={widths.embed_dim:,}")
         precisions = precision_of_weights(matmul_precision, widths.products)
         arrays = initial_parameters(shapes, real, seed)
@@ -425,7 +418,7 @@ class MultiheadAttention(RandomModule):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        return self._parameters.widths.packed
+        return self._parameters.widths.is_stacked
 
     def _products(self, at: str) -> Mapping[str, tuple[str, ...]]:
         return self._parameters.widths.products
@@ -436,6 +429,7 @@ class MultiheadAttention(RandomModule):
         cls,
         state_dict: Mapping[str, Any] | str | os.PathLike[str],
         prefix: str = "",
+        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
         *,
         num_heads: int | None = None,
         names: Sequence[str] | None = None,
@@ -448,7 +442,6 @@ class MultiheadAttention(RandomModule):
         masked_rows: MaskedRows = "torch",
         head_dim: int | None = None,
         num_kv_heads: int | None = None,
-        config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
         layout: Layout | None = None,
         matmul_precision: MatmulPrecision | None = None,
     ) -> Self:
@@ -466,6 +459,9 @@ class MultiheadAttention(RandomModule):
         prefix : str, default ""
             The beginning of the layer's names, including the dot, such as ``"encoder.layers.0.self_attn."``. More may
             precede it, such as ``"model."``, if there is only one such layer.
+        config : mapping of str to object, or str or path-like, optional
+            The configuration of a Hugging Face model, or its ``config.json``. It gives `num_heads`, `num_kv_heads` and
+            `head_dim`, and shows whether the model computes something that this layer does not.
         num_heads : int, optional
             Number of heads. It is needed unless `config`, or the shape of Flax's or Keras's kernels, gives it.
         names : sequence of str, optional
@@ -488,9 +484,6 @@ class MultiheadAttention(RandomModule):
         head_dim, num_kv_heads : int, optional
             Only needed if one weight holds query, key and value, and value heads and key heads differ in width. One of
             the two is then enough.
-        config : mapping of str to object, or str or path-like, optional
-            The configuration of a Hugging Face model, or its ``config.json``. It gives `num_heads`, `num_kv_heads` and
-            `head_dim`, and shows whether the model computes something that this layer does not.
         layout : {"stacked", "per_head"}, optional
             How one weight holds several projections: "stacked", one below the other, as in timm and GPT-2; "per_head",
             head by head, as in GPT-NeoX, BLOOM and Falcon. It is needed if the name of the weight does not show it.
@@ -577,6 +570,7 @@ class MultiheadAttention(RandomModule):
         return cls._from_parameters(parameters, **arguments)
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 
@@ -638,10 +632,10 @@ class MultiheadAttention(RandomModule):
             "dropout": (self.dropout, 0.0),
             "bias": ("out_proj.bias" in self._parameters.shapes, True),
             "add_bias_kv": ("bias_k" in self._parameters.shapes, False),
-            "add_zero_attn": (bool(self.add_zero_attn), False),
+            "add_zero_attn": (self.add_zero_attn, False),
             "kdim": (w.kdim, w.embed_dim),
             "vdim": (w.vdim, w.embed_dim),
-            "batch_first": (bool(self.batch_first), False),
+            "batch_first": (self.batch_first, False),
             "masked_rows": (self.masked_rows, "torch"),
             "head_dim": (w.head_dim, w.embed_dim / w.num_heads),
             "v_head_dim": (w.v_head_dim, w.head_dim),
@@ -745,8 +739,8 @@ def facts_of(layer: MultiheadAttention, whole: Module | None = None) -> dict[str
         "num_heads": widths.num_heads,
         "features": (widths.embed_dim, widths.kdim, widths.vdim),
         "parameters": arrays.values(),
-        "extra_keys": ("bias_k" in arrays) + bool(layer.add_zero_attn),
-        "batch_first": bool(layer.batch_first),
+        "extra_keys": ("bias_k" in arrays) + layer.add_zero_attn,
+        "batch_first": layer.batch_first,
         "other_dtypes": dtypes_for(layer if whole is None else whole),
     }
 

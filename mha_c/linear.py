@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
 from mha_c import _core
+from mha_c._typing import Self
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.linear import advise_on_linear
@@ -23,18 +23,12 @@ from mha_c.module import (
     dtypes_for,
 )
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import integer
 from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.initialization import initial_linear
 from mha_c.parameters.quantization import MAPS, Precision, Weight, precision_of_weights
-from mha_c.parameters.sets import ArraySet, integer
+from mha_c.parameters.sets import ArraySet
 from mha_c.parameters.state_dict import check_description, match_saved_arrays
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["Linear"]
 
@@ -218,6 +212,7 @@ class Linear(Module):
     __call__ = forward
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: Precision | None = None) -> Self:
         """Make a layer from a layer of torch, with its parameters and training mode.
 

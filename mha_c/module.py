@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 import numpy as np
 
+from mha_c._typing import Self
+from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.parameters.arrays import Array, as_array
+from mha_c.parameters.checks import flag
 from mha_c.parameters.dtypes import DTYPES, float_dtype
 from mha_c.parameters.files import write_checkpoint
 from mha_c.parameters.quantization import (
@@ -29,18 +32,13 @@ from mha_c.parameters.sets import ArraySet
 from mha_c.parameters.state_dict import (
     IncompatibleKeys,
     OtherLayer,
+    advice_on_saved_file,
     arrays_for_file,
     check_description,
+    check_names,
     match_state_dict,
     open_saved_layer,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = [
     "Module",
@@ -51,7 +49,6 @@ __all__ = [
     "check_memory",
     "check_torch_module",
     "dtypes_for",
-    "flag",
     "lock",
     "module_from_description",
     "module_from_torch",
@@ -143,13 +140,6 @@ class PrecisionOfProducts(property):
 
         # Checkers do not take a literal of a dict for MatmulPrecision here.
         def __set__(self, layer: Any, value: Precision | Mapping[str, str | None] | None) -> None: ...
-
-
-def flag(name: str, value: Any) -> bool:
-    """Any object that Python can test for truth, as in torch, except text: "no" would be true."""
-    if isinstance(value, str):
-        raise TypeError(f"{name} must be True or False, but got {value!r}")
-    return value  # type: ignore[no-any-return]
 
 
 _kinds: Final[dict[str, type["Module"]]] = {}
@@ -369,7 +359,7 @@ class Module:
         RuntimeError
             If names (with `strict`) or shapes differ; the message has torch's words.
         TypeError
-            If `state_dict` is not a mapping.
+            If `state_dict` is not a mapping. A file is read by `load` or, where a class has it, by `from_state_dict`.
 
         Examples
         --------
@@ -378,6 +368,13 @@ class Module:
         >>> attention.load_state_dict(mha_c.MultiheadAttention(8, 2).state_dict())
         <All keys matched successfully>
         """
+        if isinstance(state_dict, str | os.PathLike):
+            name = type(self).__name__
+            others = f", {name}.from_state_dict a checkpoint" if hasattr(self, "from_state_dict") else ""
+            raise TypeError(
+                f"Expected state_dict to be dict-like, got {type(state_dict)}. This is a path: {name}.load reads a "
+                f"file of save{others}."
+            )
         return self._take(state_dict, strict)
 
     def _take(
@@ -388,7 +385,10 @@ class Module:
     ) -> IncompatibleKeys:
         """Replace the parameters, and also the precisions if `_precisions` gave them. Weights are quantized once."""
         shapes = {at + name: shape for at, one in self._places() for name, shape in one._parameters.shapes.items()}
-        arrays, incompatible = match_state_dict(type(self).__name__, shapes, state_dict, strict, will_cast=True)
+        check_names(state_dict)
+        layer_name = type(self).__name__
+        advice = advice_on_saved_file(layer_name, state_dict)
+        arrays, incompatible = match_state_dict(layer_name, shapes, state_dict, strict, advice, will_cast=True)
 
         def found(at: str, module: Module) -> dict[str, Array]:
             return {name: arrays[at + name] for name in module._parameters.shapes if at + name in arrays}
@@ -575,7 +575,7 @@ class Module:
         return f"make a {cls._kind} with its arguments, and pass the arrays of the file to load_state_dict"
 
     def _full_description(self) -> dict[str, Any]:
-        described = {"layer": self._kind, **self._description(), "training": bool(self.training)}
+        described = {"layer": self._kind, **self._description(), "training": self.training}
         if self._parameters.precisions:
             described["matmul_precision"] = self.matmul_precision  # type: ignore[attr-defined]
         return described
@@ -627,6 +627,7 @@ class Module:
         write_checkpoint(path, arrays, json.dumps(self._full_description()))
 
     @classmethod
+    @knows_foreign_keywords
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Load a layer that `save` wrote: its parameters bit for bit, its arguments and its training mode.
 
@@ -768,12 +769,17 @@ def module_from_description(description: Mapping[str, Any], content: Mapping[str
 
 def module_from_torch(module: Any) -> Module:
     """A layer from a layer of torch, of the same name."""
+    cls = _class_for(module)
+    if cls is None:
+        raise TypeError(f"from_torch takes layers that mha_c has, but got {_name_of_class(module)}")
+    made: Module = cls.from_torch(module)  # type: ignore[attr-defined]  # each of them has it
+    return made
+
+
+def _class_for(module: Any) -> type[Module] | None:
+    """The class of this package for a layer of torch, by its name."""
     nn: Any = getattr(sys.modules.get("torch"), "nn", None)
-    for kind, cls in _kinds.items():
-        if isinstance(module, getattr(nn, kind, ())):
-            made: Module = cls.from_torch(module)  # type: ignore[attr-defined]  # each of them has it
-            return made
-    raise TypeError(f"from_torch takes layers that mha_c has, but got {_name_of_class(module)}")
+    return next((cls for kind, cls in _kinds.items() if isinstance(module, getattr(nn, kind, ()))), None)
 
 
 def _is_device(value: Any) -> bool:
@@ -839,9 +845,13 @@ def _is_known_hook(hook: Any) -> bool:
 
 
 def _describe_module(module: Any, kind: str) -> str:
-    """The class of a module, and the layers of a kind of torch's in it; or how to read it, if it is of transformers."""
+    """The class of a module, and the layers of a kind of torch's in it; or what takes it, if it is something else."""
     torch = sys.modules.get("torch")
+    if isinstance(module, type):
+        return f"the class {module.__module__}.{module.__qualname__}: pass a layer"
     described = _name_of_class(module)
+    if isinstance(module, Mapping | str | os.PathLike):
+        return f"{described}: parameters alone are for {_reader(kind)}"
     if torch is None or not isinstance(module, torch.nn.Module):
         return described
     names = [name for name, part in module.named_modules() if isinstance(part, getattr(torch.nn, kind, ()))]
@@ -849,10 +859,16 @@ def _describe_module(module: Any, kind: str) -> str:
         if kind in _OF_TRANSFORMERS and described.startswith("transformers."):
             reader = f"{kind}.from_state_dict(module.state_dict(), config=model.config.to_dict())"
             described += f". For a module of transformers, write {reader}"
-        return described
+        cls = _class_for(module)
+        return f"{described}, which mha_c.{cls._kind}.from_torch takes" if cls else described
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     which = "one of them" if len(names) > 1 else "that layer"
     return f"{described}. It holds {', '.join(names[:3])}{more}: pass {which}"
+
+
+def _reader(kind: str) -> str:
+    """What reads a state dict into a layer of a kind, in code."""
+    return f"{kind}.from_state_dict" if hasattr(_kinds.get(kind), "from_state_dict") else "a layer's load_state_dict"
 
 
 def _name_of_class(module: Any) -> str:

@@ -7,23 +7,24 @@ import itertools
 import numbers
 import operator
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
+from typing import Any, ClassVar, Final, TypeAlias
 
 import numpy as np
 
 from mha_c import _core
+from mha_c._typing import Self
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.norms import advise_on_norm
 from mha_c.module import Module, Option, Parameter, check_device, check_memory, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import number
 from mha_c.parameters.dtypes import computed_in, float_dtype, trained_dtype
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.loading import arrays_in, read_array
 from mha_c.parameters.quantization import Weight
-from mha_c.parameters.sets import ArraySet, number
+from mha_c.parameters.sets import ArraySet
 from mha_c.parameters.state_dict import (
     Part,
     check_description,
@@ -34,13 +35,6 @@ from mha_c.parameters.state_dict import (
     match_state_dict,
     missing_keys,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["LayerNorm", "RMSNorm"]
 
@@ -222,9 +216,7 @@ class _Norm(Module):
     @classmethod
     def _find(cls, tensors: Mapping[str, Any], prefix: str, strict: bool, will_cast: bool) -> dict[str, Array]:
         """The parameters of a layer by torch's names, perhaps among those of other layers."""
-        check_names(tensors)
-        if not isinstance(prefix, str):
-            raise TypeError(f"prefix must be a string, but got {prefix!r}")
+        check_names(tensors, prefix)
         for is_flat, names in itertools.product((False, True), _NAMES):
             part = Part(arrays_in(tensors) if is_flat else tensors, prefix)
             if names[0] in part:
@@ -261,6 +253,7 @@ class _Norm(Module):
         return cls._from_parameters(_Parameters(arrays, dtype), shape, description["eps"])
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 

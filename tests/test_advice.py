@@ -707,10 +707,12 @@ def test_short_names_of_dtypes(given, write):
     ("float32", "write None for products of float32"), ("fp32", "write None for products of float32"), ("int4", ""),
 ])
 def test_other_precisions_of_products(given, cure):
-    for value in (given, {"in_proj": given}):
-        words = refusal(lambda: M(8, 2, matmul_precision=value))
-        assert words == ('matmul_precision must be None, "bfloat16", "int8", or a mapping of names to these, but got '
-                         f"{given!r}{': ' if cure else ''}{cure}")
+    got = f"but got {given!r}{': ' if cure else ''}{cure}"
+    assert refusal(lambda: M(8, 2, matmul_precision=given)) == (
+        f'matmul_precision must be None, "bfloat16", "int8", or a mapping of names to these, {got}')
+    for name in ("in_proj", "default"):
+        assert refusal(lambda: M(8, 2, matmul_precision={name: given})) == (
+            f'matmul_precision["{name}"] must be None, "bfloat16" or "int8", {got}')
 
 
 def test_precisions_of_torch():
@@ -838,6 +840,15 @@ def test_keywords_of_a_cache():
 def test_keywords_of_other_functions():
     assert "Write num_heads=3 instead of n_heads=3." in refusal(lambda: M.from_state_dict({}, n_heads=3))
     assert "Write query= instead of q=" in refusal(lambda: multi_head_attention_forward(q=X))
+
+
+@pytest.mark.parametrize("name", ["from_torch", "load"])
+def test_a_dtype_where_it_is_kept(name):
+    for cls in (M, mha_c.LayerNorm, mha_c.Linear, mha_c.Dropout, mha_c.ModuleList, mha_c.TransformerEncoderLayer,
+                mha_c.TransformerEncoder, mha_c.TransformerDecoderLayer, mha_c.TransformerDecoder, mha_c.Transformer):
+        words = refusal(lambda: getattr(cls, name)("model", dtype="float16"))
+        assert words.endswith(f"'dtype'. The dtype is kept: write {name}(...).to('float16').")
+    assert refusal(lambda: getattr(M, name)("model", dtype=np.float16)).endswith(f"write {name}(...).to(dtype).")
 
 
 def test_keywords_that_mean_nothing():

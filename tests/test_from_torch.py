@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers of torch that are not plain ones, made into layers of mha_c: what torch computes with them is computed here."""
 
+import re
+
 import mha_c
 import numpy as np
 import pytest
@@ -57,6 +59,20 @@ def test_hooks_are_refused():
             cls.from_torch(module)
     handle.remove()
     assert mha_c.LayerNorm.from_torch(norm).normalized_shape == (8,)
+
+
+def test_what_takes_something_else():
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    for module, cls, words in (
+        (layer, mha_c.TransformerEncoder, ", which mha_c.TransformerEncoderLayer.from_torch takes"),
+        (torch.nn.RMSNorm(3), mha_c.LayerNorm, ", which mha_c.RMSNorm.from_torch takes"),
+        (layer.state_dict(), mha_c.TransformerEncoder, ": parameters alone are for TransformerEncoder.from_state_dict"),
+        ("model.pt", mha_c.Linear, "got builtins.str: parameters alone are for a layer's load_state_dict"),
+        (torch.nn.MultiheadAttention, mha_c.MultiheadAttention, "activation.MultiheadAttention: pass a layer"),
+        (torch.nn.Tanh(), mha_c.Linear, "got torch.nn.modules.activation.Tanh"),
+    ):
+        with pytest.raises(TypeError, match=f"^from_torch takes a .*{re.escape(words)}$"):
+            cls.from_torch(module)
 
 
 def test_replaced_layers():

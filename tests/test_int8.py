@@ -639,6 +639,9 @@ def test_packed_files_are_no_state_dicts(tmp_path):
     for kind, name in ((mha_c.MultiheadAttention, "attention"), (mha_c.TransformerEncoderLayer, "layer")):
         with pytest.raises(RuntimeError, match=rf"packed=True\) wrote: read it with {kind.__name__}.load"):
             kind.from_state_dict(tmp_path / f"{name}.npz", num_heads=2)
+    with np.load(tmp_path / "attention.npz") as arrays, pytest.raises(RuntimeError) as caught:
+        layer(8, 2).load_state_dict(arrays)
+    assert str(caught.value).endswith("packed=True) wrote: read it with MultiheadAttention.load.")
 
 
 def test_files_of_layers_without_the_option_say_nothing_of_it(tmp_path):

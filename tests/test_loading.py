@@ -214,6 +214,7 @@ def test_where_models_use_the_names_of_others(names, prefix, option):
     assert error_of(state, num_heads=4)[0] is NotImplementedError
     assert from_state_dict(state, num_heads=4, names=names, strict=False).num_heads == 4
     assert from_state_dict(state, config={"num_attention_heads": 4}).num_heads == 4
+    assert mha_c.MultiheadAttention.from_state_dict(state, "", {"num_attention_heads": 4}).num_heads == 4  # as an encoder's
     plain = {name.removeprefix(prefix): array for name, array in state.items()}
     for other in ("encoder.layers.0.attn.", "transformer.attn.", "blocks.0.attn."):
         moved = {other + name: array for name, array in plain.items()}
@@ -795,6 +796,9 @@ def test_configs_that_do_not_tell(tmp_path):
     for wrong in (3, [], SimpleNamespace(num_attention_heads=4)):
         with pytest.raises(TypeError, match=r"config must be a mapping, such as model\.config\.to_dict\(\), or a path"):
             from_state_dict(state, config=wrong)
+    (tmp_path / "config.json").write_text('[{"num_attention_heads": 4}]')
+    with pytest.raises(ValueError, match=r"config\.json holds a list, but a model's config.json holds a mapping"):
+        from_state_dict(state, config=tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"num_attention_heads": 4')
     with pytest.raises(ValueError, match=r"cannot read .*config\.json"):
         from_state_dict(state, config=tmp_path / "config.json")

@@ -119,6 +119,30 @@ def test_arguments_of_numpy_can_be_saved(tmp_path):
     module.save(tmp_path / "layer.npz")
     loaded = mha_c.MultiheadAttention.load(tmp_path / "layer.npz")
     assert (loaded.dropout, loaded.batch_first) == (0.5, True)
+    for flags in ({"batch_first": 1, "add_zero_attn": 0}, {"batch_first": np.bool_(False), "add_zero_attn": [3]}):
+        module = mha_c.MultiheadAttention(8, 2, **flags)
+        module.save(tmp_path / "layer.npz")
+        loaded = mha_c.MultiheadAttention.load(tmp_path / "layer.npz")
+        for name, value in flags.items():
+            assert getattr(module, name) is getattr(loaded, name) is bool(value)
+
+
+def test_files_are_no_state_dicts(tmp_path):
+    """load_state_dict says what reads them."""
+    module = mha_c.MultiheadAttention(8, 2)
+    module.save(tmp_path / "layer.npz")
+    with np.load(tmp_path / "layer.npz") as arrays, pytest.raises(RuntimeError) as caught:
+        module.load_state_dict(arrays)
+    assert str(caught.value).endswith(
+        '"__config__". \n\tThis is what save wrote: read it with MultiheadAttention.load.')
+    for path in (tmp_path / "layer.npz", str(tmp_path / "layer.npz")):
+        with pytest.raises(TypeError) as caught:
+            module.load_state_dict(path)
+        assert str(caught.value) == (
+            f"Expected state_dict to be dict-like, got {type(path)}. This is a path: MultiheadAttention.load reads a "
+            "file of save, MultiheadAttention.from_state_dict a checkpoint.")
+    with pytest.raises(TypeError, match=r"This is a path: Linear\.load reads a file of save\.$"):
+        mha_c.Linear(2, 2).load_state_dict("layer.npz")
 
 
 @pytest.mark.parametrize("options", TORCH_OPTIONS, ids=str)

@@ -456,6 +456,11 @@ def test_other_activations():
         encoder_layer(activation="tanh")
     with pytest.raises(TypeError, match="activation must be a name or a callable"):
         encoder_layer(activation=3)
+    for name, write in (("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("swish", "silu"),
+                        ("GELU", "gelu"), ("SwiGLU", "swiglu")):
+        with pytest.raises(RuntimeError, match=f'activation should be relu/gelu, not {name}: write "{write}"$'):
+            encoder_layer(activation=name)
+        assert encoder_layer(activation=write).activation == write
 
 
 @pytest.mark.parametrize(("name", "plain"), [("swiglu", "silu"), ("geglu", "gelu")])
@@ -581,8 +586,11 @@ def test_what_attention_can_do_besides():
         widths = attention.num_kv_heads, attention.head_dim, attention.v_head_dim, attention.masked_rows
         assert widths == (2, 6, 3, "zero") and isinstance(layer.norm1, mha_c.RMSNorm)
     assert isinstance(model.encoder.norm, mha_c.RMSNorm) and model(X, X).shape == X.shape
-    with pytest.raises(ValueError, match='norm must be "layer" or "rms"'):
+    with pytest.raises(ValueError, match="""norm must be "layer" or "rms", but got 'batch'$"""):
         encoder_layer(norm="batch")
+    for norm, write in (("LayerNorm", "layer"), ("layer_norm", "layer"), ("rmsnorm", "rms"), (mha_c.RMSNorm, "rms")):
+        with pytest.raises(ValueError, match=f': write "{write}"$'):
+            encoder_layer(norm=norm)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

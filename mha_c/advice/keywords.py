@@ -78,6 +78,9 @@ _SHOWING: Final = {
 # What Hugging Face's models call keys and values of earlier calls, and whether to keep them.
 _CACHE: Final = ("layer_past", "past_key_value", "past_key_values", "use_cache")
 
+# Functions that make a layer in the dtype in which it was stored.
+_KEEPING: Final = ("from_torch", "load")
+
 _INPUTS: Final = ("query", "src", "tgt")  # which calls have, and constructors do not
 
 
@@ -113,6 +116,9 @@ batch_first=True instead of batchfirst=True.
         if of_cache:
             cure = f"leave out {' and '.join(of_cache)}, and pass all tokens each time"
             advice.append(f"mha_c has no cache of keys and values: {cure}.")
+        if "dtype" in unknown and function.__name__ in _KEEPING:
+            shown = repr(unknown["dtype"]) if isinstance(unknown["dtype"], str) else "dtype"
+            advice.append(f"The dtype is kept: write {function.__name__}(...).to({shown}).")
         if advice:
             words = str(error).partition(". Did you mean")[0]  # newer versions of Python make a guess, too
             error.args = (" ".join([f"{words}.", *advice]),)

@@ -214,7 +214,7 @@ class Configuration:
                 "tgt_is_causal": self.is_causal,
             }
         else:
-            if self.source_length is not None or not parameters_of(layer).widths.packed:
+            if self.source_length is not None or not parameters_of(layer).widths.is_stacked:
                 inputs += [normal(source_length, layer.kdim), normal(source_length, layer.vdim)]
             call = {
                 **masks("attn_mask", "key_padding_mask", source_length),

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from mha_c.parameters.dtypes import joined
 from mha_c.parameters.encoder_names import LIBRARIES, MODELS, Model, Names, find_encoder_layers
-from mha_c.parameters.loading import arrays_in, infer_layer, listed, read_array
+from mha_c.parameters.loading import arrays_in, first_of, infer_layer, read_array
 from mha_c.parameters.options import number_in, open_config, options_shown_by_names, read_config, refusal
 from mha_c.parameters.schemes import find_layers
 from mha_c.parameters.sets import Widths
 from mha_c.parameters.state_dict import (
     Part,
-    advice_on_packed,
+    advice_on_saved_file,
     check_names,
     loading_error,
     loading_error_for_dot,
@@ -28,12 +28,13 @@ from mha_c.parameters.state_dict import (
     quoted,
 )
 
-__all__ = ["infer_encoder", "infer_encoder_layer"]
+__all__ = ["ACTIVATIONS", "infer_encoder", "infer_encoder_layer"]
 
 _LAYERS: Final = ("encoder_layers", "num_hidden_layers", "n_layers")
 _ACTIVATION: Final = ("hidden_act", "activation_function", "activation")
 _EPS: Final = "layer_norm_eps"
-_ACTIVATIONS: Final = {
+# What Hugging Face calls the activations of mha_c.
+ACTIVATIONS: Final = {
     "relu": "relu",
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -214,9 +215,7 @@ def infer_encoder_layer(
 
 def _arrays(state_dict: Mapping[str, Any], prefix: Any) -> dict[str, Any]:
     """The arrays by names with dots; BERT's norms may have TensorFlow's names."""
-    check_names(state_dict)
-    if not isinstance(prefix, str):
-        raise TypeError(f"prefix must be a string, but got {prefix!r}")
+    check_names(state_dict, prefix)
     torchs = {"gamma": "weight", "beta": "bias"}
     return {
         re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda match: torchs[match[0]], name): array
@@ -253,14 +252,14 @@ def _only(
         raise loading_error_for_dot(layer_name, prefix)
     if not meant:
         _refuse_unknown(layer_name, flat, prefix, config)
-    choice = listed((f"prefix={quoted([place])}" for place in encoders or places), 3)
-    names = listed((quoted([name]) for name in Part(flat, prefix)), 8)
+    choice = first_of((f"prefix={quoted([place])}" for place in encoders or places), 3)
+    names = first_of((quoted([name]) for name in Part(flat, prefix)), 8)
     if meant:
         several = f"several {'stacks of layers' if number else 'layers'}: choose one of {choice}."
         raise loading_error(layer_name, [f"prefix={quoted([prefix])} matches {several}"])
     words = f"no encoder layers that mha_c knows fit prefix={quoted([prefix])}."
     found = f"It has {choice}." if choice else f"The names are {names or 'others'}."
-    raise loading_error(layer_name, [" ".join([words, advice_on_packed(layer_name, Part(flat, prefix)) or found])])
+    raise loading_error(layer_name, [" ".join([words, advice_on_saved_file(layer_name, Part(flat, prefix)) or found])])
 
 
 def _cross_attention(flat: Mapping[str, Any], start: str) -> str:
@@ -371,8 +370,8 @@ def _told(
 def _activation(config: Mapping[str, Any], given: Any) -> str | None:
     """The activation that a config names."""
     name = next((config[entry] for entry in _ACTIVATION if entry in config), None)
-    if name is None or isinstance(name, str) and name in _ACTIVATIONS:
-        return _ACTIVATIONS[name] if name else None
+    if name is None or isinstance(name, str) and name in ACTIVATIONS:
+        return ACTIVATIONS[name] if name else None
     if given is None:
         raise NotImplementedError(f"config has the activation {name!r}, which mha_c does not know: pass activation=")
     return None

@@ -30,9 +30,10 @@ from mha_c.parameters.stored import (
     read_array,
 )
 
-__all__ = ["Checkpoint", "open_checkpoint", "open_state_dict", "write_checkpoint"]
+__all__ = ["CONFIG", "Checkpoint", "open_checkpoint", "open_state_dict", "write_checkpoint"]
 
-_CONFIG: Final = "__config__"
+CONFIG: Final = "__config__"
+"""The name under which files hold a text beside the arrays."""
 
 # How .npz files hold bfloat16, which NumPy lacks: as structured arrays, whose only field has this name.
 _BFLOAT16: Final = np.dtype([("bfloat16", "<u2")])
@@ -235,8 +236,8 @@ def _read_npz(path: str, file: BufferedReader) -> Checkpoint:
             return array.view(np.uint16), "bfloat16"
         return array, array.dtype.name
 
-    names = [name for name in archive.files if name != _CONFIG]
-    config = str(archive[_CONFIG]) if _CONFIG in archive.files else None
+    names = [name for name in archive.files if name != CONFIG]
+    config = str(archive[CONFIG]) if CONFIG in archive.files else None
     return Checkpoint(path, {name: StoredArray(path, functools.partial(read, name)) for name in names}, config)
 
 
@@ -247,7 +248,7 @@ def _read_safetensors(path: str, file: BufferedReader) -> Checkpoint:
     size = file_size(file)
     with damage_is_value_error(path):
         header = json.loads(file.read(start - 8)) if start <= size else {}
-        config = header.pop("__metadata__", {}).get(_CONFIG)
+        config = header.pop("__metadata__", {}).get(CONFIG)
         content: dict[str, Any] = {}
         for name, entry in header.items():
             first, last = entry["data_offsets"]
@@ -326,9 +327,9 @@ def write_checkpoint(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[
     if _suffix(path) == ".npz":
         with _replacing(path) as file:
             known = {name: a.view(_BFLOAT16) if a.dtype.name == "bfloat16" else a for name, a in arrays.items()}
-            np.savez(file, **{_CONFIG: np.array(config)}, **known)  # type: ignore[arg-type]
+            np.savez(file, **{CONFIG: np.array(config)}, **known)  # type: ignore[arg-type]
     else:
-        content = _import_safetensors().numpy.save(dict(arrays), {_CONFIG: config})
+        content = _import_safetensors().numpy.save(dict(arrays), {CONFIG: config})
         with _replacing(path) as file:
             file.write(content)
 

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c.parameters.arrays import as_array
+from mha_c.parameters.checks import positive
 from mha_c.parameters.dtypes import is_real, joined
 from mha_c.parameters.options import Config, options_shown_by_names, read_config, refusal, usual
 from mha_c.parameters.schemes import SCHEMES, Layout, Scheme, find_layers, schemes_named
-from mha_c.parameters.sets import PARAMETERS, SEPARATE_WEIGHTS, Widths, positive
+from mha_c.parameters.sets import PARAMETERS, SEPARATE_WEIGHTS, Widths
 from mha_c.parameters.state_dict import (
     Part,
-    advice_on_packed,
+    advice_on_saved_file,
     check_names,
     loading_error,
     loading_error_for_dot,
@@ -27,7 +28,7 @@ from mha_c.parameters.state_dict import (
 )
 from mha_c.parameters.stored import Opaque, StoredArray
 
-__all__ = ["arrays_in", "infer_layer", "listed", "read_array"]
+__all__ = ["arrays_in", "first_of", "infer_layer", "read_array"]
 
 _BIASES: Final = ("in_proj_bias", "out_proj.bias")
 _EXTRA_KEY: Final = ("bias_k", "bias_v")
@@ -44,7 +45,7 @@ class _Place(NamedTuple):
     state_dict: Mapping[str, Any]
     start: str
     scheme: Scheme
-    will_cast: bool = False
+    will_cast: bool
 
     @property
     def part(self) -> Part:
@@ -117,63 +118,36 @@ def infer_layer(
     >>> widths.head_dim, {name: array.shape for name, array in arrays.items()}
     (2, {'in_proj_weight': (12, 4), 'out_proj.weight': (4, 4)})
     """
-    check_names(state_dict)
-    if not isinstance(prefix, str):
-        raise TypeError(f"prefix must be a string, but got {prefix!r}")
+    check_names(state_dict, prefix)
     if layout not in (None, "stacked", "per_head"):
         raise ValueError(f'layout must be "stacked" or "per_head", but got {layout!r}')
-    place = _find(layer_name, state_dict, prefix, SCHEMES if names is None else schemes_named(names))
-    place = place._replace(will_cast=will_cast)
+    place = _find(layer_name, state_dict, prefix, SCHEMES if names is None else schemes_named(names), will_cast)
     told = Config() if config is None else read_config(config, place.start)
     is_vouched = names is not None and not strict  # the caller says that the model computes nothing besides
     _refuse_more(place, told, has_config=config is not None, is_vouched=is_vouched)
-    given = zip(_Heads._fields, (num_heads, num_kv_heads, head_dim))
-    heads = _Heads(*(None if number is None else positive(name, number) for name, number in given))
-    heads = _agree(heads, "config", _Heads(told.num_heads, told.num_kv_heads, told.head_dim))
-    if place.scheme.kind:
-        arrays, heads = _read_foreign(layer_name, place, layout or place.scheme.layout, heads, strict)
-    else:
-        arrays = {name: place.read(name) for name in PARAMETERS if name in place.part}
+    heads = _told_heads(told, num_heads, num_kv_heads, head_dim)
+    arrays, heads = _read(layer_name, place, layout, heads, strict)
     widths = _infer_widths(place, {name: array.shape for name, array in arrays.items()}, heads)
-    if place.scheme.interleaves and not is_vouched and 1 < widths.num_kv_heads < widths.num_heads:
-        raise refusal({"kv_heads": f"it has {widths.num_kv_heads} of them for {widths.num_heads} heads"})
-    if num_heads is None and told.embed_dim not in (None, widths.embed_dim):
-        raise ValueError(
-            f"config is for layers with {told.embed_dim} features, but this one has {widths.embed_dim}: "
-            "pass num_heads"
-        )
-
-    if widths.packed and "in_proj_weight" not in arrays:
-        features = (widths.embed_dim, widths.kdim, widths.vdim)
-        separate = dict(zip(SEPARATE_WEIGHTS, zip(widths.rows, features)))
-        inputs, _ = match_state_dict(layer_name, separate, arrays, strict=False)
-        if len(inputs) == len(SEPARATE_WEIGHTS):
-            arrays = {name: array for name, array in arrays.items() if name not in inputs}
-            arrays["in_proj_weight"] = joined(inputs.values())
-    shapes = widths.shapes(any(name in arrays for name in _BIASES), any(name in arrays for name in _EXTRA_KEY))
-    if strict:
-        entries: dict[str, Any] = arrays | dict.fromkeys(_unexpected(place))
-    else:
-        zeros = {name: np.zeros(shapes[name], np.float32) for name in _BIASES if name in shapes}
-        entries = {name: array for name, array in (zeros | arrays).items() if name in shapes}
-    found, _ = match_state_dict(layer_name, shapes, entries, strict=True, advice=_ADVICE if strict else "")
-    return widths, found
+    _check_widths(place, widths, None if num_heads is not None else told.embed_dim, is_vouched)
+    return widths, _complete(layer_name, place, widths, _with_stacked_weight(layer_name, widths, arrays), strict)
 
 
 # ---------------------------------------------------------------------------------------------- where it is
 
 
-def _find(layer_name: str, state_dict: Mapping[str, Any], prefix: str, schemes: Sequence[Scheme]) -> _Place:
+def _find(
+    layer_name: str, state_dict: Mapping[str, Any], prefix: str, schemes: Sequence[Scheme], will_cast: bool
+) -> _Place:
     """Where `prefix` says that the layer is, or the only place whose names end like that, also in nested mappings."""
     scheme = find_layers(state_dict, prefix, schemes).get(prefix)
     if scheme is not None:
-        return _Place(state_dict, prefix, scheme)
+        return _Place(state_dict, prefix, scheme, will_cast)
     flat = arrays_in(state_dict)
     prefix = _plain(prefix)
     found = find_layers(flat, prefix, schemes)
     start = prefix if prefix in found or len(found) != 1 else next(iter(found))
     if start in found:
-        return _Place(flat, start, found[start])
+        return _Place(flat, start, found[start], will_cast)
     if not found and prefix and (with_dot := find_layers(flat, f"{prefix}.", schemes)):
         if f"{prefix}." in with_dot or len(with_dot) == 1:
             raise loading_error_for_dot(layer_name, prefix)
@@ -245,24 +219,24 @@ def _what_there_is(
         yield missing_keys([prefix + "in_proj_weight"]).strip()
     elsewhere = found or sorted(find_layers(flat), key=lambda start: not start.startswith(prefix))
     if elsewhere:
-        yield f"It has layers with {listed((f'prefix={quoted([start])}' for start in elsewhere), 3)}."
+        yield f"It has layers with {first_of((f'prefix={quoted([start])}' for start in elsewhere), 3)}."
     if not any(_is_array(value) for value in flat.values()):
         other = (f"{quoted([str(name)])} ({_kind(value)})" for name, value in state_dict.items())
-        yield f"It holds no arrays{', but ' if state_dict else ''}{listed(other, 8)}."
+        yield f"It holds no arrays{', but ' if state_dict else ''}{first_of(other, 8)}."
     elif under and not (elsewhere and elsewhere[0].startswith(prefix)):
         beginning = f" that begin with {quoted([prefix])}" if prefix else ""
-        yield f"The names{beginning} are {listed((quoted([name]) for name in Part(flat, prefix)), 8)}."
-        yield advice_on_packed("MultiheadAttention", under) or (
+        yield f"The names{beginning} are {first_of((quoted([name]) for name in Part(flat, prefix)), 8)}."
+        yield advice_on_saved_file("MultiheadAttention", under) or (
             "names=(query, key, value, output) says what to take, or two names if one weight holds the first three."
         )
 
 
-def listed(words: Iterable[str], most: int) -> str:
+def first_of(words: Iterable[str], most: int) -> str:
     """The first words in a sentence, and how many more there are.
 
     Examples
     --------
-    >>> listed(["a", "b", "c"], 2)
+    >>> first_of(["a", "b", "c"], 2)
     'a, b and 1 more'
     """
     words = list(words)
@@ -299,6 +273,12 @@ def _unexpected(place: _Place) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------- what it consists of
+
+
+def _told_heads(told: Config, *given: int | None) -> _Heads:
+    """What arguments, in the order of `_Heads`, and config tell together."""
+    checked = (None if number is None else positive(name, number) for name, number in zip(_Heads._fields, given))
+    return _agree(_Heads(*checked), "config", _Heads(told.num_heads, told.num_kv_heads, told.head_dim))
 
 
 def _agree(ours: _Heads, source: str, theirs: _Heads) -> _Heads:
@@ -368,6 +348,15 @@ def _can_be_cast(value: Any) -> bool:
     except ImportError:
         return False
     return True
+
+
+def _read(
+    layer_name: str, place: _Place, layout: Layout | None, heads: _Heads, strict: bool
+) -> tuple[dict[str, NDArray[Any]], _Heads]:
+    """The parameters by torch's names, and what shapes tell of the heads."""
+    if place.scheme.kind:
+        return _read_foreign(layer_name, place, layout or place.scheme.layout, heads, strict)
+    return {name: place.read(name) for name in PARAMETERS if name in place.part}, heads
 
 
 def _read_foreign(
@@ -519,3 +508,41 @@ def _infer_widths(place: _Place, shapes: Mapping[str, tuple[int, ...]], heads: _
     if heads.num_kv_heads is None:
         share(num_heads, num_kv_heads)
     return Widths.from_arguments(embed_dim, num_heads, kdim, vdim, head_dim, v_head_dim, out_dim, num_kv_heads)
+
+
+def _check_widths(place: _Place, widths: Widths, told_embed_dim: int | None, is_vouched: bool) -> None:
+    """Refuse heads that models with these names share in another way, and a config that is for another layer."""
+    if place.scheme.interleaves and not is_vouched and 1 < widths.num_kv_heads < widths.num_heads:
+        raise refusal({"kv_heads": f"it has {widths.num_kv_heads} of them for {widths.num_heads} heads"})
+    if told_embed_dim not in (None, widths.embed_dim):
+        raise ValueError(
+            f"config is for layers with {told_embed_dim} features, but this one has {widths.embed_dim}: pass num_heads"
+        )
+
+
+def _with_stacked_weight(
+    layer_name: str, widths: Widths, arrays: dict[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """The parameters with separate projections stacked, where a layer of these widths has them so."""
+    if not widths.is_stacked or "in_proj_weight" in arrays:
+        return arrays
+    features = (widths.embed_dim, widths.kdim, widths.vdim)
+    separate = dict(zip(SEPARATE_WEIGHTS, zip(widths.rows, features)))
+    inputs, _ = match_state_dict(layer_name, separate, arrays, strict=False)
+    if len(inputs) < len(SEPARATE_WEIGHTS):
+        return arrays
+    others = {name: array for name, array in arrays.items() if name not in inputs}
+    return {**others, "in_proj_weight": joined(inputs.values())}
+
+
+def _complete(
+    layer_name: str, place: _Place, widths: Widths, arrays: dict[str, NDArray[Any]], strict: bool
+) -> dict[str, NDArray[Any]]:
+    """All parameters of a layer. Without `strict`, other arrays do not count, and zeros stand for a missing bias."""
+    shapes = widths.shapes(any(name in arrays for name in _BIASES), any(name in arrays for name in _EXTRA_KEY))
+    if strict:
+        entries: dict[str, Any] = arrays | dict.fromkeys(_unexpected(place))
+    else:
+        zeros = {name: np.zeros(shapes[name], np.float32) for name in _BIASES if name in shapes}
+        entries = {name: array for name, array in (zeros | arrays).items() if name in shapes}
+    return match_state_dict(layer_name, shapes, entries, strict=True, advice=_ADVICE if strict else "")[0]

@@ -95,7 +95,7 @@ def open_config(source: Any, start: str) -> Mapping[str, Any]:
     Raises
     ------
     ValueError
-        If a file is damaged.
+        If a file is damaged, or holds something else.
     TypeError
         If `source` is neither a mapping nor a path.
     OSError
@@ -114,7 +114,11 @@ def open_config(source: Any, start: str) -> Mapping[str, Any]:
             error.strerror = f"{error.strerror} (pass config={os.path.join(os.fsdecode(source), 'config.json')!r})"
             raise
         with opened as file, damage_is_value_error(os.fspath(source)):
-            source = json.load(file)
+            path, source = source, json.load(file)
+        if not isinstance(source, Mapping):
+            raise ValueError(
+                f"{os.fsdecode(path)} holds a {type(source).__name__}, but a model's config.json holds a mapping"
+            )
     if not isinstance(source, Mapping):
         raise TypeError(f"config must be a mapping, such as model.config.to_dict(), or a path, but got {type(source)}")
     for part in _PARTS:

@@ -272,7 +272,7 @@ def precision_of_products(value: Any, products: Sequence[str]) -> dict[str, Prec
     for name, precision in chosen.items():
         if name not in known:
             raise ValueError(f"matmul_precision has {name!r}, but this layer knows the names {', '.join(known)}")
-        if _checked(precision) == "int8" and name == ATTENTION:
+        if _checked(precision, f'["{name}"]' if chosen is value else "") == "int8" and name == ATTENTION:
             raise ValueError(
                 'matmul_precision has "int8" for attention, which has no weights: its products of queries and keys, '
                 'and of probabilities and values, can be None or "bfloat16"'
@@ -282,14 +282,14 @@ def precision_of_products(value: Any, products: Sequence[str]) -> dict[str, Prec
     return {name: chosen.get(name, of_attention if name == ATTENTION else default) for name in products}
 
 
-def _checked(value: Any) -> Precision | None:
+def _checked(value: Any, place: str) -> Precision | None:
+    """What `matmul_precision`, or an entry of it, can be."""
     if value is None or isinstance(value, str) and value in get_args(Precision):
         return value  # type: ignore[return-value]
     name = str(value).removeprefix("torch.")
     cure = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
-    raise ValueError(
-        f'matmul_precision must be None, "bfloat16", "int8", or a mapping of names to these, but got {value!r}{cure}'
-    )
+    known = '"bfloat16" or "int8"' if place else '"bfloat16", "int8", or a mapping of names to these'
+    raise ValueError(f"matmul_precision{place} must be None, {known}, but got {value!r}{cure}")
 
 
 def precision_of_weights(value: Any, products: Mapping[str, Sequence[str]]) -> dict[str, Precision]:

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
+from mha_c._typing import Self
+from mha_c.parameters.checks import integer, number, positive
 from mha_c.parameters.dtypes import is_real
 from mha_c.parameters.quantization import (
     ATTENTION,
@@ -26,10 +27,7 @@ from mha_c.parameters.quantization import (
     take_rows,
 )
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-__all__ = ["PARAMETERS", "SEPARATE_WEIGHTS", "ArraySet", "ParameterSet", "Widths", "integer", "number"]
+__all__ = ["PARAMETERS", "SEPARATE_WEIGHTS", "ArraySet", "ParameterSet", "Widths"]
 
 SEPARATE_WEIGHTS: Final = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -107,7 +105,7 @@ class Widths(NamedTuple):
         )
 
     @property
-    def packed(self) -> bool:
+    def is_stacked(self) -> bool:
         """Whether in_proj_weight holds the input projections, stacked; else they are three parameters."""
         return self.kdim == self.vdim == self.embed_dim
 
@@ -135,7 +133,7 @@ class Widths(NamedTuple):
         """The shapes of the parameters by name, in the order of torch's state dict."""
         q, k, v = self.rows
         shapes: dict[str, tuple[int, ...]] = {}
-        if self.packed:
+        if self.is_stacked:
             shapes["in_proj_weight"] = (q + k + v, self.embed_dim)
         else:
             shapes["q_proj_weight"] = (q, self.embed_dim)
@@ -155,7 +153,7 @@ class Widths(NamedTuple):
     def products(self) -> dict[str, tuple[str, ...]]:
         """The names in `matmul_precision`: linear maps with the parameters that are their weights, and attention."""
         return {
-            "in_proj": ("in_proj_weight",) if self.packed else SEPARATE_WEIGHTS,
+            "in_proj": ("in_proj_weight",) if self.is_stacked else SEPARATE_WEIGHTS,
             ATTENTION: (ATTENTION,),
             "out_proj": ("out_proj.weight",),
         }
@@ -178,30 +176,6 @@ class Widths(NamedTuple):
             "out_proj.weight": f"({out}, H·{dv})",
             "out_proj.bias": f"({out},)",
         }
-
-
-def number(name: str, value: Any, expected: str = "a number") -> Any:
-    """The value of an argument that must be a real number."""
-    try:
-        math.fabs(value)
-    except TypeError:
-        raise TypeError(f"{name} must be {expected}, but got {value!r}") from None
-    return value
-
-
-def integer(name: str, value: Any) -> int:
-    """The value of an argument that must be an int, or something that stands for one."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, but got {value!r}") from None
-
-
-def positive(name: str, value: Any) -> int:
-    """The value of an argument that must be an int above 0."""
-    if integer(name, value) <= 0:
-        raise ValueError(f"{name} must be greater than 0, but got {value}")
-    return operator.index(value)
 
 
 def _ways_to_divide(embed_dim: int, num_heads: int) -> str:
@@ -389,9 +363,9 @@ class ParameterSet(ArraySet):
 
     def _inputs_for_core(self, rows: Sequence[Any] = (slice(None),) * 3) -> tuple[Any, Any, Any]:
         """Some rows of the weights that project query, key and value, as the core takes them."""
-        names = ("in_proj_weight",) * 3 if self.widths.packed else SEPARATE_WEIGHTS
+        names = ("in_proj_weight",) * 3 if self.widths.is_stacked else SEPARATE_WEIGHTS
         stored = self.stored
-        weights = self._split(stored[names[0]]) if self.widths.packed else (stored[name] for name in names)
+        weights = self._split(stored[names[0]]) if self.widths.is_stacked else (stored[name] for name in names)
         q, k, v = (
             multiplied(take_rows(weight, chosen), self.precisions.get(name))
             for weight, chosen, name in zip(weights, rows, names)
@@ -402,7 +376,7 @@ class ParameterSet(ArraySet):
     def input_weights(self) -> _Three:
         """The weights that project query, key and value, whether they are stored as one parameter or as three."""
         arrays = self.arrays
-        if self.widths.packed:
+        if self.widths.is_stacked:
             q, k, v = self._split(arrays["in_proj_weight"])
         else:
             q, k, v = (arrays[name] for name in SEPARATE_WEIGHTS)

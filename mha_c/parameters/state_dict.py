@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mha_c.parameters.files import open_checkpoint
+from mha_c.parameters.files import CONFIG, open_checkpoint
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.quantization import Quantized, Weight, precision_of_weights, quantized
@@ -23,7 +23,7 @@ __all__ = [
     "IncompatibleKeys",
     "OtherLayer",
     "Part",
-    "advice_on_packed",
+    "advice_on_saved_file",
     "arrays_for_file",
     "check_description",
     "check_names",
@@ -265,13 +265,15 @@ def described_attention(
     return parameters, {name: description[name] for name in ATTENTION if name not in told}
 
 
-def check_names(state_dict: Any) -> None:
+def check_names(state_dict: Any, prefix: Any = "") -> None:
     if not isinstance(state_dict, Mapping):
         cure = " Pass its state_dict()." if hasattr(state_dict, "state_dict") else ""
         raise TypeError(f"Expected state_dict to be dict-like, got {type(state_dict)}.{cure}")
     for name in state_dict:
         if not isinstance(name, str):
             raise TypeError(f"the names in a state dict are strings, but one is {name!r}")
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, but got {prefix!r}")
 
 
 def missing_keys(names: Iterable[str]) -> str:
@@ -395,12 +397,12 @@ def arrays_for_file(parameters: ArraySet, at: str, packed: bool) -> dict[str, ND
     return arrays
 
 
-def advice_on_packed(layer_name: str, names: Iterable[str]) -> str:
-    """What to write where a file of `save(path, packed=True)` is taken for a state dict; nothing for other names."""
+def advice_on_saved_file(layer_name: str, names: Collection[str]) -> str:
+    """What to write where what `save` wrote is taken for a state dict; nothing for other names."""
     numbers, _ = _quantized_names("")
-    if not any(name.endswith(numbers) for name in names):
-        return ""
-    return f"It holds int8 weights, which save(path, packed=True) wrote: read it with {layer_name}.load."
+    if any(name.endswith(numbers) for name in names):
+        return f"It holds int8 weights, which save(path, packed=True) wrote: read it with {layer_name}.load."
+    return f"This is what save wrote: read it with {layer_name}.load." if CONFIG in names else ""
 
 
 def _quantized_names(name: str) -> tuple[str, str]:

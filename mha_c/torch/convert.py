@@ -137,7 +137,7 @@ def _in_torch(layer: Module) -> torch.nn.Module:
         module = _container_in_torch(layer, {name: _in_torch(child) for name, child in layer.named_children()})
     else:
         raise TypeError(f"to_torch takes a layer of mha_c, but got {type(layer).__module__}.{type(layer).__qualname__}")
-    module.training = bool(layer.training)
+    module.training = layer.training
     return module
 
 

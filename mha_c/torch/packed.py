@@ -356,7 +356,7 @@ def _pack_attention(
         return None
     if not _has_shapes(arrays, _expected_shapes(widths, arrays)):
         return None
-    if widths.packed and "in_proj_weight" not in arrays:
+    if widths.is_stacked and "in_proj_weight" not in arrays:
         arrays["in_proj_weight"] = np.concatenate([arrays.pop(name) for name in SEPARATE_WEIGHTS])
     own = {name: precisions[name] for name in PRODUCTS_OF_ATTENTION}
     return ParameterSet(widths, arrays, out_weight.dtype, precision_of_weights(own, widths.products))
@@ -422,7 +422,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def _expected_shapes(widths: Widths, names: Container[str]) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's parameters, of the optional ones among `names` alone."""
     shapes = widths.shapes(bias=True, bias_kv="bias_k" in names or "bias_v" in names)
-    if widths.packed and "q_proj_weight" in names:  # separate, although the widths are the same
+    if widths.is_stacked and "q_proj_weight" in names:  # separate, although the widths are the same
         del shapes["in_proj_weight"]
         shapes |= {name: (rows, widths.embed_dim) for name, rows in zip(SEPARATE_WEIGHTS, widths.rows)}
     return {name: shape for name, shape in shapes.items() if name in names or not name.endswith("bias")}

@@ -6,10 +6,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from mha_c._typing import Self
 from mha_c.parameters.sets import SEPARATE_WEIGHTS
 from mha_c.torch.attend import (
     Answer,
@@ -25,17 +26,10 @@ from mha_c.torch.classes import class_over, torch_class_of
 from mha_c.torch.packed import PackedParameters
 from mha_c.torch.reasons import why_torch
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
-
 __all__ = ["Replaced", "ReplacedAttention", "part_of"]
 
 _OWN = ("in_proj_bias", "bias_k", "bias_v")
-_PACKED = ("in_proj_weight", *_OWN)
+_STACKED = ("in_proj_weight", *_OWN)
 _SEPARATE = (*SEPARATE_WEIGHTS, *_OWN)
 
 
@@ -286,7 +280,7 @@ class ReplacedAttention(Replaced, torch.nn.MultiheadAttention):
 
     def _tensors(self, out_proj: torch.nn.Module) -> dict[str, torch.Tensor]:
         """What torch's forward would read, by the names of the state dict, without its hooks."""
-        names = _PACKED if self._qkv_same_embed_dim else _SEPARATE
+        names = _STACKED if self._qkv_same_embed_dim else _SEPARATE
         found = {name: _attribute(self, name) for name in names}
         found["out_proj.weight"] = _attribute(out_proj, "weight")
         found["out_proj.bias"] = _attribute(out_proj, "bias")

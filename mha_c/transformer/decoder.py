@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import sys
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mha_c._typing import Self
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.transformers import AttentionCall, advise_on_steps
@@ -16,16 +16,9 @@ from mha_c.layer import MultiheadAttention, facts_of
 from mha_c.module import Module, Option, check_torch_module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import integer
 from mha_c.parameters.quantization import MatmulPrecision
-from mha_c.parameters.sets import integer
 from mha_c.transformer.layer import Padded, TransformerLayer, check_padded, copies_of, zero_padded_rows
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["TransformerDecoder", "TransformerDecoderLayer"]
 
@@ -200,6 +193,7 @@ class TransformerDecoderLayer(TransformerLayer):
     __call__ = forward
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 
@@ -354,6 +348,7 @@ class TransformerDecoder(Container):
     __call__ = forward
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a decoder from a decoder of torch, with its arguments, parameters and training mode.
 

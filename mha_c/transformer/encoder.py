@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mha_c._typing import Self
 from mha_c.activations import Activation
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
@@ -21,27 +21,19 @@ from mha_c.layer import MaskedRows, MultiheadAttention, facts_of
 from mha_c.module import Module, Option, check_torch_module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import flag, integer
 from mha_c.parameters.dtypes import trained_dtype
 from mha_c.parameters.encoders import infer_encoder, infer_encoder_layer
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.quantization import MatmulPrecision
-from mha_c.parameters.sets import integer
 from mha_c.transformer.layer import (
     Padded,
     TransformerLayer,
     check_padded,
     copies_of,
     is_padding,
-    truth,
     zero_padded_rows,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["TransformerEncoder", "TransformerEncoderLayer", "attention_call"]
 
@@ -344,6 +336,7 @@ training=False)
         return _how_to_read(cls)
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 
@@ -439,9 +432,9 @@ class TransformerEncoder(Container):
     layers = Child[ModuleList[TransformerEncoderLayer]]("layers", "The layers.")
     norm = Child[Any]("norm", "The norm of the output, or None.")
     padded = Option("padded", check_padded, "What padded rows hold")
-    enable_nested_tensor = Option("enable_nested_tensor", truth, "torch's argument")
-    use_nested_tensor = Option("use_nested_tensor", truth, "Whether padded rows may be zeros if `padded` is None")
-    mask_check = Option("mask_check", truth, "torch's argument")
+    enable_nested_tensor = Option("enable_nested_tensor", flag, "torch's argument")
+    use_nested_tensor = Option("use_nested_tensor", flag, "Whether padded rows may be zeros if `padded` is None")
+    mask_check = Option("mask_check", flag, "torch's argument")
     num_layers = Option("num_layers", integer, "How many layers there are")
 
     _kind = "TransformerEncoder"
@@ -671,6 +664,7 @@ class TransformerEncoder(Container):
         return _how_to_read(cls)
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make an encoder from an encoder of torch, with its arguments, parameters and training mode.
 

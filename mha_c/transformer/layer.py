@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from mha_c import _core
+from mha_c._typing import Self
 from mha_c.activations import (
     CORE_ACTIVATIONS,
     Activation,
@@ -26,20 +26,13 @@ from mha_c.container import Child, Container, ModuleList
 from mha_c.dropout import Dropout, seeds_for
 from mha_c.layer import MaskedRows, MultiheadAttention
 from mha_c.linear import Linear
-from mha_c.module import Module, Option, check_torch_module, flag
+from mha_c.module import Module, Option, check_torch_module
 from mha_c.norms import LayerNorm, RMSNorm
 from mha_c.parameters.arrays import AnyArray, Array, as_array
+from mha_c.parameters.checks import flag, integer
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws
 from mha_c.parameters.quantization import PRODUCTS, PRODUCTS_OF_ATTENTION, MatmulPrecision, precision_of_products
-from mha_c.parameters.sets import integer
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = [
     "Norm",
@@ -50,17 +43,11 @@ __all__ = [
     "is_padding",
     "make_norm",
     "transform",
-    "truth",
     "zero_padded_rows",
 ]
 
 Norm: TypeAlias = Literal["layer", "rms"]
 Padded: TypeAlias = Literal["zero", "computed"]
-
-
-def truth(name: str, value: Any) -> bool:
-    """True or False from any object that Python can test for truth, except text."""
-    return bool(flag(name, value))
 
 
 def check_padded(name: str, value: Any) -> Padded | None:
@@ -74,7 +61,9 @@ def make_norm(norm: Any, d_model: int, eps: float, bias: bool, device: Any, dtyp
         return LayerNorm(d_model, eps, bias=bias, device=device, dtype=dtype)
     if norm == "rms":
         return RMSNorm(d_model, eps, device=device, dtype=dtype)
-    raise ValueError(f'norm must be "layer" or "rms", but got {norm!r}')
+    meant = getattr(norm, "__name__", str(norm)).lower().removesuffix("norm").rstrip("_")
+    cure = f': write "{meant}"' if meant in ("layer", "rms") else ""
+    raise ValueError(f'norm must be "layer" or "rms", but got {norm!r}{cure}')
 
 
 def is_padding(key_padding_mask: AnyArray) -> Array:
@@ -157,7 +146,7 @@ class TransformerLayer(Container):
     linear1 = Child[Linear]("linear1", "The first map of the feed-forward network.")
     dropout = Child[Dropout]("dropout", "The dropout between the two maps.")
     linear2 = Child[Linear]("linear2", "The second map of the feed-forward network.")
-    norm_first = Option("norm_first", truth, "Whether norms come before attention and feed-forward, or after them")
+    norm_first = Option("norm_first", flag, "Whether norms come before attention and feed-forward, or after them")
     activation = Option("activation", check_activation, "The activation between the two maps, a name or a callable")
     padded = Option("padded", check_padded, "What the padded rows of the output hold")
 

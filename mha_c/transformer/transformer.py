@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mha_c._typing import Self
 from mha_c.activations import Activation
 from mha_c.advice.arguments import REFUSALS
 from mha_c.advice.keywords import knows_foreign_keywords
@@ -17,20 +17,13 @@ from mha_c.dropout import seeds_for
 from mha_c.layer import MaskedRows
 from mha_c.module import Module, Option, check_device, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array
+from mha_c.parameters.checks import flag, integer
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws, reset_matrices
 from mha_c.parameters.quantization import MatmulPrecision
-from mha_c.parameters.sets import integer
-from mha_c.transformer.layer import Norm, Padded, make_norm, truth
+from mha_c.transformer.layer import Norm, Padded, make_norm
 from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
 from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer, attention_call
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-elif sys.version_info >= (3, 11):
-    from typing import Self
-else:
-    Self = Any
 
 __all__ = ["Transformer"]
 
@@ -111,7 +104,7 @@ class Transformer(Container):
     decoder = Child[TransformerDecoder]("decoder", "The decoder.")
     d_model = Option("d_model", integer, "Features of the inputs and the output")
     nhead = Option("nhead", integer, "Number of heads")
-    batch_first = Option("batch_first", truth, "Whether inputs are (N, S, E) rather than (S, N, E)")
+    batch_first = Option("batch_first", flag, "Whether inputs are (N, S, E) rather than (S, N, E)")
 
     _kind = "Transformer"
     _child_names = ("encoder", "decoder")
@@ -295,6 +288,7 @@ class Transformer(Container):
         return np.triu(np.full((size, size), -np.inf, float_dtype(dtype)), 1)
 
     @classmethod
+    @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
 
