@@ -143,7 +143,7 @@ def _evaluating_layer(module: Any) -> MultiheadAttention:
     try:
         layer = MultiheadAttention.from_torch(module)
     except TypeError as error:
-        said = str(error).replace("from_torch takes", "check.against_torch takes a layer of mha_c or", 1)
+        said = str(error).partition(", which mha_c.")[0].replace("from_torch takes", "check.against_torch takes a layer of mha_c or", 1)
         raise TypeError(f"{said}. check.model compares whole models") from None
     dtype = str(module.out_proj.weight.dtype).removeprefix("torch.")
     if dtype != layer.out_proj.weight.dtype.name:

@@ -187,4 +187,5 @@ def _copy_of_torchs(layer: Any) -> Any:
     except TypeError as error:
         *names, last = (each.__name__ for each in _EXPLAIN)
         takes = f"explain takes a {', '.join(names)} or {last} of mha_c or torch.nn"
-        raise TypeError(str(error).replace(f"from_torch takes a torch.nn.{kind.__name__}", takes, 1)) from None
+        said = str(error).partition(", which mha_c.")[0]
+        raise TypeError(said.replace(f"from_torch takes a torch.nn.{kind.__name__}", takes, 1)) from None
