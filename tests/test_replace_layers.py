@@ -1063,6 +1063,11 @@ def test_reasons_with_transformers(transformers, reason):
         torch.testing.assert_close(got.result, expected.result)
 
 
+def test_models_of_transformers_that_are_not_replaced(transformers):
+    theirs, _, _ = hugging_face(transformers, "Bert")
+    assert [row[1:] for row in coverage(theirs).rows] == [("BertLayer", 0, 0, "not replaced")] * 2
+
+
 def test_a_chunk_that_is_overridden(transformers):
     """DistilBERT's is a method of the feed-forward network."""
     theirs, ours, call = hugging_face(transformers, "DistilBert")

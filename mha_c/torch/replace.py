@@ -312,9 +312,11 @@ def coverage(model: torch.nn.Module) -> Coverage:
     if name := registered_name(model):
         calls = f'Calls through attn_implementation="{name}"'
         note = f"{calls} are counted in the coverage that register_transformers() returned."
-    found = Coverage("layers" if whole else "attention", note)
+    has_attention = not layers or any(one.mixin is ReplacedAttention for one in layers)
+    lists_layers = bool(whole) or not has_attention
+    found = Coverage("layers" if lists_layers else "attention", note)
     for name, layer, mixin, why_left in layers:
-        if mixin is not ReplacedAttention and not whole:
+        if mixin is not ReplacedAttention and not lists_layers:
             continue
         calls = layer._mha_c.calls.by_reason if isinstance(layer, Replaced) else {}
         if not calls and layer in within:
