@@ -26,11 +26,11 @@ static mha_status project_inputs(mha_pass *p)
     const mha_widths *w = &p->passes->layer->widths;
     const mha_rows static_k = mha_numbered(&call->static_k, p->batch->numbers);
     const mha_rows static_v = mha_numbered(&call->static_v, p->batch->numbers);
-    const mha_copied_rows k = {&p->keys, &static_k, &p->attention.k, w->Hkv, w->D};
-    const mha_copied_rows v = {&p->keys, &static_v, &p->attention.v, w->Hkv, w->Dv};
+    const mha_copied_rows k = {p->keys, &static_k, &p->attention.k, w->Hkv, w->D};
+    const mha_copied_rows v = {p->keys, &static_v, &p->attention.v, w->Hkv, w->Dv};
     mha_status status = MHA_OK;
-    if (!p->passes->is_few)
-        mha_number_rows(&p->keys);
+    if (p->keys == &p->key_rows)
+        mha_number_rows(p->keys);
     if (static_k.data)
         status = mha_copy_rows(&k, &p->team);
     if (status == MHA_OK && static_v.data)

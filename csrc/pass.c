@@ -92,25 +92,32 @@ static void plan_queries(mha_pass *p, mha_plan *plan)
     mha_add_projection(p->inputs, &p->input_count, &p->queries, projected_query(p), &target);
 }
 
+static const mha_walk *walk_keys(mha_pass *p, mha_plan *plan)
+{
+    const size_t S = p->passes->call->S;
+    if (p->attention.is_live_only)
+        return &p->queries;
+    if (mha_all_live_keys(p->batch) == p->batch->count * S)
+        p->key_rows = (mha_walk){.items = p->batch->count, .length = S, .by_rows = p->by_rows};
+    else
+        mha_walk_live_keys(&p->key_rows, p->batch, plan);
+    return &p->key_rows;
+}
+
 static void plan_keys(mha_pass *p, mha_plan *plan)
 {
     const mha_layer *layer = p->passes->layer;
     const mha_call *call = p->passes->call;
     const mha_widths *w = &layer->widths;
     mha_rows *k = &p->attention.k, *v = &p->attention.v;
-    if (mha_all_live_keys(p->batch) == p->batch->count * call->S)
-        p->keys = (mha_walk){.items = p->batch->count, .length = call->S, .by_rows = p->by_rows};
-    else if (p->attention.is_live_only)
-        mha_walk_again(&p->keys, &p->queries, plan);
-    else
-        mha_walk_live_keys(&p->keys, p->batch, plan);
-    const size_t k_heads = mha_place_heads(plan, layer->kernels, &p->keys, w->Hkv, w->D, k);
-    const size_t v_heads = mha_place_heads(plan, layer->kernels, &p->keys, w->Hkv, w->Dv, v);
+    p->keys = walk_keys(p, plan);
+    const size_t k_heads = mha_place_heads(plan, layer->kernels, p->keys, w->Hkv, w->D, k);
+    const size_t v_heads = mha_place_heads(plan, layer->kernels, p->keys, w->Hkv, w->Dv, v);
     const mha_target to_k = target_of(&layer->k, k, k_heads), to_v = target_of(&layer->v, v, v_heads);
     if (!call->static_k.data)
-        mha_add_projection(p->inputs, &p->input_count, &p->keys, projected(p, &p->key), &to_k);
+        mha_add_projection(p->inputs, &p->input_count, p->keys, projected(p, &p->key), &to_k);
     if (!call->static_v.data)
-        mha_add_projection(p->inputs, &p->input_count, &p->keys, projected(p, &p->value), &to_v);
+        mha_add_projection(p->inputs, &p->input_count, p->keys, projected(p, &p->value), &to_v);
 }
 
 /* All but q, k, v and context, which the plans of the steps set. */
@@ -166,6 +173,7 @@ void mha_plan_pass(mha_pass *p, const mha_passes *passes, const mha_batch *batch
     p->value = mha_numbered(&p->passes->call->value, batch->numbers);
     p->by_rows = goes_by_rows(p);
     p->input_count = 0;
+    p->keys = NULL;
     walk_queries(p, plan);
     size_t scratch = plan_block(p, plan);
     plan_queries(p, plan);

@@ -17,12 +17,6 @@ void mha_walk_live_keys(mha_walk *walk, const mha_batch *batch, mha_plan *plan)
     walk->first_at = mha_place(plan, &walk->first, walk->items + 1, 1, sizeof *walk->first);
 }
 
-void mha_walk_again(mha_walk *walk, const mha_walk *other, mha_plan *plan)
-{
-    *walk = *other;
-    mha_point(plan, &walk->first, walk->first_at);
-}
-
 void mha_number_rows(const mha_walk *walk)
 {
     if (!walk->live)

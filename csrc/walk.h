@@ -21,9 +21,6 @@ typedef struct {
 /* Plans a walk through the live keys of a batch. */
 void mha_walk_live_keys(mha_walk *walk, const mha_batch *batch, mha_plan *plan);
 
-/* Plans another walk through the same rows. */
-void mha_walk_again(mha_walk *walk, const mha_walk *other, mha_plan *plan);
-
 /* Numbers the rows of such a walk, after the workspace is taken. */
 void mha_number_rows(const mha_walk *walk);
 
