@@ -144,6 +144,19 @@ static char *numbers_at(const mha_few_queries *f, char *numbers, size_t index)
     return numbers + index * f->layer->kernels->size;
 }
 
+/* The results of a panel, from its first lane on, for one segment of keys. */
+typedef struct {
+    char *sums;          /* [Ev][P] */
+    char *maximum, *sum; /* [P] */
+} partial;
+
+static partial partial_at(const mha_few_queries *f, size_t i, size_t segment, size_t lane)
+{
+    const size_t at = (i * f->segments + segment) * padded_lanes(f) + lane;
+    return (partial){numbers_at(f, f->sums, at * f->layer->widths.Ev), numbers_at(f, f->maximum, at),
+                     numbers_at(f, f->sum, at)};
+}
+
 /* ---- What is given up ---- */
 
 static bool is_given_up(const mha_few_queries *f, size_t i, size_t l)
@@ -326,8 +339,7 @@ typedef struct {
     size_t i, first_block, end_block;
     mha_panel panel;
     const char *queries;
-    char *sums; /* [Ev][P] */
-    char *maximum, *sum;
+    partial results;
 } few_segment;
 
 /* sums = sums * factor + x^T exps, for a slice of features at a time. */
@@ -342,7 +354,7 @@ static void add_values(const mha_few_queries *f, const few_segment *g, const mha
     for (size_t e = 0; e < Ev; e += MHA_CHAIN) {
         product.rows = mha_smaller(Ev - e, MHA_CHAIN);
         copy_inputs(f, f->value, g->i, block, e, product.rows, s->slice);
-        product.addend = product.c = g->sums + e * P * kernels->size;
+        product.addend = product.c = g->results.sums + e * P * kernels->size;
         const mha_product finite = is_careful ? mha_with_finite_values(kernels, &product, s->finite) : product;
         kernels->product(&finite);
         if (is_careful)
@@ -354,8 +366,9 @@ static void attend_segment(const mha_few_queries *f, const few_segment *g, const
 {
     const mha_kernels *kernels = f->layer->kernels;
     const size_t vectors = g->panel.vectors;
-    kernels->softmax_begin(g->maximum, g->sum, vectors);
-    kernels->fill(g->sums, f->layer->widths.Ev * vectors * kernels->lanes, 0);
+    const partial *r = &g->results;
+    kernels->softmax_begin(r->maximum, r->sum, vectors);
+    kernels->fill(r->sums, f->layer->widths.Ev * vectors * kernels->lanes, 0);
     for (size_t b = g->first_block; b < g->end_block; b++) {
         mha_key_block block;
         mha_key_block_at(f->a->batch, g->i, b, &block);
@@ -363,7 +376,7 @@ static void attend_segment(const mha_few_queries *f, const few_segment *g, const
         block.keys = visible.keys;
         if (block.keys == 0)
             continue;
-        kernels->softmax_step(s->scores, block.keys, vectors, s->scores, g->maximum, g->sum, s->factor);
+        kernels->softmax_step(s->scores, block.keys, vectors, s->scores, r->maximum, r->sum, s->factor);
         add_values(f, g, &block, visible.is_biased ? s->bias : NULL, s, is_careful);
     }
 }
@@ -373,19 +386,17 @@ static void attend_segment_task(void *context, size_t task, size_t worker)
 {
     const mha_few_queries *f = context;
     const scratch_pieces s = scratch_of(f, worker);
-    const size_t padded = padded_lanes(f), segment = task % f->segments, i = task / f->segments / f->split.panels;
-    const size_t at_segment = i * f->segments + segment, first = segment * SEGMENT_BLOCKS, Ev = f->layer->widths.Ev;
+    const size_t segment = task % f->segments, i = task / f->segments / f->split.panels;
+    const size_t first = segment * SEGMENT_BLOCKS, Ev = f->layer->widths.Ev;
     const mha_panel panel = mha_panel_at(&f->split, task / f->segments % f->split.panels);
     const few_segment g = {
         .i = i, .panel = panel,
         .first_block = first, .end_block = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(f->a->batch, i)),
-        .queries = numbers_at(f, f->t_panels, (i * padded + panel.first) * f->layer->widths.Ek),
-        .sums = numbers_at(f, f->sums, (at_segment * padded + panel.first) * Ev),
-        .maximum = numbers_at(f, f->maximum, at_segment * padded + panel.first),
-        .sum = numbers_at(f, f->sum, at_segment * padded + panel.first),
+        .queries = numbers_at(f, f->t_panels, (i * padded_lanes(f) + panel.first) * f->layer->widths.Ek),
+        .results = partial_at(f, i, segment, panel.first),
     };
     attend_segment(f, &g, &s, false);
-    if (!f->layer->kernels->is_finite(g.sums, Ev * panel.vectors * f->layer->kernels->lanes))
+    if (!f->layer->kernels->is_finite(g.results.sums, Ev * panel.vectors * f->layer->kernels->lanes))
         attend_segment(f, &g, &s, true);
 }
 
@@ -401,23 +412,19 @@ static void merge_task(void *context, size_t task, size_t worker)
 {
     const mha_few_queries *f = context;
     const mha_kernels *kernels = f->layer->kernels;
-    const size_t padded = padded_lanes(f), i = task / f->split.panels, Ev = f->layer->widths.Ev;
+    const size_t i = task / f->split.panels, Ev = f->layer->widths.Ev;
     const mha_panel panel = mha_panel_at(&f->split, task % f->split.panels);
-    const size_t at = i * f->segments * padded + panel.first; /* segment 0 collects the others */
-    char *sums = numbers_at(f, f->sums, at * Ev), *maximum = numbers_at(f, f->maximum, at);
-    char *sum = numbers_at(f, f->sum, at);
+    const partial all = partial_at(f, i, 0, panel.first); /* segment 0 collects the others */
     for (size_t segment = 1; segment < f->segments; segment++) {
-        const size_t at_segment = (i * f->segments + segment) * padded + panel.first;
-        kernels->softmax_merge(sums, maximum, sum, numbers_at(f, f->sums, at_segment * Ev),
-                               numbers_at(f, f->maximum, at_segment), numbers_at(f, f->sum, at_segment), Ev,
-                               panel.vectors);
+        const partial next = partial_at(f, i, segment, panel.first);
+        kernels->softmax_merge(all.sums, all.maximum, all.sum, next.sums, next.maximum, next.sum, Ev, panel.vectors);
     }
-    char *bias_factor = numbers_at(f, f->bias_factor, i * padded + panel.first);
+    char *bias_factor = numbers_at(f, f->bias_factor, i * padded_lanes(f) + panel.first);
     for (size_t lane = 0; lane < panel.count; lane++)
-        kernels->fill(bias_factor + lane * kernels->size, 1, is_zero(kernels, sum + lane * kernels->size) ? 0 : 1);
+        kernels->fill(bias_factor + lane * kernels->size, 1, is_zero(kernels, all.sum + lane * kernels->size) ? 0 : 1);
     char *inverse = scratch_of(f, worker).factor;
-    kernels->softmax_end(sum, inverse, panel.vectors, mha_empty_row_of(f->a));
-    kernels->unpack_panel(sums, panel.vectors, inverse, panel.count, Ev,
+    kernels->softmax_end(all.sum, inverse, panel.vectors, mha_empty_row_of(f->a));
+    kernels->unpack_panel(all.sums, panel.vectors, inverse, panel.count, Ev,
                           numbers_at(f, f->y, (i * lanes_of(f) + panel.first) * f->y_stride), f->y_stride);
 }
 
@@ -514,11 +521,12 @@ typedef struct {
 static query_rows describe_query_rows(const mha_few_queries *f, size_t query)
 {
     const mha_widths *w = &f->layer->widths;
-    const size_t i = query / f->a->L, l = query % f->a->L, at = i * f->segments * padded_lanes(f) + l * w->H;
+    const size_t i = query / f->a->L, l = query % f->a->L;
+    const partial all = partial_at(f, i, 0, l * w->H);
     return (query_rows){
         .i = i, .l = l,
         .panels = numbers_at(f, f->query_panels, query * f->by_head.vectors * f->by_head.lanes * w->Ek),
-        .maximum = numbers_at(f, f->maximum, at), .sum = numbers_at(f, f->sum, at),
+        .maximum = all.maximum, .sum = all.sum,
     };
 }
 
