@@ -517,9 +517,9 @@ static void attend_task(void *context, size_t task, size_t worker)
     const mha_attention_tasks *t = &a->tasks;
     mha_panel_state panels[NARROW_PANELS];
     /* The last queries come first, because under a causal mask they see the most keys. */
-    const size_t group = t->groups - 1 - task / t->bundles, bundle = task % t->bundles;
+    const size_t part = t->tasks_per_bundle - 1 - task / t->bundles, bundle = task % t->bundles;
     const size_t first_head = bundle * t->heads % a->H, item = bundle * t->heads / a->H;
-    const size_t first = group * t->panels;
+    const size_t first = part * t->panels;
     const size_t count = mha_smaller(t->panels, t->heads * a->split.panels - first);
     const size_t queries = mha_queries_of(a, item);
     size_t head = first % t->heads, panel = first / t->heads, used = 0;
@@ -581,8 +581,8 @@ static void choose_tasks(mha_attention *a)
     t->bundles = a->batch->count * a->H / t->heads;
     const size_t panels = t->heads * a->split.panels, all = t->bundles * panels;
     t->panels = mha_smaller(max_task_panels(a), mha_divide_up(all, TASKS_PER_THREAD * a->team->threads));
-    t->groups = mha_divide_up(panels, t->panels);
-    t->panels = mha_divide_up(panels, t->groups); /* for example 3 + 3 panels, not 4 + 2 */
+    t->tasks_per_bundle = mha_divide_up(panels, t->panels);
+    t->panels = mha_divide_up(panels, t->tasks_per_bundle); /* for example 3 + 3 panels, not 4 + 2 */
 }
 
 size_t mha_plan_attention(mha_attention *a)
@@ -600,5 +600,5 @@ mha_status mha_attend(mha_attention *a)
 {
     if (is_handful(a))
         return mha_parallel_for(a->team, a->batch->count * tasks_of_handful(a), attend_handful_task, a);
-    return mha_parallel_for(a->team, a->tasks.bundles * a->tasks.groups, attend_task, a);
+    return mha_parallel_for(a->team, a->tasks.bundles * a->tasks.tasks_per_bundle, attend_task, a);
 }

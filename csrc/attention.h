@@ -17,10 +17,11 @@ typedef struct {
     size_t heads;   /* heads of a bundle: tasks share out their panels */
     size_t bundles; /* bundles of all items */
     size_t panels;  /* panels of a task */
-    size_t groups;  /* tasks of a bundle, or of the heads whose probabilities are averaged */
+    size_t tasks_per_bundle;
 
     /* For probabilities.c: */
     size_t kept_panels; /* panels of a task that keeps its scores until probabilities are made from them; 0: none */
+    size_t kept_tasks;  /* such tasks of the heads whose probabilities are averaged */
     size_t segments;    /* tasks of a panel in the second pass */
 } mha_attention_tasks;
 

@@ -75,7 +75,8 @@ static size_t max_kept_panels(const mha_attention *a)
     return mha_smaller(mha_smaller(MHA_MAX_TASK_PANELS, fit), a->split.panels);
 }
 
-/* There are as few panels as possible, unless more of them make the tasks even. */
+/* There are as few panels as possible, unless more of them make the tasks even. If scores are not kept, the split stays
+ * as mha_plan_attention() made it. */
 static void split_queries(mha_attention *a)
 {
     const mha_split fewest = a->split;
@@ -195,8 +196,8 @@ static void attend_and_write_task(void *context, size_t task, size_t worker)
     const size_t heads = averaged_heads(a), averages = averages_of_call(a);
     const size_t item = task % averages / averages_of_item(a);
     const size_t first_head = task % averages % averages_of_item(a) * heads;
-    const size_t group = a->tasks.groups - 1 - task / averages, first = group * a->split.panels / a->tasks.groups;
-    const size_t count = (group + 1) * a->split.panels / a->tasks.groups - first;
+    const size_t tasks = a->tasks.kept_tasks, part = tasks - 1 - task / averages;
+    const size_t first = part * a->split.panels / tasks, count = (part + 1) * a->split.panels / tasks - first;
     mha_panel_state panels[MHA_MAX_TASK_PANELS];
     for (size_t h = first_head; h < first_head + heads; h++) {
         for (size_t i = 0; i < count; i++) {
@@ -249,7 +250,7 @@ static size_t plan_kept(mha_attention *a)
     const size_t panels = a->split.panels;
     const size_t wanted = mha_divide_up(panels_of_averages(a), TASKS_PER_THREAD * a->team->threads);
     mha_layout layout = {.bytes = mha_plan_panels(a, a->tasks.kept_panels)}, one = {0};
-    a->tasks.groups = even_parts(a, mha_divide_up(panels, mha_smaller(a->tasks.kept_panels, wanted)), panels);
+    a->tasks.kept_tasks = even_parts(a, mha_divide_up(panels, mha_smaller(a->tasks.kept_panels, wanted)), panels);
     mha_reserve(&one, mha_max_blocks(a) * mha_max_block_keys(a), P, size);
     a->at.kept_bytes = 2 * one.bytes;
     a->at.kept = mha_reserve(&layout, a->tasks.kept_panels, a->at.kept_bytes, 1);
@@ -283,7 +284,7 @@ mha_status mha_attend_with_probabilities(mha_attention *a)
 {
     mha_status status = MHA_OK;
     if (a->tasks.kept_panels > 0)
-        return mha_parallel_for(a->team, averages_of_call(a) * a->tasks.groups, attend_and_write_task, a);
+        return mha_parallel_for(a->team, averages_of_call(a) * a->tasks.kept_tasks, attend_and_write_task, a);
     if (a->wanted != MHA_WANT_SCORES)
         status = mha_attend(a);
     if (status != MHA_OK)
