@@ -452,6 +452,7 @@ static void attend_block(const mha_attention *a, mha_panel_state *panels, size_t
     size_t narrowed[NARROW_HEADS] = {SIZE_MAX, SIZE_MAX}; /* the heads whose keys and values are narrow */
     for (size_t i = 0; i < count; i++) {
         mha_panel_state *s = &panels[i];
+        /* If the panel before has the same lanes and mask, its bias still stands in the scratch. */
         if (i == 0 || !is_shared || s->lanes.first != panels[i - 1].lanes.first)
             visible = apply_rules(a, s, block);
         if (a->narrow && visible.keys > 0 && narrowed[s->hkv % NARROW_HEADS] != s->hkv) {
