@@ -197,7 +197,7 @@ class Unseen(NamedTuple):
 
 UNSEEN = [
     Unseen("", "", r"__builtin_prefetch|prefetch|madvise|MADV_", "a hint to the hardware or to the system"),
-    Unseen("tiles?", r"prefetch|is_left_alone\(\)", "", "what is prefetched"),
+    Unseen("tiles?", r"prefetch|(hardware_keeps_up|lines_of_step)\(\)", "", "what is prefetched"),
     Unseen("groups", r"tile\(\)", r"-> .*a_4 = rows >= 4", "an address that four rows do not use"),
     Unseen("projection", r"prefetch_row\(\)|next_weights\(\)", "", "what is prefetched"),
     Unseen("attention", r"prefetch_share\(\)|count_sharers\(\)", "", "what is prefetched"),
