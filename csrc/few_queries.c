@@ -242,7 +242,8 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
     mha_product product = {.rows = f->a->L, .vectors = vectors, .a = mha_row_at(&f->a->q, i, h, 0),
                            .a_row = mha_row_numbers(&f->a->q), .a_k = 1, .b = Wk, .b_k = w->Ek,
                            .b_type = layer->k.type, .more_panels = panels - 1,
-                           .b_panel = vectors * layer->kernels->lanes * b_size, .c = t, .c_row = w->H * f->t_stride};
+                           .b_panel_bytes = vectors * layer->kernels->lanes * b_size, .c = t,
+                           .c_row = w->H * f->t_stride};
     mha_multiply_chained(layer->kernels, NULL, &product, w->D);
 }
 
@@ -441,12 +442,12 @@ static void emit_panels(const mha_few_queries *f, size_t i, size_t h, mha_panel 
     mha_product product = {.rows = f->a->L, .vectors = panel.vectors, .a = y,
                            .a_row = (ptrdiff_t)(w->H * f->y_stride), .a_k = 1, .b = mha_panel_row(&layer->v, &panel, 0),
                            .b_k = P, .b_type = layer->v.type, .more_panels = at_once - 1,
-                           .b_panel = w->Ev * P * layer->v.group_bytes, .addend_row = width, .c = strip,
+                           .b_panel_bytes = w->Ev * P * layer->v.group_bytes, .addend_row = width, .c = strip,
                            .c_row = width};
     mha_multiply_chained(kernels, NULL, &product, w->Ev);
     if (layer->v.bias) {
         product.b_type = kernels->dtype;
-        product.b_panel = P * size;
+        product.b_panel_bytes = P * size;
         product.depth = 1;
         product.a = numbers_at(f, f->bias_factor, i * padded_lanes(f) + h);
         product.a_row = (ptrdiff_t)w->H;

@@ -368,7 +368,7 @@ static void multiply_slice(const mha_kernels *kernels, const mha_projection *pro
         const mha_prefetch prefetch = next_weights(kernels, panels, p->chain, b + groups * b_row);
         mha_product product = {.rows = x->rows, .depth = groups, .vectors = panel.vectors, .a = a,
                                .a_row = x->row_stride, .a_k = 1, .b = b, .b_k = P, .b_type = panels->type,
-                               .more_panels = at_once - 1, .b_panel = mha_groups(panels, p->depth) * b_row,
+                               .more_panels = at_once - 1, .b_panel_bytes = mha_groups(panels, p->depth) * b_row,
                                .b_scale = panels->scale ? panels->scale + panel.first : NULL, .addend = addend,
                                .addend_row = addend_row, .c = strip, .c_row = width, .prefetch = &prefetch};
         k += p->chain;

@@ -53,10 +53,10 @@ mha_visible mha_apply_rules(const mha_kernels *kernels, const mha_rules *rules, 
         return visible;
     mha_mask_block of;
     of.attn_kind = rules->attn.kind;
-    of.attn_s = rules->attn.stride_s;
+    of.attn_s_bytes = rules->attn.stride_s;
     of.padding = rules->padding.kind ? mha_mask_at(&rules->padding, n, 0, 0) : NULL;
     of.padding_kind = rules->padding.kind;
-    of.padding_s = rules->padding.stride_s;
+    of.padding_s_bytes = rules->padding.stride_s;
     of.index = block->index;
     of.first_key = block->first_key;
     of.is_causal = rules->is_causal;

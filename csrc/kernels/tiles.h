@@ -93,7 +93,7 @@ static inline prefetching begin_prefetching(const mha_product *p, size_t tiles, 
         return (prefetching){.ahead = (const char *)p->b + OWN_AHEAD, .step = keeps_up ? 0 : read};
     }
     if (wanted->rows != 1)
-        return (prefetching){.next = wanted->data, .stride = wanted->stride, .bytes = wanted->bytes,
+        return (prefetching){.next = wanted->data, .stride = wanted->stride_bytes, .bytes = wanted->bytes,
                              .left = wanted->rows, .each = mha_divide_up(wanted->rows, tiles)};
     if (wanted->bytes > MAX_PIECE * tiles && p->depth > 0)
         return (prefetching){.ahead = wanted->data, .step = mha_divide_up(wanted->bytes, tiles * p->depth)};
