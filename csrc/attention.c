@@ -180,7 +180,7 @@ static void narrow_block(const mha_attention *a, const mha_panel_state *s, const
 {
     const mha_rows *values = values_of(a, block);
     narrow_keys(a, s, block);
-    narrow_values(a, mha_row_at(values, s->item, s->hkv, block->first), mha_row_numbers(values), block->keys,
+    narrow_values(a, mha_row_at(values, s->item, s->hkv, block->first), mha_stride_of(values), block->keys,
                   s->narrow_values);
 }
 
@@ -219,7 +219,7 @@ static mha_product round_values(const mha_attention *a, const mha_panel_state *s
 
 void mha_pack_queries(const mha_attention *a, const mha_panel_state *s)
 {
-    a->kernels->pack_panel(mha_row_at(&a->q, s->item, s->h, s->lanes.first), (size_t)mha_row_numbers(&a->q),
+    a->kernels->pack_panel(mha_row_at(&a->q, s->item, s->h, s->lanes.first), (size_t)mha_stride_of(&a->q),
                            s->lanes.count, a->D, a->rules->scale, s->queries, s->lanes.vectors);
     if (a->narrow)
         narrow_queries(a, s);
@@ -228,7 +228,7 @@ void mha_pack_queries(const mha_attention *a, const mha_panel_state *s)
 static mha_visible apply_rules(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block)
 {
     const mha_lanes of_head = {s->h, 1, s->lanes.first, s->lanes.count, s->lanes.vectors};
-    return mha_apply_rules(a->kernels, a->rules, mha_number_of(a->batch, s->item), &of_head, block, s->bias);
+    return mha_apply_rules(a->kernels, a->rules, mha_item_index(a->batch, s->item), &of_head, block, s->bias);
 }
 
 /* scores[key][lane] of the visible keys. The bias is added last, if there is one. Chains have at most MHA_CHAIN
@@ -240,7 +240,7 @@ static void score(const mha_attention *a, const mha_panel_state *s, const mha_ke
     const size_t P = s->lanes.vectors * kernels->lanes;
     const mha_rows *keys = keys_of(a, block);
     mha_product product = {.rows = visible.keys, .vectors = s->lanes.vectors,
-                           .a = mha_row_at(keys, s->item, s->hkv, block->first), .a_row = mha_row_numbers(keys),
+                           .a = mha_row_at(keys, s->item, s->hkv, block->first), .a_row = mha_stride_of(keys),
                            .a_k = 1, .b = s->queries, .b_k = P,
                            .addend = visible.is_biased && a->D <= MHA_CHAIN ? s->bias : NULL, .addend_row = P,
                            .c = scores, .c_row = P, .prefetch = prefetch};
@@ -332,7 +332,7 @@ void mha_drop_out(const mha_attention *a, const mha_panel_state *s, const mha_ke
         .key = a->rules->dropout_key,
         .threshold = (uint64_t)((1 - a->rules->dropout_p) * 4294967296.0),
         .scale = 1 / (1 - a->rules->dropout_p),
-        .n = mha_number_of(a->batch, s->item), .h = s->h, .first_query = s->lanes.first,
+        .n = mha_item_index(a->batch, s->item), .h = s->h, .first_query = s->lanes.first,
         .index = block->index, .first_key = block->first_key,
     };
     a->kernels->dropout(probabilities, keys, s->lanes.vectors, s->lanes.count, &dropout);
@@ -404,7 +404,7 @@ static void step(const mha_attention *a, mha_panel_state *s, size_t b, const mha
     const mha_rows *values = values_of(a, block);
     const mha_product product = {.rows = a->Dv, .depth = visible.keys, .vectors = s->lanes.vectors,
                                  .a = mha_row_at(values, s->item, s->hkv, block->first), .a_row = 1,
-                                 .a_k = mha_row_numbers(values), .b = exps, .b_k = P,
+                                 .a_k = mha_stride_of(values), .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
                                  .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
     if (s->finite)
@@ -422,7 +422,7 @@ static void finish(const mha_attention *a, const mha_panel_state *s)
         kernels->fill(s->out, a->Dv * s->lanes.vectors * kernels->lanes, 0);
     kernels->softmax_end(s->sum, inverse, s->lanes.vectors, mha_empty_row_of(a));
     kernels->unpack_panel(s->out, s->lanes.vectors, inverse, s->lanes.count, a->Dv,
-                          mha_row_at(&a->context, s->item, s->h, s->lanes.first), (size_t)mha_row_numbers(&a->context));
+                          mha_row_at(&a->context, s->item, s->h, s->lanes.first), (size_t)mha_stride_of(&a->context));
     if (a->wanted) {
         const size_t at = mha_statistics_offset(a, s);
         const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->size;
@@ -560,8 +560,8 @@ static void attend_handful_task(void *context, size_t task, size_t worker)
     const mha_attention *a = context;
     const size_t tasks = tasks_of_handful(a), item = task / tasks, part = task % tasks;
     mha_handful one = {.queries = mha_queries_of(a, item), .keys = mha_live_keys(a->batch, item), .D = a->D,
-                       .Dv = a->Dv, .q_row = mha_row_numbers(&a->q), .k_row = mha_row_numbers(&a->k),
-                       .v_row = mha_row_numbers(&a->v), .context_row = mha_row_numbers(&a->context),
+                       .Dv = a->Dv, .q_row = mha_stride_of(&a->q), .k_row = mha_stride_of(&a->k),
+                       .v_row = mha_stride_of(&a->v), .context_row = mha_stride_of(&a->context),
                        .scale = a->rules->scale, .empty_row = mha_empty_row_of(a)};
     (void)worker;
     for (size_t h = mha_first_of_part(a->H, tasks, part); h < mha_first_of_part(a->H, tasks, part + 1); h++) {

@@ -89,7 +89,7 @@ typedef struct {
     char *out;                    /* [Dv][P]; undefined until a block has a visible key */
     char *maximum, *sum, *factor; /* [P] */
     size_t item, h, hkv;          /* h: query head. hkv: its key/value head. */
-    /* sharers: panels of this task with the same hkv. share: the number of this panel among them. */
+    /* sharers: panels of this task with the same hkv. share: the index of this panel among them. */
     size_t share, sharers;
     mha_panel lanes;
     bool is_empty; /* no key was visible so far */

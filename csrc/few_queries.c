@@ -199,16 +199,16 @@ mha_status mha_give_up_items(const mha_few_queries *f, const mha_call *call, mha
     size_t queries = 0;
     for (size_t i = 0; i < batch->count; i++) {
         const size_t given_up = count_given_up(f, i);
-        items->is_picked[mha_number_of(batch, i)] = given_up == 0;
+        items->is_picked[mha_item_index(batch, i)] = given_up == 0;
         queries += given_up > 0 ? f->a->L - given_up : 0;
     }
     if (queries == 0)
         return MHA_OK;
     const mha_status status = mha_make_room(kept, f->layer, call, queries);
     for (size_t i = 0; status == MHA_OK && i < batch->count; i++)
-        for (size_t l = 0; l < f->a->L && !items->is_picked[mha_number_of(batch, i)]; l++)
+        for (size_t l = 0; l < f->a->L && !items->is_picked[mha_item_index(batch, i)]; l++)
             if (!is_given_up(f, i, l))
-                mha_keep_results(kept, mha_number_of(batch, i), l);
+                mha_keep_results(kept, mha_item_index(batch, i), l);
     return status;
 }
 
@@ -221,9 +221,9 @@ static void copy_inputs(const mha_few_queries *f, const mha_rows *x, size_t i, c
 {
     const mha_kernels *kernels = f->layer->kernels;
     const size_t bytes = slice_stride(kernels) * kernels->size;
-    const char *item = mha_row_at(x, i, 0, 0) + (ptrdiff_t)first * x->step;
+    const char *item = mha_row_at(x, i, 0, 0) + (ptrdiff_t)first * x->element;
     for (size_t k = 0; k < block->keys; k++)
-        mha_copy_row(item + (ptrdiff_t)mha_key_number(block, k) * x->row, x->step, features, kernels->size,
+        mha_copy_row(item + (ptrdiff_t)mha_key_index(block, k) * x->row, x->element, features, kernels->size,
                      slice + k * bytes);
 }
 
@@ -240,7 +240,7 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
     const char *Wk = (const char *)layer->k_weight + (hkv * w->D * w->Ek + first) * b_size;
     char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
     mha_product product = {.rows = f->a->L, .vectors = vectors, .a = mha_row_at(&f->a->q, i, h, 0),
-                           .a_row = mha_row_numbers(&f->a->q), .a_k = 1, .b = Wk, .b_k = w->Ek,
+                           .a_row = mha_stride_of(&f->a->q), .a_k = 1, .b = Wk, .b_k = w->Ek,
                            .b_type = layer->k.type, .more_panels = panels - 1,
                            .b_panel_bytes = vectors * layer->kernels->lanes * b_size, .c = t,
                            .c_row = w->H * f->t_stride};
@@ -257,7 +257,7 @@ static void check_constants(const mha_few_queries *f, size_t i, size_t h, const 
     const size_t size = kernels->size, P = kernels->lanes;
     const char *q = mha_row_at(&f->a->q, i, h, 0);
     const char *bk = layer->k.bias + h / (w->H / w->Hkv) * w->D * size;
-    mha_product product = {.rows = f->a->L, .vectors = 1, .a_row = mha_row_numbers(&f->a->q), .a_k = 1, .b = s->slice,
+    mha_product product = {.rows = f->a->L, .vectors = 1, .a_row = mha_stride_of(&f->a->q), .a_k = 1, .b = s->slice,
                            .b_k = P, .addend_row = P, .c = s->rows, .c_row = P};
     for (size_t d = 0; d < w->D; d += MHA_CHAIN) {
         product.depth = mha_smaller(w->D - d, MHA_CHAIN);
@@ -303,7 +303,7 @@ static void pack_task(void *context, size_t task, size_t worker)
 
 /* ---- attend ---- */
 
-/* Computes the masked scores of a panel for the visible keys of a block. `first` is the number of lane 0 in the item. A
+/* Computes the masked scores of a panel for the visible keys of a block. `first` is the index of lane 0 in the item. A
  * visible score that is not finite gives its query up. */
 static mha_visible score_inputs(const mha_few_queries *f, size_t i, size_t first, mha_panel panel,
                                 const mha_key_block *block, const char *queries, const scratch_pieces *s)
@@ -311,7 +311,7 @@ static mha_visible score_inputs(const mha_few_queries *f, size_t i, size_t first
     const mha_kernels *kernels = f->layer->kernels;
     const size_t P = panel.vectors * kernels->lanes, Ek = f->layer->widths.Ek;
     const mha_lanes lanes = {0, f->layer->widths.H, first, panel.count, panel.vectors};
-    const size_t n = mha_number_of(f->a->batch, i);
+    const size_t n = mha_item_index(f->a->batch, i);
     const mha_visible visible = mha_apply_rules(kernels, f->a->rules, n, &lanes, block, s->bias);
     mha_product product = {.rows = visible.keys, .vectors = panel.vectors, .a = s->slice,
                            .a_row = (ptrdiff_t)slice_stride(kernels), .a_k = 1, .b_k = P, .addend_row = P,
@@ -580,7 +580,7 @@ static void probabilities_task(void *context, size_t task, size_t worker)
         mha_key_block_at(batch, w.i, b, &block);
         probabilities_of_block(f, &w, &block, false, &s);
         for (size_t k = 0; k < block.keys; k++)
-            write_probability(f, &w, k, mha_key_number(&block, k), &s);
+            write_probability(f, &w, k, mha_key_index(&block, k), &s);
     }
     if (segment == 0 && batch->index) {
         const mha_key_block one = {.keys = 1};

@@ -37,7 +37,7 @@ static mha_target target_of(const mha_panels *panels, const mha_rows *y, size_t 
 }
 
 /* Whether rows that padding hides as keys are not computed as queries either. Masks, the causal order and dropout refer
- * to queries by their numbers, and few_queries.c has the same number of queries in each item. There, all rows are
+ * to queries by their indices, and few_queries.c has the same number of queries in each item. There, all rows are
  * computed. */
 static bool skips_padding(const mha_pass *p)
 {
@@ -67,7 +67,7 @@ static size_t plan_block(mha_pass *p, mha_plan *plan)
     b->team = &p->team;
     b->width = p->passes->layer->widths.E;
     b->x = p->query;
-    b->output = mha_numbered(&p->passes->call->output, p->batch->numbers);
+    b->output = mha_with_items(&p->passes->call->output, p->batch->items);
     return mha_plan_block(b, plan);
 }
 
@@ -142,7 +142,7 @@ static void describe_attention(mha_pass *p)
     a->wanted = call->wanted;
     a->probabilities = mha_contiguous_rows(call->attn_weights, layer->kernels->dtype, heads, call->L,
                                            call->S + p->batch->extra);
-    a->probabilities.items = p->batch->numbers;
+    a->probabilities.items = p->batch->items;
     a->team = &p->team;
 }
 
@@ -151,7 +151,7 @@ static void plan_output(mha_pass *p, mha_plan *plan)
     const mha_layer *layer = p->passes->layer;
     mha_rows *context = &p->attention.context;
     mha_place_rows(plan, layer->kernels, &p->queries, layer->widths.H, layer->widths.Dv, context);
-    p->output = mha_numbered(&p->passes->call->output, p->batch->numbers);
+    p->output = mha_with_items(&p->passes->call->output, p->batch->items);
     if (p->block.block) {
         p->last = (mha_projection){.walk = &p->queries, .x = context, .targets = 1,
                                    .target = {target_of(&layer->out, &p->block.attended, 0)}};
@@ -168,9 +168,9 @@ void mha_plan_pass(mha_pass *p, const mha_passes *passes, const mha_batch *batch
     p->passes = passes;
     p->batch = batch;
     p->team = *team;
-    p->query = mha_numbered(&p->passes->call->query, batch->numbers);
-    p->key = mha_numbered(&p->passes->call->key, batch->numbers);
-    p->value = mha_numbered(&p->passes->call->value, batch->numbers);
+    p->query = mha_with_items(&p->passes->call->query, batch->items);
+    p->key = mha_with_items(&p->passes->call->key, batch->items);
+    p->value = mha_with_items(&p->passes->call->value, batch->items);
     p->by_rows = goes_by_rows(p);
     p->input_count = 0;
     p->keys = NULL;

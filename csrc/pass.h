@@ -20,7 +20,7 @@ typedef struct {
     mha_kept *kept;   /* results of few_queries.c that are put back after the next pass */
 } mha_passes;
 
-/* Rows of the call are reached by an item's number, those of the workspace by its place in the batch. */
+/* Rows of the call are reached by an item's index, those of the workspace by its place in the batch. */
 typedef struct {
     const mha_passes *passes;
     const mha_batch *batch;

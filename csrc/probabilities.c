@@ -124,7 +124,7 @@ static void write_probabilities(const mha_attention *a, const mha_panel_state *s
     if (!block->index) {
         kernels->unpack_panel(probabilities, s->lanes.vectors, s->factor, s->lanes.count, block->keys,
                               probabilities_row(a, s, 0) + block->first_key * size,
-                              (size_t)mha_row_numbers(&a->probabilities));
+                              (size_t)mha_stride_of(&a->probabilities));
         return;
     }
     kernels->unpack_panel(probabilities, s->lanes.vectors, s->factor, s->lanes.count, block->keys, rows,

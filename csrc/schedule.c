@@ -71,7 +71,7 @@ static mha_batch chunk_at(const chunk_tasks *j, size_t i)
     mha_batch chunk = *j->all;
     const size_t first = mha_first_of_part(chunk.count, j->chunks, i);
     chunk.count = mha_first_of_part(chunk.count, j->chunks, i + 1) - first;
-    chunk.numbers += first;
+    chunk.items += first;
     return chunk;
 }
 

@@ -82,11 +82,11 @@ typedef struct {
 typedef struct {
     /* the mask of each lane's query, at key 0 of the item; not read if attn_kind is NONE */
     const char *attn[MHA_MAX_LANES];
-    size_t query[MHA_MAX_LANES]; /* the number of each lane's query; read if is_causal */
+    size_t query[MHA_MAX_LANES]; /* the index of each lane's query; read if is_causal */
     const char *padding;                 /* the float key_padding_mask, at key 0; keys that it hides are not live */
     mha_mask_kind attn_kind, padding_kind;
     ptrdiff_t attn_s_bytes, padding_s_bytes; /* from key to key */
-    const size_t *index; /* numbers of the block's keys; NULL: first_key, first_key + 1, ... */
+    const size_t *index; /* indices of the block's keys; NULL: first_key, first_key + 1, ... */
     size_t first_key;
     bool is_causal;
 } mha_mask_block;
@@ -98,7 +98,7 @@ typedef struct {
 } mha_visible;
 
 /* Where a block of probabilities is in the random stream. What happens to probability (n, h, l, s) depends on these
- * four numbers and the key alone. */
+ * four indices and the key alone. */
 typedef struct {
     const uint32_t *key;  /* of mha_philox(); made from the seed and the number of the call */
     uint64_t threshold; /* (1 - p) * 2^32; a probability is kept if its random word is less */

@@ -43,7 +43,7 @@ static uint64_t hidden_by_mask(const mha_mask_block *block, const char *row, siz
 
 static uint64_t hidden_by_order(const mha_mask_block *block, size_t query, size_t keys)
 {
-    size_t seen = keys; /* the numbers of keys ascend */
+    size_t seen = keys; /* the indices of keys ascend */
     if (block->index)
         while (seen > 0 && block->index[seen - 1] > query)
             seen--;

@@ -302,7 +302,7 @@ static void put_mask_number(mha_mask_kind kind, char *at, uint64_t word)
         *at = (char)(word % 3);
 }
 
-static size_t key_number(const mha_mask_block *m, size_t i)
+static size_t key_index(const mha_mask_block *m, size_t i)
 {
     return m->index ? m->index[i] : m->first_key + i;
 }
@@ -315,7 +315,7 @@ static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t lanes
     ptrdiff_t lowest = PTRDIFF_MAX, highest = PTRDIFF_MIN;
     for (size_t l = 0; l < lanes; l++)
         for (size_t i = 0; i < keys; i++) {
-            const ptrdiff_t at = (ptrdiff_t)l * mask->stride_lane + (ptrdiff_t)key_number(m, i) * mask->stride_s;
+            const ptrdiff_t at = (ptrdiff_t)l * mask->stride_lane + (ptrdiff_t)key_index(m, i) * mask->stride_s;
             lowest = at < lowest ? at : lowest;
             highest = at > highest ? at : highest;
         }
@@ -323,14 +323,14 @@ static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t lanes
     for (size_t l = 0; l < lanes; l++)
         for (size_t i = 0; i < keys; i++)
             put_mask_number(mask->kind,
-                            data + (ptrdiff_t)l * mask->stride_lane + (ptrdiff_t)key_number(m, i) * mask->stride_s,
+                            data + (ptrdiff_t)l * mask->stride_lane + (ptrdiff_t)key_index(m, i) * mask->stride_s,
                             uniform ? slot + keys % 2 : random_word(slot, l * keys + i));
     mask->data = data;
 }
 
 static double expected_bias(const bench *b, const mha_mask_block *m, size_t i, size_t lane)
 {
-    const size_t s = key_number(m, i);
+    const size_t s = key_index(m, i);
     double attn = 0, padding = 0;
     if (m->attn_kind)
         attn = rounded(b->dtype, mask_number(m->attn_kind, m->attn[lane] + (ptrdiff_t)s * m->attn_s_bytes));
