@@ -97,7 +97,9 @@ static mha_status run_in_chunks(chunk_tasks *j, const mha_team *team)
 {
     mha_plan all;
     mha_begin_plan(&all);
-    for (size_t i = 0; i < j->chunks; i++) {
+    /* Without padding, a plan depends on the count of items alone: that of the first chunk, or that of the last. */
+    const size_t step = j->all->index ? 1 : j->chunks - 1;
+    for (size_t i = 0; i < j->chunks; i += step) {
         const mha_batch chunk = chunk_at(j, i);
         mha_pass pass;
         mha_plan plan;
