@@ -65,6 +65,12 @@ static size_t max_task_panels(const mha_attention *a)
 
 /* ---- Scratch ---- */
 
+/* Words of a narrow key. */
+static size_t narrow_key_words(const mha_attention *a)
+{
+    return a->narrow->row_words(a->D);
+}
+
 /* Words between rows of narrow values. */
 static size_t padded_values(const mha_attention *a)
 {
@@ -81,7 +87,7 @@ size_t mha_plan_panels(mha_attention *a, size_t panels)
     if (can_hide(a))
         at->finite = mha_reserve(&layout, keys, a->Dv, size);
     if (a->narrow) {
-        at->narrow_keys = mha_reserve(&layout, NARROW_HEADS * keys, mha_narrow_key_words(a), size);
+        at->narrow_keys = mha_reserve(&layout, NARROW_HEADS * keys, narrow_key_words(a), size);
         at->narrow_values = mha_reserve(&layout, NARROW_HEADS * keys, padded_values(a), size);
         at->narrow_exps = mha_reserve(&layout, keys, P, size);
     }
@@ -104,6 +110,7 @@ void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t it
 {
     char *base = mha_scratch_of(a->team, worker), *state = base + a->at.states + i * a->at.state_bytes;
     s->base = base;
+    s->bias = base + a->at.bias;
     s->queries = state + a->at.queries;
     s->out = state + a->at.out;
     s->maximum = state + a->at.maximum;
@@ -115,7 +122,7 @@ void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t it
     s->narrow_keys = s->narrow_values = NULL;
     if (a->narrow) {
         const size_t words = s->hkv % NARROW_HEADS * mha_max_block_keys(a) * a->kernels->size;
-        s->narrow_keys = base + a->at.narrow_keys + words * mha_narrow_key_words(a);
+        s->narrow_keys = base + a->at.narrow_keys + words * narrow_key_words(a);
         s->narrow_values = base + a->at.narrow_values + words * padded_values(a);
     }
     s->lanes = lanes;
@@ -150,18 +157,18 @@ static uint32_t *words_at(void *words)
 }
 
 /* In their place. */
-static void narrow_queries(const mha_attention *a, mha_panel lanes, char *queries)
+static void narrow_queries(const mha_attention *a, const mha_panel_state *s)
 {
-    const size_t P = lanes.vectors * a->kernels->lanes;
-    a->narrow->take_columns(floats_at(queries), P, a->D, P, words_at(queries));
+    const size_t P = s->lanes.vectors * a->kernels->lanes;
+    a->narrow->take_columns(floats_at(s->queries), P, a->D, P, words_at(s->queries));
 }
 
-static void narrow_keys(const mha_attention *a, size_t item, size_t hkv, const mha_key_block *block, char *narrow)
+static void narrow_keys(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block)
 {
     const mha_rows *keys = keys_of(a, block);
     for (size_t i = 0; i < block->keys; i++)
-        a->narrow->take_row(floats_at(mha_row_at(keys, item, hkv, block->first + i)), a->D, 0,
-                            words_at(narrow) + i * mha_narrow_key_words(a));
+        a->narrow->take_row(floats_at(mha_row_at(keys, s->item, s->hkv, block->first + i)), a->D, 0,
+                            words_at(s->narrow_keys) + i * narrow_key_words(a));
 }
 
 static void narrow_values(const mha_attention *a, const char *values, ptrdiff_t row, size_t keys, char *narrow)
@@ -172,8 +179,8 @@ static void narrow_values(const mha_attention *a, const char *values, ptrdiff_t 
 static void narrow_block(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block)
 {
     const mha_rows *values = values_of(a, block);
-    narrow_keys(a, s->item, s->hkv, block, s->narrow_keys);
-    narrow_values(a, mha_row_at(values, s->item, s->hkv, block->first), mha_row_numbers(values), block->keys,
+    narrow_keys(a, s, block);
+    narrow_values(a, mha_row_at(values, s->item, s->hkv, block->first), mha_stride_of(values), block->keys,
                   s->narrow_values);
 }
 
@@ -210,51 +217,49 @@ static mha_product round_values(const mha_attention *a, const mha_panel_state *s
 
 /* ---- Scores of one panel against one block, shared by both passes ---- */
 
-void mha_pack_queries(const mha_attention *a, size_t item, size_t h, mha_panel lanes, char *queries)
+void mha_pack_queries(const mha_attention *a, const mha_panel_state *s)
 {
-    a->kernels->pack_panel(mha_row_at(&a->q, item, h, lanes.first), (size_t)mha_row_numbers(&a->q), lanes.count, a->D,
-                           a->rules->scale, queries, lanes.vectors);
+    a->kernels->pack_panel(mha_row_at(&a->q, s->item, s->h, s->lanes.first), (size_t)mha_stride_of(&a->q),
+                           s->lanes.count, a->D, a->rules->scale, s->queries, s->lanes.vectors);
     if (a->narrow)
-        narrow_queries(a, lanes, queries);
+        narrow_queries(a, s);
 }
 
-static mha_visible apply_rules(const mha_attention *a, size_t item, size_t h, mha_panel lanes,
-                               const mha_key_block *block, char *bias)
+static mha_visible apply_rules(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block)
 {
-    const mha_lanes of_head = {h, 1, lanes.first, lanes.count, lanes.vectors};
-    return mha_apply_rules(a->kernels, a->rules, mha_number_of(a->batch, item), &of_head, block, bias);
+    const mha_lanes of_head = {s->h, 1, s->lanes.first, s->lanes.count, s->lanes.vectors};
+    return mha_apply_rules(a->kernels, a->rules, mha_item_index(a->batch, s->item), &of_head, block, s->bias);
 }
 
 /* scores[key][lane] of the visible keys. The bias is added last, if there is one. Chains have at most MHA_CHAIN
  * features, as in projections. */
-static void score(const mha_attention *a, size_t item, size_t hkv, mha_panel lanes, const mha_key_block *block,
-                  mha_visible visible, const char *queries, const char *bias, const char *narrow, char *scores,
-                  const mha_prefetch *prefetch)
+static void score(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, mha_visible visible,
+                  char *scores, const mha_prefetch *prefetch)
 {
     const mha_kernels *kernels = a->kernels;
-    const size_t P = lanes.vectors * kernels->lanes;
+    const size_t P = s->lanes.vectors * kernels->lanes;
     const mha_rows *keys = keys_of(a, block);
-    mha_product product = {.rows = visible.keys, .vectors = lanes.vectors,
-                           .a = mha_row_at(keys, item, hkv, block->first), .a_row = mha_row_numbers(keys), .a_k = 1,
-                           .b = queries, .b_k = P,
-                           .addend = visible.is_biased && a->D <= MHA_CHAIN ? bias : NULL, .addend_row = P,
+    mha_product product = {.rows = visible.keys, .vectors = s->lanes.vectors,
+                           .a = mha_row_at(keys, s->item, s->hkv, block->first), .a_row = mha_stride_of(keys),
+                           .a_k = 1, .b = s->queries, .b_k = P,
+                           .addend = visible.is_biased && a->D <= MHA_CHAIN ? s->bias : NULL, .addend_row = P,
                            .c = scores, .c_row = P, .prefetch = prefetch};
     size_t depth = a->D;
     if (a->narrow) {
-        product.a = narrow;
-        product.a_row = (ptrdiff_t)mha_narrow_key_words(a);
+        product.a = s->narrow_keys;
+        product.a_row = (ptrdiff_t)narrow_key_words(a);
         depth = mha_divide_up(depth, a->narrow->group);
     }
     mha_multiply_chained(kernels, a->narrow, &product, depth);
     if (visible.is_biased && a->D > MHA_CHAIN)
-        kernels->add(scores, scores, bias, visible.keys * P);
+        kernels->add(scores, scores, s->bias, visible.keys * P);
 }
 
 /* Sets the scores of keys that are not visible to -inf. Probabilities are made from the scores of a whole block. */
-static void hide_rest(const mha_attention *a, mha_panel lanes, const mha_key_block *block, mha_visible visible,
-                      char *scores)
+static void hide_rest(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block,
+                      mha_visible visible, char *scores)
 {
-    const size_t P = lanes.vectors * a->kernels->lanes;
+    const size_t P = s->lanes.vectors * a->kernels->lanes;
     a->kernels->fill(scores + visible.keys * P * a->kernels->size, (block->keys - visible.keys) * P, -INFINITY);
 }
 
@@ -265,10 +270,10 @@ static void hide_rest(const mha_attention *a, mha_panel lanes, const mha_key_blo
  * keys become -inf, and numbers of values that are not finite are added only where their keys are visible. The result
  * has the bits that it has with zeros in hidden keys. */
 
-static void hide_scores(const mha_attention *a, mha_panel lanes, mha_visible visible, const char *bias, char *scores)
+static void hide_scores(const mha_attention *a, const mha_panel_state *s, mha_visible visible, char *scores)
 {
     if (visible.is_biased)
-        a->kernels->hide(scores, bias, visible.keys * lanes.vectors * a->kernels->lanes, -INFINITY);
+        a->kernels->hide(scores, s->bias, visible.keys * s->lanes.vectors * a->kernels->lanes, -INFINITY);
 }
 
 mha_product mha_with_finite_values(const mha_kernels *kernels, const mha_product *values, char *finite)
@@ -309,36 +314,35 @@ static bool needs_care(const mha_attention *a, const mha_panel_state *s)
            !a->kernels->is_finite(s->out, a->Dv * s->lanes.vectors * a->kernels->lanes);
 }
 
-void mha_score_block(const mha_attention *a, size_t item, size_t h, mha_panel lanes, const mha_key_block *block,
-                     const char *queries, char *bias, char *narrow, char *scores)
+void mha_score_block(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, char *scores)
 {
-    const mha_visible visible = apply_rules(a, item, h, lanes, block, bias);
+    const mha_visible visible = apply_rules(a, s, block);
     if (a->narrow && visible.keys > 0)
-        narrow_keys(a, item, h / a->shared, block, narrow);
-    score(a, item, h / a->shared, lanes, block, visible, queries, bias, narrow, scores, NULL);
+        narrow_keys(a, s, block);
+    score(a, s, block, visible, scores, NULL);
     if (a->wanted == MHA_WANT_SCORES || atomic_load_explicit(&a->is_careful, memory_order_relaxed))
-        hide_scores(a, lanes, visible, bias, scores);
-    hide_rest(a, lanes, block, visible, scores);
+        hide_scores(a, s, visible, scores);
+    hide_rest(a, s, block, visible, scores);
 }
 
-void mha_drop_out(const mha_attention *a, size_t item, size_t h, mha_panel lanes, const mha_key_block *block,
-                  size_t keys, char *probabilities)
+void mha_drop_out(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, size_t keys,
+                  char *probabilities)
 {
     const mha_dropout_block dropout = {
         .key = a->rules->dropout_key,
         .threshold = (uint64_t)((1 - a->rules->dropout_p) * 4294967296.0),
         .scale = 1 / (1 - a->rules->dropout_p),
-        .n = mha_number_of(a->batch, item), .h = h, .first_query = lanes.first,
+        .n = mha_item_index(a->batch, s->item), .h = s->h, .first_query = s->lanes.first,
         .index = block->index, .first_key = block->first_key,
     };
-    a->kernels->dropout(probabilities, keys, lanes.vectors, lanes.count, &dropout);
+    a->kernels->dropout(probabilities, keys, s->lanes.vectors, s->lanes.count, &dropout);
 }
 
 /* ---- First pass: context ---- */
 
 static void begin(const mha_attention *a, mha_panel_state *s)
 {
-    mha_pack_queries(a, s->item, s->h, s->lanes, s->queries);
+    mha_pack_queries(a, s);
     a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
 }
 
@@ -382,31 +386,29 @@ static void step(const mha_attention *a, mha_panel_state *s, size_t b, const mha
     const mha_kernels *kernels = a->kernels;
     const size_t P = s->lanes.vectors * kernels->lanes;
     char *exps = s->base + a->at.scores, *scores = s->kept ? s->kept + b * mha_block_bytes(a, s->lanes.vectors) : exps;
-    const char *bias = s->base + a->at.bias;
     mha_prefetch prefetch_keys, prefetch_values;
     if (s->kept)
-        hide_rest(a, s->lanes, block, visible, scores);
+        hide_rest(a, s, block, visible, scores);
     if (visible.keys == 0) /* hidden keys would change nothing: their probability is 0, and the maximum stays */
         return;
     if (next) {
         prefetch_keys = prefetch_share(a, s, keys_of(a, next), next, a->D);
         prefetch_values = prefetch_share(a, s, values_of(a, next), next, a->Dv);
     }
-    score(a, s->item, s->hkv, s->lanes, block, visible, s->queries, bias, s->narrow_keys, scores,
-          next ? &prefetch_keys : NULL);
+    score(a, s, block, visible, scores, next ? &prefetch_keys : NULL);
     if (s->finite)
-        hide_scores(a, s->lanes, visible, bias, scores);
+        hide_scores(a, s, visible, scores);
     kernels->softmax_step(scores, visible.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
     if (a->rules->dropout_p > 0)
-        mha_drop_out(a, s->item, s->h, s->lanes, block, visible.keys, exps);
+        mha_drop_out(a, s, block, visible.keys, exps);
     const mha_rows *values = values_of(a, block);
     const mha_product product = {.rows = a->Dv, .depth = visible.keys, .vectors = s->lanes.vectors,
                                  .a = mha_row_at(values, s->item, s->hkv, block->first), .a_row = 1,
-                                 .a_k = mha_row_numbers(values), .b = exps, .b_k = P,
+                                 .a_k = mha_stride_of(values), .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
                                  .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
     if (s->finite)
-        multiply_values_with_care(a, s, &product, visible.is_biased ? bias : NULL, exps);
+        multiply_values_with_care(a, s, &product, visible.is_biased ? s->bias : NULL, exps);
     else
         multiply_values(a, s, &product, block->keys, exps);
     s->is_empty = false;
@@ -420,9 +422,9 @@ static void finish(const mha_attention *a, const mha_panel_state *s)
         kernels->fill(s->out, a->Dv * s->lanes.vectors * kernels->lanes, 0);
     kernels->softmax_end(s->sum, inverse, s->lanes.vectors, mha_empty_row_of(a));
     kernels->unpack_panel(s->out, s->lanes.vectors, inverse, s->lanes.count, a->Dv,
-                          mha_row_at(&a->context, s->item, s->h, s->lanes.first), (size_t)mha_row_numbers(&a->context));
+                          mha_row_at(&a->context, s->item, s->h, s->lanes.first), (size_t)mha_stride_of(&a->context));
     if (a->wanted) {
-        const size_t at = mha_statistics_offset(a, s->item, s->h, s->lanes);
+        const size_t at = mha_statistics_offset(a, s);
         const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->size;
         memcpy(a->maximum + at, s->maximum, bytes);
         memcpy(a->sum + at, s->sum, bytes);
@@ -450,8 +452,9 @@ static void attend_block(const mha_attention *a, mha_panel_state *panels, size_t
     size_t narrowed[NARROW_HEADS] = {SIZE_MAX, SIZE_MAX}; /* the heads whose keys and values are narrow */
     for (size_t i = 0; i < count; i++) {
         mha_panel_state *s = &panels[i];
+        /* If the panel before has the same lanes and mask, its bias still stands in the scratch. */
         if (i == 0 || !is_shared || s->lanes.first != panels[i - 1].lanes.first)
-            visible = apply_rules(a, s->item, s->h, s->lanes, block, s->base + a->at.bias);
+            visible = apply_rules(a, s, block);
         if (a->narrow && visible.keys > 0 && narrowed[s->hkv % NARROW_HEADS] != s->hkv) {
             narrow_block(a, s, block);
             narrowed[s->hkv % NARROW_HEADS] = s->hkv;
@@ -515,9 +518,9 @@ static void attend_task(void *context, size_t task, size_t worker)
     const mha_attention_tasks *t = &a->tasks;
     mha_panel_state panels[NARROW_PANELS];
     /* The last queries come first, because under a causal mask they see the most keys. */
-    const size_t group = t->groups - 1 - task / t->bundles, bundle = task % t->bundles;
+    const size_t part = t->tasks_per_bundle - 1 - task / t->bundles, bundle = task % t->bundles;
     const size_t first_head = bundle * t->heads % a->H, item = bundle * t->heads / a->H;
-    const size_t first = group * t->panels;
+    const size_t first = part * t->panels;
     const size_t count = mha_smaller(t->panels, t->heads * a->split.panels - first);
     const size_t queries = mha_queries_of(a, item);
     size_t head = first % t->heads, panel = first / t->heads, used = 0;
@@ -557,8 +560,8 @@ static void attend_handful_task(void *context, size_t task, size_t worker)
     const mha_attention *a = context;
     const size_t tasks = tasks_of_handful(a), item = task / tasks, part = task % tasks;
     mha_handful one = {.queries = mha_queries_of(a, item), .keys = mha_live_keys(a->batch, item), .D = a->D,
-                       .Dv = a->Dv, .q_row = mha_row_numbers(&a->q), .k_row = mha_row_numbers(&a->k),
-                       .v_row = mha_row_numbers(&a->v), .context_row = mha_row_numbers(&a->context),
+                       .Dv = a->Dv, .q_row = mha_stride_of(&a->q), .k_row = mha_stride_of(&a->k),
+                       .v_row = mha_stride_of(&a->v), .context_row = mha_stride_of(&a->context),
                        .scale = a->rules->scale, .empty_row = mha_empty_row_of(a)};
     (void)worker;
     for (size_t h = mha_first_of_part(a->H, tasks, part); h < mha_first_of_part(a->H, tasks, part + 1); h++) {
@@ -579,8 +582,8 @@ static void choose_tasks(mha_attention *a)
     t->bundles = a->batch->count * a->H / t->heads;
     const size_t panels = t->heads * a->split.panels, all = t->bundles * panels;
     t->panels = mha_smaller(max_task_panels(a), mha_divide_up(all, TASKS_PER_THREAD * a->team->threads));
-    t->groups = mha_divide_up(panels, t->panels);
-    t->panels = mha_divide_up(panels, t->groups); /* for example 3 + 3 panels, not 4 + 2 */
+    t->tasks_per_bundle = mha_divide_up(panels, t->panels);
+    t->panels = mha_divide_up(panels, t->tasks_per_bundle); /* for example 3 + 3 panels, not 4 + 2 */
 }
 
 size_t mha_plan_attention(mha_attention *a)
@@ -598,5 +601,5 @@ mha_status mha_attend(mha_attention *a)
 {
     if (is_handful(a))
         return mha_parallel_for(a->team, a->batch->count * tasks_of_handful(a), attend_handful_task, a);
-    return mha_parallel_for(a->team, a->tasks.bundles * a->tasks.groups, attend_task, a);
+    return mha_parallel_for(a->team, a->tasks.bundles * a->tasks.tasks_per_bundle, attend_task, a);
 }

@@ -17,10 +17,11 @@ typedef struct {
     size_t heads;   /* heads of a bundle: tasks share out their panels */
     size_t bundles; /* bundles of all items */
     size_t panels;  /* panels of a task */
-    size_t groups;  /* tasks of a bundle, or of the heads whose probabilities are averaged */
+    size_t tasks_per_bundle;
 
     /* For probabilities.c: */
     size_t kept_panels; /* panels of a task that keeps its scores until probabilities are made from them; 0: none */
+    size_t kept_tasks;  /* such tasks of the heads whose probabilities are averaged */
     size_t segments;    /* tasks of a panel in the second pass */
 } mha_attention_tasks;
 
@@ -34,7 +35,8 @@ typedef struct {
     size_t states, state_bytes;                /* a piece for each panel of a task */
     size_t queries, out, maximum, sum, factor; /* offsets into such a piece */
     size_t kept, kept_bytes;                   /* [panel][2][keys of all blocks][P]: probabilities, and scores */
-    size_t rows;                               /* [P][block] */
+    size_t probabilities;                      /* [keys of some blocks][P], in the second pass */
+    size_t rows;                               /* [P][block]: transposed probabilities */
 } mha_attention_scratch;
 
 typedef struct {
@@ -82,11 +84,12 @@ enum { MHA_MAX_TASK_PANELS = 4 }; /* panels that read keys and values, or the ma
 /* What a task holds for one panel. */
 typedef struct {
     char *base;                   /* the thread's scratch */
+    char *bias;                   /* [block][P]: what masks add to the scores */
     char *queries;                /* [D][P], scaled */
     char *out;                    /* [Dv][P]; undefined until a block has a visible key */
     char *maximum, *sum, *factor; /* [P] */
     size_t item, h, hkv;          /* h: query head. hkv: its key/value head. */
-    /* sharers: panels of this task with the same hkv. share: the number of this panel among them. */
+    /* sharers: panels of this task with the same hkv. share: the index of this panel among them. */
     size_t share, sharers;
     mha_panel lanes;
     bool is_empty; /* no key was visible so far */
@@ -118,12 +121,6 @@ static inline size_t mha_max_blocks(const mha_attention *a)
     return mha_divide_up(a->batch->S, MHA_BLOCK_KEYS) + (a->batch->extra > 0);
 }
 
-/* Words of a narrow key. */
-static inline size_t mha_narrow_key_words(const mha_attention *a)
-{
-    return a->narrow ? a->narrow->row_words(a->D) : 0;
-}
-
 /* Bytes of the scores of a block. */
 static inline size_t mha_block_bytes(const mha_attention *a, size_t vectors)
 {
@@ -131,9 +128,9 @@ static inline size_t mha_block_bytes(const mha_attention *a, size_t vectors)
 }
 
 /* Where maximum and sum of a panel are. */
-static inline size_t mha_statistics_offset(const mha_attention *a, size_t item, size_t h, mha_panel lanes)
+static inline size_t mha_statistics_offset(const mha_attention *a, const mha_panel_state *s)
 {
-    return ((item * a->H + h) * a->split.vectors * a->kernels->lanes + lanes.first) * a->kernels->size;
+    return ((s->item * a->H + s->h) * a->split.vectors * a->kernels->lanes + s->lanes.first) * a->kernels->size;
 }
 
 /* An item without any key gives 0, as in torch. NaN is for keys that are all hidden. */
@@ -153,16 +150,14 @@ void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t it
  * false if the call is to be stopped. */
 bool mha_attend_panels(mha_attention *a, mha_panel_state *panels, size_t count);
 
-/* queries [D][P] = those of one panel, scaled; narrow if products are. */
-void mha_pack_queries(const mha_attention *a, size_t item, size_t h, mha_panel lanes, char *queries);
+/* Packs the queries of a panel, scaled; narrow if products are. */
+void mha_pack_queries(const mha_attention *a, const mha_panel_state *s);
 
-/* scores [block][P] of a panel whose queries are packed. Keys that are not visible get -inf. `bias` has room for a
- * block, and `narrow` for its keys if products are narrow. */
-void mha_score_block(const mha_attention *a, size_t item, size_t h, mha_panel lanes, const mha_key_block *block,
-                     const char *queries, char *bias, char *narrow, char *scores);
+/* scores [block][P] of a panel whose queries are packed. Keys that are not visible get -inf. */
+void mha_score_block(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, char *scores);
 
 /* Applies dropout to the probabilities of the first `keys` keys of a block. */
-void mha_drop_out(const mha_attention *a, size_t item, size_t h, mha_panel lanes, const mha_key_block *block,
-                  size_t keys, char *probabilities);
+void mha_drop_out(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, size_t keys,
+                  char *probabilities);
 
 #endif

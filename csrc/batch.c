@@ -30,12 +30,12 @@ mha_status mha_list_items(const mha_call *call, size_t extra, mha_items *items)
     const size_t N = call->N, S = call->S;
     mha_plan plan;
     mha_begin_plan(&plan);
-    ptrdiff_t *numbers;
+    ptrdiff_t *indices;
     size_t *start, *index, rows, total = 0;
     *items = (mha_items){.memory = NULL};
     if (__builtin_mul_overflow(N, call->L, &rows) || __builtin_mul_overflow(N, S, &rows))
         return MHA_TOO_LARGE; /* so mha_walk_rows() cannot overflow */
-    mha_place(&plan, &numbers, N, 1, sizeof *numbers);
+    mha_place(&plan, &indices, N, 1, sizeof *indices);
     mha_place(&plan, &items->picked, N, 1, sizeof *items->picked);
     mha_place(&plan, &items->is_picked, N, 1, sizeof *items->is_picked);
     mha_place(&plan, &start, N + 1, 1, sizeof *start);
@@ -44,13 +44,13 @@ mha_status mha_list_items(const mha_call *call, size_t extra, mha_items *items)
     if (status != MHA_OK)
         return status;
     for (size_t n = 0; n < N; n++) {
-        numbers[n] = (ptrdiff_t)n;
+        indices[n] = (ptrdiff_t)n;
         items->is_picked[n] = false;
         start[n] = total;
         total += padding->kind ? list_live_keys(padding, n, S, index + total, &items->padding_adds) : S;
     }
     start[N] = total;
-    items->all = (mha_batch){.count = N, .numbers = numbers, .S = S, .extra = extra, .start = start,
+    items->all = (mha_batch){.count = N, .items = indices, .S = S, .extra = extra, .start = start,
                              .index = total < N * S ? index : NULL};
     return MHA_OK;
 }
@@ -58,7 +58,7 @@ mha_status mha_list_items(const mha_call *call, size_t extra, mha_items *items)
 mha_batch mha_pick_items(const mha_items *items, bool is_picked)
 {
     mha_batch batch = items->all;
-    batch.numbers = items->picked;
+    batch.items = items->picked;
     batch.count = 0;
     for (size_t n = 0; n < items->all.count; n++)
         if (items->is_picked[n] == is_picked)
@@ -100,7 +100,7 @@ void mha_key_block_at(const mha_batch *batch, size_t i, size_t b, mha_key_block 
     block->first = block->first_key = before;
     block->keys = keys;
     if (batch->index) {
-        const size_t *index = mha_live_numbers(batch, i) + before;
+        const size_t *index = mha_live_indices(batch, i) + before;
         block->first_key = index[0];
         /* usually padding is at one end, and the live keys are consecutive */
         if (index[keys - 1] - index[0] != keys - 1)
@@ -111,7 +111,7 @@ void mha_key_block_at(const mha_batch *batch, size_t i, size_t b, mha_key_block 
 size_t mha_next_removed(const mha_batch *batch, size_t i, size_t s)
 {
     /* The number of live keys before s, by bisection. */
-    const size_t *index = mha_live_numbers(batch, i), live_keys = mha_live_keys(batch, i);
+    const size_t *index = mha_live_indices(batch, i), live_keys = mha_live_keys(batch, i);
     size_t low = 0, high = live_keys;
     while (low < high) {
         const size_t middle = low + (high - low) / 2;

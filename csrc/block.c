@@ -13,12 +13,12 @@
  * second-level cache holds. The weights are read once for all these rows. */
 enum { MAX_HIDDEN_BYTES = 524288 };
 
-/* Rows of the workspace from a number on. While a pass is planned, they have no memory yet. */
+/* Rows of the workspace from row `first` on. While a pass is planned, they have no memory yet. */
 static mha_rows rows_from(const mha_rows *rows, size_t first)
 {
     const ptrdiff_t distance = mha_placed_distance(rows);
     return (mha_rows){.data = first == 0 ? rows->data : rows->data + (ptrdiff_t)first * distance, .type = rows->type,
-                      .row = distance, .step = rows->step};
+                      .row = distance, .element = rows->element};
 }
 
 static size_t room_of(const mha_rows *rows)
@@ -132,7 +132,7 @@ static void zero_task(void *context, size_t item, size_t worker)
     (void)worker;
     const padded_output *o = context;
     for (size_t l = 0, live = 0; l < o->batch->S; l++)
-        if (live < mha_live_keys(o->batch, item) && mha_live_numbers(o->batch, item)[live] == l)
+        if (live < mha_live_keys(o->batch, item) && mha_live_indices(o->batch, item)[live] == l)
             live++;
         else
             o->b->kernels->fill(mha_row_at(&o->b->output, item, 0, l), o->b->width, 0);

@@ -144,6 +144,19 @@ static char *numbers_at(const mha_few_queries *f, char *numbers, size_t index)
     return numbers + index * f->layer->kernels->size;
 }
 
+/* The results of a panel, from its first lane on, for one segment of keys. */
+typedef struct {
+    char *sums;          /* [Ev][P] */
+    char *maximum, *sum; /* [P] */
+} partial;
+
+static partial partial_at(const mha_few_queries *f, size_t i, size_t segment, size_t lane)
+{
+    const size_t at = (i * f->segments + segment) * padded_lanes(f) + lane;
+    return (partial){numbers_at(f, f->sums, at * f->layer->widths.Ev), numbers_at(f, f->maximum, at),
+                     numbers_at(f, f->sum, at)};
+}
+
 /* ---- What is given up ---- */
 
 static bool is_given_up(const mha_few_queries *f, size_t i, size_t l)
@@ -186,16 +199,16 @@ mha_status mha_give_up_items(const mha_few_queries *f, const mha_call *call, mha
     size_t queries = 0;
     for (size_t i = 0; i < batch->count; i++) {
         const size_t given_up = count_given_up(f, i);
-        items->is_picked[mha_number_of(batch, i)] = given_up == 0;
+        items->is_picked[mha_item_index(batch, i)] = given_up == 0;
         queries += given_up > 0 ? f->a->L - given_up : 0;
     }
     if (queries == 0)
         return MHA_OK;
     const mha_status status = mha_make_room(kept, f->layer, call, queries);
     for (size_t i = 0; status == MHA_OK && i < batch->count; i++)
-        for (size_t l = 0; l < f->a->L && !items->is_picked[mha_number_of(batch, i)]; l++)
+        for (size_t l = 0; l < f->a->L && !items->is_picked[mha_item_index(batch, i)]; l++)
             if (!is_given_up(f, i, l))
-                mha_keep_results(kept, mha_number_of(batch, i), l);
+                mha_keep_results(kept, mha_item_index(batch, i), l);
     return status;
 }
 
@@ -208,9 +221,9 @@ static void copy_inputs(const mha_few_queries *f, const mha_rows *x, size_t i, c
 {
     const mha_kernels *kernels = f->layer->kernels;
     const size_t bytes = slice_stride(kernels) * kernels->size;
-    const char *item = mha_row_at(x, i, 0, 0) + (ptrdiff_t)first * x->step;
+    const char *item = mha_row_at(x, i, 0, 0) + (ptrdiff_t)first * x->element;
     for (size_t k = 0; k < block->keys; k++)
-        mha_copy_row(item + (ptrdiff_t)mha_key_number(block, k) * x->row, x->step, features, kernels->size,
+        mha_copy_row(item + (ptrdiff_t)mha_key_index(block, k) * x->row, x->element, features, kernels->size,
                      slice + k * bytes);
 }
 
@@ -227,9 +240,10 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
     const char *Wk = (const char *)layer->k_weight + (hkv * w->D * w->Ek + first) * b_size;
     char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
     mha_product product = {.rows = f->a->L, .vectors = vectors, .a = mha_row_at(&f->a->q, i, h, 0),
-                           .a_row = mha_row_numbers(&f->a->q), .a_k = 1, .b = Wk, .b_k = w->Ek,
+                           .a_row = mha_stride_of(&f->a->q), .a_k = 1, .b = Wk, .b_k = w->Ek,
                            .b_type = layer->k.type, .more_panels = panels - 1,
-                           .b_panel = vectors * layer->kernels->lanes * b_size, .c = t, .c_row = w->H * f->t_stride};
+                           .b_panel_bytes = vectors * layer->kernels->lanes * b_size, .c = t,
+                           .c_row = w->H * f->t_stride};
     mha_multiply_chained(layer->kernels, NULL, &product, w->D);
 }
 
@@ -243,7 +257,7 @@ static void check_constants(const mha_few_queries *f, size_t i, size_t h, const 
     const size_t size = kernels->size, P = kernels->lanes;
     const char *q = mha_row_at(&f->a->q, i, h, 0);
     const char *bk = layer->k.bias + h / (w->H / w->Hkv) * w->D * size;
-    mha_product product = {.rows = f->a->L, .vectors = 1, .a_row = mha_row_numbers(&f->a->q), .a_k = 1, .b = s->slice,
+    mha_product product = {.rows = f->a->L, .vectors = 1, .a_row = mha_stride_of(&f->a->q), .a_k = 1, .b = s->slice,
                            .b_k = P, .addend_row = P, .c = s->rows, .c_row = P};
     for (size_t d = 0; d < w->D; d += MHA_CHAIN) {
         product.depth = mha_smaller(w->D - d, MHA_CHAIN);
@@ -289,7 +303,7 @@ static void pack_task(void *context, size_t task, size_t worker)
 
 /* ---- attend ---- */
 
-/* Computes the masked scores of a panel for the visible keys of a block. `first` is the number of lane 0 in the item. A
+/* Computes the masked scores of a panel for the visible keys of a block. `first` is the index of lane 0 in the item. A
  * visible score that is not finite gives its query up. */
 static mha_visible score_inputs(const mha_few_queries *f, size_t i, size_t first, mha_panel panel,
                                 const mha_key_block *block, const char *queries, const scratch_pieces *s)
@@ -297,7 +311,7 @@ static mha_visible score_inputs(const mha_few_queries *f, size_t i, size_t first
     const mha_kernels *kernels = f->layer->kernels;
     const size_t P = panel.vectors * kernels->lanes, Ek = f->layer->widths.Ek;
     const mha_lanes lanes = {0, f->layer->widths.H, first, panel.count, panel.vectors};
-    const size_t n = mha_number_of(f->a->batch, i);
+    const size_t n = mha_item_index(f->a->batch, i);
     const mha_visible visible = mha_apply_rules(kernels, f->a->rules, n, &lanes, block, s->bias);
     mha_product product = {.rows = visible.keys, .vectors = panel.vectors, .a = s->slice,
                            .a_row = (ptrdiff_t)slice_stride(kernels), .a_k = 1, .b_k = P, .addend_row = P,
@@ -326,8 +340,7 @@ typedef struct {
     size_t i, first_block, end_block;
     mha_panel panel;
     const char *queries;
-    char *sums; /* [Ev][P] */
-    char *maximum, *sum;
+    partial results;
 } few_segment;
 
 /* sums = sums * factor + x^T exps, for a slice of features at a time. */
@@ -342,7 +355,7 @@ static void add_values(const mha_few_queries *f, const few_segment *g, const mha
     for (size_t e = 0; e < Ev; e += MHA_CHAIN) {
         product.rows = mha_smaller(Ev - e, MHA_CHAIN);
         copy_inputs(f, f->value, g->i, block, e, product.rows, s->slice);
-        product.addend = product.c = g->sums + e * P * kernels->size;
+        product.addend = product.c = g->results.sums + e * P * kernels->size;
         const mha_product finite = is_careful ? mha_with_finite_values(kernels, &product, s->finite) : product;
         kernels->product(&finite);
         if (is_careful)
@@ -354,8 +367,9 @@ static void attend_segment(const mha_few_queries *f, const few_segment *g, const
 {
     const mha_kernels *kernels = f->layer->kernels;
     const size_t vectors = g->panel.vectors;
-    kernels->softmax_begin(g->maximum, g->sum, vectors);
-    kernels->fill(g->sums, f->layer->widths.Ev * vectors * kernels->lanes, 0);
+    const partial *r = &g->results;
+    kernels->softmax_begin(r->maximum, r->sum, vectors);
+    kernels->fill(r->sums, f->layer->widths.Ev * vectors * kernels->lanes, 0);
     for (size_t b = g->first_block; b < g->end_block; b++) {
         mha_key_block block;
         mha_key_block_at(f->a->batch, g->i, b, &block);
@@ -363,7 +377,7 @@ static void attend_segment(const mha_few_queries *f, const few_segment *g, const
         block.keys = visible.keys;
         if (block.keys == 0)
             continue;
-        kernels->softmax_step(s->scores, block.keys, vectors, s->scores, g->maximum, g->sum, s->factor);
+        kernels->softmax_step(s->scores, block.keys, vectors, s->scores, r->maximum, r->sum, s->factor);
         add_values(f, g, &block, visible.is_biased ? s->bias : NULL, s, is_careful);
     }
 }
@@ -373,19 +387,17 @@ static void attend_segment_task(void *context, size_t task, size_t worker)
 {
     const mha_few_queries *f = context;
     const scratch_pieces s = scratch_of(f, worker);
-    const size_t padded = padded_lanes(f), segment = task % f->segments, i = task / f->segments / f->split.panels;
-    const size_t at_segment = i * f->segments + segment, first = segment * SEGMENT_BLOCKS, Ev = f->layer->widths.Ev;
+    const size_t segment = task % f->segments, i = task / f->segments / f->split.panels;
+    const size_t first = segment * SEGMENT_BLOCKS, Ev = f->layer->widths.Ev;
     const mha_panel panel = mha_panel_at(&f->split, task / f->segments % f->split.panels);
     const few_segment g = {
         .i = i, .panel = panel,
         .first_block = first, .end_block = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(f->a->batch, i)),
-        .queries = numbers_at(f, f->t_panels, (i * padded + panel.first) * f->layer->widths.Ek),
-        .sums = numbers_at(f, f->sums, (at_segment * padded + panel.first) * Ev),
-        .maximum = numbers_at(f, f->maximum, at_segment * padded + panel.first),
-        .sum = numbers_at(f, f->sum, at_segment * padded + panel.first),
+        .queries = numbers_at(f, f->t_panels, (i * padded_lanes(f) + panel.first) * f->layer->widths.Ek),
+        .results = partial_at(f, i, segment, panel.first),
     };
     attend_segment(f, &g, &s, false);
-    if (!f->layer->kernels->is_finite(g.sums, Ev * panel.vectors * f->layer->kernels->lanes))
+    if (!f->layer->kernels->is_finite(g.results.sums, Ev * panel.vectors * f->layer->kernels->lanes))
         attend_segment(f, &g, &s, true);
 }
 
@@ -401,23 +413,19 @@ static void merge_task(void *context, size_t task, size_t worker)
 {
     const mha_few_queries *f = context;
     const mha_kernels *kernels = f->layer->kernels;
-    const size_t padded = padded_lanes(f), i = task / f->split.panels, Ev = f->layer->widths.Ev;
+    const size_t i = task / f->split.panels, Ev = f->layer->widths.Ev;
     const mha_panel panel = mha_panel_at(&f->split, task % f->split.panels);
-    const size_t at = i * f->segments * padded + panel.first; /* segment 0 collects the others */
-    char *sums = numbers_at(f, f->sums, at * Ev), *maximum = numbers_at(f, f->maximum, at);
-    char *sum = numbers_at(f, f->sum, at);
+    const partial all = partial_at(f, i, 0, panel.first); /* segment 0 collects the others */
     for (size_t segment = 1; segment < f->segments; segment++) {
-        const size_t at_segment = (i * f->segments + segment) * padded + panel.first;
-        kernels->softmax_merge(sums, maximum, sum, numbers_at(f, f->sums, at_segment * Ev),
-                               numbers_at(f, f->maximum, at_segment), numbers_at(f, f->sum, at_segment), Ev,
-                               panel.vectors);
+        const partial next = partial_at(f, i, segment, panel.first);
+        kernels->softmax_merge(all.sums, all.maximum, all.sum, next.sums, next.maximum, next.sum, Ev, panel.vectors);
     }
-    char *bias_factor = numbers_at(f, f->bias_factor, i * padded + panel.first);
+    char *bias_factor = numbers_at(f, f->bias_factor, i * padded_lanes(f) + panel.first);
     for (size_t lane = 0; lane < panel.count; lane++)
-        kernels->fill(bias_factor + lane * kernels->size, 1, is_zero(kernels, sum + lane * kernels->size) ? 0 : 1);
+        kernels->fill(bias_factor + lane * kernels->size, 1, is_zero(kernels, all.sum + lane * kernels->size) ? 0 : 1);
     char *inverse = scratch_of(f, worker).factor;
-    kernels->softmax_end(sum, inverse, panel.vectors, mha_empty_row_of(f->a));
-    kernels->unpack_panel(sums, panel.vectors, inverse, panel.count, Ev,
+    kernels->softmax_end(all.sum, inverse, panel.vectors, mha_empty_row_of(f->a));
+    kernels->unpack_panel(all.sums, panel.vectors, inverse, panel.count, Ev,
                           numbers_at(f, f->y, (i * lanes_of(f) + panel.first) * f->y_stride), f->y_stride);
 }
 
@@ -434,12 +442,12 @@ static void emit_panels(const mha_few_queries *f, size_t i, size_t h, mha_panel 
     mha_product product = {.rows = f->a->L, .vectors = panel.vectors, .a = y,
                            .a_row = (ptrdiff_t)(w->H * f->y_stride), .a_k = 1, .b = mha_panel_row(&layer->v, &panel, 0),
                            .b_k = P, .b_type = layer->v.type, .more_panels = at_once - 1,
-                           .b_panel = w->Ev * P * layer->v.group_bytes, .addend_row = width, .c = strip,
+                           .b_panel_bytes = w->Ev * P * layer->v.group_bytes, .addend_row = width, .c = strip,
                            .c_row = width};
     mha_multiply_chained(kernels, NULL, &product, w->Ev);
     if (layer->v.bias) {
         product.b_type = kernels->dtype;
-        product.b_panel = P * size;
+        product.b_panel_bytes = P * size;
         product.depth = 1;
         product.a = numbers_at(f, f->bias_factor, i * padded_lanes(f) + h);
         product.a_row = (ptrdiff_t)w->H;
@@ -514,11 +522,12 @@ typedef struct {
 static query_rows describe_query_rows(const mha_few_queries *f, size_t query)
 {
     const mha_widths *w = &f->layer->widths;
-    const size_t i = query / f->a->L, l = query % f->a->L, at = i * f->segments * padded_lanes(f) + l * w->H;
+    const size_t i = query / f->a->L, l = query % f->a->L;
+    const partial all = partial_at(f, i, 0, l * w->H);
     return (query_rows){
         .i = i, .l = l,
         .panels = numbers_at(f, f->query_panels, query * f->by_head.vectors * f->by_head.lanes * w->Ek),
-        .maximum = numbers_at(f, f->maximum, at), .sum = numbers_at(f, f->sum, at),
+        .maximum = all.maximum, .sum = all.sum,
     };
 }
 
@@ -571,7 +580,7 @@ static void probabilities_task(void *context, size_t task, size_t worker)
         mha_key_block_at(batch, w.i, b, &block);
         probabilities_of_block(f, &w, &block, false, &s);
         for (size_t k = 0; k < block.keys; k++)
-            write_probability(f, &w, k, mha_key_number(&block, k), &s);
+            write_probability(f, &w, k, mha_key_index(&block, k), &s);
     }
     if (segment == 0 && batch->index) {
         const mha_key_block one = {.keys = 1};

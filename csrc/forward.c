@@ -24,13 +24,13 @@ static mha_status project_inputs(mha_pass *p)
 {
     const mha_call *call = p->passes->call;
     const mha_widths *w = &p->passes->layer->widths;
-    const mha_rows static_k = mha_numbered(&call->static_k, p->batch->numbers);
-    const mha_rows static_v = mha_numbered(&call->static_v, p->batch->numbers);
-    const mha_copied_rows k = {&p->keys, &static_k, &p->attention.k, w->Hkv, w->D};
-    const mha_copied_rows v = {&p->keys, &static_v, &p->attention.v, w->Hkv, w->Dv};
+    const mha_rows static_k = mha_with_items(&call->static_k, p->batch->items);
+    const mha_rows static_v = mha_with_items(&call->static_v, p->batch->items);
+    const mha_copied_rows k = {p->keys, &static_k, &p->attention.k, w->Hkv, w->D};
+    const mha_copied_rows v = {p->keys, &static_v, &p->attention.v, w->Hkv, w->Dv};
     mha_status status = MHA_OK;
-    if (!p->passes->is_few)
-        mha_number_rows(&p->keys);
+    if (p->keys == &p->key_rows)
+        mha_list_first_rows(p->keys);
     if (static_k.data)
         status = mha_copy_rows(&k, &p->team);
     if (status == MHA_OK && static_v.data)
@@ -51,7 +51,7 @@ static mha_status project_output(const mha_pass *p)
 {
     const mha_call *call = p->passes->call;
     const mha_widths *w = &p->passes->layer->widths;
-    const mha_rows context = mha_numbered(&call->context, p->batch->numbers);
+    const mha_rows context = mha_with_items(&call->context, p->batch->items);
     const mha_copied_rows copied = {&p->queries, &p->attention.context, &context, 1, w->H * w->Dv};
     mha_status status = MHA_OK;
     if (context.data)
@@ -64,7 +64,7 @@ static mha_status project_output(const mha_pass *p)
 static mha_status run_pass(mha_pass *p)
 {
     const mha_block_pass *block = p->block.block ? &p->block : NULL;
-    mha_number_rows(&p->queries);
+    mha_list_first_rows(&p->queries);
     mha_status status = block ? mha_begin_block(block) : MHA_OK;
     if (status == MHA_OK)
         status = project_inputs(p);

@@ -16,7 +16,7 @@ typedef struct {
         size_t bytes; /* of a row; 0: not wanted */
     } results[3];     /* output, context, probabilities */
     size_t queries;
-    size_t (*query)[2]; /* [queries]: an item's number, and the query's */
+    size_t (*query)[2]; /* [queries]: an item's index, and the query's */
     char *copies;
     char *memory;
 } mha_kept;

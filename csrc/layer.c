@@ -121,7 +121,7 @@ static void pack_panels(const mha_kernels *kernels, const mha_panels *panels, mh
 static void place_extra(mha_plan *plan, const mha_kernels *kernels, mha_rows *rows, size_t heads, size_t width)
 {
     const ptrdiff_t size = (ptrdiff_t)kernels->size, head = (ptrdiff_t)width * size;
-    *rows = (mha_rows){.type = kernels->dtype, .head = head, .row = (ptrdiff_t)heads * head, .step = size};
+    *rows = (mha_rows){.type = kernels->dtype, .head = head, .row = (ptrdiff_t)heads * head, .element = size};
     mha_place(plan, &rows->data, 2 * heads, width, kernels->size);
 }
 

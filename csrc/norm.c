@@ -34,7 +34,7 @@ double mha_norm_operations(const mha_norm_call *call)
     return OPERATIONS_PER_NUMBER * (double)count_rows(call) * (double)call->width;
 }
 
-/* The address of a row by its number, and how many rows follow at equal distances, itself among them. */
+/* The address of a row by its index, and how many rows follow at equal distances, itself among them. */
 static const char *find_row(const mha_norm_call *call, size_t row, size_t *run)
 {
     const char *x = call->x;

@@ -37,7 +37,7 @@ static mha_target target_of(const mha_panels *panels, const mha_rows *y, size_t 
 }
 
 /* Whether rows that padding hides as keys are not computed as queries either. Masks, the causal order and dropout refer
- * to queries by their numbers, and few_queries.c has the same number of queries in each item. There, all rows are
+ * to queries by their indices, and few_queries.c has the same number of queries in each item. There, all rows are
  * computed. */
 static bool skips_padding(const mha_pass *p)
 {
@@ -67,7 +67,7 @@ static size_t plan_block(mha_pass *p, mha_plan *plan)
     b->team = &p->team;
     b->width = p->passes->layer->widths.E;
     b->x = p->query;
-    b->output = mha_numbered(&p->passes->call->output, p->batch->numbers);
+    b->output = mha_with_items(&p->passes->call->output, p->batch->items);
     return mha_plan_block(b, plan);
 }
 
@@ -92,25 +92,32 @@ static void plan_queries(mha_pass *p, mha_plan *plan)
     mha_add_projection(p->inputs, &p->input_count, &p->queries, projected_query(p), &target);
 }
 
+static const mha_walk *walk_keys(mha_pass *p, mha_plan *plan)
+{
+    const size_t S = p->passes->call->S;
+    if (p->attention.is_live_only)
+        return &p->queries;
+    if (mha_all_live_keys(p->batch) == p->batch->count * S)
+        p->key_rows = (mha_walk){.items = p->batch->count, .length = S, .by_rows = p->by_rows};
+    else
+        mha_walk_live_keys(&p->key_rows, p->batch, plan);
+    return &p->key_rows;
+}
+
 static void plan_keys(mha_pass *p, mha_plan *plan)
 {
     const mha_layer *layer = p->passes->layer;
     const mha_call *call = p->passes->call;
     const mha_widths *w = &layer->widths;
     mha_rows *k = &p->attention.k, *v = &p->attention.v;
-    if (mha_all_live_keys(p->batch) == p->batch->count * call->S)
-        p->keys = (mha_walk){.items = p->batch->count, .length = call->S, .by_rows = p->by_rows};
-    else if (p->attention.is_live_only)
-        mha_walk_again(&p->keys, &p->queries, plan);
-    else
-        mha_walk_live_keys(&p->keys, p->batch, plan);
-    const size_t k_heads = mha_place_heads(plan, layer->kernels, &p->keys, w->Hkv, w->D, k);
-    const size_t v_heads = mha_place_heads(plan, layer->kernels, &p->keys, w->Hkv, w->Dv, v);
+    p->keys = walk_keys(p, plan);
+    const size_t k_heads = mha_place_heads(plan, layer->kernels, p->keys, w->Hkv, w->D, k);
+    const size_t v_heads = mha_place_heads(plan, layer->kernels, p->keys, w->Hkv, w->Dv, v);
     const mha_target to_k = target_of(&layer->k, k, k_heads), to_v = target_of(&layer->v, v, v_heads);
     if (!call->static_k.data)
-        mha_add_projection(p->inputs, &p->input_count, &p->keys, projected(p, &p->key), &to_k);
+        mha_add_projection(p->inputs, &p->input_count, p->keys, projected(p, &p->key), &to_k);
     if (!call->static_v.data)
-        mha_add_projection(p->inputs, &p->input_count, &p->keys, projected(p, &p->value), &to_v);
+        mha_add_projection(p->inputs, &p->input_count, p->keys, projected(p, &p->value), &to_v);
 }
 
 /* All but q, k, v and context, which the plans of the steps set. */
@@ -135,7 +142,7 @@ static void describe_attention(mha_pass *p)
     a->wanted = call->wanted;
     a->probabilities = mha_contiguous_rows(call->attn_weights, layer->kernels->dtype, heads, call->L,
                                            call->S + p->batch->extra);
-    a->probabilities.items = p->batch->numbers;
+    a->probabilities.items = p->batch->items;
     a->team = &p->team;
 }
 
@@ -144,7 +151,7 @@ static void plan_output(mha_pass *p, mha_plan *plan)
     const mha_layer *layer = p->passes->layer;
     mha_rows *context = &p->attention.context;
     mha_place_rows(plan, layer->kernels, &p->queries, layer->widths.H, layer->widths.Dv, context);
-    p->output = mha_numbered(&p->passes->call->output, p->batch->numbers);
+    p->output = mha_with_items(&p->passes->call->output, p->batch->items);
     if (p->block.block) {
         p->last = (mha_projection){.walk = &p->queries, .x = context, .targets = 1,
                                    .target = {target_of(&layer->out, &p->block.attended, 0)}};
@@ -161,11 +168,12 @@ void mha_plan_pass(mha_pass *p, const mha_passes *passes, const mha_batch *batch
     p->passes = passes;
     p->batch = batch;
     p->team = *team;
-    p->query = mha_numbered(&p->passes->call->query, batch->numbers);
-    p->key = mha_numbered(&p->passes->call->key, batch->numbers);
-    p->value = mha_numbered(&p->passes->call->value, batch->numbers);
+    p->query = mha_with_items(&p->passes->call->query, batch->items);
+    p->key = mha_with_items(&p->passes->call->key, batch->items);
+    p->value = mha_with_items(&p->passes->call->value, batch->items);
     p->by_rows = goes_by_rows(p);
     p->input_count = 0;
+    p->keys = NULL;
     walk_queries(p, plan);
     size_t scratch = plan_block(p, plan);
     plan_queries(p, plan);

@@ -20,13 +20,14 @@ typedef struct {
     mha_kept *kept;   /* results of few_queries.c that are put back after the next pass */
 } mha_passes;
 
-/* Rows of the call are reached by an item's number, those of the workspace by its place in the batch. */
+/* Rows of the call are reached by an item's index, those of the workspace by its place in the batch. */
 typedef struct {
     const mha_passes *passes;
     const mha_batch *batch;
     mha_team team;
-    mha_walk queries, keys, results;
-    bool by_rows; /* how the walks through the inputs go */
+    mha_walk queries, key_rows, results;
+    const mha_walk *keys; /* key_rows, or queries if these are the live keys' tokens; NULL if is_few */
+    bool by_rows;         /* how the walks through the inputs go */
     mha_rows query, key, value, output;
     mha_projection inputs[MHA_TARGETS], last;
     size_t input_count;

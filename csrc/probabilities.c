@@ -20,18 +20,6 @@ enum {
     MANY_TASKS_PER_THREAD = 16, /* with this many, it matters little if one thread gets one more */
 };
 
-/* What the probabilities of some key blocks are made with, for one panel of queries. */
-typedef struct {
-    size_t item, first_head, heads;
-    mha_panel lanes;
-    char *queries, *factor;
-    char *probabilities; /* [keys of these blocks][P] */
-    char *scores;        /* [block][P], of one head */
-    char *bias;          /* [block][P]: what masks add to the scores */
-    char *narrow_keys;   /* of a block, if products are narrow */
-    char *rows;          /* [P][block]: transposed probabilities */
-} average;
-
 /* ---- Tasks ---- */
 
 /* The number of heads whose probabilities are averaged. */
@@ -87,7 +75,8 @@ static size_t max_kept_panels(const mha_attention *a)
     return mha_smaller(mha_smaller(MHA_MAX_TASK_PANELS, fit), a->split.panels);
 }
 
-/* There are as few panels as possible, unless more of them make the tasks even. */
+/* There are as few panels as possible, unless more of them make the tasks even. If scores are not kept, the split stays
+ * as mha_plan_attention() made it. */
 static void split_queries(mha_attention *a)
 {
     const mha_split fewest = a->split;
@@ -100,109 +89,103 @@ static void split_queries(mha_attention *a)
     a->tasks.kept_panels = max_kept_panels(a);
 }
 
-/* Takes the next piece of a thread's scratch. With base NULL it only counts. */
-static char *take(const mha_attention *a, char *base, mha_layout *layout, size_t rows, size_t numbers)
-{
-    const size_t offset = mha_reserve(layout, rows, numbers, a->kernels->size);
-    return base ? base + offset : NULL;
-}
-
-/* Takes room for the probabilities of some blocks, and for one block of one head. */
-static void take_average(const mha_attention *a, char *base, mha_layout *layout, average *w)
-{
-    const size_t P = mha_widest_panel(a), keys = mha_max_block_keys(a);
-    w->queries = take(a, base, layout, a->D, P);
-    w->factor = take(a, base, layout, 1, P);
-    w->probabilities = take(a, base, layout, mha_smaller(SEGMENT_BLOCKS, mha_max_blocks(a)) * keys, P);
-    w->scores = take(a, base, layout, keys, P);
-    w->bias = take(a, base, layout, keys, P);
-    w->narrow_keys = take(a, base, layout, keys, mha_narrow_key_words(a));
-    w->rows = take(a, base, layout, P, MHA_BLOCK_KEYS);
-}
-
-/* ---- Scores become probabilities ---- */
+/* ---- Scores become probabilities ----
+ *
+ * The probabilities of the heads that are averaged are added up as panels [keys of some blocks][P]. Then the state of
+ * the last head's panel says where they belong. */
 
 /* Turns scores of one head and block into probabilities, and adds them to the probabilities of the heads before, unless
  * both are the same array. If scores are wanted, they stay as they are. */
-static void add_probabilities(const mha_attention *a, const average *w, size_t h, const mha_key_block *block,
+static void add_probabilities(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block,
                               char *scores, char *probabilities)
 {
     const mha_kernels *kernels = a->kernels;
     if (a->wanted == MHA_WANT_SCORES)
         return;
-    const size_t at = mha_statistics_offset(a, w->item, h, w->lanes);
-    kernels->softmax_probabilities(scores, block->keys, w->lanes.vectors, a->maximum + at, a->sum + at);
+    const size_t at = mha_statistics_offset(a, s);
+    kernels->softmax_probabilities(scores, block->keys, s->lanes.vectors, a->maximum + at, a->sum + at);
     if (a->rules->dropout_p > 0)
-        mha_drop_out(a, w->item, h, w->lanes, block, block->keys, scores);
+        mha_drop_out(a, s, block, block->keys, scores);
     if (scores != probabilities)
-        kernels->add(probabilities, probabilities, scores, block->keys * w->lanes.vectors * kernels->lanes);
+        kernels->add(probabilities, probabilities, scores, block->keys * s->lanes.vectors * kernels->lanes);
 }
 
-static char *probabilities_row(const mha_attention *a, const average *w, size_t lane)
+static char *probabilities_row(const mha_attention *a, const mha_panel_state *s, size_t lane)
 {
-    return mha_row_at(&a->probabilities, w->item, w->first_head / w->heads, w->lanes.first + lane);
+    return mha_row_at(&a->probabilities, s->item, s->h / averaged_heads(a), s->lanes.first + lane);
 }
 
-static void write_probabilities(const mha_attention *a, const average *w, const mha_key_block *block,
+static void write_probabilities(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block,
                                 const char *probabilities)
 {
     const mha_kernels *kernels = a->kernels;
     const size_t size = kernels->size;
+    char *rows = s->base + a->at.rows;
     if (!block->index) {
-        kernels->unpack_panel(probabilities, w->lanes.vectors, w->factor, w->lanes.count, block->keys,
-                              probabilities_row(a, w, 0) + block->first_key * size,
-                              (size_t)mha_row_numbers(&a->probabilities));
+        kernels->unpack_panel(probabilities, s->lanes.vectors, s->factor, s->lanes.count, block->keys,
+                              probabilities_row(a, s, 0) + block->first_key * size,
+                              (size_t)mha_stride_of(&a->probabilities));
         return;
     }
-    kernels->unpack_panel(probabilities, w->lanes.vectors, w->factor, w->lanes.count, block->keys, w->rows,
+    kernels->unpack_panel(probabilities, s->lanes.vectors, s->factor, s->lanes.count, block->keys, rows,
                           MHA_BLOCK_KEYS);
-    for (size_t lane = 0; lane < w->lanes.count; lane++)
+    for (size_t lane = 0; lane < s->lanes.count; lane++)
         for (size_t i = 0; i < block->keys; i++)
-            memcpy(probabilities_row(a, w, lane) + block->index[i] * size, w->rows + (lane * MHA_BLOCK_KEYS + i) * size,
+            memcpy(probabilities_row(a, s, lane) + block->index[i] * size, rows + (lane * MHA_BLOCK_KEYS + i) * size,
                    size);
 }
 
-/* Writes the columns of keys that are not live. They are all equal, so one column is computed. Its score is -inf. Its
- * probability is 0, or NaN if the query sees no key. w->probabilities is overwritten. */
-static void write_removed(const mha_attention *a, const average *w)
+/* Writes the columns of keys that are not live. They are all equal, so one column is computed, in the place of
+ * `probabilities`. Its score is -inf. Its probability is 0, or NaN if the query sees no key. */
+static void write_removed(const mha_attention *a, const mha_panel_state *s, char *probabilities)
 {
     const mha_kernels *kernels = a->kernels;
     const mha_key_block one = {.keys = 1};
-    for (size_t h = w->first_head; h < w->first_head + w->heads; h++) {
-        char *scores = h == w->first_head ? w->probabilities : w->scores;
-        kernels->fill(scores, w->lanes.vectors * kernels->lanes, -INFINITY);
-        add_probabilities(a, w, h, &one, scores, w->probabilities);
+    const size_t size = kernels->size, first_head = s->h + 1 - averaged_heads(a);
+    mha_panel_state of_head = *s;
+    for (of_head.h = first_head; of_head.h <= s->h; of_head.h++) {
+        char *scores = of_head.h == first_head ? probabilities : s->base + a->at.scores;
+        kernels->fill(scores, s->lanes.vectors * kernels->lanes, -INFINITY);
+        add_probabilities(a, &of_head, &one, scores, probabilities);
     }
-    kernels->unpack_panel(w->probabilities, w->lanes.vectors, w->factor, w->lanes.count, 1, w->rows, 1);
-    for (size_t s = mha_next_removed(a->batch, w->item, 0); s < a->batch->S;
-         s = mha_next_removed(a->batch, w->item, s + 1))
-        for (size_t lane = 0; lane < w->lanes.count; lane++)
-            memcpy(probabilities_row(a, w, lane) + s * kernels->size, w->rows + lane * kernels->size, kernels->size);
+    char *column = s->base + a->at.rows;
+    kernels->unpack_panel(probabilities, s->lanes.vectors, s->factor, s->lanes.count, 1, column, 1);
+    for (size_t key = mha_next_removed(a->batch, s->item, 0); key < a->batch->S;
+         key = mha_next_removed(a->batch, s->item, key + 1))
+        for (size_t lane = 0; lane < s->lanes.count; lane++)
+            memcpy(probabilities_row(a, s, lane) + key * size, column + lane * size, size);
 }
 
 /* Writes the probabilities of blocks `first` to `end`. The columns of keys that are not live are written with the first
  * block. */
-static void write_blocks(const mha_attention *a, const average *w, size_t first, size_t end)
+static void write_blocks(const mha_attention *a, const mha_panel_state *s, size_t first, size_t end,
+                         char *probabilities)
 {
-    a->kernels->fill(w->factor, w->lanes.vectors * a->kernels->lanes, 1 / (double)w->heads);
+    a->kernels->fill(s->factor, s->lanes.vectors * a->kernels->lanes, 1 / (double)averaged_heads(a));
     for (size_t b = first; b < end; b++) {
         mha_key_block block;
-        mha_key_block_at(a->batch, w->item, b, &block);
-        write_probabilities(a, w, &block, w->probabilities + (b - first) * mha_block_bytes(a, w->lanes.vectors));
+        mha_key_block_at(a->batch, s->item, b, &block);
+        write_probabilities(a, s, &block, probabilities + (b - first) * mha_block_bytes(a, s->lanes.vectors));
     }
     if (first == 0 && a->batch->index)
-        write_removed(a, w);
+        write_removed(a, s, probabilities);
 }
 
 /* ---- Both at once: scores are kept ---- */
 
-static void add_kept(const mha_attention *a, const average *w, const mha_panel_state *s)
+/* Where the probabilities of panel i of a task are added up. The scores that are kept follow. */
+static char *kept_probabilities(const mha_attention *a, size_t worker, size_t i)
 {
-    for (size_t b = 0; b < mha_key_blocks(a->batch, w->item); b++) {
+    return mha_scratch_of(a->team, worker) + a->at.kept + i * a->at.kept_bytes;
+}
+
+static void add_kept(const mha_attention *a, const mha_panel_state *s, char *probabilities)
+{
+    for (size_t b = 0; b < mha_key_blocks(a->batch, s->item); b++) {
         mha_key_block block;
-        mha_key_block_at(a->batch, w->item, b, &block);
-        const size_t at = b * mha_block_bytes(a, w->lanes.vectors);
-        add_probabilities(a, w, s->h, &block, s->kept + at, w->probabilities + at);
+        mha_key_block_at(a->batch, s->item, b, &block);
+        const size_t at = b * mha_block_bytes(a, s->lanes.vectors);
+        add_probabilities(a, s, &block, s->kept + at, probabilities + at);
     }
 }
 
@@ -210,30 +193,24 @@ static void add_kept(const mha_attention *a, const average *w, const mha_panel_s
 static void attend_and_write_task(void *context, size_t task, size_t worker)
 {
     mha_attention *a = context;
-    char *base = mha_scratch_of(a->team, worker);
     const size_t heads = averaged_heads(a), averages = averages_of_call(a);
     const size_t item = task % averages / averages_of_item(a);
     const size_t first_head = task % averages % averages_of_item(a) * heads;
-    const size_t group = a->tasks.groups - 1 - task / averages, first = group * a->split.panels / a->tasks.groups;
-    const size_t count = (group + 1) * a->split.panels / a->tasks.groups - first;
+    const size_t tasks = a->tasks.kept_tasks, part = tasks - 1 - task / averages;
+    const size_t first = part * a->split.panels / tasks, count = (part + 1) * a->split.panels / tasks - first;
     mha_panel_state panels[MHA_MAX_TASK_PANELS];
-    average w[MHA_MAX_TASK_PANELS];
     for (size_t h = first_head; h < first_head + heads; h++) {
         for (size_t i = 0; i < count; i++) {
-            char *kept = base + a->at.kept + i * a->at.kept_bytes;
             mha_set_up_panel(a, worker, i, item, h, mha_panel_at(&a->split, first + i), &panels[i]);
-            w[i] = (average){.item = item, .first_head = first_head, .heads = heads, .lanes = panels[i].lanes,
-                             .factor = panels[i].factor, .probabilities = kept, .scores = base + a->at.scores,
-                             .rows = base + a->at.rows};
-            panels[i].kept = h == first_head ? kept : kept + a->at.kept_bytes / 2;
+            panels[i].kept = kept_probabilities(a, worker, i) + (h == first_head ? 0 : a->at.kept_bytes / 2);
         }
         if (!mha_attend_panels(a, panels, count))
             return;
         for (size_t i = 0; i < count; i++)
-            add_kept(a, &w[i], &panels[i]);
+            add_kept(a, &panels[i], kept_probabilities(a, worker, i));
     }
     for (size_t i = 0; i < count; i++)
-        write_blocks(a, &w[i], 0, mha_key_blocks(a->batch, item));
+        write_blocks(a, &panels[i], 0, mha_key_blocks(a->batch, item), kept_probabilities(a, worker, i));
 }
 
 /* ---- Afterwards: scores are computed again ---- */
@@ -241,29 +218,27 @@ static void attend_and_write_task(void *context, size_t task, size_t worker)
 static void second_pass_task(void *context, size_t task, size_t worker)
 {
     const mha_attention *a = context;
-    mha_layout layout = {0};
     const size_t heads = averaged_heads(a), segment = task % a->tasks.segments, panel = task / a->tasks.segments;
-    average w = {
-        .item = panel / a->split.panels / averages_of_item(a),
-        .first_head = panel / a->split.panels % averages_of_item(a) * heads,
-        .heads = heads,
-        .lanes = mha_panel_at(&a->split, panel % a->split.panels),
-    };
-    take_average(a, mha_scratch_of(a->team, worker), &layout, &w);
+    const size_t item = panel / a->split.panels / averages_of_item(a);
+    const size_t first_head = panel / a->split.panels % averages_of_item(a) * heads;
     const size_t first = segment * SEGMENT_BLOCKS;
-    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(a->batch, w.item));
-    for (size_t h = w.first_head; h < w.first_head + heads; h++) {
-        mha_pack_queries(a, w.item, h, w.lanes, w.queries);
+    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(a->batch, item));
+    char *base = mha_scratch_of(a->team, worker), *probabilities = base + a->at.probabilities;
+    const mha_panel lanes = mha_panel_at(&a->split, panel % a->split.panels);
+    mha_panel_state s;
+    for (size_t h = first_head; h < first_head + heads; h++) {
+        mha_set_up_panel(a, worker, 0, item, h, lanes, &s);
+        mha_pack_queries(a, &s);
         for (size_t b = first; b < end; b++) {
             mha_key_block block;
-            mha_key_block_at(a->batch, w.item, b, &block);
-            char *probabilities = w.probabilities + (b - first) * mha_block_bytes(a, w.lanes.vectors);
-            char *scores = h == w.first_head ? probabilities : w.scores;
-            mha_score_block(a, w.item, h, w.lanes, &block, w.queries, w.bias, w.narrow_keys, scores);
-            add_probabilities(a, &w, h, &block, scores, probabilities);
+            mha_key_block_at(a->batch, item, b, &block);
+            char *of_block = probabilities + (b - first) * mha_block_bytes(a, s.lanes.vectors);
+            char *scores = h == first_head ? of_block : base + a->at.scores;
+            mha_score_block(a, &s, &block, scores);
+            add_probabilities(a, &s, &block, scores, of_block);
         }
     }
-    write_blocks(a, &w, first, end);
+    write_blocks(a, &s, first, end, probabilities);
 }
 
 /* ---- The plan ---- */
@@ -275,7 +250,7 @@ static size_t plan_kept(mha_attention *a)
     const size_t panels = a->split.panels;
     const size_t wanted = mha_divide_up(panels_of_averages(a), TASKS_PER_THREAD * a->team->threads);
     mha_layout layout = {.bytes = mha_plan_panels(a, a->tasks.kept_panels)}, one = {0};
-    a->tasks.groups = even_parts(a, mha_divide_up(panels, mha_smaller(a->tasks.kept_panels, wanted)), panels);
+    a->tasks.kept_tasks = even_parts(a, mha_divide_up(panels, mha_smaller(a->tasks.kept_panels, wanted)), panels);
     mha_reserve(&one, mha_max_blocks(a) * mha_max_block_keys(a), P, size);
     a->at.kept_bytes = 2 * one.bytes;
     a->at.kept = mha_reserve(&layout, a->tasks.kept_panels, a->at.kept_bytes, 1);
@@ -283,26 +258,33 @@ static size_t plan_kept(mha_attention *a)
     return layout.bytes;
 }
 
+/* Plans the scratch of the second pass behind that of the first, and returns the size of both. */
+static size_t plan_second_pass(mha_attention *a, size_t first_pass)
+{
+    const size_t P = mha_widest_panel(a), size = a->kernels->size;
+    const size_t blocks = mha_smaller(SEGMENT_BLOCKS, mha_max_blocks(a));
+    mha_layout layout = {.bytes = first_pass};
+    a->tasks.segments = mha_divide_up(mha_max_blocks(a), SEGMENT_BLOCKS);
+    a->at.probabilities = mha_reserve(&layout, blocks * mha_max_block_keys(a), P, size);
+    a->at.rows = mha_reserve(&layout, P, MHA_BLOCK_KEYS, size);
+    return layout.bytes;
+}
+
 size_t mha_plan_probabilities(mha_attention *a, mha_plan *plan)
 {
-    mha_layout second = {0};
-    size_t first_pass = mha_plan_attention(a);
+    const size_t first_pass = mha_plan_attention(a);
     split_queries(a);
     const size_t statistics = a->batch->count * a->H * a->split.vectors * a->kernels->lanes;
     mha_place(plan, &a->maximum, statistics, 1, a->kernels->size);
     mha_place(plan, &a->sum, statistics, 1, a->kernels->size);
-    if (a->tasks.kept_panels > 0)
-        return plan_kept(a);
-    a->tasks.segments = mha_divide_up(mha_max_blocks(a), SEGMENT_BLOCKS);
-    take_average(a, NULL, &second, &(average){0});
-    return mha_larger(first_pass, second.bytes);
+    return a->tasks.kept_panels > 0 ? plan_kept(a) : plan_second_pass(a, first_pass);
 }
 
 mha_status mha_attend_with_probabilities(mha_attention *a)
 {
     mha_status status = MHA_OK;
     if (a->tasks.kept_panels > 0)
-        return mha_parallel_for(a->team, averages_of_call(a) * a->tasks.groups, attend_and_write_task, a);
+        return mha_parallel_for(a->team, averages_of_call(a) * a->tasks.kept_tasks, attend_and_write_task, a);
     if (a->wanted != MHA_WANT_SCORES)
         status = mha_attend(a);
     if (status != MHA_OK)

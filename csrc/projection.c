@@ -128,7 +128,7 @@ static size_t waiting_strips(const mha_blocking *p)
 static bool is_same_input(const mha_projection *p, const mha_walk *walk, const mha_rows *x, const mha_panels *panels)
 {
     return mha_is_same_walk(p->walk, walk) && p->x->data == x->data && p->x->item == x->item &&
-           p->x->row == x->row && p->x->step == x->step && p->target[0].panels->depth == panels->depth &&
+           p->x->row == x->row && p->x->element == x->element && p->target[0].panels->depth == panels->depth &&
            p->target[0].panels->narrow == panels->narrow;
 }
 
@@ -163,7 +163,7 @@ size_t mha_plan_projection(const mha_kernels *kernels, mha_projection *projectio
 static bool can_stay(const mha_run *run, const mha_rows *x, size_t rows)
 {
     const size_t size = mha_size_of(x->type), distance = (size_t)run->distance;
-    return run->rows == rows && x->step == (ptrdiff_t)size && run->distance > 0 && distance <= MAX_SHORT_BYTES &&
+    return run->rows == rows && x->element == (ptrdiff_t)size && run->distance > 0 && distance <= MAX_SHORT_BYTES &&
            distance % size == 0 && (uintptr_t)run->data % size == 0;
 }
 
@@ -185,13 +185,14 @@ static void copy_slice(const mha_projection *projection, size_t first_row, size_
     mha_run run;
     for (size_t done = 0; done < rows; done += run.rows) {
         run = mha_run_at(projection->walk, x, first_row + done, first_row + rows);
-        const char *from = run.data + (ptrdiff_t)first_feature * x->step;
+        const char *from = run.data + (ptrdiff_t)first_feature * x->element;
         for (size_t r = 0; r < run.rows; r++, from += run.distance) {
-            if (r + 1 < run.rows && x->step == (ptrdiff_t)size)
+            if (r + 1 < run.rows && x->element == (ptrdiff_t)size)
                 prefetch_row(from + run.distance, features * size);
             char *to = block + (done + r) * p->chain_width * size;
             for (size_t k = 0; k < features; k += MHA_CHAIN, to += chain_bytes)
-                mha_copy_row(from + (ptrdiff_t)k * x->step, x->step, mha_smaller(features - k, MHA_CHAIN), size, to);
+                mha_copy_row(from + (ptrdiff_t)k * x->element, x->element, mha_smaller(features - k, MHA_CHAIN), size,
+                             to);
         }
     }
 }
@@ -199,9 +200,9 @@ static void copy_slice(const mha_projection *projection, size_t first_row, size_
 /* Numbers of a row, adjacent and aligned: where they are, or in `spare`. */
 static const float *numbers_of(const mha_rows *x, const char *from, size_t features, char *spare)
 {
-    if (x->step == (ptrdiff_t)sizeof(float) && (uintptr_t)from % sizeof(float) == 0)
+    if (x->element == (ptrdiff_t)sizeof(float) && (uintptr_t)from % sizeof(float) == 0)
         return (const float *)(const void *)from;
-    mha_copy_row(from, x->step, features, sizeof(float), spare);
+    mha_copy_row(from, x->element, features, sizeof(float), spare);
     return (const float *)(const void *)spare;
 }
 
@@ -213,7 +214,7 @@ static uint32_t largest_of_row(const mha_projection *projection, const char *row
     uint32_t largest = 0;
     for (size_t k = 0; k < p->depth; k += p->slice) {
         const size_t features = mha_smaller(p->depth - k, p->slice);
-        const float *numbers = numbers_of(x, row + (ptrdiff_t)k * x->step, features, spare);
+        const float *numbers = numbers_of(x, row + (ptrdiff_t)k * x->element, features, spare);
         const uint32_t of_slice = projection->target[0].panels->narrow->largest(numbers, features);
         largest = of_slice > largest ? of_slice : largest;
     }
@@ -234,7 +235,7 @@ static void narrow_slice(const mha_projection *projection, size_t first_row, siz
         for (size_t r = 0; r < run.rows; r++) {
             const char *row = run.data + (ptrdiff_t)r * run.distance;
             const uint32_t largest = narrow->largest ? largest_of_row(projection, row, spare) : 0;
-            const float *numbers = numbers_of(x, row + (ptrdiff_t)first_feature * x->step, features, spare);
+            const float *numbers = numbers_of(x, row + (ptrdiff_t)first_feature * x->element, features, spare);
             uint32_t *to = (uint32_t *)(void *)block + (done + r) * row_words;
             size_t k = 0;
             do {
@@ -368,7 +369,7 @@ static void multiply_slice(const mha_kernels *kernels, const mha_projection *pro
         const mha_prefetch prefetch = next_weights(kernels, panels, p->chain, b + groups * b_row);
         mha_product product = {.rows = x->rows, .depth = groups, .vectors = panel.vectors, .a = a,
                                .a_row = x->row_stride, .a_k = 1, .b = b, .b_k = P, .b_type = panels->type,
-                               .more_panels = at_once - 1, .b_panel = mha_groups(panels, p->depth) * b_row,
+                               .more_panels = at_once - 1, .b_panel_bytes = mha_groups(panels, p->depth) * b_row,
                                .b_scale = panels->scale ? panels->scale + panel.first : NULL, .addend = addend,
                                .addend_row = addend_row, .c = strip, .c_row = width, .prefetch = &prefetch};
         k += p->chain;
@@ -420,9 +421,9 @@ static void run_task(void *context, size_t task, size_t worker)
     const mha_blocking *p = &projection->blocking;
     const size_t size = j->kernels->size;
     size_t first_panel;
-    const size_t block_number = block_of_task(p, task, &first_panel);
-    const size_t first_row = mha_first_row_of_part(p->rows, p->blocks, block_number);
-    const size_t rows = mha_rows_of_part(p->rows, p->blocks, block_number);
+    const size_t block_index = block_of_task(p, task, &first_panel);
+    const size_t first_row = mha_first_row_of_part(p->rows, p->blocks, block_index);
+    const size_t rows = mha_rows_of_part(p->rows, p->blocks, block_index);
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
     copied_slice *copied = copied_by(j, worker);
     char *scratch = mha_scratch_of(j->team, worker), *block = scratch + p->block_at, *strips = scratch + p->strips_at;

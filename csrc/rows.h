@@ -18,8 +18,8 @@ typedef struct {
     mha_dtype type; /* float32 or float64: the binding widens halves */
     /* Distances in bytes. They may be negative, zero, or not a multiple of the size of a number. */
     ptrdiff_t item, head, row;
-    ptrdiff_t step; /* between the numbers of a row */
-    const ptrdiff_t *items; /* a factor of `item` for each place, for example the item's number in the call */
+    ptrdiff_t element; /* between the numbers of a row */
+    const ptrdiff_t *items; /* a factor of `item` for each place, for example the item's index in the call */
 } mha_rows;
 
 static inline char *mha_row_at(const mha_rows *x, size_t i, size_t h, size_t l)
@@ -32,20 +32,21 @@ static inline char *mha_row_at(const mha_rows *x, size_t i, size_t h, size_t l)
  * array. */
 static inline mha_rows mha_contiguous_rows(void *data, mha_dtype type, size_t heads, size_t length, size_t width)
 {
-    const size_t step = mha_size_of(type), row = width * step, head = length * row;
-    return (mha_rows){data, type, (ptrdiff_t)(heads * head), (ptrdiff_t)head, (ptrdiff_t)row, (ptrdiff_t)step, NULL};
+    const size_t element = mha_size_of(type), row = width * element, head = length * row;
+    return (mha_rows){.data = data, .type = type, .item = (ptrdiff_t)(heads * head), .head = (ptrdiff_t)head,
+                      .row = (ptrdiff_t)row, .element = (ptrdiff_t)element};
 }
 
-/* The same rows, whose items have these numbers. */
-static inline mha_rows mha_numbered(const mha_rows *x, const ptrdiff_t *numbers)
+/* The same rows, for items with these indices. */
+static inline mha_rows mha_with_items(const mha_rows *x, const ptrdiff_t *items)
 {
     mha_rows rows = *x;
-    rows.items = numbers;
+    rows.items = items;
     return rows;
 }
 
 /* The distance between rows in numbers, for kernels. */
-static inline ptrdiff_t mha_row_numbers(const mha_rows *x)
+static inline ptrdiff_t mha_stride_of(const mha_rows *x)
 {
     return x->type == MHA_FLOAT32 ? x->row / (ptrdiff_t)sizeof(float) : x->row / (ptrdiff_t)sizeof(double);
 }

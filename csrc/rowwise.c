@@ -28,7 +28,7 @@ static void copy_task(void *context, size_t task, size_t worker)
         rows = y.rows;
         for (ptrdiff_t i = 0; i < (ptrdiff_t)rows; i++)
             for (ptrdiff_t h = 0; h < (ptrdiff_t)c->heads; h++)
-                mha_copy_row(x.data + i * x.distance + h * c->x->head, c->x->step, c->width, size,
+                mha_copy_row(x.data + i * x.distance + h * c->x->head, c->x->element, c->width, size,
                              y.data + i * y.distance + h * c->y->head);
     }
 }

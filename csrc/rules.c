@@ -26,8 +26,8 @@ static const char *attn_at(const mha_rules *rules, size_t n, size_t h, size_t l)
 }
 
 /* The keys that the causal order leaves to the panel, and whether a bias is needed. */
-static mha_visible visible_by_numbers(const mha_rules *rules, size_t first_query, size_t last_query,
-                                      const mha_key_block *block)
+static mha_visible visible_by_order(const mha_rules *rules, size_t first_query, size_t last_query,
+                                    const mha_key_block *block)
 {
     if (block->is_extra)
         return (mha_visible){block->keys, false};
@@ -36,9 +36,9 @@ static mha_visible visible_by_numbers(const mha_rules *rules, size_t first_query
     if (rules->is_causal) {
         if (block->first_key > last_query)
             return (mha_visible){0, false};
-        while (mha_key_number(block, keys - 1) > last_query)
+        while (mha_key_index(block, keys - 1) > last_query)
             keys--;
-        crosses = mha_key_number(block, keys - 1) > first_query;
+        crosses = mha_key_index(block, keys - 1) > first_query;
     }
     return (mha_visible){keys, rules->attn.kind || rules->padding.kind || crosses};
 }
@@ -47,16 +47,15 @@ mha_visible mha_apply_rules(const mha_kernels *kernels, const mha_rules *rules, 
                             const mha_key_block *block, void *bias)
 {
     size_t query = lanes->first / lanes->heads, h = lanes->first % lanes->heads;
-    const mha_visible visible = visible_by_numbers(rules, query, (lanes->first + lanes->count - 1) / lanes->heads,
-                                                   block);
+    const mha_visible visible = visible_by_order(rules, query, (lanes->first + lanes->count - 1) / lanes->heads, block);
     if (visible.keys == 0 || !visible.is_biased)
         return visible;
     mha_mask_block of;
     of.attn_kind = rules->attn.kind;
-    of.attn_s = rules->attn.stride_s;
+    of.attn_s_bytes = rules->attn.stride_s;
     of.padding = rules->padding.kind ? mha_mask_at(&rules->padding, n, 0, 0) : NULL;
     of.padding_kind = rules->padding.kind;
-    of.padding_s = rules->padding.stride_s;
+    of.padding_s_bytes = rules->padding.stride_s;
     of.index = block->index;
     of.first_key = block->first_key;
     of.is_causal = rules->is_causal;

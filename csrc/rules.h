@@ -12,7 +12,7 @@
 typedef struct {
     double scale; /* of q k^T */
     mha_mask attn;
-    const ptrdiff_t *attn_items; /* by an item's number, bytes from attn.data to its mask; NULL: n * stride_n */
+    const ptrdiff_t *attn_items; /* by an item's index, bytes from attn.data to its mask; NULL: n * stride_n */
     mha_mask padding; /* kind NONE if no live key has a number other than 0 */
     bool is_causal;
     mha_empty_row empty_row;

@@ -71,7 +71,7 @@ static mha_batch chunk_at(const chunk_tasks *j, size_t i)
     mha_batch chunk = *j->all;
     const size_t first = mha_first_of_part(chunk.count, j->chunks, i);
     chunk.count = mha_first_of_part(chunk.count, j->chunks, i + 1) - first;
-    chunk.numbers += first;
+    chunk.items += first;
     return chunk;
 }
 
@@ -97,7 +97,9 @@ static mha_status run_in_chunks(chunk_tasks *j, const mha_team *team)
 {
     mha_plan all;
     mha_begin_plan(&all);
-    for (size_t i = 0; i < j->chunks; i++) {
+    /* Without padding, a plan depends on the count of items alone: that of the first chunk, or that of the last. */
+    const size_t step = j->all->index ? 1 : j->chunks - 1;
+    for (size_t i = 0; i < j->chunks; i += step) {
         const mha_batch chunk = chunk_at(j, i);
         mha_pass pass;
         mha_plan plan;

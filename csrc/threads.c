@@ -56,7 +56,7 @@ struct loop {
     fenv_t environment; /* the caller's rounding mode and exception flags */
     int cpu;            /* the caller's CPU, which workers leave; -1: there are too few CPUs for that */
     atomic_bool stopped;      /* should_stop() returned true */
-    alignas(CACHE_LINE) atomic_size_t next; /* the next ticket, which is the number of a task */
+    alignas(CACHE_LINE) atomic_size_t next; /* the next ticket, which is the index of a task */
 };
 
 /* All zero in a fresh process, and again in a forked child. The caller that holds `busy` owns the fields that are not

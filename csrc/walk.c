@@ -17,13 +17,7 @@ void mha_walk_live_keys(mha_walk *walk, const mha_batch *batch, mha_plan *plan)
     walk->first_at = mha_place(plan, &walk->first, walk->items + 1, 1, sizeof *walk->first);
 }
 
-void mha_walk_again(mha_walk *walk, const mha_walk *other, mha_plan *plan)
-{
-    *walk = *other;
-    mha_point(plan, &walk->first, walk->first_at);
-}
-
-void mha_number_rows(const mha_walk *walk)
+void mha_list_first_rows(const mha_walk *walk)
 {
     if (!walk->live)
         return;
@@ -69,17 +63,17 @@ static size_t find_item(const mha_walk *walk, size_t r, size_t *l)
 /* Some rows of one item, from row l on, at most `rows`. */
 static mha_run run_of_item(const mha_walk *walk, const mha_rows *x, size_t i, size_t l, size_t rows)
 {
-    const size_t *numbers = walk->live ? mha_live_numbers(walk->live, i) : NULL;
-    if (!numbers)
+    const size_t *keys = walk->live ? mha_live_indices(walk->live, i) : NULL;
+    if (!keys)
         return (mha_run){mha_row_at(x, i, 0, l), rows, x->row};
-    numbers += l;
-    if (numbers[rows - 1] - numbers[0] != rows - 1) {
+    keys += l;
+    if (keys[rows - 1] - keys[0] != rows - 1) {
         size_t consecutive = 1;
-        while (numbers[consecutive] == numbers[0] + consecutive)
+        while (keys[consecutive] == keys[0] + consecutive)
             consecutive++;
         rows = consecutive;
     }
-    return (mha_run){mha_row_at(x, i, 0, numbers[0]), rows, x->row};
+    return (mha_run){mha_row_at(x, i, 0, keys[0]), rows, x->row};
 }
 
 /* The run of a walk by rows that begins with row r: row l of items i, i + 1, ... If row l + 1 of the first item follows
@@ -92,7 +86,7 @@ static mha_run run_by_rows(const mha_walk *walk, const mha_rows *x, size_t r, si
                      x->item};
 }
 
-/* Whether rows lie in the order of their numbers, as in the workspace. */
+/* Whether rows lie in the order of the walk, as in the workspace. */
 static bool is_in_order(const mha_walk *walk, const mha_rows *x)
 {
     return walk->live ? x->items == walk->first && x->item == x->row
@@ -126,13 +120,13 @@ mha_run mha_run_at(const mha_walk *walk, const mha_rows *x, size_t r, size_t end
     return run;
 }
 
-/* Rows in the order of their numbers, `row` numbers apart. */
+/* Rows in the order of the walk, `row` numbers apart. */
 static void place(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t row, size_t head,
                   size_t numbers, mha_rows *rows)
 {
     const size_t size = kernels->size;
     rows->type = kernels->dtype;
-    rows->step = (ptrdiff_t)size;
+    rows->element = (ptrdiff_t)size;
     rows->row = (ptrdiff_t)((walk->by_rows ? walk->items : 1) * row * size);
     rows->head = (ptrdiff_t)(head * size);
     rows->item = (ptrdiff_t)((walk->by_rows || walk->live ? 1 : walk->length) * row * size);

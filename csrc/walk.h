@@ -8,24 +8,21 @@
 #include "batch.h"
 #include "workspace.h"
 
-/* Which rows: the first `length` of each item, or its live keys. They are numbered item by item, or row by row through
- * all items. */
+/* Which rows: the first `length` of each item, or its live keys. They go item by item, or row by row through all
+ * items. */
 typedef struct {
     size_t items, length;
     bool by_rows;          /* row 0 of every item comes first, then row 1; only for all items of a call, and all rows */
     const mha_batch *live; /* NULL: all items have `length` rows */
-    ptrdiff_t *first;      /* [items + 1]: the number of the first row of each item; not used if live is NULL */
+    ptrdiff_t *first;      /* [items + 1]: the index of the first row of each item; not used if live is NULL */
     size_t first_at;       /* its place in the workspace */
 } mha_walk;
 
 /* Plans a walk through the live keys of a batch. */
 void mha_walk_live_keys(mha_walk *walk, const mha_batch *batch, mha_plan *plan);
 
-/* Plans another walk through the same rows. */
-void mha_walk_again(mha_walk *walk, const mha_walk *other, mha_plan *plan);
-
-/* Numbers the rows of such a walk, after the workspace is taken. */
-void mha_number_rows(const mha_walk *walk);
+/* Lists the first row of each item of such a walk, after the workspace is taken. */
+void mha_list_first_rows(const mha_walk *walk);
 
 bool mha_is_same_walk(const mha_walk *a, const mha_walk *b);
 
@@ -56,7 +53,7 @@ void mha_place_rows(mha_plan *plan, const mha_kernels *kernels, const mha_walk *
 size_t mha_place_heads(mha_plan *plan, const mha_kernels *kernels, const mha_walk *walk, size_t heads, size_t width,
                        mha_rows *rows);
 
-/* The distance in bytes between rows that mha_place_rows() placed, in the order of their numbers. */
+/* The distance in bytes between rows that mha_place_rows() placed, in the order of the walk. */
 static inline ptrdiff_t mha_placed_distance(const mha_rows *rows)
 {
     return rows->item < rows->row ? rows->item : rows->row;

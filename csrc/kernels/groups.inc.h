@@ -33,7 +33,7 @@ INLINE void G(tile)(const size_t rows, const size_t panels, const size_t vectors
     const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = G(ADJACENT) ? 1 : p->a_k;
     const uint32_t *row = at->a, *a_0 = row + G(HEADER), *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0;
     const size_t vector_bytes = lanes_f32 * G(GROUP_BYTES);
-    const size_t b_bytes = p->b_k * G(GROUP_BYTES), b_panel = p->b_panel, b_panels_3 = 3 * b_panel;
+    const size_t b_bytes = p->b_k * G(GROUP_BYTES), b_panel = p->b_panel_bytes, b_panels_3 = 3 * b_panel;
     const char *b = p->b;
     const vec_i32 no_group = splat_i32(0);
     if (rows > 4)

@@ -33,8 +33,8 @@ enum { MHA_MAX_LANES = 48, MHA_MAX_VECTOR_LANES = 16 };
  * three rows may prefetch its own panel in its place, or nothing. */
 typedef struct {
     const char *data;
-    size_t rows, bytes;
-    ptrdiff_t stride; /* bytes between rows */
+    size_t rows, bytes; /* bytes: of a row */
+    ptrdiff_t stride_bytes;
 } mha_prefetch;
 
 /* A product of one or two rows goes through several panels at once. One panel has too few sums for a row to keep the
@@ -67,7 +67,7 @@ typedef struct {
     ptrdiff_t a_row, a_k;
     const void *b;
     size_t b_k;
-    size_t more_panels, b_panel; /* panels after the first one; bytes between two of them */
+    size_t more_panels, b_panel_bytes; /* panels after the first one; the distance between two of them */
     mha_dtype b_type; /* of the numbers of b, if they are halves; float32 alone multiplies by halves */
     const float *b_scale; /* [P]; of products of int8 alone */
     const void *addend;
@@ -82,11 +82,11 @@ typedef struct {
 typedef struct {
     /* the mask of each lane's query, at key 0 of the item; not read if attn_kind is NONE */
     const char *attn[MHA_MAX_LANES];
-    size_t query[MHA_MAX_LANES]; /* the number of each lane's query; read if is_causal */
+    size_t query[MHA_MAX_LANES]; /* the index of each lane's query; read if is_causal */
     const char *padding;                 /* the float key_padding_mask, at key 0; keys that it hides are not live */
     mha_mask_kind attn_kind, padding_kind;
-    ptrdiff_t attn_s, padding_s; /* in bytes */
-    const size_t *index; /* numbers of the block's keys; NULL: first_key, first_key + 1, ... */
+    ptrdiff_t attn_s_bytes, padding_s_bytes; /* from key to key */
+    const size_t *index; /* indices of the block's keys; NULL: first_key, first_key + 1, ... */
     size_t first_key;
     bool is_causal;
 } mha_mask_block;
@@ -98,7 +98,7 @@ typedef struct {
 } mha_visible;
 
 /* Where a block of probabilities is in the random stream. What happens to probability (n, h, l, s) depends on these
- * four numbers and the key alone. */
+ * four indices and the key alone. */
 typedef struct {
     const uint32_t *key;  /* of mha_philox(); made from the seed and the number of the call */
     uint64_t threshold; /* (1 - p) * 2^32; a probability is kept if its random word is less */

@@ -28,7 +28,7 @@ static uint64_t hidden_by_mask(const mha_mask_block *block, const char *row, siz
 {
     uint64_t bits = 0;
     size_t i = 0;
-    if (!block->index && block->attn_s == 1) {
+    if (!block->index && block->attn_s_bytes == 1) {
         /* One line is read of each row. The lines are far apart, and the hardware foresees none of them. */
         __builtin_prefetch(row + block->first_key + 2 * MHA_BLOCK_KEYS, 0, 2);
         for (; i + 16 <= keys; i += 16)
@@ -36,14 +36,14 @@ static uint64_t hidden_by_mask(const mha_mask_block *block, const char *row, siz
     }
     for (; i < keys; i++) {
         const size_t key = block->index ? block->index[i] : block->first_key + i;
-        bits |= (uint64_t)(row[(ptrdiff_t)key * block->attn_s] != 0) << i;
+        bits |= (uint64_t)(row[(ptrdiff_t)key * block->attn_s_bytes] != 0) << i;
     }
     return block->attn_kind == MHA_MASK_HIDE ? bits : ~bits;
 }
 
 static uint64_t hidden_by_order(const mha_mask_block *block, size_t query, size_t keys)
 {
-    size_t seen = keys; /* the numbers of keys ascend */
+    size_t seen = keys; /* the indices of keys ascend */
     if (block->index)
         while (seen > 0 && block->index[seen - 1] > query)
             seen--;
@@ -120,18 +120,18 @@ static bool V(read_numbers)(REAL *bias, size_t keys, size_t P, size_t count, con
     const REAL *row[LANES];
     const bool has_attn = is_of_numbers(block->attn_kind);
     /* whole vectors can be read in place */
-    const bool is_ready = block->attn_kind == V(own_kind) && block->attn_s == (ptrdiff_t)sizeof(REAL) &&
+    const bool is_ready = block->attn_kind == V(own_kind) && block->attn_s_bytes == (ptrdiff_t)sizeof(REAL) &&
                           !block->index && keys % LANES == 0;
     const VEC zero = V(splat)(0);
     VEC not_zero = zero;
     if (block->padding_kind)
-        V(read_row)(block->padding_kind, block->padding, block->padding_s, block, keys, of_keys);
+        V(read_row)(block->padding_kind, block->padding, block->padding_s_bytes, block, keys, of_keys);
     for (size_t first = 0; first < P; first += LANES) {
         for (size_t i = 0; i < LANES && has_attn; i++) {
             const size_t lane = first + i < count ? first + i : count - 1;
             row[i] = is_ready ? (const REAL *)(const void *)block->attn[lane] + block->first_key : rows[i];
             if (!is_ready)
-                V(read_row)(block->attn_kind, block->attn[lane], block->attn_s, block, keys, rows[i]);
+                V(read_row)(block->attn_kind, block->attn[lane], block->attn_s_bytes, block, keys, rows[i]);
         }
         for (size_t k = 0; k < keys; k += LANES) {
             VEC v[LANES];

@@ -80,7 +80,7 @@ INLINE void V(tile)(const size_t rows, const size_t panels, const size_t vectors
                     const mha_product *p, V(progress) *at)
 {
     const ptrdiff_t a_row = p->a_row, a_rows_3 = 3 * a_row, a_k = p->a_k;
-    const size_t b_panel = p->b_panel, b_panels_3 = 3 * b_panel;
+    const size_t b_panel = p->b_panel_bytes, b_panels_3 = 3 * b_panel;
     const size_t vector_bytes = LANES * b_size(b_type, sizeof(REAL));
     const size_t b_bytes = p->b_k * b_size(b_type, sizeof(REAL));
     const REAL *a_0 = at->a, *a_4 = rows > 4 ? a_0 + 4 * a_row : a_0;

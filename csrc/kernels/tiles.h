@@ -74,7 +74,7 @@ enum { OWN_AHEAD = 2048 };
 
 /* Whether the hardware fetches the panels of a product of few rows in time, so that its tiles prefetch nothing. Two of
  * these three are enough. */
-INLINE bool is_left_alone(size_t rows, size_t panels, size_t read)
+INLINE bool hardware_keeps_up(size_t rows, size_t panels, size_t read)
 {
     return (rows == 1) + (panels > 1) + (read > LINE_BYTES) >= 2;
 }
@@ -89,11 +89,11 @@ static inline prefetching begin_prefetching(const mha_product *p, size_t tiles, 
     if (!wanted)
         return (prefetching){0};
     if (p->more_panels > 0 || (wanted->rows == 1 && p->rows <= 3 && read % LINE_BYTES != 0)) {
-        const bool is_alone = is_left_alone(p->rows, 1 + p->more_panels, read);
-        return (prefetching){.ahead = (const char *)p->b + OWN_AHEAD, .step = is_alone ? 0 : read};
+        const bool keeps_up = hardware_keeps_up(p->rows, 1 + p->more_panels, read);
+        return (prefetching){.ahead = (const char *)p->b + OWN_AHEAD, .step = keeps_up ? 0 : read};
     }
     if (wanted->rows != 1)
-        return (prefetching){.next = wanted->data, .stride = wanted->stride, .bytes = wanted->bytes,
+        return (prefetching){.next = wanted->data, .stride = wanted->stride_bytes, .bytes = wanted->bytes,
                              .left = wanted->rows, .each = mha_divide_up(wanted->rows, tiles)};
     if (wanted->bytes > MAX_PIECE * tiles && p->depth > 0)
         return (prefetching){.ahead = wanted->data, .step = mha_divide_up(wanted->bytes, tiles * p->depth)};
@@ -112,22 +112,29 @@ INLINE void prefetch_pieces(prefetching *left)
     }
 }
 
+/* The lines that a step prefetches at most. Tiles of one to three rows leave the others to the hardware if a step reads
+ * whole lines. */
+INLINE size_t lines_of_step(size_t rows, size_t read)
+{
+    return rows <= 3 && read % LINE_BYTES == 0 ? 1 : mha_divide_up(read, LINE_BYTES);
+}
+
 /* The loop of a tile of some rows. A STEP reads `read` bytes of the panel, and UNROLL is MHA_UNROLL_4 or nothing.
  *
  * Where two threads share a core, each gets half of the instructions that it can begin, and these limit the loop. So it
- * is unrolled, and there are copies that prefetch less. Tiles of one to three rows prefetch one line in a step of whole
- * lines, and leave the rest to the hardware. If there are two panels, `panel` bytes apart, a step prefetches a line of
- * each, or nothing. */
+ * is unrolled, and there are copies that prefetch less. If there are two panels, `panel` bytes apart, a step prefetches
+ * a line of each, or nothing. Where the hardware keeps up with several panels, copies that prefetch never run. They are
+ * not compiled. */
 #define TILE_LOOP(UNROLL, rows, panels, panel, read, depth, prefetch, STEP) \
     do { \
-        const size_t step_ = panels > 1 && is_left_alone(rows, panels, read) ? 0 : (prefetch).step; \
+        const size_t step_ = panels > 1 && hardware_keeps_up(rows, panels, read) ? 0 : (prefetch).step; \
         const char *ahead_ = (prefetch).ahead; \
         if (step_ == 0) { \
             UNROLL \
             for (size_t k_ = depth; k_ > 0; k_--) { \
                 STEP \
             } \
-        } else if (step_ <= LINE_BYTES || (rows <= 3 && read % LINE_BYTES == 0) || read <= LINE_BYTES) { \
+        } else if (step_ <= LINE_BYTES || lines_of_step(rows, read) == 1) { \
             UNROLL \
             for (size_t k_ = depth; k_ > 0; k_--, ahead_ += step_) { \
                 STEP \
@@ -140,7 +147,7 @@ INLINE void prefetch_pieces(prefetching *left)
                 STEP \
                 __builtin_prefetch(ahead_, 0, 2); \
                 __builtin_prefetch(ahead_ + LINE_BYTES, 0, 2); \
-                if (read > 2 * LINE_BYTES) \
+                if (lines_of_step(rows, read) > 2) \
                     __builtin_prefetch(ahead_ + 2 * LINE_BYTES, 0, 2); \
             } \
         } \

@@ -118,7 +118,7 @@ static mha_rows describe_array(const call_arguments *arguments, PyArrayObject *a
 {
     const npy_intp *strides = PyArray_STRIDES(array);
     mha_rows rows = {.data = PyArray_DATA(array), .type = mha_computed_in(arguments->weights->dtype)};
-    rows.step = strides[PyArray_NDIM(array) - 1];
+    rows.element = strides[PyArray_NDIM(array) - 1];
     rows.row = strides[arguments->is_batched && batch_first ? 1 : 0];
     if (arguments->is_batched)
         rows.item = strides[batch_first ? 0 : 1];
@@ -137,7 +137,7 @@ static mha_rows describe_projected(const call_arguments *arguments, PyArrayObjec
                       .item = (ptrdiff_t)((size_t)strides[0] * arguments->weights->widths.Hkv),
                       .head = strides[0],
                       .row = strides[1],
-                      .step = strides[2]};
+                      .element = strides[2]};
 }
 
 static void describe_masks(call_arguments *arguments)

@@ -394,7 +394,7 @@ static mha_heads describe_heads(const sdpa_arguments *arguments, PyArrayObject *
                                 .type = arguments->call.dtype,
                                 .head = stride_of(array, 3),
                                 .row = stride_of(array, 2),
-                                .step = (ptrdiff_t)mha_size_of(arguments->call.dtype)},
+                                .element = (ptrdiff_t)mha_size_of(arguments->call.dtype)},
                        .heads = count_heads(arguments, array),
                        .axes = strides};
 }

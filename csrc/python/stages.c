@@ -146,7 +146,7 @@ static PyArrayObject *prepare_projection(PyArrayObject *x, bool batch_first, con
     job->N = (size_t)shape[0];
     job->length = (size_t)shape[1];
     job->x = (mha_rows){.data = PyArray_DATA(x), .type = type, .item = n < 0 ? 0 : PyArray_STRIDE(x, n),
-                        .row = PyArray_STRIDE(x, l), .step = PyArray_STRIDE(x, ndim - 1)};
+                        .row = PyArray_STRIDE(x, l), .element = PyArray_STRIDE(x, ndim - 1)};
     job->y = mha_contiguous_rows(PyArray_DATA(y), type, 1, job->length, widths[job->input]);
     return y;
 }

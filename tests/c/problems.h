@@ -233,7 +233,8 @@ static inline size_t columns_of(const problem *p)
 
 static inline mha_rows as_input(const array4 *a, mha_dtype dtype)
 {
-    return (mha_rows){.data = a->data, .type = dtype, .item = a->stride[0], .row = a->stride[2], .step = a->stride[3]};
+    return (mha_rows){.data = a->data, .type = dtype, .item = a->stride[0], .row = a->stride[2],
+                      .element = a->stride[3]};
 }
 
 static inline mha_mask as_mask(const array4 *a, mha_mask_kind kind)
@@ -302,7 +303,7 @@ static inline void free_answer(answer *a)
 
 static inline double input_number(mha_dtype dtype, const mha_rows *x, size_t n, size_t l, size_t e)
 {
-    return get_at(dtype, mha_row_at(x, n, 0, l) + (ptrdiff_t)e * x->step);
+    return get_at(dtype, mha_row_at(x, n, 0, l) + (ptrdiff_t)e * x->element);
 }
 
 /* (N, length + extra, width): x W^T + b, then a row of `more` for every item, then zeros. */

@@ -228,7 +228,7 @@ static void check_hidden_numbers(const block_problem *q, const mha_layer *layer,
     for (size_t n = 0; n < c.N; n++)
         for (size_t l = 0; l < c.L; l++)
             for (size_t e = 0; e < E && hides(q->padded, c.N, c.S, n, l); e++)
-                put_at(dtype, mha_row_at(&c.query, n, 0, l) + (ptrdiff_t)e * c.query.step, bad[(n + l + e) % 4]);
+                put_at(dtype, mha_row_at(&c.query, n, 0, l) + (ptrdiff_t)e * c.query.element, bad[(n + l + e) % 4]);
     DESCRIBE("%s %s '%s', zero %d, numbers that are not finite", mha_cpu_name(), dtype_name(dtype), q->p.name,
              block->zeroes_padding);
     double *got = run_block(layer, &c, E, dtype);
@@ -279,7 +279,7 @@ static void test_given_up(mha_dtype dtype)
         bool is_few[3];
         DESCRIBE("%s %s '%s', key %zu", mha_cpu_name(), dtype_name(dtype), q.p.name, s);
         CHECK(mha_choose_paths(layer, &c, is_few) == MHA_OK && is_few[0] && is_few[1] && is_few[2], "another path");
-        put_at(dtype, mha_row_at(&c.value, 1, 0, s) + 3 * c.value.step, INFINITY);
+        put_at(dtype, mha_row_at(&c.value, 1, 0, s) + 3 * c.value.element, INFINITY);
         double *wanted = run_steps(&q, layer, &c, dtype);
         check_call(&q, layer, &c, dtype, wanted, NULL);
         free(wanted);

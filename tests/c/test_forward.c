@@ -281,10 +281,10 @@ static answer run_hidden(const problem *p, const mha_layer *layer, mha_dtype dty
                                          (ptrdiff_t)s * c.attn_mask.stride_s, 0);
         for (size_t n = 0; n < p->N; n++)
             for (size_t e = 0; e < p->w.Ek; e++)
-                put_at(dtype, mha_row_at(&c.key, n, 0, s) + (ptrdiff_t)e * c.key.step, numbers[(s / 2 + e) % 3]);
+                put_at(dtype, mha_row_at(&c.key, n, 0, s) + (ptrdiff_t)e * c.key.element, numbers[(s / 2 + e) % 3]);
         for (size_t n = 0; n < p->N; n++)
             for (size_t e = 0; e < p->w.Ev; e++)
-                put_at(dtype, mha_row_at(&c.value, n, 0, s) + (ptrdiff_t)e * c.value.step, numbers[(s / 2 + e) % 3]);
+                put_at(dtype, mha_row_at(&c.value, n, 0, s) + (ptrdiff_t)e * c.value.element, numbers[(s / 2 + e) % 3]);
     }
     return call_forward(p, layer, dtype, &c);
 }

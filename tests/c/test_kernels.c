@@ -98,10 +98,10 @@ static mha_product fill_product(const bench *b, const product_case *c)
     const strides a = layout_of(c);
     const size_t width = c->panels * b->P, stride = width + c->gap, b_k = b->P + c->gap;
     mha_product p = {.rows = c->rows, .depth = c->depth, .vectors = b->vectors, .a_row = a.row, .a_k = a.k,
-                     .b_k = b_k, .more_panels = c->panels - 1, .b_panel = c->depth * b_k * b->k->size,
+                     .b_k = b_k, .more_panels = c->panels - 1, .b_panel_bytes = c->depth * b_k * b->k->size,
                      .c_row = stride};
     static mha_prefetch prefetch; /* only a hint */
-    prefetch = (mha_prefetch){.data = (const char *)(uintptr_t)64, .rows = 1, .bytes = 130, .stride = 4096};
+    prefetch = (mha_prefetch){.data = (const char *)(uintptr_t)64, .rows = 1, .bytes = 130, .stride_bytes = 4096};
     if (c->prefetched == SOME_ROWS)
         prefetch.rows = c->rows / 2;
     else if (c->prefetched != A_SHORT_ROW)
@@ -127,7 +127,7 @@ static mha_product fill_product(const bench *b, const product_case *c)
 static double expected_product(const bench *b, const mha_product *p, size_t r, size_t lane, double *bound)
 {
     const mha_dtype t = b->dtype;
-    const void *panel = (const char *)p->b + lane / b->P * p->b_panel;
+    const void *panel = (const char *)p->b + lane / b->P * p->b_panel_bytes;
     double chain = 0, size = 0;
     for (size_t k = 0; k < p->depth; k++) {
         const double x = get(t, p->a, (ptrdiff_t)r * p->a_row + (ptrdiff_t)k * p->a_k);
@@ -158,7 +158,7 @@ static mha_product by_halves(const bench *b, const product_case *c, const mha_pr
             put(b->dtype, guarded_slots[1].data, (ptrdiff_t)i, half_value(c->b_type, bits[i]));
         }
     halves.b = bits;
-    halves.b_panel = c->depth * p->b_k * sizeof *bits;
+    halves.b_panel_bytes = c->depth * p->b_k * sizeof *bits;
     halves.b_type = c->b_type;
     return halves;
 }
@@ -302,7 +302,7 @@ static void put_mask_number(mha_mask_kind kind, char *at, uint64_t word)
         *at = (char)(word % 3);
 }
 
-static size_t key_number(const mha_mask_block *m, size_t i)
+static size_t key_index(const mha_mask_block *m, size_t i)
 {
     return m->index ? m->index[i] : m->first_key + i;
 }
@@ -315,7 +315,7 @@ static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t lanes
     ptrdiff_t lowest = PTRDIFF_MAX, highest = PTRDIFF_MIN;
     for (size_t l = 0; l < lanes; l++)
         for (size_t i = 0; i < keys; i++) {
-            const ptrdiff_t at = (ptrdiff_t)l * mask->stride_lane + (ptrdiff_t)key_number(m, i) * mask->stride_s;
+            const ptrdiff_t at = (ptrdiff_t)l * mask->stride_lane + (ptrdiff_t)key_index(m, i) * mask->stride_s;
             lowest = at < lowest ? at : lowest;
             highest = at > highest ? at : highest;
         }
@@ -323,19 +323,19 @@ static void make_mask(const bench *b, size_t slot, mask_case *mask, size_t lanes
     for (size_t l = 0; l < lanes; l++)
         for (size_t i = 0; i < keys; i++)
             put_mask_number(mask->kind,
-                            data + (ptrdiff_t)l * mask->stride_lane + (ptrdiff_t)key_number(m, i) * mask->stride_s,
+                            data + (ptrdiff_t)l * mask->stride_lane + (ptrdiff_t)key_index(m, i) * mask->stride_s,
                             uniform ? slot + keys % 2 : random_word(slot, l * keys + i));
     mask->data = data;
 }
 
 static double expected_bias(const bench *b, const mha_mask_block *m, size_t i, size_t lane)
 {
-    const size_t s = key_number(m, i);
+    const size_t s = key_index(m, i);
     double attn = 0, padding = 0;
     if (m->attn_kind)
-        attn = rounded(b->dtype, mask_number(m->attn_kind, m->attn[lane] + (ptrdiff_t)s * m->attn_s));
+        attn = rounded(b->dtype, mask_number(m->attn_kind, m->attn[lane] + (ptrdiff_t)s * m->attn_s_bytes));
     if (m->padding_kind)
-        padding = rounded(b->dtype, mask_number(m->padding_kind, m->padding + (ptrdiff_t)s * m->padding_s));
+        padding = rounded(b->dtype, mask_number(m->padding_kind, m->padding + (ptrdiff_t)s * m->padding_s_bytes));
     if (attn == -INFINITY || padding == -INFINITY || (m->is_causal && s > m->query[lane]))
         return -INFINITY;
     return rounded(b->dtype, attn + padding);
@@ -353,8 +353,8 @@ static void check_masks(const bench *b, size_t keys, size_t count, mha_mask_bloc
     make_mask(b, 2, &of_keys, 1, keys, &m, uniform);
     m.attn_kind = attn.kind;
     m.padding_kind = of_keys.kind;
-    m.attn_s = attn.stride_s;
-    m.padding_s = of_keys.stride_s;
+    m.attn_s_bytes = attn.stride_s;
+    m.padding_s_bytes = of_keys.stride_s;
     m.padding = of_keys.data;
     for (size_t lane = 0; lane < count; lane++) {
         m.attn[lane] = attn.data + (ptrdiff_t)lane * attn.stride_lane;

@@ -139,7 +139,7 @@ static void check_product(const int8_level *at, const product_case *c, uint64_t 
     const mha_prefetch prefetch = {(const char *)b, 1, panel_bytes, 0};
     const mha_product product = {.rows = c->rows, .depth = groups, .vectors = c->vectors, .a = a,
                                  .a_row = (ptrdiff_t)a_row, .a_k = 1, .b = b, .b_k = P,
-                                 .more_panels = c->panels - 1, .b_panel = panel_bytes, .b_scale = scale,
+                                 .more_panels = c->panels - 1, .b_panel_bytes = panel_bytes, .b_scale = scale,
                                  .addend = addends ? addend : NULL, .addend_row = c->addend == SUMS ? width : 0,
                                  .c = y, .c_row = width, .prefetch = c->depth % 2 ? &prefetch : NULL};
     k->product(&product);

@@ -197,7 +197,7 @@ class Unseen(NamedTuple):
 
 UNSEEN = [
     Unseen("", "", r"__builtin_prefetch|prefetch|madvise|MADV_", "a hint to the hardware or to the system"),
-    Unseen("tiles?", r"prefetch|is_left_alone\(\)", "", "what is prefetched"),
+    Unseen("tiles?", r"prefetch|(hardware_keeps_up|lines_of_step)\(\)", "", "what is prefetched"),
     Unseen("groups", r"tile\(\)", r"-> .*a_4 = rows >= 4", "an address that four rows do not use"),
     Unseen("projection", r"prefetch_row\(\)|next_weights\(\)", "", "what is prefetched"),
     Unseen("attention", r"prefetch_share\(\)|count_sharers\(\)", "", "what is prefetched"),
@@ -206,7 +206,6 @@ UNSEEN = [
     Unseen("projection", r"choose_blocking\(\)", r"-> .*(panels [-+*] threads|\(p\.at_once, p|\) \+ p\.at_once)",
            "how threads share the work"),
     Unseen("probabilities", r"(even_parts|are_panels_even)\(\)", "", "how threads share the work"),
-    Unseen("probabilities", r"take\(\)", r"-> .*reserve\(layout, numbers, rows", "the same product"),
     Unseen("schedule", r"min_chunks\(\)", "", "how threads share the work"),
     Unseen("attention", r"tasks_of_handful\(\)", "", "how threads share the work"),
     Unseen("attention", r"is_handful\(\)", r"-> .* < MHA_HANDFUL", "which of two ways with equal bits, at one size"),
@@ -215,7 +214,6 @@ UNSEEN = [
     Unseen("", r"_operations\(\)", "", "how many threads a call uses, and whether it keeps the GIL"),
     Unseen("processors", r"(quota_of|lists|cgroup_quota|read_line)\(\)", "", "needs a cgroup with a quota"),
     Unseen("processors", r"usable_cpus\(\)", "quota", "needs a cgroup with a quota"),
-    Unseen("probabilities", r"second_pass_task\(\)", r"-> .*layout = \{1\}", "where the first piece of scratch begins"),
     Unseen("attention", r"mha_plan_panels\(\)", r"-> .*one = \{1\}", "alignment, which sanitize.py ubsan checks"),
     Unseen("attention", r"mha_plan_panels\(\)", r"reserve\(&one, 1, P.* -> .*\(&one, 2, P", "room that is not used"),
     Unseen("few_queries", "", r"pack_panel\(bk.* -> .*size, 1, 1,", "the distance between rows of which there is one"),
