@@ -26,7 +26,7 @@ typedef struct {
     const mha_batch *batch;
     mha_team team;
     mha_walk queries, key_rows, results;
-    const mha_walk *keys; /* key_rows, or queries if these are the live keys' tokens; NULL if is_few */
+    const mha_walk *keys; /* key_rows; or queries, if padded rows are not computed; NULL if is_few */
     bool by_rows;         /* how the walks through the inputs go */
     mha_rows query, key, value, output;
     mha_projection inputs[MHA_TARGETS], last;

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from mha_c.display.words import fill
 from mha_c.threads import show_config
 
 __all__ = ["main"]
+
+_OUTPUT_FAILS = (errno.EPIPE, errno.EFBIG, errno.EIO, errno.ENOSPC)
 
 _CHECK_EPILOG = """\
 examples:
@@ -64,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):
+        if error.errno not in _OUTPUT_FAILS:
+            raise
+        if error.errno != errno.EPIPE:
             print(f"mha-c: cannot write the output: {error.strerror}", file=sys.stderr)
         # Python flushes once more when it ends, and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -218,7 +218,7 @@ class Dropout(RandomModule):
         Raises
         ------
         TypeError
-            If `module` is something else, or if it overrides forward.
+            If `module` is something else, or if it overrides forward or has forward hooks.
 
         Examples
         --------

@@ -97,7 +97,7 @@ def _check_source(source: Any, stage: str) -> None:
         raise TypeError("this explains a stack of layers: pass the attention of one of them, explanation[0].self_attn")
     if source is None and stage == "weights":
         raise TypeError("weights is None: call the layer with need_weights=True")
-    if isinstance(source, tuple) and any(hasattr(each, "shape") for each in source):
+    if isinstance(source, tuple) and len({getattr(each, "shape", None) for each in source}) > 1:
         raise TypeError(f"{stage} is a tuple of {len(source)}: pass one of them, such as the weights, layer(...)[1]")
 
 

@@ -578,8 +578,8 @@ class MultiheadAttention(RandomModule):
         ----------
         module : torch.nn.MultiheadAttention
             The layer to copy. A subclass will do if it has torch's forward. The weights are those that torch would use
-            now, whether they are parameters, parametrized or plain tensors. Hooks and buffers are not copied.
-            The dtype is that of the output weight.
+            now, whether they are parameters, parametrized or plain tensors. Buffers are not copied. The dtype is that of
+            the output weight.
         matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
@@ -590,7 +590,7 @@ class MultiheadAttention(RandomModule):
         Raises
         ------
         TypeError
-            If `module` is something else, or if it overrides forward, which could then compute anything.
+            If `module` is something else, or if it overrides forward or has forward hooks: it could compute anything.
         ValueError
             If `matmul_precision` is unknown, or given for a layer of float64.
         ImportError

@@ -231,7 +231,7 @@ class Linear(Module):
         Raises
         ------
         TypeError
-            If `module` is something else, or if it overrides forward, which could then compute anything.
+            If `module` is something else, or if it overrides forward or has forward hooks: it could compute anything.
         ValueError
             If `matmul_precision` is unknown, or given for a layer of float64.
         ImportError

@@ -830,6 +830,8 @@ def check_torch_module(module: Any, kind: str, instead: str, methods: Sequence[s
                 f"compute anything. {instead}"
             )
     for path, part in module.named_modules():
+        if path.rpartition(".")[2] == "out_proj":
+            continue  # torch's attention does not call it
         if not all(map(_is_known_hook, (*part._forward_pre_hooks.values(), *part._forward_hooks.values()))):
             raise TypeError(
                 f"from_torch takes a torch.nn.{kind}, but {path or 'this one'} has a forward hook, which could compute "
@@ -840,7 +842,7 @@ def check_torch_module(module: Any, kind: str, instead: str, methods: Sequence[s
 
 def _is_known_hook(hook: Any) -> bool:
     """Whether a hook makes a weight from others, as weight_norm and pruning do, or only listens, as mha_c's do."""
-    modules = [hook.__module__, *(cls.__module__ for cls in type(hook).__mro__)]
+    modules = [getattr(hook, "__module__", None) or "", *(cls.__module__ for cls in type(hook).__mro__)]
     return any(name.startswith(("torch.nn.utils.", "mha_c.")) for name in modules)
 
 
@@ -850,8 +852,12 @@ def _describe_module(module: Any, kind: str) -> str:
     if isinstance(module, type):
         return f"the class {module.__module__}.{module.__qualname__}: pass a layer"
     described = _name_of_class(module)
-    if isinstance(module, Mapping | str | os.PathLike):
-        return f"{described}: parameters alone are for {_reader(kind)}"
+    if isinstance(module, str | os.PathLike):
+        from_checkpoint = ", from_state_dict a checkpoint" if _reads_state_dicts(kind) else ""
+        return f"{described}: {kind}.load reads a file of save{from_checkpoint}"
+    if isinstance(module, Mapping):
+        reader = f"{kind}.from_state_dict" if _reads_state_dicts(kind) else "a layer's load_state_dict"
+        return f"{described}: parameters alone are for {reader}"
     if torch is None or not isinstance(module, torch.nn.Module):
         return described
     names = [name for name, part in module.named_modules() if isinstance(part, getattr(torch.nn, kind, ()))]
@@ -866,9 +872,9 @@ def _describe_module(module: Any, kind: str) -> str:
     return f"{described}. It holds {', '.join(names[:3])}{more}: pass {which}"
 
 
-def _reader(kind: str) -> str:
-    """What reads a state dict into a layer of a kind, in code."""
-    return f"{kind}.from_state_dict" if hasattr(_kinds.get(kind), "from_state_dict") else "a layer's load_state_dict"
+def _reads_state_dicts(kind: str) -> bool:
+    """Whether the class of this name makes layers of state dicts."""
+    return hasattr(_kinds.get(kind), "from_state_dict")
 
 
 def _name_of_class(module: Any) -> str:

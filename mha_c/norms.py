@@ -270,7 +270,7 @@ class _Norm(Module):
         Raises
         ------
         TypeError
-            If `module` is something else, or if it overrides forward, which could then compute anything.
+            If `module` is something else, or if it overrides forward or has forward hooks: it could compute anything.
         ImportError
             If there are parameters in bfloat16, and ml_dtypes is not installed.
 

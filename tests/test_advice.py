@@ -766,7 +766,8 @@ def test_several_keywords():
     words = refusal(lambda: M(d_model=10, nhead=4, dropout=0.1, foo=3))
     assert words.endswith("'d_model'. Write embed_dim=10 instead of d_model=10, num_heads=4 instead of nhead=4.")
     words = refusal(lambda: mha_c.TransformerEncoderLayer(8, 2, hidden_act="gelu", hidden_dropout_prob=0.1,
-                                                          torch_dtype="float64", quantize="int8"))
+                                                          attention_probs_dropout_prob=0.2, torch_dtype="float64",
+                                                          quantize="int8"))
     assert words.endswith("Write activation='gelu' instead of hidden_act='gelu', dropout=0.1 instead of "
                           "hidden_dropout_prob=0.1, dtype='float64' instead of torch_dtype='float64', "
                           "matmul_precision='int8' instead of quantize='int8'.")

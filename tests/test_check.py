@@ -507,7 +507,7 @@ def test_command_of_a_state_dict(capsys, tmp_path):
         assert main(["check", str(tmp_path / wrong)]) == 2
         assert words in capsys.readouterr().err
     assert main(["check", str(tmp_path / "layer.npz"), "--num-heads", "2"]) == 2
-    assert "layer.npz says it itself: leave out --num-heads and --config" in capsys.readouterr().err
+    assert "layer.npz records the layer's own arguments: leave out --num-heads\n" in capsys.readouterr().err
 
 
 def test_command_without_memory(capsys, tmp_path):
@@ -561,7 +561,7 @@ def test_command_of_whole_layers_in_files(capsys, tmp_path):
     assert read.multihead_attn.batch_first and read.self_attn.batch_first
     assert read.norm_first and read.activation == "silu"
 
-    for arguments, words in (([*saved, "--num-heads", "2"], "decoder.npz says it itself: leave out --num-heads and --config\n"),
+    for arguments, words in (([*saved, "--num-heads", "2"], "records the layer's own arguments: leave out --num-heads"),
                              (f"check --layer decoder {tmp_path / 'model.pt'} --num-heads 2".split(),
                               "TransformerDecoderLayer.save wrote, without --num-heads"),
                              (["check", "--layer", "encoder", saved[-1]], "decoder.npz holds a TransformerDecoderLayer, "

@@ -59,6 +59,12 @@ def test_hooks_are_refused():
             cls.from_torch(module)
     handle.remove()
     assert mha_c.LayerNorm.from_torch(norm).normalized_shape == (8,)
+    norm.register_forward_hook([].append)  # which has no module
+    with pytest.raises(TypeError, match="has a forward hook"):
+        mha_c.LayerNorm.from_torch(norm)
+    attention = torch.nn.MultiheadAttention(8, 2)
+    attention.out_proj.register_forward_hook(lambda *args: 1 / 0)  # which torch does not call
+    assert MultiheadAttention.from_torch(attention).num_heads == 2
 
 
 def test_what_takes_something_else():
@@ -67,7 +73,8 @@ def test_what_takes_something_else():
         (layer, mha_c.TransformerEncoder, ", which mha_c.TransformerEncoderLayer.from_torch takes"),
         (torch.nn.RMSNorm(3), mha_c.LayerNorm, ", which mha_c.RMSNorm.from_torch takes"),
         (layer.state_dict(), mha_c.TransformerEncoder, ": parameters alone are for TransformerEncoder.from_state_dict"),
-        ("model.pt", mha_c.Linear, "got builtins.str: parameters alone are for a layer's load_state_dict"),
+        ("model.pt", mha_c.Linear, "got builtins.str: Linear.load reads a file of save"),
+        ("model.pt", MultiheadAttention, ": MultiheadAttention.load reads a file of save, from_state_dict a checkpoint"),
         (torch.nn.MultiheadAttention, mha_c.MultiheadAttention, "activation.MultiheadAttention: pass a layer"),
         (torch.nn.Tanh(), mha_c.Linear, "got torch.nn.modules.activation.Tanh"),
     ):

@@ -88,7 +88,7 @@ def in_numpy(dtype: str) -> str:
 
 
 def shape_of(value: Any, name: str = "") -> tuple[int, ...]:
-    """The shape of an array, a tensor, or whatever else is one to the core. TypeError if it is none; `name` is for that."""
+    """The shape of an array, a tensor, or whatever else is one to the core. Errors call it `name`."""
     return tuple(value.shape) if hasattr(value, "shape") else as_array(value, name=name).shape
 
 

@@ -111,13 +111,17 @@ batch_first=True instead of batchfirst=True.
         known = inspect.signature(function).parameters
         unknown = {name: value for name, value in keywords.items() if name not in known}
         of_cache = [name for name in unknown if name in _CACHE and not known.keys().isdisjoint(_INPUTS)]
-        written = [_advice(name, value, known) for name, value in unknown.items() if name not in of_cache]
-        advice = [f"Write {', '.join(filter(None, written))}."] if any(written) else []
+        written: dict[str, str] = {}  # by the keyword that is to be written, each once
+        for name, value in unknown.items():
+            if name not in of_cache and (one := _advice(name, value, known)):
+                written.setdefault(one.partition("=")[0], one)
+        advice = [f"Write {', '.join(written.values())}."] if written else []
         if of_cache:
             cure = f"leave out {' and '.join(of_cache)}, and pass all tokens each time"
             advice.append(f"mha_c has no cache of keys and values: {cure}.")
-        if "dtype" in unknown and function.__name__ in _KEEPING:
-            shown = repr(unknown["dtype"]) if isinstance(unknown["dtype"], str) else "dtype"
+        dtype = unknown.get("dtype", unknown.get("torch_dtype"))
+        if dtype is not None and function.__name__ in _KEEPING:
+            shown = repr(dtype) if isinstance(dtype, str) else "dtype"
             advice.append(f"The dtype is kept: write {function.__name__}(...).to({shown}).")
         if advice:
             words = str(error).partition(". Did you mean")[0]  # newer versions of Python make a guess, too

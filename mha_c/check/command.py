@@ -241,7 +241,8 @@ class Configuration:
             return self._saved_layer(self.file)
         with open_checkpoint(self.file) as checkpoint:
             if checkpoint.config is not None:
-                raise ValueError(f"the layer in {self.file} says it itself: leave out --num-heads and --config")
+                given = " and ".join(_flag(one) for one in self._given() if one.name in ("num_heads", "config"))
+                raise ValueError(f"{self.file} records the layer's own arguments: leave out {given}")
         options: dict[str, Any] = {"num_heads": self.num_heads, "config": self.config, "dtype": self.dtype}
         if self.layer == _ATTENTION:
             options |= {"add_zero_attn": self.add_zero_attn, "batch_first": self.batch_first}
@@ -391,7 +392,7 @@ def run(options: dict[str, Any], parser: argparse.ArgumentParser) -> int:
         print(f"{parser.prog}: {_in_options(str(error))}", file=sys.stderr)
         return 2
     except MemoryError as error:
-        print(f"{parser.prog}: there is not enough memory for this check. {error}", file=sys.stderr)
+        print(f"{parser.prog}: there is not enough memory for this check: {error}", file=sys.stderr)
         return 2
     tables: list[Report | Table]
     if isinstance(found, Report):

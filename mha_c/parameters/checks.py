@@ -14,7 +14,10 @@ def flag(name: str, value: Any) -> bool:
     """True or False from any object that Python can test for truth, as in torch, except text: "no" would be true."""
     if isinstance(value, str):
         raise TypeError(f"{name} must be True or False, but got {value!r}")
-    return bool(value)
+    try:
+        return bool(value)
+    except ValueError:  # an array of several
+        raise TypeError(f"{name} must be True or False, but got {type(value).__name__}") from None
 
 
 def number(name: str, value: Any, expected: str = "a number") -> Any:

@@ -545,4 +545,5 @@ def _complete(
     else:
         zeros = {name: np.zeros(shapes[name], np.float32) for name in _BIASES if name in shapes}
         entries = {name: array for name, array in (zeros | arrays).items() if name in shapes}
-    return match_state_dict(layer_name, shapes, entries, strict=True, advice=_ADVICE if strict else "")[0]
+    advice = advice_on_saved_file(layer_name, entries) or _ADVICE if strict else ""
+    return match_state_dict(layer_name, shapes, entries, strict=True, advice=advice)[0]

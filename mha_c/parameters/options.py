@@ -117,7 +117,7 @@ def open_config(source: Any, start: str) -> Mapping[str, Any]:
             path, source = source, json.load(file)
         if not isinstance(source, Mapping):
             raise ValueError(
-                f"{os.fsdecode(path)} holds a {type(source).__name__}, but a model's config.json holds a mapping"
+                f"{os.fsdecode(path)} does not hold a mapping, as a model's config.json does, but {source!r:.40}"
             )
     if not isinstance(source, Mapping):
         raise TypeError(f"config must be a mapping, such as model.config.to_dict(), or a path, but got {type(source)}")

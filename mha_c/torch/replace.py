@@ -285,7 +285,8 @@ def coverage(model: torch.nn.Module) -> Coverage:
     -------
     Coverage
         A row for every ``torch.nn.MultiheadAttention`` and every instance of a subclass, with its calls so far. After
-        `replace_layers`, a row for every layer, and one for the attention in it only if that was called by itself.
+        `replace_layers`, and in models of transformers, a row for every layer, and one for the attention in it only if
+        that was called by itself.
         Copies and pickles of a layer count from zero. Calls that a compiled graph leaves to torch are not counted, but
         the reason is there.
 

@@ -160,7 +160,7 @@ def _read_padding(mask: torch.Tensor | None, x: torch.Tensor) -> LayerMasks | st
     # The smallest number hides a key as surely as -inf, unless all keys of an item have it.
     is_all_hidden = bool(hidden.all(1).any())
     if is_all_hidden and padding.dtype == torch.float16:
-        return "padding alone in float16"  # where torch rounds the sum of score and mask
+        return "an item of padding only, in float16"  # where torch rounds the sum of score and mask
     hides_as_inf = bool(((padding == 0) | hidden).all()) and not is_all_hidden
     return (Masks(hidden if hides_as_inf else padding),)
 

@@ -200,7 +200,7 @@ class TransformerDecoderLayer(TransformerLayer):
         Parameters
         ----------
         module : torch.nn.TransformerDecoderLayer
-            The layer to copy. A subclass will do if it has torch's methods. Hooks and buffers are not copied.
+            The layer to copy. A subclass will do if it has torch's methods. Buffers are not copied.
         matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
@@ -211,8 +211,8 @@ class TransformerDecoderLayer(TransformerLayer):
         Raises
         ------
         TypeError
-            If `module` is something else, if it overrides forward, or if its activation or a layer in it has no
-            counterpart here.
+            If `module` is something else, if it overrides forward or has forward hooks, or if its activation or a
+            layer in it has no counterpart here.
         ValueError
             If `matmul_precision` is unknown, or given for a layer of float64.
         ImportError
@@ -355,7 +355,7 @@ class TransformerDecoder(Container):
         Parameters
         ----------
         module : torch.nn.TransformerDecoder
-            The decoder to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
+            The decoder to copy. A subclass will do if it has torch's forward. Buffers are not copied.
         matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for `TransformerDecoderLayer`.
 
@@ -366,8 +366,8 @@ class TransformerDecoder(Container):
         Raises
         ------
         TypeError
-            If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
-            here.
+            If `module` is something else, if it or a layer in it overrides forward or has forward hooks, or if a
+            layer has no counterpart here.
         ValueError
             If `matmul_precision` is unknown, or given for layers of float64.
         ImportError

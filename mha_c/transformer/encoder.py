@@ -343,7 +343,7 @@ training=False)
         Parameters
         ----------
         module : torch.nn.TransformerEncoderLayer
-            The layer to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
+            The layer to copy. A subclass will do if it has torch's forward. Buffers are not copied.
         matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
@@ -354,8 +354,8 @@ training=False)
         Raises
         ------
         TypeError
-            If `module` is something else, if it overrides forward, or if its activation or a layer in it has no
-            counterpart here.
+            If `module` is something else, if it overrides forward or has forward hooks, or if its activation or a
+            layer in it has no counterpart here.
         ValueError
             If `matmul_precision` is unknown, or given for a layer of float64.
         ImportError
@@ -671,7 +671,7 @@ class TransformerEncoder(Container):
         Parameters
         ----------
         module : torch.nn.TransformerEncoder
-            The encoder to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
+            The encoder to copy. A subclass will do if it has torch's forward. Buffers are not copied.
         matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for `TransformerEncoderLayer`.
 
@@ -682,8 +682,8 @@ class TransformerEncoder(Container):
         Raises
         ------
         TypeError
-            If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
-            here.
+            If `module` is something else, if it or a layer in it overrides forward or has forward hooks, or if a
+            layer has no counterpart here.
         ValueError
             If `matmul_precision` is unknown, or given for layers of float64.
         ImportError

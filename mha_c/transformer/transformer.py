@@ -295,7 +295,7 @@ class Transformer(Container):
         Parameters
         ----------
         module : torch.nn.Transformer
-            The layer to copy. A subclass will do if it has torch's forward. Hooks and buffers are not copied.
+            The layer to copy. A subclass will do if it has torch's forward. Buffers are not copied.
         matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
@@ -306,8 +306,8 @@ class Transformer(Container):
         Raises
         ------
         TypeError
-            If `module` is something else, if it or a layer in it overrides forward, or if a layer has no counterpart
-            here.
+            If `module` is something else, if it or a layer in it overrides forward or has forward hooks, or if a
+            layer has no counterpart here.
         ValueError
             If `matmul_precision` is unknown, or given for layers of float64.
         ImportError

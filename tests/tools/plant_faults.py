@@ -259,7 +259,7 @@ NAMED = [
     Named("every fourth row of a tile is the one before", "kernels/tile.inc.h",
           "(r % 4 == 3 ? a_rows_3 : r % 4 * a_row)", "(r % 4 == 3 ? 2 * a_row : r % 4 * a_row)"),
     Named("the second vector of a panel is taken for the third", "kernels/tile.inc.h",
-          "c##r##_2 = V(fma)(a_r, b_2, c##r##_2);", "c##r##_2 = V(fma)(a_r, b_1, c##r##_2);"),
+          "c##r##0_2 = V(fma)(a_r, b_2, c##r##0_2);", "c##r##0_2 = V(fma)(a_r, b_1, c##r##0_2);"),
     Named("rows of an addend are as far apart as those of the result", "kernels/tile.inc.h", "addend += addend_row;",
           "addend += c_row;"),
     Named("a float64 mask is taken for the kernels' own in float32", "kernels/masks.inc.h",
