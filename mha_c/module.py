@@ -49,6 +49,7 @@ __all__ = [
     "check_memory",
     "check_torch_module",
     "dtypes_for",
+    "in_words_of",
     "lock",
     "module_from_description",
     "module_from_torch",
@@ -838,6 +839,18 @@ def check_torch_module(module: Any, kind: str, instead: str, methods: Sequence[s
                 f"anything: remove it. {instead}"
             )
     return torch
+
+
+def in_words_of(error: Exception, said: str, instead: str) -> str:
+    """What `from_torch` refused, as another function says it, which does not take every layer that has a `from_torch`.
+
+    Examples
+    --------
+    >>> error = TypeError("from_torch takes a Linear, but got a LayerNorm, which mha_c.LayerNorm.from_torch takes")
+    >>> in_words_of(error, "from_torch takes", "explain takes")
+    'explain takes a Linear, but got a LayerNorm'
+    """
+    return str(error).partition(", which mha_c.")[0].replace(said, instead, 1)
 
 
 def _is_known_hook(hook: Any) -> bool:

@@ -237,12 +237,13 @@ class Configuration:
     def _layer(self) -> Any:
         if self.file is None:
             return self._new_layer()
-        if self.num_heads is None and self.config is None:
-            return self._saved_layer(self.file)
         with open_checkpoint(self.file) as checkpoint:
-            if checkpoint.config is not None:
-                given = " and ".join(_flag(one) for one in self._given() if one.name in ("num_heads", "config"))
-                raise ValueError(f"{self.file} records the layer's own arguments: leave out {given}")
+            is_described = checkpoint.config is not None
+        given = " and ".join(_flag(one) for one in self._given() if one.name in ("num_heads", "config"))
+        if not given:
+            return self._saved_layer(self.file, is_described)
+        if is_described:
+            raise ValueError(f"{self.file} records the layer's own arguments: leave out {given}")
         options: dict[str, Any] = {"num_heads": self.num_heads, "config": self.config, "dtype": self.dtype}
         if self.layer == _ATTENTION:
             options |= {"add_zero_attn": self.add_zero_attn, "batch_first": self.batch_first}
@@ -276,9 +277,7 @@ class Configuration:
         layer.load_state_dict({name: random.standard_normal(a.shape) for name, a in constant.items()}, strict=False)
         return layer
 
-    def _saved_layer(self, file: str) -> Any:
-        with open_checkpoint(file) as checkpoint:
-            is_described = checkpoint.config is not None
+    def _saved_layer(self, file: str, is_described: bool) -> Any:
         if not is_described:
             cure = "only such files are checked" if self.layer == _DECODER else "pass --num-heads or --config"
             raise ValueError(f"{file} was not written by {self._class.__name__}.save: {cure}")

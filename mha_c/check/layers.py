@@ -19,7 +19,7 @@ from mha_c.check.requirement import require_torch
 from mha_c.check.transformers import compare_transformer, transformer_class
 from mha_c.display.words import describe_call
 from mha_c.layer import MultiheadAttention, parameters_of
-from mha_c.module import Module, precisions_of
+from mha_c.module import Module, in_words_of, precisions_of
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.dtypes import DTYPE_NAMES
 
@@ -143,7 +143,7 @@ def _evaluating_layer(module: Any) -> MultiheadAttention:
     try:
         layer = MultiheadAttention.from_torch(module)
     except TypeError as error:
-        said = str(error).partition(", which mha_c.")[0].replace("from_torch takes", "check.against_torch takes a layer of mha_c or", 1)
+        said = in_words_of(error, "from_torch takes", "check.against_torch takes a layer of mha_c or")
         raise TypeError(f"{said}. check.model compares whole models") from None
     dtype = str(module.out_proj.weight.dtype).removeprefix("torch.")
     if dtype != layer.out_proj.weight.dtype.name:

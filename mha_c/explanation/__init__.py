@@ -13,6 +13,7 @@ from mha_c.explanation.result import Explanation
 from mha_c.explanation.stacks import explain_decoder, explain_encoder
 from mha_c.explanation.stages import Stage
 from mha_c.layer import MultiheadAttention
+from mha_c.module import in_words_of
 from mha_c.parameters.arrays import as_array
 from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
 from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer
@@ -187,5 +188,4 @@ def _copy_of_torchs(layer: Any) -> Any:
     except TypeError as error:
         *names, last = (each.__name__ for each in _EXPLAIN)
         takes = f"explain takes a {', '.join(names)} or {last} of mha_c or torch.nn"
-        said = str(error).partition(", which mha_c.")[0]
-        raise TypeError(said.replace(f"from_torch takes a torch.nn.{kind.__name__}", takes, 1)) from None
+        raise TypeError(in_words_of(error, f"from_torch takes a torch.nn.{kind.__name__}", takes)) from None

@@ -69,8 +69,10 @@ def as_array(value: Any, will_cast: bool = False, name: str = "") -> NDArray[Any
     array([97, 98], dtype=uint8)
     """
     if hasattr(value, "filled"):
-        found = f"{name} is a masked array" if name else "expected an array, but got a masked array"
-        raise TypeError(f"{found}, whose mask would be ignored: pass {name or 'its'}{'.' if name else ' '}filled(0)")
+        found, cure = "expected an array, but got a masked array", "its filled(0)"
+        if name:
+            found, cure = f"{name} is a masked array", f"{name}.filled(0)"
+        raise TypeError(f"{found}, whose mask would be ignored: pass {cure}")
     if hasattr(value, "detach"):  # a torch tensor
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":  # which NumPy lacks
@@ -86,6 +88,7 @@ def as_array(value: Any, will_cast: bool = False, name: str = "") -> NDArray[Any
     try:
         return np.asarray(memoryview(value))
     except TypeError:
-        found = type(value).__name__
-        expected = f"{name} must be an array (NumPy, buffer protocol or DLPack), not {found}"
-        raise TypeError(expected if name else f"expected an array or a tensor, but got {found}") from None
+        expected = "expected an array or a tensor, but got"
+        if name:
+            expected = f"{name} must be an array (NumPy, buffer protocol or DLPack), not"
+        raise TypeError(f"{expected} {type(value).__name__}") from None
