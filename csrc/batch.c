@@ -24,16 +24,14 @@ static size_t list_live_keys(const mha_mask *mask, size_t n, size_t S, size_t *i
     return live;
 }
 
-mha_status mha_list_items(const mha_call *call, size_t extra, mha_items *items)
+mha_status mha_list_items(size_t N, size_t S, const mha_mask *padding, size_t extra, mha_items *items)
 {
-    const mha_mask *padding = &call->key_padding_mask;
-    const size_t N = call->N, S = call->S;
     mha_plan plan;
     mha_begin_plan(&plan);
     ptrdiff_t *indices;
-    size_t *start, *index, rows, total = 0;
+    size_t *start, *index, keys, total = 0;
     *items = (mha_items){.memory = NULL};
-    if (__builtin_mul_overflow(N, call->L, &rows) || __builtin_mul_overflow(N, S, &rows))
+    if (__builtin_mul_overflow(N, S, &keys))
         return MHA_TOO_LARGE; /* so mha_walk_rows() cannot overflow */
     mha_place(&plan, &indices, N, 1, sizeof *indices);
     mha_place(&plan, &items->picked, N, 1, sizeof *items->picked);
@@ -51,7 +49,7 @@ mha_status mha_list_items(const mha_call *call, size_t extra, mha_items *items)
     }
     start[N] = total;
     items->all = (mha_batch){.count = N, .items = indices, .S = S, .extra = extra, .start = start,
-                             .index = total < N * S ? index : NULL};
+                             .index = total < keys ? index : NULL};
     return MHA_OK;
 }
 

@@ -36,8 +36,9 @@ typedef struct {
     char *memory;      /* owns the lists */
 } mha_items;
 
-/* Lists items and live keys. Release items->memory with mha_release(), also after an error. */
-mha_status mha_list_items(const mha_call *call, size_t extra, mha_items *items);
+/* Lists N items of S keys, and the keys that padding leaves. Of `padding`, stride_h and stride_l are not used. Release
+ * items->memory with mha_release(), also after an error. */
+mha_status mha_list_items(size_t N, size_t S, const mha_mask *padding, size_t extra, mha_items *items);
 
 /* The items that are picked, or all others. The batch is valid until the next one is picked. */
 mha_batch mha_pick_items(const mha_items *items, bool is_picked);

@@ -100,9 +100,13 @@ mha_status mha_forward(const mha_layer *layer, const mha_call *call)
     mha_items items;
     mha_kept kept = {.queries = 0};
     mha_passes passes = {.layer = layer, .call = call, .items = &items, .is_few = true, .kept = &kept};
+    size_t rows;
     if (call->N == 0 || call->L == 0)
         return MHA_OK; /* there are no results */
-    mha_status status = mha_list_items(call, mha_extra_keys(layer, call), &items);
+    if (__builtin_mul_overflow(call->N, call->L, &rows))
+        return MHA_TOO_LARGE; /* so mha_walk_rows() cannot overflow */
+    mha_status status =
+        mha_list_items(call->N, call->S, &call->key_padding_mask, mha_extra_keys(layer, call), &items);
     if (status == MHA_OK) {
         passes.rules = mha_rules_of(call, 1 / sqrt((double)layer->widths.D), items.padding_adds);
         mha_pick_few_queries(layer, call, &items);

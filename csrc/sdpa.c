@@ -138,6 +138,7 @@ static void fill_workspace(sdpa *s)
 mha_status mha_sdpa(const mha_sdpa_call *call)
 {
     sdpa s = {.call = call, .team = {.threads = call->threads, .stop = call->stop}};
+    const mha_mask no_padding = {.kind = MHA_MASK_NONE};
     mha_plan plan;
     mha_begin_plan(&plan);
     char *workspace = NULL;
@@ -147,7 +148,7 @@ mha_status mha_sdpa(const mha_sdpa_call *call)
     s.rules = (mha_rules){.scale = call->scale, .attn = call->mask, .is_causal = call->is_causal,
                           .empty_row = MHA_EMPTY_ROW_ZERO, .dropout_p = call->dropout_p};
     mha_dropout_key(call->dropout_seed, 0, s.rules.dropout_key);
-    status = mha_list_items(&(mha_call){.N = s.items, .S = call->S}, 0, &s.list);
+    status = mha_list_items(s.items, call->S, &no_padding, 0, &s.list);
     if (status != MHA_OK)
         goto done;
     plan_attention(&s, &plan);

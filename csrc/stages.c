@@ -15,7 +15,8 @@
 mha_status mha_choose_paths(const mha_layer *layer, const mha_call *call, bool *is_few)
 {
     mha_items items;
-    const mha_status status = mha_list_items(call, mha_extra_keys(layer, call), &items);
+    const mha_status status =
+        mha_list_items(call->N, call->S, &call->key_padding_mask, mha_extra_keys(layer, call), &items);
     if (status == MHA_OK) {
         mha_pick_few_queries(layer, call, &items);
         memcpy(is_few, items.is_picked, call->N * sizeof *is_few);
