@@ -12,9 +12,6 @@
 #ifndef MHA_BATCH_H
 #define MHA_BATCH_H
 
-#include <math.h>
-#include <string.h>
-
 #include "kernels/kernels.h"
 #include "mha.h"
 
@@ -86,25 +83,6 @@ void mha_key_block_at(const mha_batch *batch, size_t i, size_t b, mha_key_block 
 static inline size_t mha_key_index(const mha_key_block *block, size_t k)
 {
     return block->index ? block->index[k] : block->first_key + k;
-}
-
-/* ---- Masks, number by number ---- */
-
-/* What a mask of any kind but NONE adds to the score of one key. */
-static inline double mha_mask_value(mha_mask_kind kind, const char *at)
-{
-    float f;
-    double d;
-    if (kind == MHA_MASK_HIDE)
-        return *at ? -INFINITY : 0;
-    if (kind == MHA_MASK_SHOW)
-        return *at ? 0 : -INFINITY;
-    if (kind == MHA_MASK_FLOAT32) {
-        memcpy(&f, at, sizeof f);
-        return f;
-    }
-    memcpy(&d, at, sizeof d);
-    return d;
 }
 
 /* The mask of one query, at key 0. */

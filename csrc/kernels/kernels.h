@@ -17,6 +17,9 @@
 #ifndef MHA_KERNELS_H
 #define MHA_KERNELS_H
 
+#include <math.h>
+#include <string.h>
+
 #include "../base.h"
 
 /* The most input features in a chain of fused multiply-adds, and the most keys in a block of attention. They are the
@@ -77,6 +80,23 @@ typedef struct {
     size_t c_row;
     const mha_prefetch *prefetch;
 } mha_product;
+
+/* What a mask of any kind but NONE adds to the score of one key. */
+static inline double mha_mask_value(mha_mask_kind kind, const char *at)
+{
+    float f;
+    double d;
+    if (kind == MHA_MASK_HIDE)
+        return *at ? -INFINITY : 0;
+    if (kind == MHA_MASK_SHOW)
+        return *at ? 0 : -INFINITY;
+    if (kind == MHA_MASK_FLOAT32) {
+        memcpy(&f, at, sizeof f);
+        return f;
+    }
+    memcpy(&d, at, sizeof d);
+    return d;
+}
 
 /* What masks do to one block of scores: keys of the block by lanes of a panel. */
 typedef struct {

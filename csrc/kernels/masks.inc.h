@@ -63,19 +63,6 @@ static uint64_t hidden_keys(const mha_mask_block *block, size_t lane, size_t key
 
 #endif
 
-/* One number of a mask, as it is added to a score. */
-INLINE REAL V(mask_value)(mha_mask_kind kind, const char *at)
-{
-    float f;
-    double d;
-    if (kind == MHA_MASK_FLOAT32) {
-        memcpy(&f, at, sizeof f);
-        return (REAL)f;
-    }
-    memcpy(&d, at, sizeof d);
-    return (REAL)d;
-}
-
 /* values[i] = what one row of a mask of numbers adds to the score of key i of the block. Zeros follow up to a whole
  * vector. `kind` is a constant in every copy. */
 INLINE void V(read_row_of)(const mha_mask_kind kind, const char *row, ptrdiff_t stride, const mha_mask_block *block,
@@ -84,13 +71,13 @@ INLINE void V(read_row_of)(const mha_mask_kind kind, const char *row, ptrdiff_t 
     size_t i = 0;
     if (block->index) {
         for (; i < keys; i++)
-            values[i] = V(mask_value)(kind, row + (ptrdiff_t)block->index[i] * stride);
+            values[i] = (REAL)mha_mask_value(kind, row + (ptrdiff_t)block->index[i] * stride);
     } else {
         row += (ptrdiff_t)block->first_key * stride;
         if (kind == V(own_kind) && stride == (ptrdiff_t)sizeof(REAL))
             memcpy(values, row, (i = keys) * sizeof(REAL));
         for (; i < keys; i++)
-            values[i] = V(mask_value)(kind, row + (ptrdiff_t)i * stride);
+            values[i] = (REAL)mha_mask_value(kind, row + (ptrdiff_t)i * stride);
     }
     for (; i % LANES > 0; i++)
         values[i] = 0;
