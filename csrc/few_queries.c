@@ -193,7 +193,7 @@ static size_t count_given_up(const mha_few_queries *f, size_t i)
     return count;
 }
 
-mha_status mha_give_up_items(const mha_few_queries *f, const mha_call *call, mha_items *items, mha_kept *kept)
+mha_status mha_give_up_items(const mha_few_queries *f, const mha_call *call, mha_items *items, mha_saved *saved)
 {
     const mha_batch *batch = f->a->batch;
     size_t queries = 0;
@@ -204,11 +204,11 @@ mha_status mha_give_up_items(const mha_few_queries *f, const mha_call *call, mha
     }
     if (queries == 0)
         return MHA_OK;
-    const mha_status status = mha_make_room(kept, f->layer, call, queries);
+    const mha_status status = mha_make_room(saved, f->layer, call, queries);
     for (size_t i = 0; status == MHA_OK && i < batch->count; i++)
         for (size_t l = 0; l < f->a->L && !items->is_picked[mha_item_index(batch, i)]; l++)
             if (!is_given_up(f, i, l))
-                mha_keep_results(kept, mha_item_index(batch, i), l);
+                mha_save_results(saved, mha_item_index(batch, i), l);
     return status;
 }
 

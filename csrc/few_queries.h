@@ -18,7 +18,7 @@
 #include <stdatomic.h>
 
 #include "attention.h"
-#include "kept.h"
+#include "saved.h"
 #include "layer.h"
 
 typedef struct {
@@ -54,7 +54,7 @@ size_t mha_plan_few_queries(mha_few_queries *f, const mha_attention *a, const mh
 mha_status mha_attend_few_queries(const mha_few_queries *f);
 
 /* Call this when the results are written. Every item with a query that was given up is no longer picked. The results
- * of the item's other queries are kept. */
-mha_status mha_give_up_items(const mha_few_queries *f, const mha_call *call, mha_items *items, mha_kept *kept);
+ * of the item's other queries are saved. */
+mha_status mha_give_up_items(const mha_few_queries *f, const mha_call *call, mha_items *items, mha_saved *saved);
 
 #endif

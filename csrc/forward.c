@@ -75,7 +75,7 @@ static mha_status run_pass(mha_pass *p)
     if (status == MHA_OK && block)
         status = mha_end_block(block, p->batch);
     if (status == MHA_OK && p->passes->is_few)
-        status = mha_give_up_items(&p->few, p->passes->call, p->passes->items, p->passes->kept);
+        status = mha_give_up_items(&p->few, p->passes->call, p->passes->items, p->passes->saved);
     return status;
 }
 
@@ -98,8 +98,8 @@ mha_status mha_forward(const mha_layer *layer, const mha_call *call)
 {
     const mha_team team = {.threads = call->threads, .stop = call->stop};
     mha_items items;
-    mha_kept kept = {.queries = 0};
-    mha_passes passes = {.layer = layer, .call = call, .items = &items, .is_few = true, .kept = &kept};
+    mha_saved saved = {.queries = 0};
+    mha_passes passes = {.layer = layer, .call = call, .items = &items, .is_few = true, .saved = &saved};
     size_t rows;
     if (call->N == 0 || call->L == 0)
         return MHA_OK; /* there are no results */
@@ -119,9 +119,9 @@ mha_status mha_forward(const mha_layer *layer, const mha_call *call)
         const mha_batch others = mha_pick_items(&items, false);
         if (others.count > 0)
             status = mha_run_scheduled(run_pass, &passes, &others, mha_larger(call->L, call->S), &team);
-        mha_put_back(&kept);
+        mha_put_back(&saved);
     }
-    mha_release(kept.memory);
+    mha_release(saved.memory);
     mha_release(items.memory);
     return status;
 }

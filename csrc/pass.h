@@ -17,7 +17,7 @@ typedef struct {
     mha_rules rules;
     mha_items *items; /* few_queries.c takes those that are picked */
     bool is_few;      /* whether a pass is over these */
-    mha_kept *kept;   /* results of few_queries.c that are put back after the next pass */
+    mha_saved *saved; /* results of few_queries.c that are put back after the next pass */
 } mha_passes;
 
 /* Rows of the call are reached by an item's index, those of the workspace by its place in the batch. */

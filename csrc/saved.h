@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * kept.h - copies of the results of some queries. Another pass overwrites all results of their items. Then the copies
+ * saved.h - copies of the results of some queries. Another pass overwrites all results of their items. Then the copies
  * are put back.
  */
-#ifndef MHA_KEPT_H
-#define MHA_KEPT_H
+#ifndef MHA_SAVED_H
+#define MHA_SAVED_H
 
 #include "mha.h"
 
@@ -19,15 +19,15 @@ typedef struct {
     size_t (*query)[2]; /* [queries]: an item's index, and the query's */
     char *copies;
     char *memory;
-} mha_kept;
+} mha_saved;
 
 /* Makes room for the results of some queries. */
-mha_status mha_make_room(mha_kept *kept, const mha_layer *layer, const mha_call *call, size_t queries);
+mha_status mha_make_room(mha_saved *saved, const mha_layer *layer, const mha_call *call, size_t queries);
 
 /* Copies the results of one more query. */
-void mha_keep_results(mha_kept *kept, size_t n, size_t l);
+void mha_save_results(mha_saved *saved, size_t n, size_t l);
 
 /* Writes them where they came from. */
-void mha_put_back(const mha_kept *kept);
+void mha_put_back(const mha_saved *saved);
 
 #endif
