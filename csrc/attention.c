@@ -43,10 +43,10 @@ static size_t bundled_heads(const mha_attention *a)
     if (a->split.panels == 1)
         return a->H;
     if (!is_mask_shared(a))
-        return a->shared;
+        return a->heads_per_kv;
     if (!a->narrow)
         return a->H;
-    return a->shared == 1 && a->H % NARROW_HEADS == 0 ? NARROW_HEADS : a->shared;
+    return a->heads_per_kv == 1 && a->H % NARROW_HEADS == 0 ? NARROW_HEADS : a->heads_per_kv;
 }
 
 /* Whether a query may see fewer keys than its item has. */
@@ -105,7 +105,7 @@ size_t mha_plan_panels(mha_attention *a, size_t panels)
 }
 
 /* The state is filled in where it stays: a copy would wait for the stores to reach the cache. */
-void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t item, size_t h, mha_panel lanes,
+void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t item, size_t h, mha_panel panel,
                       mha_panel_state *s)
 {
     char *base = mha_scratch_of(a->team, worker), *state = base + a->at.states + i * a->at.state_bytes;
@@ -118,14 +118,14 @@ void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t it
     s->factor = state + a->at.factor;
     s->item = item;
     s->h = h;
-    s->hkv = h / a->shared;
+    s->hkv = h / a->heads_per_kv;
     s->narrow_keys = s->narrow_values = NULL;
     if (a->narrow) {
         const size_t words = s->hkv % NARROW_HEADS * mha_max_block_keys(a) * a->kernels->size;
         s->narrow_keys = base + a->at.narrow_keys + words * narrow_key_words(a);
         s->narrow_values = base + a->at.narrow_values + words * padded_values(a);
     }
-    s->lanes = lanes;
+    s->panel = panel;
     s->is_empty = true;
     s->finite = NULL;
     s->kept = NULL;
@@ -159,7 +159,7 @@ static uint32_t *words_at(void *words)
 /* In their place. */
 static void narrow_queries(const mha_attention *a, const mha_panel_state *s)
 {
-    const size_t P = s->lanes.vectors * a->kernels->lanes;
+    const size_t P = s->panel.vectors * a->kernels->lanes;
     a->narrow->take_columns(floats_at(s->queries), P, a->D, P, words_at(s->queries));
 }
 
@@ -219,15 +219,15 @@ static mha_product round_values(const mha_attention *a, const mha_panel_state *s
 
 void mha_pack_queries(const mha_attention *a, const mha_panel_state *s)
 {
-    a->kernels->pack_panel(mha_row_at(&a->q, s->item, s->h, s->lanes.first), (size_t)mha_stride_of(&a->q),
-                           s->lanes.count, a->D, a->rules->scale, s->queries, s->lanes.vectors);
+    a->kernels->pack_panel(mha_row_at(&a->q, s->item, s->h, s->panel.first), (size_t)mha_stride_of(&a->q),
+                           s->panel.count, a->D, a->rules->scale, s->queries, s->panel.vectors);
     if (a->narrow)
         narrow_queries(a, s);
 }
 
 static mha_visible apply_rules(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block)
 {
-    const mha_lanes of_head = {s->h, 1, s->lanes.first, s->lanes.count, s->lanes.vectors};
+    const mha_lanes of_head = {s->h, 1, s->panel.first, s->panel.count, s->panel.vectors};
     return mha_apply_rules(a->kernels, a->rules, mha_item_index(a->batch, s->item), &of_head, block, s->bias);
 }
 
@@ -237,9 +237,9 @@ static void score(const mha_attention *a, const mha_panel_state *s, const mha_ke
                   char *scores, const mha_prefetch *prefetch)
 {
     const mha_kernels *kernels = a->kernels;
-    const size_t P = s->lanes.vectors * kernels->lanes;
+    const size_t P = s->panel.vectors * kernels->lanes;
     const mha_rows *keys = keys_of(a, block);
-    mha_product product = {.rows = visible.keys, .vectors = s->lanes.vectors,
+    mha_product product = {.rows = visible.keys, .vectors = s->panel.vectors,
                            .a = mha_row_at(keys, s->item, s->hkv, block->first), .a_row = mha_stride_of(keys),
                            .a_k = 1, .b = s->queries, .b_k = P,
                            .addend = visible.is_biased && a->D <= MHA_CHAIN ? s->bias : NULL, .addend_row = P,
@@ -259,7 +259,7 @@ static void score(const mha_attention *a, const mha_panel_state *s, const mha_ke
 static void hide_rest(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block,
                       mha_visible visible, char *scores)
 {
-    const size_t P = s->lanes.vectors * a->kernels->lanes;
+    const size_t P = s->panel.vectors * a->kernels->lanes;
     a->kernels->fill(scores + visible.keys * P * a->kernels->size, (block->keys - visible.keys) * P, -INFINITY);
 }
 
@@ -273,7 +273,7 @@ static void hide_rest(const mha_attention *a, const mha_panel_state *s, const mh
 static void hide_scores(const mha_attention *a, const mha_panel_state *s, mha_visible visible, char *scores)
 {
     if (visible.is_biased)
-        a->kernels->hide(scores, s->bias, visible.keys * s->lanes.vectors * a->kernels->lanes, -INFINITY);
+        a->kernels->hide(scores, s->bias, visible.keys * s->panel.vectors * a->kernels->lanes, -INFINITY);
 }
 
 mha_product mha_with_finite_values(const mha_kernels *kernels, const mha_product *values, char *finite)
@@ -311,7 +311,7 @@ void mha_add_other_values(const mha_kernels *kernels, const mha_product *values,
 static bool needs_care(const mha_attention *a, const mha_panel_state *s)
 {
     return can_hide(a) && !s->finite && !s->is_empty &&
-           !a->kernels->is_finite(s->out, a->Dv * s->lanes.vectors * a->kernels->lanes);
+           !a->kernels->is_finite(s->out, a->Dv * s->panel.vectors * a->kernels->lanes);
 }
 
 void mha_score_block(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, char *scores)
@@ -332,10 +332,10 @@ void mha_drop_out(const mha_attention *a, const mha_panel_state *s, const mha_ke
         .key = a->rules->dropout_key,
         .threshold = (uint64_t)((1 - a->rules->dropout_p) * 4294967296.0),
         .scale = 1 / (1 - a->rules->dropout_p),
-        .n = mha_item_index(a->batch, s->item), .h = s->h, .first_query = s->lanes.first,
+        .n = mha_item_index(a->batch, s->item), .h = s->h, .first_query = s->panel.first,
         .index = block->index, .first_key = block->first_key,
     };
-    a->kernels->dropout(probabilities, keys, s->lanes.vectors, s->lanes.count, &dropout);
+    a->kernels->dropout(probabilities, keys, s->panel.vectors, s->panel.count, &dropout);
 }
 
 /* ---- First pass: context ---- */
@@ -343,7 +343,7 @@ void mha_drop_out(const mha_attention *a, const mha_panel_state *s, const mha_ke
 static void begin(const mha_attention *a, mha_panel_state *s)
 {
     mha_pack_queries(a, s);
-    a->kernels->softmax_begin(s->maximum, s->sum, s->lanes.vectors);
+    a->kernels->softmax_begin(s->maximum, s->sum, s->panel.vectors);
 }
 
 /* What the product of this panel prefetches of the next block of x: its share of the rows. The hardware would start too
@@ -384,8 +384,8 @@ static void step(const mha_attention *a, mha_panel_state *s, size_t b, const mha
                  const mha_key_block *next, mha_visible visible)
 {
     const mha_kernels *kernels = a->kernels;
-    const size_t P = s->lanes.vectors * kernels->lanes;
-    char *exps = s->base + a->at.scores, *scores = s->kept ? s->kept + b * mha_block_bytes(a, s->lanes.vectors) : exps;
+    const size_t P = s->panel.vectors * kernels->lanes;
+    char *exps = s->base + a->at.scores, *scores = s->kept ? s->kept + b * mha_block_bytes(a, s->panel.vectors) : exps;
     mha_prefetch prefetch_keys, prefetch_values;
     if (s->kept)
         hide_rest(a, s, block, visible, scores);
@@ -398,11 +398,11 @@ static void step(const mha_attention *a, mha_panel_state *s, size_t b, const mha
     score(a, s, block, visible, scores, next ? &prefetch_keys : NULL);
     if (s->finite)
         hide_scores(a, s, visible, scores);
-    kernels->softmax_step(scores, visible.keys, s->lanes.vectors, exps, s->maximum, s->sum, s->factor);
+    kernels->softmax_step(scores, visible.keys, s->panel.vectors, exps, s->maximum, s->sum, s->factor);
     if (a->rules->dropout_p > 0)
         mha_drop_out(a, s, block, visible.keys, exps);
     const mha_rows *values = values_of(a, block);
-    const mha_product product = {.rows = a->Dv, .depth = visible.keys, .vectors = s->lanes.vectors,
+    const mha_product product = {.rows = a->Dv, .depth = visible.keys, .vectors = s->panel.vectors,
                                  .a = mha_row_at(values, s->item, s->hkv, block->first), .a_row = 1,
                                  .a_k = mha_stride_of(values), .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
@@ -419,13 +419,13 @@ static void finish(const mha_attention *a, const mha_panel_state *s)
     const mha_kernels *kernels = a->kernels;
     char *inverse = s->factor;
     if (s->is_empty)
-        kernels->fill(s->out, a->Dv * s->lanes.vectors * kernels->lanes, 0);
-    kernels->softmax_end(s->sum, inverse, s->lanes.vectors, mha_empty_row_of(a));
-    kernels->unpack_panel(s->out, s->lanes.vectors, inverse, s->lanes.count, a->Dv,
-                          mha_row_at(&a->context, s->item, s->h, s->lanes.first), (size_t)mha_stride_of(&a->context));
+        kernels->fill(s->out, a->Dv * s->panel.vectors * kernels->lanes, 0);
+    kernels->softmax_end(s->sum, inverse, s->panel.vectors, mha_empty_row_of(a));
+    kernels->unpack_panel(s->out, s->panel.vectors, inverse, s->panel.count, a->Dv,
+                          mha_row_at(&a->context, s->item, s->h, s->panel.first), (size_t)mha_stride_of(&a->context));
     if (a->wanted) {
         const size_t at = mha_statistics_offset(a, s);
-        const size_t bytes = s->lanes.vectors * kernels->lanes * kernels->size;
+        const size_t bytes = s->panel.vectors * kernels->lanes * kernels->size;
         memcpy(a->maximum + at, s->maximum, bytes);
         memcpy(a->sum + at, s->sum, bytes);
     }
@@ -453,7 +453,7 @@ static void attend_block(const mha_attention *a, mha_panel_state *panels, size_t
     for (size_t i = 0; i < count; i++) {
         mha_panel_state *s = &panels[i];
         /* If the panel before has the same lanes and mask, its bias still stands in the scratch. */
-        if (i == 0 || !is_shared || s->lanes.first != panels[i - 1].lanes.first)
+        if (i == 0 || !is_shared || s->panel.first != panels[i - 1].panel.first)
             visible = apply_rules(a, s, block);
         if (a->narrow && visible.keys > 0 && narrowed[s->hkv % NARROW_HEADS] != s->hkv) {
             narrow_block(a, s, block);
@@ -502,14 +502,14 @@ bool mha_attend_panels(mha_attention *a, mha_panel_state *panels, size_t count)
 }
 
 /* Cuts a panel of L queries down to the queries that the item has. */
-static mha_panel first_lanes(const mha_attention *a, mha_panel lanes, size_t queries)
+static mha_panel cut_panel(const mha_attention *a, mha_panel panel, size_t queries)
 {
-    const size_t left = queries > lanes.first ? queries - lanes.first : 0;
-    if (left < lanes.count) {
-        lanes.count = left;
-        lanes.vectors = mha_divide_up(left, a->kernels->lanes);
+    const size_t left = queries > panel.first ? queries - panel.first : 0;
+    if (left < panel.count) {
+        panel.count = left;
+        panel.vectors = mha_divide_up(left, a->kernels->lanes);
     }
-    return lanes;
+    return panel;
 }
 
 static void attend_task(void *context, size_t task, size_t worker)
@@ -523,16 +523,16 @@ static void attend_task(void *context, size_t task, size_t worker)
     const size_t first = part * t->panels;
     const size_t count = mha_smaller(t->panels, t->heads * a->split.panels - first);
     const size_t queries = mha_queries_of(a, item);
-    size_t head = first % t->heads, panel = first / t->heads, used = 0;
+    size_t head = first % t->heads, p = first / t->heads, used = 0;
     for (size_t i = 0; i < count; i++) {
-        const mha_panel lanes = first_lanes(a, mha_panel_at(&a->split, panel), queries);
-        if (lanes.count > 0) {
-            mha_set_up_panel(a, worker, used, item, first_head + head, lanes, &panels[used]);
+        const mha_panel panel = cut_panel(a, mha_panel_at(&a->split, p), queries);
+        if (panel.count > 0) {
+            mha_set_up_panel(a, worker, used, item, first_head + head, panel, &panels[used]);
             used++;
         }
         if (++head == t->heads) {
             head = 0;
-            panel++;
+            p++;
         }
     }
     if (used > 0)
@@ -566,8 +566,8 @@ static void attend_handful_task(void *context, size_t task, size_t worker)
     (void)worker;
     for (size_t h = mha_first_of_part(a->H, tasks, part); h < mha_first_of_part(a->H, tasks, part + 1); h++) {
         one.q = mha_row_at(&a->q, item, h, 0);
-        one.k = mha_row_at(&a->k, item, h / a->shared, 0);
-        one.v = mha_row_at(&a->v, item, h / a->shared, 0);
+        one.k = mha_row_at(&a->k, item, h / a->heads_per_kv, 0);
+        one.v = mha_row_at(&a->v, item, h / a->heads_per_kv, 0);
         one.context = mha_row_at(&a->context, item, h, 0);
         a->kernels->attend_handful(&one);
     }
@@ -589,7 +589,7 @@ static void choose_tasks(mha_attention *a)
 size_t mha_plan_attention(mha_attention *a)
 {
     atomic_init(&a->is_careful, false);
-    a->shared = a->H / a->Hkv;
+    a->heads_per_kv = a->H / a->Hkv;
     if (is_handful(a))
         return 0; /* its kernel has what it needs on the stack */
     a->split = mha_split_width(a->kernels, a->L);

@@ -54,8 +54,8 @@ typedef struct {
     const mha_team *team;
 
     /* Set by mha_plan_attention() or mha_plan_probabilities(). */
-    size_t shared;   /* query heads of a key/value head */
-    mha_split split; /* of the L queries of a head */
+    size_t heads_per_kv; /* query heads of a key/value head */
+    mha_split split;     /* of the L queries of a head */
     mha_attention_tasks tasks;
     mha_attention_scratch at;
     /* [item][H][lanes of all panels of L]: results of softmax from which probabilities are made, if they are wanted */
@@ -91,7 +91,7 @@ typedef struct {
     size_t item, h, hkv;          /* h: query head. hkv: its key/value head. */
     /* sharers: panels of this task with the same hkv. share: the index of this panel among them. */
     size_t share, sharers;
-    mha_panel lanes;
+    mha_panel panel;
     bool is_empty; /* no key was visible so far */
     char *finite;  /* [block][Dv]: for multiply_values_with_care(); NULL: without care */
     char *narrow_keys, *narrow_values; /* of a block; only if products are narrow. Panels of a head share them. */
@@ -130,7 +130,7 @@ static inline size_t mha_block_bytes(const mha_attention *a, size_t vectors)
 /* Where maximum and sum of a panel are. */
 static inline size_t mha_statistics_offset(const mha_attention *a, const mha_panel_state *s)
 {
-    return ((s->item * a->H + s->h) * a->split.vectors * a->kernels->lanes + s->lanes.first) * a->kernels->size;
+    return ((s->item * a->H + s->h) * a->split.vectors * a->kernels->lanes + s->panel.first) * a->kernels->size;
 }
 
 /* An item without any key gives 0, as in torch. NaN is for keys that are all hidden. */
@@ -143,7 +143,7 @@ static inline mha_empty_row mha_empty_row_of(const mha_attention *a)
 size_t mha_plan_panels(mha_attention *a, size_t panels);
 
 /* Sets up panel i of a task. */
-void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t item, size_t h, mha_panel lanes,
+void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t item, size_t h, mha_panel panel,
                       mha_panel_state *s);
 
 /* Leads some panels of an item, at least one, together over the keys of their heads, and writes their context. Returns

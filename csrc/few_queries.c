@@ -517,14 +517,14 @@ typedef struct {
     size_t i, l;
     const char *panels;        /* of the query's heads */
     const char *maximum, *sum; /* of head 0 */
-} query_rows;
+} one_query;
 
-static query_rows describe_query_rows(const mha_few_queries *f, size_t query)
+static one_query describe_query(const mha_few_queries *f, size_t query)
 {
     const mha_widths *w = &f->layer->widths;
     const size_t i = query / f->a->L, l = query % f->a->L;
     const partial all = partial_at(f, i, 0, l * w->H);
-    return (query_rows){
+    return (one_query){
         .i = i, .l = l,
         .panels = numbers_at(f, f->query_panels, query * f->by_head.vectors * f->by_head.lanes * w->Ek),
         .maximum = all.maximum, .sum = all.sum,
@@ -533,7 +533,7 @@ static query_rows describe_query_rows(const mha_few_queries *f, size_t query)
 
 /* rows[h][key]: the probabilities of all heads of one query for a block, or their average in rows[0]. Keys that are
  * hidden from every head get 0, or NaN if the query sees no key. */
-static void probabilities_of_block(const mha_few_queries *f, const query_rows *w, const mha_key_block *block,
+static void probabilities_of_block(const mha_few_queries *f, const one_query *q, const mha_key_block *block,
                                    bool is_hidden, const scratch_pieces *s)
 {
     const mha_kernels *kernels = f->layer->kernels;
@@ -542,12 +542,12 @@ static void probabilities_of_block(const mha_few_queries *f, const query_rows *w
     for (size_t p = 0; p < f->by_head.panels; p++) {
         const mha_panel panel = mha_panel_at(&f->by_head, p);
         const size_t P = panel.vectors * kernels->lanes;
-        const char *queries = w->panels + panel.first * f->layer->widths.Ek * size;
-        const size_t lane = w->l * H + panel.first;
-        const size_t seen = is_hidden ? 0 : score_inputs(f, w->i, lane, panel, block, queries, s).keys;
+        const char *queries = q->panels + panel.first * f->layer->widths.Ek * size;
+        const size_t lane = q->l * H + panel.first;
+        const size_t seen = is_hidden ? 0 : score_inputs(f, q->i, lane, panel, block, queries, s).keys;
         kernels->fill(s->scores + seen * P * size, (block->keys - seen) * P, -INFINITY);
-        kernels->softmax_probabilities(s->scores, block->keys, panel.vectors, w->maximum + panel.first * size,
-                                       w->sum + panel.first * size);
+        kernels->softmax_probabilities(s->scores, block->keys, panel.vectors, q->maximum + panel.first * size,
+                                       q->sum + panel.first * size);
         kernels->fill(s->factor, P, is_averaged ? 1 / (double)H : 1);
         kernels->unpack_panel(s->scores, panel.vectors, s->factor, panel.count, block->keys,
                               s->rows + panel.first * MHA_BLOCK_KEYS * size, MHA_BLOCK_KEYS);
@@ -556,14 +556,14 @@ static void probabilities_of_block(const mha_few_queries *f, const query_rows *w
         kernels->add(s->rows, s->rows, s->rows + h * MHA_BLOCK_KEYS * size, MHA_BLOCK_KEYS);
 }
 
-/* Copies what probabilities_of_block() computed for key i of its block to the column of key s. */
-static void write_probability(const mha_few_queries *f, const query_rows *w, size_t i, size_t s_key,
+/* Copies what probabilities_of_block() computed for key i of its block to the column of the key with this index. */
+static void write_probability(const mha_few_queries *f, const one_query *q, size_t i, size_t index,
                               const scratch_pieces *s)
 {
     const size_t size = f->layer->kernels->size;
     const size_t heads = f->a->wanted == MHA_WANT_PROBABILITIES ? f->layer->widths.H : 1;
     for (size_t h = 0; h < heads; h++)
-        memcpy(mha_row_at(&f->a->probabilities, w->i, h, w->l) + s_key * size,
+        memcpy(mha_row_at(&f->a->probabilities, q->i, h, q->l) + index * size,
                s->rows + (h * MHA_BLOCK_KEYS + i) * size, size);
 }
 
@@ -572,21 +572,21 @@ static void probabilities_task(void *context, size_t task, size_t worker)
     const mha_few_queries *f = context;
     const mha_batch *batch = f->a->batch;
     const scratch_pieces s = scratch_of(f, worker);
-    const query_rows w = describe_query_rows(f, task / f->segments);
+    const one_query q = describe_query(f, task / f->segments);
     const size_t segment = task % f->segments, first = segment * SEGMENT_BLOCKS;
-    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(batch, w.i));
+    const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(batch, q.i));
     for (size_t b = first; b < end; b++) {
         mha_key_block block;
-        mha_key_block_at(batch, w.i, b, &block);
-        probabilities_of_block(f, &w, &block, false, &s);
+        mha_key_block_at(batch, q.i, b, &block);
+        probabilities_of_block(f, &q, &block, false, &s);
         for (size_t k = 0; k < block.keys; k++)
-            write_probability(f, &w, k, mha_key_index(&block, k), &s);
+            write_probability(f, &q, k, mha_key_index(&block, k), &s);
     }
     if (segment == 0 && batch->index) {
         const mha_key_block one = {.keys = 1};
-        probabilities_of_block(f, &w, &one, true, &s);
-        for (size_t k = mha_next_removed(batch, w.i, 0); k < batch->S; k = mha_next_removed(batch, w.i, k + 1))
-            write_probability(f, &w, 0, k, &s);
+        probabilities_of_block(f, &q, &one, true, &s);
+        for (size_t k = mha_next_removed(batch, q.i, 0); k < batch->S; k = mha_next_removed(batch, q.i, k + 1))
+            write_probability(f, &q, 0, k, &s);
     }
 }
 

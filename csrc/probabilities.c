@@ -103,16 +103,16 @@ static void add_probabilities(const mha_attention *a, const mha_panel_state *s, 
     if (a->wanted == MHA_WANT_SCORES)
         return;
     const size_t at = mha_statistics_offset(a, s);
-    kernels->softmax_probabilities(scores, block->keys, s->lanes.vectors, a->maximum + at, a->sum + at);
+    kernels->softmax_probabilities(scores, block->keys, s->panel.vectors, a->maximum + at, a->sum + at);
     if (a->rules->dropout_p > 0)
         mha_drop_out(a, s, block, block->keys, scores);
     if (scores != probabilities)
-        kernels->add(probabilities, probabilities, scores, block->keys * s->lanes.vectors * kernels->lanes);
+        kernels->add(probabilities, probabilities, scores, block->keys * s->panel.vectors * kernels->lanes);
 }
 
 static char *probabilities_row(const mha_attention *a, const mha_panel_state *s, size_t lane)
 {
-    return mha_row_at(&a->probabilities, s->item, s->h / averaged_heads(a), s->lanes.first + lane);
+    return mha_row_at(&a->probabilities, s->item, s->h / averaged_heads(a), s->panel.first + lane);
 }
 
 static void write_probabilities(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block,
@@ -122,14 +122,14 @@ static void write_probabilities(const mha_attention *a, const mha_panel_state *s
     const size_t size = kernels->size;
     char *rows = s->base + a->at.rows;
     if (!block->index) {
-        kernels->unpack_panel(probabilities, s->lanes.vectors, s->factor, s->lanes.count, block->keys,
+        kernels->unpack_panel(probabilities, s->panel.vectors, s->factor, s->panel.count, block->keys,
                               probabilities_row(a, s, 0) + block->first_key * size,
                               (size_t)mha_stride_of(&a->probabilities));
         return;
     }
-    kernels->unpack_panel(probabilities, s->lanes.vectors, s->factor, s->lanes.count, block->keys, rows,
+    kernels->unpack_panel(probabilities, s->panel.vectors, s->factor, s->panel.count, block->keys, rows,
                           MHA_BLOCK_KEYS);
-    for (size_t lane = 0; lane < s->lanes.count; lane++)
+    for (size_t lane = 0; lane < s->panel.count; lane++)
         for (size_t i = 0; i < block->keys; i++)
             memcpy(probabilities_row(a, s, lane) + block->index[i] * size, rows + (lane * MHA_BLOCK_KEYS + i) * size,
                    size);
@@ -145,14 +145,14 @@ static void write_removed(const mha_attention *a, const mha_panel_state *s, char
     mha_panel_state of_head = *s;
     for (of_head.h = first_head; of_head.h <= s->h; of_head.h++) {
         char *scores = of_head.h == first_head ? probabilities : s->base + a->at.scores;
-        kernels->fill(scores, s->lanes.vectors * kernels->lanes, -INFINITY);
+        kernels->fill(scores, s->panel.vectors * kernels->lanes, -INFINITY);
         add_probabilities(a, &of_head, &one, scores, probabilities);
     }
     char *column = s->base + a->at.rows;
-    kernels->unpack_panel(probabilities, s->lanes.vectors, s->factor, s->lanes.count, 1, column, 1);
+    kernels->unpack_panel(probabilities, s->panel.vectors, s->factor, s->panel.count, 1, column, 1);
     for (size_t key = mha_next_removed(a->batch, s->item, 0); key < a->batch->S;
          key = mha_next_removed(a->batch, s->item, key + 1))
-        for (size_t lane = 0; lane < s->lanes.count; lane++)
+        for (size_t lane = 0; lane < s->panel.count; lane++)
             memcpy(probabilities_row(a, s, lane) + key * size, column + lane * size, size);
 }
 
@@ -161,11 +161,11 @@ static void write_removed(const mha_attention *a, const mha_panel_state *s, char
 static void write_blocks(const mha_attention *a, const mha_panel_state *s, size_t first, size_t end,
                          char *probabilities)
 {
-    a->kernels->fill(s->factor, s->lanes.vectors * a->kernels->lanes, 1 / (double)averaged_heads(a));
+    a->kernels->fill(s->factor, s->panel.vectors * a->kernels->lanes, 1 / (double)averaged_heads(a));
     for (size_t b = first; b < end; b++) {
         mha_key_block block;
         mha_key_block_at(a->batch, s->item, b, &block);
-        write_probabilities(a, s, &block, probabilities + (b - first) * mha_block_bytes(a, s->lanes.vectors));
+        write_probabilities(a, s, &block, probabilities + (b - first) * mha_block_bytes(a, s->panel.vectors));
     }
     if (first == 0 && a->batch->index)
         write_removed(a, s, probabilities);
@@ -184,7 +184,7 @@ static void add_kept(const mha_attention *a, const mha_panel_state *s, char *pro
     for (size_t b = 0; b < mha_key_blocks(a->batch, s->item); b++) {
         mha_key_block block;
         mha_key_block_at(a->batch, s->item, b, &block);
-        const size_t at = b * mha_block_bytes(a, s->lanes.vectors);
+        const size_t at = b * mha_block_bytes(a, s->panel.vectors);
         add_probabilities(a, s, &block, s->kept + at, probabilities + at);
     }
 }
@@ -218,21 +218,21 @@ static void attend_and_write_task(void *context, size_t task, size_t worker)
 static void second_pass_task(void *context, size_t task, size_t worker)
 {
     const mha_attention *a = context;
-    const size_t heads = averaged_heads(a), segment = task % a->tasks.segments, panel = task / a->tasks.segments;
-    const size_t item = panel / a->split.panels / averages_of_item(a);
-    const size_t first_head = panel / a->split.panels % averages_of_item(a) * heads;
+    const size_t heads = averaged_heads(a), segment = task % a->tasks.segments, p = task / a->tasks.segments;
+    const size_t item = p / a->split.panels / averages_of_item(a);
+    const size_t first_head = p / a->split.panels % averages_of_item(a) * heads;
     const size_t first = segment * SEGMENT_BLOCKS;
     const size_t end = mha_smaller(first + SEGMENT_BLOCKS, mha_key_blocks(a->batch, item));
     char *base = mha_scratch_of(a->team, worker), *probabilities = base + a->at.probabilities;
-    const mha_panel lanes = mha_panel_at(&a->split, panel % a->split.panels);
+    const mha_panel panel = mha_panel_at(&a->split, p % a->split.panels);
     mha_panel_state s;
     for (size_t h = first_head; h < first_head + heads; h++) {
-        mha_set_up_panel(a, worker, 0, item, h, lanes, &s);
+        mha_set_up_panel(a, worker, 0, item, h, panel, &s);
         mha_pack_queries(a, &s);
         for (size_t b = first; b < end; b++) {
             mha_key_block block;
             mha_key_block_at(a->batch, item, b, &block);
-            char *of_block = probabilities + (b - first) * mha_block_bytes(a, s.lanes.vectors);
+            char *of_block = probabilities + (b - first) * mha_block_bytes(a, s.panel.vectors);
             char *scores = h == first_head ? of_block : base + a->at.scores;
             mha_score_block(a, &s, &block, scores);
             add_probabilities(a, &s, &block, scores, of_block);

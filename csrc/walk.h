@@ -36,8 +36,8 @@ typedef struct {
     ptrdiff_t distance;
 } mha_run;
 
-/* The longest run of rows of x that begins with row r and ends before row `end`. Rows that were placed for this walk lie
- * in its order. In all others, row l of an item is that of its live key l. */
+/* The longest run of rows of x that begins with row r and ends before row `end`. Rows that were placed for this walk
+ * lie in its order. In all others, row l of an item is that of its live key l. */
 mha_run mha_run_at(const mha_walk *walk, const mha_rows *x, size_t r, size_t end);
 
 /* Copies numbers of `size` bytes that are `step` bytes apart. The copies are adjacent. */
