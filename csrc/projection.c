@@ -37,11 +37,11 @@ enum {
     MAX_SHORT_BYTES = 1600, /* between rows read in place; several such rows share a page */
 };
 
-/* A slice of some rows. row_stride and chain_stride are the distances between rows and between chains, in numbers. */
+/* A slice of some rows. take_slice() sets where it is. */
 typedef struct {
-    size_t first_row, rows, first_feature;
+    size_t first_row, rows, first_feature, features;
     const char *data;
-    ptrdiff_t row_stride, chain_stride;
+    ptrdiff_t row_stride, chain_stride; /* distances between rows and between chains, in numbers */
 } sliced_rows;
 
 /* The slice that a thread has copied. It stands in the first cache line of the thread's scratch. The next task may need
@@ -53,6 +53,13 @@ typedef struct {
 
 _Static_assert(sizeof(copied_slice) <= MHA_CACHE_LINE, "it lies in the first cache line");
 _Static_assert(MAX_SLICE_BYTES % (MHA_CHAIN * sizeof(double)) == 0, "a slice is whole chains");
+
+/* Panels of a target that are multiplied at once: neighbours of the same width. */
+typedef struct {
+    const mha_target *target;
+    mha_panel panel; /* `count` covers all of them, `vectors` is that of one */
+    size_t at_once;
+} adjacent_panels;
 
 typedef struct {
     const mha_kernels *kernels;
@@ -175,17 +182,16 @@ static void prefetch_row(const char *x, size_t bytes)
 }
 
 /* Copies a slice of some rows to a block. */
-static void copy_slice(const mha_projection *projection, size_t first_row, size_t rows, size_t first_feature,
-                       char *block)
+static void copy_slice(const mha_projection *projection, const sliced_rows *slice, char *block)
 {
     const mha_blocking *p = &projection->blocking;
     const mha_rows *x = projection->x;
-    const size_t size = mha_size_of(x->type), features = mha_smaller(p->depth - first_feature, p->slice);
+    const size_t size = mha_size_of(x->type), features = slice->features;
     const size_t chain_bytes = p->block_rows * p->chain_width * size;
     mha_run run;
-    for (size_t done = 0; done < rows; done += run.rows) {
-        run = mha_run_at(projection->walk, x, first_row + done, first_row + rows);
-        const char *from = run.data + (ptrdiff_t)first_feature * x->element;
+    for (size_t done = 0; done < slice->rows; done += run.rows) {
+        run = mha_run_at(projection->walk, x, slice->first_row + done, slice->first_row + slice->rows);
+        const char *from = run.data + (ptrdiff_t)slice->first_feature * x->element;
         for (size_t r = 0; r < run.rows; r++, from += run.distance) {
             if (r + 1 < run.rows && x->element == (ptrdiff_t)size)
                 prefetch_row(from + run.distance, features * size);
@@ -222,20 +228,20 @@ static uint32_t largest_of_row(const mha_projection *projection, const char *row
 }
 
 /* The same as copy_slice() for narrow products. */
-static void narrow_slice(const mha_projection *projection, size_t first_row, size_t rows, size_t first_feature,
-                         char *spare, char *block)
+static void narrow_slice(const mha_projection *projection, const sliced_rows *slice, char *spare, char *block)
 {
     const mha_blocking *p = &projection->blocking;
     const mha_narrow_kernels *narrow = projection->target[0].panels->narrow;
     const mha_rows *x = projection->x;
-    const size_t features = mha_smaller(p->depth - first_feature, p->slice), row_words = p->chain_width;
+    const size_t features = slice->features, row_words = p->chain_width;
+    const ptrdiff_t first = (ptrdiff_t)slice->first_feature * x->element;
     mha_run run;
-    for (size_t done = 0; done < rows; done += run.rows) {
-        run = mha_run_at(projection->walk, x, first_row + done, first_row + rows);
+    for (size_t done = 0; done < slice->rows; done += run.rows) {
+        run = mha_run_at(projection->walk, x, slice->first_row + done, slice->first_row + slice->rows);
         for (size_t r = 0; r < run.rows; r++) {
             const char *row = run.data + (ptrdiff_t)r * run.distance;
             const uint32_t largest = narrow->largest ? largest_of_row(projection, row, spare) : 0;
-            const float *numbers = numbers_of(x, row + (ptrdiff_t)first_feature * x->element, features, spare);
+            const float *numbers = numbers_of(x, row + first, features, spare);
             uint32_t *to = (uint32_t *)(void *)block + (done + r) * row_words;
             size_t k = 0;
             do {
@@ -247,28 +253,35 @@ static void narrow_slice(const mha_projection *projection, size_t first_row, siz
     }
 }
 
-static sliced_rows take_slice(const mha_projection *projection, size_t first_row, size_t rows, size_t first_feature,
-                              copied_slice *copied, char *block, char *spare)
+/* Leaves a slice where it is, or copies it to the block. */
+static void take_slice(const mha_projection *projection, sliced_rows *slice, copied_slice *copied, char *block,
+                       char *spare)
 {
     const mha_blocking *p = &projection->blocking;
     const bool is_narrow = projection->target[0].panels->narrow != NULL;
+    const size_t first_row = slice->first_row, first_feature = slice->first_feature;
     if (p->slices == 1 && !is_narrow) {
-        mha_run run = mha_run_at(projection->walk, projection->x, first_row, first_row + rows);
+        mha_run run = mha_run_at(projection->walk, projection->x, first_row, first_row + slice->rows);
         const ptrdiff_t size = (ptrdiff_t)mha_size_of(projection->x->type);
-        if (rows == 1)
+        if (slice->rows == 1)
             run.distance = (ptrdiff_t)p->depth * size; /* a single row has no distance: its length is looked at */
-        if (can_stay(&run, projection->x, rows))
-            return (sliced_rows){first_row, rows, first_feature, run.data, run.distance / size, MHA_CHAIN};
+        if (can_stay(&run, projection->x, slice->rows)) {
+            slice->data = run.data;
+            slice->row_stride = run.distance / size;
+            slice->chain_stride = MHA_CHAIN;
+            return;
+        }
     }
     if (copied->projection != projection || copied->first_row != first_row || copied->first_feature != first_feature) {
         if (is_narrow)
-            narrow_slice(projection, first_row, rows, first_feature, spare, block);
+            narrow_slice(projection, slice, spare, block);
         else
-            copy_slice(projection, first_row, rows, first_feature, block);
+            copy_slice(projection, slice, block);
     }
     *copied = (copied_slice){projection, first_row, first_feature};
-    return (sliced_rows){first_row, rows, first_feature, block, (ptrdiff_t)p->chain_width,
-                         (ptrdiff_t)(p->block_rows * p->chain_width)};
+    slice->data = block;
+    slice->row_stride = (ptrdiff_t)p->chain_width;
+    slice->chain_stride = (ptrdiff_t)(p->block_rows * p->chain_width);
 }
 
 /* What is needed next of the panels. The weights are much larger than the caches near the core, and the hardware
@@ -290,14 +303,15 @@ static void multiply(const mha_kernels *kernels, const mha_target *target, const
         kernels->product(product);
 }
 
-/* Multiplies the last chain of a panel straight to a run of rows of y. Features of different heads are multiplied one
- * head after the other. Overwrites `product`. */
-static void multiply_to_run(const mha_kernels *kernels, const mha_target *target, mha_panel panel, const mha_run *run,
+/* Multiplies the last chain of some panels straight to a run of rows of y. Features of different heads are multiplied
+ * one head after the other. Overwrites `product`. */
+static void multiply_to_run(const mha_kernels *kernels, const adjacent_panels *b, const mha_run *run,
                             mha_product *product)
 {
+    const mha_target *target = b->target;
     const size_t lanes = kernels->lanes, size = kernels->size;
-    size_t head = target->head_width ? panel.first / target->head_width : 0;
-    size_t feature = panel.first - head * target->head_width, vectors = panel.vectors;
+    size_t head = target->head_width ? b->panel.first / target->head_width : 0;
+    size_t feature = b->panel.first - head * target->head_width, vectors = b->panel.vectors;
     product->rows = run->rows;
     product->c_row = (size_t)run->distance / size;
     while (vectors > 0) {
@@ -318,44 +332,45 @@ static void multiply_to_run(const mha_kernels *kernels, const mha_target *target
 }
 
 /* The same for rows that may be several runs. */
-static void multiply_to_y(const mha_kernels *kernels, const mha_walk *walk, const mha_target *target, mha_panel panel,
-                          size_t first_row, const mha_product *product)
+static void multiply_to_y(const mha_kernels *kernels, const mha_walk *walk, const adjacent_panels *b,
+                          const sliced_rows *x, const mha_product *product)
 {
-    const size_t size = kernels->size, rows = product->rows;
+    const size_t size = kernels->size;
     mha_run run;
-    for (size_t done = 0; done < rows; done += run.rows) {
-        run = mha_run_at(walk, target->y, first_row + done, first_row + rows);
+    for (size_t done = 0; done < x->rows; done += run.rows) {
+        run = mha_run_at(walk, b->target->y, x->first_row + done, x->first_row + x->rows);
         mha_product some = *product;
         some.a = (const char *)product->a + (ptrdiff_t)done * product->a_row * (ptrdiff_t)size;
         if (product->addend)
             some.addend = (const char *)product->addend + done * product->addend_row * size;
-        multiply_to_run(kernels, target, panel, &run, &some);
+        multiply_to_run(kernels, b, &run, &some);
     }
 }
 
-/* Copies the finished sums of a panel from its strip to y. */
-static void copy_strip(const mha_walk *walk, const mha_target *target, mha_panel panel, size_t first_row, size_t rows,
-                       const char *strip, size_t strip_bytes)
+/* Copies the finished sums of some panels from their strip to y. */
+static void copy_strip(const mha_walk *walk, const adjacent_panels *b, const sliced_rows *x, const char *strip,
+                       size_t strip_bytes)
 {
-    const size_t size = mha_size_of(target->y->type);
+    const size_t size = mha_size_of(b->target->y->type);
     mha_run run;
-    for (size_t done = 0; done < rows; done += run.rows) {
-        run = mha_run_at(walk, target->y, first_row + done, first_row + rows);
+    for (size_t done = 0; done < x->rows; done += run.rows) {
+        run = mha_run_at(walk, b->target->y, x->first_row + done, x->first_row + x->rows);
         for (size_t r = 0; r < run.rows; r++)
-            memcpy(run.data + (ptrdiff_t)r * run.distance + panel.first * size, strip + (done + r) * strip_bytes,
-                   panel.count * size);
+            memcpy(run.data + (ptrdiff_t)r * run.distance + b->panel.first * size, strip + (done + r) * strip_bytes,
+                   b->panel.count * size);
     }
 }
 
-/* Adds one slice of a panel, or of some that are multiplied at once, to its strip. The last slice goes to y. */
-static void multiply_slice(const mha_kernels *kernels, const mha_projection *projection, const mha_target *target,
-                           mha_panel panel, size_t at_once, const sliced_rows *x, char *strip)
+/* Adds the product of a slice and some panels to their strip. That of the last slice goes to y. */
+static void multiply_slice(const mha_kernels *kernels, const mha_projection *projection, const sliced_rows *x,
+                           const adjacent_panels *b, char *strip)
 {
     const mha_blocking *p = &projection->blocking;
-    const mha_panels *panels = target->panels;
+    const mha_panels *panels = b->target->panels;
+    const mha_panel panel = b->panel;
     const size_t size = kernels->size, P = panel.vectors * kernels->lanes, b_row = P * panels->group_bytes;
-    const size_t width = at_once * P, features = mha_smaller(p->depth - x->first_feature, p->slice);
-    const bool fits = panel.count == width || panel.first + width <= target->room;
+    const size_t width = b->at_once * P;
+    const bool fits = panel.count == width || panel.first + width <= b->target->room;
     const char *addend = strip, *a = x->data;
     size_t addend_row = width, k = 0;
     if (x->first_feature == 0) {
@@ -363,37 +378,38 @@ static void multiply_slice(const mha_kernels *kernels, const mha_projection *pro
         addend_row = 0;
     }
     do {
-        const size_t chain = mha_smaller(features - k, p->chain);
-        const char *b = mha_panel_row(panels, &panel, x->first_feature + k);
+        const size_t chain = mha_smaller(x->features - k, p->chain);
+        const char *row = mha_panel_row(panels, &panel, x->first_feature + k);
         const size_t groups = mha_groups(panels, chain);
-        const mha_prefetch prefetch = next_weights(kernels, panels, p->chain, b + groups * b_row);
+        const mha_prefetch prefetch = next_weights(kernels, panels, p->chain, row + groups * b_row);
         mha_product product = {.rows = x->rows, .depth = groups, .vectors = panel.vectors, .a = a,
-                               .a_row = x->row_stride, .a_k = 1, .b = b, .b_k = P, .b_type = panels->type,
-                               .more_panels = at_once - 1, .b_panel_bytes = mha_groups(panels, p->depth) * b_row,
+                               .a_row = x->row_stride, .a_k = 1, .b = row, .b_k = P, .b_type = panels->type,
+                               .more_panels = b->at_once - 1, .b_panel_bytes = mha_groups(panels, p->depth) * b_row,
                                .b_scale = panels->scale ? panels->scale + panel.first : NULL, .addend = addend,
                                .addend_row = addend_row, .c = strip, .c_row = width, .prefetch = &prefetch};
         k += p->chain;
         a += (ptrdiff_t)size * x->chain_stride;
         if (fits && x->first_feature + k >= p->depth) {
-            multiply_to_y(kernels, projection->walk, target, panel, x->first_row, &product);
+            multiply_to_y(kernels, projection->walk, b, x, &product);
             return;
         }
-        multiply(kernels, target, &product);
+        multiply(kernels, b->target, &product);
         addend = strip;
         addend_row = width;
-    } while (k < features);
+    } while (k < x->features);
     if (x->first_feature + k >= p->depth)
-        copy_strip(projection->walk, target, panel, x->first_row, x->rows, strip, width * size);
+        copy_strip(projection->walk, b, x, strip, width * size);
 }
 
-/* Finds the target of a panel. On entry, *panel counts the panels of all targets. On return, it counts those of this
- * target. */
-static const mha_target *find_target(const mha_projection *projection, size_t *panel)
+/* Panel i, counted through all targets, and those that are multiplied with it. They are `most` at most. */
+static adjacent_panels panels_from(const mha_projection *projection, size_t i, size_t most)
 {
     const mha_target *target = projection->target;
-    while (*panel >= target->panels->split.panels)
-        *panel -= (target++)->panels->split.panels;
-    return target;
+    while (i >= target->panels->split.panels)
+        i -= (target++)->panels->split.panels;
+    adjacent_panels b = {.target = target};
+    b.panel = mha_panels_at(&target->panels->split, i, most, &b.at_once);
+    return b;
 }
 
 static copied_slice *copied_by(const projection_tasks *j, size_t worker)
@@ -428,16 +444,15 @@ static void run_task(void *context, size_t task, size_t worker)
     copied_slice *copied = copied_by(j, worker);
     char *scratch = mha_scratch_of(j->team, worker), *block = scratch + p->block_at, *strips = scratch + p->strips_at;
     for (size_t s = 0; s < p->slices; s++) {
-        const sliced_rows x =
-            take_slice(projection, first_row, rows, s * p->slice, copied, block, scratch + p->spare_at);
-        for (size_t i = first_panel, at_once; i < end; i += at_once) {
-            size_t in_target = i;
-            const mha_target *target = find_target(projection, &in_target);
-            const mha_panel panel =
-                mha_panels_at(&target->panels->split, in_target, mha_smaller(p->at_once, end - i), &at_once);
+        sliced_rows x = {.first_row = first_row, .rows = rows, .first_feature = s * p->slice,
+                         .features = mha_smaller(p->depth - s * p->slice, p->slice)};
+        take_slice(projection, &x, copied, block, scratch + p->spare_at);
+        for (size_t i = first_panel, next; i < end; i = next) {
+            const adjacent_panels b = panels_from(projection, i, mha_smaller(p->at_once, end - i));
             char *strip = strips + (p->slices > 1 ? i - first_panel : 0) * strip_size(j->kernels, p) * size;
-            multiply_slice(j->kernels, projection, target, panel, at_once, &x, strip);
-            if (i / PANELS_PER_POLL < (i + at_once) / PANELS_PER_POLL && mha_is_stopped())
+            multiply_slice(j->kernels, projection, &x, &b, strip);
+            next = i + b.at_once;
+            if (i / PANELS_PER_POLL < next / PANELS_PER_POLL && mha_is_stopped())
                 return;
         }
     }
