@@ -9,20 +9,6 @@
 #include "arrays.h"
 #include "run.h"
 
-/* As collect_array(), except that *array stays NULL for None. */
-static int collect_optional(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
-{
-    return object == Py_None ? 0 : collect_array(state, object, name, array);
-}
-
-static int collect_mask(const module_state *state, PyObject *object, const char *name, PyArrayObject **mask)
-{
-    if (object == Py_None)
-        return 0;
-    *mask = mask_from_object(state, object, name);
-    return *mask == NULL ? -1 : 0;
-}
-
 /* The same object passed twice is converted once, so that the core sees one input. */
 static int collect_inputs(const module_state *state, PyObject *const *objects, call_arguments *arguments)
 {
@@ -63,11 +49,11 @@ static int collect_number(PyObject *object, uint64_t *number)
 /* What a query gets that sees no key. torch's answer depends on its code path, and need_weights decides about that. */
 static int collect_masked_rows(PyObject *object, bool need_weights, mha_empty_row *empty_row)
 {
-    if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "torch") == 0)
+    if (is_text(object, "torch"))
         *empty_row = need_weights ? MHA_EMPTY_ROW_NAN : MHA_EMPTY_ROW_ZERO;
-    else if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "zero") == 0)
+    else if (is_text(object, "zero"))
         *empty_row = MHA_EMPTY_ROW_ZERO;
-    else if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "nan") == 0)
+    else if (is_text(object, "nan"))
         /* as with weights, for parts of such a call that are computed without weights */
         *empty_row = MHA_EMPTY_ROW_NAN;
     else {
@@ -106,7 +92,7 @@ int collect_arguments(const module_state *state, PyObject *const *objects, Py_ss
         collect_mask(state, objects[ARGUMENT_KEY_PADDING_MASK], "key_padding_mask", &arguments->key_padding_mask) < 0 ||
         collect_mask(state, objects[ARGUMENT_ATTN_MASK], "attn_mask", &arguments->attn_mask) < 0)
         return -1;
-    if (count == ARGUMENT_COUNT &&
+    if (count == FORWARD_COUNT &&
         (collect_optional(state, objects[ARGUMENT_STATIC_K], "static_k", &arguments->static_k) < 0 ||
          collect_optional(state, objects[ARGUMENT_STATIC_V], "static_v", &arguments->static_v) < 0))
         return -1;

@@ -46,9 +46,10 @@ enum {
 #define NUMBER(number, name) ARGUMENT_##number,
     CALL_ARGUMENTS(NUMBER)
 #undef NUMBER
-    ARGUMENT_STATIC_K, /* forward() alone takes this argument and the next, which may be missing */
+    CALL_COUNT,
+    ARGUMENT_STATIC_K = CALL_COUNT, /* forward() alone takes this argument and the next, which may be missing */
     ARGUMENT_STATIC_V,
-    ARGUMENT_COUNT
+    FORWARD_COUNT
 };
 
 /* These functions return 0, or -1 with an exception. `arguments` starts as all zeros. Collecting runs Python code:

@@ -194,23 +194,52 @@ bool array_is_floating(PyArrayObject *array)
     return PyTypeNum_ISFLOAT(PyArray_TYPE(array)) || is_registered(PyArray_DESCR(array), "float");
 }
 
+typedef struct {
+    char kind;
+    int item_size;
+    const char *in_torch, *in_cpp; /* in_cpp NULL: the same */
+} type_names;
+
+/* NULL: torch has no such dtype, or it is bfloat16. */
+static const type_names *find_type_names(PyArrayObject *array)
+{
+    static const type_names known[] = {
+        {'b', 1, "Bool", "bool"},
+        {'i', 1, "Char", "signed char"},
+        {'i', 2, "Short", "short int"},
+        {'i', 4, "Int", "int"},
+        {'i', 8, "Long", "long int"},
+        {'u', 1, "Byte", "unsigned char"},
+        {'u', 2, "UInt16", NULL},
+        {'u', 4, "UInt32", NULL},
+        {'u', 8, "UInt64", NULL},
+        {'f', 2, "Half", "c10::Half"},
+        {'f', 4, "Float", "float"},
+        {'f', 8, "Double", "double"},
+        {'c', 8, "ComplexFloat", "c10::complex<float>"},
+        {'c', 16, "ComplexDouble", "c10::complex<double>"},
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (known[i].kind == PyArray_DESCR(array)->kind && known[i].item_size == PyArray_ITEMSIZE(array))
+            return &known[i];
+    return NULL;
+}
+
 const char *torch_type_name(PyArrayObject *array)
 {
-    static const struct {
-        char kind;
-        int item_size;
-        const char *name;
-    } names[] = {
-        {'b', 1, "Bool"},   {'i', 1, "Char"},    {'i', 2, "Short"},  {'i', 4, "Int"},
-        {'i', 8, "Long"},   {'u', 1, "Byte"},    {'u', 2, "UInt16"}, {'u', 4, "UInt32"},
-        {'u', 8, "UInt64"}, {'f', 2, "Half"},    {'f', 4, "Float"},  {'f', 8, "Double"},
-        {'c', 8, "ComplexFloat"}, {'c', 16, "ComplexDouble"},
-    };
-    const PyArray_Descr *descr = PyArray_DESCR(array);
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (names[i].kind == descr->kind && names[i].item_size == PyArray_ITEMSIZE(array))
-            return names[i].name;
-    return strstr(descr->typeobj->tp_name, "bfloat16") != NULL ? "BFloat16" : descr->typeobj->tp_name;
+    const type_names *names = find_type_names(array);
+    if (names != NULL)
+        return names->in_torch;
+    const char *name = PyArray_DESCR(array)->typeobj->tp_name;
+    return strstr(name, "bfloat16") != NULL ? "BFloat16" : name;
+}
+
+const char *cpp_type_name(PyArrayObject *array)
+{
+    const type_names *names = find_type_names(array);
+    if (names != NULL && names->in_cpp != NULL)
+        return names->in_cpp;
+    return array_has_dtype(array, MHA_BFLOAT16) ? "c10::BFloat16" : torch_type_name(array);
 }
 
 bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape)
@@ -257,16 +286,21 @@ int collect_array(const module_state *state, PyObject *object, const char *name,
     return *array == NULL ? -1 : 0;
 }
 
-PyArrayObject *mask_from_object(const module_state *state, PyObject *object, const char *name)
+int collect_optional(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
 {
-    PyArrayObject *mask = array_from_object(state, object, name);
-    if (mask == NULL || !array_is_floating(mask) || array_has_dtype(mask, MHA_FLOAT32) ||
-        array_has_dtype(mask, MHA_FLOAT64))
-        return mask;
-    PyArray_Descr *descr = PyArray_DescrFromType(PyArray_TYPE(mask) == NPY_LONGDOUBLE ? NPY_DOUBLE : NPY_FLOAT);
-    PyObject *cast = PyArray_FromArray(mask, descr, NPY_ARRAY_FORCECAST);
-    Py_DECREF(mask);
-    return (PyArrayObject *)cast;
+    return object == Py_None ? 0 : collect_array(state, object, name, array);
+}
+
+int collect_mask(const module_state *state, PyObject *object, const char *name, PyArrayObject **mask)
+{
+    if (collect_optional(state, object, name, mask) < 0)
+        return -1;
+    if (*mask == NULL || !array_is_floating(*mask) || array_has_dtype(*mask, MHA_FLOAT32) ||
+        array_has_dtype(*mask, MHA_FLOAT64))
+        return 0;
+    PyArray_Descr *descr = PyArray_DescrFromType(PyArray_TYPE(*mask) == NPY_LONGDOUBLE ? NPY_DOUBLE : NPY_FLOAT);
+    Py_SETREF(*mask, (PyArrayObject *)PyArray_FromArray(*mask, descr, NPY_ARRAY_FORCECAST));
+    return *mask == NULL ? -1 : 0;
 }
 
 mha_mask_kind mask_kind(PyArrayObject *mask)
@@ -372,7 +406,7 @@ static int narrow_from_tuple(PyObject *tuple, const char *name, mha_dtype dtype,
     const bool is_pair = PyTuple_GET_SIZE(tuple) == 2 && dtype != MHA_FLOAT64;
     PyObject *numbers = is_pair ? PyTuple_GET_ITEM(tuple, 0) : Py_None;
     PyObject *scale = is_pair ? PyTuple_GET_ITEM(tuple, 1) : Py_None;
-    if (PyUnicode_Check(scale) && PyUnicode_CompareWithASCIIString(scale, "bfloat16") == 0) {
+    if (is_text(scale, "bfloat16")) {
         weight->is_bf16 = true;
         return parameter_from_object(numbers, name, dtype, &weight->numbers);
     }
@@ -408,12 +442,11 @@ mha_weight weight_of(const weight_arrays *weight)
                         .is_bf16 = weight->is_bf16};
 }
 
-size_t weight_nbytes(const weight_arrays *weight)
+Py_ssize_t weight_nbytes(const weight_arrays *weight)
 {
     if (weight->is_bf16)
-        return sizeof(uint16_t) * (size_t)PyArray_SIZE(weight->numbers);
-    return (size_t)PyArray_NBYTES(weight->numbers) +
-           (weight->scale == NULL ? 0 : (size_t)PyArray_NBYTES(weight->scale));
+        return (Py_ssize_t)sizeof(uint16_t) * PyArray_SIZE(weight->numbers);
+    return PyArray_NBYTES(weight->numbers) + (weight->scale == NULL ? 0 : PyArray_NBYTES(weight->scale));
 }
 
 int out_from_object(PyObject *object, PyArrayObject **out)

@@ -11,8 +11,9 @@
  * is of the base class and in native byte order. It shares the memory unless the byte order had to change. */
 PyArrayObject *array_from_object(const module_state *state, PyObject *object, const char *name);
 
-/* *array = array_from_object(). Returns 0, or -1 with an exception. */
+/* *array = array_from_object(). Returns 0, or -1 with an exception. The second one leaves *array as it is for None. */
 int collect_array(const module_state *state, PyObject *object, const char *name, PyArrayObject **array);
+int collect_optional(const module_state *state, PyObject *object, const char *name, PyArrayObject **array);
 
 /* Whether the array holds the numbers of a layer of this dtype. */
 bool array_has_dtype(PyArrayObject *array, mha_dtype dtype);
@@ -30,15 +31,18 @@ int dtype_of_descr(PyArray_Descr *descr, mha_dtype *dtype);
 /* Whether it holds floating-point numbers of any width, including registered types such as bfloat16. */
 bool array_is_floating(PyArrayObject *array);
 
-/* As array_from_object(). Floating-point numbers that the core does not add to scores are cast: halves to float32, long
+/* As collect_optional(). Floating-point numbers that the core does not add to scores are cast: halves to float32, long
  * double to float64. */
-PyArrayObject *mask_from_object(const module_state *state, PyObject *object, const char *name);
+int collect_mask(const module_state *state, PyObject *object, const char *name, PyArrayObject **mask);
 
-/* The kind of a mask from mask_from_object(). bool is taken as HIDE. */
+/* The kind of a mask from collect_mask(). bool is taken as HIDE. */
 mha_mask_kind mask_kind(PyArrayObject *mask);
 
 /* The name of the dtype in torch's messages: "Float", "Double" and so on. NumPy's name if torch has no such dtype. */
 const char *torch_type_name(PyArrayObject *array);
+
+/* Its name in C++, as some of torch's messages have it. */
+const char *cpp_type_name(PyArrayObject *array);
 
 bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape);
 
@@ -64,7 +68,7 @@ int weight_from_object(PyObject *object, const char *name, mha_dtype dtype, weig
 mha_weight weight_of(const weight_arrays *weight);
 
 /* Bytes of their numbers as they are multiplied. */
-size_t weight_nbytes(const weight_arrays *weight);
+Py_ssize_t weight_nbytes(const weight_arrays *weight);
 
 /* Whether the memory of two arrays, from the first to the last byte, may overlap. False if one is NULL. */
 bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);

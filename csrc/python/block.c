@@ -13,7 +13,7 @@
 #include "torch_checks.h"
 
 enum {
-    BEFORE_BLOCK = ARGUMENT_STATIC_K - 1,
+    BEFORE_BLOCK = CALL_COUNT - 1,
 #define NUMBER(number, name) BLOCK_##number,
     BLOCK_ARGUMENTS(NUMBER)
 #undef NUMBER
@@ -147,7 +147,7 @@ PyObject *transform(PyObject *module, PyObject *const *objects, Py_ssize_t count
         PyErr_Format(PyExc_TypeError, "transform expected %d arguments, got %zd", (int)BLOCK_COUNT, count);
         goto done;
     }
-    if (collect_arguments(state, objects, ARGUMENT_STATIC_K, &arguments) < 0 ||
+    if (collect_arguments(state, objects, CALL_COUNT, &arguments) < 0 ||
         collect_block(state, objects, &arguments, &block) < 0 || make_query_adjacent(&arguments) < 0 ||
         check_norm(&arguments, objects[BLOCK_ATTENTION_NORM], 0, &block.attention_norm) < 0 ||
         check_norm(&arguments, objects[BLOCK_FEED_FORWARD_NORM], 2, &block.feed_forward_norm) < 0 ||

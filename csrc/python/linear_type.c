@@ -6,6 +6,9 @@
  */
 #include "linear_type.h"
 
+#include <stddef.h>
+#include <structmember.h>
+
 #include "arguments.h"
 #include "arrays.h"
 #include "run.h"
@@ -13,13 +16,10 @@
 static mha_status pack(linear_object *self, const mha_weight *weight, const void *bias)
 {
     const size_t features = (size_t)self->features, depth = (size_t)self->depth;
-    if (self->features * self->depth <= PACK_WITHOUT_GIL)
-        return mha_linear_create(self->dtype, features, depth, weight, bias, &self->packed);
-
-    mha_status status;
-    Py_BEGIN_ALLOW_THREADS;
-    status = mha_linear_create(self->dtype, features, depth, weight, bias, &self->packed);
-    Py_END_ALLOW_THREADS;
+    PyThreadState *const thread = features * depth > PACK_WITHOUT_GIL ? PyEval_SaveThread() : NULL;
+    const mha_status status = mha_linear_create(self->dtype, features, depth, weight, bias, &self->packed);
+    if (thread != NULL)
+        PyEval_RestoreThread(thread);
     return status;
 }
 
@@ -66,7 +66,7 @@ static PyObject *linear_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     self->dtype = dtype;
     self->features = PyArray_DIM(weight.numbers, 0);
     self->depth = PyArray_DIM(weight.numbers, 1);
-    self->nbytes = weight_nbytes(&weight) + (bias == NULL ? 0 : (size_t)PyArray_NBYTES(bias));
+    self->nbytes = weight_nbytes(&weight) + (bias == NULL ? 0 : PyArray_NBYTES(bias));
     const mha_weight given = weight_of(&weight);
     if (raise_status(pack(self, &given, bias == NULL ? NULL : PyArray_DATA(bias))) < 0)
         Py_CLEAR(self);
@@ -84,16 +84,10 @@ static void linear_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-static PyObject *linear_nbytes(PyObject *self, void *closure)
-{
-    (void)closure;
-    return PyLong_FromSize_t(((const linear_object *)self)->nbytes);
-}
-
-static PyGetSetDef linear_getset[] = {
-    {"nbytes", linear_nbytes, NULL,
-     "Bytes of the parameters that this was made from; packed, they take about as many again.", NULL},
-    {NULL, NULL, NULL, NULL, NULL},
+static PyMemberDef linear_members[] = {
+    {"nbytes", T_PYSSIZET, offsetof(linear_object, nbytes), READONLY,
+     "Bytes of the parameters that this was made from; packed, they take about as many again."},
+    {NULL, 0, 0, 0, NULL},
 };
 
 PyDoc_STRVAR(linear_doc, "Linear(dtype, weight, bias, /)\n--\n\n"
@@ -106,7 +100,7 @@ static PyType_Slot linear_slots[] = {
     {Py_tp_doc, (void *)linear_doc},
     {Py_tp_new, linear_new},
     {Py_tp_dealloc, linear_dealloc},
-    {Py_tp_getset, linear_getset},
+    {Py_tp_members, linear_members},
     {0, NULL},
 };
 
@@ -207,8 +201,8 @@ int collect_activation(PyObject *object, mha_activation *activation)
         mha_activation activation;
     } known[] = {{"relu", MHA_RELU}, {"gelu", MHA_GELU}, {"gelu_tanh", MHA_GELU_TANH}, {"silu", MHA_SILU},
                  {"quick_gelu", MHA_QUICK_GELU}};
-    for (size_t i = 0; PyUnicode_Check(object) && i < sizeof known / sizeof *known; i++)
-        if (PyUnicode_CompareWithASCIIString(object, known[i].name) == 0) {
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (is_text(object, known[i].name)) {
             *activation = known[i].activation;
             return 0;
         }

@@ -13,7 +13,7 @@ typedef struct {
     mha_linear *packed;
     mha_dtype dtype;
     npy_intp features, depth;
-    size_t nbytes; /* of the parameters that it was made from */
+    Py_ssize_t nbytes; /* of the parameters that it was made from */
 } linear_object;
 
 extern PyType_Spec linear_type_spec;

@@ -29,9 +29,9 @@ static PyObject *forward(PyObject *module, PyObject *const *objects, Py_ssize_t 
     call_arguments arguments = {0};
     PyObject *result = NULL;
 
-    if (count != ARGUMENT_STATIC_K && count != ARGUMENT_COUNT) {
-        PyErr_Format(PyExc_TypeError, "forward expected %d or %d arguments, got %zd", (int)ARGUMENT_STATIC_K,
-                     (int)ARGUMENT_COUNT, count);
+    if (count != CALL_COUNT && count != FORWARD_COUNT) {
+        PyErr_Format(PyExc_TypeError, "forward expected %d or %d arguments, got %zd", (int)CALL_COUNT,
+                     (int)FORWARD_COUNT, count);
         goto done;
     }
     if (collect_arguments(state, objects, count, &arguments) < 0 || check_arguments(&arguments) < 0) {

@@ -38,6 +38,12 @@ typedef struct {
     double usable_cpus_time;
 } module_state;
 
+/* Whether an object is this text. */
+static inline bool is_text(PyObject *object, const char *text)
+{
+    return PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, text) == 0;
+}
+
 /* Seconds on a clock that never goes back. */
 static inline double monotonic_seconds(void)
 {

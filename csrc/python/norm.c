@@ -98,14 +98,6 @@ static int collect_eps(PyObject *object, norm_arguments *arguments)
     return -1;
 }
 
-static int collect_parameter(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
-{
-    if (object == Py_None)
-        return 0;
-    *array = array_from_object(state, object, name);
-    return *array == NULL ? -1 : 0;
-}
-
 /* Whether the numbers of the last axes are adjacent and aligned. Also true of arrays without numbers. */
 static bool has_adjacent_axes(PyArrayObject *array, int axes)
 {
@@ -145,12 +137,10 @@ static int collect(const module_state *state, PyObject *const *objects, norm_arg
     const int is_rms = PyObject_IsTrue(objects[ARGUMENT_IS_RMS]);
     arguments->call.is_rms = is_rms > 0;
     if (is_rms < 0 || collect_shape(objects[ARGUMENT_NORMALIZED_SHAPE], arguments) < 0 ||
-        collect_eps(objects[ARGUMENT_EPS], arguments) < 0)
-        return -1;
-    arguments->input = array_from_object(state, objects[ARGUMENT_INPUT], "input");
-    if (arguments->input == NULL ||
-        collect_parameter(state, objects[ARGUMENT_WEIGHT], "weight", &arguments->weight) < 0 ||
-        collect_parameter(state, objects[ARGUMENT_BIAS], "bias", &arguments->bias) < 0)
+        collect_eps(objects[ARGUMENT_EPS], arguments) < 0 ||
+        collect_array(state, objects[ARGUMENT_INPUT], "input", &arguments->input) < 0 ||
+        collect_optional(state, objects[ARGUMENT_WEIGHT], "weight", &arguments->weight) < 0 ||
+        collect_optional(state, objects[ARGUMENT_BIAS], "bias", &arguments->bias) < 0)
         return -1;
     return make_readable(arguments);
 }

@@ -117,7 +117,7 @@ static int make_readable(sdpa_arguments *arguments)
 static int collect(const module_state *state, PyObject *const *objects, sdpa_arguments *arguments)
 {
     mha_sdpa_call *call = &arguments->call;
-    PyObject *attn_mask = objects[ARGUMENT_ATTN_MASK], *scale = objects[ARGUMENT_SCALE];
+    PyObject *scale = objects[ARGUMENT_SCALE];
     arguments->has_scale = scale != Py_None;
     if (collect_double(objects[ARGUMENT_DROPOUT_P], "dropout_p", &arguments->dropout_p) < 0 ||
         collect_bool(objects[ARGUMENT_IS_CAUSAL], "is_causal", &call->is_causal) < 0 ||
@@ -129,38 +129,14 @@ static int collect(const module_state *state, PyObject *const *objects, sdpa_arg
         return -1;
     if (collect_array(state, objects[ARGUMENT_QUERY], "query", &arguments->query) < 0 ||
         collect_array(state, objects[ARGUMENT_KEY], "key", &arguments->key) < 0 ||
-        collect_array(state, objects[ARGUMENT_VALUE], "value", &arguments->value) < 0)
-        return -1;
-    if (attn_mask != Py_None) {
-        arguments->attn_mask = mask_from_object(state, attn_mask, "attn_mask");
-        if (arguments->attn_mask == NULL)
-            return -1;
-    }
-    if (out_from_object(objects[ARGUMENT_OUT], &arguments->out) < 0)
+        collect_array(state, objects[ARGUMENT_VALUE], "value", &arguments->value) < 0 ||
+        collect_mask(state, objects[ARGUMENT_ATTN_MASK], "attn_mask", &arguments->attn_mask) < 0 ||
+        out_from_object(objects[ARGUMENT_OUT], &arguments->out) < 0)
         return -1;
     return make_readable(arguments);
 }
 
 /* ---- torch's checks ---- */
-
-/* The name of the dtype in C++, as some of torch's messages have it. */
-static const char *cpp_type_name(PyArrayObject *array)
-{
-    static const struct {
-        char kind;
-        int item_size;
-        const char *name;
-    } names[] = {
-        {'b', 1, "bool"},          {'i', 1, "signed char"}, {'i', 2, "short int"}, {'i', 4, "int"},
-        {'i', 8, "long int"},      {'u', 1, "unsigned char"}, {'f', 2, "c10::Half"}, {'f', 4, "float"},
-        {'f', 8, "double"},        {'c', 8, "c10::complex<float>"}, {'c', 16, "c10::complex<double>"},
-    };
-    const PyArray_Descr *descr = PyArray_DESCR(array);
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (names[i].kind == descr->kind && names[i].item_size == PyArray_ITEMSIZE(array))
-            return names[i].name;
-    return array_has_dtype(array, MHA_BFLOAT16) ? "c10::BFloat16" : torch_type_name(array);
-}
 
 static int check_supported(const sdpa_arguments *arguments)
 {

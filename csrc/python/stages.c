@@ -24,7 +24,7 @@ static int prepare(module_state *state, PyObject *const *objects, Py_ssize_t cou
         return -1;
     }
     arguments->without_output = true;
-    return collect_arguments(state, objects, ARGUMENT_STATIC_K, arguments) < 0 || check_arguments(arguments) < 0 ||
+    return collect_arguments(state, objects, CALL_COUNT, arguments) < 0 || check_arguments(arguments) < 0 ||
                    prepare_call(arguments) < 0
                ? -1
                : 0;
@@ -35,7 +35,7 @@ PyObject *scores(PyObject *module, PyObject *const *objects, Py_ssize_t count)
     module_state *state = PyModule_GetState(module);
     call_arguments arguments = {0};
     PyObject *result = NULL;
-    if (prepare(state, objects, count, ARGUMENT_STATIC_K, &arguments) < 0)
+    if (prepare(state, objects, count, CALL_COUNT, &arguments) < 0)
         goto done;
     if (arguments.call.wanted != MHA_WANT_PROBABILITIES) {
         PyErr_SetString(PyExc_ValueError, "scores are those of each head: they stand in for its weights");
@@ -70,8 +70,8 @@ PyObject *attend(PyObject *module, PyObject *const *objects, Py_ssize_t count)
     call_arguments arguments = {0};
     PyArrayObject *context = NULL;
     PyObject *result = NULL;
-    if (prepare(state, objects, count, ARGUMENT_STATIC_K + 1, &arguments) < 0 ||
-        read_paths(objects[ARGUMENT_STATIC_K], &arguments) < 0)
+    if (prepare(state, objects, count, CALL_COUNT + 1, &arguments) < 0 ||
+        read_paths(objects[CALL_COUNT], &arguments) < 0)
         goto done;
     const mha_widths *widths = &arguments.weights->widths;
     const npy_intp shape[] = {(npy_intp)arguments.call.N, (npy_intp)arguments.call.L,
@@ -94,7 +94,7 @@ PyObject *takes_few_queries(PyObject *module, PyObject *const *objects, Py_ssize
 {
     call_arguments arguments = {0};
     PyObject *paths = NULL;
-    if (prepare(PyModule_GetState(module), objects, count, ARGUMENT_STATIC_K, &arguments) == 0) {
+    if (prepare(PyModule_GetState(module), objects, count, CALL_COUNT, &arguments) == 0) {
         const npy_intp N = (npy_intp)arguments.call.N;
         paths = PyArray_SimpleNew(1, &N, NPY_BOOL);
     }
@@ -113,7 +113,7 @@ static int read_input(PyObject *object, mha_input *input)
 {
     static const char *const names[] = {[MHA_QUERY] = "query", [MHA_KEY] = "key", [MHA_VALUE] = "value"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, names[i]) == 0) {
+        if (is_text(object, names[i])) {
             *input = (mha_input)i;
             return 0;
         }
@@ -165,8 +165,9 @@ PyObject *project(PyObject *module, PyObject *const *objects, Py_ssize_t count)
         PyErr_SetString(PyExc_TypeError, "project expected Weights, the name of an input, the input, and a flag");
         return NULL;
     }
-    const int batch_first = PyObject_IsTrue(objects[PROJECT_BATCH_FIRST]);
-    if (batch_first < 0 || read_input(objects[PROJECT_INPUT], &job.input) < 0)
+    bool batch_first;
+    if (collect_flag(objects[PROJECT_BATCH_FIRST], "batch_first", &batch_first) < 0 ||
+        read_input(objects[PROJECT_INPUT], &job.input) < 0)
         return NULL;
     const weights_object *weights = (const weights_object *)objects[PROJECT_WEIGHTS];
     const size_t depths[] = {weights->widths.E, weights->widths.Ek, weights->widths.Ev};

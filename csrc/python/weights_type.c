@@ -7,6 +7,9 @@
  */
 #include "weights_type.h"
 
+#include <stddef.h>
+#include <structmember.h>
+
 #include "arrays.h"
 #include "run.h"
 
@@ -148,13 +151,13 @@ static int collect(weights_arguments *given, PyObject *const *objects)
     return 0;
 }
 
-static size_t count_bytes(const weights_arguments *given)
+static Py_ssize_t count_bytes(const weights_arguments *given)
 {
     const weight_arrays *const weights[] = {&given->q_weight, &given->k_weight, &given->v_weight, &given->out_weight};
     PyArrayObject *const others[] = {given->in_bias, given->bias_k, given->bias_v, given->out_bias};
-    size_t bytes = 0;
+    Py_ssize_t bytes = 0;
     for (size_t i = 0; i < 4; i++)
-        bytes += weight_nbytes(weights[i]) + (others[i] == NULL ? 0 : (size_t)PyArray_NBYTES(others[i]));
+        bytes += weight_nbytes(weights[i]) + (others[i] == NULL ? 0 : PyArray_NBYTES(others[i]));
     return bytes;
 }
 
@@ -195,13 +198,10 @@ static mha_status pack(weights_object *self, const weights_arguments *given)
     const size_t numbers_of_weights = widths->H * widths->D * widths->E +
                                       widths->Hkv * (widths->D * widths->Ek + widths->Dv * widths->Ev) +
                                       widths->Eo * widths->H * widths->Dv;
-    if (numbers_of_weights <= PACK_WITHOUT_GIL)
-        return mha_layer_create(widths, self->dtype, &parameters, &self->packed);
-
-    mha_status status;
-    Py_BEGIN_ALLOW_THREADS;
-    status = mha_layer_create(widths, self->dtype, &parameters, &self->packed);
-    Py_END_ALLOW_THREADS;
+    PyThreadState *const thread = numbers_of_weights > PACK_WITHOUT_GIL ? PyEval_SaveThread() : NULL;
+    const mha_status status = mha_layer_create(widths, self->dtype, &parameters, &self->packed);
+    if (thread != NULL)
+        PyEval_RestoreThread(thread);
     return status;
 }
 
@@ -260,16 +260,10 @@ static void weights_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-static PyObject *weights_nbytes(PyObject *self, void *closure)
-{
-    (void)closure;
-    return PyLong_FromSize_t(((const weights_object *)self)->nbytes);
-}
-
-static PyGetSetDef weights_getset[] = {
-    {"nbytes", weights_nbytes, NULL,
-     "Bytes of the parameters that this was made from; packed, they take about as many again.", NULL},
-    {NULL, NULL, NULL, NULL, NULL},
+static PyMemberDef weights_members[] = {
+    {"nbytes", T_PYSSIZET, offsetof(weights_object, nbytes), READONLY,
+     "Bytes of the parameters that this was made from; packed, they take about as many again."},
+    {NULL, 0, 0, 0, NULL},
 };
 
 PyDoc_STRVAR(weights_doc,
@@ -290,7 +284,7 @@ static PyType_Slot weights_slots[] = {
     {Py_tp_doc, (void *)weights_doc},
     {Py_tp_new, weights_new},
     {Py_tp_dealloc, weights_dealloc},
-    {Py_tp_getset, weights_getset},
+    {Py_tp_members, weights_members},
     {0, NULL},
 };
 

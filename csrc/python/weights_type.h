@@ -17,7 +17,7 @@ typedef struct {
     mha_dtype dtype;
     PyArray_Descr *descr; /* the same for NumPy */
     bool has_bias_kv;
-    size_t nbytes; /* of the parameters that it was made from */
+    Py_ssize_t nbytes; /* of the parameters that it was made from */
 } weights_object;
 
 extern PyType_Spec weights_type_spec;
