@@ -153,16 +153,6 @@ static void describe_masks(call_arguments *arguments)
     }
 }
 
-static bool is_apart_from_inputs(const call_arguments *arguments, PyArrayObject *array)
-{
-    PyArrayObject *const inputs[] = {arguments->query, arguments->key, arguments->value, arguments->attn_mask,
-                                     arguments->key_padding_mask, arguments->static_k, arguments->static_v};
-    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
-        if (arrays_may_overlap(array, inputs[i]))
-            return false;
-    return true;
-}
-
 /* Makes the output, without a batch axis if the inputs have none. It is out= itself if the core can write to it. */
 static int make_output(call_arguments *arguments)
 {
@@ -171,11 +161,13 @@ static int make_output(call_arguments *arguments)
     const bool batch_first = arguments->batch_first || !arguments->is_batched;
     const npy_intp shape[] = {batch_first ? N : L, batch_first ? L : N, Eo};
     const int skip = arguments->is_batched ? 0 : 1, ndim = 3 - skip;
+    PyArrayObject *const inputs[] = {arguments->query, arguments->key, arguments->value, arguments->attn_mask,
+                                     arguments->key_padding_mask, arguments->static_k, arguments->static_v};
 
     if (arguments->out != NULL && check_out(arguments->out, arguments->weights->dtype, ndim, shape + skip) < 0)
         return -1;
     if (arguments->out != NULL && !mha_is_half(arguments->weights->dtype) && PyArray_ISCARRAY(arguments->out) &&
-        is_apart_from_inputs(arguments, arguments->out))
+        is_apart(arguments->out, inputs, sizeof inputs / sizeof *inputs))
         arguments->output = (PyArrayObject *)Py_NewRef((PyObject *)arguments->out);
     else
         arguments->output = new_array(ndim, shape + skip, arguments->weights->dtype);

@@ -247,6 +247,17 @@ bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape)
     return PyArray_NDIM(array) == ndim && PyArray_CompareLists(PyArray_DIMS(array), shape, ndim);
 }
 
+int raise_wrong_shape(PyArrayObject *array, const char *name, int ndim, const npy_intp *shape)
+{
+    PyObject *expected = PyArray_IntTupleFromIntp(ndim, shape);
+    PyObject *actual = PyArray_IntTupleFromIntp(PyArray_NDIM(array), PyArray_DIMS(array));
+    if (expected != NULL && actual != NULL)
+        PyErr_Format(PyExc_ValueError, "%s must have the shape %R, not %R", name, expected, actual);
+    Py_XDECREF(expected);
+    Py_XDECREF(actual);
+    return -1;
+}
+
 PyObject *shape_as_list(int ndim, const npy_intp *shape)
 {
     PyObject *tuple = PyArray_IntTupleFromIntp(ndim, shape);
@@ -270,14 +281,18 @@ static void find_bounds(PyArrayObject *array, uintptr_t *begin, uintptr_t *end)
     }
 }
 
-bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b)
+bool is_apart(PyArrayObject *array, PyArrayObject *const *others, size_t count)
 {
-    uintptr_t begin_a, end_a, begin_b, end_b;
-    if (a == NULL || b == NULL)
-        return false;
-    find_bounds(a, &begin_a, &end_a);
-    find_bounds(b, &begin_b, &end_b);
-    return begin_a < end_b && begin_b < end_a;
+    uintptr_t begin, end, other_begin, other_end;
+    find_bounds(array, &begin, &end);
+    for (size_t i = 0; i < count; i++) {
+        if (others[i] == NULL)
+            continue;
+        find_bounds(others[i], &other_begin, &other_end);
+        if (begin < other_end && other_begin < end)
+            return false;
+    }
+    return true;
 }
 
 int collect_array(const module_state *state, PyObject *object, const char *name, PyArrayObject **array)
@@ -468,14 +483,5 @@ int check_out(PyArrayObject *out, mha_dtype dtype, int ndim, const npy_intp *sha
                      (PyObject *)PyArray_DESCR(out));
         return -1;
     }
-    if (!array_has_shape(out, ndim, shape)) {
-        PyObject *expected = PyArray_IntTupleFromIntp(ndim, shape);
-        PyObject *actual = PyArray_IntTupleFromIntp(PyArray_NDIM(out), PyArray_DIMS(out));
-        if (expected != NULL && actual != NULL)
-            PyErr_Format(PyExc_ValueError, "out must have the shape %R, not %R", expected, actual);
-        Py_XDECREF(expected);
-        Py_XDECREF(actual);
-        return -1;
-    }
-    return 0;
+    return array_has_shape(out, ndim, shape) ? 0 : raise_wrong_shape(out, "out", ndim, shape);
 }

@@ -46,6 +46,9 @@ const char *cpp_type_name(PyArrayObject *array);
 
 bool array_has_shape(PyArrayObject *array, int ndim, const npy_intp *shape);
 
+/* Raises a ValueError: the array has another shape than this one. Returns -1. */
+int raise_wrong_shape(PyArrayObject *array, const char *name, int ndim, const npy_intp *shape);
+
 /* A new list of a shape's sizes, which prints as torch's shapes do in most messages. */
 PyObject *shape_as_list(int ndim, const npy_intp *shape);
 
@@ -70,8 +73,9 @@ mha_weight weight_of(const weight_arrays *weight);
 /* Bytes of their numbers as they are multiplied. */
 Py_ssize_t weight_nbytes(const weight_arrays *weight);
 
-/* Whether the memory of two arrays, from the first to the last byte, may overlap. False if one is NULL. */
-bool arrays_may_overlap(PyArrayObject *a, PyArrayObject *b);
+/* Whether the memory of an array, from its first to its last byte, is apart from that of others, some of which may be
+ * NULL. */
+bool is_apart(PyArrayObject *array, PyArrayObject *const *others, size_t count);
 
 /* The array that is given as out=, a borrowed reference; NULL for None. The exceptions of both functions are those of
  * NumPy's ufuncs: TypeError for an object that is not an array or a wrong dtype, ValueError for a read-only array or a

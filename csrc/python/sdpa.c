@@ -392,22 +392,17 @@ static void describe_mask(sdpa_arguments *arguments)
     call->mask.stride_s = stride_of(mask, 1);
 }
 
-static bool is_apart_from_inputs(const sdpa_arguments *arguments, PyArrayObject *array)
-{
-    return !arrays_may_overlap(array, arguments->query) && !arrays_may_overlap(array, arguments->key) &&
-           !arrays_may_overlap(array, arguments->value) && !arrays_may_overlap(array, arguments->attn_mask);
-}
-
 /* In out= itself, where the core can write it. */
 static PyArrayObject *make_output(const sdpa_arguments *arguments)
 {
     const shape *result = &arguments->result;
     const mha_dtype dtype = arguments->dtype;
     PyArrayObject *out = arguments->out;
+    PyArrayObject *const inputs[] = {arguments->query, arguments->key, arguments->value, arguments->attn_mask};
     if (out != NULL && check_out(out, dtype, result->ndim, result->dims) < 0)
         return NULL;
     if (out != NULL && !mha_is_half(dtype) && PyArray_ISNOTSWAPPED(out) && is_readable(out, true) &&
-        is_apart_from_inputs(arguments, out))
+        is_apart(out, inputs, sizeof inputs / sizeof *inputs))
         return (PyArrayObject *)Py_NewRef((PyObject *)out);
     return new_array(result->ndim, result->dims, dtype);
 }

@@ -53,32 +53,16 @@ static int check_counts(const weights_arguments *given)
     return 0;
 }
 
-static int raise_shape(const parameter *expected)
-{
-    PyArrayObject *array = expected->array;
-    const int ndim = PyArray_NDIM(array);
-    npy_intp shape[3];
-    for (int i = 0; i < expected->ndim; i++) /* a length that may be any is shown as it is */
-        shape[i] = expected->shape[i] == -1 && ndim == expected->ndim ? PyArray_DIM(array, i) : expected->shape[i];
-
-    PyObject *expected_tuple = PyArray_IntTupleFromIntp(expected->ndim, shape);
-    PyObject *tuple = PyArray_IntTupleFromIntp(ndim, PyArray_DIMS(array));
-    if (expected_tuple != NULL && tuple != NULL)
-        PyErr_Format(PyExc_ValueError, "%s must have the shape %R, not %R", expected->name, expected_tuple, tuple);
-    Py_XDECREF(expected_tuple);
-    Py_XDECREF(tuple);
-    return -1;
-}
-
 static int check_shape(const parameter *expected)
 {
     PyArrayObject *array = expected->array;
+    const int ndim = expected->ndim;
     if (array == NULL)
         return 0;
-    bool fits = PyArray_NDIM(array) == expected->ndim;
-    for (int i = 0; fits && i < expected->ndim; i++)
-        fits = expected->shape[i] == -1 || expected->shape[i] == PyArray_DIM(array, i);
-    return fits ? 0 : raise_shape(expected);
+    npy_intp shape[3];
+    for (int i = 0; i < ndim; i++) /* a length that may be any is the array's */
+        shape[i] = expected->shape[i] == -1 && PyArray_NDIM(array) == ndim ? PyArray_DIM(array, i) : expected->shape[i];
+    return array_has_shape(array, ndim, shape) ? 0 : raise_wrong_shape(array, expected->name, ndim, shape);
 }
 
 static int check_dtype(const weights_arguments *given)
