@@ -144,7 +144,7 @@ def missing_statements(text: str) -> Iterator[Edit]:
             yield found.end(), end, ""
 
 
-SYMMETRIC = ["mha_smaller(", "mha_larger(", "mha_is_same_walk(", "arrays_may_overlap("]  # their two arguments are alike
+SYMMETRIC = ["mha_smaller(", "mha_larger(", "mha_is_same_walk("]  # their two arguments are alike
 
 
 def exchanged_arguments(text: str) -> Iterator[Edit]:
@@ -224,7 +224,7 @@ UNSEEN = [
     Unseen("spare", "", r"-> .*(bytes > LARGE|taken < MAX_SPARE)", "which memory is kept, at one size"),
     Unseen("spare", r"offer\(\)", r"-> .*h->bytes (- MHA_HUGE|\+ MHA_HUGE_PAGE - 2)", "how many pages are offered"),
     Unseen("projection", r"take_slice\(\)", r"^run\.distance = .* -> +;", "whether a single row is copied"),
-    Unseen("projection", "", r"-> .*PANELS_PER_POLL != PANELS", "how often it asks whether to stop"),
+    Unseen("projection", "", r"-> .*PANELS_PER_POLL <= next", "how often it asks whether to stop"),
     Unseen("schedule", r"run_scheduled\(\)", r"-> .*chunks (>= 1|> 2) \?", "how threads share the work"),
     Unseen("threads", r"sleep_while\(\)", r"-> .*NULL, NULL, 1\)", "an argument that FUTEX_WAIT ignores"),
     Unseen("threads", r"withdraw\(\)", r"-> .*gate == 0 && changes_soon", "how long the caller waits before it sleeps"),
