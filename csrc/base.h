@@ -39,6 +39,13 @@ static inline size_t mha_size_of(mha_dtype type)
 /* What a feed-forward network does to each number; GELU_TANH is gelu's approximation by tanh. */
 typedef enum { MHA_RELU = 0, MHA_GELU, MHA_GELU_TANH, MHA_SILU, MHA_QUICK_GELU } mha_activation;
 
+/* How rows of some width are normalized; kernels.h has the formula. */
+typedef struct {
+    const void *weight, *bias; /* [width]; NULL: none */
+    double eps;
+    bool is_rms; /* no mean is subtracted */
+} mha_norm;
+
 /* What the elements of a mask are. */
 typedef enum {
     MHA_MASK_NONE = 0,

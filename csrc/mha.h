@@ -60,13 +60,6 @@ mha_status mha_linear_create(mha_dtype dtype, size_t features, size_t depth, con
                              mha_linear **linear);
 void mha_linear_destroy(mha_linear *linear); /* NULL is allowed */
 
-/* A norm over E features. */
-typedef struct {
-    const void *weight, *bias; /* (E); NULL: none */
-    double eps;
-    bool is_rms; /* no mean is subtracted */
-} mha_norm;
-
 /* What a layer of a Transformer does besides attention. Rows x of the query become
  *
  *      y = attention_norm(x + attention(x))      output = feed_forward_norm(y + feed_forward(y))
@@ -80,7 +73,7 @@ typedef struct {
     bool is_self_attention; /* keys and values are the query's rows: they are normalized with it if norms come first */
     /* Of self-attention: rows that the padding hides as keys are 0. They are not computed where that is possible. */
     bool zeroes_padding;
-    mha_norm attention_norm, feed_forward_norm;
+    mha_norm attention_norm, feed_forward_norm; /* over E features */
     const mha_linear *linear1, *linear2; /* NULL: the output is y */
     mha_activation activation;
     bool is_gated;

@@ -57,8 +57,7 @@ static void normalize_task(void *context, size_t task, size_t worker)
     const ptrdiff_t size = (ptrdiff_t)loop->kernels->size, width = (ptrdiff_t)call->width;
     const size_t first = task * loop->rows_per_task, end = mha_smaller(first + loop->rows_per_task, loop->rows);
     mha_norm_rows rows = {.width = call->width, .x_row = call->axes > 0 ? call->distance[call->axes - 1] / size : 0,
-                          .y_row = width, .weight = call->weight, .bias = call->bias, .eps = call->eps,
-                          .is_rms = call->is_rms};
+                          .y_row = width, .norm = call->norm};
     for (size_t row = first; row < end; row += rows.rows) {
         size_t run;
         rows.x = find_row(call, row, &run);

@@ -16,10 +16,8 @@ typedef struct {
     const ptrdiff_t *distance; /* [axes], in bytes */
     size_t width;
     const void *x;
-    const void *weight, *bias; /* [width]; NULL: none */
-    double eps;
-    bool is_rms; /* no mean is subtracted */
-    void *y;     /* C-contiguous (axes..., width); it overlaps nothing else */
+    mha_norm norm;
+    void *y; /* C-contiguous (axes..., width); it overlaps nothing else */
 
     size_t threads; /* at least 1 */
     mha_stop stop;

@@ -65,8 +65,7 @@ static void residual_task(void *context, size_t task, size_t worker)
                             s->width);
         const mha_norm_rows norm = {.rows = rows, .width = s->width, .x = sum.data,
                                     .x_row = sum.distance / (ptrdiff_t)size, .y = y.data,
-                                    .y_row = y.distance / (ptrdiff_t)size, .weight = s->norm->weight,
-                                    .bias = s->norm->bias, .eps = s->norm->eps, .is_rms = s->norm->is_rms};
+                                    .y_row = y.distance / (ptrdiff_t)size, .norm = *s->norm};
         if (s->y)
             s->kernels->normalize(&norm);
     }

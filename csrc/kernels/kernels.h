@@ -151,9 +151,7 @@ typedef struct {
     ptrdiff_t x_row; /* the distance between rows */
     void *y;
     ptrdiff_t y_row;
-    const void *weight, *bias; /* [width]; NULL: none */
-    double eps;
-    bool is_rms;
+    mha_norm norm;
 } mha_norm_rows;
 
 typedef struct mha_kernels {
@@ -214,7 +212,7 @@ typedef struct mha_kernels {
     /* context = softmax(scale q k^T) v. The bits are those of calling the functions above in order. */
     void (*attend_handful)(const mha_handful *handful);
 
-    void (*normalize)(const mha_norm_rows *norm);
+    void (*normalize)(const mha_norm_rows *rows);
 
     /* n halves of this type to float32, and back: rounded to the nearest, ties to even. NaN stays NaN, with its sign
      * and the bits that fit. Both tables of an instruction set have the same functions. */

@@ -135,11 +135,11 @@ INLINE VEC V(normal)(VEC x, const V(moments) *m, VEC weight, VEC bias, const boo
 }
 
 /* The flags are constants in every copy. */
-INLINE void V(write_row)(const mha_norm_rows *norm, const REAL *x, REAL *y, const V(moments) *m, const bool is_rms,
+INLINE void V(write_row)(const mha_norm_rows *rows, const REAL *x, REAL *y, const V(moments) *m, const bool is_rms,
                          const bool has_weight, const bool has_bias)
 {
-    const REAL *weight = norm->weight, *bias = norm->bias;
-    const size_t width = norm->width;
+    const REAL *weight = rows->norm.weight, *bias = rows->norm.bias;
+    const size_t width = rows->width;
     const VEC zero = V(splat)(0);
     size_t i = 0;
     for (; i + LANES <= width; i += LANES) {
@@ -160,29 +160,30 @@ INLINE void V(write_row)(const mha_norm_rows *norm, const REAL *x, REAL *y, cons
 }
 
 /* All rows, by the copy of write_row() that the parameters ask for. */
-INLINE void V(normalize_rows)(const mha_norm_rows *norm, const bool is_rms)
+INLINE void V(normalize_rows)(const mha_norm_rows *rows, const bool is_rms)
 {
-    const REAL *x = norm->x;
-    REAL *y = norm->y;
-    for (size_t row = 0; row < norm->rows; row++, x += norm->x_row, y += norm->y_row) {
-        const V(moments) m = V(moments_of)(x, norm->width, norm->eps, is_rms);
+    const mha_norm *norm = &rows->norm;
+    const REAL *x = rows->x;
+    REAL *y = rows->y;
+    for (size_t row = 0; row < rows->rows; row++, x += rows->x_row, y += rows->y_row) {
+        const V(moments) m = V(moments_of)(x, rows->width, norm->eps, is_rms);
         if (norm->weight && norm->bias)
-            V(write_row)(norm, x, y, &m, is_rms, true, true);
+            V(write_row)(rows, x, y, &m, is_rms, true, true);
         else if (norm->weight)
-            V(write_row)(norm, x, y, &m, is_rms, true, false);
+            V(write_row)(rows, x, y, &m, is_rms, true, false);
         else if (norm->bias)
-            V(write_row)(norm, x, y, &m, is_rms, false, true);
+            V(write_row)(rows, x, y, &m, is_rms, false, true);
         else
-            V(write_row)(norm, x, y, &m, is_rms, false, false);
+            V(write_row)(rows, x, y, &m, is_rms, false, false);
     }
 }
 
-static void V(normalize)(const mha_norm_rows *norm)
+static void V(normalize)(const mha_norm_rows *rows)
 {
-    if (norm->is_rms)
-        V(normalize_rows)(norm, true);
+    if (rows->norm.is_rms)
+        V(normalize_rows)(rows, true);
     else
-        V(normalize_rows)(norm, false);
+        V(normalize_rows)(rows, false);
 }
 
 #undef NORM_VECTORS

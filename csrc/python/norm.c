@@ -39,7 +39,7 @@ typedef struct {
 
 static const char *function_name(const norm_arguments *arguments)
 {
-    return arguments->call.is_rms ? "rms_norm" : "layer_norm";
+    return arguments->call.norm.is_rms ? "rms_norm" : "layer_norm";
 }
 
 static int raise_shape_type(const norm_arguments *arguments, PyObject *object)
@@ -86,15 +86,15 @@ static int collect_shape(PyObject *object, norm_arguments *arguments)
 /* None is the machine's epsilon, and rms_norm alone has that default. */
 static int collect_eps(PyObject *object, norm_arguments *arguments)
 {
-    arguments->has_eps = object != Py_None || !arguments->call.is_rms;
+    arguments->has_eps = object != Py_None || !arguments->call.norm.is_rms;
     if (!arguments->has_eps)
         return 0;
-    arguments->call.eps = PyFloat_AsDouble(object);
+    arguments->call.norm.eps = PyFloat_AsDouble(object);
     if (!PyErr_Occurred())
         return 0;
     if (PyErr_ExceptionMatches(PyExc_TypeError))
         PyErr_Format(PyExc_TypeError, "%s(): argument 'eps' (position %d) must be float, not %s",
-                     function_name(arguments), arguments->call.is_rms ? 4 : 5, Py_TYPE(object)->tp_name);
+                     function_name(arguments), arguments->call.norm.is_rms ? 4 : 5, Py_TYPE(object)->tp_name);
     return -1;
 }
 
@@ -135,7 +135,7 @@ static int make_readable(norm_arguments *arguments)
 static int collect(const module_state *state, PyObject *const *objects, norm_arguments *arguments)
 {
     const int is_rms = PyObject_IsTrue(objects[ARGUMENT_IS_RMS]);
-    arguments->call.is_rms = is_rms > 0;
+    arguments->call.norm.is_rms = is_rms > 0;
     if (is_rms < 0 || collect_shape(objects[ARGUMENT_NORMALIZED_SHAPE], arguments) < 0 ||
         collect_eps(objects[ARGUMENT_EPS], arguments) < 0 ||
         collect_array(state, objects[ARGUMENT_INPUT], "input", &arguments->input) < 0 ||
@@ -170,7 +170,7 @@ static int raise_input_shape(const norm_arguments *arguments)
     if (shape != NULL && sizes != NULL)
         PyErr_Format(PyExc_RuntimeError,
                      "Given normalized_shape=%U, expected input with shape [*%s%U, but got input of size%R", text,
-                     arguments->call.is_rms ? "" : ", ", sizes, shape); /* commas and blanks are torch's */
+                     arguments->call.norm.is_rms ? "" : ", ", sizes, shape); /* commas and blanks are torch's */
     Py_XDECREF(expected);
     Py_XDECREF(shape);
     Py_XDECREF(text);
@@ -193,7 +193,7 @@ static int check_shapes(const norm_arguments *arguments)
         return raise_parameter_shape(arguments, weight, "weight");
     if (bias != NULL && !array_has_shape(bias, ndim, shape))
         return raise_parameter_shape(arguments, bias, "bias");
-    if (lead < 0 && arguments->call.is_rms) {
+    if (lead < 0 && arguments->call.norm.is_rms) {
         PyErr_Format(PyExc_ValueError, "Input tensor must have at least %d dimensions, but got %d", ndim,
                      PyArray_NDIM(input));
         return -1;
@@ -232,7 +232,7 @@ static int check_dtypes(const norm_arguments *arguments)
     }
     if (!is_known) {
         PyErr_Format(PyExc_NotImplementedError, "\"%s\" not implemented for '%s'",
-                     arguments->call.is_rms ? "rms_norm" : "LayerNormKernelImpl", torch_type_name(input));
+                     arguments->call.norm.is_rms ? "rms_norm" : "LayerNormKernelImpl", torch_type_name(input));
         return -1;
     }
     if (bias != NULL && !have_one_dtype(input, bias)) {
@@ -258,7 +258,7 @@ static int prepare(norm_arguments *arguments)
     const int lead = PyArray_NDIM(input) - arguments->ndim;
     call->dtype = mha_computed_in(dtype);
     if (!arguments->has_eps)
-        call->eps = call->dtype == MHA_FLOAT64 ? DBL_EPSILON : FLT_EPSILON;
+        call->norm.eps = call->dtype == MHA_FLOAT64 ? DBL_EPSILON : FLT_EPSILON;
     call->axes = (size_t)lead;
     call->length = arguments->length;
     call->distance = arguments->distance;
@@ -268,8 +268,8 @@ static int prepare(norm_arguments *arguments)
     }
     call->width = (size_t)PyArray_MultiplyList(arguments->normalized_shape, arguments->ndim);
     call->x = PyArray_DATA(input);
-    call->weight = arguments->weight == NULL ? NULL : PyArray_DATA(arguments->weight);
-    call->bias = arguments->bias == NULL ? NULL : PyArray_DATA(arguments->bias);
+    call->norm.weight = arguments->weight == NULL ? NULL : PyArray_DATA(arguments->weight);
+    call->norm.bias = arguments->bias == NULL ? NULL : PyArray_DATA(arguments->bias);
     arguments->output = new_array(PyArray_NDIM(input), PyArray_DIMS(input), call->dtype);
     if (arguments->output == NULL)
         return -1;

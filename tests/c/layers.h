@@ -75,9 +75,7 @@ static inline void normalize_rows(mha_dtype dtype, const mha_norm *norm, size_t 
     const mha_kernels *kernels = mha_cpu_kernels(dtype);
     for (size_t r = 0; r < rows; r++) {
         const mha_norm_rows row = {.rows = 1, .width = E, .x = x + r * E * size_of(dtype),
-                                   .y = y + r * E * size_of(dtype),
-                                   .weight = norm->weight, .bias = norm->bias, .eps = norm->eps,
-                                   .is_rms = norm->is_rms};
+                                   .y = y + r * E * size_of(dtype), .norm = *norm};
         kernels->normalize(&row);
     }
 }

@@ -135,8 +135,9 @@ static void run_kernel(const bench *b, const norm_case *c, size_t rows, ptrdiff_
     const ptrdiff_t first_y = c->in_place ? first : 0;
     const mha_norm_rows norm = {
         .rows = rows, .width = c->width, .x = from + first * size, .x_row = distance, .y = to + first_y * size,
-        .y_row = y_row, .weight = c->has_weight ? copy_of(b, 2, weight, c->width) : NULL,
-        .bias = c->has_bias ? copy_of(b, 3, bias, c->width) : NULL, .eps = c->eps, .is_rms = c->is_rms};
+        .y_row = y_row,
+        .norm = {.weight = c->has_weight ? copy_of(b, 2, weight, c->width) : NULL,
+                 .bias = c->has_bias ? copy_of(b, 3, bias, c->width) : NULL, .eps = c->eps, .is_rms = c->is_rms}};
     b->k->normalize(&norm);
     for (ptrdiff_t row = 0; row < (ptrdiff_t)rows; row++)
         for (ptrdiff_t i = 0; i < width; i++) {
