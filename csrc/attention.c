@@ -77,11 +77,11 @@ static size_t padded_values(const mha_attention *a)
     return mha_divide_up(a->Dv, a->kernels->lanes) * a->kernels->lanes;
 }
 
-size_t mha_plan_panels(mha_attention *a, size_t panels)
+void mha_plan_panels(mha_attention *a, size_t panels)
 {
     const size_t P = mha_widest_panel(a), keys = mha_max_block_keys(a), size = a->kernels->size;
     mha_attention_scratch *at = &a->at;
-    mha_layout layout = {0}, one = {0};
+    mha_layout layout = {0}, state = {0};
     at->scores = mha_reserve(&layout, keys, P, size);
     at->bias = mha_reserve(&layout, keys, P, size);
     if (can_hide(a))
@@ -93,15 +93,14 @@ size_t mha_plan_panels(mha_attention *a, size_t panels)
     }
     if (a->narrow && can_hide(a))
         at->rounded = mha_reserve(&layout, keys, a->Dv, size);
-    at->states = layout.bytes;
-    at->queries = mha_reserve(&one, a->D, P, size);
-    at->out = mha_reserve(&one, a->Dv, P, size);
-    at->maximum = mha_reserve(&one, 1, P, size);
-    at->sum = mha_reserve(&one, 1, P, size);
-    at->factor = mha_reserve(&one, 1, P, size);
-    at->state_bytes = one.bytes;
-    mha_reserve(&layout, panels, one.bytes, 1);
-    return layout.bytes;
+    at->queries = mha_reserve(&state, a->D, P, size);
+    at->out = mha_reserve(&state, a->Dv, P, size);
+    at->maximum = mha_reserve(&state, 1, P, size);
+    at->sum = mha_reserve(&state, 1, P, size);
+    at->factor = mha_reserve(&state, 1, P, size);
+    at->state_bytes = state.bytes;
+    at->states = mha_reserve_copies(&layout, panels, &state);
+    at->layout = layout;
 }
 
 /* The state is filled in where it stays: a copy would wait for the stores to reach the cache. */
@@ -109,6 +108,7 @@ void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t it
                       mha_panel_state *s)
 {
     char *base = mha_scratch_of(a->team, worker), *state = base + a->at.states + i * a->at.state_bytes;
+    mha_guard(&a->at.layout, base);
     s->base = base;
     s->bias = base + a->at.bias;
     s->queries = state + a->at.queries;
@@ -594,7 +594,8 @@ size_t mha_plan_attention(mha_attention *a)
         return 0; /* its kernel has what it needs on the stack */
     a->split = mha_split_width(a->kernels, a->L);
     choose_tasks(a);
-    return mha_plan_panels(a, max_task_panels(a));
+    mha_plan_panels(a, max_task_panels(a));
+    return a->at.layout.bytes;
 }
 
 mha_status mha_attend(mha_attention *a)

@@ -32,11 +32,12 @@ typedef struct {
     size_t narrow_keys, narrow_values;         /* of a block of some heads; only if products are narrow */
     size_t narrow_exps;                        /* of a block; only if products are narrow */
     size_t rounded;                            /* [block][Dv]; only if both */
-    size_t states, state_bytes;                /* a piece for each panel of a task */
-    size_t queries, out, maximum, sum, factor; /* offsets into such a piece */
+    size_t states, state_bytes;                /* a state for each panel of a task */
+    size_t queries, out, maximum, sum, factor; /* offsets into such a state */
     size_t kept, kept_bytes;                   /* [panel][2][keys of all blocks][P]: probabilities, and scores */
     size_t probabilities;                      /* [keys of some blocks][P], in the second pass */
     size_t rows;                               /* [P][block]: transposed probabilities */
+    mha_layout layout;                         /* of all of them */
 } mha_attention_scratch;
 
 typedef struct {
@@ -139,8 +140,8 @@ static inline mha_empty_row mha_empty_row_of(const mha_attention *a)
     return a->batch->S + a->batch->extra > 0 ? a->rules->empty_row : MHA_EMPTY_ROW_ZERO;
 }
 
-/* Plans the scratch of a thread whose tasks have up to `panels` panels, and returns its size. */
-size_t mha_plan_panels(mha_attention *a, size_t panels);
+/* Plans the scratch of a thread whose tasks have up to `panels` panels. */
+void mha_plan_panels(mha_attention *a, size_t panels);
 
 /* Sets up panel i of a task. */
 void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t item, size_t h, mha_panel panel,

@@ -136,7 +136,10 @@ size_t mha_plan_few_queries(mha_few_queries *f, const mha_attention *a, const mh
 static scratch_pieces scratch_of(const mha_few_queries *f, size_t worker)
 {
     mha_layout layout = {0};
-    return take_scratch(f, mha_scratch_of(f->a->team, worker), &layout);
+    char *base = mha_scratch_of(f->a->team, worker);
+    const scratch_pieces pieces = take_scratch(f, base, &layout);
+    mha_guard(&layout, base);
+    return pieces;
 }
 
 static char *numbers_at(const mha_few_queries *f, char *numbers, size_t index)

@@ -243,41 +243,44 @@ static void second_pass_task(void *context, size_t task, size_t worker)
 
 /* ---- The plan ---- */
 
-/* Plans the scratch of tasks that keep their scores, and returns its size. */
-static size_t plan_kept(mha_attention *a)
+/* Plans the scratch of tasks that keep their scores. */
+static void plan_kept(mha_attention *a)
 {
     const size_t P = mha_widest_panel(a), size = a->kernels->size;
     const size_t panels = a->split.panels;
     const size_t wanted = mha_divide_up(panels_of_averages(a), TASKS_PER_THREAD * a->team->threads);
-    mha_layout layout = {.bytes = mha_plan_panels(a, a->tasks.kept_panels)}, one = {0};
+    mha_layout *layout = &a->at.layout, kept = {0};
+    mha_plan_panels(a, a->tasks.kept_panels);
     a->tasks.kept_tasks = even_parts(a, mha_divide_up(panels, mha_smaller(a->tasks.kept_panels, wanted)), panels);
-    mha_reserve(&one, mha_max_blocks(a) * mha_max_block_keys(a), P, size);
-    a->at.kept_bytes = 2 * one.bytes;
-    a->at.kept = mha_reserve(&layout, a->tasks.kept_panels, a->at.kept_bytes, 1);
-    a->at.rows = mha_reserve(&layout, P, MHA_BLOCK_KEYS, size);
-    return layout.bytes;
+    mha_reserve(&kept, mha_max_blocks(a) * mha_max_block_keys(a), P, size);
+    a->at.kept_bytes = 2 * kept.bytes;
+    a->at.kept = mha_reserve_copies(layout, 2 * a->tasks.kept_panels, &kept);
+    a->at.rows = mha_reserve(layout, P, MHA_BLOCK_KEYS, size);
 }
 
-/* Plans the scratch of the second pass behind that of the first, and returns the size of both. */
-static size_t plan_second_pass(mha_attention *a, size_t first_pass)
+/* Plans the scratch of the second pass behind that of the first. */
+static void plan_second_pass(mha_attention *a)
 {
     const size_t P = mha_widest_panel(a), size = a->kernels->size;
     const size_t blocks = mha_smaller(SEGMENT_BLOCKS, mha_max_blocks(a));
-    mha_layout layout = {.bytes = first_pass};
+    mha_layout *layout = &a->at.layout;
     a->tasks.segments = mha_divide_up(mha_max_blocks(a), SEGMENT_BLOCKS);
-    a->at.probabilities = mha_reserve(&layout, blocks * mha_max_block_keys(a), P, size);
-    a->at.rows = mha_reserve(&layout, P, MHA_BLOCK_KEYS, size);
-    return layout.bytes;
+    a->at.probabilities = mha_reserve(layout, blocks * mha_max_block_keys(a), P, size);
+    a->at.rows = mha_reserve(layout, P, MHA_BLOCK_KEYS, size);
 }
 
 size_t mha_plan_probabilities(mha_attention *a, mha_plan *plan)
 {
-    const size_t first_pass = mha_plan_attention(a);
+    mha_plan_attention(a);
     split_queries(a);
     const size_t statistics = a->batch->count * a->H * a->split.vectors * a->kernels->lanes;
     mha_place(plan, &a->maximum, statistics, 1, a->kernels->size);
     mha_place(plan, &a->sum, statistics, 1, a->kernels->size);
-    return a->tasks.kept_panels > 0 ? plan_kept(a) : plan_second_pass(a, first_pass);
+    if (a->tasks.kept_panels > 0)
+        plan_kept(a);
+    else
+        plan_second_pass(a);
+    return a->at.layout.bytes;
 }
 
 mha_status mha_attend_with_probabilities(mha_attention *a)

@@ -23,7 +23,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "workspace.h"
 
 enum {
     MAX_BLOCK_ROWS = 128, /* rows for which a slice of a panel is read once */
@@ -163,6 +162,7 @@ size_t mha_plan_projection(const mha_kernels *kernels, mha_projection *projectio
     p->block_at = mha_reserve(&layout, p->block_rows, row_width(p), kernels->size);
     p->strips_at = mha_reserve(&layout, waiting_strips(p), strip_size(kernels, p), kernels->size);
     p->spare_at = mha_reserve(&layout, projection->target[0].panels->narrow ? p->slice : 0, 1, kernels->size);
+    p->scratch = layout;
     return layout.bytes;
 }
 
@@ -412,9 +412,16 @@ static adjacent_panels panels_from(const mha_projection *projection, size_t i, s
     return b;
 }
 
-static copied_slice *copied_by(const projection_tasks *j, size_t worker)
+static char *scratch_of(const projection_tasks *j, const mha_projection *projection, size_t worker)
 {
-    return (copied_slice *)(void *)mha_scratch_of(j->team, worker);
+    char *scratch = mha_scratch_of(j->team, worker);
+    mha_guard(&projection->blocking.scratch, scratch);
+    return scratch;
+}
+
+static copied_slice *copied_in(char *scratch)
+{
+    return (copied_slice *)(void *)scratch;
 }
 
 /* The block of a task, and the first of its panels. Of interleaved blocks, the first tasks of all come before the
@@ -441,8 +448,8 @@ static void run_task(void *context, size_t task, size_t worker)
     const size_t first_row = mha_first_row_of_part(p->rows, p->blocks, block_index);
     const size_t rows = mha_rows_of_part(p->rows, p->blocks, block_index);
     const size_t end = mha_smaller(first_panel + p->task_panels, p->panels);
-    copied_slice *copied = copied_by(j, worker);
-    char *scratch = mha_scratch_of(j->team, worker), *block = scratch + p->block_at, *strips = scratch + p->strips_at;
+    char *scratch = scratch_of(j, projection, worker), *block = scratch + p->block_at, *strips = scratch + p->strips_at;
+    copied_slice *copied = copied_in(scratch);
     for (size_t s = 0; s < p->slices; s++) {
         sliced_rows x = {.first_row = first_row, .rows = rows, .first_feature = s * p->slice,
                          .features = mha_smaller(p->depth - s * p->slice, p->slice)};
@@ -466,6 +473,6 @@ mha_status mha_project(const mha_kernels *kernels, const mha_projection *project
     for (size_t i = 0; i < count; i++)
         tasks += projections[i].blocking.tasks;
     for (size_t worker = 0; worker < team->threads; worker++)
-        copied_by(&j, worker)->projection = NULL;
+        copied_in(scratch_of(&j, projections, worker))->projection = NULL;
     return mha_parallel_for(team, tasks, run_task, &j);
 }

@@ -8,6 +8,7 @@
 #include "panels.h"
 #include "threads.h"
 #include "walk.h"
+#include "workspace.h"
 
 enum { MHA_TARGETS = 3 };
 
@@ -57,7 +58,8 @@ typedef struct {
     /* blocks at which threads take turns, so that a thread's next task is usually on rows that it has copied */
     size_t interleaved_blocks;
     size_t tasks;
-    size_t block_at, strips_at, spare_at; /* offsets into a thread's scratch, in bytes */
+    mha_layout scratch; /* of a thread */
+    size_t block_at, strips_at, spare_at; /* offsets into it, in bytes */
 } mha_blocking;
 
 /* One input and what is made from it. Its rows are read once for all targets (q, k and v of the same input). */

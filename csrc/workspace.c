@@ -27,6 +27,7 @@ char *mha_allocate_bytes(size_t bytes)
 
 void mha_set_pointers(const mha_plan *plan, char *memory)
 {
+    mha_guard(&plan->layout, memory);
     for (size_t i = 0; i < plan->pointers; i++) {
         const char *const address = memory + plan->set[i].offset;
         memcpy(plan->set[i].pointer, &address, sizeof address);

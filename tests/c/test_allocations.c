@@ -301,6 +301,36 @@ static void test_layouts(void)
     CHECK(in_use() == before, "%ld allocations leaked", live - before);
 }
 
+/* AddressSanitizer allows the bytes of each piece, and forbids those that follow: also where other pieces were before,
+ * and in the copies of a layout. */
+static void test_red_zones(void)
+{
+#ifdef __SANITIZE_ADDRESS__
+    enum { ROUNDS = 3, PIECES = 4, COPIES = 2 };
+    char *block = mha_allocate_bytes(1 << 20);
+    for (size_t round = 0; round < ROUNDS; round++) {
+        mha_plan plan;
+        mha_layout one = {0};
+        char *piece[PIECES];
+        const size_t bytes[PIECES] = {1 + 100 * round, 64, 1000 - 300 * round, 8};
+        mha_begin_plan(&plan);
+        for (size_t i = 0; i < PIECES; i++)
+            mha_place(&plan, &piece[i], bytes[i], 1, 1);
+        const size_t in_one = mha_reserve(&one, 1, 24, 1), first = mha_reserve_copies(&plan.layout, COPIES, &one);
+        mha_set_pointers(&plan, block);
+        for (size_t i = 0; i < PIECES + COPIES; i++) {
+            char *begin = i < PIECES ? piece[i] : block + first + (i - PIECES) * one.bytes + in_one;
+            const size_t size = i < PIECES ? bytes[i] : 24;
+            DESCRIBE("round %zu, piece %zu", round, i);
+            CHECK(!__asan_region_is_poisoned(begin, size), "the piece is forbidden");
+            for (size_t beyond = 0; beyond < MHA_RED_ZONE; beyond++)
+                CHECK(__asan_address_is_poisoned(begin + size + beyond), "byte %zu behind it is allowed", beyond);
+        }
+    }
+    mha_release(block);
+#endif
+}
+
 /* ---- Workspaces of callers that are at work at once ---- */
 
 /* Each finds its own; one of those that are given back is kept, the others are freed. */
@@ -426,6 +456,7 @@ int main(void)
             test_layer(&layers[i].p, &layers[i].s, threads);
     test_parts();
     test_layouts();
+    test_red_zones();
     test_workspaces();
     test_stop();
     test_sizes();
