@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 
 from mha_c import _core
-from mha_c.advice.arguments import REFUSALS, shape_of
-from mha_c.advice.calls import advise_on_call
+from mha_c.advice.arguments import REFUSALS, add_advice, shape_of
+from mha_c.advice.calls import advice_on_call
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.norms import advise_on_norm
 from mha_c.advice.products import advise_on_product
@@ -317,16 +317,14 @@ def multi_head_attention_forward(
         )
     except REFUSALS as error:
         if static_k is None and static_v is None:  # whose lengths and batches are others
-            advise_on_call(
-                error,
+            flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
+            advice = advice_on_call(
+                flags,
                 query,
                 key,
                 value,
                 key_padding_mask,
                 attn_mask,
-                need_weights,
-                average_attn_weights,
-                is_causal,
                 num_heads=num_heads,
                 features=(embed_dim_to_check, None, None) if use_separate_proj_weight else (embed_dim_to_check,) * 3,
                 parameters=(
@@ -336,6 +334,7 @@ def multi_head_attention_forward(
                 extra_keys=(bias_k is not None) + bool(add_zero_attn),
                 batch_first=None,
             )
+            add_advice(error, advice)
         raise
 
 

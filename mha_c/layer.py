@@ -11,8 +11,8 @@ import numpy as np
 
 from mha_c import _core
 from mha_c._typing import Self
-from mha_c.advice.arguments import REFUSALS
-from mha_c.advice.calls import advise_on_call, warn_of_decoding
+from mha_c.advice.arguments import REFUSALS, add_advice
+from mha_c.advice.calls import advice_on_call, warn_of_decoding
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.dropout import RandomModule
 from mha_c.module import (
@@ -405,8 +405,9 @@ class MultiheadAttention(RandomModule):
                 self._count_dropout_call() if dropout_p > 0 else 0,
             )
         except REFUSALS as error:
-            call = (query, key, value, key_padding_mask, attn_mask, need_weights, average_attn_weights, is_causal)
-            advise_on_call(error, *call, **facts_of(self))
+            flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
+            inputs = (query, key, value, key_padding_mask, attn_mask)
+            add_advice(error, advice_on_call(flags, *inputs, **facts_of(self)))
             raise
 
     __call__ = forward
@@ -733,7 +734,7 @@ def layer_with(parameters: ParameterSet, *, add_zero_attn: bool, batch_first: bo
 
 
 def facts_of(layer: MultiheadAttention, whole: Module | None = None) -> dict[str, Any]:
-    """What `advise_on_call` needs to know about a layer, perhaps in a whole layer that was called."""
+    """What `advice_on_call` needs to know about a layer, perhaps in a whole layer that was called."""
     widths, arrays = layer._parameters.widths, layer._parameters.arrays
     return {
         "num_heads": widths.num_heads,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from mha_c.advice.arguments import (
     Advice,
     Argument,
-    add_advice,
     advice_on_integers,
     advice_on_objects,
     advice_on_tokens,
@@ -26,7 +25,7 @@ from mha_c.advice.arguments import (
 from mha_c.advice.masks import fits, meaning_of_mask
 from mha_c.parameters.dtypes import DTYPES
 
-__all__ = ["advice_on_call", "advise_on_call", "decoding_advice", "warn_of_decoding"]
+__all__ = ["advice_on_call", "decoding_advice", "warn_of_decoding"]
 
 
 def decoding_advice(length: int | str, source_length: int | str) -> str:
@@ -61,73 +60,6 @@ def warn_of_decoding(query: Any, key: Any, batch_first: bool) -> None:
         warnings.warn(f"{decoding_advice('L', 'S')}, for L queries and S keys", UserWarning, stacklevel=3)
 
 
-def advise_on_call(
-    error: Exception,
-    query: Any,
-    key: Any,
-    value: Any,
-    key_padding_mask: Any,
-    attn_mask: Any,
-    need_weights: Any,
-    average_attn_weights: Any,
-    is_causal: Any,
-    *,
-    num_heads: int,
-    features: tuple[int, int | None, int | None],
-    parameters: Iterable[Any],
-    extra_keys: int,
-    batch_first: bool | None,
-    other_dtypes: Collection[str] = (),
-) -> None:
-    """Add to the words with which a call was refused what does not fit, in NumPy's words, and what to write.
-
-    Parameters
-    ----------
-    error : Exception
-        What the call raised.
-    query, key, value, key_padding_mask, attn_mask, need_weights, average_attn_weights, is_causal
-        As they were passed.
-    num_heads : int
-        Heads.
-    features : tuple of int
-        embed_dim, kdim and vdim; None for what is not checked.
-    parameters : iterable of array, tensor or None
-        The parameters, for their dtype. If they have none in common, they are what was refused.
-    extra_keys : int
-        How many keys are appended.
-    batch_first : bool or None
-        The layer's. None: it is a function, which has none.
-    other_dtypes : collection of str, default ()
-        The dtypes to which the layer may be cast.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> error = AssertionError("was expecting embedding dimension of 8, but got 6")
-    >>> x = np.zeros((5, 3, 6), np.float32)
-    >>> layer = dict(num_heads=2, features=(8, 8, 8), parameters=[x], extra_keys=0, batch_first=False)
-    >>> advise_on_call(error, x, x, x, None, None, True, True, False, **layer)
-    >>> str(error)
-    'was expecting embedding dimension of 8, but got 6. query has 6 features, but embed_dim is 8.'
-    """
-    flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
-    advice = advice_on_call(
-        flags,
-        query,
-        key,
-        value,
-        key_padding_mask,
-        attn_mask,
-        num_heads=num_heads,
-        features=features,
-        parameters=parameters,
-        extra_keys=extra_keys,
-        batch_first=batch_first,
-        other_dtypes=other_dtypes,
-    )
-    add_advice(error, advice)
-
-
 def advice_on_call(
     flags: Mapping[str, Any],
     query: Any,
@@ -151,11 +83,21 @@ def advice_on_call(
     flags : mapping of str to object
         The arguments that are True or False.
     query, key, value, key_padding_mask, attn_mask
-        As for `advise_on_call`.
+        As they were passed.
     names : mapping of str to str, default {}
         What the caller knows as "query", "key", "value", "key_padding_mask", "attn_mask", and the widths.
-    num_heads, features, parameters, extra_keys, batch_first, other_dtypes
-        As for `advise_on_call`.
+    num_heads : int
+        Heads.
+    features : tuple of int
+        embed_dim, kdim and vdim; None for what is not checked.
+    parameters : iterable of array, tensor or None
+        The parameters, for their dtype. If they have none in common, they are what was refused.
+    extra_keys : int
+        How many keys are appended.
+    batch_first : bool or None
+        The layer's. None: it is a function, which has none.
+    other_dtypes : collection of str, default ()
+        The dtypes to which the layer may be cast.
 
     Yields
     ------

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c import _core
-from mha_c.advice.arguments import REFUSALS
-from mha_c.advice.calls import advise_on_call
+from mha_c.advice.arguments import REFUSALS, add_advice
+from mha_c.advice.calls import advice_on_call
 from mha_c.layer import MultiheadAttention, facts_of, next_dropout_call, parameters_of
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.dtypes import computed_in
@@ -151,8 +151,9 @@ class StagedCall:
         try:
             self.paths = _core.takes_few_queries(*self.arguments(self.parameters.weights))
         except REFUSALS as error:
-            call = (*self.inputs, key_padding_mask, attn_mask, need_weights, True, is_causal)
-            advise_on_call(error, *call, **facts_of(layer))
+            flags = {"need_weights": need_weights, "is_causal": is_causal}
+            inputs = (*self.inputs, key_padding_mask, attn_mask)
+            add_advice(error, advice_on_call(flags, *inputs, **facts_of(layer)))
             raise
         shapes = [as_array(one).shape for one in (query, key)]
         self.is_batched = len(shapes[0]) == 3
