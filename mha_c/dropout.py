@@ -18,11 +18,17 @@ from mha_c.parameters.checks import flag, integer, number
 from mha_c.parameters.dtypes import computed_in
 from mha_c.parameters.state_dict import check_description
 
-__all__ = ["Dropout", "RandomModule", "seeds_for"]
+__all__ = ["Dropout", "RandomModule", "as_seed", "seeds_for"]
 
 
-def _seed(name: str, value: Any) -> int:
-    """A seed of 64 bits; a random one if `value` is None."""
+def as_seed(name: str, value: Any) -> int:
+    """A seed of 64 bits; a random one if `value` is None.
+
+    Examples
+    --------
+    >>> as_seed("dropout_seed", 2**64 + 7)
+    7
+    """
     return int.from_bytes(os.urandom(8), "little") if value is None else integer(name, value) % 2**64
 
 
@@ -46,7 +52,7 @@ def seeds_for(dropout_seed: int | None, count: int) -> list[int]:
     >>> first != second and seeds_for(0, 2) == [first, second]
     True
     """
-    sequence = np.random.SeedSequence(_seed("dropout_seed", dropout_seed))
+    sequence = np.random.SeedSequence(as_seed("dropout_seed", dropout_seed))
     return [int(seed) for seed in sequence.generate_state(count, np.uint64)]
 
 
@@ -65,14 +71,14 @@ class RandomModule(Module):
     (True, False)
     """
 
-    dropout_seed = Option("dropout_seed", _seed, "Seed of the dropped numbers")
+    dropout_seed = Option("dropout_seed", as_seed, "Seed of the dropped numbers")
 
     _dropout_seed: int
     _dropout_calls: int
     _dropout_copies: int = 0
 
     def _set_up_dropout(self, dropout_seed: int | None) -> None:
-        self.dropout_seed = _seed("dropout_seed", dropout_seed)
+        self.dropout_seed = as_seed("dropout_seed", dropout_seed)
         self._dropout_calls = 0
         self._dropout_copies = 0
 

@@ -7,8 +7,6 @@ combined with `is_causal`, and `dropout_seed` makes dropout repeatable.
 """
 
 import math
-import operator
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias, overload
 
@@ -20,6 +18,7 @@ from mha_c.advice.calls import advice_on_call
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.norms import advise_on_norm
 from mha_c.advice.products import advise_on_product
+from mha_c.dropout import as_seed
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.sets import SEPARATE_WEIGHTS
 
@@ -36,10 +35,8 @@ _TORCH_NAMES = {"bfloat16": "BFloat16", "float16": "Half", "float32": "Float", "
 
 
 def _dropout_seed(dropout_p: Any, seed: int | None) -> int:
-    """The seed of this call, of 64 bits; a random one if weights are dropped and no seed is given."""
-    if seed is not None:
-        return operator.index(seed) % 2**64
-    return int.from_bytes(os.urandom(8), "little") if dropout_p else 0
+    """The seed of this call; a random one is drawn only if weights are dropped, since that takes time."""
+    return 0 if seed is None and not dropout_p else as_seed("dropout_seed", seed)
 
 
 @knows_foreign_keywords

@@ -430,7 +430,7 @@ def test_exceptions_that_torch_does_not_have():
         scaled_dot_product_attention(query, key, value, None, 0.0, False, 1.0)
     with pytest.raises(RuntimeError, match=r"\[4, 5\] but got: \[4, 6\]"):  # torch reads what is not there
         scaled_dot_product_attention(*qkv((2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 6, 4)))
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="dropout_seed must be an int, but got 1.5"):
         scaled_dot_product_attention(query, key, value, dropout_seed=1.5)
 
 
