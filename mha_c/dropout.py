@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from mha_c._lock import lock
 from mha_c._typing import Self
 from mha_c.advice.keywords import knows_foreign_keywords
-from mha_c.module import Module, Option, check_torch_module, lock
+from mha_c.module import Module, Option, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.checks import flag, integer, number
 from mha_c.parameters.dtypes import computed_in

@@ -7,7 +7,6 @@ import math
 import operator
 import os
 import sys
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 import numpy as np
 
+from mha_c._lock import lock
 from mha_c._typing import Self
 from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.parameters.arrays import Array, as_array
@@ -50,7 +50,6 @@ __all__ = [
     "check_torch_module",
     "dtypes_for",
     "in_words_of",
-    "lock",
     "module_from_description",
     "module_from_torch",
     "precisions_of",
@@ -63,12 +62,6 @@ _Module = TypeVar("_Module", bound="Module")
 _OF_TRANSFORMERS: Final = ("MultiheadAttention", "TransformerEncoder", "TransformerEncoderLayer")
 
 _DEVICES = ("cpu", "cuda", "hip", "hpu", "meta", "mps", "mtia", "xla", "xpu")
-
-# Held for an instant, to count a call or to swap a set of parameters, so one lock serves all layers. Forking waits for
-# it, or a child could inherit it locked. Reentrant, since a signal handler or a finalizer may call a layer in that
-# instant.
-lock = threading.RLock()
-os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 
 class Parameter(property):

@@ -3,18 +3,12 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from typing import NamedTuple
 
+from mha_c._lock import lock
 from mha_c.display.table import Table
 
 __all__ = ["Calls", "Coverage", "CoverageRow"]
-
-# Held for an instant to count a call, so one lock serves all. Forking waits for it, or a child could inherit it locked.
-# Reentrant, since a signal handler may make a call in that instant.
-_lock = threading.RLock()
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class Calls:
@@ -39,13 +33,13 @@ class Calls:
         --------
         >>> Calls().add("gradients")
         """
-        with _lock:
+        with lock:
             self._counts[reason] = self._counts.get(reason, 0) + calls
 
     @property
     def by_reason(self) -> dict[str, int]:
         """A copy of the counts."""
-        with _lock:
+        with lock:
             return dict(self._counts)
 
 
