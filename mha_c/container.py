@@ -94,14 +94,11 @@ class Container(Module):
         check_description(description, {"options": dict, "children": dict})
         options = description["options"]
         check_description(options, cls._option_kinds)
-        children = cls._children_described(description["children"], content)
-        return cls._assemble(children, {name: options[name] for name in cls._option_kinds})
-
-    @classmethod
-    def _children_described(cls, described: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Module | None]:
+        described = description["children"]
         if list(described) != list(cls._child_names):
             raise ValueError(f"a {cls._kind} does not consist of {', '.join(described)}")
-        return _children_described(described, content)
+        children = _children_described(described, content)
+        return cls._assemble(children, {name: options[name] for name in cls._option_kinds})
 
     @classmethod
     def _copied(cls, module: Any, options: Mapping[str, Any], matmul_precision: MatmulPrecision | None) -> Self:
