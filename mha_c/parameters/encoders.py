@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mha_c.parameters.dtypes import joined
 from mha_c.parameters.encoder_names import LIBRARIES, MODELS, Model, Names, find_encoder_layers
 from mha_c.parameters.loading import arrays_in, first_of, infer_layer, read_array
-from mha_c.parameters.options import number_in, open_config, options_shown_by_names, read_config, refusal
+from mha_c.parameters.options import Config, number_in, open_config, options_shown_by_names, read_config, refusal
 from mha_c.parameters.schemes import find_layers
 from mha_c.parameters.sets import Widths
 from mha_c.parameters.state_dict import (
@@ -55,8 +55,11 @@ _BESIDE_ATTENTION: Final = ("norm1", "norm2", "linear1", "linear2")
 _ADVICE: Final = "(strict=False ignores other keys, and takes zeros for missing biases.)"
 
 
-class _Told(NamedTuple):
-    """What arguments, config and names tell together; `num_heads` is the argument, beside which config counts."""
+class _Settings(NamedTuple):
+    """The settings that arguments, config and names give.
+
+    `num_heads` is the argument alone: `infer_layer` also reads config.
+    """
 
     config: Mapping[str, Any] | None
     model: Model
@@ -139,17 +142,17 @@ def infer_encoder(
     found = find_encoder_layers(flat)
     stack = _find_stack(layer_name, flat, found, prefix, config)
     names = found[f"{stack}0."]
-    told = _told(f"{stack}0.", names, config, num_heads, activation, layer_norm_eps, norm_first, will_cast)
+    settings = _read_settings(f"{stack}0.", names, config, num_heads, activation, layer_norm_eps, norm_first, will_cast)
     starts = _find_layers(layer_name, flat, stack, names)
-    declared = number_in(told.config or {}, _LAYERS)
+    declared = number_in(settings.config or {}, _LAYERS)
     if declared not in (None, len(starts)):
         raise ValueError(f"config is for {declared} layers, but the state dict has {len(starts)} of them")
-    layers = _read_layers(layer_name, flat, starts, names, told, strict)
+    layers = _read_layers(layer_name, flat, starts, names, settings, strict)
     root = stack.removesuffix(names.stack)
-    norm = f"{root}{told.model.norm}."
-    options = _options(layers, told)
+    norm = f"{root}{settings.model.norm}."
+    options = _options(layers, settings)
     arrays = {f"layers.{i}.{name}": array for i, layer in enumerate(layers) for name, array in layer.arrays.items()}
-    has_norm = bool(told.model.norm) and (f"{norm}weight" in flat or told.model not in LIBRARIES)
+    has_norm = bool(settings.model.norm) and (f"{norm}weight" in flat or settings.model not in LIBRARIES)
     if has_norm:
         kinds = ("weight", "bias") if options["bias"] or f"{norm}bias" in flat else ("weight",)
         shapes = {norm + kind: (options["d_model"],) for kind in kinds}
@@ -205,9 +208,9 @@ def infer_encoder_layer(
     flat = _arrays(state_dict, prefix)
     found = find_encoder_layers(flat)
     start = _only(layer_name, flat, found, prefix, config, lambda start: f".{start}".endswith(f".{prefix}"))
-    told = _told(start, found[start], config, num_heads, activation, layer_norm_eps, norm_first, will_cast)
-    layers = _read_layers(layer_name, flat, [start], found[start], told, strict)
-    return _options(layers, told), layers[0].arrays
+    settings = _read_settings(start, found[start], config, num_heads, activation, layer_norm_eps, norm_first, will_cast)
+    layers = _read_layers(layer_name, flat, [start], found[start], settings, strict)
+    return _options(layers, settings), layers[0].arrays
 
 
 # ---------------------------------------------------------------------------------------------- where it is
@@ -251,7 +254,7 @@ def _only(
     if not meant and any(f".{place}".endswith(f".{prefix}.") for place in places):
         raise loading_error_for_dot(layer_name, prefix)
     if not meant:
-        _refuse_unknown(layer_name, flat, prefix, config)
+        _refuse_unknown(flat, prefix, config)
     choice = first_of((f"prefix={quoted([place])}" for place in encoders or places), 3)
     names = first_of((quoted([name]) for name in Part(flat, prefix)), 8)
     if meant:
@@ -267,10 +270,11 @@ def _cross_attention(flat: Mapping[str, Any], start: str) -> str:
     return next((start + name for name in Part(flat, start) if re.search(_CROSS_ATTENTION, name)), "")
 
 
-def _refuse_unknown(layer_name: str, flat: Mapping[str, Any], prefix: str, config: Any) -> None:
+def _refuse_unknown(flat: Mapping[str, Any], prefix: str, config: Any) -> None:
     """Refuse a model whose layers have other names, as far as config or its attention tells what it is."""
     if config is not None:
-        _check_config(open_config(config, prefix), prefix)
+        config = open_config(config, prefix)
+        _check_config(config, read_config(config, prefix))
     attention = find_layers(flat, prefix) or {
         start: scheme for start, scheme in find_layers(flat).items() if f".{prefix}" in f".{start}"
     }
@@ -303,10 +307,10 @@ def _find_layers(layer_name: str, flat: Mapping[str, Any], stack: str, names: Na
 # ---------------------------------------------------------------------------------------------- what it computes
 
 
-def _check_config(config: Mapping[str, Any], start: str) -> None:
+def _check_config(config: Mapping[str, Any], of_attention: Config) -> None:
     """Refuse a model that computes something else, as its config shows."""
-    if shown := read_config(config, start).shown:
-        raise refusal(shown)
+    if of_attention.shown:
+        raise refusal(of_attention.shown)
     for entry in _DECODER:
         if config.get(entry):
             raise NotImplementedError(f'config has "{entry}={config[entry]}": the model is a decoder, not an encoder')
@@ -333,18 +337,19 @@ def _find_model(names: Names, config: Mapping[str, Any] | None) -> Model:
     raise ValueError(f'config has no "model_type", which tells {names.models} and models with the same names apart')
 
 
-def _told(
+def _read_settings(
     start: str, names: Names, config: Any, num_heads: int | None, activation: Any, layer_norm_eps: float | None,
     norm_first: bool | None, will_cast: bool,
-) -> _Told:  # fmt: skip
-    """What arguments and config tell together."""
+) -> _Settings:  # fmt: skip
+    """The settings of the encoder with a layer whose names begin with `start`."""
     if config is not None:
         config = open_config(config, start)
-        _check_config(config, start)
-    model = _find_model(names, config)
     entries = config or {}
-    told: dict[str, Any] = {
-        "num_heads": read_config(entries, start).num_heads,
+    of_attention = read_config(entries, start)
+    _check_config(entries, of_attention)
+    model = _find_model(names, config)
+    from_model: dict[str, Any] = {
+        "num_heads": of_attention.num_heads,
         "activation": names.activation or _activation(entries, activation),
         "layer_norm_eps": entries.get(_EPS) if model.eps is None else model.eps,
         "norm_first": model.norm_first,
@@ -356,15 +361,15 @@ def _told(
         "norm_first": norm_first,
     }
     for name, value in given.items():
-        if value is not None and not callable(value) and told[name] not in (None, value):
-            raise ValueError(f"{name} is {value!r}, but the model has {told[name]!r}")
-    known = {name: told[name] if value is None else value for name, value in given.items()}
+        if value is not None and not callable(value) and from_model[name] not in (None, value):
+            raise ValueError(f"{name} is {value!r}, but the model has {from_model[name]!r}")
+    known = {name: from_model[name] if value is None else value for name, value in given.items()}
     if missing := [name for name, value in known.items() if value is None]:
         usual = ", ".join(f"{name}={model.usual[name]!r}" for name in missing if name in model.usual)
         hint = f". Most models of {names.models} have {usual}" if usual else ""
         source = "the state dict does not show" if config is None else "neither the state dict nor config shows"
         raise TypeError(f"from_state_dict() needs {', '.join(missing)}, which {source}{hint}")
-    return _Told(config, model, **known | {"num_heads": num_heads}, will_cast=will_cast)
+    return _Settings(config, model, **known | {"num_heads": num_heads}, will_cast=will_cast)
 
 
 def _activation(config: Mapping[str, Any], given: Any) -> str | None:
@@ -377,7 +382,7 @@ def _activation(config: Mapping[str, Any], given: Any) -> str | None:
     return None
 
 
-def _options(layers: Sequence[_Layer], told: _Told) -> dict[str, Any]:
+def _options(layers: Sequence[_Layer], settings: _Settings) -> dict[str, Any]:
     """The arguments of the layers."""
     widths, dim_feedforward, _ = layers[0]
     if any(layer[:2] != (widths, dim_feedforward) for layer in layers):
@@ -386,10 +391,10 @@ def _options(layers: Sequence[_Layer], told: _Told) -> dict[str, Any]:
         "d_model": widths.embed_dim,
         "nhead": widths.num_heads,
         "dim_feedforward": dim_feedforward,
-        "activation": told.activation,
-        "layer_norm_eps": told.layer_norm_eps,
-        "batch_first": told.model.batch_first,
-        "norm_first": told.norm_first,
+        "activation": settings.activation,
+        "layer_norm_eps": settings.layer_norm_eps,
+        "batch_first": settings.model.batch_first,
+        "norm_first": settings.norm_first,
         "bias": _has_bias(layers),
         "num_kv_heads": widths.num_kv_heads,
         "head_dim": widths.head_dim,
@@ -401,19 +406,19 @@ def _options(layers: Sequence[_Layer], told: _Told) -> dict[str, Any]:
 
 
 def _read_layers(
-    layer_name: str, flat: Mapping[str, Any], starts: Collection[str], names: Names, told: _Told, strict: bool
+    layer_name: str, flat: Mapping[str, Any], starts: Collection[str], names: Names, settings: _Settings, strict: bool
 ) -> list[_Layer]:
     """The layers, all with biases or all without: where others have a bias, zeros change nothing."""
     besides = [f"{name}.bias" for name in (*names.norms, *names.maps, names.linears[1])] + [*names.scales]
     there = [name for name in besides if any(start + name in flat for start in starts)]
-    layers = [_read_layer(layer_name, flat, start, names, there, told, strict) for start in starts]
+    layers = [_read_layer(layer_name, flat, start, names, there, settings, strict) for start in starts]
     if _has_bias(layers):
         layers = [layer._replace(arrays=_with_all_biases(layer)) for layer in layers]
     return layers
 
 
 def _read_layer(
-    layer_name: str, flat: Mapping[str, Any], start: str, names: Names, besides: Collection[str], told: _Told,
+    layer_name: str, flat: Mapping[str, Any], start: str, names: Names, besides: Collection[str], settings: _Settings,
     strict: bool,
 ) -> _Layer:  # fmt: skip
     """One layer, with those of its optional parameters that any layer has."""
@@ -422,16 +427,16 @@ def _read_layer(
         layer_name,
         flat,
         f"{start}{names.attention[0]}." if is_torchs else start,
-        num_heads=told.num_heads,
-        config=told.config,
+        num_heads=settings.num_heads,
+        config=settings.config,
         names=None if is_torchs else names.attention,
         strict=strict,
-        will_cast=told.will_cast,
+        will_cast=settings.will_cast,
     )
     norm1, norm2 = names.norms
     second = names.linears[1]
-    features, hidden = widths.embed_dim, read_array(flat, f"{start}{second}.weight", told.will_cast).shape[-1:]
-    rows = {name: read_array(flat, f"{start}{name}.weight", told.will_cast).shape[:1] for name in names.maps}
+    features, hidden = widths.embed_dim, read_array(flat, f"{start}{second}.weight", settings.will_cast).shape[-1:]
+    rows = {name: read_array(flat, f"{start}{name}.weight", settings.will_cast).shape[:1] for name in names.maps}
     if not names.gate and rows[names.linears[0]] != (2 * sum(hidden),):  # gates and what they let through
         rows = dict.fromkeys(rows, hidden)
     shapes: dict[str, tuple[int, ...]] = {f"{second}.weight": (features, *hidden), f"{second}.bias": (features,)}
@@ -442,7 +447,7 @@ def _read_layer(
     wanted = {start + name: shape for name, shape in shapes.items() if name in besides or name.endswith(".weight")}
     in_attention = tuple(f"{name}." for name in names.attention)
     beside = [start + name for name in Part(flat, start) if not name.startswith(in_attention)]
-    found = _match(layer_name, flat, wanted, beside, strict, told.will_cast)
+    found = _match(layer_name, flat, wanted, beside, strict, settings.will_cast)
     found = {name.removeprefix(start): array for name, array in found.items()}
 
     arrays = {f"self_attn.{name}": array for name, array in attention.items()}
