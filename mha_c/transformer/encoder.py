@@ -248,39 +248,16 @@ training=False)
     ) -> Self:
         """Make a layer from trained parameters: those of one layer of an encoder in a state dict or a file.
 
-        The state dict and `config` determine the arguments that are not given here. Models are those
-        that `TransformerEncoder.from_state_dict` knows.
-
         Parameters
         ----------
         state_dict : mapping of str to array or tensor, or str or path-like
-            The parameters of the layer or of a whole model, or a file of them, as for
-            `MultiheadAttention.from_state_dict`. Only the layer is read, and nothing in a file is executed.
+            As for `TransformerEncoder.from_state_dict`. Only the layer is read.
         prefix : str, default ""
             The beginning of the layer's names, including the dot, such as ``"encoder.layer.0."``. More may precede it.
-        config : mapping of str to object, or str or path-like, optional
-            The configuration of a Hugging Face model, or its ``config.json``. It is needed for the names of these
-            models, and gives the four arguments that follow.
-        num_heads : int, optional
-            Number of heads.
-        activation : str or callable, optional
-            As for the constructor.
-        layer_norm_eps : float, optional
-            The `eps` of the norms.
-        norm_first : bool, optional
-            Whether norms come before attention and feed-forward. Only torch's names leave it open.
-        strict : bool, default True
-            Whether unknown arrays in a layer, or a missing bias that other layers have, are an error. If False, missing
-            biases are zeros.
-        dropout : float, default 0.0
-            As for the constructor. A state dict does not record it.
-        batch_first : bool, optional
-            Whether inputs are (N, S, E). None: as in the model; False, torch's default, for torch's names.
-        dtype : optional
-            float32, float64, bfloat16 or float16, to which the parameters are cast. None: the dtype of the weight of
-            `linear1`, or float32 if a layer cannot have it.
+        config, num_heads, activation, layer_norm_eps, norm_first, strict, dropout, batch_first, dtype
+            As for `TransformerEncoder.from_state_dict`.
         dropout_seed, masked_rows
-            As for the constructor.
+            As for `TransformerEncoder.from_state_dict`.
         padded : {"zero", "computed"}, optional
             As for the constructor.
         matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
@@ -293,20 +270,8 @@ training=False)
 
         Raises
         ------
-        RuntimeError
-            If names or shapes do not fit. The message has torch's words.
-        NotImplementedError
-            If the model is not known, or computes something that an encoder does not. The message names it.
-        ValueError
-            If no layer with `num_heads` heads has such shapes; if arguments, `config` and names contradict each other;
-            if `matmul_precision` is unknown, or given for a layer of float64; or if a file is damaged.
-        TypeError
-            If `state_dict` is neither a mapping nor a path, or if a required argument is missing.
-        ImportError
-            If there are bfloat16 or float8 numbers to read, and ml_dtypes is not installed. It is not needed to cast
-            bfloat16 to another `dtype`.
-        OSError
-            If a file cannot be opened.
+        RuntimeError, NotImplementedError, ValueError, TypeError, ImportError, OSError
+            As from `TransformerEncoder.from_state_dict`.
 
         Examples
         --------
