@@ -23,7 +23,7 @@ from mha_c.module import (
     dtypes_for,
 )
 from mha_c.parameters.arrays import AnyArray, Array, as_array
-from mha_c.parameters.checks import integer
+from mha_c.parameters.checks import size
 from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.initialization import initial_linear
 from mha_c.parameters.quantization import MAPS, Precision, Weight, precision_of_weights
@@ -54,12 +54,6 @@ class _Parameters(ArraySet):
 def _products(name: str = "") -> dict[str, tuple[str, ...]]:
     """The one map, by its name in the layer around it if `matmul_precision` knows that name, or else as any other."""
     return {name if name in MAPS else "default": ("weight",)}
-
-
-def _size(name: str, value: Any) -> int:
-    if integer(name, value) < 0:
-        raise RuntimeError(f"Trying to create tensor with negative dimension {value}: {name} is negative")
-    return integer(name, value)
 
 
 class Linear(Module):
@@ -146,7 +140,7 @@ class Linear(Module):
         seed: int | None = None,
         matmul_precision: Precision | None = None,
     ) -> None:
-        rows, columns = _size("out_features", out_features), _size("in_features", in_features)
+        rows, columns = size("out_features", out_features), size("in_features", in_features)
         check_device(device)
         real = float_dtype(dtype)
         check_memory({"weight": (rows, columns)}, real, f"in_features={columns:,} and out_features={rows:,}")
@@ -262,7 +256,7 @@ class Linear(Module):
     @classmethod
     def _described(cls, description: Mapping[str, Any], content: Mapping[str, Any]) -> Self:
         check_description(description, _DESCRIPTION)
-        rows, columns = (_size(name, description[name]) for name in ("out_features", "in_features"))
+        rows, columns = (size(name, description[name]) for name in ("out_features", "in_features"))
         shapes: dict[str, tuple[int, ...]] = {"weight": (rows, columns)}
         if description["bias"]:
             shapes["bias"] = (rows,)

@@ -7,7 +7,7 @@ import math
 import operator
 from typing import Any
 
-__all__ = ["flag", "integer", "number", "positive"]
+__all__ = ["flag", "integer", "number", "positive", "size"]
 
 
 def flag(name: str, value: Any) -> bool:
@@ -42,3 +42,11 @@ def positive(name: str, value: Any) -> int:
     if integer(name, value) <= 0:
         raise ValueError(f"{name} must be greater than 0, but got {value}")
     return operator.index(value)
+
+
+def size(name: str, value: Any) -> int:
+    """The value of an argument that must be an int of at least 0; the error has torch's words."""
+    checked = integer(name, value)
+    if checked < 0:
+        raise RuntimeError(f"Trying to create tensor with negative dimension {checked}: {name} is negative")
+    return checked

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mha_c import _core
 from mha_c._typing import Self
-from mha_c.parameters.checks import integer, number, positive
+from mha_c.parameters.checks import number, positive, size
 from mha_c.parameters.dtypes import is_real
 from mha_c.parameters.quantization import (
     ATTENTION,
@@ -86,17 +86,16 @@ class Widths(NamedTuple):
             raise TypeError(f"embed_dim must be an int, but got {embed_dim!r}")
         embed_dim = operator.index(embed_dim)
         num_heads = positive("num_heads", int(num_heads) if int(num_heads) == num_heads else num_heads)
-        for name, width in (("kdim", kdim), ("vdim", vdim)):
-            if width is not None and integer(name, width) < 0:
-                raise RuntimeError(f"Trying to create tensor with negative dimension {width}: {name} is negative")
+        kdim = embed_dim if kdim is None else size("kdim", kdim)
+        vdim = embed_dim if vdim is None else size("vdim", vdim)
         kv_heads = num_heads if num_kv_heads is None else positive("num_kv_heads", num_kv_heads)
         if num_heads % kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, but {kv_heads} does not divide {num_heads}")
         head_dim = embed_dim // num_heads if head_dim is None else positive("head_dim", head_dim)
         return cls(
             embed_dim=embed_dim,
-            kdim=embed_dim if kdim is None else operator.index(kdim),
-            vdim=embed_dim if vdim is None else operator.index(vdim),
+            kdim=kdim,
+            vdim=vdim,
             num_heads=num_heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,

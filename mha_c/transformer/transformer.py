@@ -17,7 +17,7 @@ from mha_c.dropout import seeds_for
 from mha_c.layer import MaskedRows
 from mha_c.module import Module, Option, check_device, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array
-from mha_c.parameters.checks import flag, integer
+from mha_c.parameters.checks import flag, integer, size
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws, reset_matrices
 from mha_c.parameters.quantization import MatmulPrecision
@@ -282,10 +282,8 @@ class Transformer(Container):
                [  0.,   0.]], dtype=float32)
         """
         check_device(device)
-        size = integer("sz", sz)
-        if size < 0:
-            raise RuntimeError(f"Trying to create tensor with negative dimension {size}: sz is negative")
-        return np.triu(np.full((size, size), -np.inf, float_dtype(dtype)), 1)
+        length = size("sz", sz)
+        return np.triu(np.full((length, length), -np.inf, float_dtype(dtype)), 1)
 
     @classmethod
     @knows_foreign_keywords
