@@ -72,7 +72,7 @@ class RandomModule(Module):
     (True, False)
     """
 
-    dropout_seed = Option("dropout_seed", as_seed, "Seed of the dropped numbers")
+    dropout_seed = Option("dropout_seed", as_seed, "Seed of the dropped numbers.")
 
     _dropout_seed: int
     _dropout_calls: int
@@ -152,7 +152,7 @@ class Dropout(RandomModule):
     array([1., 1., 1.], dtype=float32)
     """
 
-    p = Option("p", _probability, "Probability of dropping a number, in training mode only")
+    p = Option("p", _probability, "Probability of dropping a number, in training mode only.")
     inplace = False
 
     _kind = "Dropout"

@@ -212,10 +212,10 @@ class MultiheadAttention(RandomModule):
     bias_k = Parameter("bias_k", "The learned key of `add_bias_kv`, (1, 1, features); else None.")
     bias_v = Parameter("bias_v", "The learned value of `add_bias_kv`, (1, 1, features); else None.")
 
-    dropout = Option("dropout", number, "Probability of dropping an attention weight, in training mode only")
-    batch_first = Option("batch_first", flag, "Whether inputs are (N, L, E) rather than (L, N, E)")
-    add_zero_attn = Option("add_zero_attn", flag, "Whether to append one key and value of zeros")
-    masked_rows = Option("masked_rows", _masked_rows, "What a query gets if every key is hidden from it")
+    dropout = Option("dropout", number, "Probability of dropping an attention weight, in training mode only.")
+    batch_first = Option("batch_first", flag, "Whether inputs are (N, L, E) rather than (L, N, E).")
+    add_zero_attn = Option("add_zero_attn", flag, "Whether to append one key and value of zeros.")
+    masked_rows = Option("masked_rows", _masked_rows, "What a query gets if every key is hidden from it.")
     matmul_precision = PrecisionOfProducts()
 
     _kind = "MultiheadAttention"

@@ -90,7 +90,7 @@ class Option(property, Generic[_Value]):
             setattr(layer, f"_{name}", check(name, value))
 
         super().__init__(operator.attrgetter(f"_{name}"), assign)
-        self.__doc__ = f"{doc}; a change takes effect at the next call."
+        self.__doc__ = doc
 
     if TYPE_CHECKING:
 
@@ -155,7 +155,7 @@ class Module:
     True
     """
 
-    training = Option("training", flag, "Whether the layer is in training mode")
+    training = Option("training", flag, "Whether the layer is in training mode.")
 
     _kind: ClassVar[str]  # the name of the class in torch.nn
 

@@ -368,7 +368,7 @@ class LayerNorm(_Norm):
     _parameter_names = ("weight", "bias")
 
     bias = Parameter("bias", "What is added to the features, of the shape `normalized_shape`; else None.")
-    eps = Option("eps", number, "Added to the variance")
+    eps = Option("eps", number, "Added to the variance.")
 
     @knows_foreign_keywords
     def __init__(
@@ -480,7 +480,7 @@ class RMSNorm(_Norm):
     _default_eps = None
     _parameter_names = ("weight",)
 
-    eps = Option("eps", _optional_number, "Added to the mean of the squares")
+    eps = Option("eps", _optional_number, "Added to the mean of the squares.")
 
     @knows_foreign_keywords
     def __init__(

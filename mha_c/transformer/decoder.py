@@ -64,8 +64,10 @@ class TransformerDecoderLayer(TransformerLayer):
         The norms.
     dropout, dropout1, dropout2, dropout3 : Dropout
         The dropout of activations, of the outputs of both attentions, and of the feed-forward network's output.
-    norm_first, activation, padded, training, matmul_precision
+    norm_first, activation, padded, matmul_precision
         The options. They may be changed; a change takes effect at the next call.
+    training : bool
+        The mode, which `train` and `eval` also set in the layers in this one. Calls use theirs.
 
     Raises
     ------
@@ -248,13 +250,15 @@ class TransformerDecoder(Container):
     layers : ModuleList of TransformerDecoderLayer
         The layers.
     num_layers : int
-        How many.
+        How many there were at construction.
     norm : Module or None
         The norm of the output.
     matmul_precision : str or mapping or None
         Of the layers, as for `TransformerDecoderLayer`. It may be assigned.
-    padded, training
-        They may be changed; a change takes effect at the next call.
+    padded : str or None
+        It may be changed; a change takes effect at the next call.
+    training : bool
+        The mode, which `train` and `eval` also set in the layers in this one. Calls use theirs.
 
     Raises
     ------
@@ -274,8 +278,8 @@ class TransformerDecoder(Container):
 
     layers = Child[ModuleList[TransformerDecoderLayer]]("layers", "The layers.")
     norm = Child[Any]("norm", "The norm of the output, or None.")
-    padded = Option("padded", check_padded, "What padded rows hold")
-    num_layers = Option("num_layers", integer, "How many layers there are")
+    padded = Option("padded", check_padded, "What padded rows hold.")
+    num_layers = Option("num_layers", integer, "How many layers there were at construction. Calls use `layers`.")
 
     _kind = "TransformerDecoder"
     _child_names = ("layers", "norm")

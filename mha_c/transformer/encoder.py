@@ -108,8 +108,10 @@ class TransformerEncoderLayer(TransformerLayer):
         The norms.
     dropout, dropout1, dropout2 : Dropout
         The dropout of activations, of the attention's output and of the feed-forward network's output.
-    norm_first, activation, padded, training, matmul_precision
+    norm_first, activation, padded, matmul_precision
         The options. They may be changed; a change takes effect at the next call.
+    training : bool
+        The mode, which `train` and `eval` also set in the layers in this one. Calls use theirs.
 
     Raises
     ------
@@ -360,15 +362,17 @@ class TransformerEncoder(Container):
     layers : ModuleList of TransformerEncoderLayer
         The layers.
     num_layers : int
-        How many.
+        How many there were at construction.
     norm : Module or None
         The norm of the output.
     enable_nested_tensor, mask_check, use_nested_tensor : bool
         As in torch.
     matmul_precision : str or mapping or None
         Of the layers, as for `TransformerEncoderLayer`. It may be assigned.
-    padded, training
-        They may be changed; a change takes effect at the next call.
+    padded : str or None
+        It may be changed; a change takes effect at the next call.
+    training : bool
+        The mode, which `train` and `eval` also set in the layers in this one. Calls use theirs.
 
     Raises
     ------
@@ -396,11 +400,11 @@ class TransformerEncoder(Container):
 
     layers = Child[ModuleList[TransformerEncoderLayer]]("layers", "The layers.")
     norm = Child[Any]("norm", "The norm of the output, or None.")
-    padded = Option("padded", check_padded, "What padded rows hold")
-    enable_nested_tensor = Option("enable_nested_tensor", flag, "torch's argument")
-    use_nested_tensor = Option("use_nested_tensor", flag, "Whether padded rows may be zeros if `padded` is None")
-    mask_check = Option("mask_check", flag, "torch's argument")
-    num_layers = Option("num_layers", integer, "How many layers there are")
+    padded = Option("padded", check_padded, "What padded rows hold.")
+    enable_nested_tensor = Option("enable_nested_tensor", flag, "torch's argument. Calls use `use_nested_tensor`.")
+    use_nested_tensor = Option("use_nested_tensor", flag, "Whether padded rows may be zeros if `padded` is None.")
+    mask_check = Option("mask_check", flag, "torch's argument. Calls do not use it.")
+    num_layers = Option("num_layers", integer, "How many layers there were at construction. Calls use `layers`.")
 
     _kind = "TransformerEncoder"
     _child_names = ("layers", "norm")

@@ -146,9 +146,9 @@ class TransformerLayer(Container):
     linear1 = Child[Linear]("linear1", "The first map of the feed-forward network.")
     dropout = Child[Dropout]("dropout", "The dropout between the two maps.")
     linear2 = Child[Linear]("linear2", "The second map of the feed-forward network.")
-    norm_first = Option("norm_first", flag, "Whether norms come before attention and feed-forward, or after them")
-    activation = Option("activation", check_activation, "The activation between the two maps, a name or a callable")
-    padded = Option("padded", check_padded, "What the padded rows of the output hold")
+    norm_first = Option("norm_first", flag, "Whether norms come before attention and feed-forward, or after them.")
+    activation = Option("activation", check_activation, "The activation between the two maps, a name or a callable.")
+    padded = Option("padded", check_padded, "What the padded rows of the output hold.")
 
     _option_kinds = {"norm_first": bool, "activation": str, "padded": (str, NoneType)}
 

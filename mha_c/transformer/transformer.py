@@ -102,9 +102,9 @@ class Transformer(Container):
 
     encoder = Child[TransformerEncoder]("encoder", "The encoder.")
     decoder = Child[TransformerDecoder]("decoder", "The decoder.")
-    d_model = Option("d_model", integer, "Features of the inputs and the output")
-    nhead = Option("nhead", integer, "Number of heads")
-    batch_first = Option("batch_first", flag, "Whether inputs are (N, S, E) rather than (S, N, E)")
+    d_model = Option("d_model", integer, "Features of the inputs and the output, which calls check.")
+    nhead = Option("nhead", integer, "Number of heads at construction. Calls use those of the layers.")
+    batch_first = Option("batch_first", flag, "Whether inputs are (N, S, E) rather than (S, N, E).")
 
     _kind = "Transformer"
     _child_names = ("encoder", "decoder")
