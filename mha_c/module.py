@@ -835,7 +835,7 @@ def check_torch_module(module: Any, kind: str, instead: str, methods: Sequence[s
 
 
 def in_words_of(error: Exception, said: str, instead: str) -> str:
-    """What `from_torch` refused, as another function says it, which does not take every layer that has a `from_torch`.
+    """Reword a refusal of `from_torch` for another function. The hint at another class's `from_torch` is dropped.
 
     Examples
     --------

@@ -53,7 +53,7 @@ _NAMES: Final = (("weight", "bias"), ("gamma", "beta"), ("scale", "bias"))
 
 
 class _Parameters(ArraySet):
-    """The weight and the bias, also as arrays that calls alone use: whoever has an array may assign to its shape."""
+    """The weight and the bias, also as arrays that no caller gets, since a caller could assign to their shape."""
 
     __slots__ = ("bias", "weight")
 

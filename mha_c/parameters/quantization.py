@@ -32,7 +32,7 @@ __all__ = [
 Precision: TypeAlias = Literal["bfloat16", "int8"]
 MatmulPrecision: TypeAlias = Precision | Mapping[str, Precision | None]
 
-#: What to write instead of what is not a `matmul_precision`.
+#: Advice for values that `matmul_precision` does not take.
 _INSTEAD: Final = {
     **dict.fromkeys(("bf16", "bfloat16"), 'write "bfloat16"'),  # the second as a dtype, rather than as its name
     **dict.fromkeys(("float16", "fp16", "half"), 'dtype="float16" makes a layer of float16'),

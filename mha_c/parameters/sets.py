@@ -240,7 +240,7 @@ class ArraySet:
         self.shapes = MappingProxyType({name: one.shape for name, one in kept.items()})
         self._quantized = frozenset(name for name, one in kept.items() if isinstance(one, Quantized))
         parts = [part for one in kept.values() for part in (one if isinstance(one, Quantized) else (one,))]
-        # NumPy's bfloat16 is not in the buffer protocol
+        # As bytes: the buffer protocol has no bfloat16.
         contents = [(part.reshape(-1).view(np.uint8).data, bytes(-part.nbytes % _ALIGNMENT)) for part in parts]
         self._buffer = b"".join(itertools.chain.from_iterable(contents))
 

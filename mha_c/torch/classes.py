@@ -32,7 +32,7 @@ def why_left_alone(
     torchs: type[torch.nn.Module] = torch.nn.MultiheadAttention,
     methods: tuple[str, ...] = ("forward",),
 ) -> str:
-    """Why another class cannot stand in for that of a layer, whose methods would have to be those of torch, or ""."""
+    """Which method of a layer is not torch's, so that its class cannot be replaced; "" if there is none."""
     cls = torch_class_of(layer)
     for method in methods:
         if method in vars(layer) or getattr(cls, method) is not getattr(torchs, method):

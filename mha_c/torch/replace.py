@@ -310,9 +310,11 @@ def coverage(model: torch.nn.Module) -> Coverage:
     whole = [one for one in layers if isinstance(one.layer, ReplacedLayer)]
     within = {module for one in whole for module in one.layer.modules() if module is not one.layer}
     note = ""
-    if name := registered_name(model):
-        calls = f'Calls through attn_implementation="{name}"'
-        note = f"{calls} are counted in the coverage that register_transformers() returned."
+    if registered := registered_name(model):
+        note = (
+            f'Calls through attn_implementation="{registered}" are counted in the coverage that '
+            "register_transformers() returned."
+        )
     has_attention = not layers or any(one.mixin is ReplacedAttention for one in layers)
     lists_layers = bool(whole) or not has_attention
     found = Coverage("layers" if lists_layers else "attention", note)
@@ -322,8 +324,8 @@ def coverage(model: torch.nn.Module) -> Coverage:
         calls = layer._mha_c.calls.by_reason if isinstance(layer, Replaced) else {}
         if not calls and layer in within:
             continue
-        reason = why_left or ("never called" if isinstance(layer, Replaced) else "not replaced")
-        for reason, count in (calls or {reason: 0}).items():
+        why_none = why_left or ("never called" if isinstance(layer, Replaced) else "not replaced")
+        for reason, count in (calls or {why_none: 0}).items():
             found.add(name, torch_class_of(layer).__name__, reason, count)
     return found
 
