@@ -24,7 +24,9 @@ CORE_ACTIVATIONS: Final[dict[str, tuple[str, bool]]] = {
     "swiglu": ("silu", True),
     "geglu": ("gelu", True),
 }
-"""All names, with what the core calls them, and whether they are gated ("GLU Variants Improve Transformer", Shazeer, 2020).
+"""All names, with what the core calls them, and whether they are gated.
+
+Gated ones are from "GLU Variants Improve Transformer" (Shazeer, 2020).
 """
 
 

@@ -155,8 +155,8 @@ class MultiheadAttention(RandomModule):
     threads may call the layer at the same time: each call uses one set of parameters throughout.
 
     With the `matmul_precision` "bfloat16", both factors of each product are rounded to the nearest number of bfloat16,
-    a tie to the even one. Subnormal factors become 0. Products are summed in float32. So the context of a query is, with
-    r for rounding::
+    a tie to the even one. Subnormal factors become 0. Products are summed in float32. So the context of a query is,
+    with r for rounding::
 
         s_j = r(Q / sqrt(head_dim)) · r(K_j) + mask_j
         e_j = exp(s_j - m)
@@ -579,8 +579,8 @@ class MultiheadAttention(RandomModule):
         ----------
         module : torch.nn.MultiheadAttention
             The layer to copy. A subclass will do if it has torch's forward. The weights are those that torch would use
-            now, whether they are parameters, parametrized or plain tensors. Buffers are not copied. The dtype is that of
-            the output weight.
+            now, whether they are parameters, parametrized or plain tensors. Buffers are not copied. The dtype is that
+            of the output weight.
         matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 

@@ -130,7 +130,9 @@ class PrecisionOfProducts(property):
 
     if TYPE_CHECKING:
 
-        def __get__(self, layer: Any, owner: type | None = None) -> MatmulPrecision | None: ...  # type: ignore[override]
+        def __get__(  # type: ignore[override]
+            self, layer: Any, owner: type | None = None
+        ) -> MatmulPrecision | None: ...
 
         # Checkers do not take a literal of a dict for MatmulPrecision here.
         def __set__(self, layer: Any, value: Precision | Mapping[str, str | None] | None) -> None: ...

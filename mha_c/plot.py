@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of attention and of the residual stream with matplotlib: axes in, axes out.
 
-Every function of attention takes the result of `mha_c.explain`, or arrays of the shapes that `mha_c.heads.heads_of` takes. It draws
-into the axes that it is given, or into a new figure, and returns the axes. An array of three dimensions needs
-`averaged`.
+Every function of attention takes the result of `mha_c.explain`, or arrays of the shapes that `mha_c.heads.heads_of`
+takes. It draws into the axes that it is given, or into a new figure, and returns the axes. An array of three dimensions
+needs `averaged`.
 
 Blue is above 0 and orange is below 0, as in what `mha_c.explain` shows in a notebook; colour-blind readers can tell the
 two apart. The colours follow the background: ``with matplotlib.pyplot.style.context("dark_background")`` gives dark
@@ -554,8 +554,10 @@ def residual_stream(
     labels = _Labels(rows, _Names.of("token", "positions", matrix.shape[1], tokens))
     ax = _draw_matrix(matrix, title, labels, vmax, colorbar, ax, weights=False)
     ax.set_aspect("auto")
-    by_row = (f"{name}: {row.min(initial=np.inf):.3g} to {row.max(initial=0):.3g}" for name, row in zip(rows.words, matrix))
-    _describe(ax, f"{title}. Norms of the rows of {matrix.shape[1]} tokens, {', '.join(by_row)}.")
+    by_row = ", ".join(
+        f"{name}: {row.min(initial=np.inf):.3g} to {row.max(initial=0):.3g}" for name, row in zip(rows.words, matrix)
+    )
+    _describe(ax, f"{title}. Norms of the rows of {matrix.shape[1]} tokens, {by_row}.")
     return ax
 
 
@@ -667,7 +669,8 @@ def _draw_weights(
     matrix: NDArray[Any], title: str, labels: _Labels, vmax: float | None, colorbar: bool, ax: Axes | None
 ) -> Axes:
     ax = _draw_matrix(matrix, title, labels, vmax, colorbar, ax, weights=True)
-    _describe(ax, f"{title}, {labels.sizes}. The largest weights of its queries: {_largest_weights(matrix, labels, 20)}.")
+    largest = _largest_weights(matrix, labels, 20)
+    _describe(ax, f"{title}, {labels.sizes}. The largest weights of its queries: {largest}.")
     return ax
 
 

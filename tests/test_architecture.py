@@ -41,6 +41,12 @@ def test_nothing_uses_the_package_itself():
                 assert all(alias.name.split(".")[0] != "mha_c" for alias in node.names), path
 
 
+def test_lines_have_at_most_120_columns():
+    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")]:
+        long = [number for number, line in enumerate(path.read_text("utf-8").splitlines(), 1) if len(line) > 120]
+        assert not long, path
+
+
 def test_the_core_gets_each_argument_in_its_place():
     """Where a call of _core passes a name of its signature, perhaps as a private attribute, it does so in its place."""
     checked = 0

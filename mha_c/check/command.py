@@ -419,8 +419,8 @@ def _in_options(words: str) -> str:
 
     Examples
     --------
-    >>> _in_options('num_heads is 3: choose one of prefix="layers.0.", prefix="layers.1."')
-    'num_heads is 3: choose one of prefix="layers.0.", prefix="layers.1." (Here, num_heads is --num-heads and prefix is --prefix.)'
+    >>> _in_options('num_heads is 3: pass prefix="layers.0."')
+    'num_heads is 3: pass prefix="layers.0." (Here, num_heads is --num-heads and prefix is --prefix.)'
     """
     named = [option for name, option in _OPTIONS.items() if re.search(name, words)]
     return f"{words} (Here, {listed(named)}.)" if named else words

@@ -121,8 +121,9 @@ def attend_in_own_dtype(layer: MultiheadAttention, **arguments: Any) -> tuple[ND
     --------
     >>> import mha_c
     >>> x = np.ones((5, 3, 8), np.float32)
-    >>> masks = dict(key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False)
-    >>> attend_in_own_dtype(mha_c.MultiheadAttention(8, 4), query=x, key=x, value=x, **masks)[0].dtype
+    >>> masks = dict(key_padding_mask=None, attn_mask=None, is_causal=False)
+    >>> layer, weights = mha_c.MultiheadAttention(8, 4), dict(need_weights=True, average_attn_weights=True)
+    >>> attend_in_own_dtype(layer, query=x, key=x, value=x, **masks, **weights)[0].dtype
     dtype('float32')
     """
     output, weights = _attend(layer, np.asarray, **arguments)
@@ -175,7 +176,8 @@ def _attend(
         scores[..., :s] = np.where(hides, -np.inf, scores[..., :s] + mask)
 
     weights = _softmax(scores, np.nan if need_weights and layer.masked_rows == "torch" else 0.0)
-    concatenation = _weighted_sums(weights, v, np.isneginf(scores)).transpose(0, 2, 1, 3).reshape(n, length, h * layer.v_head_dim)
+    context = _weighted_sums(weights, v, np.isneginf(scores))
+    concatenation = context.transpose(0, 2, 1, 3).reshape(n, length, h * layer.v_head_dim)
     bias = layer.out_proj.bias
     output = concatenation @ convert(layer.out_proj.weight).T + (0.0 if bias is None else convert(bias))
     if average_attn_weights:

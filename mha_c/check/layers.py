@@ -93,7 +93,7 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
         ours = layer(**asked)  # first: if it refuses the call, it says why
         theirs: Any = ask_other(layer, **asked)
         exact = attend(layer, **asked)
-        if leaks or layer.masked_rows == "zero":  # where torch answers NaN, this layer follows the definition on purpose
+        if leaks or layer.masked_rows == "zero":  # where torch answers NaN, the layer follows the definition on purpose
             theirs = tuple(None if one is None else _filled(one, wanted) for one, wanted in zip(theirs, exact))
         return [results for results in zip(ours, theirs, exact) if results[0] is not None]
 

@@ -45,7 +45,8 @@ def class_over(cls: type[torch.nn.Module], mixin: type[torch.nn.Module]) -> type
     if getattr(mixin, "_torch_class", None) is cls:
         return mixin
     if (cls, mixin) not in _classes_over:
-        _classes_over[cls, mixin] = type(f"Replaced{cls.__name__}", (mixin, cls), {"_torch_class": cls, "_mixin": mixin})
+        members = {"_torch_class": cls, "_mixin": mixin}
+        _classes_over[cls, mixin] = type(f"Replaced{cls.__name__}", (mixin, cls), members)
     return _classes_over[cls, mixin]
 
 

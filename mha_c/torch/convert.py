@@ -161,8 +161,8 @@ def _container_in_torch(layer: Container, children: dict[str, torch.nn.Module]) 
         module = getattr(torch.nn, layer._kind)(first, 0, children.get("norm"), **options)
         setattr(module, "num_layers", layer.num_layers)
     elif isinstance(layer, Transformer):
-        custom = {f"custom_{name}": child for name, child in children.items()}
-        module = torch.nn.Transformer(layer.d_model, layer.nhead, batch_first=layer.batch_first, **custom)  # type: ignore[arg-type]
+        custom: Any = {f"custom_{name}": child for name, child in children.items()}
+        module = torch.nn.Transformer(layer.d_model, layer.nhead, batch_first=layer.batch_first, **custom)
     else:
         raise TypeError(f"to_torch does not know {type(layer).__qualname__}")
     for name, child in children.items():

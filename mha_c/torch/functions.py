@@ -47,8 +47,9 @@ def attention() -> Iterator[Coverage]:
     entered it. In nested blocks, the innermost one computes and counts a call; if it leaves the call to torch, the call
     reaches the next block. Layers of `replace_attention` count their own calls.
 
-    Graphs made by ``torch.compile``, ``torch.export`` or ``torch.jit`` hold torch's attention and are not changed. Inside
-    the block, torch takes its ordinary path, without nested tensors and fused encoder layers, as in any such mode.
+    Graphs made by ``torch.compile``, ``torch.export`` or ``torch.jit`` hold torch's attention and are not changed.
+    Inside the block, torch takes its ordinary path, without nested tensors and fused encoder layers, as in any such
+    mode.
 
     A call with one query and several keys, as in generation, is left to torch, which is still faster at it.
 
@@ -149,7 +150,11 @@ class AttentionMode(TorchFunctionMode):
         """What multi_head_attention_forward returns, or why torch is to compute it."""
         parameters = {"in_proj_weight": in_proj_weight}
         if use_separate_proj_weight:
-            parameters = {"q_proj_weight": q_proj_weight, "k_proj_weight": k_proj_weight, "v_proj_weight": v_proj_weight}
+            parameters = {
+                "q_proj_weight": q_proj_weight,
+                "k_proj_weight": k_proj_weight,
+                "v_proj_weight": v_proj_weight,
+            }
         parameters |= {"in_proj_bias": in_proj_bias, "bias_k": bias_k, "bias_v": bias_v}
         parameters |= {"out_proj.weight": out_proj_weight, "out_proj.bias": out_proj_bias}
         tensors = {name: tensor for name, tensor in parameters.items() if tensor is not None}

@@ -298,7 +298,8 @@ class _Recorder(_PassOn):
             bare: Any = copy.copy(module)
             bare._forward_pre_hooks, bare._forward_hooks = OrderedDict(), OrderedDict()  # which run around this call
             in_mha_c = MultiheadAttention.from_torch(bare).eval()
-            self.runs.append(AttentionRun(name or "attention", in_mha_c, arguments, _to_arrays(ours), _to_arrays(output)))
+            results = _to_arrays(ours), _to_arrays(output)
+            self.runs.append(AttentionRun(name or "attention", in_mha_c, arguments, *results))
 
         return record
 

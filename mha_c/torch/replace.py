@@ -89,9 +89,9 @@ def replace_attention(model: _Model, *, matmul_precision: MatmulPrecision | None
 
     Notes
     -----
-    The results are those of torch's ordinary path. ``torch.nn.TransformerEncoder`` has another path for inference, which
-    fuses whole layers, does not call their attention, and leaves zeros in padded positions. It is switched off in this
-    model alone, by ``use_nested_tensor = False`` on the encoder and ``activation_relu_or_gelu = 0`` on its layers.
+    The results are those of torch's ordinary path. ``torch.nn.TransformerEncoder`` has another path for inference,
+    which fuses whole layers, does not call their attention, and leaves zeros in padded positions. It is switched off in
+    this model alone, by ``use_nested_tensor = False`` on the encoder and ``activation_relu_or_gelu = 0`` on its layers.
 
     As everywhere in mha_c, NaN in a position that `key_padding_mask` hides does not spread. A call uses as many threads
     as both torch and mha_c allow.

@@ -15,8 +15,8 @@ from mha_c.torch.functions import ONE_QUERY, AttentionMode
 
 __all__ = ["changes_nothing", "register_transformers", "registered_name", "uses_torchs_masks"]
 
-# Keyword arguments that change nothing, since the mask says the same. Those whose names begin with "output_" ask a model
-# for more outputs, and change nothing either.
+# Keyword arguments that change nothing, since the mask says the same. Those whose names begin with "output_" ask a
+# model for more outputs, and change nothing either.
 _WITHOUT_EFFECT = frozenset(
     {"cache_position", "deterministic", "logits_to_keep", "position_ids", "sliding_window", "use_cache"}
 )
@@ -54,8 +54,8 @@ def register_transformers(name: str = "mha_c") -> Coverage:
     A call raises NotImplementedError, and says what to do, if mha_c would have to ignore something that the model asks
     for: soft caps, attention sinks, any unknown keyword, and models for which transformers does not allow ``"sdpa"``.
 
-    ``output_attentions=True`` is computed as well: attention to the rows of an identity matrix gives the weights, as they
-    are before dropout. A query that sees no key has weights of 0.
+    ``output_attentions=True`` is computed as well: attention to the rows of an identity matrix gives the weights, as
+    they are before dropout. A query that sees no key has weights of 0.
 
     A call with one query and several keys, as in generation, is left to torch, which is still faster at it.
 

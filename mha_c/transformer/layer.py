@@ -222,7 +222,7 @@ class TransformerLayer(Container):
         zeroes_padding: bool = False,
         **masks: Any,
     ) -> Any:
-        """Attention, and the feed-forward network if there is a second norm: in one call where the core has all parts."""
+        """Attention, and the feed-forward network if there is a second norm; in one call if the core has all parts."""
         if self._is_plain(attention, norms, dropouts):
             try:
                 return self._transform(x, memory, attention, norms, zeroes_padding, **masks)

@@ -3,16 +3,17 @@
 
     python tests/tools/gates.py COMMIT [--gates bits code instructions speed] [--quick]
 
-For changes that may not change results or cost time. Both sides are built in build/gates/, by the Python that runs this.
+For changes that may not change results or cost time. Both sides are built in build/gates/, by the Python that runs
+this.
 
 bits          The hashes that the C tests print and shipping/result_bits.py, on every level of this CPU; the hashes also
               for NEON, under an emulator. All have to be equal.
 code          The functions of each object file. Those of the kernels have to be the same instructions, whatever they
               are called and wherever they stand. Functions that differ in other files are only named.
 instructions  benchmarks/instructions.py. No call may take more than 1 % more.
-speed         The first shape of each class of benchmarks/cases.py, with 1 and with 2 threads, both sides in turns, three
-              times over. The median of old time / new time must be 0.99 or more, and no shape may be below 0.97 all
-              three times. Needs a machine that does nothing else. --quick measures briefly and once.
+speed         The first shape of each class of benchmarks/cases.py, with 1 and with 2 threads, both sides in turns,
+              three times over. The median of old time / new time must be 0.99 or more, and no shape may be below 0.97
+              all three times. Needs a machine that does nothing else. --quick measures briefly and once.
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ def compare_code(old: Side, new: Side) -> list[str]:
                           for function, code in functions_of(path, objdump).items()})
             constants.append(sum((constants_of(*made) for made in chosen.values()), Counter()))
         counts = [Counter(code.values()) for code in codes]
-        gone, come = ([name for name, code in codes[i].items() if counts[i][code] > counts[1 - i][code]] for i in (0, 1))
+        gone, come = ([name for name, code in codes[i].items() if counts[i][code] > counts[1 - i][code]]
+                      for i in (0, 1))
         what = "kernels" if kernels else "other functions"
         print(f"code: {len(codes[1])} {what}; of the old ones {len(gone)} are no longer there, {len(come)} are new")
         if kernels:

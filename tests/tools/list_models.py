@@ -3,12 +3,13 @@
 
     python tests/tools/list_models.py
 
-Each model has random weights. Its errors are the largest difference from the same model in float64, by the largest number
-of that one's output: with mha_c, and with torch. The last column says by how much the float64 output changes where
-attention is computed without one of its traits. The exit status is 1 if a model has more than three times torch's error.
+Each model has random weights. Its errors are the largest difference from the same model in float64, by the largest
+number of that one's output: with mha_c, and with torch. The last column says by how much the float64 output changes
+where attention is computed without one of its traits. The exit status is 1 if a model has more than three times torch's
+error.
 
-It is 77 if a library is missing: `pip install --no-deps torchvision timm open_clip_torch ftfy`. The torchvision that this
-gets may have its operators compiled for another build of torch; none of them is needed.
+It is 77 if a library is missing: `pip install --no-deps torchvision timm open_clip_torch ftfy`. The torchvision that
+this gets may have its operators compiled for another build of torch; none of them is needed.
 """
 
 import sys

@@ -52,7 +52,8 @@ class Fault(NamedTuple):
 # ---- Reading C ----
 
 Edit = tuple[int, int, str]  # begin, end, what stands there instead
-FUNCTION = re.compile(r"^(?!typedef|enum|struct|union)\w[^;{}=]*?\b(?:[VG]\((\w+)\)|(\w+))\([^;{}]*\)\n\{\n(.*?)^\}", re.M | re.S)
+FUNCTION = re.compile(r"^(?!typedef|enum|struct|union)\w[^;{}=]*?\b(?:[VG]\((\w+)\)|(\w+))\([^;{}]*\)\n\{\n(.*?)^\}",
+                      re.M | re.S)
 BLANK = re.compile(r'/\*.*?\*/|"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'|^#(?:[^\n]*\\\n)*[^\n]*', re.M | re.S)
 
 
@@ -138,8 +139,10 @@ def missing_statements(text: str) -> Iterator[Edit]:
     for found in re.finditer(r"(?:[;{}:)]|else)\s*\n\s+(?=[\w*(])", text):
         end = text.find(";", found.end())
         statement = text[found.end():end]
-        keyword = re.match(r"return|break|continue|goto|if|for|while|do|switch|case|default|else|static|const", statement)
-        declaration = re.match(r"(?:struct )?[\w()]+(?:\s*\*+\s*|\s+)(?:const\s+)?\w+(?:\[.*?\])?\s*(?:=|,|$)", statement)
+        keyword = re.match(r"return|break|continue|goto|if|for|while|do|switch|case|default|else|static|const",
+                           statement)
+        declaration = re.match(r"(?:struct )?[\w()]+(?:\s*\*+\s*|\s+)(?:const\s+)?\w+(?:\[.*?\])?\s*(?:=|,|$)",
+                               statement)
         if not keyword and not declaration and "{" not in statement.replace("{0}", ""):
             yield found.end(), end, ""
 
@@ -288,8 +291,8 @@ SUBJECTS = [
     (r"python/run", "test_inputs.py test_hostile_arguments.py test_threads.py test_out_of_memory.py test_interrupt.py"),
     (r"python/", "test_inputs.py test_errors.py test_packed.py test_functional.py test_hostile_arguments.py "
                  "test_out_of_memory.py test_ownership.py test_advice.py"),
-    (r"", "forward narrow block sdpa allocations test_inputs.py test_dropout.py test_functional.py::test_static_keys_and_values "
-          "test_reproducibility.py::test_chunks test_hidden.py "
+    (r"", "forward narrow block sdpa allocations test_inputs.py test_dropout.py "
+          "test_functional.py::test_static_keys_and_values test_reproducibility.py::test_chunks test_hidden.py "
           "test_ownership.py::test_memory_of_a_very_large_call test_explain.py test_extreme_numbers.py"),
 ]
 
@@ -312,8 +315,8 @@ def draw(source: Path, seed: int, share: int) -> Iterator[Iterator[Fault]]:
                 yield _faults(chance, ways, file, function, masked(text)[begin:end], begin)
 
 
-def _faults(chance: random.Random, ways: dict[str, Callable[[str], Iterator[Edit]]], file: str, function: str, body: str,
-            begin: int) -> Iterator[Fault]:
+def _faults(chance: random.Random, ways: dict[str, Callable[[str], Iterator[Edit]]], file: str, function: str,
+            body: str, begin: int) -> Iterator[Fault]:
     found = {kind: list(enumerate(find(body), 1)) for kind, find in ways.items()}
     for _ in range(DRAWS):
         possible = [kind for kind in found if found[kind]]
@@ -348,13 +351,14 @@ class FaultyBench(Workbench):
         if file.endswith(".c"):
             return [self.source / file]
         sources = [path for path in self.source.rglob("*.c") if path.parent.name != "kernels" or path.stem == KERNELS]
-        listed = subprocess.run(["gcc", *self.flags, "-MM", *sources], check=True, capture_output=True, text=True).stdout
+        command = ["gcc", *self.flags, "-MM", *sources]
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rules = re.split(r"^\w+\.o: ", listed.replace("\\\n", ""), flags=re.M)[1:]
         return [Path(rule.split()[0]) for rule in rules
                 if any(Path(name).resolve() == (self.source / file).resolve() for name in rule.split()[1:])]
 
     def plant(self, fault: Fault) -> bool:
-        """Changes the file and compiles it; False, with nothing changed, where that is impossible or changes nothing."""
+        """Changes the file and compiles it; False, with nothing changed, if that is impossible or changes nothing."""
         path = self.source / fault.file
         self.sound = {made: made.read_bytes() for made in map(self.object_of, self.users(fault.file))}
         self.text = path, path.read_text()

@@ -138,8 +138,9 @@ def sanitize(name, quick, arguments):
     where = subprocess.run(probe, capture_output=True, text=True, check=True, env=environment, cwd=folder).stdout
     assert where.startswith(str(package)), f"tests would import {where}, not what was built here"
     files = QUICK if quick else sorted(file.name for file in TESTS.glob("test_*.py") if file.name not in NOT_ABOUT_C)
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--junit-xml={folder}/results.xml",
-               *(f"--deselect=tests/{test}" for test in UNFIT[name]), *(arguments or files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider",
+               f"--junit-xml={folder}/results.xml", *(f"--deselect=tests/{test}" for test in UNFIT[name]),
+               *(arguments or files)]
     status = subprocess.run(command, env=environment, cwd=TESTS, check=False).returncode
     errors = find_errors(folder.glob("report.*"))
     print("\n\n".join(errors))

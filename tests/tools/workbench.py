@@ -42,7 +42,8 @@ class Workbench:
         self.objects = folder / "objects"
         self.package = folder / "package"
         self.objects.mkdir(parents=True)
-        shutil.copytree(REPOSITORY / "mha_c", self.package / "mha_c", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        unused = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(REPOSITORY / "mha_c", self.package / "mha_c", ignore=unused)
         for file in sorted(source.rglob("*.c")):
             self.compile(file)
 
@@ -64,8 +65,8 @@ class Workbench:
         """A program of tests/c, from the objects as they are now; where it lies."""
         program = self.objects / f"test_{name}"
         if not program.with_suffix(".test").exists():
-            subprocess.run(["gcc", *self.flags, "-c", TESTS / "c" / f"test_{name}.c", "-o", program.with_suffix(".test")],
-                           check=True)
+            source = TESTS / "c" / f"test_{name}.c"
+            subprocess.run(["gcc", *self.flags, "-c", source, "-o", program.with_suffix(".test")], check=True)
         core = [made for made in sorted(self.objects.glob("*.o")) if not made.name.startswith("python_")]
         subprocess.run(["gcc", *self.flags, program.with_suffix(".test"), *core, "-o", program,
                         *(WRAP if name == "allocations" else []), "-lm"], check=True)
