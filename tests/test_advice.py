@@ -542,11 +542,13 @@ def test_attention_of_a_layer_warns_of_decoding():
     for module in (decoder, mha_c.TransformerEncoderLayer(16, 4, 8, batch_first=True).eval()):
         with pytest.warns(UserWarning, match="is_causal=True lets query l see"):
             module.self_attn(x[:, -1:], x, x, is_causal=True)
-    for training in (False, True):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            decoder.train(training)(x[:, :3], x, memory_is_causal=True)
-            decoder.multihead_attn(x[:, :3], x, x, is_causal=True)
+    for over_memory in (decoder.multihead_attn, layer(16, 4, batch_first=True)):
+        decoder.multihead_attn = over_memory
+        for training in (False, True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                decoder.train(training)(x[:, :3], x, memory_is_causal=True)
+                decoder.multihead_attn(x[:, :3], x, x, is_causal=True)
 
 
 def test_what_is_not_warned_of():
