@@ -1053,6 +1053,8 @@ def test_masked_arrays_are_refused():
                     scaled_dot_product_attention(**arguments)
             module(**{**given, name: masked.filled(0)})
             module(**{**given, name: masked.data})
+    with pytest.raises(TypeError, match="out is a masked array, whose mask would hide results: pass out.data"):
+        module(X, X, X, out=np.ma.masked_where(X > 1, X))
     with pytest.raises(TypeError, match="masked array"):
         module.out_proj.bias = np.ma.zeros(8)
     with pytest.raises(RuntimeError, match="MaskedArray"):
