@@ -208,8 +208,12 @@ def test_what_cannot_be_checked():
             (torch.nn.MultiheadAttention(8, 4).to(torch.float8_e5m2), (x,), TypeError, "this one is float8_e5m2")):
         with pytest.raises(error, match=words):
             check.against_torch(module, *inputs)
-    with pytest.raises(TypeError, match="is_casual"):
-        check.against_torch(layer(8, 4), x, is_casual=True)
+    for module, keyword, written in (
+            (layer(8, 4), "is_casual", "is_causal"), (layer(8, 4), "mask", "key_padding_mask=True or attn_mask"),
+            (mha_c.TransformerEncoderLayer(8, 4), "is_casual", "is_causal"),
+            (mha_c.TransformerEncoderLayer(8, 4), "mask", "src_mask")):
+        with pytest.raises(TypeError, match=rf"forward\(\) got an unexpected .* Write {written}=True instead of {keyword}="):
+            check.against_torch(module, x, **{keyword: True})
 
 
 WIDTHS = [{"num_kv_heads": 2}, {"head_dim": 3, "v_head_dim": 5, "out_dim": 6}, {"out_dim": 6, "add_bias_kv": True},
