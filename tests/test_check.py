@@ -606,6 +606,14 @@ def test_command_of_a_hugging_face_model(bert, capsys):
             main(["check", *wrong.split()])
 
 
+@pytest.mark.parametrize("option", ["--length", "--batch", "--seed", "--embed-dim"])
+@pytest.mark.parametrize("value", ["-1", "two"])
+def test_command_names_the_option_with_a_wrong_number(capsys, option, value):
+    with pytest.raises(SystemExit):
+        main(["check", "--embed-dim", "8", "--num-heads", "2", option, value])
+    assert capsys.readouterr().err.endswith(f"argument {option}: must be an int of at least 0, but got '{value}'\n")
+
+
 @pytest.mark.parametrize("options, words", [
     ("bert", "Is a directory (pass a file in it, such as 'bert/model.safetensors'; for attention or an encoder, also "
              "config='bert/config.json'): 'bert' (Here, config is --config.)"),
