@@ -692,6 +692,7 @@ def test_int8_is_a_precision_of_products(dtype):
         code = re.search(r"\. For products of int8, use matmul_precision=(.+)$", words)[1]
         assert M(8, 2, matmul_precision=evaluated(code, {})).matmul_precision == "int8"
     assert "matmul_precision" not in refusal(lambda: M(8, 2, dtype="int32"))
+    assert "in which mha_c computes, but got ','" in refusal(lambda: M(8, 2, dtype=","))
 
 
 @pytest.mark.parametrize("given, write", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"),
