@@ -838,7 +838,8 @@ def check_torch_module(module: Any, kind: str, instead: str, methods: Sequence[s
     # A layer that mha_c.torch.replace_attention has changed knows its class in torch.
     module_class = getattr(type(module), "_torch_class", type(module))
     for name in methods:
-        if name in vars(module) or getattr(module_class, name) is not getattr(expected, name) or is_patched(expected, name):
+        is_torchs = getattr(module_class, name) is getattr(expected, name) and not is_patched(expected, name)
+        if name in vars(module) or not is_torchs:
             raise TypeError(
                 f"from_torch takes a torch.nn.{kind}, but this {module_class.__name__} overrides {name}, which could "
                 f"compute anything. {instead}"

@@ -285,7 +285,8 @@ def test_errors_after_the_checks_are_not_hidden(function, monkeypatch):
 
 @pytest.mark.parametrize("shapes", [
     ((2, 4, 0, 8), (2, 4, 7, 8)), ((2, 4, 5, 8), (2, 4, 0, 8)), ((0, 4, 5, 8), (0, 4, 7, 8)), ((2, 0, 5, 8), (2, 0, 7, 8)),
-    ((2, 4, 5, 0), (2, 4, 7, 0)), ((0, 8), (0, 8)), ((3, 0, 8), (3, 2, 8)), ((1, 0, 8), (2, 7, 8)), ((1, 5, 8), (2, 0, 8))])
+    ((2, 4, 5, 0), (2, 4, 7, 0)), ((0, 8), (0, 8)), ((3, 0, 8), (3, 2, 8)), ((1, 0, 8), (2, 7, 8)),
+    ((1, 5, 8), (2, 0, 8))])
 def test_nothing(shapes):
     """torch computes it: it does not broadcast the leading axes."""
     query, key = heads(*shapes[0]), heads(*shapes[1])

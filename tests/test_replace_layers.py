@@ -634,7 +634,7 @@ def test_subclasses():
 
 @pytest.mark.parametrize(("cls", "method"), [(ENCODER, "_ff_block"), (nn.Linear, "forward"), (nn.LayerNorm, "forward")])
 def test_patched_classes(monkeypatch, cls, method):
-    """Layers are left alone if a method was put into their class or into that of a part; their attention is replaced."""
+    """Layers are left alone if a method was put into their class or that of a part; their attention is replaced."""
     monkeypatch.setattr(cls, method, lambda self, x: x[..., :16])
     model = replace_layers(ENCODER(16, 4, 24))
     assert [type(one) for one in (model, model.self_attn)] == [ENCODER, ReplacedAttention]

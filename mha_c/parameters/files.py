@@ -159,8 +159,8 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
         with open_checkpoint(source) as checkpoint:
             if checkpoint.config is not None:
                 raise ValueError(
-                    f"{checkpoint.path} was written by save, and records the arguments of the layer, which a state dict "
-                    "lacks: read it with the load of the layer's class"
+                    f"{checkpoint.path} was written by save, and records the arguments of the layer, which would be "
+                    "ignored: read it with the load of the layer's class"
                 )
             yield checkpoint.content
     else:

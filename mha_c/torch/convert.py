@@ -242,8 +242,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     Returns
     -------
     dict of str to torch.Tensor
-        Copies on the CPU, in the dtypes of the file. In a nested mapping, the names are joined by dots. Tensors that are
-        sparse, quantized or of a subclass are left out, and so is all that is no tensor.
+        Copies on the CPU, in the dtypes of the file. In a nested mapping, the names are joined by dots. Tensors that
+        are sparse, quantized or of a subclass are left out, and so is all that is no tensor.
 
     Raises
     ------

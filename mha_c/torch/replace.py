@@ -163,8 +163,8 @@ def replace_layers(model: _Model, *, matmul_precision: MatmulPrecision | None = 
     TypeError
         If `model` is not a torch module.
     ValueError
-        If the model has no such layer or attention, or if all of them override their methods, or a method of a class was
-        patched. These may compute anything, and are left alone. If `matmul_precision` is unknown.
+        If the model has no such layer or attention, or if all of them override their methods, or a method of a class
+        was patched. These may compute anything, and are left alone. If `matmul_precision` is unknown.
 
     Notes
     -----
