@@ -239,10 +239,6 @@ class _Norm(Module):
         }
 
     @classmethod
-    def _how_to_read(cls) -> str:
-        return f"{cls._kind}.from_state_dict reads it"
-
-    @classmethod
     def _described(cls, description: Mapping[str, Any], content: Mapping[str, Any]) -> Self:
         check_description(description, _DESCRIPTION)
         shape, names = _shape(description["normalized_shape"]), description["parameters"]

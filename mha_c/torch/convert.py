@@ -232,7 +232,7 @@ def state_dict(layer: Module, *, prefix: str = "") -> OrderedDict[str, torch.Ten
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Read the tensors in a file of parameters, without executing anything in the file.
+    """Read the dense tensors in a file of parameters, without executing anything in the file.
 
     Parameters
     ----------
@@ -242,7 +242,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     Returns
     -------
     dict of str to torch.Tensor
-        Copies on the CPU, in the dtypes of the file. In a nested mapping, the names are joined by dots.
+        Copies on the CPU, in the dtypes of the file. In a nested mapping, the names are joined by dots. Tensors that
+        are sparse, quantized or of a subclass are left out, and so is all that is no tensor.
 
     Raises
     ------

@@ -206,12 +206,6 @@ class TransformerLayer(Container):
         children = {name: make(name) for name in self._child_names}  # in the order in which torch draws parameters
         self._set_up(children, {"norm_first": norm_first, "activation": act, "padded": padded})
 
-    def _set_up(self, children: Mapping[str, Module | None], options: Mapping[str, Any]) -> None:
-        super()._set_up(children, options)
-        over_memory = children.get("multihead_attn")
-        if isinstance(over_memory, MultiheadAttention):
-            over_memory._warns_of_decoding = False  # a memory may be longer than what is decoded
-
     def _run(
         self,
         x: Any,
