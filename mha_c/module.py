@@ -185,7 +185,7 @@ class Module:
         shape = self._parameters.shapes.get(name)
         if shape is None:
             raise AttributeError(f"this layer has no {name}: it has {', '.join(self._parameters.shapes)}")
-        array = as_array(value, will_cast=True)
+        array = as_array(value, will_cast=True, name=name)
         if array.shape != shape:
             raise ValueError(f"{name} has shape {shape}, but got an array of shape {array.shape}")
         _replace([(self, {"arrays": {name: array}})])

@@ -656,6 +656,27 @@ def test_what_is_no_array(wrong, training):
                                                                "pass src.filled(0)")
 
 
+def test_parameters_that_are_no_arrays():
+    attention = layer(8, 2)
+
+    def assign(module, name):
+        return lambda: setattr(module, name, [0.0] * 8)
+
+    def function(name):
+        given = {"in_proj_weight": attention.in_proj_weight, "out_proj_weight": attention.out_proj.weight,
+                 **dict.fromkeys(("in_proj_bias", "bias_k", "bias_v", "out_proj_bias")), name: [0.0]}
+        return lambda: mha_c.functional.multi_head_attention_forward(
+            X, X, X, 8, 2, **given, add_zero_attn=False, dropout_p=0.0)
+
+    calls = {"input": lambda: mha_c.Dropout()([1.0]), "in_proj_bias": assign(attention, "in_proj_bias"),
+             "out_proj.bias": assign(attention.out_proj, "bias"),
+             "src": lambda: mha_c.check.against_torch(mha_c.TransformerEncoderLayer(8, 2, 16), [[0.0]])}
+    for name, call in calls.items():
+        assert refusal(call).startswith(f"{name} must be an array (NumPy, buffer protocol or DLPack), not list"), name
+    for name in ("in_proj_weight", "in_proj_bias", "bias_k", "out_proj_weight", "out_proj_bias"):
+        assert refusal(function(name)).startswith(f"{name} must be an array"), name
+
+
 def test_token_ids():
     """Integers of another width: whatever torch's words are, the shape that is expected is that of their embeddings."""
     ids = np.zeros((2, 3), np.int64)

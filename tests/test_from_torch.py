@@ -78,6 +78,8 @@ def test_what_takes_something_else():
          ": MultiheadAttention.load reads a file of save, MultiheadAttention.from_state_dict a checkpoint"),
         (torch.nn.MultiheadAttention, mha_c.MultiheadAttention, "activation.MultiheadAttention: pass a layer"),
         (torch.nn.Tanh(), mha_c.Linear, "got torch.nn.modules.activation.Tanh"),
+        ([torch.nn.Linear(2, 2)], mha_c.ModuleList, "got builtins.list"),
+        (torch.nn.Sequential(torch.nn.Linear(2, 2)), mha_c.ModuleList, "got torch.nn.modules.container.Sequential"),
     ):
         with pytest.raises(TypeError, match=f"^from_torch takes a .*{re.escape(words)}$"):
             cls.from_torch(module)

@@ -109,7 +109,8 @@ def compare_transformer(module: Any, *inputs: Any, **call: Any) -> Report:
         raise
     bound.apply_defaults()
     arguments = {
-        name: one if one is None or name.endswith("causal") else as_array(one) for name, one in bound.arguments.items()
+        name: one if one is None or name.endswith("causal") else as_array(one, name=name)
+        for name, one in bound.arguments.items()
     }
     ours = layer(**arguments)
     theirs = layer_in_torch(layer, _spelt_out_for_torch(layer, arguments))

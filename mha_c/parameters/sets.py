@@ -85,7 +85,7 @@ class Widths(NamedTuple):
         if isinstance(embed_dim, bool) or not hasattr(embed_dim, "__index__"):
             raise TypeError(f"embed_dim must be an int, but got {embed_dim!r}")
         embed_dim = operator.index(embed_dim)
-        num_heads = positive("num_heads", int(num_heads) if int(num_heads) == num_heads else num_heads)
+        num_heads = positive("num_heads", num_heads if num_heads % 1 else int(num_heads))
         for name, width in (("kdim", kdim), ("vdim", vdim)):
             if width is not None and integer(name, width) < 0:
                 raise RuntimeError(f"Trying to create tensor with negative dimension {width}: {name} is negative")
@@ -179,7 +179,7 @@ class Widths(NamedTuple):
 
 
 def _ways_to_divide(embed_dim: int, num_heads: int) -> str:
-    if num_heads != int(num_heads):
+    if num_heads % 1:
         return f"num_heads must be an int, but got {num_heads!r}"
     lower = embed_dim // num_heads * num_heads
     upper = lower + num_heads

@@ -91,15 +91,18 @@ def to_torch(layer: Module) -> torch.nn.Module:
     Parameters
     ----------
     layer : Module
-        The layer to copy: attention, a norm, or a layer of a Transformer with all that is in it.
+        The layer to copy, with all that is in it: any that mha_c has.
 
     Returns
     -------
     torch.nn.Module
-        Of the class of the same name. It computes in its dtype, whatever `matmul_precision` says.
+        Of the class of the same name. It computes as torch does, whatever `matmul_precision`, `masked_rows` and
+        `padded` say.
 
     Raises
     ------
+    TypeError
+        If `layer` is not a layer of mha_c.
     ValueError
         If torch does not have such a layer: it ties the widths of heads and output to `embed_dim`, and its Transformers
         have neither RMS norms nor gated activations.
@@ -149,8 +152,10 @@ def _container_in_torch(layer: Container, children: dict[str, torch.nn.Module]) 
     if isinstance(layer, TransformerLayer):
         kind = getattr(torch.nn, layer._kind)
         activation = TORCH_ACTIVATIONS.get(layer.activation) if isinstance(layer.activation, str) else None
-        if activation is None or any(isinstance(child, torch.nn.RMSNorm) for child in children.values()):
-            raise ValueError(f"torch.nn.{layer._kind} has neither RMS norms nor the activation {layer.activation!r}")
+        if activation is None:
+            raise ValueError(f"torch.nn.{layer._kind} does not have the activation {layer.activation!r}")
+        if any(isinstance(child, torch.nn.RMSNorm) for child in children.values()):
+            raise ValueError(f"torch.nn.{layer._kind} does not have RMS norms")
         batch_first = layer.self_attn.batch_first  # type: ignore[attr-defined]
         module = kind(1, 1, 1, 0.0, activation, batch_first=batch_first, norm_first=layer.norm_first)
     elif isinstance(layer, (TransformerEncoder, TransformerDecoder)):

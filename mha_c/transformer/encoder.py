@@ -533,6 +533,8 @@ class TransformerEncoder(Container):
         if not self.use_nested_tensor or self.layers[0].training or mask is not None or as_array(src).ndim != 3:
             return False
         rows = is_padding(src_key_padding_mask)
+        if rows.ndim != 2:
+            return False  # the layers refuse it
         return not (rows[:, :-1] & ~rows[:, 1:]).any()  # no token after padding
 
     @classmethod

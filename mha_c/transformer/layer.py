@@ -182,7 +182,7 @@ class TransformerLayer(Container):
         matmul_precision: MatmulPrecision | None = None,
     ) -> None:
         real = float_dtype(dtype)
-        draws: Any = Draws.of(seed, real)  # a seed that continues, for the layers in this one
+        draws: Any = Draws.of(seed)  # a seed that continues, for the layers in this one
         seeds = iter(seeds_for(dropout_seed, len(self._child_names)))
         act = check_activation("activation", activation)
         hidden = integer("dim_feedforward", dim_feedforward)
