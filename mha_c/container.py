@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
 from mha_c._typing import Self
 from mha_c.advice.keywords import knows_foreign_keywords
-from mha_c.module import Module, PrecisionOfProducts, module_from_description, module_from_torch
+from mha_c.module import (
+    Module,
+    PrecisionOfProducts,
+    check_torch_module,
+    module_from_description,
+    module_from_torch,
+)
 from mha_c.parameters.quantization import MatmulPrecision
 from mha_c.parameters.state_dict import Part, check_description
 
@@ -236,7 +242,7 @@ class ModuleList(Container, MutableSequence[_Layer]):
         Raises
         ------
         TypeError
-            If one of its layers cannot be copied.
+            If `module` is something else, or one of its layers cannot be copied.
         ValueError
             If `matmul_precision` is unknown, or given for a layer of float64.
 
@@ -248,6 +254,7 @@ class ModuleList(Container, MutableSequence[_Layer]):
           (0): Linear(in_features=2, out_features=2, bias=True)
         )
         """
+        check_torch_module(module, cls._kind, "Its layers may be copied one by one")
         made = cls(module_from_torch(one) for one in module)  # type: ignore[misc]
         made.training = module.training
         made.matmul_precision = matmul_precision

@@ -16,7 +16,7 @@ from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.module import Module, Option, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array, as_array
 from mha_c.parameters.checks import flag, integer, number
-from mha_c.parameters.dtypes import computed_in
+from mha_c.parameters.dtypes import DTYPES, computed_in
 from mha_c.parameters.state_dict import check_description
 
 __all__ = ["Dropout", "RandomModule", "as_seed", "seeds_for"]
@@ -188,6 +188,8 @@ class Dropout(RandomModule):
         ------
         TypeError
             If the input is not an array.
+        RuntimeError
+            If there is something to drop and the input has another dtype.
 
         Examples
         --------
@@ -195,9 +197,14 @@ class Dropout(RandomModule):
         >>> mha_c.Dropout(1.0)(np.ones(3, np.float32))
         array([0., 0., 0.], dtype=float32)
         """
-        array = as_array(input)
+        array = as_array(input, name="input")
         if not self._training or self._p == 0:
             return array
+        if array.dtype.name not in DTYPES:
+            raise RuntimeError(
+                f"result type Float can't be cast to the desired output type: input is {array.dtype}, and its numbers "
+                "would be rounded; pass input.astype(np.float32)"
+            )
         generator = np.random.Philox(key=np.array([self._dropout_seed, self._count_dropout_call()], np.uint64))
         words = generator.random_raw((array.size + 1) // 2).astype("<u8").view("<u4")[: array.size]
         kept = (words >= self._p * 2.0**32).reshape(array.shape)

@@ -288,7 +288,7 @@ def multi_head_attention_forward(
         else:
             products = 1 if query is key is value else 3  # torch multiplies once where the inputs are the same
             projections = _stacked_projections(width, rows, products, in_proj_weight, in_proj_bias)
-        extra = [_extra_key(bias, width) for bias in (bias_k, bias_v)]
+        extra = [_extra_key(name, bias, width) for name, bias in (("bias_k", bias_k), ("bias_v", bias_v))]
         output = _output_projection(width, rows, out_proj_weight, out_proj_bias)
         head_dim = width // num_heads
         parameters = _of_one_dtype(use_separate_proj_weight, *projections, *extra, *output)
@@ -349,9 +349,9 @@ def _check_widths(query: _Shape, key: _Shape, value: _Shape, embed_dim: int, num
         raise AssertionError(f"key shape {key} does not match value shape {value}")
 
 
-def _parameter(value: Any) -> Array:
+def _parameter(value: Any, name: str) -> Array:
     """The array of a parameter as the core reads it: C-contiguous, aligned, native byte order."""
-    array = as_array(value)
+    array = as_array(value, name=name)
     return np.require(array, array.dtype.newbyteorder("="), ["C", "A", "E"])
 
 
@@ -363,13 +363,13 @@ def _separate_projections(
     for letter, weight in given.items():
         if weight is None:
             raise AssertionError(f"use_separate_proj_weight is True but {letter}_proj_weight is None")
-    weights = [_parameter(weight) for weight in given.values()]
+    weights = [_parameter(weight, f"{letter}_proj_weight") for letter, weight in given.items()]
     names = ("query", "key", "value")
     for name, weight, depth in zip(names, weights, features, strict=True):
         if weight.shape != (features[0], depth):
             raise AssertionError(f"expecting {name} weights shape of {(features[0], depth)}, but got {weight.shape}")
     yield from weights
-    bias = None if in_bias is None else _parameter(in_bias)
+    bias = None if in_bias is None else _parameter(in_bias, "in_proj_bias")
     if bias is not None:
         third = max(-(-len(bias) // 3), 1)  # as torch's chunk() cuts what three does not divide
         b_q, b_k, b_v = (bias[start : start + third] for start in range(0, len(bias), third))
@@ -396,22 +396,22 @@ def _stacked_projections(
     """The three projections and their stacked bias, from stacked weights."""
     if in_weight is None:
         raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
-    weight = _parameter(in_weight)
+    weight = _parameter(in_weight, "in_proj_weight")
     _check_matrix(weight, rows, width, products)
     if len(weight) != 3 * width:
         raise RuntimeError(f"in_proj_weight must have the shape {(3 * width, width)}, but got {weight.shape}")
-    bias = None if in_bias is None else _parameter(in_bias)
+    bias = None if in_bias is None else _parameter(in_bias, "in_proj_bias")
     if bias is not None and bias.shape != (3 * width,):
         raise RuntimeError(f"in_proj_bias must have the shape {(3 * width,)}, but got {bias.shape}")
     yield from (weight[:width], weight[width : 2 * width], weight[2 * width :])
     yield bias
 
 
-def _extra_key(bias: Any, width: int) -> Array | None:
+def _extra_key(name: str, bias: Any, width: int) -> Array | None:
     """bias_k or bias_v; Weights has torch's words for one without the other."""
     if bias is None:
         return None
-    array = _parameter(bias)
+    array = _parameter(bias, name)
     if array.size != width or array.shape[-1:] != (width,):
         raise RuntimeError(
             f"Sizes of tensors must match except in dimension 0. Expected size {width} but got size "
@@ -423,9 +423,9 @@ def _extra_key(bias: Any, width: int) -> Array | None:
 def _output_projection(width: int, rows: int, out_weight: Any, out_bias: Any) -> Iterator[Array | None]:
     if out_weight is None:
         raise TypeError("linear(): argument 'weight' (position 2) must be Tensor, not NoneType")
-    weight = _parameter(out_weight)
+    weight = _parameter(out_weight, "out_proj_weight")
     _check_matrix(weight, rows, width)
-    bias = None if out_bias is None else _parameter(out_bias)
+    bias = None if out_bias is None else _parameter(out_bias, "out_proj_bias")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise RuntimeError(f"out_proj_bias must have the shape {weight.shape[:1]}, but got {bias.shape}")
     yield weight

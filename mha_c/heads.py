@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha_c.explanation import Explanation, LayerExplanation, StackExplanation
+from mha_c.parameters.arrays import as_array
 from mha_c.parameters.dtypes import computed_in
 
 __all__ = ["distance", "entropy", "heads_of", "to_bertviz"]
@@ -39,7 +40,8 @@ class Matrices(NamedTuple):
         """The matrices of an explanation or of an array. Arrays of weights are checked."""
         _check_source(source, stage)
         is_explanation = isinstance(source, Explanation)
-        array: NDArray[Any] = np.asarray(getattr(source, stage) if is_explanation else source)
+        given = getattr(source, stage) if is_explanation else source
+        array: NDArray[Any] = as_array(given, will_cast=True) if hasattr(given, "detach") else np.asarray(given)
         array = array.astype(computed_in(array.dtype), copy=False)
         if is_explanation:
             if averaged:

@@ -561,10 +561,6 @@ class MultiheadAttention(RandomModule):
         )
 
     @classmethod
-    def _how_to_read(cls) -> str:
-        return "MultiheadAttention.from_state_dict reads it, given num_heads"
-
-    @classmethod
     def _described(cls, description: Mapping[str, Any], content: Mapping[str, Any]) -> Self:
         check_description(description, ATTENTION)
         parameters, arguments = described_attention(cls.__name__, description, content)

@@ -23,7 +23,7 @@ from mha_c.module import (
     dtypes_for,
 )
 from mha_c.parameters.arrays import AnyArray, Array, as_array
-from mha_c.parameters.checks import size
+from mha_c.parameters.checks import flag, size
 from mha_c.parameters.dtypes import float_dtype, trained_dtype
 from mha_c.parameters.initialization import initial_linear
 from mha_c.parameters.quantization import MAPS, Precision, Weight, precision_of_weights
@@ -145,7 +145,7 @@ class Linear(Module):
         real = float_dtype(dtype)
         check_memory({"weight": (rows, columns)}, real, f"in_features={columns:,} and out_features={rows:,}")
         precisions = precision_of_weights(matmul_precision, _products())
-        self._set_up(_Parameters(initial_linear(rows, columns, bool(bias), real, seed), real, precisions))
+        self._set_up(_Parameters(initial_linear(rows, columns, flag("bias", bias), real, seed), real, precisions))
 
     def _set_up(self, parameters: _Parameters) -> None:
         self.training = True

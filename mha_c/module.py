@@ -50,6 +50,7 @@ __all__ = [
     "check_torch_module",
     "dtypes_for",
     "in_words_of",
+    "is_patched",
     "module_from_description",
     "module_from_torch",
     "precisions_of",
@@ -179,7 +180,7 @@ class Module:
         shape = self._parameters.shapes.get(name)
         if shape is None:
             raise AttributeError(f"this layer has no {name}: it has {', '.join(self._parameters.shapes)}")
-        array = as_array(value, will_cast=True)
+        array = as_array(value, will_cast=True, name=name)
         if array.shape != shape:
             raise ValueError(f"{name} has shape {shape}, but got an array of shape {array.shape}")
         _replace([(self, {"arrays": {name: array}})])
@@ -365,11 +366,9 @@ class Module:
         <All keys matched successfully>
         """
         if isinstance(state_dict, str | os.PathLike):
-            name = type(self).__name__
-            others = f", {name}.from_state_dict a checkpoint" if hasattr(self, "from_state_dict") else ""
             raise TypeError(
-                f"Expected state_dict to be dict-like, got {type(state_dict)}. This is a path: {name}.load reads a "
-                f"file of save{others}."
+                f"Expected state_dict to be dict-like, got {type(state_dict)}. This is a path: "
+                f"{self._what_reads_paths()}."
             )
         return self._take(state_dict, strict)
 
@@ -568,7 +567,21 @@ class Module:
     @classmethod
     def _how_to_read(cls) -> str:
         """How to read a file of parameters that `save` did not write, for the error of `load`."""
+        reader = f"{cls._kind}.from_state_dict"
+        if cls._kind in _OF_TRANSFORMERS:
+            return (
+                f'{reader}(path, config="config.json") reads the file of a Hugging Face model, and '
+                f"{reader}(path, num_heads=...) one with torch's names"
+            )
+        if hasattr(cls, "from_state_dict"):
+            return f"{reader} reads it"
         return f"make a {cls._kind} with its arguments, and pass the arrays of the file to load_state_dict"
+
+    @classmethod
+    def _what_reads_paths(cls) -> str:
+        """What reads the file at a path, for the errors of what takes no path."""
+        reads_checkpoints = f", {cls.__name__}.from_state_dict a checkpoint" if hasattr(cls, "from_state_dict") else ""
+        return f"{cls.__name__}.load reads a file of save{reads_checkpoints}"
 
     def _full_description(self) -> dict[str, Any]:
         described = {"layer": self._kind, **self._description(), "training": self.training}
@@ -813,27 +826,44 @@ def check_torch_module(module: Any, kind: str, instead: str, methods: Sequence[s
     Traceback (most recent call last):
     TypeError: from_torch takes a torch.nn.LayerNorm, but got builtins.int
     """
-    torch = sys.modules.get("torch")  # where it was not imported, this cannot be a layer of it
+    torch: Any = sys.modules.get("torch")  # where it was not imported, this cannot be a layer of it
     expected = None if torch is None else getattr(torch.nn, kind, None)
     if expected is None or not isinstance(module, expected):
         raise TypeError(f"from_torch takes a torch.nn.{kind}, but got {_describe_module(module, kind)}")
     # A layer that mha_c.torch.replace_attention has changed knows its class in torch.
     module_class = getattr(type(module), "_torch_class", type(module))
     for name in methods:
-        if name in vars(module) or getattr(module_class, name) is not getattr(expected, name):
+        is_torchs = getattr(module_class, name) is getattr(expected, name) and not is_patched(expected, name)
+        if name in vars(module) or not is_torchs:
             raise TypeError(
                 f"from_torch takes a torch.nn.{kind}, but this {module_class.__name__} overrides {name}, which could "
                 f"compute anything. {instead}"
             )
+    everywhere = torch.nn.modules.module
+    hooks = [("every module", everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)]
     for path, part in module.named_modules():
-        if path.rpartition(".")[2] == "out_proj":
-            continue  # torch's attention does not call it
-        if not all(map(_is_known_hook, (*part._forward_pre_hooks.values(), *part._forward_hooks.values()))):
+        if path.rpartition(".")[2] != "out_proj":  # torch's attention does not call it
+            hooks.append((path or "this one", part._forward_pre_hooks, part._forward_hooks))
+    for where, before, after in hooks:
+        if not all(map(_is_known_hook, (*before.values(), *after.values()))):
             raise TypeError(
-                f"from_torch takes a torch.nn.{kind}, but {path or 'this one'} has a forward hook, which could compute "
-                f"anything: remove it. {instead}"
+                f"from_torch takes a torch.nn.{kind}, but {where} has a forward hook, which could compute anything: "
+                f"remove it. {instead}"
             )
     return torch
+
+
+def is_patched(cls: type[Any], method: str) -> bool:
+    """Whether a method of a class of torch or transformers was replaced by one from elsewhere.
+
+    Examples
+    --------
+    >>> import torch
+    >>> is_patched(torch.nn.Linear, "forward")
+    False
+    """
+    package = cls.__module__.partition(".")[0]
+    return str(getattr(getattr(cls, method), "__module__", None)).partition(".")[0] != package
 
 
 def in_words_of(error: Exception, said: str, instead: str) -> str:
@@ -861,8 +891,7 @@ def _describe_module(module: Any, kind: str) -> str:
         return f"the class {module.__module__}.{module.__qualname__}: pass a layer"
     described = _name_of_class(module)
     if isinstance(module, str | os.PathLike):
-        from_checkpoint = ", from_state_dict a checkpoint" if _reads_state_dicts(kind) else ""
-        return f"{described}: {kind}.load reads a file of save{from_checkpoint}"
+        return f"{described}: {_kinds[kind]._what_reads_paths()}"
     if isinstance(module, Mapping):
         reader = f"{kind}.from_state_dict" if _reads_state_dicts(kind) else "a layer's load_state_dict"
         return f"{described}: parameters alone are for {reader}"

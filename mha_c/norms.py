@@ -19,7 +19,7 @@ from mha_c.advice.keywords import knows_foreign_keywords
 from mha_c.advice.norms import advise_on_norm
 from mha_c.module import Module, Option, Parameter, check_device, check_memory, check_torch_module
 from mha_c.parameters.arrays import AnyArray, Array, as_array
-from mha_c.parameters.checks import number
+from mha_c.parameters.checks import flag, number
 from mha_c.parameters.dtypes import computed_in, float_dtype, trained_dtype
 from mha_c.parameters.files import open_state_dict
 from mha_c.parameters.loading import arrays_in, read_array
@@ -65,7 +65,10 @@ class _Parameters(ArraySet):
 
 def _shape(normalized_shape: Any) -> _Shape:
     """The sizes of the normalized axes, from an int or several; the errors are those of torch."""
-    sizes = (normalized_shape,) if isinstance(normalized_shape, numbers.Integral) else tuple(normalized_shape)
+    try:
+        sizes = (normalized_shape,) if isinstance(normalized_shape, numbers.Integral) else tuple(normalized_shape)
+    except TypeError as error:
+        raise TypeError(f"{error}: normalized_shape must be an int or several") from None
     for i, size in enumerate(sizes):
         if isinstance(size, bool) or not hasattr(size, "__index__"):
             raise TypeError(
@@ -239,10 +242,6 @@ class _Norm(Module):
         }
 
     @classmethod
-    def _how_to_read(cls) -> str:
-        return f"{cls._kind}.from_state_dict reads it"
-
-    @classmethod
     def _described(cls, description: Mapping[str, Any], content: Mapping[str, Any]) -> Self:
         check_description(description, _DESCRIPTION)
         shape, names = _shape(description["normalized_shape"]), description["parameters"]
@@ -380,7 +379,9 @@ class LayerNorm(_Norm):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        names = (("weight", "bias") if bias else ("weight",)) if elementwise_affine else ()
+        names: tuple[str, ...] = ("weight", "bias") if flag("bias", bias) else ("weight",)
+        if not flag("elementwise_affine", elementwise_affine):
+            names = ()
         self._make(normalized_shape, eps, names, device, dtype)
 
     def forward(self, input: AnyArray) -> Array:
@@ -491,7 +492,8 @@ class RMSNorm(_Norm):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        self._make(normalized_shape, eps, ("weight",) if elementwise_affine else (), device, dtype)
+        names = ("weight",) if flag("elementwise_affine", elementwise_affine) else ()
+        self._make(normalized_shape, eps, names, device, dtype)
 
     def forward(self, x: AnyArray) -> Array:
         """Normalize every row of the input; calling the layer does the same.

@@ -542,11 +542,13 @@ def test_attention_of_a_layer_warns_of_decoding():
     for module in (decoder, mha_c.TransformerEncoderLayer(16, 4, 8, batch_first=True).eval()):
         with pytest.warns(UserWarning, match="is_causal=True lets query l see"):
             module.self_attn(x[:, -1:], x, x, is_causal=True)
-    for training in (False, True):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            decoder.train(training)(x[:, :3], x, memory_is_causal=True)
-            decoder.multihead_attn(x[:, :3], x, x, is_causal=True)
+    for over_memory in (decoder.multihead_attn, layer(16, 4, batch_first=True)):
+        decoder.multihead_attn = over_memory
+        for training in (False, True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                decoder.train(training)(x[:, :3], x, memory_is_causal=True)
+                decoder.multihead_attn(x[:, :3], x, x, is_causal=True)
 
 
 def test_what_is_not_warned_of():
@@ -654,6 +656,27 @@ def test_what_is_no_array(wrong, training):
                                                                "pass src.filled(0)")
 
 
+def test_parameters_that_are_no_arrays():
+    attention = layer(8, 2)
+
+    def assign(module, name):
+        return lambda: setattr(module, name, [0.0] * 8)
+
+    def function(name):
+        given = {"in_proj_weight": attention.in_proj_weight, "out_proj_weight": attention.out_proj.weight,
+                 **dict.fromkeys(("in_proj_bias", "bias_k", "bias_v", "out_proj_bias")), name: [0.0]}
+        return lambda: mha_c.functional.multi_head_attention_forward(
+            X, X, X, 8, 2, **given, add_zero_attn=False, dropout_p=0.0)
+
+    calls = {"input": lambda: mha_c.Dropout()([1.0]), "in_proj_bias": assign(attention, "in_proj_bias"),
+             "out_proj.bias": assign(attention.out_proj, "bias"),
+             "src": lambda: mha_c.check.against_torch(mha_c.TransformerEncoderLayer(8, 2, 16), [[0.0]])}
+    for name, call in calls.items():
+        assert refusal(call).startswith(f"{name} must be an array (NumPy, buffer protocol or DLPack), not list"), name
+    for name in ("in_proj_weight", "in_proj_bias", "bias_k", "out_proj_weight", "out_proj_bias"):
+        assert refusal(function(name)).startswith(f"{name} must be an array"), name
+
+
 def test_token_ids():
     """Integers of another width: whatever torch's words are, the shape that is expected is that of their embeddings."""
     ids = np.zeros((2, 3), np.int64)
@@ -690,6 +713,7 @@ def test_int8_is_a_precision_of_products(dtype):
         code = re.search(r"\. For products of int8, use matmul_precision=(.+)$", words)[1]
         assert M(8, 2, matmul_precision=evaluated(code, {})).matmul_precision == "int8"
     assert "matmul_precision" not in refusal(lambda: M(8, 2, dtype="int32"))
+    assert "in which mha_c computes, but got ','" in refusal(lambda: M(8, 2, dtype=","))
 
 
 @pytest.mark.parametrize("given, write", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"),
@@ -1051,6 +1075,8 @@ def test_masked_arrays_are_refused():
                     scaled_dot_product_attention(**arguments)
             module(**{**given, name: masked.filled(0)})
             module(**{**given, name: masked.data})
+    with pytest.raises(TypeError, match="out is a masked array, whose mask would hide results: pass out.data"):
+        module(X, X, X, out=np.ma.masked_where(X > 1, X))
     with pytest.raises(TypeError, match="masked array"):
         module.out_proj.bias = np.ma.zeros(8)
     with pytest.raises(RuntimeError, match="MaskedArray"):

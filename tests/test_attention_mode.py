@@ -285,12 +285,16 @@ def test_errors_after_the_checks_are_not_hidden(function, monkeypatch):
 
 @pytest.mark.parametrize("shapes", [
     ((2, 4, 0, 8), (2, 4, 7, 8)), ((2, 4, 5, 8), (2, 4, 0, 8)), ((0, 4, 5, 8), (0, 4, 7, 8)), ((2, 0, 5, 8), (2, 0, 7, 8)),
-    ((2, 4, 5, 0), (2, 4, 7, 0)), ((0, 8), (0, 8)), ((3, 0, 8), (3, 2, 8))])
+    ((2, 4, 5, 0), (2, 4, 7, 0)), ((0, 8), (0, 8)), ((3, 0, 8), (3, 2, 8)), ((1, 0, 8), (2, 7, 8)),
+    ((1, 5, 8), (2, 0, 8))])
 def test_nothing(shapes):
+    """torch computes it: it does not broadcast the leading axes."""
     query, key = heads(*shapes[0]), heads(*shapes[1])
     want = sdpa(query, key, key)
-    got = inside(sdpa, query, key, key)
+    with attention() as coverage:
+        got = sdpa(query, key, key)
     assert got.shape == want.shape and torch.equal(got, want)
+    assert coverage.left == 1
 
 
 def test_large_strides_and_repeated_keys():
@@ -437,7 +441,7 @@ def test_nested_tensors_and_masks_of_one_axis():
         got = [sdpa(nested, nested, nested), sdpa(query, key, key, mask)]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got[0].unbind(), want[0].unbind()))
     assert torch.equal(got[1], want[1])
-    assert coverage.rows[0].reason == "nested tensors"
+    assert coverage.rows[0].reason == "nested tensors (1), arguments that do not fit (1)"
 
 
 def test_what_was_packed_goes_with_the_block():

@@ -208,8 +208,12 @@ def test_what_cannot_be_checked():
             (torch.nn.MultiheadAttention(8, 4).to(torch.float8_e5m2), (x,), TypeError, "this one is float8_e5m2")):
         with pytest.raises(error, match=words):
             check.against_torch(module, *inputs)
-    with pytest.raises(TypeError, match="is_casual"):
-        check.against_torch(layer(8, 4), x, is_casual=True)
+    for module, keyword, written in (
+            (layer(8, 4), "is_casual", "is_causal"), (layer(8, 4), "mask", "key_padding_mask=True or attn_mask"),
+            (mha_c.TransformerEncoderLayer(8, 4), "is_casual", "is_causal"),
+            (mha_c.TransformerEncoderLayer(8, 4), "mask", "src_mask")):
+        with pytest.raises(TypeError, match=rf"forward\(\) got an .* Write {written}=True instead of {keyword}="):
+            check.against_torch(module, x, **{keyword: True})
 
 
 WIDTHS = [{"num_kv_heads": 2}, {"head_dim": 3, "v_head_dim": 5, "out_dim": 6}, {"out_dim": 6, "add_bias_kv": True},
@@ -600,6 +604,14 @@ def test_command_of_a_hugging_face_model(bert, capsys):
     for wrong in ("--layer decoder --config bert/config.json", "--config bert/config.json", "--prefix layers.0."):
         with pytest.raises(SystemExit):
             main(["check", *wrong.split()])
+
+
+@pytest.mark.parametrize("option", ["--length", "--batch", "--seed", "--embed-dim"])
+@pytest.mark.parametrize("value", ["-1", "two"])
+def test_command_names_the_option_with_a_wrong_number(capsys, option, value):
+    with pytest.raises(SystemExit):
+        main(["check", "--embed-dim", "8", "--num-heads", "2", option, value])
+    assert capsys.readouterr().err.endswith(f"argument {option}: must be an int of at least 0, but got '{value}'\n")
 
 
 @pytest.mark.parametrize("options, words", [

@@ -61,6 +61,8 @@ CASES = {
     "embed_dim a float": make(8.0, 2),
     "embed_dim a string": make("8", 2),
     "num_heads a string": make(8, "2"),
+    "num_heads infinite": make(8, float("inf")),
+    "num_heads NaN": make(8, float("nan")),
     "dtype of integers": make(8, 2, dtype=np.int32),
     "dtype of bools": make(8, 2, dtype=np.bool_),
     "no arguments": make(),

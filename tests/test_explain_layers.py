@@ -271,6 +271,9 @@ def test_decoder(padded):
         np.testing.assert_array_equal(explanation[number].output, explanation.residual_stream[f"layer {number}"])
     np.testing.assert_array_equal(explanation.output, decoder(*call))
     assert explanation.residual_stream["layer 0"][PADDING.T].all()
+    flags = {"tgt_mask": call[2], "tgt_is_causal": 1, "memory_is_causal": 1}  # as torch takes flags
+    if padded is None:
+        np.testing.assert_array_equal(mha_c.explain(decoder, *call[:2], **flags).output, decoder(*call[:2], **flags))
 
 
 def test_a_layer_of_a_stack_is_explained_as_it_was():

@@ -74,12 +74,31 @@ def test_what_takes_something_else():
         (torch.nn.RMSNorm(3), mha_c.LayerNorm, ", which mha_c.RMSNorm.from_torch takes"),
         (layer.state_dict(), mha_c.TransformerEncoder, ": parameters alone are for TransformerEncoder.from_state_dict"),
         ("model.pt", mha_c.Linear, "got builtins.str: Linear.load reads a file of save"),
-        ("model.pt", MultiheadAttention, ": MultiheadAttention.load reads a file of save, from_state_dict a checkpoint"),
+        ("model.pt", MultiheadAttention,
+         ": MultiheadAttention.load reads a file of save, MultiheadAttention.from_state_dict a checkpoint"),
         (torch.nn.MultiheadAttention, mha_c.MultiheadAttention, "activation.MultiheadAttention: pass a layer"),
         (torch.nn.Tanh(), mha_c.Linear, "got torch.nn.modules.activation.Tanh"),
+        ([torch.nn.Linear(2, 2)], mha_c.ModuleList, "got builtins.list"),
+        (torch.nn.Sequential(torch.nn.Linear(2, 2)), mha_c.ModuleList, "got torch.nn.modules.container.Sequential"),
     ):
         with pytest.raises(TypeError, match=f"^from_torch takes a .*{re.escape(words)}$"):
             cls.from_torch(module)
+
+
+def test_what_every_layer_of_torch_does_is_refused(monkeypatch):
+    """Hooks of all modules, and methods that were put into torch's classes."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+    everywhere = torch.nn.modules.module
+    for register in (everywhere.register_module_forward_hook, everywhere.register_module_forward_pre_hook):
+        handle = register(lambda *_: None)
+        with pytest.raises(TypeError, match="but every module has a forward hook, which could compute anything"):
+            mha_c.TransformerEncoderLayer.from_torch(layer)
+        handle.remove()
+        mha_c.TransformerEncoderLayer.from_torch(layer)
+    for cls, method in ((torch.nn.TransformerEncoderLayer, "_ff_block"), (torch.nn.Linear, "forward")):
+        with monkeypatch.context() as patch, pytest.raises(TypeError, match=f"this {cls.__name__} overrides {method}"):
+            patch.setattr(cls, method, lambda self, x: x)
+            mha_c.TransformerEncoderLayer.from_torch(layer)
 
 
 def test_replaced_layers():

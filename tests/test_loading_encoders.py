@@ -299,6 +299,8 @@ def test_what_config_does_not_tell_is_an_argument():
     ({"norm_first": True}, "norm_first is True, but the model has False"),
     ({"config": {**BERT_CONFIG, "num_hidden_layers": 12}}, "config is for 12 layers, but the state dict has 3 of them"),
     ({"config": {**BERT_CONFIG, "model_type": "vit"}}, 'config has "model_type=vit", but the names are those of BERT'),
+    *(({"config": {**BERT_CONFIG, "layer_norm_eps": eps}}, f"config has layer_norm_eps={eps!r}, but norms need")
+      for eps in (-1e-12, float("nan"), float("inf"), "1e-12")),
     ({"config": {**BERT_CONFIG, "hidden_size": 64}}, "config is for layers with 64 features, but this one has 32"),
 ], ids=str)  # fmt: skip
 def test_contradictions(change, words):

@@ -334,6 +334,9 @@ def test_refusals_of_our_own():
         mha_c.LayerNorm(8, "a")
     with pytest.raises(TypeError, match="eps must be a number, but got None"):
         mha_c.LayerNorm(8).eps = None
+    for shape in (8.0, None):
+        with pytest.raises(TypeError, match="object is not iterable: normalized_shape must be an int or several$"):
+            mha_c.LayerNorm(shape)
     with pytest.raises(RuntimeError, match='device must be None or "cpu"'):
         mha_c.LayerNorm(8, device="cuda")
     with pytest.raises(TypeError, match="dtype must be float32, float64, bfloat16 or float16"):

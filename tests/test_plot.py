@@ -115,6 +115,15 @@ def test_halves(name, dtype):
         np.testing.assert_array_equal(statistic(halves), statistic(halves.astype(np.float32)), strict=True)
 
 
+def test_tensors():
+    """Of bfloat16, and with a gradient, which NumPy does not read."""
+    torch = pytest.importorskip("torch")
+    weights = torch.from_numpy(random_weights(12))
+    for given in (weights.bfloat16(), weights.requires_grad_()):
+        for statistic in (heads.entropy, heads.distance):
+            np.testing.assert_array_equal(statistic(given), statistic(given.detach().float().numpy()))
+
+
 def test_import_leaves_matplotlib_alone():
     run_child(
         "import sys, mha_c; assert 'matplotlib' not in sys.modules; mha_c.heads; assert 'matplotlib' not in sys.modules"

@@ -6,6 +6,7 @@ import ast
 import copy
 import gc
 import importlib
+import inspect
 import pickle
 import re
 from pathlib import Path
@@ -631,6 +632,14 @@ def test_subclasses():
         replace_layers(nn.Sequential(type("Own", (nn.MultiheadAttention,), {"forward": lambda self, x: x})(8, 2)))
 
 
+@pytest.mark.parametrize(("cls", "method"), [(ENCODER, "_ff_block"), (nn.Linear, "forward"), (nn.LayerNorm, "forward")])
+def test_patched_classes(monkeypatch, cls, method):
+    """Layers are left alone if a method was put into their class or that of a part; their attention is replaced."""
+    monkeypatch.setattr(cls, method, lambda self, x: x[..., :16])
+    model = replace_layers(ENCODER(16, 4, 24))
+    assert [type(one) for one in (model, model.self_attn)] == [ENCODER, ReplacedAttention]
+
+
 def test_what_has_no_layers():
     with pytest.raises(TypeError, match="replace_layers takes a torch.nn.Module, but got"):
         replace_layers(np.zeros(3))
@@ -983,6 +992,22 @@ def test_the_known_classes_are_alike(transformers):
         names = [name, *(holder.replace("*", model) for holder in mixin._names.holders.values())]
         code = [re.sub(rf"\b{model}", "Model", ast.unparse(written[one])) for one in names]
         assert code == first.setdefault(mixin, code), path
+
+
+@pytest.mark.parametrize(("name", "method"), [
+    ("BertLayer", "feed_forward_chunk"), ("BertLayer", "forward"), ("BertSelfOutput", "forward")])
+def test_patched_classes_of_transformers(transformers, monkeypatch, name, method):
+    theirs, _, _ = hugging_face(transformers, "Bert")
+    module = importlib.import_module(type(theirs).__module__)
+    original = getattr(getattr(module, name), method)
+
+    def patched(self, *args, **kwargs):
+        return original(self, *args, **kwargs)
+
+    patched.__signature__ = inspect.signature(original)
+    monkeypatch.setattr(getattr(module, name), method, patched)
+    with pytest.raises(ValueError, match=rf"can be replaced: .*\(BertLayer, {name}\.{method} is patched\)"):
+        replace_layers(theirs)
 
 
 def layer_and_input(transformers, implementation="sdpa"):

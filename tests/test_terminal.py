@@ -237,7 +237,7 @@ def test_every_option_sets_its_field():
     for action in parser._actions:
         if action.dest in ("help", "json"):
             continue
-        value = action.choices[-1] if action.choices else "7" if action.type is int else "x"
+        value = action.choices[-1] if action.choices else "7" if action.type else "x"
         given = [*action.option_strings, *([] if action.nargs == 0 else [value])]
         options = vars(parser.parse_args(given))
         del options["json"]

@@ -274,9 +274,10 @@ def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
 
 
 def test_read_checkpoint(tmp_path):
-    """All tensors of a file, of any dtype, nested or not, from every kind of file."""
+    """All dense tensors of a file, of any dtype, nested or not, from every kind of file."""
     state = {str(dtype): torch.arange(6).to(dtype).reshape(2, 3).T for dtype in DTYPES}
-    torch.save({"model": state, "epoch": 3, "best": np.float64(1)}, tmp_path / "model.pt")
+    sparse = torch.ones(2).to_sparse()
+    torch.save({"model": state, "epoch": 3, "best": np.float64(1), "sparse": sparse}, tmp_path / "model.pt")
     got = mha_c.torch.read_checkpoint(tmp_path / "model.pt")
     assert list(got) == [f"model.{name}" for name in state]
     for name, tensor in state.items():

@@ -357,6 +357,29 @@ def test_custom_encoder_and_decoder():
     assert bits(ours.state_dict()) == bits({name: tensor.numpy() for name, tensor in theirs.state_dict().items()})
 
 
+def test_custom_parts_of_another_dtype():
+    """Matrices are drawn anew in the dtype of each, whatever the dtype of the Transformer."""
+    torch = pytest.importorskip("torch")
+    parts = {}
+    for lib, dtype in ((mha_c, "float64"), (torch.nn, torch.float64)):
+        encoder = lib.TransformerEncoder(lib.TransformerEncoderLayer(4, 2, 8, dtype=dtype, batch_first=True), 1)
+        decoder = lib.TransformerDecoder(lib.TransformerDecoderLayer(4, 2, 8, batch_first=True), 1)
+        parts[lib] = {"custom_encoder": encoder, "custom_decoder": decoder}
+    torch.manual_seed(5)
+    theirs = torch.nn.Transformer(4, 2, **parts[torch.nn])
+    ours = mha_c.Transformer(4, 2, **parts[mha_c], seed=5)
+    for name, tensor in theirs.state_dict().items():
+        if tensor.ndim > 1:
+            np.testing.assert_array_equal(ours.state_dict()[name], tensor.numpy(), name)
+
+
+def test_the_precision_of_custom_parts_is_checked():
+    encoder = mha_c.TransformerEncoder(encoder_layer(), 1)
+    decoder = mha_c.TransformerDecoder(mha_c.TransformerDecoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.raises(ValueError, match="matmul_precision must be None, .* but got 'int7'"):
+        mha_c.Transformer(8, 2, custom_encoder=encoder, custom_decoder=decoder, matmul_precision="int7")
+
+
 # ------------------------------------------------------------------------------------------- Linear
 
 
@@ -395,6 +418,17 @@ def test_linear_refuses_sizes(arguments):
     error = outcome(lambda: mha_c.Linear(*arguments)).error
     assert type(error) is type(outcome(lambda: torch.nn.Linear(*arguments)).error)
     assert "_features" in str(error)
+
+
+def test_flags_are_no_text():
+    """Which is true, whatever it says; nor are they several values."""
+    for wrong in ("no", np.zeros(3)):
+        for make in (lambda: mha_c.Linear(2, 3, wrong), lambda: mha_c.LayerNorm(4, bias=wrong)):
+            with pytest.raises(TypeError, match="^bias must be True or False, but got "):
+                make()
+        for norm in (mha_c.LayerNorm, mha_c.RMSNorm):
+            with pytest.raises(TypeError, match="^elementwise_affine must be True or False, but got "):
+                norm(4, elementwise_affine=wrong)
 
 
 def test_linear_that_does_not_fit():
@@ -497,6 +531,18 @@ def test_calls_in_evaluation_do_not_count():
     evaluated, other = (mha_c.Dropout(0.5, dropout_seed=1) for _ in range(2))
     evaluated.eval()(X)
     np.testing.assert_array_equal(evaluated.train()(X), other(X))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.bool_])
+def test_dropout_of_integers(dtype):
+    """Refused like torch's, in training mode: the numbers that stay would be rounded."""
+    torch = pytest.importorskip("torch")
+    x = np.arange(5).astype(dtype)
+    with pytest.raises(RuntimeError, match="^result type Float can't be cast to the desired output type"):
+        torch.nn.Dropout(0.1)(torch.from_numpy(x))
+    with pytest.raises(RuntimeError, match="^result type Float can't be cast to the desired output type"):
+        mha_c.Dropout(0.1)(x)
+    np.testing.assert_array_equal(mha_c.Dropout(0.1).eval()(x), x)
 
 
 def test_dropout_at_its_ends():
@@ -714,6 +760,12 @@ def test_a_slice_of_a_list_takes_layers_alone():
         layers[:1] = [3]
     layers[1:] = [mha_c.LayerNorm(2)]
     assert repr(layers[1]).startswith("LayerNorm")
+
+
+def test_a_padding_mask_without_a_batch_is_refused_by_the_layers():
+    encoder = mha_c.TransformerEncoder(encoder_layer(), 2).eval()
+    with pytest.raises(AssertionError, match="expected `key_padding_mask` to be `None` or 2-D but found 1-D"):
+        encoder(X, src_key_padding_mask=np.zeros(5, bool))
 
 
 @pytest.mark.parametrize("kind", ["Encoder", "Decoder"])

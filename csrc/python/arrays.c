@@ -472,6 +472,10 @@ int out_from_object(PyObject *object, PyArrayObject **out)
         PyErr_Format(PyExc_TypeError, "out must be a NumPy array, not %s", Py_TYPE(object)->tp_name);
         return -1;
     }
+    if (!PyArray_CheckExact(object) && PyObject_HasAttrString(object, "filled")) {
+        PyErr_SetString(PyExc_TypeError, "out is a masked array, whose mask would hide results: pass out.data");
+        return -1;
+    }
     *out = (PyArrayObject *)object;
     return PyArray_FailUnlessWriteable(*out, "out"); /* which may warn */
 }

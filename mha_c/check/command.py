@@ -117,7 +117,14 @@ def _option(
     return field(default=default, metadata=metadata)
 
 
-_SIZE: dict[str, Any] = {"type": int, "metavar": "N"}
+def _size(text: str) -> int:
+    """A number of the command line, which counts something."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an int of at least 0, but got {text!r}")
+    return int(text)
+
+
+_SIZE: dict[str, Any] = {"type": _size, "metavar": "N"}
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     if transformer_class(module) is not None:
         return compare_transformer(module, *inputs, **call)
     layer = _evaluating_layer(module)
-    arguments = _arguments(inputs, call)
+    arguments = _arguments(layer, inputs, call)
     free = parameters_of(layer).widths.beyond_torch()
     other, version, ask_other = ("NumPy", np.__version__, attend_in_own_dtype) if free else _torch_like(module, layer)
     measure = functools.partial(Comparison.measure, other=other)
@@ -156,12 +156,16 @@ def _ready(layer: MultiheadAttention) -> MultiheadAttention:
     return layer.eval()
 
 
-def _arguments(inputs: Sequence[Any], call: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(layer: MultiheadAttention, inputs: Sequence[Any], call: Mapping[str, Any]) -> dict[str, Any]:
     """Every argument of a call by its name, arrays where tensors may have been given."""
     if not 1 <= len(inputs) <= 3:
         raise TypeError(f"pass query, key and value, or query and key, or one array for all; got {len(inputs)} inputs")
     query, key, value = (inputs[min(number, len(inputs) - 1)] for number in range(3))
-    bound = inspect.signature(attend).bind(None, query, key, value, **call)
+    try:
+        bound = inspect.signature(attend).bind(None, query, key, value, **call)
+    except TypeError:
+        layer(query, key, value, **call)  # which says what to write instead
+        raise
     bound.apply_defaults()
     arguments = {name: argument for name, argument in bound.arguments.items() if name != "layer"}
     for name in ("query", "key", "value", "key_padding_mask", "attn_mask"):

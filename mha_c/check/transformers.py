@@ -102,10 +102,15 @@ def compare_transformer(module: Any, *inputs: Any, **call: Any) -> Report:
     dtype = str(next(iter(module.parameters())).dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise TypeError(f"a layer of mha_c is {DTYPE_NAMES}, but this one is {dtype}: check a copy.float()")
-    bound = inspect.signature(layer.forward).bind(*inputs, **call)
+    try:
+        bound = inspect.signature(layer.forward).bind(*inputs, **call)
+    except TypeError:
+        layer(*inputs, **call)  # which says what to write instead
+        raise
     bound.apply_defaults()
     arguments = {
-        name: one if one is None or name.endswith("causal") else as_array(one) for name, one in bound.arguments.items()
+        name: one if one is None or name.endswith("causal") else as_array(one, name=name)
+        for name, one in bound.arguments.items()
     }
     ours = layer(**arguments)
     theirs = layer_in_torch(layer, _spelt_out_for_torch(layer, arguments))

@@ -64,7 +64,7 @@ def explain_decoder(
     }  # fmt: skip
     output = TransformerDecoder.forward(uncounted(layer), **arguments)
     masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
-    call = (memory, *masks, bool(tgt_is_causal), memory_is_causal)
+    call = (memory, *masks, bool(tgt_is_causal), bool(memory_is_causal))
     zeroing = (len(layer.layers) - 1,) if layer.padded == "zero" else ()
     return _explain(layer, TransformerDecoder, arguments, tgt, call, tgt_key_padding_mask, zeroing, output)
 

@@ -178,7 +178,7 @@ def float_dtype(dtype: Any) -> np.dtype[Any]:
         return bfloat16_dtype()
     try:
         found = np.dtype(name)
-    except (TypeError, ValueError):
+    except (SyntaxError, TypeError, ValueError):  # the first of a text such as ","
         found = None
     if found is not None and found.name in DTYPES and found.isnative:
         return found

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -315,7 +316,7 @@ def _check_config(config: Mapping[str, Any], of_attention: Config) -> None:
         if config.get(entry):
             raise NotImplementedError(f'config has "{entry}={config[entry]}": the model is a decoder, not an encoder')
     kind = config.get("model_type")
-    if kind is not None and kind not in MODELS:
+    if kind is not None and not (isinstance(kind, str) and kind in MODELS):
         raise NotImplementedError(
             f'config has "model_type={kind}", whose encoder this version of mha_c does not know: it knows '
             f"{_known_models()}"
@@ -351,7 +352,7 @@ def _read_settings(
     from_model: dict[str, Any] = {
         "num_heads": of_attention.num_heads,
         "activation": names.activation or _activation(entries, activation),
-        "layer_norm_eps": entries.get(_EPS) if model.eps is None else model.eps,
+        "layer_norm_eps": _eps(entries) if model.eps is None else model.eps,
         "norm_first": model.norm_first,
     }
     given = {
@@ -370,6 +371,14 @@ def _read_settings(
         source = "the state dict does not show" if config is None else "neither the state dict nor config shows"
         raise TypeError(f"from_state_dict() needs {', '.join(missing)}, which {source}{hint}")
     return _Settings(config, model, **known | {"num_heads": num_heads}, will_cast=will_cast)
+
+
+def _eps(config: Mapping[str, Any]) -> float | None:
+    """What norms add to variances, as a config says."""
+    eps = config.get(_EPS)
+    if eps is not None and not (isinstance(eps, int | float) and 0 <= eps < math.inf):
+        raise ValueError(f"config has {_EPS}={eps!r}, but norms need a number of at least 0")
+    return eps
 
 
 def _activation(config: Mapping[str, Any], given: Any) -> str | None:

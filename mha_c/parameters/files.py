@@ -144,7 +144,9 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
 
     Raises
     ------
-    ValueError, OSError
+    ValueError
+        As `open_checkpoint`, and if `write_checkpoint` wrote the file: its text would be ignored.
+    OSError
         As `open_checkpoint`.
 
     Examples
@@ -155,6 +157,11 @@ def open_state_dict(source: Any) -> Iterator[Mapping[str, Any]]:
     """
     if isinstance(source, str | os.PathLike):
         with open_checkpoint(source) as checkpoint:
+            if checkpoint.config is not None:
+                raise ValueError(
+                    f"{checkpoint.path} was written by save, and records the arguments of the layer, which would be "
+                    "ignored: read it with the load of the layer's class"
+                )
             yield checkpoint.content
     else:
         yield source

@@ -60,13 +60,13 @@ def initial_parameters(
     array([[-0.00529398,  0.3793229 ],
            [-0.58198076, -0.5203875 ]], dtype=float32)
     """
-    draws = Draws.of(seed, dtype)
-    parameters = {name: np.zeros(shape, draws.dtype) for name, shape in shapes.items()}
+    draws = Draws.of(seed)
+    parameters = {name: np.zeros(shape, computed_in(dtype)) for name, shape in shapes.items()}
 
     # The order is that of the draws in torch's constructor, not that of the state dict.
     draws.fill_kaiming(parameters["out_proj.weight"])
     if "out_proj.bias" in parameters:
-        draws.integers(parameters["out_proj.bias"].size, draws.bits)  # torch draws these, then zeroes them
+        draws.fill_uniform(parameters["out_proj.bias"].copy(), 1)  # torch draws these, then zeroes them
 
     for name in ("in_proj_weight", *SEPARATE_WEIGHTS):
         if name in parameters:
@@ -106,26 +106,26 @@ def initial_linear(
     >>> initial_linear(1, 2, True, np.dtype("float32"), seed=0)
     {'weight': array([[-0.00529398,  0.3793229 ]], dtype=float32), 'bias': array([-0.58198076], dtype=float32)}
     """
-    draws = Draws.of(seed, dtype)
-    parameters = {"weight": np.zeros((out_features, in_features), draws.dtype)}
+    draws = Draws.of(seed)
+    parameters = {"weight": np.zeros((out_features, in_features), computed_in(dtype))}
     if in_features:  # else torch draws nothing
         draws.fill_kaiming(parameters["weight"])
     if bias:
-        parameters["bias"] = np.zeros(out_features, draws.dtype)
+        parameters["bias"] = np.zeros(out_features, computed_in(dtype))
         if in_features:
             draws.fill_uniform(parameters["bias"], 1 / math.sqrt(in_features))
     return parameters
 
 
-def reset_matrices(arrays: Mapping[str, NDArray[Any]], seed: int | Draws | None) -> dict[str, NDArray[Any]]:
+def reset_matrices(arrays: Mapping[str, NDArray[Any]], draws: Draws) -> dict[str, NDArray[Any]]:
     """New matrices for those among some parameters, in their order, as torch's Transformer draws them at its end.
 
     Parameters
     ----------
     arrays : mapping of str to numpy.ndarray
         The parameters by name, in the order of the state dict.
-    seed : int, Draws or None
-        As for `initial_parameters`.
+    draws : Draws
+        The generator, which continues.
 
     Returns
     -------
@@ -134,41 +134,46 @@ def reset_matrices(arrays: Mapping[str, NDArray[Any]], seed: int | Draws | None)
 
     Examples
     --------
-    >>> list(reset_matrices({"weight": np.zeros((2, 2)), "bias": np.zeros(2)}, seed=0))
+    >>> list(reset_matrices({"weight": np.zeros((2, 2)), "bias": np.zeros(2)}, Draws(0)))
     ['weight']
     """
     matrices = {
         name: np.empty(array.shape, computed_in(array.dtype)) for name, array in arrays.items() if array.ndim > 1
     }
     for matrix in matrices.values():
-        Draws.of(seed, matrix.dtype).fill_xavier(matrix)
+        draws.fill_xavier(matrix)
     return matrices
+
+
+def _bits_of(dtype: np.dtype[Any]) -> int:
+    """The bits of a significand, and so of a uniform number."""
+    return 24 if dtype == np.float32 else 53
 
 
 class Draws:
     """torch's CPU generator: what follows ``torch.manual_seed(seed)``.
 
+    The arrays that it fills are of float32 or float64.
+
     Parameters
     ----------
     seed : int or None
         As for `initial_parameters`.
-    dtype : numpy.dtype
-        The layer's. Numbers for halves are drawn in float32.
 
     Examples
     --------
-    >>> draws = Draws(0, np.dtype("float32"))
-    >>> first, second = (initial_linear(1, 1, False, draws.dtype, draws) for _ in range(2))
+    >>> draws = Draws(0)
+    >>> first, second = (initial_linear(1, 1, False, np.dtype("float32"), draws) for _ in range(2))
     >>> bool(first["weight"] == second["weight"])
     False
     """
 
     @classmethod
-    def of(cls, seed: int | Draws | None, dtype: np.dtype[Any]) -> Draws:
+    def of(cls, seed: int | Draws | None) -> Draws:
         """The generator of a seed, or the one given as a seed, which continues."""
-        return seed if isinstance(seed, Draws) else cls(seed, dtype)
+        return seed if isinstance(seed, Draws) else cls(seed)
 
-    def __init__(self, seed: int | None, dtype: np.dtype[Any]) -> None:
+    def __init__(self, seed: int | None) -> None:
         if seed is not None:
             try:
                 seed = int(seed)
@@ -178,8 +183,6 @@ class Draws:
                 raise ValueError(f"Overflow when unpacking long long: seed must be in [-2**63, 2**64), but is {seed}")
             seed &= 0xFFFFFFFF
         self.random = np.random.RandomState(seed)
-        self.dtype = computed_in(dtype)
-        self.bits = 24 if self.dtype == np.float32 else 53  # of a significand, and so of a uniform number
         self.spare_normal: float | None = None
 
     def integers(self, count: int, bits: int) -> NDArray[Any]:
@@ -199,12 +202,13 @@ class Draws:
         difference is an integer of at most `bits` bits, so it converts exactly, and its plain product with
         b / 2**(bits - 1) rounds the same number once: no fused multiply-add is needed.
         """
-        half = 1 << (self.bits - 1)
-        scale = self.dtype.type(bound) / self.dtype.type(half)
+        bits = _bits_of(out.dtype)
+        half = 1 << (bits - 1)
+        scale = out.dtype.type(bound) / out.dtype.type(half)
         flat = out.reshape(-1)
         for start in range(0, flat.size, _CHUNK):
             chunk = flat[start : start + _CHUNK]
-            k = self.integers(chunk.size, self.bits)
+            k = self.integers(chunk.size, bits)
             chunk[:] = k.view(np.dtype(f"i{k.itemsize}")) - half
             chunk *= scale
 
@@ -224,10 +228,10 @@ class Draws:
         if flat.size < 16:
             flat[:] = [self.normal() * std for _ in range(flat.size)]
             return
-        flat[: flat.size - flat.size % 16] = self.normal_blocks(flat.size)
+        flat[: flat.size - flat.size % 16] = self.normal_blocks(flat.size, flat.dtype)
         if flat.size % 16:
-            flat[-16:] = self.normal_blocks(16)  # torch draws the last 16 anew, overlapping those before
-        flat *= self.dtype.type(std)
+            flat[-16:] = self.normal_blocks(16, flat.dtype)  # torch draws the last 16 anew, overlapping those before
+        flat *= flat.dtype.type(std)
 
     def normal(self) -> float:
         """One standard normal number, in float64 whatever the dtype. They come in pairs; one waits its turn."""
@@ -240,20 +244,21 @@ class Draws:
         self.spare_normal = radius * math.sin(angle)
         return radius * math.cos(angle)
 
-    def normal_blocks(self, count: int) -> NDArray[Any]:
+    def normal_blocks(self, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Standard normal numbers from `count` draws, in whole blocks of 16: 8 draws for radii, then 8 for angles."""
-        uniform = self.integers(count, self.bits).astype(self.dtype) / self.dtype.type(1 << self.bits)
+        bits, real = _bits_of(dtype), dtype.type
+        uniform = self.integers(count, bits).astype(dtype) / real(1 << bits)
         blocks = uniform[: count - count % 16].reshape(-1, 2, 8)
-        u1 = self.dtype.type(1) - blocks[:, 0]  # in (0, 1], for the logarithm
-        angle = self.dtype.type(2 * math.pi) * blocks[:, 1]
-        if self.dtype == np.float32:
+        u1 = real(1) - blocks[:, 0]  # in (0, 1], for the logarithm
+        angle = real(2 * math.pi) * blocks[:, 1]
+        if dtype == np.float32:
             logarithm, cosine, sine = _log(u1), *_cos_sin(angle)
         else:  # torch calls the C library here, as Python does and NumPy does not
             logarithm, cosine, sine = (
                 np.vectorize(function, otypes="d")(x)
                 for function, x in ((math.log, u1), (math.cos, angle), (math.sin, angle))
             )
-        radius = np.sqrt(self.dtype.type(-2) * logarithm)
+        radius = np.sqrt(real(-2) * logarithm)
         return np.stack((radius * cosine, radius * sine), axis=1).reshape(-1)
 
 

@@ -85,7 +85,7 @@ class Widths(NamedTuple):
         if isinstance(embed_dim, bool) or not hasattr(embed_dim, "__index__"):
             raise TypeError(f"embed_dim must be an int, but got {embed_dim!r}")
         embed_dim = operator.index(embed_dim)
-        num_heads = positive("num_heads", int(num_heads) if int(num_heads) == num_heads else num_heads)
+        num_heads = positive("num_heads", num_heads if num_heads % 1 else int(num_heads))
         kdim = embed_dim if kdim is None else size("kdim", kdim)
         vdim = embed_dim if vdim is None else size("vdim", vdim)
         kv_heads = num_heads if num_kv_heads is None else positive("num_kv_heads", num_kv_heads)
@@ -178,7 +178,7 @@ class Widths(NamedTuple):
 
 
 def _ways_to_divide(embed_dim: int, num_heads: int) -> str:
-    if num_heads != int(num_heads):
+    if num_heads % 1:
         return f"num_heads must be an int, but got {num_heads!r}"
     lower = embed_dim // num_heads * num_heads
     upper = lower + num_heads

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
+from mha_c.module import is_patched
+
 __all__ = ["attention_layers", "class_over", "set_class", "torch_class_of", "why_left_alone"]
 
 _classes_over: dict[tuple[type, type], type[torch.nn.Module]] = {}
@@ -35,7 +37,7 @@ def why_left_alone(
     """Which method of a layer is not torch's, so that its class cannot be replaced; "" if there is none."""
     cls = torch_class_of(layer)
     for method in methods:
-        if method in vars(layer) or getattr(cls, method) is not getattr(torchs, method):
+        if method in vars(layer) or getattr(cls, method) is not getattr(torchs, method) or is_patched(torchs, method):
             return f"overrides {method}"
     return ""
 

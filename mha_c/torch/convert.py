@@ -91,15 +91,18 @@ def to_torch(layer: Module) -> torch.nn.Module:
     Parameters
     ----------
     layer : Module
-        The layer to copy: attention, a norm, or a layer of a Transformer with all that is in it.
+        The layer to copy, with all that is in it: any that mha_c has.
 
     Returns
     -------
     torch.nn.Module
-        Of the class of the same name. It computes in its dtype, whatever `matmul_precision` says.
+        Of the class of the same name. It computes as torch does, whatever `matmul_precision`, `masked_rows` and
+        `padded` say.
 
     Raises
     ------
+    TypeError
+        If `layer` is not a layer of mha_c.
     ValueError
         If torch does not have such a layer: it ties the widths of heads and output to `embed_dim`, and its Transformers
         have neither RMS norms nor gated activations.
@@ -149,8 +152,10 @@ def _container_in_torch(layer: Container, children: dict[str, torch.nn.Module]) 
     if isinstance(layer, TransformerLayer):
         kind = getattr(torch.nn, layer._kind)
         activation = TORCH_ACTIVATIONS.get(layer.activation) if isinstance(layer.activation, str) else None
-        if activation is None or any(isinstance(child, torch.nn.RMSNorm) for child in children.values()):
-            raise ValueError(f"torch.nn.{layer._kind} has neither RMS norms nor the activation {layer.activation!r}")
+        if activation is None:
+            raise ValueError(f"torch.nn.{layer._kind} does not have the activation {layer.activation!r}")
+        if any(isinstance(child, torch.nn.RMSNorm) for child in children.values()):
+            raise ValueError(f"torch.nn.{layer._kind} does not have RMS norms")
         batch_first = layer.self_attn.batch_first  # type: ignore[attr-defined]
         module = kind(1, 1, 1, 0.0, activation, batch_first=batch_first, norm_first=layer.norm_first)
     elif isinstance(layer, (TransformerEncoder, TransformerDecoder)):
@@ -232,7 +237,7 @@ def state_dict(layer: Module, *, prefix: str = "") -> OrderedDict[str, torch.Ten
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Read the tensors in a file of parameters, without executing anything in the file.
+    """Read the dense tensors in a file of parameters, without executing anything in the file.
 
     Parameters
     ----------
@@ -242,7 +247,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     Returns
     -------
     dict of str to torch.Tensor
-        Copies on the CPU, in the dtypes of the file. In a nested mapping, the names are joined by dots.
+        Copies on the CPU, in the dtypes of the file. In a nested mapping, the names are joined by dots. Tensors that
+        are sparse, quantized or of a subclass are left out, and so is all that is no tensor.
 
     Raises
     ------

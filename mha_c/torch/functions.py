@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from mha_c import _core
 from mha_c.display.coverage import Coverage
-from mha_c.torch.attend import UNREADABLE, Answer, Call, ask_core, attend, resolve_hint
+from mha_c.torch.attend import MISFIT, UNREADABLE, Answer, Call, ask_core, attend, resolve_hint
 from mha_c.torch.packed import PackedByWeight
 from mha_c.torch.reasons import HARMLESS_MODES, why_torch
 from mha_c.torch.tensors import array_of, tensor_of
@@ -222,6 +222,8 @@ def _attend(
         return "unusual scale"  # with which torch's kernel multiplies -inf
     if query.dim() > 1 and query.size(-2) == 1 and key.dim() > 1 and key.size(-2) > 1:
         return ONE_QUERY
+    if not query.numel() or not key.numel():
+        return MISFIT  # torch does not broadcast their leading axes
     try:
         arrays = (array_of(query), array_of(key), array_of(value))
         mask = None if attn_mask is None else array_of(attn_mask)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from mha_c.torch.attend import MISFIT
+from mha_c.torch.classes import class_over
 from mha_c.torch.layers import (
     ACTIVATION,
     DROPOUT,
@@ -21,6 +22,7 @@ from mha_c.torch.layers import (
     activation_name,
     are_norms_of,
     tensors_of,
+    why_patched,
 )
 from mha_c.torch.packed import AttentionShape, LayerFacts
 from mha_c.torch.transform import LayerMasks, LayerReading, Masks
@@ -222,4 +224,7 @@ def why_unknown(layer: torch.nn.Module, cls: type[torch.nn.Module], mixin: type[
     signature = inspect.signature(cls.forward)
     if tuple(signature.parameters) != mixin._arguments or signature.return_annotation is not torch.Tensor:
         return f"another {cls.__name__} than that of transformers 5.24"
-    return "overrides forward" if "forward" in vars(layer) else ""
+    if "forward" in vars(layer):
+        return "overrides forward"
+    replaced: Any = class_over(cls, mixin)
+    return why_patched(replaced._parts, cls)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
@@ -14,6 +15,7 @@ from torch.nn.modules import module as _torch_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mha_c.activations import torch_activation
+from mha_c.module import is_patched
 from mha_c.torch.attend import LayerState, resolve_hint
 from mha_c.torch.packed import AttentionShape, LayerFacts, PackedLayer
 from mha_c.torch.reasons import why_torch
@@ -39,6 +41,7 @@ __all__ = [
     "activation_name",
     "are_norms_of",
     "tensors_of",
+    "why_patched",
 ]
 
 Classes: TypeAlias = tuple[type[torch.nn.Module], ...]
@@ -157,6 +160,21 @@ class ReplacedLayer(Replaced):
 
 # Of layers of torch and transformers, by which their forward computes.
 _METHODS = ("_sa_block", "_mha_block", "_ff_block", "feed_forward_chunk")
+
+
+def why_patched(parts: Mapping[str, Classes], *layers: type[torch.nn.Module]) -> str:
+    """Why a class of a layer or of its parts may compute something else than was written in its file, or "".
+
+    Examples
+    --------
+    >>> why_patched({"linear1": LINEAR})
+    ''
+    """
+    for kind in (*layers, *itertools.chain.from_iterable(parts.values())):
+        for method in ("forward", "ff_chunk", *_METHODS):
+            if hasattr(kind, method) and is_patched(kind, method):
+                return f"{kind.__name__}.{method} is patched"
+    return ""
 
 
 def _find_parts(layer: torch.nn.Module, classes: Mapping[str, Classes]) -> dict[str, Any] | str:

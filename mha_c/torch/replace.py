@@ -19,7 +19,7 @@ from mha_c.parameters.quantization import (
 from mha_c.torch.attend import LayerState
 from mha_c.torch.classes import class_over, set_class, torch_class_of, why_left_alone
 from mha_c.torch.huggingface import mixin_of_transformers, why_unknown
-from mha_c.torch.layers import ReplacedDecoderLayer, ReplacedEncoderLayer, ReplacedLayer
+from mha_c.torch.layers import ReplacedDecoderLayer, ReplacedEncoderLayer, ReplacedLayer, why_patched
 from mha_c.torch.replaced import Replaced, ReplacedAttention
 from mha_c.torch.transformers import registered_name
 
@@ -163,8 +163,8 @@ def replace_layers(model: _Model, *, matmul_precision: MatmulPrecision | None = 
     TypeError
         If `model` is not a torch module.
     ValueError
-        If the model has no such layer or attention, or if all of them override their methods. These may compute
-        anything, and are left alone. If `matmul_precision` is unknown.
+        If the model has no such layer or attention, or if all of them override their methods, or a method of a class
+        was patched. These may compute anything, and are left alone. If `matmul_precision` is unknown.
 
     Notes
     -----
@@ -179,7 +179,8 @@ def replace_layers(model: _Model, *, matmul_precision: MatmulPrecision | None = 
     mask hides does not spread.
 
     A layer is left to torch while a module in it has another class, as after quantization or with LoRA, a forward of
-    its own, hooks, or is in training mode. The coverage names the module.
+    its own, hooks, or is in training mode. The coverage names the module. A method of a class that is patched after the
+    replacement is not noticed.
 
     Changed parameters take effect at the next call. `ReplacedAttention.refresh` names the exception.
 
@@ -335,7 +336,8 @@ def _replaceable(model: torch.nn.Module) -> Iterator[_Replaceable]:
     for name, layer in list(model.named_modules()):
         for cls, (mixin, methods) in _OF_TORCH.items():
             if isinstance(layer, cls):
-                yield _Replaceable(name, layer, mixin, why_left_alone(layer, cls, methods))
+                why_patched_part = why_patched(mixin._parts) if issubclass(mixin, ReplacedLayer) else ""
+                yield _Replaceable(name, layer, mixin, why_left_alone(layer, cls, methods) or why_patched_part)
         cls = torch_class_of(layer)
         known = mixin_of_transformers(cls)
         if known is not None:

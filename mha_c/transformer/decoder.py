@@ -23,6 +23,15 @@ from mha_c.transformer.layer import Padded, TransformerLayer, check_padded, copi
 __all__ = ["TransformerDecoder", "TransformerDecoderLayer"]
 
 
+class _OverMemory(Child[MultiheadAttention]):
+    """The attention to the memory, which may be longer than what is decoded: nothing warns of that."""
+
+    def __set__(self, layer: Any, value: Module | None) -> None:
+        super().__set__(layer, value)
+        if isinstance(value, MultiheadAttention):
+            value._warns_of_decoding = False
+
+
 class TransformerDecoderLayer(TransformerLayer):
     """A layer of a decoder, as ``torch.nn.TransformerDecoderLayer`` computes it.
 
@@ -84,7 +93,7 @@ class TransformerDecoderLayer(TransformerLayer):
     """
 
     self_attn = Child[MultiheadAttention]("self_attn", "The attention to the target itself.")
-    multihead_attn = Child[MultiheadAttention]("multihead_attn", "The attention to the memory.")
+    multihead_attn = _OverMemory("multihead_attn", "The attention to the memory.")
     norm1 = Child[LayerNorm | RMSNorm]("norm1", "The norm of the attention to the target.")
     norm2 = Child[LayerNorm | RMSNorm]("norm2", "The norm of the attention to the memory.")
     norm3 = Child[LayerNorm | RMSNorm]("norm3", "The norm of the feed-forward network.")

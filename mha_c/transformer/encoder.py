@@ -299,10 +299,6 @@ training=False)
         return layer
 
     @classmethod
-    def _how_to_read(cls) -> str:
-        return _how_to_read(cls)
-
-    @classmethod
     @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make a layer from a layer of torch, with its arguments, parameters and training mode.
@@ -506,6 +502,8 @@ class TransformerEncoder(Container):
         if not self.use_nested_tensor or self.layers[0].training or mask is not None or as_array(src).ndim != 3:
             return False
         rows = is_padding(src_key_padding_mask)
+        if rows.ndim != 2:
+            return False  # the layers refuse it
         return not (rows[:, :-1] & ~rows[:, 1:]).any()  # no token after padding
 
     @classmethod
@@ -629,10 +627,6 @@ class TransformerEncoder(Container):
         return encoder
 
     @classmethod
-    def _how_to_read(cls) -> str:
-        return _how_to_read(cls)
-
-    @classmethod
     @knows_foreign_keywords
     def from_torch(cls, module: Any, *, matmul_precision: MatmulPrecision | None = None) -> Self:
         """Make an encoder from an encoder of torch, with its arguments, parameters and training mode.
@@ -678,15 +672,6 @@ def attention_call(
         "src", src, "src", src, mask_name, mask, "src_key_padding_mask", padding, flag_name, is_causal,
         lambda: facts_of(layers[0].self_attn, layers[0]),
     )  # fmt: skip
-
-
-def _how_to_read(cls: type[TransformerEncoder] | type[TransformerEncoderLayer]) -> str:
-    """How to read a file of parameters that `save` did not write."""
-    reader = f"{cls._kind}.from_state_dict"
-    return (
-        f'{reader}(path, config="config.json") reads the file of a Hugging Face model, and '
-        f"{reader}(path, num_heads=...) one with torch's names"
-    )
 
 
 def _torch_leaves_out_padding(layer: Any) -> bool:

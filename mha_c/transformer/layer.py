@@ -182,7 +182,7 @@ class TransformerLayer(Container):
         matmul_precision: MatmulPrecision | None = None,
     ) -> None:
         real = float_dtype(dtype)
-        draws: Any = Draws.of(seed, real)  # a seed that continues, for the layers in this one
+        draws: Any = Draws.of(seed)  # a seed that continues, for the layers in this one
         seeds = iter(seeds_for(dropout_seed, len(self._child_names)))
         act = check_activation("activation", activation)
         hidden = integer("dim_feedforward", dim_feedforward)
@@ -205,12 +205,6 @@ class TransformerLayer(Container):
 
         children = {name: make(name) for name in self._child_names}  # in the order in which torch draws parameters
         self._set_up(children, {"norm_first": norm_first, "activation": act, "padded": padded})
-
-    def _set_up(self, children: Mapping[str, Module | None], options: Mapping[str, Any]) -> None:
-        super()._set_up(children, options)
-        over_memory = children.get("multihead_attn")
-        if isinstance(over_memory, MultiheadAttention):
-            over_memory._warns_of_decoding = False  # a memory may be longer than what is decoded
 
     def _run(
         self,

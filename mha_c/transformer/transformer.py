@@ -139,7 +139,7 @@ class Transformer(Container):
         v_head_dim: int | None = None,
         matmul_precision: MatmulPrecision | None = None,
     ) -> None:
-        draws: Any = Draws.of(seed, float_dtype(dtype))  # a seed that continues, for both
+        draws: Any = Draws.of(seed)  # a seed that continues, for both
         of_encoder, of_decoder = seeds_for(dropout_seed, 2)
         arguments: Any = (
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
@@ -168,8 +168,7 @@ class Transformer(Container):
         values = {"d_model": d_model, "nhead": nhead, "batch_first": batch_first}
         self._set_up({"encoder": encoder, "decoder": decoder}, values)
         self.load_state_dict(reset_matrices(dict(self.named_parameters()), draws), strict=False)
-        if made:
-            ModuleList(made).matmul_precision = matmul_precision  # at the end: weights are quantized once
+        ModuleList(made).matmul_precision = matmul_precision  # at the end: weights are quantized once
 
     @knows_foreign_keywords
     def forward(
