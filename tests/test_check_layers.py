@@ -136,5 +136,7 @@ def test_what_is_refused():
         mha_c.check.against_torch(torch.nn.TransformerEncoderLayer(8, 2).to(torch.float8_e5m2), torch.zeros(5, 3, 8))
     with pytest.raises(RuntimeError, match="pass src.astype"):  # in the layer's own words
         mha_c.check.against_torch(mha_c.TransformerEncoderLayer(8, 2), SRC.astype(np.float64))
+    with pytest.raises(TypeError, match="^src must be an array"):
+        mha_c.check.against_torch(mha_c.TransformerEncoderLayer(8, 2), [[0.0]])
     with pytest.raises(TypeError, match="to_torch"):
         to_torch(3)

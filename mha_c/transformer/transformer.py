@@ -20,7 +20,7 @@ from mha_c.parameters.arrays import AnyArray, Array
 from mha_c.parameters.checks import flag, integer, size
 from mha_c.parameters.dtypes import float_dtype
 from mha_c.parameters.initialization import Draws, reset_matrices
-from mha_c.parameters.quantization import MatmulPrecision
+from mha_c.parameters.quantization import PRODUCTS, MatmulPrecision, precision_of_products
 from mha_c.transformer.layer import Norm, Padded, make_norm
 from mha_c.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
 from mha_c.transformer.encoder import TransformerEncoder, TransformerEncoderLayer, attention_call
@@ -139,6 +139,7 @@ class Transformer(Container):
         v_head_dim: int | None = None,
         matmul_precision: MatmulPrecision | None = None,
     ) -> None:
+        precision_of_products(matmul_precision, PRODUCTS)  # which is refused also if both parts are given
         draws: Any = Draws.of(seed)  # a seed that continues, for both
         of_encoder, of_decoder = seeds_for(dropout_seed, 2)
         arguments: Any = (
@@ -168,7 +169,8 @@ class Transformer(Container):
         values = {"d_model": d_model, "nhead": nhead, "batch_first": batch_first}
         self._set_up({"encoder": encoder, "decoder": decoder}, values)
         self.load_state_dict(reset_matrices(dict(self.named_parameters()), draws), strict=False)
-        ModuleList(made).matmul_precision = matmul_precision  # at the end: weights are quantized once
+        if made:
+            ModuleList(made).matmul_precision = matmul_precision  # at the end: weights are quantized once
 
     @knows_foreign_keywords
     def forward(
