@@ -872,6 +872,8 @@ def test_a_dtype_where_it_is_kept(name):
                 mha_c.TransformerEncoder, mha_c.TransformerDecoderLayer, mha_c.TransformerDecoder, mha_c.Transformer):
         words = refusal(lambda: getattr(cls, name)("model", dtype="float16"))
         assert words.endswith(f"'dtype'. The dtype is kept: write {name}(...).to('float16').")
+    words = refusal(lambda: mha_c.TransformerEncoder.load("encoder.npz", matmul_precision="int8"))
+    assert words.endswith("'matmul_precision'. The file records matmul_precision: assign it to the layer that is loaded.")
     assert refusal(lambda: getattr(M, name)("model", dtype=np.float16)).endswith(f"write {name}(...).to(dtype).")
 
 

@@ -136,6 +136,14 @@ def test_what_is_refused():
         mha_c.check.against_torch(torch.nn.TransformerEncoderLayer(8, 2).to(torch.float8_e5m2), torch.zeros(5, 3, 8))
     with pytest.raises(RuntimeError, match="pass src.astype"):  # in the layer's own words
         mha_c.check.against_torch(mha_c.TransformerEncoderLayer(8, 2), SRC.astype(np.float64))
+    for narrow in ("int8", "bfloat16"):
+        replaced = mha_c.torch.replace_layers(
+            torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval(),
+            matmul_precision=narrow)
+        for refuse in (mha_c.check.model, mha_c.check.against_torch):
+            with pytest.raises(ValueError, match="replace the layers anew, without matmul_precision$"):
+                refuse(replaced, torch.zeros(3, 5, 8))
+        assert mha_c.check.model(mha_c.torch.replace_layers(replaced), torch.ones(3, 5, 8)).agrees
     with pytest.raises(TypeError, match="^src must be an array"):
         mha_c.check.against_torch(mha_c.TransformerEncoderLayer(8, 2), [[0.0]])
     with pytest.raises(TypeError, match="to_torch"):

@@ -373,6 +373,8 @@ def test_warnings():
     assert warnings == ("input is the first stage that holds NaN or infinity: in 1 of 15 tokens.",)
     (inverted,) = mha_c.explain(layer, inputs(layer), np.tri(T, dtype=bool)).warnings[:1]
     assert inverted.startswith("self_attn: attn_mask looks inverted")
+    stack = mha_c.explain(mha_c.TransformerEncoder(layer, 2).eval(), inputs(layer), np.tri(T, dtype=bool))
+    assert stack.warnings[0] == f"layer 0: {inverted}" and "looks inverted" in str(stack)
     layer.linear2.bias = np.full(E, np.inf, np.float32)
     assert mha_c.explain(layer, inputs(layer)).warnings[0].startswith("feed_forward_update is the first stage")
     padded = inputs(layer)

@@ -118,7 +118,7 @@ def test_halves(name, dtype):
 def test_tensors():
     """Of bfloat16, and with a gradient, which NumPy does not read."""
     torch = pytest.importorskip("torch")
-    weights = torch.from_numpy(random_weights(12))
+    weights = torch.from_numpy(random_weights(12)).float()
     for given in (weights.bfloat16(), weights.requires_grad_()):
         for statistic in (heads.entropy, heads.distance):
             np.testing.assert_array_equal(statistic(given), statistic(given.detach().float().numpy()))

@@ -123,6 +123,9 @@ batch_first=True instead of batchfirst=True.
         if dtype is not None and function.__name__ in _KEEPING:
             shown = repr(dtype) if isinstance(dtype, str) else "dtype"
             advice.append(f"The dtype is kept: write {function.__name__}(...).to({shown}).")
+        recorded = [name for name in unknown if name in ("matmul_precision", "padded")]
+        if recorded and function.__name__ == "load":
+            advice.append(f"The file records {' and '.join(recorded)}: assign it to the layer that is loaded.")
         if advice:
             words = str(error).partition(". Did you mean")[0]  # newer versions of Python make a guess, too
             error.args = (" ".join([f"{words}.", *advice]),)

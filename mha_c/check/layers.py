@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from mha_c.check.compare import Comparison
 from mha_c.check.definition import attend, attend_in_own_dtype, causal_mask
 from mha_c.check.report import Report
-from mha_c.check.requirement import require_torch
+from mha_c.check.requirement import refuse_narrow_products, require_torch
 from mha_c.check.transformers import compare_transformer, transformer_class
 from mha_c.display.words import describe_call
 from mha_c.layer import MultiheadAttention, parameters_of
-from mha_c.module import Module, in_words_of, precisions_of
+from mha_c.module import Module, in_words_of
 from mha_c.parameters.arrays import as_array
 from mha_c.parameters.dtypes import DTYPE_NAMES
 
@@ -56,7 +56,7 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
         If `module` is not such a layer, or has a dtype that layers of mha_c do not have; or if there are not 1, 2 or 3
         inputs.
     ValueError
-        If `module` has a `matmul_precision`.
+        If `module` or a layer in it has a `matmul_precision`.
 
     Notes
     -----
@@ -74,11 +74,7 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
     >>> report.agrees, [comparison.name for comparison in report.comparisons][:3]
     (True, ['attn_output', 'attn_output_weights', '  head 0'])
     """
-    if isinstance(module, Module) and precisions_of(module):
-        raise ValueError(
-            "check.against_torch finds mistakes that are larger than the rounding of this dtype. matmul_precision "
-            "rounds more coarsely and would hide them: check a copy of the layer with matmul_precision=None"
-        )
+    refuse_narrow_products("check.against_torch", module)
     if transformer_class(module) is not None:
         return compare_transformer(module, *inputs, **call)
     layer = _evaluating_layer(module)

@@ -10,7 +10,7 @@ import numpy as np
 from mha_c.check.compare import Comparison, Error
 from mha_c.check.definition import attend
 from mha_c.check.report import Report
-from mha_c.check.requirement import require_torch
+from mha_c.check.requirement import refuse_narrow_products, require_torch
 from mha_c.display.progress import progress
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
     ImportError
         If torch is not installed.
     TypeError, ValueError
-        If `model` is not a torch module, or has no layer and no ``torch.nn.MultiheadAttention`` that can be replaced.
+        If `model` is not a torch module, or has no layer and no ``torch.nn.MultiheadAttention`` that can be replaced;
+        or if it was replaced with a `matmul_precision`.
 
     Notes
     -----
@@ -71,6 +72,7 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
     from mha_c.torch.convert import TORCH_VERSION
     from mha_c.torch.record import run_both_ways
 
+    refuse_narrow_products("check.model", model)
     runs = run_both_ways(model, inputs, call)
     comparisons = []
     for run in progress(runs.attention, "call", "comparing"):

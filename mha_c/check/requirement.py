@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch is there, or the function that was called says that it needs it."""
+"""What a comparison needs, or the error of the function that was called: torch, and products that are not narrow."""
 
 from __future__ import annotations
 
-from mha_c.display.missing import no_torch
+from typing import Any
 
-__all__ = ["require_torch"]
+from mha_c.display.missing import no_torch
+from mha_c.module import Module, precisions_of
+
+__all__ = ["refuse_narrow_products", "require_torch"]
 
 
 def require_torch(function: str) -> None:
@@ -21,3 +24,24 @@ def require_torch(function: str) -> None:
         if error.name != "torch":
             raise
         raise no_torch(f"{function} compares with") from error
+
+
+def refuse_narrow_products(function: str, module: Any) -> None:
+    """Raise the ValueError of a function that compares a layer or a model whose products are narrow.
+
+    Examples
+    --------
+    >>> import mha_c
+    >>> refuse_narrow_products("check.against_torch", mha_c.MultiheadAttention(8, 2))
+    """
+    if isinstance(module, Module):
+        is_narrow, cure = bool(precisions_of(module)), "check a copy of the layer with matmul_precision=None"
+    else:
+        replaced = [one._mha_c for one in getattr(module, "modules", list)() if hasattr(one, "_mha_c")]
+        is_narrow = any(any(state.packed.precisions.values()) for state in replaced)
+        cure = "replace the layers anew, without matmul_precision"
+    if is_narrow:
+        raise ValueError(
+            f"{function} finds mistakes that are larger than the rounding of this dtype. matmul_precision rounds more "
+            f"coarsely and would hide them: {cure}"
+        )

@@ -237,7 +237,8 @@ class StackExplanation(_WithStream):
     seen : numpy.ndarray of bool, (N, T)
         The tokens that are not padding; (T,) without a batch.
     warnings : tuple of str
-        What looks wrong: a class that computes something else.
+        What looks wrong: a class that computes something else, and the warnings of layer 0, whose masks are those of
+        all layers.
     explain_layers : tuple of callable
         ``explanation[3]`` is ``explain_layers[3]()``.
     notes : tuple of str

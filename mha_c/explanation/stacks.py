@@ -93,13 +93,16 @@ def _explain(
     stream[list(stream)[-1] if stack.norm is None and layers else "norm"] = output
     attention = getattr(layers[0], "self_attn", None) if layers else None
     batch_first = getattr(attention, "batch_first", False)
+    warnings = of_another_forward(stack, kind)
+    if layers and isinstance(layers[0], TransformerLayer):
+        warnings += tuple(f"layer 0: {each}" for each in explain_layers[0]().warnings)
     return StackExplanation(
         title=describe(stack, {"num_layers": len(layers)}, arguments),
         residual_stream=stream,
         explain_layers=explain_layers,
         batch_first=batch_first,
         seen=seen_tokens(x, key_padding_mask, batch_first),
-        warnings=of_another_forward(stack, kind),
+        warnings=warnings,
     )
 
 

@@ -335,7 +335,10 @@ def _find_model(names: Names, config: Mapping[str, Any] | None) -> Model:
             return model
     if config is None:
         raise TypeError(f"from_state_dict() needs config=, the model's config.json, for {names.models} and the like")
-    raise ValueError(f'config has no "model_type", which tells {names.models} and models with the same names apart')
+    raise ValueError(
+        f'config has no "model_type", which tells {names.models} and models with the same names apart: '
+        "pass the config.json of the model, not that of its tokenizer"
+    )
 
 
 def _read_settings(
