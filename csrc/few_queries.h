@@ -18,8 +18,8 @@
 #include <stdatomic.h>
 
 #include "attention.h"
-#include "saved.h"
 #include "layer.h"
+#include "saved.h"
 
 typedef struct {
     const mha_attention *a; /* what attention.c would do with projected keys */

@@ -23,7 +23,6 @@
 #include <stdint.h>
 #include <string.h>
 
-
 enum {
     MAX_BLOCK_ROWS = 128, /* rows for which a slice of a panel is read once */
     /* of a slice of a block, which has to fit into the second-level cache; blocks of wide rows have fewer rows */

@@ -53,6 +53,7 @@ __all__ = [
     "is_patched",
     "module_from_description",
     "module_from_torch",
+    "overridden_method",
     "precisions_of",
 ]
 
@@ -832,13 +833,11 @@ def check_torch_module(module: Any, kind: str, instead: str, methods: Sequence[s
         raise TypeError(f"from_torch takes a torch.nn.{kind}, but got {_describe_module(module, kind)}")
     # A layer that mha_c.torch.replace_attention has changed knows its class in torch.
     module_class = getattr(type(module), "_torch_class", type(module))
-    for name in methods:
-        is_torchs = getattr(module_class, name) is getattr(expected, name) and not is_patched(expected, name)
-        if name in vars(module) or not is_torchs:
-            raise TypeError(
-                f"from_torch takes a torch.nn.{kind}, but this {module_class.__name__} overrides {name}, which could "
-                f"compute anything. {instead}"
-            )
+    if name := overridden_method(module, module_class, expected, methods):
+        raise TypeError(
+            f"from_torch takes a torch.nn.{kind}, but this {module_class.__name__} overrides {name}, which could "
+            f"compute anything. {instead}"
+        )
     everywhere = torch.nn.modules.module
     hooks = [("every module", everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks)]
     for path, part in module.named_modules():
@@ -851,6 +850,21 @@ def check_torch_module(module: Any, kind: str, instead: str, methods: Sequence[s
                 f"remove it. {instead}"
             )
     return torch
+
+
+def overridden_method(layer: Any, cls: type[Any], torchs: type[Any], methods: Sequence[str]) -> str:
+    """The first of some methods that a layer of this class does not have from torch's class, or "".
+
+    Examples
+    --------
+    >>> import torch
+    >>> overridden_method(torch.nn.Linear(2, 2), torch.nn.Linear, torch.nn.Linear, ("forward",))
+    ''
+    """
+    for name in methods:
+        if name in vars(layer) or getattr(cls, name) is not getattr(torchs, name) or is_patched(torchs, name):
+            return name
+    return ""
 
 
 def is_patched(cls: type[Any], method: str) -> bool:
@@ -893,7 +907,7 @@ def _describe_module(module: Any, kind: str) -> str:
     if isinstance(module, str | os.PathLike):
         return f"{described}: {_kinds[kind]._what_reads_paths()}"
     if isinstance(module, Mapping):
-        reader = f"{kind}.from_state_dict" if _reads_state_dicts(kind) else "a layer's load_state_dict"
+        reader = f"{kind}.from_state_dict" if hasattr(_kinds[kind], "from_state_dict") else "a layer's load_state_dict"
         return f"{described}: parameters alone are for {reader}"
     if torch is None or not isinstance(module, torch.nn.Module):
         return described
@@ -907,11 +921,6 @@ def _describe_module(module: Any, kind: str) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     which = "one of them" if len(names) > 1 else "that layer"
     return f"{described}. It holds {', '.join(names[:3])}{more}: pass {which}"
-
-
-def _reads_state_dicts(kind: str) -> bool:
-    """Whether the class of this name makes layers of state dicts."""
-    return hasattr(_kinds.get(kind), "from_state_dict")
 
 
 def _name_of_class(module: Any) -> str:

@@ -96,7 +96,7 @@ int collect_arguments(const module_state *state, PyObject *const *objects, Py_ss
         (collect_optional(state, objects[ARGUMENT_STATIC_K], "static_k", &arguments->static_k) < 0 ||
          collect_optional(state, objects[ARGUMENT_STATIC_V], "static_v", &arguments->static_v) < 0))
         return -1;
-    return out_from_object(objects[ARGUMENT_OUT], &arguments->out);
+    return out_from_object(state, objects[ARGUMENT_OUT], &arguments->out);
 }
 
 /* An array (N, length, features) or (length, N, features), or (length, features) without a batch. */

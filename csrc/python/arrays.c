@@ -464,7 +464,7 @@ Py_ssize_t weight_nbytes(const weight_arrays *weight)
     return PyArray_NBYTES(weight->numbers) + (weight->scale == NULL ? 0 : PyArray_NBYTES(weight->scale));
 }
 
-int out_from_object(PyObject *object, PyArrayObject **out)
+int out_from_object(const module_state *state, PyObject *object, PyArrayObject **out)
 {
     if (object == Py_None)
         return 0;
@@ -472,10 +472,11 @@ int out_from_object(PyObject *object, PyArrayObject **out)
         PyErr_Format(PyExc_TypeError, "out must be a NumPy array, not %s", Py_TYPE(object)->tp_name);
         return -1;
     }
-    if (!PyArray_CheckExact(object) && PyObject_HasAttrString(object, "filled")) {
+    const int is_masked = PyArray_CheckExact(object) ? 0 : has_attribute(object, state->filled_name);
+    if (is_masked > 0)
         PyErr_SetString(PyExc_TypeError, "out is a masked array, whose mask would hide results: pass out.data");
+    if (is_masked != 0)
         return -1;
-    }
     *out = (PyArrayObject *)object;
     return PyArray_FailUnlessWriteable(*out, "out"); /* which may warn */
 }

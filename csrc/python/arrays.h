@@ -80,7 +80,7 @@ bool is_apart(PyArrayObject *array, PyArrayObject *const *others, size_t count);
 /* The array that is given as out=, a borrowed reference; NULL for None. The exceptions of both functions are those of
  * NumPy's ufuncs: TypeError for an object that is not an array or a wrong dtype, ValueError for a read-only array or a
  * wrong shape. */
-int out_from_object(PyObject *object, PyArrayObject **out);
+int out_from_object(const module_state *state, PyObject *object, PyArrayObject **out);
 int check_out(PyArrayObject *out, mha_dtype dtype, int ndim, const npy_intp *shape);
 
 /* A new reference to what the core reads of an array: a C-contiguous copy in float32 if it holds halves, otherwise the

@@ -131,7 +131,7 @@ static int collect(const module_state *state, PyObject *const *objects, sdpa_arg
         collect_array(state, objects[ARGUMENT_KEY], "key", &arguments->key) < 0 ||
         collect_array(state, objects[ARGUMENT_VALUE], "value", &arguments->value) < 0 ||
         collect_mask(state, objects[ARGUMENT_ATTN_MASK], "attn_mask", &arguments->attn_mask) < 0 ||
-        out_from_object(objects[ARGUMENT_OUT], &arguments->out) < 0)
+        out_from_object(state, objects[ARGUMENT_OUT], &arguments->out) < 0)
         return -1;
     return make_readable(arguments);
 }

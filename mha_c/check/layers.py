@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from mha_c.check.compare import Comparison
 from mha_c.check.definition import attend, attend_in_own_dtype, causal_mask
 from mha_c.check.report import Report
-from mha_c.check.requirement import refuse_narrow_products, require_torch
+from mha_c.check.requirement import arguments_by_name, refuse_narrow_products, require_torch
 from mha_c.check.transformers import compare_transformer, transformer_class
 from mha_c.display.words import describe_call
 from mha_c.layer import MultiheadAttention, parameters_of
@@ -157,13 +156,7 @@ def _arguments(layer: MultiheadAttention, inputs: Sequence[Any], call: Mapping[s
     if not 1 <= len(inputs) <= 3:
         raise TypeError(f"pass query, key and value, or query and key, or one array for all; got {len(inputs)} inputs")
     query, key, value = (inputs[min(number, len(inputs) - 1)] for number in range(3))
-    try:
-        bound = inspect.signature(attend).bind(None, query, key, value, **call)
-    except TypeError:
-        layer(query, key, value, **call)  # which says what to write instead
-        raise
-    bound.apply_defaults()
-    arguments = {name: argument for name, argument in bound.arguments.items() if name != "layer"}
+    arguments = arguments_by_name(functools.partial(attend, layer), layer, query, key, value, **call)
     for name in ("query", "key", "value", "key_padding_mask", "attn_mask"):
         if arguments[name] is not None:
             arguments[name] = as_array(arguments[name], name=name)

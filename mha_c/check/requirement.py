@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a comparison needs, or the error of the function that was called: torch, and products that are not narrow."""
+"""What a comparison needs, or an error: torch, products that are not narrow, and arguments that the layer takes."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from mha_c.display.missing import no_torch
 from mha_c.module import Module, precisions_of
 
-__all__ = ["refuse_narrow_products", "require_torch"]
+__all__ = ["arguments_by_name", "refuse_narrow_products", "require_torch"]
 
 
 def require_torch(function: str) -> None:
@@ -45,3 +47,22 @@ def refuse_narrow_products(function: str, module: Any) -> None:
             f"{function} finds mistakes that are larger than the rounding of this dtype. matmul_precision rounds more "
             f"coarsely and would hide them: {cure}"
         )
+
+
+def arguments_by_name(function: Callable[..., Any], layer: Module, *inputs: Any, **call: Any) -> dict[str, Any]:
+    """All arguments of a call of `function`, defaults included. A refusal is in the words of the layer.
+
+    Examples
+    --------
+    >>> import mha_c
+    >>> layer = mha_c.Linear(2, 2)
+    >>> arguments_by_name(layer.forward, layer, 3)
+    {'input': 3}
+    """
+    try:
+        bound = inspect.signature(function).bind(*inputs, **call)
+    except TypeError:
+        layer(*inputs, **call)  # type: ignore[operator]  # which says what to write instead
+        raise
+    bound.apply_defaults()
+    return dict(bound.arguments)

@@ -10,7 +10,7 @@ from typing import Any, Final
 from mha_c.check.compare import Comparison
 from mha_c.check.definition import causal_mask, transform
 from mha_c.check.report import Report
-from mha_c.check.requirement import require_torch
+from mha_c.check.requirement import arguments_by_name, require_torch
 from mha_c.display.words import describe_call
 from mha_c.module import Module
 from mha_c.parameters.arrays import as_array
@@ -102,15 +102,9 @@ def compare_transformer(module: Any, *inputs: Any, **call: Any) -> Report:
     dtype = str(next(iter(module.parameters())).dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise TypeError(f"a layer of mha_c is {DTYPE_NAMES}, but this one is {dtype}: check a copy.float()")
-    try:
-        bound = inspect.signature(layer.forward).bind(*inputs, **call)
-    except TypeError:
-        layer(*inputs, **call)  # which says what to write instead
-        raise
-    bound.apply_defaults()
     arguments = {
         name: one if one is None or name.endswith("causal") else as_array(one, name=name)
-        for name, one in bound.arguments.items()
+        for name, one in arguments_by_name(layer.forward, layer, *inputs, **call).items()
     }
     ours = layer(**arguments)
     theirs = layer_in_torch(layer, _spelt_out_for_torch(layer, arguments))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
-from mha_c.module import is_patched
+from mha_c.module import overridden_method
 
 __all__ = ["attention_layers", "class_over", "set_class", "torch_class_of", "why_left_alone"]
 
@@ -35,11 +35,8 @@ def why_left_alone(
     methods: tuple[str, ...] = ("forward",),
 ) -> str:
     """Which method of a layer is not torch's, so that its class cannot be replaced; "" if there is none."""
-    cls = torch_class_of(layer)
-    for method in methods:
-        if method in vars(layer) or getattr(cls, method) is not getattr(torchs, method) or is_patched(torchs, method):
-            return f"overrides {method}"
-    return ""
+    method = overridden_method(layer, torch_class_of(layer), torchs, methods)
+    return f"overrides {method}" if method else ""
 
 
 def class_over(cls: type[torch.nn.Module], mixin: type[torch.nn.Module]) -> type[torch.nn.Module]:
