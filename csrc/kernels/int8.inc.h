@@ -4,7 +4,7 @@
  *
  * It needs, besides the vocabulary of float32:
  *   vec_i32                  lanes_f32 integers of 32 bits
- *   splat_i32(x), max_i32(a, b)
+ *   splat_i32(x), add_i32(a, b), max_i32(a, b)
  *   bits_of(v), real_of(v)   the bits of float32 as integers; integers to float32
  *   rounded(v)               float32 to integers, to the nearest, ties to even; |v| < 2^20
  *   without_sign(v)          bits of a number -> bits of its magnitude
@@ -42,16 +42,17 @@ static uint32_t largest(const float *x, size_t n)
     return result;
 }
 
-/* Panels hold WEIGHT_OFFSET in addition to each weight, which adds this to a sum for each unit of the row. */
-static int32_t start_of(const row_int *q, size_t n)
+static int32_t sum_of_lanes(vec_i32 v)
 {
-    int32_t sum = 0;
-    if (WEIGHT_OFFSET)
-        for (size_t i = 0; i < n; i++)
-            sum -= q[i];
-    return sum * WEIGHT_OFFSET;
+    int32_t lane[lanes_f32], sum = 0;
+    memcpy(lane, &v, sizeof lane);
+    for (size_t i = 0; i < lanes_f32; i++)
+        sum += lane[i];
+    return sum;
 }
 
+/* Panels hold WEIGHT_OFFSET in addition to each weight, which adds this to a sum for each unit of the row. So a sum
+ * starts at minus that. */
 static void quantize(const float *x, size_t n, uint32_t largest_bits, uint32_t *row)
 {
     row_int *q = (row_int *)(void *)(row + MHA_ROW_HEADER);
@@ -62,10 +63,15 @@ static void quantize(const float *x, size_t n, uint32_t largest_bits, uint32_t *
         memset(q, 0, (row_words(n) - MHA_ROW_HEADER) * sizeof *row);
     } else {
         const vec_f32 inverse = splat_f32(127 / most);
-        for (size_t i = 0; i < n; i += lanes_f32)
-            store_row(q + i, rounded(load_some(x + i, n - i) * inverse));
+        vec_i32 sum = splat_i32(0);
+        for (size_t i = 0; i < n; i += lanes_f32) {
+            const vec_i32 units = rounded(load_some(x + i, n - i) * inverse);
+            store_row(q + i, units);
+            if (WEIGHT_OFFSET)
+                sum = add_i32(sum, units);
+        }
         scale = most / 127;
-        start = start_of(q, n);
+        start = WEIGHT_OFFSET ? -WEIGHT_OFFSET * sum_of_lanes(sum) : 0;
     }
     memcpy(row, &scale, sizeof scale);
     memcpy(row + 1, &start, sizeof start);

@@ -163,6 +163,7 @@ typedef int16_t row_int;
 enum { WEIGHT_OFFSET = 0 };
 
 static inline vec_i32 splat_i32(int32_t x) { return _mm256_set1_epi32(x); }
+static inline vec_i32 add_i32(vec_i32 a, vec_i32 b) { return _mm256_add_epi32(a, b); }
 static inline vec_i32 max_i32(vec_i32 a, vec_i32 b) { return _mm256_max_epi32(a, b); }
 static inline vec_i32 bits_of(vec_f32 v) { return _mm256_castps_si256(v); }
 static inline vec_f32 real_of(vec_i32 v) { return _mm256_cvtepi32_ps(v); }

@@ -167,6 +167,7 @@ static inline __attribute__((always_inline)) void transpose_f32(vec_f32 v[16])
 typedef __m512i vec_i32;
 
 static inline vec_i32 splat_i32(int32_t x) { return _mm512_set1_epi32(x); }
+static inline vec_i32 add_i32(vec_i32 a, vec_i32 b) { return _mm512_add_epi32(a, b); }
 static inline vec_i32 max_i32(vec_i32 a, vec_i32 b) { return _mm512_max_epi32(a, b); }
 static inline vec_i32 bits_of(vec_f32 v) { return _mm512_castps_si512(v); }
 static inline vec_f32 real_of(vec_i32 v) { return _mm512_cvtepi32_ps(v); }

@@ -149,6 +149,7 @@ typedef int8_t row_int;
 enum { WEIGHT_OFFSET = 0 };
 
 static inline vec_i32 splat_i32(int32_t x) { return vdupq_n_s32(x); }
+static inline vec_i32 add_i32(vec_i32 a, vec_i32 b) { return vaddq_s32(a, b); }
 static inline vec_i32 max_i32(vec_i32 a, vec_i32 b) { return vmaxq_s32(a, b); }
 static inline vec_i32 bits_of(vec_f32 v) { return vreinterpretq_s32_f32(v); }
 static inline vec_f32 real_of(vec_i32 v) { return vcvtq_f32_s32(v); }

@@ -180,6 +180,7 @@ typedef int16_t row_int;
 enum { WEIGHT_OFFSET = 0 };
 
 static inline vec_i32 splat_i32(int32_t x) { return (vec_i32){x, x, x, x}; }
+static inline vec_i32 add_i32(vec_i32 a, vec_i32 b) { return a + b; }
 static inline vec_i32 bits_of(vec_f32 v) { return (vec_i32)v; }
 static inline vec_f32 real_of(vec_i32 v) { return (vec_f32){(float)v[0], (float)v[1], (float)v[2], (float)v[3]}; }
 static inline vec_i32 without_sign(vec_i32 bits) { return bits & splat_i32(0x7fffffff); }
