@@ -18,7 +18,7 @@
 #include "cpu.h"
 #include "stopwatch.h"
 
-enum { SIZES = 9, OPERANDS = 6, MAX_RECORDS = 1024, PASSES = 15 };
+enum { SIZES = 11, OPERANDS = 6, MAX_RECORDS = 1024, PASSES = 15 };
 
 /* Calls of one kernel with the same sizes. */
 typedef struct {
@@ -93,20 +93,21 @@ static void again_product(const void *what)
 
 static void product(const mha_product *p)
 {
-    const size_t P = lanes(p->vectors), a_row = (size_t)p->a_row, a_k = (size_t)p->a_k;
+    const size_t P = lanes(p->vectors), width = P * (1 + p->more_panels), a_row = (size_t)p->a_row;
+    const size_t a_k = (size_t)p->a_k, panel = p->more_panels ? p->b_panel_bytes / real->size : 0;
     const bool in_place = p->addend == p->c;
     record *r = COUNT(product, p->rows, p->depth, p->vectors, a_row, a_k, p->b_k, p->addend ? p->addend_row : SIZE_MAX,
-                      p->c_row, (size_t)in_place + (p->factor ? 2 : 0));
+                      p->c_row, (size_t)in_place + (p->factor ? 2 : 0), p->more_panels, panel);
     if (r->calls == 1 && p->rows > 0) {
         r->product = *p;
         r->product.prefetch = NULL;
         r->product.a = room((p->rows - 1) * a_row + p->depth * a_k + P);
-        r->product.b = room(p->depth * p->b_k + P);
-        r->product.c = room((p->rows - 1) * p->c_row + P);
+        r->product.b = room(p->more_panels * panel + p->depth * p->b_k + P);
+        r->product.c = room((p->rows - 1) * p->c_row + width);
         if (p->addend)
-            r->product.addend = in_place ? r->product.c : room((p->rows - 1) * p->addend_row + P);
+            r->product.addend = in_place ? r->product.c : room((p->rows - 1) * p->addend_row + width);
         if (p->factor)
-            r->product.factor = ones(p->vectors);
+            r->product.factor = ones(p->vectors * (1 + p->more_panels));
     }
     TIMED(r, real->product(p));
 }
