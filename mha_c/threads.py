@@ -104,9 +104,11 @@ def show_config() -> None:
     from mha_c.display.words import count
 
     config = _core.config()
+    others = [level for level in config["cpu_levels"] if level != config["cpu_level"]]
     for name, value in (
         ("mha_c", __version__),
-        ("instruction set", f"{config['cpu_level']} (available: {', '.join(config['cpu_levels'])})"),
+        ("instruction set", config["cpu_level"]),
+        ("others available", ", ".join(others) or "none"),
         ("threads", f"{config['threads']}, on {count(config['usable_cpus'], 'CPU')}"),
         ("compiler", config["compiler"]),
         ("Python", platform.python_version()),
