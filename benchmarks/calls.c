@@ -94,7 +94,7 @@ static mha_layer *make_layer(const described_call *c)
         .q_weight = make_weight(c, c->E, c->E), .k_weight = make_weight(c, kv, c->Ek),
         .v_weight = make_weight(c, kv, c->Ev), .out_weight = make_weight(c, c->E, c->E),
         .q_bias = numbers(c->dtype, c->E), .k_bias = numbers(c->dtype, kv), .v_bias = numbers(c->dtype, kv),
-        .out_bias = numbers(c->dtype, c->E), .is_attention_bf16 = c->is_bf16,
+        .out_bias = numbers(c->dtype, c->E), .is_attention_bf16 = c->is_bf16 || c->is_int8,
     };
     mha_layer *layer = NULL;
     if (mha_layer_create(&widths, c->dtype, &parameters, &layer) != MHA_OK)

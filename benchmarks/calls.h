@@ -19,7 +19,7 @@ typedef struct {
     mha_wanted wanted;
     double dropout_p;
     bool is_bf16; /* products of linear maps, and attention's own, are of bfloat16 */
-    bool is_int8; /* products of linear maps are of int8 */
+    bool is_int8; /* products of linear maps are of int8, and attention's own of bfloat16 */
     size_t F; /* hidden features of a layer of a Transformer with gelu, which skips padding; 0: attention alone */
 } described_call;
 

@@ -23,10 +23,10 @@ class Named(Protocol):
 
 
 def multiplied(dtype: str, matmul_precision: str | None) -> tuple[str, str]:
-    """The numbers that linear maps multiply, and those that attention itself multiplies. Layers of bfloat16 and float16
-    multiply float32."""
-    numbers = "float64" if dtype == "float64" else "float32"
-    return matmul_precision or numbers, "bfloat16" if matmul_precision == "bfloat16" else numbers
+    """The numbers that linear maps multiply, and those that attention itself multiplies. Layers of float16 multiply
+    float32."""
+    of_maps = matmul_precision or ("float32" if dtype == "float16" else dtype)
+    return of_maps, "bfloat16" if of_maps == "int8" else of_maps
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Case:
     vdim: int | None = None
     kv_heads: int | None = None
     dtype: str = "float32"
-    matmul_precision: str | None = None  # "bfloat16", of all products; "int8", of the projections
+    matmul_precision: str | None = None  # "bfloat16", of all products; "int8", of linear maps
     causal: bool = False
     attn_mask: str = ""  # "float": (L, S), added to the scores; "bool": (N * H, L, S), True = hidden
     live: tuple[int, ...] = ()  # how many keys of each item are real; a key_padding_mask hides the rest

@@ -220,8 +220,8 @@ def headlines(summary: Summary) -> str:
         cells.append([numbers, ", ".join(libraries), f"{_median(rows)}×", lowest, f"{slower} of {len(rows)}"])
     header = ["numbers", "other libraries", "median", "lowest", "shapes in which another library is faster"]
     return (
-        "How many times as long as mha_c the fastest other library takes, for each kind of numbers "
-        f"({_conditions(summary)}):\n\n{_table(header, cells)}"
+        "The table says how many times as long as mha_c the fastest other library takes "
+        f"({_conditions(summary)}). The kinds of numbers are explained below.\n\n{_table(header, cells)}"
     )
 
 
@@ -295,11 +295,11 @@ In a clone, with a C compiler:
 """
 
 
-_NARROW_NUMBERS = """A layer of bfloat16 or float16 stores parameters, inputs and outputs in 16 bits. mha_c multiplies them as
-float32. “Products of bfloat16” and “products of int8” mean a float32 layer that rounds the numbers before it multiplies them: to
-bfloat16 in linear maps and in attention itself, to int8 in linear maps alone. For products of bfloat16, torch computes a bfloat16 layer, or a float32 layer after
-`torch.set_float32_matmul_precision("medium")`, which multiplies float32 if torch has no fast way to multiply bfloat16. OpenVINO is
-set to bfloat16, and takes part if the CPU has it."""
+_NARROW_NUMBERS = """A layer of bfloat16 or float16 stores parameters, inputs and outputs in 16 bits. mha_c multiplies bfloat16 as
+such, and float16 as float32. “Products of bfloat16” means a float32 layer that rounds to bfloat16 what it multiplies. “Products of
+int8” means one that rounds to int8 what linear maps multiply, and to bfloat16 what attention itself multiplies. For products of
+bfloat16, torch computes a bfloat16 layer, or a float32 layer after `torch.set_float32_matmul_precision("medium")`, which multiplies
+float32 if torch has no fast way to multiply bfloat16. OpenVINO is set to bfloat16, and takes part if the CPU has it."""
 
 
 def _narrow(rows: list[Row]) -> str:
@@ -431,9 +431,10 @@ def encoders_page(summary: Summary) -> str:
 {facts(summary, "encoders.json")}
 
 Each library computes the same encoder from the same vectors of tokens. 1.06× means 1.06 times as long as mha_c. Each library is
-used in several ways, and the fastest one counts, separately for each row. The share of the peak counts the multiplications and
-additions of the products; padding does not count. The libraries of a row are measured in turns, and rows one after another, while
-the speed of the machine may change: compare the ratios in a row, not the times of two rows.
+used in several ways, and the fastest one counts, separately for each row. The peak is the speed of multiply-adds in registers, of
+those numbers that are multiplied. A share of it counts the multiplications and additions of the products; padding does not count.
+The libraries of a row are measured in turns, and rows one after another, while the speed of the machine may change: compare the
+ratios in a row, not the times of two rows.
 
 {_NARROW_NUMBERS if peers.IN_FLOAT32 in names else ""}
 

@@ -16,7 +16,8 @@ typedef enum {
     MHA_STOPPED,   /* should_stop() returned true; the output is undefined */
 } mha_status;
 
-/* The last two are *halves*: numbers of 16 bits, which are stored, and computed as float32. */
+/* The last two are *halves*: numbers of 16 bits. They are stored, and widened to float32, or bfloat16 is multiplied as
+ * such. */
 typedef enum { MHA_FLOAT32 = 0, MHA_FLOAT64, MHA_BFLOAT16, MHA_FLOAT16 } mha_dtype;
 
 static inline bool mha_is_half(mha_dtype type)

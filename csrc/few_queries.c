@@ -29,13 +29,13 @@ enum {
 static bool is_possible(const mha_layer *layer, const mha_call *call)
 {
     /* Extra and static keys have no input. Dropout is for training. Scores lack a constant here, so they cannot be
-     * returned. Narrow products would need weights the other way round, and keys and values. */
+     * returned. Products of int8 would need weights the other way round. */
     return layer->widths.Ek >= MIN_FEATURES && layer->widths.Ev >= MIN_FEATURES &&
-           mha_extra_keys(layer, call) == 0 && !call->static_k.data && !call->static_v.data &&
-           !layer->k.narrow && !layer->v.narrow && !layer->narrow_attention && !(call->dropout_p > 0) && call->L > 0 &&
-           call->wanted != MHA_WANT_SCORES;
+           mha_extra_keys(layer, call) == 0 && !call->static_k.data && !call->static_v.data && !layer->k.scale &&
+           !layer->v.scale && !(call->dropout_p > 0) && call->L > 0 && call->wanted != MHA_WANT_SCORES;
 }
 
+/* It does not depend on what is multiplied, nor on the CPU, since the path decides about bits. */
 static bool pays(const mha_layer *layer, const mha_call *call, size_t live_keys)
 {
     const mha_widths *w = &layer->widths;
@@ -74,10 +74,16 @@ static size_t max_segments(const mha_batch *batch)
 }
 
 /* A thread's scratch: scores of a panel, a slice of a block's inputs, the same with zeros for numbers that are not
- * finite, and strips of some panels or the probabilities of all heads of a query. */
+ * finite, strips of some panels or the probabilities of all heads of a query, and the narrow rows of y of a head. */
 typedef struct {
-    char *scores, *bias, *factor, *slice, *finite, *rows;
+    char *scores, *bias, *factor, *slice, *finite, *rows, *narrow;
 } scratch_pieces;
+
+/* Words between narrow rows of y. */
+static size_t narrow_words(const mha_few_queries *f)
+{
+    return f->layer->v.narrow ? f->layer->v.narrow->row_words(f->layer->widths.Ev) : 0;
+}
 
 static size_t slice_stride(const mha_kernels *kernels)
 {
@@ -94,7 +100,10 @@ static scratch_pieces take_scratch(const mha_few_queries *f, char *base, mha_lay
     const size_t finite = mha_reserve(layout, MHA_BLOCK_KEYS, MHA_CHAIN, size);
     const size_t strips = mha_larger(f->a->L * mha_panels_at_once(f->a->L), H);
     const size_t rows = mha_reserve(layout, strips, mha_larger(MHA_BLOCK_KEYS, P), size);
-    return base ? (scratch_pieces){base + scores, base + bias, base + factor, base + slice, base + finite, base + rows}
+    const size_t narrow = mha_reserve(layout, f->a->L, narrow_words(f), sizeof(uint32_t));
+    return base ? (scratch_pieces){.scores = base + scores, .bias = base + bias, .factor = base + factor,
+                                   .slice = base + slice, .finite = base + finite, .rows = base + rows,
+                                   .narrow = base + narrow}
                 : (scratch_pieces){0};
 }
 
@@ -239,12 +248,12 @@ static void absorb_window(const mha_few_queries *f, size_t i, size_t h, size_t f
 {
     const mha_layer *layer = f->layer;
     const mha_widths *w = &layer->widths;
-    const size_t hkv = h / (w->H / w->Hkv), b_size = mha_size_of(layer->k.type);
+    const size_t hkv = h / (w->H / w->Hkv), b_size = mha_size_of(layer->k_weight_type);
     const char *Wk = (const char *)layer->k_weight + (hkv * w->D * w->Ek + first) * b_size;
     char *t = numbers_at(f, f->t, (i * lanes_of(f) + h) * f->t_stride + first);
     mha_product product = {.rows = f->a->L, .vectors = vectors, .a = mha_row_at(&f->a->q, i, h, 0),
                            .a_row = mha_stride_of(&f->a->q), .a_k = 1, .b = Wk, .b_k = w->Ek,
-                           .b_type = layer->k.type, .more_panels = panels - 1,
+                           .b_type = layer->k_weight_type, .more_panels = panels - 1,
                            .b_panel_bytes = vectors * layer->kernels->lanes * b_size, .c = t,
                            .c_row = w->H * f->t_stride};
     mha_multiply_chained(layer->kernels, NULL, &product, w->D);
@@ -434,20 +443,34 @@ static void merge_task(void *context, size_t task, size_t worker)
 
 /* ---- emit ---- */
 
+/* The rows of y of a head, and the distance between them: numbers, or words of narrow rows if Wv is narrow. Those are
+ * written to `narrow`. */
+static const char *rows_of_y(const mha_few_queries *f, size_t i, size_t h, char *narrow, ptrdiff_t *row)
+{
+    const mha_widths *w = &f->layer->widths;
+    const char *y = numbers_at(f, f->y, (i * lanes_of(f) + h) * f->y_stride);
+    const size_t distance = w->H * f->y_stride, words = narrow_words(f);
+    *row = (ptrdiff_t)(words ? words : distance);
+    for (size_t l = 0; words && l < f->a->L; l++)
+        f->layer->v.narrow->take_row((const float *)(const void *)y + l * distance, w->Ev, 0,
+                                     (uint32_t *)(void *)narrow + l * words);
+    return words ? narrow : y;
+}
+
 /* Multiplies by a panel of Wv, or some at once, for one head, through a strip. Features of other heads may be in it. */
-static void emit_panels(const mha_few_queries *f, size_t i, size_t h, mha_panel panel, size_t at_once, char *strip)
+static void emit_panels(const mha_few_queries *f, size_t i, size_t h, mha_panel panel, size_t at_once, const char *y,
+                        ptrdiff_t y_row, char *strip)
 {
     const mha_layer *layer = f->layer;
     const mha_widths *w = &layer->widths;
     const mha_kernels *kernels = layer->kernels;
     const size_t size = kernels->size, P = panel.vectors * kernels->lanes, width = at_once * P;
-    const char *y = numbers_at(f, f->y, (i * lanes_of(f) + h) * f->y_stride);
-    mha_product product = {.rows = f->a->L, .vectors = panel.vectors, .a = y,
-                           .a_row = (ptrdiff_t)(w->H * f->y_stride), .a_k = 1, .b = mha_panel_row(&layer->v, &panel, 0),
-                           .b_k = P, .b_type = layer->v.type, .more_panels = at_once - 1,
-                           .b_panel_bytes = w->Ev * P * layer->v.group_bytes, .addend_row = width, .c = strip,
-                           .c_row = width};
-    mha_multiply_chained(kernels, NULL, &product, w->Ev);
+    const size_t groups = mha_groups(&layer->v, w->Ev);
+    mha_product product = {.rows = f->a->L, .vectors = panel.vectors, .a = y, .a_row = y_row, .a_k = 1,
+                           .b = mha_panel_row(&layer->v, &panel, 0), .b_k = P, .b_type = layer->v.type,
+                           .more_panels = at_once - 1, .b_panel_bytes = groups * P * layer->v.group_bytes,
+                           .addend_row = width, .c = strip, .c_row = width};
+    mha_multiply_chained(kernels, layer->v.narrow, &product, groups);
     if (layer->v.bias) {
         product.b_type = kernels->dtype;
         product.b_panel_bytes = P * size;
@@ -485,6 +508,9 @@ static void emit_task(void *context, size_t task, size_t worker)
     const mha_widths *w = &f->layer->widths;
     const size_t i = task / w->H, h = task % w->H, head = h / (w->H / w->Hkv) * w->Dv;
     const mha_split *split = &f->layer->v.split;
+    const scratch_pieces s = scratch_of(f, worker);
+    ptrdiff_t y_row;
+    const char *y = rows_of_y(f, i, h, s.narrow, &y_row);
     size_t p = 0, end = split->panels, at_once;
     while (mha_panel_at(split, p).first + mha_panel_at(split, p).count <= head)
         p++;
@@ -492,7 +518,7 @@ static void emit_task(void *context, size_t task, size_t worker)
         end--;
     for (; p < end; p += at_once) {
         const mha_panel panel = mha_panels_at(split, p, mha_smaller(mha_panels_at_once(f->a->L), end - p), &at_once);
-        emit_panels(f, i, h, panel, at_once, scratch_of(f, worker).rows);
+        emit_panels(f, i, h, panel, at_once, y, y_row, s.rows);
     }
     check_context(f, i, h);
 }

@@ -8,6 +8,9 @@
  * Softmax does not depend on the constant. So the inputs of the keys serve as keys and values, and they are the same
  * for every head. All heads of all queries of an item are lanes side by side: lane i is query i / H, head i % H.
  *
+ * Of products of bfloat16, those with Wv are narrow. Wk is read the other way round, for which it is not packed, and
+ * attention reads inputs instead of keys, so both multiply float32, which is more exact.
+ *
  * The equations hold for finite numbers only. An infinite x_s makes the score infinite, but projecting the key gives
  * infinities of both signs, whose sum is NaN. So a query is given up when it meets a number that is not finite. Its
  * item goes through another pass. Only queries that were given up take their results from it. The others keep theirs.

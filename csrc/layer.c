@@ -159,6 +159,7 @@ mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha
     made->kernels = kernels;
     made->narrow_attention = given->is_attention_bf16 ? mha_cpu_narrow(MHA_BF16) : NULL;
     made->k_weight = given->k_weight.numbers;
+    made->k_weight_type = dtype;
     pack_panels(kernels, &made->q, dtype, &given->q_weight, given->q_bias);
     pack_panels(kernels, &made->k, dtype, &given->k_weight, given->k_bias);
     pack_panels(kernels, &made->v, dtype, &given->v_weight, given->v_bias);

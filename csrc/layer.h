@@ -16,8 +16,9 @@ struct mha_layer {
     bool has_bias_kv;
     /* The same for every item: a row of bias_k and bias_v if the layer has them, then a row of zeros. */
     mha_rows extra_k, extra_v;
-    const void *k_weight;        /* as given, of the type of the panels: few_queries.c reads its rows */
-    char *memory;                /* holds the panels and the extra rows */
+    const void *k_weight;    /* as given: few_queries.c reads its rows */
+    mha_dtype k_weight_type; /* of its numbers; not used if they are int8 */
+    char *memory;            /* holds the panels and the extra rows */
 };
 
 struct mha_linear {

@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike, NDArray
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-# An array of the layer's dtype; or int8 numbers and the scales of their rows; or an array and "bfloat16".
+# An array of the layer's dtype; or int8 numbers and the scales of their rows; or an array and "bfloat16" or "float32".
 _Weight: TypeAlias = NDArray[Any] | tuple[NDArray[np.int8], NDArray[np.float32]] | tuple[NDArray[Any], str]
 
 @final
@@ -29,7 +29,7 @@ class Weights:
         bias_v: NDArray[Any] | None,
         out_proj_weight: _Weight,
         out_proj_bias: NDArray[Any] | None,
-        is_attention_bfloat16: bool = False,
+        attention: str | None = None,
         /,
     ) -> Weights: ...
     @property

@@ -232,7 +232,7 @@ class ModuleList(Container, MutableSequence[_Layer]):
         ----------
         module : torch.nn.ModuleList
             The list.
-        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
             Of the layers in it, as for their constructors.
 
         Returns

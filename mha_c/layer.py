@@ -112,11 +112,12 @@ class MultiheadAttention(RandomModule):
     num_kv_heads : int, optional
         Number of key and value heads, a divisor of `num_heads`; `num_heads` unless given. With fewer of them
         (grouped-query attention), query head h reads key and value head ``h // (num_heads // num_kv_heads)``.
-    matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
-        What is multiplied. None: float32 or float64. "bfloat16": numbers that are rounded to bfloat16, in the linear
-        maps and in attention itself. "int8": weights and rows of inputs of the linear maps, rounded to int8 numbers;
-        attention itself stays as with None. A mapping chooses for "in_proj", "attention" and "out_proj", or with
-        "default" for those that it does not name; "attention" can be None or "bfloat16". See the notes.
+    matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
+        What is multiplied. "float32": numbers of float32. "bfloat16": numbers that are rounded to bfloat16, in the
+        linear maps and in attention itself. "int8": weights and rows of inputs of the linear maps, rounded to int8
+        numbers; attention itself multiplies bfloat16. None: bfloat16 in a layer of bfloat16, float64 in one of float64,
+        otherwise float32. A mapping chooses for "in_proj", "attention" and "out_proj", or with "default" for those
+        that it does not name, which are None otherwise; "attention" cannot be "int8". See the notes.
 
     Attributes
     ----------
@@ -154,9 +155,9 @@ class MultiheadAttention(RandomModule):
     Parameters are read-only arrays. Assigning to one, `load_state_dict` and `to` replace all of them at once, so other
     threads may call the layer at the same time: each call uses one set of parameters throughout.
 
-    With the `matmul_precision` "bfloat16", both factors of each product are rounded to the nearest number of bfloat16,
-    a tie to the even one. Subnormal factors become 0. Products are summed in float32. So the context of a query is,
-    with r for rounding::
+    With the `matmul_precision` "bfloat16", and in layers of bfloat16 without one, both factors of each product are
+    rounded to the nearest number of bfloat16, a tie to the even one. Subnormal factors become 0. Products are summed in
+    float32. So the context of a query is, with r for rounding::
 
         s_j = r(Q / sqrt(head_dim)) · r(K_j) + mask_j
         e_j = exp(s_j - m)
@@ -173,8 +174,10 @@ class MultiheadAttention(RandomModule):
         y = b + s_x s_w (sum of q_x q_w)
 
     The sum is exact over up to 8192 features, and those of more features are added in order. A row with NaN or infinity
-    gives NaN. So "int8" gives the same bits on every CPU whose float32 results have the same bits. So does "bfloat16",
-    except for sums below 2^-126. Parameters and state dicts stay those of the dtype.
+    gives NaN. Products of bfloat16 and int8 give the same bits on every CPU whose float32 results have the same bits,
+    except for sums of bfloat16 below 2^-126. Few queries of many keys are computed without projecting keys and values.
+    Then attention itself, and the weight of the keys, multiply float32. Parameters and state dicts stay those of the
+    dtype.
 
     Examples
     --------
@@ -488,7 +491,7 @@ class MultiheadAttention(RandomModule):
         layout : {"stacked", "per_head"}, optional
             How one weight holds several projections: "stacked", one below the other, as in timm and GPT-2; "per_head",
             head by head, as in GPT-NeoX, BLOOM and Falcon. It is needed if the name of the weight does not show it.
-        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
         Returns
@@ -577,7 +580,7 @@ class MultiheadAttention(RandomModule):
             The layer to copy. A subclass will do if it has torch's forward. The weights are those that torch would use
             now, whether they are parameters, parametrized or plain tensors. Buffers are not copied. The dtype is that
             of the output weight.
-        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
         Returns

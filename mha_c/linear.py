@@ -79,9 +79,9 @@ class Linear(Module):
         Seed of the parameters: they are those of torch's layer after ``torch.manual_seed(seed)``, bit for bit. Those
         of bfloat16 and float16 are float32's, rounded, from which torch's differ in about one number of a thousand.
         None: a random seed.
-    matmul_precision : {"bfloat16", "int8"}, optional
-        What is multiplied, as in the linear maps of `MultiheadAttention`: numbers that are rounded to bfloat16 or int8.
-        None: float32 or float64.
+    matmul_precision : {"float32", "bfloat16", "int8"}, optional
+        What is multiplied, as in the linear maps of `MultiheadAttention`: float32, or numbers that are rounded to
+        bfloat16 or int8. None: bfloat16 in a layer of bfloat16, float64 in one of float64, otherwise float32.
 
     Attributes
     ----------
@@ -215,7 +215,7 @@ class Linear(Module):
         module : torch.nn.Linear
             The layer to copy. A subclass will do if it has torch's forward. The dtype is that of
             the weight.
-        matmul_precision : {"bfloat16", "int8"}, optional
+        matmul_precision : {"float32", "bfloat16", "int8"}, optional
             As for the constructor.
 
         Returns

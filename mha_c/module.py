@@ -126,8 +126,8 @@ class PrecisionOfProducts(property):
 
         super().__init__(read, assign)
         self.__doc__ = (
-            'What linear maps and attention multiply: None (numbers of the layer), "bfloat16", "int8", or a mapping '
-            "from their names."
+            'What linear maps and attention multiply: None (bfloat16 in a layer of bfloat16, otherwise float32 or '
+            'float64), "float32", "bfloat16", "int8", or a mapping from their names.'
         )
 
     if TYPE_CHECKING:
@@ -933,7 +933,7 @@ def dtypes_for(module: Module) -> list[str]:
 
 
 def precisions_of(module: Module) -> set[Precision]:
-    """What a layer, and layers in it, multiply in place of the layer's numbers."""
+    """What `matmul_precision` says in a layer, and in the layers in it."""
     return {precision for one in module.modules() for precision in one._parameters.precisions.values()}
 
 

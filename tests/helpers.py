@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several test files need: random inputs, torch as the judge, the tolerance, child processes."""
 
+import copy
 import os
 import re
 import signal
@@ -84,8 +85,17 @@ def to_numpy(tensor):
     return tensor.numpy()
 
 
+def in_float32(module):
+    """A copy of a layer of a half that keeps float32 numbers, and multiplies what the layer multiplies."""
+    halves = {array.dtype.name for array in module.parameters()}
+    wide = copy.deepcopy(module).float()
+    if hasattr(wide, "matmul_precision") and wide.matmul_precision is None and "bfloat16" in halves:
+        wide.matmul_precision = "bfloat16"
+    return wide
+
+
 def is_half(dtype):
-    """Whether numbers are only stored in this dtype, of 16 bits, and computed as float32."""
+    """Whether numbers of this dtype have 16 bits, and are float32 between the steps of a layer."""
     return np.dtype(dtype).name in ("bfloat16", "float16")
 
 

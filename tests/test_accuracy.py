@@ -76,12 +76,15 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("length, e, h", [(70, 64, 4), (70, 256, 4), (5, 256, 4)])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rms_error_of_halves(dtype, length, e, h, call):
-    """They are rounded once: the error is that of rounding the exact result, which torch's is well above."""
+@pytest.mark.parametrize("dtype, products", [("bfloat16", None), ("bfloat16", "float32"), ("float16", None)])
+def test_rms_error_of_halves(dtype, products, length, e, h, call):
+    """With products of float32, they are rounded once: the error is that of rounding the exact result, which torch's is
+    well above. With products of bfloat16, it is that of rounding the same factors as torch.
+    """
     ratios, roundings = [], []
     for seed in range(5):
-        module = mha_c.MultiheadAttention(e, h, batch_first=True, dtype=dtype, seed=seed).eval()
+        options = {"dtype": dtype, "seed": seed, "matmul_precision": products}
+        module = mha_c.MultiheadAttention(e, h, batch_first=True, **options).eval()
         given = inputs(2, length, 70, e, dtype=dtype, seed=seed)
         want, weights = reference.multi_head_attention(module.state_dict(), h, *given, batch_first=True, **CALLS[call])
         ours = module(*given, **CALLS[call])
@@ -91,15 +94,20 @@ def test_rms_error_of_halves(dtype, length, e, h, call):
         roundings.append(rms(ours[0] - want) / rms(want.astype(dtype) - want))
     median = np.median(ratios, axis=0)
     print(f"\nrms error / torch's: output and weights {median}, / that of rounding {np.median(roundings):.3f}")
-    assert median[0] <= 0.8 and (median <= 1).all()
-    assert np.median(roundings) <= 1.01
+    if dtype == "float16" or products == "float32":
+        assert median[0] <= 0.8 and (median <= 1).all()
+        assert np.median(roundings) <= 1.01
+    else:
+        assert (median <= 1.02).all()
 
 
 @pytest.mark.parametrize("options", [
     {}, {"activation": "gelu"}, {"norm_first": True}, {"activation": "gelu", "norm_first": True}], ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rms_error_of_layers_of_halves(dtype, options):
-    """No larger than 0.8 of torch's: between the steps of a layer, torch rounds and mha_c does not."""
+    """No larger than 0.8 of torch's: torch rounds after each step, mha_c what it returns, and in bfloat16 what it
+    multiplies.
+    """
     ratios = []
     for seed in range(4):
         module = mha_c.TransformerEncoderLayer(128, 4, 256, batch_first=True, dtype=dtype, seed=seed, **options).eval()
@@ -154,7 +162,8 @@ def define_activation(name, x):
 @pytest.mark.parametrize("spread", ["normal", "uniform"])
 def test_rms_error_of_activations(spread, name, dtype, size):
     """The same of an activation alone, for numbers of some size: normal ones, and evenly spread ones between -size and
-    size.
+    size. With AVX-512, torch's gelu of small numbers is more exact than ours. There, our error may be four times
+    that of rounding the exact result, as ours rounds four numbers of the size of the result.
     """
     functional = torch.nn.functional
     theirs = functional.gelu if name.startswith("gelu") else getattr(functional, name)
@@ -163,4 +172,6 @@ def test_rms_error_of_activations(spread, name, dtype, size):
     x = (x * size).astype(dtype)
     want = define_activation(name, x.astype(np.longdouble))
     ours = rms(mha_c._core.activate(x, name, False) - want)
-    assert ours <= rms(theirs(torch.from_numpy(x), **options).numpy() - want)
+    is_exact = name == "gelu" and size < 1 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    allowed = 4 * rms(want.astype(dtype) - want) if is_exact else 0
+    assert ours <= max(allowed, rms(theirs(torch.from_numpy(x), **options).numpy() - want))

@@ -727,15 +727,15 @@ def test_short_names_of_dtypes(given, write):
 @pytest.mark.parametrize("given, cure", [
     ("bf16", 'write "bfloat16"'), ("float16", 'dtype="float16" makes a layer of float16'),
     ("half", 'dtype="float16" makes a layer of float16'), ("fp16", 'dtype="float16" makes a layer of float16'),
-    ("float32", "write None for products of float32"), ("fp32", "write None for products of float32"), ("int4", ""),
+    ("fp32", 'write "float32"'), ("int4", ""),
 ])
 def test_other_precisions_of_products(given, cure):
     got = f"but got {given!r}{': ' if cure else ''}{cure}"
     assert refusal(lambda: M(8, 2, matmul_precision=given)) == (
-        f'matmul_precision must be None, "bfloat16", "int8", or a mapping of names to these, {got}')
+        f'matmul_precision must be None, "float32", "bfloat16", "int8", or a mapping of names to these, {got}')
     for name in ("in_proj", "default"):
         assert refusal(lambda: M(8, 2, matmul_precision={name: given})) == (
-            f'matmul_precision["{name}"] must be None, "bfloat16" or "int8", {got}')
+            f'matmul_precision["{name}"] must be None, "float32", "bfloat16" or "int8", {got}')
 
 
 def test_precisions_of_torch():

@@ -17,7 +17,7 @@ pytest.importorskip("ml_dtypes")
 
 EPS, LARGEST = float(np.finfo("f4").eps), np.finfo("f4").max
 BLOCK = 64  # keys whose exponentials have one maximum
-INT8_MAPS = {"in_proj": "int8", "attention": "bfloat16", "out_proj": "int8"}
+INT8_MAPS = {"in_proj": "int8", "attention": "float32", "out_proj": "int8"}
 
 
 def rounded(x):
@@ -144,17 +144,22 @@ def given_to(module, length, keys, seed=0):
 @pytest.mark.parametrize("heads, kv_heads, depth", [(2, 2, 16), (4, 2, 7), (1, 1, 65), (3, 1, 1)])
 @pytest.mark.parametrize("keys", [1, 2, 3, 63, 64, 65, 127, 128, 129, 130])
 def test_attention(heads, kv_heads, depth, keys):
-    """Products of rounded numbers, and sums of float32. (tests/c/test_narrow.c knows their order, and so every bit.)"""
+    """Products of rounded numbers, and sums of float32. (tests/c/test_narrow.c knows their order, and so every bit.) Few
+    queries multiply float32; tests/c/test_forward.c holds them against the definition.
+    """
     module = bare_layer(heads, kv_heads, depth)
-    for length in (1, 5, 70):
-        assert_attends(module, given_to(module, length, keys))
+    calls = [given_to(module, length, keys) for length in (1, 5, 70)]
+    ordinary = [x for x in calls if mha_c.explain(module, *x).paths == ("ordinary",)]
+    assert ordinary
+    for x in ordinary:
+        assert_attends(module, x)
 
 
 @pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True},
                                      {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
 def test_attention_with_masks(options):
     module = bare_layer(4, 2, 8, **options)
-    for length, keys in ((1, 67), (66, 131), (90, 90)):
+    for length, keys in ((1, 7), (66, 131), (90, 90)):
         x = given_to(module, length, keys)
         hidden = normal((length, keys)) > 0.5
         hidden[:, 1] = False
@@ -224,7 +229,9 @@ def test_explain():
     some = mha_c.explain(module, x, is_causal=True, heads=[3, 0])
     for name in ("scores", "weights", "head_outputs"):
         np.testing.assert_array_equal(getattr(some, name), getattr(explanation, name)[:, [3, 0]])
-    assert mha_c.explain(module, x[:1, :1], normal((1, 3000, 24))).paths == ("ordinary",)
+    few = mha_c.explain(module, x[:1, :1], normal((1, 3000, 24)))
+    assert few.paths == ("few queries",) and "W_k and attention itself multiply float32 then." in few.notes[0]
+    assert few.notes[-1].startswith("Numbers that are multiplied otherwise: bfloat16 in ")
 
 
 def test_plot():
@@ -307,8 +314,9 @@ def test_attention_of_items():
                 alone = {name: value[rows[name]] if name in rows else value for name, value in call.items()}
                 np.testing.assert_array_equal(module(*(array[None] for array in one), **alone)[0][0], want[i])
     module, (query, key, value) = layer(24, 4, batch_first=True, matmul_precision="bfloat16"), calls[-1][0]
-    many = np.repeat(query, 100, axis=1)  # few queries and many keys take no other path
-    np.testing.assert_array_equal(module(query, key, value)[0][:, 0], module(many, key, value)[0][:, 50])
+    many = np.repeat(query, 100, axis=1)  # few queries of many keys take another path, which rounds less
+    few, others = module(query, key, value)[0][:, 0], module(many, key, value)[0][:, 50]
+    assert 0 < np.abs(few - others).max() < 0.02 * np.abs(others).max()
     padded = [np.concatenate([one, np.full((3, 40, 24), np.nan, "f4")], axis=1) for one in (key, value)]
     padding = np.tile(np.arange(641) >= 601, (3, 1))
     np.testing.assert_array_equal(module(query, *padded, key_padding_mask=padding)[0], module(query, key, value)[0])

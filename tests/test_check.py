@@ -78,13 +78,13 @@ def test_the_definition_of_halves(dtype):
 @pytest.mark.parametrize("number", range(0, 630, 21))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_layers_of_halves_agree(dtype, number):
-    """Their error is less than a unit, and no larger than torch's but for luck."""
+    """Their error is no larger than torch's but for luck. That of float16 is less than a unit."""
     _, configuration = list(command.grid(dtype=dtype))[number]
     report = configuration.check()
     report.assert_close()
     for one in report.comparisons:
         assert one.dtype == one.torch_dtype == dtype
-        assert one.error.largest < 0.6 * one.ulp  # rounded once
+        assert dtype == "bfloat16" or one.error.largest < 0.6 * one.ulp  # rounded once
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

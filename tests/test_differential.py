@@ -9,14 +9,13 @@ looks for the smallest call on which the two differ. 400 examples a test, always
 of 20,000 examples, or of as many as HYPOTHESIS_EXAMPLES says.
 """
 
-import copy
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import (
-    ROUNDINGS, assert_matches, call_torch, is_float, is_half, normal, outcome, randomize, to_torch, torch_twin,
-    torch_words,
+    ROUNDINGS, assert_matches, call_torch, in_float32, is_float, is_half, normal, outcome, randomize, to_torch,
+    torch_twin, torch_words,
 )
 
 pytest.importorskip("hypothesis")
@@ -166,7 +165,7 @@ def test_results(case):
     assert_matches(module, result, **native, what="mha_c:")
     if is_half(module.out_proj.weight.dtype):
         inputs = {name: native[name].astype("float32") for name in ("query", "key", "value")}
-        wide = copy.deepcopy(module).float()(**{**native, **inputs})
+        wide = in_float32(module)(**{**native, **inputs})
         for one, other in zip(result, wide):  # rounded once
             assert one is other is None or np.array_equal(  # as float32, since NaNs of bfloat16 do not count as equal
                 one.astype("float32"), other.astype(one.dtype).astype("float32"), equal_nan=True)

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from helpers import call_torch, causal_mask, inputs, layer, normal, run_child, torch_twin
+from helpers import call_torch, causal_mask, in_float32, inputs, layer, normal, run_child, torch_twin
 
 mha_c = pytest.importorskip("mha_c")
 torch = pytest.importorskip("torch")
@@ -175,20 +175,21 @@ def test_without_a_batch(name, kind):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["plain", "appended keys", "grouped", "wide"])
 def test_halves(name, dtype):
-    """They are computed in float32: every stage is one of a float32 layer with the same parameters, bit for bit."""
+    """Every stage is one of a float32 layer with the same parameters and products, bit for bit."""
     module, x, call = question(name, "all")
     module, x = module.to(dtype), [array.astype(dtype) for array in x]
     explanation = mha_c.explain(module, *x, **call)
     output, average = module(*x, **call)
     weights = module(*x, average_attn_weights=False, **call)[1]
     html, text = explanation._repr_html_(), repr(explanation)
-    wide = mha_c.explain(module.float(), *(array.astype(np.float32) for array in x), **call)
+    wide = mha_c.explain(in_float32(module), *(array.astype(np.float32) for array in x), **call)
     for stage, one in wide.stages.items():
         expected = {"output": output, "average_weights": average}.get(stage, one.array)
         np.testing.assert_array_equal(explanation.stages[stage].array, expected, err_msg=stage, strict=True)
     np.testing.assert_array_equal(explanation.weights.astype(dtype), weights, strict=True)
     assert output.dtype == dtype and f"dtype={dtype}" in text
     assert html.count("<td") == wide._repr_html_().count("<td")
+    assert "Numbers that are multiplied" not in text
     assert explanation.warnings == wide.warnings and explanation.masks == wide.masks
 
 
@@ -752,10 +753,11 @@ def test_text():
 
 
 @pytest.mark.parametrize("precision, multiplied", [
-    ("int8", "int8 in in_proj and out_proj; float32 in attention"),
+    ("int8", "int8 in in_proj and out_proj; bfloat16 in attention"),
+    ("float32", "float32 in in_proj, attention and out_proj"),
     ("bfloat16", "bfloat16 in in_proj, attention and out_proj"),
-    ({"default": "int8", "attention": "bfloat16", "out_proj": None},
-     "int8 in in_proj; bfloat16 in attention; float32 in out_proj"),
+    ({"default": "int8", "attention": None, "out_proj": "bfloat16"},
+     "int8 in in_proj; float32 in attention; bfloat16 in out_proj"),
 ])  # fmt: skip
 def test_narrow_products(precision, multiplied):
     module, x = mha_c.MultiheadAttention(8, 2).eval(), np.ones((3, 1, 8), np.float32)

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import mha_c
 import numpy as np
 import pytest
+from helpers import in_float32
 from mha_c import _core
 
 N, T, S, E = 3, 5, 7, 8
@@ -123,12 +124,12 @@ def test_every_stage(name, kind):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["post-norm", "gated", "zero padding"])
-def test_halves_are_computed_in_float32(name, dtype):
-    """A call of the core rounds only what it returns: every stage before that is one of a float32 layer."""
+def test_stages_of_halves_are_float32(name, dtype):
+    """A call of the core rounds only what it multiplies and returns: each other stage is one of a float32 layer."""
     layer = encoder_layer(name, dtype=dtype).eval()
     call = encoder_call(layer)
     explanation = mha_c.explain(layer, *call)
-    expected = composed(copy.deepcopy(layer).float(), (call[0].astype(np.float32), *call[1:]), explanation)
+    expected = composed(in_float32(layer), (call[0].astype(np.float32), *call[1:]), explanation)
     expected |= {"input": call[0], "output": layer(*call)}
     for stage, array in expected.items():
         np.testing.assert_array_equal(explanation.stages[stage].array, array, err_msg=stage, strict=True)
@@ -145,7 +146,7 @@ def test_halves_in_a_decoder(name, dtype):
     explanation = mha_c.explain(layer, *call)
     np.testing.assert_array_equal(explanation.output, layer(*call), strict=True)
     wide_call = (*(array.astype(np.float32) for array in call[:2]), *call[2:])
-    expected = composed(copy.deepcopy(layer).float(), wide_call, explanation)
+    expected = composed(in_float32(layer), wide_call, explanation)
     last = "residual1" if layer.norm_first else "norm1"
     np.testing.assert_array_equal(explanation.self_attn_update, expected["self_attn_update"], strict=True)
     np.testing.assert_array_equal(explanation.stages[last].array, expected[last].astype(dtype), strict=True)
@@ -470,9 +471,9 @@ def test_narrow_products():
     layer.self_attn.matmul_precision = "bfloat16"
     explanation = mha_c.explain(layer, *[np.ones((3, 8), np.float16)] * 2)
     note = (
-        "Numbers that are multiplied: bfloat16 in self_attn.in_proj, self_attn.attention and self_attn.out_proj; "
-        "int8 in multihead_attn.in_proj, multihead_attn.out_proj and linear1; float32 in multihead_attn.attention and "
-        "linear2."
+        "Numbers that are multiplied: bfloat16 in self_attn.in_proj, self_attn.attention, self_attn.out_proj and "
+        "multihead_attn.attention; "
+        "int8 in multihead_attn.in_proj, multihead_attn.out_proj and linear1; float32 in linear2."
     )
     assert explanation.notes[-1] == note and note in " ".join(str(explanation).split())
     assert note in explanation._repr_html_()

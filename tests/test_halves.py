@@ -1,4 +1,4 @@
-"""bfloat16 and float16: parameters are kept as they are stored, and computed as float32."""
+"""bfloat16 and float16: parameters are kept as they are stored; results are rounded once."""
 
 import copy
 import itertools
@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-from helpers import bits, layer, normal, outcome, run_child, to_torch
+from helpers import bits, in_float32, layer, normal, outcome, run_child, to_torch
 
 import mha_c
 from mha_c import functional
@@ -83,9 +83,10 @@ def test_every_layer_in_both_modes(name, half):
 
 @every_half
 @pytest.mark.parametrize("name", WHOLE)
-def test_computed_as_float32_and_rounded_once(name, half):
+def test_has_the_bits_of_float32_rounded_once(name, half):
+    """Those of a float32 layer with the same products."""
     module = LAYERS[name](half).eval()
-    wide = copy.deepcopy(module).float()
+    wide = in_float32(module)
     assert all(array.dtype == np.float32 for array in wide.parameters())
     x = X.astype(half).astype("float32")
     assert call(module, half).tobytes() == call(wide, x=x).astype(half).tobytes()
@@ -240,13 +241,14 @@ def first(result):
 @every_half
 @pytest.mark.parametrize("name", functions(X))
 def test_functions(name, half):
-    """What float32 gives, rounded once, and as close to it as torch."""
+    """What float32 gives, rounded once, and as close to it as torch. The function of the layer multiplies bfloat16."""
     arguments = functions(X.astype(half))[name]
     wide = [one.astype("float32") if isinstance(one, np.ndarray) else one for one in arguments]
     exact = [one.astype("float64") if isinstance(one, np.ndarray) else one for one in arguments]
     ours = first(getattr(functional, name)(*arguments))
     assert ours.dtype == half
-    assert ours.tobytes() == first(getattr(functional, name)(*wide)).astype(half).tobytes()
+    if (name, half) != ("multi_head_attention_forward", "bfloat16"):
+        assert ours.tobytes() == first(getattr(functional, name)(*wide)).astype(half).tobytes()
     theirs = first(getattr(torch.nn.functional, name)(*map(to_torch, arguments)))
     assert theirs.dtype == getattr(torch, half)
     truth = first(getattr(torch.nn.functional, name)(*map(to_torch, exact))).numpy()

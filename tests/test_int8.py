@@ -22,7 +22,7 @@ SUFFIXES = [".npz", ".safetensors"]
 DEPTHS = [0, 1, 2, 3, 5, 64, 65, 384, 8192, 8193, 20000]
 SLICE = 8192  # features whose products are summed exactly
 OWN = {"in_proj": "int8", "attention": None, "out_proj": None}  # a mapping in the form in which a layer shows it
-BOTH = {"default": "int8", "attention": "bfloat16"}
+BOTH = {"default": "int8", "attention": "float32"}
 
 
 def quantize(rows):
@@ -135,13 +135,14 @@ def test_rows_of_zeros_and_tiny_rows():
 @pytest.mark.parametrize("value", ["int8", {"in_proj": "int8"}, {"default": "int8", "in_proj": None}], ids=str)
 @pytest.mark.parametrize("options", [{}, {"kdim": 20, "vdim": 70}, {"num_kv_heads": 2, "add_bias_kv": True}], ids=str)
 def test_attention_is_made_of_linear_maps(options, value):
-    """Each projection has the bits of a Linear, and what is between them is attention in float32, or in bfloat16 if a
+    """Each projection has the bits of a Linear, and what is between them is attention in bfloat16, or in float32 if a
     mapping says so.
     """
     module = layer(24, 4, batch_first=True, matmul_precision=value, **options)
     told = {"default": value} if isinstance(value, str) else value
     precision = {name: told.get(name, told.get("default")) for name in ("in_proj", "out_proj")}
     given = [normal((2, 9, width), seed=i) for i, width in enumerate((24, module.kdim, module.vdim))]
+    module.matmul_precision = {**told, "attention": "float32"}
     explanation = mha_c.explain(module, *given)
 
     def mapped(x, weight, bias, precision):
@@ -160,6 +161,9 @@ def test_attention_is_made_of_linear_maps(options, value):
     np.testing.assert_array_equal(narrow.stages["v_heads"].array, heads[2])
     assert 1e-4 < np.abs(narrow.head_outputs - attended).max() < 0.1
     module.matmul_precision = value
+    expected = narrow if told.get("default") == "int8" else explanation
+    np.testing.assert_array_equal(mha_c.explain(module, *given).head_outputs, expected.head_outputs)
+    explanation = mha_c.explain(module, *given)
     output = mapped(explanation.concatenated, module.out_proj.weight, module.out_proj.bias, precision["out_proj"])
     np.testing.assert_array_equal(output, explanation.output)
     np.testing.assert_array_equal(module(*given)[0], explanation.output)
@@ -305,11 +309,16 @@ def test_strides_and_out():
 
 def test_forms():
     """A layer shows the shortest form; names that are not given have the default's value."""
-    narrow, own_both = {"default": "bfloat16", "attention": None}, dict(OWN, attention="bfloat16", out_proj="int8")
+    narrow = {"default": "bfloat16", "attention": None}
+    maps = {"in_proj": "int8", "attention": None, "out_proj": "int8"}
+    wide = dict(maps, attention="float32")
     for value, shown in ((None, None), ("int8", "int8"), ({}, None), ({"default": "int8"}, "int8"), (OWN, OWN),
-                         ({"in_proj": "int8"}, OWN), ({"default": "int8", "out_proj": None}, OWN),
-                         ({"in_proj": "int8", "out_proj": "int8"}, "int8"), ({**BOTH, "attention": None}, "int8"),
-                         (BOTH, own_both), (own_both, own_both), ({"default": "bfloat16"}, "bfloat16"),
+                         ({"in_proj": "int8"}, OWN),
+                         ({"default": "int8", "out_proj": None}, {**OWN, "attention": "bfloat16"}),
+                         ({"in_proj": "int8", "out_proj": "int8"}, maps), ({**BOTH, "attention": None}, maps),
+                         (BOTH, wide), (wide, wide), ({**BOTH, "attention": "bfloat16"}, "int8"),
+                         ("float32", "float32"), (dict.fromkeys(OWN, "float32"), "float32"),
+                         ({"default": "bfloat16"}, "bfloat16"),
                          (dict.fromkeys(OWN, "bfloat16"), "bfloat16"), (dict.fromkeys(OWN), None),
                          (narrow, {"in_proj": "bfloat16", "attention": None, "out_proj": "bfloat16"}),
                          ({"attention": "bfloat16"}, {**dict.fromkeys(OWN), "attention": "bfloat16"})):
@@ -322,12 +331,12 @@ def test_forms():
 
 
 @pytest.mark.parametrize("value, words", [
-    ("int4", r'must be None, "bfloat16", "int8", or a mapping of names to these, but got \'int4\'$'),
+    ("int4", r'must be None, "float32", "bfloat16", "int8", or a mapping of names to these, but got \'int4\'$'),
     ("float16", "but got 'float16'"),
     (8, "but got 8"), (True, "but got True"), (["int8"], "but got"), (np.zeros(3), "but got"),
     ({"linear1": "int8"}, "has 'linear1', but this layer knows the names in_proj, attention, out_proj, default"),
     ({"attention": "int8"}, 'has "int8" for attention, which has no weights: its products of queries and keys, and of '
-                            'probabilities and values, can be None or "bfloat16"'),
+                            'probabilities and values, can be None, "float32" or "bfloat16"'),
     ({"default": "bfloat16", "attention": "int4"}, "but got 'int4'"),
     ({"in_proj": "int4"}, "but got 'int4'"), ({None: "int8"}, "has None"), ({"in_proj": {}}, "but got {}"),
 ], ids=str)
@@ -515,7 +524,7 @@ def test_from_torch():
         assert made.matmul_precision == "int8"
         assert type(made).from_torch(module).matmul_precision is None
         if "default" not in made._products("") and not isinstance(made, mha_c.ModuleList):
-            assert type(made).from_torch(module, matmul_precision=BOTH).matmul_precision["attention"] == "bfloat16"
+            assert type(made).from_torch(module, matmul_precision=BOTH).matmul_precision["attention"] == "float32"
         with pytest.raises(ValueError, match="is float64"):
             type(made).from_torch(module.double(), matmul_precision="int8")
     back = mha_c.torch.to_torch(made)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of torch in bfloat16 and float16 that compute with mha_c.
 
-Halves are computed as float32, and the result is rounded once. So it has exactly the bits of the same call in float32,
-rounded to the half. Where torch is asked as well, the judge is torch in float64, and what an error may be, torch's own
-in the same dtype says.
+The result of a half is rounded once. It has the bits of the same call in float32, rounded to the half. For bfloat16, that
+call multiplies bfloat16. Where torch is asked as well, the judge is torch in float64, and what an error may be, torch's
+own in the same dtype says.
 """
 
 import copy
@@ -49,6 +49,11 @@ def masks(dtype):
     yield {"key_padding_mask": torch.zeros(3, 5).masked_fill(padding, -torch.inf).to(dtype)}
 
 
+def products(dtype):
+    """What makes float32 layers multiply as layers of this dtype."""
+    return {"matmul_precision": "bfloat16" if dtype == torch.bfloat16 else None}
+
+
 def widened(call):
     """The same arguments in float32."""
     return {name: one.float() if one.is_floating_point() else one for name, one in call.items()}
@@ -61,7 +66,8 @@ def widened(call):
                                      {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
 def test_attention_has_the_bits_of_float32(dtype, options):
     layer = torch.nn.MultiheadAttention(8, 2, **options).eval().to(dtype)
-    ours, wide = replace_attention(copy.deepcopy(layer)), replace_attention(copy.deepcopy(layer).float())
+    ours = replace_attention(copy.deepcopy(layer))
+    wide = replace_attention(copy.deepcopy(layer).float(), **products(dtype))
     shape = (3, 5) if options.get("batch_first") else (5, 3)
     inputs = [normal(*shape, width, dtype=dtype) for width in (8, layer.kdim, layer.vdim)]
     for mask in masks(dtype):
@@ -79,7 +85,7 @@ def test_attention_has_the_bits_of_float32(dtype, options):
 @pytest.mark.parametrize("cls", [torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer])
 def test_whole_layers(dtype, cls, options):
     layer = cls(16, 4, 24, **options).eval().to(dtype)
-    ours, wide = replace_layers(copy.deepcopy(layer)), replace_layers(copy.deepcopy(layer).float())
+    ours, wide = replace_layers(copy.deepcopy(layer)), replace_layers(copy.deepcopy(layer).float(), **products(dtype))
     inputs = [normal(3, 5, 16, dtype=dtype) for _ in range(1 if cls is torch.nn.TransformerEncoderLayer else 2)]
     output = ours(*inputs)
     assert output.dtype == dtype and (coverage(ours).here, coverage(ours).left) == (1, 0)
@@ -139,7 +145,8 @@ def test_a_model_is_cast_after_it_was_replaced(dtype):
     x = torch.randn(5, 3, 8)
     model(x)
     output = model.to(dtype)(x.to(dtype))
-    assert output.dtype == dtype and torch.equal(output, copy.deepcopy(model).float()(x.to(dtype).float()).to(dtype))
+    wide = replace_layers(copy.deepcopy(model).float(), **products(dtype))
+    assert output.dtype == dtype and torch.equal(output, wide(x.to(dtype).float()).to(dtype))
     assert model.double()(x.double()).dtype == torch.float64 and coverage(model).left == 0
 
 

@@ -8,12 +8,11 @@ out, have a test of their own, with the fast path.
 hypothesis draws the configurations, as in tests/test_differential.py.
 """
 
-import copy
 import itertools
 
 import numpy as np
 import pytest
-from helpers import causal_mask, eps_of, is_float, is_half, normal, outcome, to_numpy, to_torch, torch_words
+from helpers import causal_mask, eps_of, in_float32, is_float, is_half, normal, outcome, to_numpy, to_torch, torch_words
 
 pytest.importorskip("hypothesis")
 pytest.importorskip("ml_dtypes")
@@ -195,7 +194,7 @@ def test_results(case):
         return {name: (value * factor).astype(dtype) if name in INPUTS else value for name, value in call.items()}
 
     if kind == "TransformerEncoderLayer" and is_half(options["dtype"]):  # one call of the core, rounded once
-        wide = copy.deepcopy(ours).float()(**of_dtype("float32"))
+        wide = in_float32(ours)(**of_dtype("float32"))
         np.testing.assert_array_equal(got.astype("float32"), wide.astype(got.dtype).astype("float32"))
     exact = in_torch(theirs.double(), of_dtype("float64"))
     narrow_dtype = options["dtype"] if is_half(options["dtype"]) else "float32"

@@ -468,14 +468,14 @@ def test_activations_are_torchs(name, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_gelu_of_infinities(dtype):
-    """Its limits. torch multiplies -inf by 0."""
+    """Its limits. torch multiplies -inf by 0; with AVX-512, it makes NaN of inf, too."""
     torch = pytest.importorskip("torch")
     from mha_c.activations import activate
 
     x = np.array([-np.inf, np.inf], dtype)
     for name in ("gelu", "gelu_tanh"):
         assert activate(x, name).tolist() == [0, np.inf]
-    assert torch.nn.functional.gelu(torch.from_numpy(x)).isnan().tolist() == [True, False]
+    assert torch.nn.functional.gelu(torch.from_numpy(x)).isnan()[0]
 
 
 def test_other_activations():

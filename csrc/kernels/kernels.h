@@ -4,7 +4,7 @@
  *
  * Each instruction set exports a table for float32 and one for float64. Both are made from one source, kernels.inc.h.
  * All arithmetic on real numbers is behind these tables, so that the rest of the core is the same for both. Halves are
- * widened and then computed as float32.
+ * widened to float32, unless products are of bfloat16.
  *
  * A *vector* holds `lanes` numbers. A *panel* is a matrix [k][P] whose P = vectors * lanes columns are computed side by
  * side. Every operation on a panel is *vertical*: no lane looks at another. So the bits of a result do not depend on
@@ -299,7 +299,9 @@ static inline void mha_multiply_chained(const mha_kernels *kernels, const mha_na
     void (*const multiply)(const mha_product *) = narrow ? narrow->product : kernels->product;
     const size_t chain = narrow ? MHA_CHAIN / narrow->group : MHA_CHAIN;
     const ptrdiff_t a_chain = (ptrdiff_t)(chain * kernels->size) * product->a_k;
-    const size_t b_size = mha_is_half(product->b_type) ? mha_size_of(product->b_type) : kernels->size;
+    /* Panels of narrow weights are of a half's type, others that are narrow are words, of the size of float32. */
+    const bool is_half = mha_is_half(product->b_type);
+    const size_t b_size = !is_half ? kernels->size : narrow ? narrow->group_bytes : mha_size_of(product->b_type);
     const size_t b_chain = chain * product->b_k * b_size;
     for (; depth > chain; depth -= chain) {
         product->depth = chain;

@@ -416,20 +416,21 @@ int parameter_from_object(PyObject *object, const char *name, mha_dtype dtype, P
     return check_layout(*array, name);
 }
 
-static int narrow_from_tuple(PyObject *tuple, const char *name, mha_dtype dtype, weight_arrays *weight)
+static int weight_from_tuple(PyObject *tuple, const char *name, mha_dtype dtype, weight_arrays *weight)
 {
     const bool is_pair = PyTuple_GET_SIZE(tuple) == 2 && dtype != MHA_FLOAT64;
     PyObject *numbers = is_pair ? PyTuple_GET_ITEM(tuple, 0) : Py_None;
     PyObject *scale = is_pair ? PyTuple_GET_ITEM(tuple, 1) : Py_None;
-    if (is_text(scale, "bfloat16")) {
-        weight->is_bf16 = true;
+    const bool is_bf16 = is_text(scale, "bfloat16");
+    if (is_bf16 || is_text(scale, "float32")) {
+        weight->is_bf16 = is_bf16;
         return parameter_from_object(numbers, name, dtype, &weight->numbers);
     }
     if (!PyArray_Check(numbers) || !PyArray_Check(scale) || PyArray_TYPE((PyArrayObject *)numbers) != NPY_INT8 ||
         PyArray_TYPE((PyArrayObject *)scale) != NPY_FLOAT32) {
         PyErr_Format(PyExc_TypeError, "%s must be an array of dtype %s%s", name, dtype_name(dtype),
                      dtype == MHA_FLOAT64 ? "" : ", a tuple of an int8 array and a float32 array of scales, or a tuple "
-                                                 "of an array and 'bfloat16'");
+                                                 "of an array and 'bfloat16' or 'float32'");
         return -1;
     }
     weight->numbers = (PyArrayObject *)numbers;
@@ -446,8 +447,10 @@ static int narrow_from_tuple(PyObject *tuple, const char *name, mha_dtype dtype,
 int weight_from_object(PyObject *object, const char *name, mha_dtype dtype, weight_arrays *weight)
 {
     *weight = (weight_arrays){.numbers = NULL};
-    return PyTuple_Check(object) ? narrow_from_tuple(object, name, dtype, weight)
-                                 : parameter_from_object(object, name, dtype, &weight->numbers);
+    if (PyTuple_Check(object))
+        return weight_from_tuple(object, name, dtype, weight);
+    weight->is_bf16 = dtype == MHA_BFLOAT16;
+    return parameter_from_object(object, name, dtype, &weight->numbers);
 }
 
 mha_weight weight_of(const weight_arrays *weight)

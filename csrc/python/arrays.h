@@ -57,8 +57,8 @@ PyObject *shape_as_list(int ndim, const npy_intp *shape);
 int parameter_from_object(PyObject *object, const char *name, mha_dtype dtype, PyArrayObject **array);
 
 /* A weight matrix as a layer is given it: an array in the layer's dtype; or a tuple of an array of int8 and one of
- * float32, the scales of its rows; or a tuple of an array in the layer's dtype and "bfloat16", if products read
- * bfloat16. References are borrowed. */
+ * float32, the scales of its rows; or a tuple of an array in the layer's dtype and what products read, "bfloat16" or
+ * "float32". Products of an array alone read its dtype, or float32 if it is float16. References are borrowed. */
 typedef struct {
     PyArrayObject *numbers, *scale; /* scale NULL: no int8 */
     bool is_bf16;

@@ -20,7 +20,7 @@ typedef struct {
     PyArray_Descr *descr; /* owned */
     weight_arrays q_weight, k_weight, v_weight, out_weight;
     PyArrayObject *in_bias, *bias_k, *bias_v, *out_bias; /* NULL: none */
-    int is_attention_bf16;
+    bool is_attention_bf16;
 } weights_arguments;
 
 /* A parameter, and the shape that it has to have. -1: any length. */
@@ -65,13 +65,17 @@ static int check_shape(const parameter *expected)
     return array_has_shape(array, ndim, shape) ? 0 : raise_wrong_shape(array, expected->name, ndim, shape);
 }
 
-static int check_dtype(const weights_arguments *given)
+static int collect_attention(weights_arguments *given, PyObject *object)
 {
-    if (given->is_attention_bf16 && given->dtype == MHA_FLOAT64) {
-        PyErr_SetString(PyExc_TypeError, "products of float64 cannot be bfloat16");
-        return -1;
+    if (object == Py_None) {
+        given->is_attention_bf16 = given->dtype == MHA_BFLOAT16;
+        return 0;
     }
-    return 0;
+    given->is_attention_bf16 = is_text(object, "bfloat16");
+    if (given->dtype != MHA_FLOAT64 && (given->is_attention_bf16 || is_text(object, "float32")))
+        return 0;
+    PyErr_SetString(PyExc_TypeError, "attention must be None, 'bfloat16' or 'float32', and None with float64");
+    return -1;
 }
 
 static npy_intp length(PyArrayObject *array, int axis)
@@ -177,7 +181,7 @@ static mha_status pack(weights_object *self, const weights_arguments *given)
         .bias_v = numbers(given->bias_v),
         .out_weight = weight_of(&given->out_weight),
         .out_bias = numbers(given->out_bias),
-        .is_attention_bf16 = given->is_attention_bf16 != 0,
+        .is_attention_bf16 = given->is_attention_bf16,
     };
     const size_t numbers_of_weights = widths->H * widths->D * widths->E +
                                       widths->Hkv * (widths->D * widths->Ek + widths->Dv * widths->Ev) +
@@ -192,17 +196,17 @@ static mha_status pack(weights_object *self, const weights_arguments *given)
 static PyObject *weights_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     weights_arguments given = {.in_bias = NULL};
-    PyObject *objects[8];
+    PyObject *objects[8], *attention = Py_None;
     weights_object *self = NULL;
     if (kwargs != NULL && PyDict_GET_SIZE(kwargs) != 0) {
         PyErr_SetString(PyExc_TypeError, "Weights() takes no keyword arguments");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "nnnnO&OOOOOOOO|p:Weights", &given.H, &given.Hkv, &given.D, &given.Dv,
+    if (!PyArg_ParseTuple(args, "nnnnO&OOOOOOOO|O:Weights", &given.H, &given.Hkv, &given.D, &given.Dv,
                           PyArray_DescrConverter, &given.descr, &objects[0], &objects[1], &objects[2], &objects[3],
-                          &objects[4], &objects[5], &objects[6], &objects[7], &given.is_attention_bf16) ||
-        dtype_of_descr(given.descr, &given.dtype) < 0 || check_dtype(&given) < 0 || check_counts(&given) < 0 ||
-        collect(&given, objects) < 0 || check_shapes(&given) < 0)
+                          &objects[4], &objects[5], &objects[6], &objects[7], &attention) ||
+        dtype_of_descr(given.descr, &given.dtype) < 0 || collect_attention(&given, attention) < 0 ||
+        check_counts(&given) < 0 || collect(&given, objects) < 0 || check_shapes(&given) < 0)
         goto done;
 
     self = (weights_object *)type->tp_alloc(type, 0);
@@ -222,7 +226,7 @@ static PyObject *weights_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         .Ev = (size_t)length(given.v_weight.numbers, 1),
         .Eo = (size_t)length(given.out_weight.numbers, 0),
     };
-    if (given.k_weight.scale == NULL && !given.k_weight.is_bf16)
+    if (given.k_weight.scale == NULL)
         self->k_weight = Py_NewRef((PyObject *)given.k_weight.numbers);
     self->pins = pin_parameters(&given);
     if (self->pins == NULL || raise_status(pack(self, &given)) < 0)
@@ -253,16 +257,17 @@ static PyMemberDef weights_members[] = {
 PyDoc_STRVAR(weights_doc,
              "Weights(num_heads, num_kv_heads, head_dim, v_head_dim, dtype, q_proj_weight, k_proj_weight,\n"
              "        v_proj_weight, in_proj_bias, bias_k, bias_v, out_proj_weight, out_proj_bias,\n"
-             "        is_attention_bfloat16=False, /)\n"
+             "        attention=None, /)\n"
              "--\n\n"
              "One immutable set of parameters, packed for the kernels of this CPU.\n\n"
              "All arrays are C-contiguous, aligned, in native byte order and of this dtype: float32,\n"
              "float64, bfloat16 or float16. A weight may also be a tuple, except with float64: an\n"
-             "int8 array, and a float32 array of the scales of its rows; or an array, and 'bfloat16',\n"
-             "if its products read bfloat16. Biases and bias_k / bias_v are None where the layer has\n"
-             "none; in_proj_bias holds the biases of q, k and v, stacked. is_attention_bfloat16 is for\n"
-             "attention's own products: of queries and keys, and of exponentials and values. Anything\n"
-             "else raises TypeError or ValueError.");
+             "int8 array, and a float32 array of the scales of its rows; or an array, and what its\n"
+             "products read, 'bfloat16' or 'float32'. An array alone is multiplied in its dtype, float16\n"
+             "as float32. Biases and bias_k / bias_v are None where the layer has none; in_proj_bias holds\n"
+             "the biases of q, k and v, stacked. attention is what attention's own products read, of\n"
+             "queries and keys, and of exponentials and values: 'bfloat16', 'float32', or None, as for an\n"
+             "array alone. Anything else raises TypeError or ValueError.");
 
 static PyType_Slot weights_slots[] = {
     {Py_tp_doc, (void *)weights_doc},

@@ -11,7 +11,7 @@
 typedef struct {
     PyObject_HEAD
     mha_layer *packed;
-    PyObject *k_weight; /* the array that `packed` refers to; NULL: its products are narrow */
+    PyObject *k_weight; /* the array that `packed` refers to; NULL: it is int8 */
     PyObject *pins;     /* keep its memory in place */
     mha_widths widths;
     mha_dtype dtype;

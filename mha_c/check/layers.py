@@ -55,7 +55,7 @@ def against_torch(module: Any, *inputs: Any, **call: Any) -> Report:
         If `module` is not such a layer, or has a dtype that layers of mha_c do not have; or if there are not 1, 2 or 3
         inputs.
     ValueError
-        If `module` or a layer in it has a `matmul_precision`.
+        If `module` or a layer in it multiplies numbers that `matmul_precision` rounds more coarsely than its dtype.
 
     Notes
     -----

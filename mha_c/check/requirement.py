@@ -37,12 +37,14 @@ def refuse_narrow_products(function: str, module: Any) -> None:
     >>> refuse_narrow_products("check.against_torch", mha_c.MultiheadAttention(8, 2))
     """
     if isinstance(module, Module):
-        is_narrow, cure = bool(precisions_of(module)), "check a copy of the layer with matmul_precision=None"
+        sets = [one._parameters for one in module.modules()]
+        found = {(precision, one.dtype.name) for one in sets for precision in one.precisions.values()}
+        cure = "check a copy of the layer with matmul_precision=None"
     else:
         replaced = [one._mha_c for one in getattr(module, "modules", list)() if hasattr(one, "_mha_c")]
-        is_narrow = any(any(state.packed.precisions.values()) for state in replaced)
+        found = {(precision, "float32") for state in replaced for precision in state.packed.precisions.values()}
         cure = "replace the layers anew, without matmul_precision"
-    if is_narrow:
+    if any(precision not in (None, "float32", dtype) for precision, dtype in found):
         raise ValueError(
             f"{function} finds mistakes that are larger than the rounding of this dtype. matmul_precision rounds more "
             f"coarsely and would hide them: {cure}"

@@ -97,8 +97,7 @@ def explain(layer: Any, *arguments: Any, **keywords: Any) -> Any:
 
     Every number comes from the C core that the layer itself uses. `output`, and `weights`, `average_weights` and
     `head_outputs` of an attention layer, are bit-for-bit those of the layer's own call. A layer of bfloat16 or float16
-    computes in float32 and rounds what it returns: `output` and `average_weights` are in its dtype, the other stages in
-    float32.
+    rounds what it returns: `output` and `average_weights` are in its dtype, the other stages in float32.
 
     Parameters
     ----------
@@ -139,7 +138,8 @@ TransformerDecoder, or torch's layer of that name
     An explanation does not count as a call: if dropout is active, it shows what the next call of the layer will drop.
 
     Attention itself never computes all scores at once, and does not project every key: not those that a mask removes,
-    and none if there are few queries. `explain` computes these keys and the scores in addition, in the same way.
+    and none if there are few queries. `explain` computes these keys and the scores in addition, in the same way. With
+    products of bfloat16, they are made of rounded numbers, and the weights of few queries are not.
 
     "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.
 

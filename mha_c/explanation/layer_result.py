@@ -90,9 +90,10 @@ class LayerExplanation(_WithStream):
     Shapes are in the layout of the layer: (T, N, E); (N, T, E) with `batch_first`; (T, E) without a batch. T is the
     number of tokens, E of features, and F of hidden features.
 
-    The stages of a layer of bfloat16 or float16 are in float32, in which it computes. `input` and `output` are in the
-    dtype of the layer; in a decoder, so is the residual stream between self-attention and cross-attention. A layer with
-    parts of other classes, or in which dropout is active, rounds every step: all its stages are in its dtype.
+    The stages of a layer of bfloat16 or float16 are in float32, as it keeps them between its steps. `input` and
+    `output` are in the dtype of the layer; in a decoder, so is the residual stream between self-attention and
+    cross-attention. A layer with parts of other classes, or in which dropout is active, rounds every step: all its
+    stages are in its dtype.
 
     Attributes
     ----------
@@ -129,8 +130,8 @@ class LayerExplanation(_WithStream):
     warnings : tuple of str
         What looks wrong: NaN and infinity, and the warnings of the attention.
     notes : tuple of str
-        Sentences about sizes, active features, tokens with a large norm, and narrow products. Padded tokens do not
-        count.
+        Sentences about sizes, active features, tokens with a large norm, and what is multiplied. Padded tokens do
+        not count.
     title : str
         The layer and the call, in one line.
 

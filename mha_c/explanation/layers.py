@@ -21,7 +21,7 @@ from mha_c.explanation.attention import explain as explain_attention
 from mha_c.explanation.layer_result import LayerExplanation, rows_of, size_of_rows, tokens_with_largest_norm
 from mha_c.explanation.result import Explanation
 from mha_c.explanation.stages import Stage
-from mha_c.explanation.words import called_explain, of_another_forward, of_narrow_products
+from mha_c.explanation.words import called_explain, of_another_forward, of_products
 from mha_c.module import Module
 from mha_c.norms import RMSNorm
 from mha_c.parameters.arrays import as_array
@@ -106,6 +106,23 @@ def uncounted(layer: Any, copies: dict[int, Any] | None = None) -> Any:
     return copies[id(layer)]
 
 
+def _in_float32(layer: Any) -> Any:
+    """An uncounted copy that keeps float32 numbers, and multiplies what the layer multiplies."""
+    copied = uncounted(layer)
+    multiplied = [
+        {
+            weight: module._parameters.products_of(weight)
+            for weights in module._products(at).values()
+            for weight in weights
+        }
+        for at, module in copied._places()
+    ]
+    copied.to("float32")
+    for (_, module), precisions in zip(copied._places(), multiplied):
+        module._parameters = module._parameters.with_changes(precisions=precisions)
+    return copied
+
+
 def describe(layer: Module, options: dict[str, Any], arguments: dict[str, Any]) -> str:
     """A layer and a call of it, in one line."""
     said = ", ".join(f"{name}={value!r}" for name, value in options.items())
@@ -149,7 +166,7 @@ class _Steps:
         norms, dropouts = (tuple(getattr(own, f"{kind}{i}") for i in numbers) for kind in ("norm", "dropout"))
         if is_half(self.dtype) and own._is_plain(getattr(own, attention), norms, dropouts):
             self.computed_in = computed_in(self.dtype)
-            self.layer = uncounted(own).to(self.computed_in)
+            self.layer = _in_float32(own)
         yield
         name = self.stream[-1]
         with np.errstate(all="ignore"):
@@ -288,7 +305,7 @@ class _Steps:
                 f"Attention takes {of_attention:.0%} of the operations, and the two linear maps of the feed-forward "
                 f"network take {linear:.0%}."
             )
-        notes += of_narrow_products(self.original)
+        notes += of_products(self.original)
         if any(isinstance(module, Dropout) and module.is_active for module in self.layer.modules()):
             notes.append(
                 "Dropout is active. The layer's next call will drop the same numbers: an explanation does not count as "

@@ -62,7 +62,7 @@ class Explanation:
     warnings : tuple of str
         What looks wrong: queries that see no key, masks that look inverted.
     notes : tuple of str
-        Sentences about paths, narrow products, masks and dropout.
+        Sentences about paths, what is multiplied, masks and dropout.
     title : str
         The layer and the call, in one line.
     inputs : mapping of str to (tuple of str, tuple of int)

@@ -17,9 +17,9 @@ from mha_c.explanation.masks import Masks
 from mha_c.explanation.stages import StagedCall
 from mha_c.module import Module, precisions_of
 from mha_c.parameters.arrays import as_array
-from mha_c.parameters.dtypes import computed_in
+from mha_c.parameters.quantization import ATTENTION
 
-__all__ = ["StageText", "Words", "called_explain", "of_another_forward", "of_narrow_products"]
+__all__ = ["StageText", "Words", "called_explain", "of_another_forward", "of_products"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -41,18 +41,17 @@ def of_another_forward(layer: Any, kind: type[Any]) -> tuple[str, ...]:
     return (f"{name} overrides forward. This is what forward of mha_c.{kind.__name__} computes, not {name}.",)
 
 
-def of_narrow_products(layer: Module) -> tuple[str, ...]:
-    """A note on what a layer multiplies, if it has `matmul_precision`."""
+def of_products(layer: Module, is_otherwise: bool = False) -> tuple[str, ...]:
+    """A note on what a layer multiplies, if it has `matmul_precision`; perhaps otherwise than in this call."""
     if not precisions_of(layer):
         return ()
     places: dict[str, list[str]] = {}
     for at, module in layer._places():
-        precisions, own = module._parameters.precisions, computed_in(module._parameters.dtype)
         for name, weights in module._products(at).items():
             place = name if at == f"{name}." else f"{at}{name}"
-            places.setdefault(precisions.get(weights[0], own.name), []).append(place)
+            places.setdefault(module._parameters.products_of(weights[0]), []).append(place)
     said = (f"{numbers} in {listed(names)}" for numbers, names in places.items())
-    return (f"Numbers that are multiplied: {'; '.join(said)}.",)
+    return (f"Numbers that are multiplied{' otherwise' if is_otherwise else ''}: {'; '.join(said)}.",)
 
 
 class StageText(NamedTuple):
@@ -194,8 +193,8 @@ class Words:
 
     def notes(self, masks: Masks, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
         """Sentences: which path the layer takes, what it multiplies, what masks hide, what dropout does."""
-        of_products = of_narrow_products(self.call.layer)
-        return (*self._path_notes(), *of_products, *self._mask_notes(masks), *self._dropout_notes(arrays))
+        products = of_products(self.call.layer, any(self.call.paths) and self._is_attention_bfloat16())
+        return (*self._path_notes(), *products, *self._mask_notes(masks), *self._dropout_notes(arrays))
 
     def _path_notes(self) -> list[str]:
         few = [n for n, is_few in enumerate(self.call.paths) if is_few]
@@ -210,11 +209,15 @@ class Words:
             notes.append(
                 f"{self._items(few)}few queries. (W_kᵀ q)·key and W_v (Σ weight·value) take fewer operations than "
                 "projecting every key; k, v and scores were computed for this explanation only."
+                + (" W_k and attention itself multiply float32 then." if self._is_attention_bfloat16() else "")
             )
         config = _core.config()
         threads = count(config["threads"], "thread")
         notes.append(f"Kernels: {config['cpu_level']}. Up to {threads}; their number does not change the results.")
         return notes
+
+    def _is_attention_bfloat16(self) -> bool:
+        return self.call.parameters.products_of(ATTENTION) == "bfloat16"
 
     def _items(self, numbers: Sequence[int]) -> str:
         """The beginning of a sentence about the path of some batch items."""

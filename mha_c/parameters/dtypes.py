@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dtypes of layers: float32 and float64, and the halves bfloat16 and float16, which are computed as float32."""
+"""The dtypes of layers: float32 and float64, and the halves bfloat16 and float16, of 16 bits."""
 
 from __future__ import annotations
 

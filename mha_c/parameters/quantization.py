@@ -21,6 +21,7 @@ __all__ = [
     "check_quantized",
     "dequantize",
     "multiplied",
+    "own_products",
     "precision_of_products",
     "precision_of_weights",
     "quantize",
@@ -29,14 +30,14 @@ __all__ = [
     "take_rows",
 ]
 
-Precision: TypeAlias = Literal["bfloat16", "int8"]
+Precision: TypeAlias = Literal["float32", "bfloat16", "int8"]
 MatmulPrecision: TypeAlias = Precision | Mapping[str, Precision | None]
 
 #: Advice for values that `matmul_precision` does not take.
 _INSTEAD: Final = {
     **dict.fromkeys(("bf16", "bfloat16"), 'write "bfloat16"'),  # the second as a dtype, rather than as its name
     **dict.fromkeys(("float16", "fp16", "half"), 'dtype="float16" makes a layer of float16'),
-    **dict.fromkeys(("float32", "fp32"), "write None for products of float32"),
+    **dict.fromkeys(("float32", "fp32"), 'write "float32"'),
 }
 
 #: The name of attention's own two products in `matmul_precision`. They read no weights, so they cannot be int8.
@@ -139,13 +140,13 @@ def multiplied(weight: Weight, precision: Precision | None) -> Any:
     ----------
     weight : numpy.ndarray or Quantized
         The weight, quantized only for "int8".
-    precision : {"bfloat16", "int8"} or None
+    precision : {"float32", "bfloat16", "int8"} or None
         As for `matmul_precision`.
 
     Returns
     -------
     numpy.ndarray, or tuple of two
-        The array; or int8 numbers and scales; or the array and "bfloat16".
+        The array; or int8 numbers and scales; or the array and "bfloat16" or "float32".
 
     Examples
     --------
@@ -242,6 +243,17 @@ def take_rows(weight: Any, rows: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- matmul_precision
 
 
+def own_products(dtype: np.dtype[Any]) -> str:
+    """What a layer of this dtype multiplies unless `matmul_precision` says otherwise.
+
+    Examples
+    --------
+    >>> own_products(np.dtype("float16"))
+    'float32'
+    """
+    return "float32" if dtype == np.float16 else dtype.name
+
+
 def precision_of_products(value: Any, products: Sequence[str]) -> dict[str, Precision | None]:
     """What `matmul_precision` says of each linear map, and of attention itself.
 
@@ -265,7 +277,7 @@ def precision_of_products(value: Any, products: Sequence[str]) -> dict[str, Prec
     Examples
     --------
     >>> precision_of_products({"default": "int8", "out_proj": None}, ("in_proj", "attention", "out_proj"))
-    {'in_proj': 'int8', 'attention': None, 'out_proj': None}
+    {'in_proj': 'int8', 'attention': 'bfloat16', 'out_proj': None}
     """
     chosen = value if isinstance(value, Mapping) else {"default": value}
     known = [*(name for name in products if name != "default"), "default"]
@@ -275,10 +287,10 @@ def precision_of_products(value: Any, products: Sequence[str]) -> dict[str, Prec
         if _checked(precision, f'["{name}"]' if chosen is value else "") == "int8" and name == ATTENTION:
             raise ValueError(
                 'matmul_precision has "int8" for attention, which has no weights: its products of queries and keys, '
-                'and of probabilities and values, can be None or "bfloat16"'
+                'and of probabilities and values, can be None, "float32" or "bfloat16"'
             )
     default = chosen.get("default")
-    of_attention = None if default == "int8" else default
+    of_attention = "bfloat16" if default == "int8" else default
     return {name: chosen.get(name, of_attention if name == ATTENTION else default) for name in products}
 
 
@@ -289,11 +301,11 @@ def _checked(value: Any, place: str) -> Precision | None:
     name = str(value).removeprefix("torch.")
     cure = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
     known = '"bfloat16" or "int8"' if place else '"bfloat16", "int8", or a mapping of names to these'
-    raise ValueError(f"matmul_precision{place} must be None, {known}, but got {value!r}{cure}")
+    raise ValueError(f'matmul_precision{place} must be None, "float32", {known}, but got {value!r}{cure}')
 
 
 def precision_of_weights(value: Any, products: Mapping[str, Sequence[str]]) -> dict[str, Precision]:
-    """What `matmul_precision` says of the weights, and of attention, that are not multiplied in the layer's dtype.
+    """What `matmul_precision` says of the weights, and of attention, except where that is None.
 
     Parameters
     ----------
@@ -326,8 +338,8 @@ def shortest(chosen: Mapping[str, Precision | None]) -> MatmulPrecision | None:
 
     Examples
     --------
-    >>> shortest({"in_proj": "int8", "attention": None}), shortest({"in_proj": "int8", "attention": "bfloat16"})
-    ('int8', {'in_proj': 'int8', 'attention': 'bfloat16'})
+    >>> shortest({"in_proj": "int8", "attention": "bfloat16"}), shortest({"in_proj": "int8", "attention": None})
+    ('int8', {'in_proj': 'int8', 'attention': None})
     """
     for value in (None, *get_args(Precision)):
         if precision_of_products(value, list(chosen)) == chosen:

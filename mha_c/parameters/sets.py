@@ -24,6 +24,7 @@ from mha_c.parameters.quantization import (
     check_quantized,
     dequantize,
     multiplied,
+    own_products,
     take_rows,
 )
 
@@ -195,9 +196,9 @@ class ArraySet:
         The parameters by name, in the order of the state dict.
     dtype : numpy.dtype
         That of the layer, to which the arrays are cast.
-    precisions : mapping of str to {"bfloat16", "int8"}, default {}
-        What products with a weight read, and those of attention, if not the layer's dtype. A quantized weight that is
-        not "int8" becomes an array.
+    precisions : mapping of str to {"float32", "bfloat16", "int8"}, default {}
+        What products with a weight read, and those of attention. Products of a name that is absent are those of the
+        layer's dtype. A quantized weight that is not "int8" becomes an array.
 
     Attributes
     ----------
@@ -232,7 +233,7 @@ class ArraySet:
         if precisions and dtype == np.float64:
             raise ValueError(
                 "matmul_precision is for layers of float32, bfloat16 and float16, but this one is float64: products "
-                "of bfloat16 or int8 numbers are less accurate than float32; set matmul_precision=None first"
+                "of narrower numbers are less accurate; set matmul_precision=None first"
             )
         self.dtype = dtype
         self.precisions = MappingProxyType(dict(precisions))
@@ -291,6 +292,10 @@ class ArraySet:
     def for_core(self, name: str) -> Any:
         """A weight as the core takes it."""
         return multiplied(self.stored[name], self.precisions.get(name))
+
+    def products_of(self, name: str) -> str:
+        """The numbers that products with a weight read, or attention's own."""
+        return self.precisions.get(name) or own_products(self.dtype)
 
     def with_changes(
         self,
@@ -354,7 +359,7 @@ class ParameterSet(ArraySet):
             self.array("bias_v"),
             self.for_core("out_proj.weight"),
             self.array("out_proj.bias"),
-            ATTENTION in precisions,
+            self.precisions.get(ATTENTION),
         )
 
     def _remade(self, *arguments: Any) -> Self:
@@ -418,7 +423,7 @@ class ParameterSet(ArraySet):
             bias_v,
             np.zeros((1, len(heads) * widths.v_head_dim), self.dtype),
             None,
-            ATTENTION in self.precisions,
+            self.precisions.get(ATTENTION),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -37,7 +37,7 @@ _Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 _Precisions: TypeAlias = Mapping[str, Precision | None]  # of each product by its name in `matmul_precision`
 _Pack: TypeAlias = Callable[[dict[str, NDArray[Any]], Any, _Precisions], Any]
 
-_WIDE: Final = precision_of_products(None, PRODUCTS)
+_OWN: Final = precision_of_products(None, PRODUCTS)
 
 _SEPARATE_BIASES = ("q_proj_bias", "k_proj_bias", "v_proj_bias")
 
@@ -112,7 +112,7 @@ class _Kept(NamedTuple):
 class _Packed:
     """Parameters that are packed when they are needed, and kept until they change."""
 
-    def __init__(self, precisions: _Precisions = _WIDE) -> None:
+    def __init__(self, precisions: _Precisions = _OWN) -> None:
         self.precisions = precisions
         self._kept: _Kept | None = None
         self._last_drop = object()

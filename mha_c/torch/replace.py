@@ -69,7 +69,7 @@ def replace_attention(model: _Model, *, matmul_precision: MatmulPrecision | None
     model : torch.nn.Module
         The whole model. An encoder layer that is fused does not call its attention: to change that, the
         ``torch.nn.TransformerEncoder`` has to be part of the model.
-    matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+    matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
         What the layers multiply, as in `mha_c.MultiheadAttention`. The parameters stay as they are. Calls in float64
         are left to torch. Attention inside a layer that `replace_layers` replaced is computed with that layer, as it
         says.
@@ -149,7 +149,7 @@ def replace_layers(model: _Model, *, matmul_precision: MatmulPrecision | None = 
     ----------
     model : torch.nn.Module
         The model, or one layer.
-    matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+    matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
         What the layers multiply, as in `mha_c.TransformerEncoderLayer`. The parameters stay as they are. Calls in
         float64 are left to torch.
 

@@ -60,7 +60,7 @@ class TransformerDecoderLayer(TransformerLayer):
         "zero": zeros. "computed": what the layer computes for them. None: "computed".
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
-    matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+    matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
         As for `TransformerEncoderLayer`. "in_proj", "attention" and "out_proj" stand for those of both attentions.
 
     Attributes
@@ -212,7 +212,7 @@ class TransformerDecoderLayer(TransformerLayer):
         ----------
         module : torch.nn.TransformerDecoderLayer
             The layer to copy. A subclass will do if it has torch's methods. Buffers are not copied.
-        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
         Returns
@@ -369,7 +369,7 @@ class TransformerDecoder(Container):
         ----------
         module : torch.nn.TransformerDecoder
             The decoder to copy. A subclass will do if it has torch's forward. Buffers are not copied.
-        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
             As for `TransformerDecoderLayer`.
 
         Returns

@@ -94,7 +94,7 @@ class TransformerEncoderLayer(TransformerLayer):
         "zero": zeros. "computed": what the layer computes for them. None: "computed".
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
-    matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+    matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
         As for `MultiheadAttention`. A mapping chooses for "in_proj", "attention", "out_proj", "linear1" and "linear2",
         or with "default" for those that it does not name.
 
@@ -262,7 +262,7 @@ training=False)
             As for `TransformerEncoder.from_state_dict`.
         padded : {"zero", "computed"}, optional
             As for the constructor.
-        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
         Returns
@@ -307,7 +307,7 @@ training=False)
         ----------
         module : torch.nn.TransformerEncoderLayer
             The layer to copy. A subclass will do if it has torch's forward. Buffers are not copied.
-        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
         Returns
@@ -566,7 +566,7 @@ class TransformerEncoder(Container):
             As for the constructor of the layers.
         padded : {"zero", "computed"}, optional
             As for the constructor.
-        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor of the layers.
 
         Returns
@@ -635,7 +635,7 @@ class TransformerEncoder(Container):
         ----------
         module : torch.nn.TransformerEncoder
             The encoder to copy. A subclass will do if it has torch's forward. Buffers are not copied.
-        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
             As for `TransformerEncoderLayer`.
 
         Returns

@@ -68,7 +68,7 @@ class Transformer(Container):
         As for `TransformerEncoder` and `TransformerDecoder`.
     masked_rows, num_kv_heads, head_dim, v_head_dim
         As for `MultiheadAttention`.
-    matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+    matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
         As for `TransformerEncoderLayer` and `TransformerDecoderLayer`.
 
     Attributes
@@ -295,7 +295,7 @@ class Transformer(Container):
         ----------
         module : torch.nn.Transformer
             The layer to copy. A subclass will do if it has torch's forward. Buffers are not copied.
-        matmul_precision : {"bfloat16", "int8"} or mapping of str to str or None, optional
+        matmul_precision : {"float32", "bfloat16", "int8"} or mapping of str to str or None, optional
             As for the constructor.
 
         Returns

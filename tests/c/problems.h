@@ -173,7 +173,7 @@ typedef enum { WIDE = 0, BF16, INT8, NARROWS } narrowness;
 typedef struct {
     void *array[PARAMETERS]; /* NULL: the layer has none */
     mha_dtype dtype;
-    narrowness narrow; /* WIDE unless the dtype is float32 */
+    narrowness narrow; /* WIDE if the dtype is float64 */
     bool is_attention_bf16; /* not with float64 */
 } parameters;
 

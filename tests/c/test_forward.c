@@ -87,13 +87,14 @@ enum { PROBLEMS = sizeof problems / sizeof *problems };
 
 /* ---- One call ---- */
 
-/* Whether attention of float32 layers multiplies bfloat16. */
-static bool is_attention_bf16;
+/* Whether attention, and also linear maps, of float32 layers multiply bfloat16. */
+static bool is_attention_bf16, are_maps_bf16;
 
 static parameters make_given(const problem *p, mha_dtype dtype)
 {
     parameters given = make_parameters(p, dtype);
     given.is_attention_bf16 = is_attention_bf16;
+    given.narrow = are_maps_bf16 ? BF16 : WIDE;
     return given;
 }
 
@@ -109,7 +110,7 @@ static void check_defined(const char *what, mha_dtype dtype, const double *got, 
 
 static const char *kind_name(mha_dtype dtype)
 {
-    return is_attention_bf16 ? "bfloat16 attention" : dtype_name(dtype);
+    return are_maps_bf16 ? "bfloat16 products" : is_attention_bf16 ? "bfloat16 attention" : dtype_name(dtype);
 }
 
 static const manner plainly = {.threads = 1, .wanted = MHA_WANT_PROBABILITIES};
@@ -413,12 +414,14 @@ static parameters halve(const problem *p, parameters *given, mha_dtype half)
     return halves;
 }
 
-/* A layer of halves has the bits of a float32 layer with the same values, on the same path. */
-static void test_halves(const problem *p, mha_dtype half)
+/* A layer of halves has the bits of a float32 layer with the same values and products, on the same path. */
+static void test_halves(const problem *p, mha_dtype half, bool is_bf16)
 {
     parameters given = make_parameters(p, MHA_FLOAT32), halves = halve(p, &given, half);
     mha_layer *wide = NULL, *narrow = NULL;
-    DESCRIBE("%s %s '%s'", mha_cpu_name(), dtype_name(half), p->name);
+    DESCRIBE("%s %s '%s', products of bfloat16 %d", mha_cpu_name(), dtype_name(half), p->name, is_bf16);
+    given.narrow = halves.narrow = is_bf16 ? BF16 : WIDE;
+    given.is_attention_bf16 = halves.is_attention_bf16 = is_bf16;
     const mha_status status = pack_parameters(p, &given, &wide), other = pack_parameters(p, &halves, &narrow);
     CHECK(status == MHA_OK && other == MHA_OK, "status %d and %d", (int)status, (int)other);
     for (size_t threads = 1; wide && narrow && threads < 3; threads++) {
@@ -461,10 +464,12 @@ int main(int argc, char **argv)
     test_given_up(MHA_FLOAT64);
     is_attention_bf16 = true;
     test_dtype(MHA_FLOAT32);
-    is_attention_bf16 = false;
+    are_maps_bf16 = true;
+    test_dtype(MHA_FLOAT32);
     for (size_t i = 0; i < PROBLEMS; i++) {
-        test_halves(&problems[i], MHA_BFLOAT16);
-        test_halves(&problems[i], MHA_FLOAT16);
+        test_halves(&problems[i], MHA_BFLOAT16, true);
+        test_halves(&problems[i], MHA_BFLOAT16, false);
+        test_halves(&problems[i], MHA_FLOAT16, false);
     }
     return check_report("test_forward");
 }

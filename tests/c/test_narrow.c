@@ -385,6 +385,7 @@ static void check_attention(const int8_level *at, const attention_case *c, uint6
         const manner m = {.threads = threads, .wanted = threads == 2 ? MHA_WANT_PROBABILITIES : MHA_WANT_NONE};
         mha_call call = make_call(&p, MHA_FLOAT32, &m);
         call.context = mha_contiguous_rows(context, MHA_FLOAT32, 1, c->L, H * Dv);
+        call.is_few = (const bool[]){false}; /* few queries multiply float32 */
         DESCRIBE("%s attention of %zu queries and %zu keys, D %zu, Dv %zu, %zu threads", at->name, c->L, c->S, c->w.D,
                  Dv, threads);
         CHECK(mha_forward(layer, &call) == MHA_OK, "no result");
