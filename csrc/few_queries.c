@@ -443,30 +443,37 @@ static void merge_task(void *context, size_t task, size_t worker)
 
 /* ---- emit ---- */
 
-/* The rows of y of a head, and the distance between them: numbers, or words of narrow rows if Wv is narrow. Those are
- * written to `narrow`. */
-static const char *rows_of_y(const mha_few_queries *f, size_t i, size_t h, char *narrow, ptrdiff_t *row)
+/* The rows of y of a head, and the numbers or narrow words between them. */
+typedef struct {
+    const char *data;
+    size_t stride;
+} rows_of_head;
+
+/* If Wv is narrow, so are the rows, which are written to `narrow`. */
+static rows_of_head take_rows_of_y(const mha_few_queries *f, size_t i, size_t h, char *narrow)
 {
     const mha_widths *w = &f->layer->widths;
-    const char *y = numbers_at(f, f->y, (i * lanes_of(f) + h) * f->y_stride);
-    const size_t distance = w->H * f->y_stride, words = narrow_words(f);
-    *row = (ptrdiff_t)(words ? words : distance);
-    for (size_t l = 0; words && l < f->a->L; l++)
-        f->layer->v.narrow->take_row((const float *)(const void *)y + l * distance, w->Ev, 0,
+    const rows_of_head y = {numbers_at(f, f->y, (i * lanes_of(f) + h) * f->y_stride), w->H * f->y_stride};
+    const size_t words = narrow_words(f);
+    if (!f->layer->v.narrow)
+        return y;
+    for (size_t l = 0; l < f->a->L; l++)
+        f->layer->v.narrow->take_row((const float *)(const void *)y.data + l * y.stride, w->Ev, 0,
                                      (uint32_t *)(void *)narrow + l * words);
-    return words ? narrow : y;
+    return (rows_of_head){narrow, words};
 }
 
 /* Multiplies by a panel of Wv, or some at once, for one head, through a strip. Features of other heads may be in it. */
-static void emit_panels(const mha_few_queries *f, size_t i, size_t h, mha_panel panel, size_t at_once, const char *y,
-                        ptrdiff_t y_row, char *strip)
+static void emit_panels(const mha_few_queries *f, size_t i, size_t h, mha_panel panel, size_t at_once,
+                        const rows_of_head *y, char *strip)
 {
     const mha_layer *layer = f->layer;
     const mha_widths *w = &layer->widths;
     const mha_kernels *kernels = layer->kernels;
     const size_t size = kernels->size, P = panel.vectors * kernels->lanes, width = at_once * P;
     const size_t groups = mha_groups(&layer->v, w->Ev);
-    mha_product product = {.rows = f->a->L, .vectors = panel.vectors, .a = y, .a_row = y_row, .a_k = 1,
+    mha_product product = {.rows = f->a->L, .vectors = panel.vectors, .a = y->data,
+                           .a_row = (ptrdiff_t)y->stride, .a_k = 1,
                            .b = mha_panel_row(&layer->v, &panel, 0), .b_k = P, .b_type = layer->v.type,
                            .more_panels = at_once - 1, .b_panel_bytes = groups * P * layer->v.group_bytes,
                            .addend_row = width, .c = strip, .c_row = width};
@@ -509,8 +516,7 @@ static void emit_task(void *context, size_t task, size_t worker)
     const size_t i = task / w->H, h = task % w->H, head = h / (w->H / w->Hkv) * w->Dv;
     const mha_split *split = &f->layer->v.split;
     const scratch_pieces s = scratch_of(f, worker);
-    ptrdiff_t y_row;
-    const char *y = rows_of_y(f, i, h, s.narrow, &y_row);
+    const rows_of_head y = take_rows_of_y(f, i, h, s.narrow);
     size_t p = 0, end = split->panels, at_once;
     while (mha_panel_at(split, p).first + mha_panel_at(split, p).count <= head)
         p++;
@@ -518,7 +524,7 @@ static void emit_task(void *context, size_t task, size_t worker)
         end--;
     for (; p < end; p += at_once) {
         const mha_panel panel = mha_panels_at(split, p, mha_smaller(mha_panels_at_once(f->a->L), end - p), &at_once);
-        emit_panels(f, i, h, panel, at_once, y, y_row, s.rows);
+        emit_panels(f, i, h, panel, at_once, &y, s.rows);
     }
     check_context(f, i, h);
 }

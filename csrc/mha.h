@@ -44,8 +44,8 @@ typedef struct {
 } mha_parameters;
 
 /* Parameters packed for the kernels of this CPU. They are immutable, and any number of threads may use them. The array
- * k_weight.numbers has to stay where it is, unchanged, as long as they live, unless it is int8. Nothing
- * else of mha_parameters is referenced afterwards. */
+ * k_weight.numbers has to stay where it is, unchanged, as long as they live, unless it is int8. Nothing else of
+ * mha_parameters is referenced afterwards. */
 typedef struct mha_layer mha_layer;
 
 mha_status mha_layer_create(const mha_widths *widths, mha_dtype dtype, const mha_parameters *parameters,

@@ -67,11 +67,10 @@ static void quantize(const float *x, size_t n, uint32_t largest_bits, uint32_t *
         for (size_t i = 0; i < n; i += lanes_f32) {
             const vec_i32 units = rounded(load_some(x + i, n - i) * inverse);
             store_row(q + i, units);
-            if (WEIGHT_OFFSET)
-                sum = add_i32(sum, units);
+            sum = add_i32(sum, units);
         }
         scale = most / 127;
-        start = WEIGHT_OFFSET ? -WEIGHT_OFFSET * sum_of_lanes(sum) : 0;
+        start = -WEIGHT_OFFSET * sum_of_lanes(sum);
     }
     memcpy(row, &scale, sizeof scale);
     memcpy(row + 1, &start, sizeof start);

@@ -47,8 +47,7 @@ def model(model: Any, *inputs: Any, **call: Any) -> Report:
         If torch is not installed.
     TypeError, ValueError
         If `model` is not a torch module, or has no layer and no ``torch.nn.MultiheadAttention`` that can be replaced;
-        or if it was replaced with a `matmul_precision` of narrower
-        numbers.
+        or if it was replaced with a `matmul_precision` of narrower numbers.
 
     Notes
     -----

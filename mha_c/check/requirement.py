@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mha_c.display.missing import no_torch
-from mha_c.module import Module, precisions_of
+from mha_c.module import Module
 
 __all__ = ["arguments_by_name", "refuse_narrow_products", "require_torch"]
 
@@ -38,13 +38,13 @@ def refuse_narrow_products(function: str, module: Any) -> None:
     """
     if isinstance(module, Module):
         sets = [one._parameters for one in module.modules()]
-        found = {(precision, one.dtype.name) for one in sets for precision in one.precisions.values()}
+        is_narrow = any(not {*one.precisions.values()} <= {"float32", one.dtype.name} for one in sets)
         cure = "check a copy of the layer with matmul_precision=None"
     else:
         replaced = [one._mha_c for one in getattr(module, "modules", list)() if hasattr(one, "_mha_c")]
-        found = {(precision, "float32") for state in replaced for precision in state.packed.precisions.values()}
+        is_narrow = any(not {*state.packed.precisions.values()} <= {None, "float32"} for state in replaced)
         cure = "replace the layers anew, without matmul_precision"
-    if any(precision not in (None, "float32", dtype) for precision, dtype in found):
+    if is_narrow:
         raise ValueError(
             f"{function} finds mistakes that are larger than the rounding of this dtype. matmul_precision rounds more "
             f"coarsely and would hide them: {cure}"

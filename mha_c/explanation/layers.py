@@ -109,17 +109,11 @@ def uncounted(layer: Any, copies: dict[int, Any] | None = None) -> Any:
 def _in_float32(layer: Any) -> Any:
     """An uncounted copy that keeps float32 numbers, and multiplies what the layer multiplies."""
     copied = uncounted(layer)
-    multiplied = [
-        {
-            weight: module._parameters.products_of(weight)
-            for weights in module._products(at).values()
-            for weight in weights
-        }
-        for at, module in copied._places()
-    ]
-    copied.to("float32")
-    for (_, module), precisions in zip(copied._places(), multiplied):
-        module._parameters = module._parameters.with_changes(precisions=precisions)
+    for at, module in copied._places():
+        own = module._parameters
+        names = [name for weights in module._products(at).values() for name in weights]
+        precisions = {name: own.products_of(name) for name in names}
+        module._parameters = own.with_changes(dtype=np.dtype(np.float32), precisions=precisions)
     return copied
 
 
