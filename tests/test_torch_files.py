@@ -575,10 +575,10 @@ def test_pickles_that_want_too_much(tmp_path):
 def test_tensors_that_lie(tmp_path, lie):
     """About their shape, strides, place or storage: an error before any memory is spent on them."""
     path = torch_archive(tmp_path / "lie.pt", pickled(("in_proj_weight", tensor(**lie))), {"data/0": bytes(16)})
-    before = time.perf_counter()
+    before = time.process_time()
     with pytest.raises(ValueError, match=r"in_proj_weight: .*lie\.pt"):
         from_state_dict(path, num_heads=2)
-    assert time.perf_counter() - before < 5
+    assert time.process_time() - before < 5
 
 
 def test_repeated_numbers(tmp_path):

@@ -197,10 +197,11 @@ def test_every_instruction_set_gives_its_steps(level):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("more, hidden", [("items", 512), ("rows", 2048)])
-def test_workspace(more, hidden):
+@pytest.mark.parametrize("more, hidden, most", [("items", 512, 8), ("rows", 2048, 16)])
+def test_workspace(more, hidden, most):
     """Eight times as many items take no more memory: they go through a layer in chunks. Eight times as many rows of one
-    item take as much for hidden features, 8 MiB: these are computed in parts."""
+    item take 8 MiB more for attention and normalizations, but no more for hidden features, which would be 62 MiB: these
+    are computed in parts. The system's count of memory may be wrong by about 1 MiB."""
     child = run_child(f"""
         import numpy as np
         import mha_c
@@ -216,4 +217,4 @@ def test_workspace(more, hidden):
         grown(1)
         print(grown(8))
     """)
-    assert int(child.stdout) < 8 * 2**20
+    assert int(child.stdout) < most * 2**20
