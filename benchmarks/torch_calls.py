@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times small calls of torch's attention with mha_c and without, in one process: minimum and median, in microseconds.
+"""Times calls of torch's attention with mha_c and without, in one process: minimum and median, in microseconds.
 
-Both take turns, so that they meet the same machine. Calls that are left to torch show what looking at them costs.
+Both take turns, so that they meet the same machine. The calls are small ones, or with --dtypes functions of ordinary
+sizes in several dtypes. Calls that are left to torch show what looking at them costs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mha_c.torch.packed import PackedParameters
 CALLS = 10  # a sample; the clock is read before and after it
 
 Block = Callable[[], AbstractContextManager[Any]]
+Case = tuple[Callable[[], Any], Block, Callable[[], Any], Block]  # what is called, without mha_c and with it
 
 
 def sample(call: Callable[[], Any], block: Block) -> float:
@@ -36,9 +38,9 @@ def sample(call: Callable[[], Any], block: Block) -> float:
         return (time.perf_counter_ns() - start) / CALLS / 1000
 
 
-def cases() -> dict[str, tuple[Callable[[], Any], Block, Callable[[], Any], Block]]:
-    """What is called without mha_c, and what with it, each within a block."""
-    found: dict[str, tuple[Callable[[], Any], Block, Callable[[], Any], Block]] = {}
+def small_calls() -> dict[str, Case]:
+    """Layers and functions, computed here and left to torch."""
+    found: dict[str, Case] = {}
     for length, features, heads in ((5, 8, 2), (16, 64, 4), (128, 512, 8)):
         shape = f"{length} tokens, {features} features, {heads} heads"
         theirs = torch.nn.MultiheadAttention(features, heads, batch_first=True).eval()
@@ -58,21 +60,31 @@ def cases() -> dict[str, tuple[Callable[[], Any], Block, Callable[[], Any], Bloc
         found[f"replaced layer, {shape}"] = layer, nullcontext, replaced, nullcontext
         found[f"layer in a block, {shape}"] = layer, nullcontext, layer, attention
         found[f"function, {shape}"] = function, nullcontext, function, attention
-    one, half = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8).half()
-    keys, x = torch.randn(1, 2, 5, 8), torch.randn(5)
+    one, keys, x = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8), torch.randn(5)
 
     def one_query() -> Any:
         return scaled_dot_product_attention(one, keys, keys)
-
-    def float16() -> Any:
-        return scaled_dot_product_attention(half, half, half)
 
     def other() -> Any:
         return torch.softmax(x, 0)
 
     found["left to torch: one query"] = one_query, nullcontext, one_query, attention
-    found["left to torch: float16"] = float16, nullcontext, float16, attention
     found["another function: softmax"] = other, nullcontext, other, attention
+    return found
+
+
+def calls_of_dtypes() -> dict[str, Case]:
+    """scaled_dot_product_attention in all dtypes but float64."""
+    found: dict[str, Case] = {}
+    for items, heads, length, width in ((1, 12, 128, 64), (8, 12, 128, 64), (1, 8, 512, 64), (32, 12, 24, 32)):
+        for dtype in torch.float32, torch.bfloat16, torch.float16:
+            q, k, v = (torch.randn(items, heads, length, width).to(dtype) for _ in range(3))
+
+            def function(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> Any:
+                return scaled_dot_product_attention(q, k, v)
+
+            name = f"{items} x {length} tokens, {heads} heads of {width}, {str(dtype).removeprefix('torch.')}"
+            found[name] = function, nullcontext, function, attention
     return found
 
 
@@ -91,14 +103,18 @@ def show(times: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=200, help="of each (200)")
+    parser.add_argument("--threads", type=int, default=1, help="of both (1)")
+    parser.add_argument("--dtypes", action="store_true", help="functions in several dtypes, not small calls")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     with torch.no_grad():
-        check = check_of_parameters()
-        times = [sample(check, nullcontext) for _ in range(options.samples)]
         print(f"{'':51}{'torch':>18}{'mha_c':>18}")
-        print(f"{'looking whether parameters have changed':69}{show(times)}")
-        for name, (without, outside, with_mha_c, inside) in cases().items():
+        if not options.dtypes:
+            check = check_of_parameters()
+            times = [sample(check, nullcontext) for _ in range(options.samples)]
+            print(f"{'looking whether parameters have changed':69}{show(times)}")
+        cases = calls_of_dtypes() if options.dtypes else small_calls()
+        for name, (without, outside, with_mha_c, inside) in cases.items():
             pairs = [(sample(without, outside), sample(with_mha_c, inside)) for _ in range(options.samples)]
             theirs, ours = zip(*pairs)
             print(f"{name:51}{show(theirs)}{show(ours)}", flush=True)

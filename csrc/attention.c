@@ -24,10 +24,16 @@
 enum {
     MAX_PANEL_BYTES = 131072, /* of all panels of a task, unless a single panel is larger */
     TASKS_PER_THREAD = 4,
-    NARROW_PANELS = 8, /* of a task whose products are narrow, at most: more than others, to share what is narrowed */
-    NARROW_HEADS = 2,  /* key/value heads whose block is narrow at the same time */
+    COPY_PANELS = 8, /* of a task that copies blocks, at most: more than others, to share the copies */
+    COPY_HEADS = 2,  /* key/value heads whose block is copied at the same time */
     FEATURES_PER_POLL = 1024, /* D + Dv, added up over the blocks between two polls */
 };
+
+/* Whether tasks copy blocks of keys and values: to widen halves, to narrow them for products of bfloat16, or both. */
+static bool copies_blocks(const mha_attention *a)
+{
+    return a->narrow || mha_is_half(a->k.type);
+}
 
 /* Whether there is a mask that all heads share. */
 static bool is_mask_shared(const mha_attention *a)
@@ -37,16 +43,16 @@ static bool is_mask_shared(const mha_attention *a)
 
 /* The number of heads whose panels are shared out together. They are all heads if each has one panel only, because a
  * task would be too small. They are all heads, too, if they share a mask, because reading it costs more than reading
- * keys and values. Narrowing these costs even more, so that a few heads share the mask then. */
+ * keys and values. Copying these costs even more, so that a few heads share the mask then. */
 static size_t bundled_heads(const mha_attention *a)
 {
     if (a->split.panels == 1)
         return a->H;
     if (!is_mask_shared(a))
         return a->heads_per_kv;
-    if (!a->narrow)
+    if (!copies_blocks(a))
         return a->H;
-    return a->heads_per_kv == 1 && a->H % NARROW_HEADS == 0 ? NARROW_HEADS : a->heads_per_kv;
+    return a->heads_per_kv == 1 && a->H % COPY_HEADS == 0 ? COPY_HEADS : a->heads_per_kv;
 }
 
 /* Whether a query may see fewer keys than its item has. */
@@ -58,23 +64,23 @@ static bool can_hide(const mha_attention *a)
 static size_t max_task_panels(const mha_attention *a)
 {
     const size_t fit = MAX_PANEL_BYTES / (mha_widest_panel(a) * (a->D + a->Dv) * a->kernels->size);
-    const size_t most = a->narrow ? NARROW_PANELS : MHA_MAX_TASK_PANELS;
+    const size_t most = copies_blocks(a) ? COPY_PANELS : MHA_MAX_TASK_PANELS;
     const size_t wanted = mha_smaller(most, bundled_heads(a) * a->split.panels);
     return fit < 1 ? 1 : mha_smaller(fit, wanted);
 }
 
 /* ---- Scratch ---- */
 
-/* Words of a narrow key. */
-static size_t narrow_key_words(const mha_attention *a)
+/* Numbers, or words if they are narrow, of a copied key. */
+static size_t copied_key(const mha_attention *a)
 {
-    return a->narrow->row_words(a->D);
+    return a->narrow ? a->narrow->row_words(a->D) : a->D;
 }
 
-/* Words between rows of narrow values. */
-static size_t padded_values(const mha_attention *a)
+/* The same of copied values. Narrow ones are padded to whole vectors. */
+static size_t copied_value(const mha_attention *a)
 {
-    return mha_divide_up(a->Dv, a->kernels->lanes) * a->kernels->lanes;
+    return a->narrow ? mha_divide_up(a->Dv, a->kernels->lanes) * a->kernels->lanes : a->Dv;
 }
 
 void mha_plan_panels(mha_attention *a, size_t panels)
@@ -86,11 +92,14 @@ void mha_plan_panels(mha_attention *a, size_t panels)
     at->bias = mha_reserve(&layout, keys, P, size);
     if (can_hide(a))
         at->finite = mha_reserve(&layout, keys, a->Dv, size);
-    if (a->narrow) {
-        at->narrow_keys = mha_reserve(&layout, NARROW_HEADS * keys, narrow_key_words(a), size);
-        at->narrow_values = mha_reserve(&layout, NARROW_HEADS * keys, padded_values(a), size);
-        at->narrow_exps = mha_reserve(&layout, keys, P, size);
+    if (copies_blocks(a)) {
+        at->keys = mha_reserve(&layout, COPY_HEADS * keys, copied_key(a), size);
+        at->values = mha_reserve(&layout, COPY_HEADS * keys, copied_value(a), size);
     }
+    if (mha_is_half(a->k.type))
+        at->wide = mha_reserve(&layout, mha_larger(keys, P), mha_larger(a->D, a->Dv), size);
+    if (a->narrow)
+        at->narrow_exps = mha_reserve(&layout, keys, P, size);
     if (a->narrow && can_hide(a))
         at->rounded = mha_reserve(&layout, keys, a->Dv, size);
     at->queries = mha_reserve(&state, a->D, P, size);
@@ -119,11 +128,11 @@ void mha_set_up_panel(const mha_attention *a, size_t worker, size_t i, size_t it
     s->item = item;
     s->h = h;
     s->hkv = h / a->heads_per_kv;
-    s->narrow_keys = s->narrow_values = NULL;
-    if (a->narrow) {
-        const size_t words = s->hkv % NARROW_HEADS * mha_max_block_keys(a) * a->kernels->size;
-        s->narrow_keys = base + a->at.narrow_keys + words * narrow_key_words(a);
-        s->narrow_values = base + a->at.narrow_values + words * padded_values(a);
+    s->keys = s->values = NULL;
+    if (copies_blocks(a)) {
+        const size_t bytes = s->hkv % COPY_HEADS * mha_max_block_keys(a) * a->kernels->size;
+        s->keys = base + a->at.keys + bytes * copied_key(a);
+        s->values = base + a->at.values + bytes * copied_value(a);
     }
     s->panel = panel;
     s->is_empty = true;
@@ -141,10 +150,42 @@ static const mha_rows *values_of(const mha_attention *a, const mha_key_block *bl
     return block->is_extra ? &a->extra_v : &a->v;
 }
 
+/* ---- Halves ----
+ *
+ * They are widened where a task reads them, and rounded where it writes them. */
+
+/* Rows of float32, or of float64, `stride` numbers apart. */
+typedef struct {
+    char *data;
+    ptrdiff_t stride;
+} wide_rows;
+
+/* Some rows, from `first` on. Halves are widened to `wide`; others stay where they are. */
+static wide_rows widen_rows(const mha_attention *a, const mha_rows *x, char *first, size_t count, size_t width,
+                            char *wide)
+{
+    if (!mha_is_half(x->type))
+        return (wide_rows){first, mha_stride_of(x)};
+    for (size_t i = 0; i < count; i++)
+        a->kernels->widen(x->type, first + (ptrdiff_t)i * x->row, width, wide + i * width * a->kernels->size);
+    return (wide_rows){wide, (ptrdiff_t)width};
+}
+
+static wide_rows wide_keys(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, char *wide)
+{
+    const mha_rows *keys = keys_of(a, block);
+    return widen_rows(a, keys, mha_row_at(keys, s->item, s->hkv, block->first), block->keys, a->D, wide);
+}
+
+static wide_rows wide_values(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, char *wide)
+{
+    const mha_rows *values = values_of(a, block);
+    return widen_rows(a, values, mha_row_at(values, s->item, s->hkv, block->first), block->keys, a->Dv, wide);
+}
+
 /* ---- Products of bfloat16 ----
  *
- * Queries and keys are narrowed in groups of features, exps and values in groups of keys. Keys and values of a block
- * are narrowed once for the panels of a task that read them. */
+ * Queries and keys are narrowed in groups of features, exps and values in groups of keys. */
 
 static const float *floats_at(const void *numbers)
 {
@@ -163,25 +204,16 @@ static void narrow_queries(const mha_attention *a, const mha_panel_state *s)
     a->narrow->take_columns(floats_at(s->queries), P, a->D, P, words_at(s->queries));
 }
 
-static void narrow_keys(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block)
+static void narrow_keys(const mha_attention *a, const wide_rows *keys, size_t count, char *narrow)
 {
-    const mha_rows *keys = keys_of(a, block);
-    for (size_t i = 0; i < block->keys; i++)
-        a->narrow->take_row(floats_at(mha_row_at(keys, s->item, s->hkv, block->first + i)), a->D, 0,
-                            words_at(s->narrow_keys) + i * narrow_key_words(a));
+    for (size_t i = 0; i < count; i++)
+        a->narrow->take_row(floats_at(keys->data) + (ptrdiff_t)i * keys->stride, a->D, 0,
+                            words_at(narrow) + i * copied_key(a));
 }
 
-static void narrow_values(const mha_attention *a, const char *values, ptrdiff_t row, size_t keys, char *narrow)
+static void narrow_values(const mha_attention *a, const wide_rows *values, size_t count, char *narrow)
 {
-    a->narrow->take_columns(floats_at(values), (size_t)row, keys, a->Dv, words_at(narrow));
-}
-
-static void narrow_block(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block)
-{
-    const mha_rows *values = values_of(a, block);
-    narrow_keys(a, s, block);
-    narrow_values(a, mha_row_at(values, s->item, s->hkv, block->first), mha_stride_of(values), block->keys,
-                  s->narrow_values);
+    a->narrow->take_columns(floats_at(values->data), (size_t)values->stride, count, a->Dv, words_at(narrow));
 }
 
 /* Narrows the exps of a product of values, of which `narrowed` keys are narrow, and returns the product of both. The
@@ -195,19 +227,21 @@ static mha_product narrow_exps(const mha_attention *a, const mha_panel_state *s,
     a->kernels->fill(exps + values->depth * P * a->kernels->size, (keys - values->depth) * P, 0);
     a->narrow->take_columns(floats_at(exps), P, keys, P, words_at(narrow));
     product.depth = mha_divide_up(keys, a->narrow->group);
-    product.a = s->narrow_values;
-    product.a_k = (ptrdiff_t)padded_values(a);
+    product.a = s->values;
+    product.a_k = (ptrdiff_t)copied_value(a);
     product.b = narrow;
     return product;
 }
 
 /* The product with values that are rounded, but not narrow. Some of them may only now be infinite. */
-static mha_product round_values(const mha_attention *a, const mha_panel_state *s, const mha_product *values)
+static mha_product round_values(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block,
+                                const mha_product *values)
 {
-    char *halves = s->narrow_values, *rounded = s->base + a->at.rounded;
+    char *halves = s->values, *rounded = s->base + a->at.rounded;
+    const wide_rows wide = wide_values(a, s, block, s->base + a->at.wide);
     mha_product product = *values;
     for (size_t key = 0; key < values->depth; key++) {
-        a->kernels->narrow(MHA_BFLOAT16, floats_at(values->a) + (ptrdiff_t)key * values->a_k, a->Dv, halves);
+        a->kernels->narrow(MHA_BFLOAT16, floats_at(wide.data) + (ptrdiff_t)key * wide.stride, a->Dv, halves);
         a->kernels->widen(MHA_BFLOAT16, halves, a->Dv, rounded + key * a->Dv * a->kernels->size);
     }
     product.a = rounded;
@@ -215,12 +249,32 @@ static mha_product round_values(const mha_attention *a, const mha_panel_state *s
     return product;
 }
 
+/* ---- Copies of keys and values ----
+ *
+ * A block is copied once for the panels of a task that read it. */
+
+static void copy_keys(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block)
+{
+    const wide_rows keys = wide_keys(a, s, block, a->narrow ? s->base + a->at.wide : s->keys);
+    if (a->narrow)
+        narrow_keys(a, &keys, block->keys, s->keys);
+}
+
+static void copy_values(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block)
+{
+    const wide_rows values = wide_values(a, s, block, a->narrow ? s->base + a->at.wide : s->values);
+    if (a->narrow)
+        narrow_values(a, &values, block->keys, s->values);
+}
+
 /* ---- Scores of one panel against one block, shared by both passes ---- */
 
 void mha_pack_queries(const mha_attention *a, const mha_panel_state *s)
 {
-    a->kernels->pack_panel(mha_row_at(&a->q, s->item, s->h, s->panel.first), (size_t)mha_stride_of(&a->q),
-                           s->panel.count, a->D, a->rules->scale, s->queries, s->panel.vectors);
+    const wide_rows rows = widen_rows(a, &a->q, mha_row_at(&a->q, s->item, s->h, s->panel.first), s->panel.count, a->D,
+                                      s->base + a->at.wide);
+    a->kernels->pack_panel(rows.data, (size_t)rows.stride, s->panel.count, a->D, a->query_scale, s->queries,
+                           s->panel.vectors);
     if (a->narrow)
         narrow_queries(a, s);
 }
@@ -231,6 +285,16 @@ static mha_visible apply_rules(const mha_attention *a, const mha_panel_state *s,
     return mha_apply_rules(a->kernels, a->rules, mha_item_index(a->batch, s->item), &of_head, block, s->bias);
 }
 
+/* A product without depth multiplies the addend. */
+static void multiply_scores(const mha_attention *a, const mha_panel_state *s, size_t keys, char *scores)
+{
+    const size_t P = s->panel.vectors * a->kernels->lanes;
+    const mha_product product = {.rows = keys, .vectors = s->panel.vectors, .a = scores, .b = scores, .b_k = P,
+                                 .addend = scores, .addend_row = P, .factor = s->factor, .c = scores, .c_row = P};
+    a->kernels->fill(s->factor, P, a->score_factor);
+    a->kernels->product(&product);
+}
+
 /* scores[key][lane] of the visible keys. The bias is added last, if there is one. Chains have at most MHA_CHAIN
  * features, as in projections. */
 static void score(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, mha_visible visible,
@@ -239,19 +303,16 @@ static void score(const mha_attention *a, const mha_panel_state *s, const mha_ke
     const mha_kernels *kernels = a->kernels;
     const size_t P = s->panel.vectors * kernels->lanes;
     const mha_rows *keys = keys_of(a, block);
+    const bool starts_with_bias = visible.is_biased && a->D <= MHA_CHAIN && a->score_factor == 1;
     mha_product product = {.rows = visible.keys, .vectors = s->panel.vectors,
-                           .a = mha_row_at(keys, s->item, s->hkv, block->first), .a_row = mha_stride_of(keys),
-                           .a_k = 1, .b = s->queries, .b_k = P,
-                           .addend = visible.is_biased && a->D <= MHA_CHAIN ? s->bias : NULL, .addend_row = P,
+                           .a = s->keys ? s->keys : mha_row_at(keys, s->item, s->hkv, block->first),
+                           .a_row = s->keys ? (ptrdiff_t)copied_key(a) : mha_stride_of(keys), .a_k = 1,
+                           .b = s->queries, .b_k = P, .addend = starts_with_bias ? s->bias : NULL, .addend_row = P,
                            .c = scores, .c_row = P, .prefetch = prefetch};
-    size_t depth = a->D;
-    if (a->narrow) {
-        product.a = s->narrow_keys;
-        product.a_row = (ptrdiff_t)narrow_key_words(a);
-        depth = mha_divide_up(depth, a->narrow->group);
-    }
-    mha_multiply_chained(kernels, a->narrow, &product, depth);
-    if (visible.is_biased && a->D > MHA_CHAIN)
+    mha_multiply_chained(kernels, a->narrow, &product, a->narrow ? mha_divide_up(a->D, a->narrow->group) : a->D);
+    if (a->score_factor != 1)
+        multiply_scores(a, s, visible.keys, scores);
+    if (visible.is_biased && !starts_with_bias)
         kernels->add(scores, scores, s->bias, visible.keys * P);
 }
 
@@ -317,8 +378,8 @@ static bool needs_care(const mha_attention *a, const mha_panel_state *s)
 void mha_score_block(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, char *scores)
 {
     const mha_visible visible = apply_rules(a, s, block);
-    if (a->narrow && visible.keys > 0)
-        narrow_keys(a, s, block);
+    if (s->keys && visible.keys > 0)
+        copy_keys(a, s, block);
     score(a, s, block, visible, scores, NULL);
     if (a->wanted == MHA_WANT_SCORES || atomic_load_explicit(&a->is_careful, memory_order_relaxed))
         hide_scores(a, s, visible, scores);
@@ -352,11 +413,11 @@ static mha_prefetch prefetch_share(const mha_attention *a, const mha_panel_state
                                    const mha_key_block *next, size_t width)
 {
     const size_t begin = next->keys * s->share / s->sharers, end = next->keys * (s->share + 1) / s->sharers;
-    return (mha_prefetch){mha_row_at(x, s->item, s->hkv, next->first + begin), end - begin, width * a->kernels->size,
-                          x->row};
+    return (mha_prefetch){mha_row_at(x, s->item, s->hkv, next->first + begin), end - begin,
+                          width * mha_size_of(x->type), x->row};
 }
 
-/* The product of values and exps. If products are narrow, so are the values already, of `narrowed` keys. */
+/* The product of values and exps. If products are narrow, so are the copied values, of `narrowed` keys. */
 static void multiply_values(const mha_attention *a, const mha_panel_state *s, const mha_product *values,
                             size_t narrowed, char *exps)
 {
@@ -368,13 +429,13 @@ static void multiply_values(const mha_attention *a, const mha_panel_state *s, co
     }
 }
 
-static void multiply_values_with_care(const mha_attention *a, const mha_panel_state *s, const mha_product *values,
-                                      const char *bias, char *exps)
+static void multiply_values_with_care(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block,
+                                      const mha_product *values, const char *bias, char *exps)
 {
-    const mha_product given = a->narrow ? round_values(a, s, values) : *values;
+    const mha_product given = a->narrow ? round_values(a, s, block, values) : *values;
     const mha_product product = mha_with_finite_values(a->kernels, &given, s->finite);
     if (a->narrow)
-        narrow_values(a, s->finite, product.a_k, product.depth, s->narrow_values);
+        narrow_values(a, &(wide_rows){s->finite, product.a_k}, product.depth, s->values);
     multiply_values(a, s, &product, product.depth, exps);
     mha_add_other_values(a->kernels, &given, bias);
 }
@@ -403,15 +464,28 @@ static void step(const mha_attention *a, mha_panel_state *s, size_t b, const mha
         mha_drop_out(a, s, block, visible.keys, exps);
     const mha_rows *values = values_of(a, block);
     const mha_product product = {.rows = a->Dv, .depth = visible.keys, .vectors = s->panel.vectors,
-                                 .a = mha_row_at(values, s->item, s->hkv, block->first), .a_row = 1,
-                                 .a_k = mha_stride_of(values), .b = exps, .b_k = P,
+                                 .a = s->values ? s->values : mha_row_at(values, s->item, s->hkv, block->first),
+                                 .a_row = 1, .a_k = s->values ? (ptrdiff_t)copied_value(a) : mha_stride_of(values),
+                                 .b = exps, .b_k = P,
                                  .addend = s->is_empty ? NULL : s->out, .addend_row = P, .factor = s->factor,
                                  .c = s->out, .c_row = P, .prefetch = next ? &prefetch_values : NULL};
     if (s->finite)
-        multiply_values_with_care(a, s, &product, visible.is_biased ? s->bias : NULL, exps);
+        multiply_values_with_care(a, s, block, &product, visible.is_biased ? s->bias : NULL, exps);
     else
         multiply_values(a, s, &product, block->keys, exps);
     s->is_empty = false;
+}
+
+/* out / sum, in the rows of the panel's queries. */
+static void write_context(const mha_attention *a, const mha_panel_state *s, const char *inverse)
+{
+    const bool is_half = mha_is_half(a->context.type);
+    char *first = mha_row_at(&a->context, s->item, s->h, s->panel.first), *wide = s->base + a->at.wide;
+    a->kernels->unpack_panel(s->out, s->panel.vectors, inverse, s->panel.count, a->Dv, is_half ? wide : first,
+                             is_half ? a->Dv : (size_t)mha_stride_of(&a->context));
+    for (size_t i = 0; is_half && i < s->panel.count; i++)
+        a->kernels->narrow(a->context.type, wide + i * a->Dv * a->kernels->size, a->Dv,
+                           first + (ptrdiff_t)i * a->context.row);
 }
 
 static void finish(const mha_attention *a, const mha_panel_state *s)
@@ -421,8 +495,7 @@ static void finish(const mha_attention *a, const mha_panel_state *s)
     if (s->is_empty)
         kernels->fill(s->out, a->Dv * s->panel.vectors * kernels->lanes, 0);
     kernels->softmax_end(s->sum, inverse, s->panel.vectors, mha_empty_row_of(a));
-    kernels->unpack_panel(s->out, s->panel.vectors, inverse, s->panel.count, a->Dv,
-                          mha_row_at(&a->context, s->item, s->h, s->panel.first), (size_t)mha_stride_of(&a->context));
+    write_context(a, s, inverse);
     if (a->wanted) {
         const size_t at = mha_statistics_offset(a, s);
         const size_t bytes = s->panel.vectors * kernels->lanes * kernels->size;
@@ -449,15 +522,16 @@ static void attend_block(const mha_attention *a, mha_panel_state *panels, size_t
 {
     const bool is_shared = is_mask_shared(a);
     mha_visible visible = {0};
-    size_t narrowed[NARROW_HEADS] = {SIZE_MAX, SIZE_MAX}; /* the heads whose keys and values are narrow */
+    size_t copied[COPY_HEADS] = {SIZE_MAX, SIZE_MAX}; /* the heads whose keys and values are copied */
     for (size_t i = 0; i < count; i++) {
         mha_panel_state *s = &panels[i];
         /* If the panel before has the same lanes and mask, its bias still stands in the scratch. */
         if (i == 0 || !is_shared || s->panel.first != panels[i - 1].panel.first)
             visible = apply_rules(a, s, block);
-        if (a->narrow && visible.keys > 0 && narrowed[s->hkv % NARROW_HEADS] != s->hkv) {
-            narrow_block(a, s, block);
-            narrowed[s->hkv % NARROW_HEADS] = s->hkv;
+        if (s->keys && visible.keys > 0 && copied[s->hkv % COPY_HEADS] != s->hkv) {
+            copy_keys(a, s, block);
+            copy_values(a, s, block);
+            copied[s->hkv % COPY_HEADS] = s->hkv;
         }
         step(a, s, b, block, next, visible);
     }
@@ -516,7 +590,7 @@ static void attend_task(void *context, size_t task, size_t worker)
 {
     mha_attention *a = context;
     const mha_attention_tasks *t = &a->tasks;
-    mha_panel_state panels[NARROW_PANELS];
+    mha_panel_state panels[COPY_PANELS];
     /* The last queries come first, because under a causal mask they see the most keys. */
     const size_t part = t->tasks_per_bundle - 1 - task / t->bundles, bundle = task % t->bundles;
     const size_t first_head = bundle * t->heads % a->H, item = bundle * t->heads / a->H;
@@ -544,7 +618,7 @@ static void attend_task(void *context, size_t task, size_t worker)
 /* Whether items are so small that calling the kernels above would take longer than the arithmetic. */
 static bool is_handful(const mha_attention *a)
 {
-    return !a->narrow && a->L <= MHA_HANDFUL && a->batch->S <= MHA_HANDFUL && a->D <= MHA_HANDFUL &&
+    return !copies_blocks(a) && a->L <= MHA_HANDFUL && a->batch->S <= MHA_HANDFUL && a->D <= MHA_HANDFUL &&
            a->Dv <= MHA_HANDFUL && a->batch->extra == 0 && !can_hide(a) && !a->wanted && !(a->rules->dropout_p > 0);
 }
 
@@ -586,10 +660,21 @@ static void choose_tasks(mha_attention *a)
     t->panels = mha_divide_up(panels, t->tasks_per_bundle); /* for example 3 + 3 panels, not 4 + 2 */
 }
 
+/* Queries of bfloat16 are exact if they are scaled by a power of two. Then their scores take the rest of the scale. */
+static void split_scale(mha_attention *a)
+{
+    int exponent = 0;
+    frexp(a->rules->scale, &exponent);
+    const bool is_split = a->narrow && mha_is_half(a->q.type);
+    a->query_scale = is_split ? ldexp(0.5, exponent) : a->rules->scale;
+    a->score_factor = is_split ? a->rules->scale / a->query_scale : 1;
+}
+
 size_t mha_plan_attention(mha_attention *a)
 {
     atomic_init(&a->is_careful, false);
     a->heads_per_kv = a->H / a->Hkv;
+    split_scale(a);
     if (is_handful(a))
         return 0; /* its kernel has what it needs on the stack */
     a->split = mha_split_width(a->kernels, a->L);

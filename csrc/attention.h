@@ -29,9 +29,10 @@ typedef struct {
 typedef struct {
     size_t scores, bias;                       /* [block][P] */
     size_t finite;                             /* [block][Dv]; only if the rules can hide keys */
-    size_t narrow_keys, narrow_values;         /* of a block of some heads; only if products are narrow */
+    size_t keys, values;                       /* copies of a block of some heads; only if blocks are copied */
+    size_t wide;                               /* rows of float32; only of halves */
     size_t narrow_exps;                        /* of a block; only if products are narrow */
-    size_t rounded;                            /* [block][Dv]; only if both */
+    size_t rounded;                            /* [block][Dv]; only if they are, and the rules can hide keys */
     size_t states, state_bytes;                /* a state for each panel of a task */
     size_t queries, out, maximum, sum, factor; /* offsets into such a state */
     size_t kept, kept_bytes;                   /* [panel][2][keys of all blocks][P]: probabilities, and scores */
@@ -47,7 +48,7 @@ typedef struct {
     const mha_rules *rules;
     size_t L, H, Hkv, D, Dv;
     bool is_live_only; /* queries are the live keys' tokens: an item has as many rows of q and context as live keys */
-    mha_rows q, context;
+    mha_rows q, context;       /* all four may be of one half */
     mha_rows k, v;             /* row l of an item is that of its live key l */
     mha_rows extra_k, extra_v; /* of the extra keys; the same for every item */
     mha_wanted wanted;
@@ -56,6 +57,7 @@ typedef struct {
 
     /* Set by mha_plan_attention() or mha_plan_probabilities(). */
     size_t heads_per_kv; /* query heads of a key/value head */
+    double query_scale, score_factor; /* the scale is their product */
     mha_split split;     /* of the L queries of a head */
     mha_attention_tasks tasks;
     mha_attention_scratch at;
@@ -95,7 +97,7 @@ typedef struct {
     mha_panel panel;
     bool is_empty; /* no key was visible so far */
     char *finite;  /* [block][Dv]: for multiply_values_with_care(); NULL: without care */
-    char *narrow_keys, *narrow_values; /* of a block; only if products are narrow. Panels of a head share them. */
+    char *keys, *values; /* copies of a block; NULL: it is not copied. Panels of a head share them. */
     char *kept;    /* [keys of all blocks][P]: the scores, if probabilities are made from them; otherwise NULL */
 } mha_panel_state;
 

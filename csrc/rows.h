@@ -15,7 +15,7 @@
 
 typedef struct {
     char *data;     /* the core does not write to inputs */
-    mha_dtype type; /* float32 or float64: the binding widens halves */
+    mha_dtype type; /* a half only in attention; elsewhere, the binding widens halves */
     /* Distances in bytes. They may be negative, zero, or not a multiple of the size of a number. */
     ptrdiff_t item, head, row;
     ptrdiff_t element; /* between the numbers of a row */
@@ -45,7 +45,7 @@ static inline mha_rows mha_with_items(const mha_rows *x, const ptrdiff_t *items)
     return rows;
 }
 
-/* The distance between rows in numbers, for kernels. */
+/* The distance between rows in numbers, for kernels, which do not read rows of halves. */
 static inline ptrdiff_t mha_stride_of(const mha_rows *x)
 {
     return x->type == MHA_FLOAT32 ? x->row / (ptrdiff_t)sizeof(float) : x->row / (ptrdiff_t)sizeof(double);

@@ -89,6 +89,7 @@ static void plan_attention(sdpa *s, mha_plan *plan)
     const mha_sdpa_call *call = s->call;
     mha_attention *a = &s->attention;
     a->kernels = mha_cpu_kernels(call->dtype);
+    a->narrow = call->dtype == MHA_BFLOAT16 ? mha_cpu_narrow(MHA_BF16) : NULL;
     a->batch = &s->list.all;
     a->rules = &s->rules;
     a->L = call->L;

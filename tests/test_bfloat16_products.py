@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import bits, causal_mask, layer, normal, randomize
 from mha_c import _core
+from mha_c.functional import scaled_dot_product_attention
 from test_reproducibility import WITH_FMA, assert_agrees
 
 pytest.importorskip("ml_dtypes")
@@ -61,14 +62,16 @@ def test_rows_that_are_not_finite():
         np.testing.assert_array_equal(np.delete(got, 4, 0), np.delete(want, 4, 0))
 
 
-def attend(q, k, v, bias=0.0, extra=0, factor=1.0):
+def attend(q, k, v, bias=0.0, extra=0, factor=1.0, scale=None):
     """Attention whose two products read numbers rounded to bfloat16: context and weights, each with how far rounding in
     float32 may move it. q is (H, L, D), k and v are (Hkv, S, ...); the last keys are `extra` ones, in a block of their
-    own. `factor` is what dropout makes of weights.
+    own. `factor` is what dropout makes of weights. With a `scale`, queries are bfloat16, and scores are scaled;
+    otherwise queries are scaled before they are rounded.
     """
     k, v = (np.repeat(x, len(q) // len(x), axis=0) for x in (k, v))
     s, depth = k.shape[1:]
-    a, b, c = (rounded(x).astype("f8") for x in (q * np.float32(depth**-0.5), k, v))
+    a, b, c = (rounded(x).astype("f8") for x in (q * np.float32(depth**-0.5) if scale is None else q, k, v))
+    a = a if scale is None else a * scale
     scores = a @ b.swapaxes(1, 2) + bias
     size = np.abs(a) @ np.abs(b).swapaxes(1, 2) * depth + np.where(np.isfinite(scores), np.abs(scores), 0)
     off = EPS * (size + size.max(axis=2, keepdims=True))  # of a score, and of the largest one
@@ -172,6 +175,26 @@ def test_attention_with_masks(options):
         assert_attends(module, x, live=~removed, key_padding_mask=removed[None])
         masks = {"attn_mask": hidden, "key_padding_mask": removed[None]}
         assert_attends(module, x, np.where(hidden, -np.inf, 0), ~removed, **masks)
+
+
+@pytest.mark.parametrize("heads, kv_heads, depth", [(2, 2, 16), (4, 2, 7), (1, 1, 65), (3, 1, 1)])
+@pytest.mark.parametrize("scale", [None, 0.25, 0.3, -1.7, 0.0])
+def test_scaled_dot_product_attention(heads, kv_heads, depth, scale):
+    """The same of a function of bfloat16, which does not round queries again. Its result is rounded, too."""
+    for length, keys in ((1, 1), (1, 70), (5, 7), (70, 64), (70, 131)):
+        q, k, v = (normal(shape, "bfloat16", seed) * 2 for seed, shape in enumerate(
+            ((heads, length, depth), (kv_heads, keys, depth), (kv_heads, keys, depth))))
+        bias = normal((heads, length, keys), seed=3)
+        bias[:, :, 1:][bias[:, :, 1:] > 0.5] = -np.inf
+        masks = [({}, 0.0), ({"attn_mask": bias}, bias), ({"attn_mask": bias > 0}, np.where(bias > 0, 0, -np.inf)),
+                 ({"is_causal": True}, np.where(causal_mask(length, keys), -np.inf, 0))]
+        for call, added in masks:
+            got = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True, **call)
+            with np.errstate(invalid="ignore"):  # a query that sees no key, whose result is 0
+                context, off = attend(*(one.astype("f4") for one in (q, k, v)), added,
+                                      scale=depth**-0.5 if scale is None else scale)[0]
+            low, high = (np.nan_to_num(one).astype("f4").astype("bfloat16") for one in (context - off, context + off))
+            assert got.dtype == "bfloat16" and ((low <= got) & (got <= high)).all()
 
 
 def test_attention_with_dropout():

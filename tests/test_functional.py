@@ -7,6 +7,7 @@ same inputs, by half of that.
 
 import itertools
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,9 @@ from reference import wider
 
 mha_c = pytest.importorskip("mha_c")
 from mha_c.functional import multi_head_attention_forward, scaled_dot_product_attention  # noqa: E402
+
+EVERY_DTYPE = pytest.mark.parametrize("dtype", ["float32", "float64", "float16", pytest.param(
+    "bfloat16", marks=pytest.mark.skipif(find_spec("ml_dtypes") is None, reason="ml_dtypes is not installed"))])
 
 # ---------------------------------------------------------------------------------------------- the definition
 
@@ -236,8 +240,8 @@ def laid_out(draw, x):
     return x
 
 
-def sdpa_calls():
-    """Arguments of any call that is in order."""
+def sdpa_calls(*dtypes):
+    """Arguments of any call of these dtypes that is in order."""
     from hypothesis import strategies as st
 
     @st.composite
@@ -249,7 +253,7 @@ def sdpa_calls():
         lead = tuple(draw(st.lists(st.sampled_from([1, 2, 3]), max_size=3)))
         length, s = draw(st.sampled_from([1, 2, 3, 5, 25, 66])), draw(st.sampled_from([0, 1, 2, 5, 64, 65, 130]))
         e, ev = draw(st.sampled_from([1, 2, 3, 8, 17, 40])), draw(st.sampled_from([1, 3, 8, 33]))
-        dtype = draw(st.sampled_from(["float32", "float64"]))
+        dtype = draw(st.sampled_from(dtypes))
         options = {"is_causal": draw(st.booleans()), "scale": draw(st.sampled_from([None, None, 0.0, -0.7, 1.3]))}
         q_lead, k_lead, v_lead = some(lead), some(lead), some(lead)
         if draw(st.booleans()):
@@ -281,7 +285,7 @@ def test_random_calls():
     pytest.importorskip("torch")
     hypothesis = pytest.importorskip("hypothesis")
 
-    @hypothesis.given(sdpa_calls())
+    @hypothesis.given(sdpa_calls("float32", "float64"))
     def check(call):
         arrays, options = call
         before = [np.array(a) for a in arrays]
@@ -294,10 +298,39 @@ def test_random_calls():
     check()
 
 
+def test_random_calls_of_halves():
+    """What float32 gives, rounded once; of bfloat16, by what rounding exponentials and the result can explain. Equal to
+    the last bit to what C-contiguous copies give, and on 1 thread.
+    """
+    pytest.importorskip("ml_dtypes")
+    hypothesis = pytest.importorskip("hypothesis")
+
+    @hypothesis.given(sdpa_calls("float16", "bfloat16"))
+    def check(call):
+        arrays, options = call
+        before = [np.array(a) for a in arrays]
+        got = scaled_dot_product_attention(*arrays, **options)
+        for array, copy in zip(arrays, before):
+            assert np.array_equal(array, copy)
+        plain = [np.array(a, a.dtype.newbyteorder("="), order="C") for a in arrays]
+        wide = [a.astype("f4") for a in plain]
+        want, size = definition(*wide, **options)
+        if plain[0].dtype == "float16":
+            want = scaled_dot_product_attention(*wide, **options).astype("f2")
+            assert got.tobytes() == want.tobytes()
+        assert got.flags.c_contiguous and got.shape == want.shape and got.dtype == plain[0].dtype
+        assert (np.abs(got.astype("f8") - want) <= 2.0**-8 * size + 1e-30).all()
+        with mha_c.num_threads(1):
+            assert scaled_dot_product_attention(*plain, **options).tobytes() == got.tobytes()
+
+    check()
+
+
+@EVERY_DTYPE
 @pytest.mark.parametrize("overlapped", range(4))
-def test_a_result_over_an_input(overlapped):
+def test_a_result_over_an_input(overlapped, dtype):
     """The core's `out`, which mha_c.torch uses, may be one of the arrays that the call reads."""
-    arrays = [normal((80, 80), seed=seed) for seed in range(4)]
+    arrays = [normal((80, 80), dtype, seed) for seed in range(4)]
     query, key, value, mask = arrays
     want = scaled_dot_product_attention(query, key, value, mask)
     out = arrays[overlapped]
@@ -446,7 +479,7 @@ def test_tensors():
 # -------------------------------------------------------------------------------------------- bits, references, memory
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@EVERY_DTYPE
 def test_bits_do_not_depend_on_threads_or_place(dtype):
     query, key, value = qkv((5, 4, 130, 24), (5, 2, 200, 24), (5, 4, 200, 24), dtype=dtype)
     mask = normal((5, 4, 130, 200), dtype, 3)

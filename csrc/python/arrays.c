@@ -325,17 +325,25 @@ mha_mask_kind mask_kind(PyArrayObject *mask)
     return array_has_dtype(mask, MHA_FLOAT64) ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
 }
 
-PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype)
+PyArrayObject *new_stored_array(int ndim, const npy_intp *shape, PyArray_Descr *descr)
 {
-    const mha_dtype type = mha_computed_in(dtype);
-    npy_intp bytes = (npy_intp)mha_size_of(type);
+    npy_intp bytes = PyDataType_ELSIZE(descr);
     for (int i = 0; i < ndim; i++) {
         if (shape[i] != 0 && __builtin_mul_overflow(bytes, shape[i], &bytes)) {
             raise_status(MHA_TOO_LARGE);
             return NULL;
         }
     }
-    return (PyArrayObject *)PyArray_SimpleNew(ndim, shape, type == MHA_FLOAT32 ? NPY_FLOAT : NPY_DOUBLE);
+    Py_INCREF(descr); /* the new array takes over a reference */
+    return (PyArrayObject *)PyArray_NewFromDescr(&PyArray_Type, descr, ndim, shape, NULL, NULL, 0, NULL);
+}
+
+PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype)
+{
+    PyArray_Descr *descr = PyArray_DescrFromType(mha_computed_in(dtype) == MHA_FLOAT32 ? NPY_FLOAT : NPY_DOUBLE);
+    PyArrayObject *array = new_stored_array(ndim, shape, descr);
+    Py_DECREF(descr);
+    return array;
 }
 
 PyArrayObject *as_computed(PyArrayObject *array)
@@ -370,25 +378,28 @@ int take_computed(PyArrayObject **const *arrays, size_t count)
 /* A new array of halves from a C-contiguous one of float32. */
 static PyArrayObject *narrowed(PyArrayObject *wide, mha_dtype dtype, PyArray_Descr *descr)
 {
-    Py_INCREF(descr); /* the new array takes over a reference */
-    PyArrayObject *halves = (PyArrayObject *)PyArray_NewFromDescr(&PyArray_Type, descr, PyArray_NDIM(wide),
-                                                                  PyArray_DIMS(wide), NULL, NULL, 0, NULL);
+    PyArrayObject *halves = new_stored_array(PyArray_NDIM(wide), PyArray_DIMS(wide), descr);
     if (halves != NULL)
         mha_cpu_kernels(dtype)->narrow(dtype, PyArray_DATA(wide), (size_t)PyArray_SIZE(wide), PyArray_DATA(halves));
     return halves;
 }
 
+PyObject *handed_back(PyArrayObject *stored, PyArrayObject *out)
+{
+    if (out == NULL || out == stored)
+        return Py_NewRef((PyObject *)stored);
+    return PyArray_CopyInto(out, stored) < 0 ? NULL : Py_NewRef((PyObject *)out);
+}
+
 PyObject *as_stored(PyArrayObject *result, PyArray_Descr *descr, PyArrayObject *out)
 {
     mha_dtype dtype;
-    PyArrayObject *stored = (PyArrayObject *)Py_NewRef((PyObject *)result);
-    if (find_dtype_of_descr(descr, &dtype) && mha_is_half(dtype))
-        Py_SETREF(stored, narrowed(result, dtype, descr));
-    if (stored == NULL || out == NULL || out == stored)
-        return (PyObject *)stored;
-    const int failed = PyArray_CopyInto(out, stored);
-    Py_DECREF(stored);
-    return failed < 0 ? NULL : Py_NewRef((PyObject *)out);
+    if (!find_dtype_of_descr(descr, &dtype) || !mha_is_half(dtype))
+        return handed_back(result, out);
+    PyArrayObject *halves = narrowed(result, dtype, descr);
+    PyObject *handed = halves == NULL ? NULL : handed_back(halves, out);
+    Py_XDECREF(halves);
+    return handed;
 }
 
 /* ---- Parameters ---- */

@@ -91,12 +91,18 @@ PyArrayObject *as_computed(PyArrayObject *array);
  * with an exception. */
 int take_computed(PyArrayObject **const *arrays, size_t count);
 
-/* A new reference to what the caller gets of a result: halves if `descr` is their dtype, in `out` unless that is NULL.
- * NULL with an exception. */
+/* A new reference to what the caller gets: a result, or `out`, into which it is copied, unless that is NULL. NULL with an
+ * exception. */
+PyObject *handed_back(PyArrayObject *stored, PyArrayObject *out);
+
+/* The same of a result that becomes halves if `descr` is their dtype. */
 PyObject *as_stored(PyArrayObject *result, PyArray_Descr *descr, PyArrayObject *out);
 
-/* A new C-contiguous array of the type in which a dtype is computed. Raises MemoryError for a shape beyond all memory,
- * for which NumPy raises ValueError. */
+/* A new C-contiguous array of a dtype. Raises MemoryError for a shape beyond all memory, for which NumPy raises
+ * ValueError. */
+PyArrayObject *new_stored_array(int ndim, const npy_intp *shape, PyArray_Descr *descr);
+
+/* The same of the type in which a dtype is computed. */
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype);
 
 #endif

@@ -27,8 +27,6 @@ typedef struct {
 
 typedef struct {
     PyArrayObject *query, *key, *value, *attn_mask; /* attn_mask NULL: none */
-    PyArrayObject *given;                           /* query, before its halves were widened */
-    mha_dtype dtype;                                /* of the inputs, as they are stored */
     PyArrayObject *out;                             /* borrowed from the caller's arguments; NULL: none */
     PyArrayObject *output;                          /* what the core writes; may be out itself */
     bool enable_gqa, has_scale;
@@ -396,29 +394,23 @@ static void describe_mask(sdpa_arguments *arguments)
 static PyArrayObject *make_output(const sdpa_arguments *arguments)
 {
     const shape *result = &arguments->result;
-    const mha_dtype dtype = arguments->dtype;
     PyArrayObject *out = arguments->out;
     PyArrayObject *const inputs[] = {arguments->query, arguments->key, arguments->value, arguments->attn_mask};
-    if (out != NULL && check_out(out, dtype, result->ndim, result->dims) < 0)
+    if (out != NULL && check_out(out, arguments->call.dtype, result->ndim, result->dims) < 0)
         return NULL;
-    if (out != NULL && !mha_is_half(dtype) && PyArray_ISNOTSWAPPED(out) && is_readable(out, true) &&
+    if (out != NULL && PyArray_ISNOTSWAPPED(out) && is_readable(out, true) &&
         is_apart(out, inputs, sizeof inputs / sizeof *inputs))
         return (PyArrayObject *)Py_NewRef((PyObject *)out);
-    return new_array(result->ndim, result->dims, dtype);
+    return new_stored_array(result->ndim, result->dims, PyArray_DESCR(arguments->query));
 }
 
 static int prepare(sdpa_arguments *arguments)
 {
-    PyArrayObject **const inputs[] = {&arguments->query, &arguments->key, &arguments->value};
-    arguments->given = (PyArrayObject *)Py_NewRef((PyObject *)arguments->query);
-    (void)find_dtype(arguments->given, &arguments->dtype); /* it is known, as the checks saw */
-    if (mha_is_half(arguments->dtype) && take_computed(inputs, sizeof inputs / sizeof *inputs) < 0)
-        return -1;
     mha_sdpa_call *call = &arguments->call;
     const shape *result = &arguments->result;
     const int lead = result->ndim - 2;
     const size_t H = lead > 0 ? (size_t)result->dims[lead - 1] : 1;
-    call->dtype = mha_computed_in(arguments->dtype);
+    (void)find_dtype(arguments->query, &call->dtype); /* it is known, as the checks saw */
     call->axes = lead > 0 ? (size_t)lead - 1 : 0;
     call->length = arguments->length;
     for (size_t i = 0; i < call->axes; i++)
@@ -455,7 +447,6 @@ static void release(sdpa_arguments *arguments)
     Py_XDECREF(arguments->key);
     Py_XDECREF(arguments->value);
     Py_XDECREF(arguments->attn_mask);
-    Py_XDECREF(arguments->given);
     Py_XDECREF(arguments->output);
 }
 
@@ -483,7 +474,7 @@ PyObject *scaled_dot_product_attention(PyObject *module, PyObject *const *object
     if (run_core(state, mha_sdpa_operations(call), &call->threads, &call->stop, arrays,
                  sizeof arrays / sizeof *arrays, start, call) < 0)
         goto done;
-    result = as_stored(arguments.output, PyArray_DESCR(arguments.given), arguments.out);
+    result = handed_back(arguments.output, arguments.out);
 done:
     release(&arguments);
     return result;

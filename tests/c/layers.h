@@ -34,7 +34,7 @@ static inline void free_block(made_block *made)
 
 static inline void *random_array(mha_dtype dtype, size_t count, double scale, uint64_t seed)
 {
-    void *x = malloc(count * size_of(dtype) + 1);
+    void *x = malloc(count * mha_size_of(dtype) + 1);
     for (size_t i = 0; i < count; i++)
         put(dtype, x, (ptrdiff_t)i, rounded(dtype, random_number(dtype, seed, i) * scale));
     return x;
@@ -74,8 +74,8 @@ static inline void normalize_rows(mha_dtype dtype, const mha_norm *norm, size_t 
 {
     const mha_kernels *kernels = mha_cpu_kernels(dtype);
     for (size_t r = 0; r < rows; r++) {
-        const mha_norm_rows row = {.rows = 1, .width = E, .x = x + r * E * size_of(dtype),
-                                   .y = y + r * E * size_of(dtype), .norm = *norm};
+        const mha_norm_rows row = {.rows = 1, .width = E, .x = x + r * E * mha_size_of(dtype),
+                                   .y = y + r * E * mha_size_of(dtype), .norm = *norm};
         kernels->normalize(&row);
     }
 }
@@ -90,7 +90,7 @@ static inline mha_status feed_forward_in_steps(const mha_block *b, size_t hidden
                                                const char *x, char *y)
 {
     const size_t wide = hidden * (b->is_gated ? 2 : 1);
-    char *up = malloc(rows * wide * size_of(dtype) + 1), *active = malloc(rows * hidden * size_of(dtype) + 1);
+    char *up = malloc(rows * wide * mha_size_of(dtype) + 1), *active = malloc(rows * hidden * mha_size_of(dtype) + 1);
     const mha_linear_call to_hidden = {.linear = b->linear1, .rows = rows, .x = x, .y = up, .threads = 1};
     const mha_activation_call act = {.dtype = dtype, .activation = b->activation, .is_gated = b->is_gated, .rows = rows,
                                      .width = hidden, .x = up, .y = active, .threads = 1};
@@ -117,7 +117,7 @@ static inline mha_status compute_in_steps(const mha_layer *layer, const mha_call
                                           mha_dtype dtype, char *y)
 {
     const mha_block *b = c->block;
-    const size_t rows = c->N * c->L, size = size_of(dtype), bytes = rows * E * size;
+    const size_t rows = c->N * c->L, size = mha_size_of(dtype), bytes = rows * E * size;
     char *x = malloc(bytes + 1), *normal = malloc(bytes + 1), *update = malloc(bytes + 1);
     mha_call attention = *c;
     for (size_t r = 0; r < rows; r++)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * numbers.h - float32 and float64 numbers behind one set of functions, pseudo-random ones, and hashes of them.
+ * numbers.h - numbers of every type behind one set of functions, pseudo-random ones, and hashes of them.
  *
  * Tests compute with doubles that hold a number of the dtype exactly. A sum, difference, product or quotient of two
  * floats that is rounded to double and then to float is the float that one rounding gives, since a double has more
@@ -14,11 +14,6 @@
 #include <string.h>
 
 #include "mha.h"
-
-static inline size_t size_of(mha_dtype dtype)
-{
-    return dtype == MHA_FLOAT32 ? sizeof(float) : sizeof(double);
-}
 
 static inline const char *dtype_name(mha_dtype dtype)
 {
@@ -49,38 +44,6 @@ static inline double rounded(mha_dtype dtype, double x)
 static inline double fused(mha_dtype dtype, double a, double b, double c)
 {
     return dtype == MHA_FLOAT32 ? (double)fmaf((float)a, (float)b, (float)c) : fma(a, b, c);
-}
-
-/* Numbers are read and written at any address, aligned or not. */
-static inline double get_at(mha_dtype dtype, const void *at)
-{
-    float f;
-    double d;
-    if (dtype == MHA_FLOAT64) {
-        memcpy(&d, at, sizeof d);
-        return d;
-    }
-    memcpy(&f, at, sizeof f);
-    return (double)f;
-}
-
-static inline void put_at(mha_dtype dtype, void *at, double x)
-{
-    const float f = (float)x;
-    if (dtype == MHA_FLOAT64)
-        memcpy(at, &x, sizeof x);
-    else
-        memcpy(at, &f, sizeof f);
-}
-
-static inline double get(mha_dtype dtype, const void *x, ptrdiff_t i)
-{
-    return get_at(dtype, (const char *)x + i * (ptrdiff_t)size_of(dtype));
-}
-
-static inline void put(mha_dtype dtype, void *x, ptrdiff_t i, double value)
-{
-    put_at(dtype, (char *)x + i * (ptrdiff_t)size_of(dtype), value);
 }
 
 /* ---- Halves, from their definition: a sign, an exponent and a fraction ---- */
@@ -117,6 +80,46 @@ static inline unsigned nearest_half(mha_dtype half, double x)
     exponent = exponent < 1 - bias ? 1 - bias : exponent;
     /* a fraction that is rounded up to the next power of two carries into the exponent, as it should */
     return sign | ((unsigned)nearbyint(ldexp(size, f - exponent)) + ((unsigned)(exponent + bias - 1) << f));
+}
+
+/* ---- Numbers, read and written at any address, aligned or not ---- */
+
+static inline double get_at(mha_dtype dtype, const void *at)
+{
+    uint16_t half;
+    float f;
+    double d;
+    if (mha_is_half(dtype)) {
+        memcpy(&half, at, sizeof half);
+        return half_value(dtype, half);
+    }
+    if (dtype == MHA_FLOAT64) {
+        memcpy(&d, at, sizeof d);
+        return d;
+    }
+    memcpy(&f, at, sizeof f);
+    return (double)f;
+}
+
+static inline void put_at(mha_dtype dtype, void *at, double x)
+{
+    const float f = (float)x;
+    if (mha_is_half(dtype))
+        memcpy(at, &(uint16_t){(uint16_t)nearest_half(dtype, x)}, sizeof(uint16_t));
+    else if (dtype == MHA_FLOAT64)
+        memcpy(at, &x, sizeof x);
+    else
+        memcpy(at, &f, sizeof f);
+}
+
+static inline double get(mha_dtype dtype, const void *x, ptrdiff_t i)
+{
+    return get_at(dtype, (const char *)x + i * (ptrdiff_t)mha_size_of(dtype));
+}
+
+static inline void put(mha_dtype dtype, void *x, ptrdiff_t i, double value)
+{
+    put_at(dtype, (char *)x + i * (ptrdiff_t)mha_size_of(dtype), value);
 }
 
 /* The same bits; any two NaNs are alike. */

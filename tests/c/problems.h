@@ -193,7 +193,7 @@ static inline parameters make_parameters(const problem *p, mha_dtype dtype)
     parameter_shapes(p, rows, columns);
     for (size_t i = 0; i < PARAMETERS; i++) {
         if (i < Q_BIAS || (i < BIAS_K ? p->has_bias : p->has_bias_kv))
-            made.array[i] = calloc(rows[i] * (columns[i] + 1), size_of(dtype)); /* room for scales, if depth is 0 */
+            made.array[i] = calloc(rows[i] * (columns[i] + 1), mha_size_of(dtype)); /* room for scales, if depth is 0 */
         for (size_t j = 0; made.array[i] && j < rows[i] * columns[i]; j++)
             put(dtype, made.array[i], (ptrdiff_t)j,
                 rounded(dtype, random_number(dtype, i, j) * (i < Q_BIAS ? 2 / sqrt((double)columns[i]) : 1)));
@@ -253,7 +253,7 @@ static inline void put_queries_first(mha_rows *rows, size_t N)
 /* Places inputs, masks and results of a call. */
 static inline mha_call make_call(const problem *p, mha_dtype dtype, const manner *m)
 {
-    const size_t number_size = size_of(dtype);
+    const size_t number_size = mha_size_of(dtype);
     const size_t lengths[3] = {p->L, p->S, p->S}, features[3] = {p->w.E, p->w.Ek, p->w.Ev};
     const size_t heads = m->wanted == MHA_WANT_PROBABILITIES ? p->w.H : m->wanted == MHA_WANT_AVERAGES;
     mha_rows inputs[3];

@@ -138,7 +138,7 @@ static void test_problem(const problem *p, mha_dtype dtype, mha_wanted wanted)
     mha_layer *layer = make_layer(p, &given);
     const manner m = {.threads = 2, .wanted = wanted};
     const mha_call c = make_call(p, dtype, &m);
-    const size_t bytes = p->N * p->L * p->w.Eo * size_of(dtype);
+    const size_t bytes = p->N * p->L * p->w.Eo * mha_size_of(dtype);
     char *complete = malloc(bytes);
     CHECK(mha_forward(layer, &c) == MHA_OK, "no answer");
     memcpy(complete, c.output.data, bytes);
@@ -208,7 +208,7 @@ static void test_layer(const problem *p, const surroundings *s, size_t threads)
     make_block_at_last(p, s, MHA_FLOAT32, &made);
     const manner m = {.threads = threads};
     mha_call c = make_call(p, MHA_FLOAT32, &m);
-    const size_t bytes = p->N * p->L * p->w.Eo * size_of(MHA_FLOAT32);
+    const size_t bytes = p->N * p->L * p->w.Eo * mha_size_of(MHA_FLOAT32);
     char *complete = malloc(bytes);
     c.block = &made.block;
     CHECK(compute_in_steps(layer, &c, p->w.E, s->hidden, MHA_FLOAT32, complete) == MHA_OK, "no steps");

@@ -153,7 +153,7 @@ static double *run_block(const mha_layer *layer, const mha_call *c, size_t E, mh
 static double *run_steps(const block_problem *q, const mha_layer *layer, const mha_call *c, mha_dtype dtype)
 {
     const size_t E = q->p.w.E, count = c->N * c->L * E;
-    char *steps = malloc(count * size_of(dtype) + 1);
+    char *steps = malloc(count * mha_size_of(dtype) + 1);
     CHECK(compute_in_steps(layer, c, E, q->s.hidden, dtype, steps) == MHA_OK, "no steps");
     double *wanted = read_numbers(dtype, steps, count);
     free(steps);
@@ -295,23 +295,23 @@ static void test_given_up(mha_dtype dtype)
 static void test_activations(mha_dtype dtype, uint64_t *hash)
 {
     enum { ROWS = 61, WIDTH = 333 };
-    char *x = guarded_buffer(INPUTS, 2 * ROWS * WIDTH * size_of(dtype), AT_END);
+    char *x = guarded_buffer(INPUTS, 2 * ROWS * WIDTH * mha_size_of(dtype), AT_END);
     for (ptrdiff_t i = 0; i < 2 * ROWS * WIDTH; i++)
         put(dtype, x, i, rounded(dtype, random_number(dtype, 80, (uint64_t)i) * (i % 3 ? 1 : 12)));
     for (unsigned i = 0; i < 2 * (MHA_QUICK_GELU + 1); i++)
         for (size_t threads = 1; threads < 4; threads++) {
-            char *y = guarded_buffer(OUTPUT, ROWS * WIDTH * size_of(dtype), threads % 2 ? AT_END : AT_START);
+            char *y = guarded_buffer(OUTPUT, ROWS * WIDTH * mha_size_of(dtype), threads % 2 ? AT_END : AT_START);
             const mha_activation_call call = {.dtype = dtype, .activation = (mha_activation)(i / 2), .is_gated = i % 2,
                                               .rows = ROWS, .width = WIDTH, .x = x, .y = y, .threads = threads};
-            const size_t row = (call.is_gated ? 2u : 1u) * WIDTH * size_of(dtype);
+            const size_t row = (call.is_gated ? 2u : 1u) * WIDTH * mha_size_of(dtype);
             DESCRIBE("%s %s activation %u, gated %d, %zu threads", mha_cpu_name(), dtype_name(dtype), i / 2,
                      call.is_gated, threads);
             CHECK(mha_apply_activation(&call) == MHA_OK, "no answer");
             for (size_t r = 0; r < ROWS; r++) {
                 char wanted[WIDTH * sizeof(double)];
-                memcpy(wanted, x + r * row, WIDTH * size_of(dtype));
+                memcpy(wanted, x + r * row, WIDTH * mha_size_of(dtype));
                 mha_cpu_kernels(dtype)->activate(call.activation, wanted, i % 2 ? x + r * row + row / 2 : NULL, WIDTH);
-                CHECK(memcmp(wanted, y + r * WIDTH * size_of(dtype), WIDTH * size_of(dtype)) == 0, "row %zu", r);
+                CHECK(memcmp(wanted, y + r * WIDTH * mha_size_of(dtype), WIDTH * mha_size_of(dtype)) == 0, "row %zu", r);
             }
             for (ptrdiff_t j = 0; j < ROWS * WIDTH && threads == 1; j++)
                 hash_number(hash, get(dtype, y, j));

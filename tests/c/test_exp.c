@@ -118,7 +118,7 @@ static void measure_f64(level *l, const void *x_, const void *p_)
 static void run_block(mha_dtype dtype, void *x)
 {
     static double first[BLOCK], p[BLOCK];
-    const size_t bytes = BLOCK * size_of(dtype);
+    const size_t bytes = BLOCK * mha_size_of(dtype);
     bool has_first = false;
     for (size_t i = 0; i < level_count; i++) {
         memcpy(p, x, bytes);
