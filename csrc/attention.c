@@ -160,15 +160,35 @@ typedef struct {
     ptrdiff_t stride;
 } wide_rows;
 
+/* Rows that follow one another without a gap are one. */
+static size_t join_rows(const mha_rows *x, size_t count, size_t *width)
+{
+    if (x->row != (ptrdiff_t)(*width * mha_size_of(x->type)))
+        return count;
+    *width *= count;
+    return 1;
+}
+
 /* Some rows, from `first` on. Halves are widened to `wide`; others stay where they are. */
 static wide_rows widen_rows(const mha_attention *a, const mha_rows *x, char *first, size_t count, size_t width,
                             char *wide)
 {
     if (!mha_is_half(x->type))
         return (wide_rows){first, mha_stride_of(x)};
+    const wide_rows rows = {wide, (ptrdiff_t)width};
+    count = join_rows(x, count, &width);
     for (size_t i = 0; i < count; i++)
         a->kernels->widen(x->type, first + (ptrdiff_t)i * x->row, width, wide + i * width * a->kernels->size);
-    return (wide_rows){wide, (ptrdiff_t)width};
+    return rows;
+}
+
+/* The reverse. */
+static void round_rows(const mha_attention *a, const mha_rows *x, const char *wide, size_t count, size_t width,
+                       char *first)
+{
+    count = join_rows(x, count, &width);
+    for (size_t i = 0; i < count; i++)
+        a->kernels->narrow(x->type, wide + i * width * a->kernels->size, width, first + (ptrdiff_t)i * x->row);
 }
 
 static wide_rows wide_keys(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, char *wide)
@@ -206,9 +226,10 @@ static void narrow_queries(const mha_attention *a, const mha_panel_state *s)
 
 static void narrow_keys(const mha_attention *a, const wide_rows *keys, size_t count, char *narrow)
 {
+    const size_t words = copied_key(a);
     for (size_t i = 0; i < count; i++)
         a->narrow->take_row(floats_at(keys->data) + (ptrdiff_t)i * keys->stride, a->D, 0,
-                            words_at(narrow) + i * copied_key(a));
+                            words_at(narrow) + i * words);
 }
 
 static void narrow_values(const mha_attention *a, const wide_rows *values, size_t count, char *narrow)
@@ -483,9 +504,8 @@ static void write_context(const mha_attention *a, const mha_panel_state *s, cons
     char *first = mha_row_at(&a->context, s->item, s->h, s->panel.first), *wide = s->base + a->at.wide;
     a->kernels->unpack_panel(s->out, s->panel.vectors, inverse, s->panel.count, a->Dv, is_half ? wide : first,
                              is_half ? a->Dv : (size_t)mha_stride_of(&a->context));
-    for (size_t i = 0; is_half && i < s->panel.count; i++)
-        a->kernels->narrow(a->context.type, wide + i * a->Dv * a->kernels->size, a->Dv,
-                           first + (ptrdiff_t)i * a->context.row);
+    if (is_half)
+        round_rows(a, &a->context, wide, s->panel.count, a->Dv, first);
 }
 
 static void finish(const mha_attention *a, const mha_panel_state *s)
