@@ -29,10 +29,16 @@ enum {
     FEATURES_PER_POLL = 1024, /* D + Dv, added up over the blocks between two polls */
 };
 
+/* Whether queries, keys, values and context are halves. */
+static bool has_halves(const mha_attention *a)
+{
+    return mha_is_half(a->q.type);
+}
+
 /* Whether tasks copy blocks of keys and values: to widen halves, to narrow them for products of bfloat16, or both. */
 static bool copies_blocks(const mha_attention *a)
 {
-    return a->narrow || mha_is_half(a->k.type);
+    return a->narrow || has_halves(a);
 }
 
 /* Whether there is a mask that all heads share. */
@@ -96,7 +102,7 @@ void mha_plan_panels(mha_attention *a, size_t panels)
         at->keys = mha_reserve(&layout, COPY_HEADS * keys, copied_key(a), size);
         at->values = mha_reserve(&layout, COPY_HEADS * keys, copied_value(a), size);
     }
-    if (mha_is_half(a->k.type))
+    if (has_halves(a))
         at->wide = mha_reserve(&layout, mha_larger(keys, P), mha_larger(a->D, a->Dv), size);
     if (a->narrow)
         at->narrow_exps = mha_reserve(&layout, keys, P, size);
@@ -191,16 +197,11 @@ static void round_rows(const mha_attention *a, const mha_rows *x, const char *wi
         a->kernels->narrow(x->type, wide + i * width * a->kernels->size, width, first + (ptrdiff_t)i * x->row);
 }
 
-static wide_rows wide_keys(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, char *wide)
+/* The keys of a block, or its values. */
+static wide_rows widen_block(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block,
+                             const mha_rows *x, size_t width, char *wide)
 {
-    const mha_rows *keys = keys_of(a, block);
-    return widen_rows(a, keys, mha_row_at(keys, s->item, s->hkv, block->first), block->keys, a->D, wide);
-}
-
-static wide_rows wide_values(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block, char *wide)
-{
-    const mha_rows *values = values_of(a, block);
-    return widen_rows(a, values, mha_row_at(values, s->item, s->hkv, block->first), block->keys, a->Dv, wide);
+    return widen_rows(a, x, mha_row_at(x, s->item, s->hkv, block->first), block->keys, width, wide);
 }
 
 /* ---- Products of bfloat16 ----
@@ -259,7 +260,7 @@ static mha_product round_values(const mha_attention *a, const mha_panel_state *s
                                 const mha_product *values)
 {
     char *halves = s->values, *rounded = s->base + a->at.rounded;
-    const wide_rows wide = wide_values(a, s, block, s->base + a->at.wide);
+    const wide_rows wide = widen_block(a, s, block, values_of(a, block), a->Dv, s->base + a->at.wide);
     mha_product product = *values;
     for (size_t key = 0; key < values->depth; key++) {
         a->kernels->narrow(MHA_BFLOAT16, floats_at(wide.data) + (ptrdiff_t)key * wide.stride, a->Dv, halves);
@@ -276,14 +277,16 @@ static mha_product round_values(const mha_attention *a, const mha_panel_state *s
 
 static void copy_keys(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block)
 {
-    const wide_rows keys = wide_keys(a, s, block, a->narrow ? s->base + a->at.wide : s->keys);
+    char *wide = a->narrow ? s->base + a->at.wide : s->keys;
+    const wide_rows keys = widen_block(a, s, block, keys_of(a, block), a->D, wide);
     if (a->narrow)
         narrow_keys(a, &keys, block->keys, s->keys);
 }
 
 static void copy_values(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block)
 {
-    const wide_rows values = wide_values(a, s, block, a->narrow ? s->base + a->at.wide : s->values);
+    char *wide = a->narrow ? s->base + a->at.wide : s->values;
+    const wide_rows values = widen_block(a, s, block, values_of(a, block), a->Dv, wide);
     if (a->narrow)
         narrow_values(a, &values, block->keys, s->values);
 }
@@ -500,11 +503,11 @@ static void step(const mha_attention *a, mha_panel_state *s, size_t b, const mha
 /* out / sum, in the rows of the panel's queries. */
 static void write_context(const mha_attention *a, const mha_panel_state *s, const char *inverse)
 {
-    const bool is_half = mha_is_half(a->context.type);
+    const bool is_rounded = has_halves(a);
     char *first = mha_row_at(&a->context, s->item, s->h, s->panel.first), *wide = s->base + a->at.wide;
-    a->kernels->unpack_panel(s->out, s->panel.vectors, inverse, s->panel.count, a->Dv, is_half ? wide : first,
-                             is_half ? a->Dv : (size_t)mha_stride_of(&a->context));
-    if (is_half)
+    a->kernels->unpack_panel(s->out, s->panel.vectors, inverse, s->panel.count, a->Dv, is_rounded ? wide : first,
+                             is_rounded ? a->Dv : (size_t)mha_stride_of(&a->context));
+    if (is_rounded)
         round_rows(a, &a->context, wide, s->panel.count, a->Dv, first);
 }
 
@@ -685,7 +688,7 @@ static void split_scale(mha_attention *a)
 {
     int exponent = 0;
     frexp(a->rules->scale, &exponent);
-    const bool is_split = a->narrow && mha_is_half(a->q.type);
+    const bool is_split = a->narrow && has_halves(a);
     a->query_scale = is_split ? ldexp(0.5, exponent) : a->rules->scale;
     a->score_factor = is_split ? a->rules->scale / a->query_scale : 1;
 }
