@@ -77,13 +77,13 @@ static size_t max_task_panels(const mha_attention *a)
 
 /* ---- Scratch ---- */
 
-/* Numbers, or words if they are narrow, of a copied key. */
+/* The length of a copied key, in numbers, or in words if it is narrow. */
 static size_t copied_key(const mha_attention *a)
 {
     return a->narrow ? a->narrow->row_words(a->D) : a->D;
 }
 
-/* The same of copied values. Narrow ones are padded to whole vectors. */
+/* The distance between copied values, in the same units. Narrow ones are padded to whole vectors. */
 static size_t copied_value(const mha_attention *a)
 {
     return a->narrow ? mha_divide_up(a->Dv, a->kernels->lanes) * a->kernels->lanes : a->Dv;
@@ -166,7 +166,7 @@ typedef struct {
     ptrdiff_t stride;
 } wide_rows;
 
-/* Rows that follow one another without a gap are one. */
+/* Makes rows without gaps between them one long row. Returns the number of rows. */
 static size_t join_rows(const mha_rows *x, size_t count, size_t *width)
 {
     if (x->row != (ptrdiff_t)(*width * mha_size_of(x->type)))
@@ -188,7 +188,7 @@ static wide_rows widen_rows(const mha_attention *a, const mha_rows *x, char *fir
     return rows;
 }
 
-/* The reverse. */
+/* Rounds rows of float32 to halves, and writes them from `first` on. */
 static void round_rows(const mha_attention *a, const mha_rows *x, const char *wide, size_t count, size_t width,
                        char *first)
 {
@@ -255,7 +255,8 @@ static mha_product narrow_exps(const mha_attention *a, const mha_panel_state *s,
     return product;
 }
 
-/* The product with values that are rounded, but not narrow. Some of them may only now be infinite. */
+/* The product with values that are rounded, but not narrow. Some of them may only now be infinite. Values that are
+ * bfloat16 already stay what they are. */
 static mha_product round_values(const mha_attention *a, const mha_panel_state *s, const mha_key_block *block,
                                 const mha_product *values)
 {
@@ -309,7 +310,7 @@ static mha_visible apply_rules(const mha_attention *a, const mha_panel_state *s,
     return mha_apply_rules(a->kernels, a->rules, mha_item_index(a->batch, s->item), &of_head, block, s->bias);
 }
 
-/* A product without depth multiplies the addend. */
+/* A product without depth multiplies its addend. softmax_step() has not set s->factor yet. */
 static void multiply_scores(const mha_attention *a, const mha_panel_state *s, size_t keys, char *scores)
 {
     const size_t P = s->panel.vectors * a->kernels->lanes;
@@ -683,14 +684,17 @@ static void choose_tasks(mha_attention *a)
     t->panels = mha_divide_up(panels, t->tasks_per_bundle); /* for example 3 + 3 panels, not 4 + 2 */
 }
 
-/* Queries of bfloat16 are exact if they are scaled by a power of two. Then their scores take the rest of the scale. */
+/* A power of two does not round queries of bfloat16. Scores are multiplied by the rest of the scale. */
 static void split_scale(mha_attention *a)
 {
-    int exponent = 0;
-    frexp(a->rules->scale, &exponent);
-    const bool is_split = a->narrow && has_halves(a);
-    a->query_scale = is_split ? ldexp(0.5, exponent) : a->rules->scale;
-    a->score_factor = is_split ? a->rules->scale / a->query_scale : 1;
+    const double scale = a->rules->scale;
+    int exponent;
+    a->query_scale = scale;
+    if (a->narrow && has_halves(a) && isfinite(scale) && scale != 0) {
+        frexp(scale, &exponent);
+        a->query_scale = ldexp(copysign(0.5, scale), exponent);
+    }
+    a->score_factor = a->query_scale == scale ? 1 : scale / a->query_scale;
 }
 
 size_t mha_plan_attention(mha_attention *a)

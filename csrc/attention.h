@@ -30,9 +30,9 @@ typedef struct {
     size_t scores, bias;                       /* [block][P] */
     size_t finite;                             /* [block][Dv]; only if the rules can hide keys */
     size_t keys, values;                       /* copies of a block of some heads; only if blocks are copied */
-    size_t wide;                               /* rows of float32; only of halves */
+    size_t wide;                               /* widened rows; only if the inputs are halves */
     size_t narrow_exps;                        /* of a block; only if products are narrow */
-    size_t rounded;                            /* [block][Dv]; only if they are, and the rules can hide keys */
+    size_t rounded;                            /* [block][Dv]; only if products are narrow, and rules can hide keys */
     size_t states, state_bytes;                /* a state for each panel of a task */
     size_t queries, out, maximum, sum, factor; /* offsets into such a state */
     size_t kept, kept_bytes;                   /* [panel][2][keys of all blocks][P]: probabilities, and scores */
@@ -48,7 +48,7 @@ typedef struct {
     const mha_rules *rules;
     size_t L, H, Hkv, D, Dv;
     bool is_live_only; /* queries are the live keys' tokens: an item has as many rows of q and context as live keys */
-    mha_rows q, context;       /* all four may be of one half */
+    mha_rows q, context;       /* q, context, k and v may be halves, all of one type */
     mha_rows k, v;             /* row l of an item is that of its live key l */
     mha_rows extra_k, extra_v; /* of the extra keys; the same for every item */
     mha_wanted wanted;

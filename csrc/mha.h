@@ -195,7 +195,7 @@ typedef struct {
 } mha_heads;
 
 typedef struct {
-    mha_dtype dtype; /* float16 is multiplied as float32, bfloat16 as what it is, and so are exponentials */
+    mha_dtype dtype; /* float16 is multiplied as float32; bfloat16 as such, with exponentials rounded to it */
     size_t axes;
     const size_t *length; /* [axes] */
     size_t L, S, D, Dv;

@@ -15,7 +15,7 @@
 
 typedef struct {
     char *data;     /* the core does not write to inputs */
-    mha_dtype type; /* a half only in attention; elsewhere, the binding widens halves */
+    mha_dtype type; /* a half only in attention alone; for all else, the binding widens halves */
     /* Distances in bytes. They may be negative, zero, or not a multiple of the size of a number. */
     ptrdiff_t item, head, row;
     ptrdiff_t element; /* between the numbers of a row */

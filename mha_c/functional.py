@@ -59,12 +59,13 @@ def scaled_dot_product_attention(
     Gimelshein, 2018).
 
     The leading axes (...) of all arrays broadcast as in NumPy. All arrays are of one dtype: float32, float64, bfloat16
-    or float16. bfloat16 is multiplied as such: exponentials are rounded to it, and sums are float32. float16 is computed
-    as float32. The result of both is rounded once. Pass arrays of float32 for products of float32.
+    or float16. float16 is computed as float32. bfloat16 is multiplied as such: exponentials are rounded to it,
+    subnormal numbers become 0, and sums are float32. The result of both is rounded once. For products of float32, pass
+    arrays of float32.
 
     Arrays are NumPy arrays, or other objects on the CPU with the array interface, the buffer protocol or DLPack. They
-    are not modified. An array is copied only if its features are not adjacent, if it is misaligned or byte-swapped, or
-    if it is a query with a negative row stride.
+    are not modified. Query, key and value are copied only if their features are not adjacent, if they are misaligned or
+    byte-swapped, or if the rows of the query descend. Masks of 16 bits are copied.
 
     Parameters
     ----------

@@ -178,7 +178,7 @@ def test_attention_with_masks(options):
 
 
 @pytest.mark.parametrize("heads, kv_heads, depth", [(2, 2, 16), (4, 2, 7), (1, 1, 65), (3, 1, 1)])
-@pytest.mark.parametrize("scale", [None, 0.25, 0.3, -1.7, 0.0])
+@pytest.mark.parametrize("scale", [None, 0.25, 0.3, -0.5, -1.7, 0.0])
 def test_scaled_dot_product_attention(heads, kv_heads, depth, scale):
     """The same of a function of bfloat16, which does not round queries again. Its result is rounded, too."""
     for length, keys in ((1, 1), (1, 70), (5, 7), (70, 64), (70, 131)):
@@ -195,6 +195,12 @@ def test_scaled_dot_product_attention(heads, kv_heads, depth, scale):
                                       scale=depth**-0.5 if scale is None else scale)[0]
             low, high = (np.nan_to_num(one).astype("f4").astype("bfloat16") for one in (context - off, context + off))
             assert got.dtype == "bfloat16" and ((low <= got) & (got <= high)).all()
+
+
+def test_scale_0_of_large_scores():
+    """They are 0, even where they are infinite without it."""
+    q, k, v = (np.array(x, "bfloat16") for x in ([[1e30]], [[1e30], [1]], [[1], [2]]))
+    assert scaled_dot_product_attention(q, k, v, scale=0.0) == [[1.5]]
 
 
 def test_attention_with_dropout():

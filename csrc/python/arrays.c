@@ -325,25 +325,25 @@ mha_mask_kind mask_kind(PyArrayObject *mask)
     return array_has_dtype(mask, MHA_FLOAT64) ? MHA_MASK_FLOAT64 : MHA_MASK_FLOAT32;
 }
 
-PyArrayObject *new_stored_array(int ndim, const npy_intp *shape, PyArray_Descr *descr)
+PyArrayObject *new_stored_array(int ndim, const npy_intp *shape, int type)
 {
+    PyArray_Descr *descr = PyArray_DescrFromType(type);
+    if (descr == NULL)
+        return NULL;
     npy_intp bytes = PyDataType_ELSIZE(descr);
     for (int i = 0; i < ndim; i++) {
         if (shape[i] != 0 && __builtin_mul_overflow(bytes, shape[i], &bytes)) {
+            Py_DECREF(descr);
             raise_status(MHA_TOO_LARGE);
             return NULL;
         }
     }
-    Py_INCREF(descr); /* the new array takes over a reference */
     return (PyArrayObject *)PyArray_NewFromDescr(&PyArray_Type, descr, ndim, shape, NULL, NULL, 0, NULL);
 }
 
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype)
 {
-    PyArray_Descr *descr = PyArray_DescrFromType(mha_computed_in(dtype) == MHA_FLOAT32 ? NPY_FLOAT : NPY_DOUBLE);
-    PyArrayObject *array = new_stored_array(ndim, shape, descr);
-    Py_DECREF(descr);
-    return array;
+    return new_stored_array(ndim, shape, mha_computed_in(dtype) == MHA_FLOAT32 ? NPY_FLOAT : NPY_DOUBLE);
 }
 
 PyArrayObject *as_computed(PyArrayObject *array)
@@ -378,17 +378,17 @@ int take_computed(PyArrayObject **const *arrays, size_t count)
 /* A new array of halves from a C-contiguous one of float32. */
 static PyArrayObject *narrowed(PyArrayObject *wide, mha_dtype dtype, PyArray_Descr *descr)
 {
-    PyArrayObject *halves = new_stored_array(PyArray_NDIM(wide), PyArray_DIMS(wide), descr);
+    PyArrayObject *halves = new_stored_array(PyArray_NDIM(wide), PyArray_DIMS(wide), descr->type_num);
     if (halves != NULL)
         mha_cpu_kernels(dtype)->narrow(dtype, PyArray_DATA(wide), (size_t)PyArray_SIZE(wide), PyArray_DATA(halves));
     return halves;
 }
 
-PyObject *handed_back(PyArrayObject *stored, PyArrayObject *out)
+PyObject *handed_back(PyArrayObject *result, PyArrayObject *out)
 {
-    if (out == NULL || out == stored)
-        return Py_NewRef((PyObject *)stored);
-    return PyArray_CopyInto(out, stored) < 0 ? NULL : Py_NewRef((PyObject *)out);
+    if (out == NULL || out == result)
+        return Py_NewRef((PyObject *)result);
+    return PyArray_CopyInto(out, result) < 0 ? NULL : Py_NewRef((PyObject *)out);
 }
 
 PyObject *as_stored(PyArrayObject *result, PyArray_Descr *descr, PyArrayObject *out)

@@ -91,16 +91,16 @@ PyArrayObject *as_computed(PyArrayObject *array);
  * with an exception. */
 int take_computed(PyArrayObject **const *arrays, size_t count);
 
-/* A new reference to what the caller gets: a result, or `out`, into which it is copied, unless that is NULL. NULL with an
- * exception. */
-PyObject *handed_back(PyArrayObject *stored, PyArrayObject *out);
+/* Copies a result to `out`, and returns a new reference to that. If `out` is NULL, the reference is to the result. NULL
+ * with an exception. */
+PyObject *handed_back(PyArrayObject *result, PyArrayObject *out);
 
 /* The same of a result that becomes halves if `descr` is their dtype. */
 PyObject *as_stored(PyArrayObject *result, PyArray_Descr *descr, PyArrayObject *out);
 
-/* A new C-contiguous array of a dtype. Raises MemoryError for a shape beyond all memory, for which NumPy raises
- * ValueError. */
-PyArrayObject *new_stored_array(int ndim, const npy_intp *shape, PyArray_Descr *descr);
+/* A new C-contiguous array of a NumPy type, a number. Raises MemoryError for a shape beyond all memory, for which NumPy
+ * raises ValueError. */
+PyArrayObject *new_stored_array(int ndim, const npy_intp *shape, int type);
 
 /* The same of the type in which a dtype is computed. */
 PyArrayObject *new_array(int ndim, const npy_intp *shape, mha_dtype dtype);

@@ -401,7 +401,7 @@ static PyArrayObject *make_output(const sdpa_arguments *arguments)
     if (out != NULL && PyArray_ISNOTSWAPPED(out) && is_readable(out, true) &&
         is_apart(out, inputs, sizeof inputs / sizeof *inputs))
         return (PyArrayObject *)Py_NewRef((PyObject *)out);
-    return new_stored_array(result->ndim, result->dims, PyArray_DESCR(arguments->query));
+    return new_stored_array(result->ndim, result->dims, PyArray_TYPE(arguments->query));
 }
 
 static int prepare(sdpa_arguments *arguments)
