@@ -76,14 +76,17 @@ def small_calls() -> dict[str, Case]:
 def calls_of_dtypes() -> dict[str, Case]:
     """scaled_dot_product_attention in all dtypes but float64."""
     found: dict[str, Case] = {}
-    for items, heads, length, width in ((1, 12, 128, 64), (8, 12, 128, 64), (1, 8, 512, 64), (32, 12, 24, 32)):
+    shapes = ((1, 12, 128, 128, 64), (8, 12, 128, 128, 64), (1, 8, 512, 512, 64), (32, 12, 24, 24, 32),
+              (1, 12, 1, 512, 64), (8, 12, 1, 512, 64))  # fmt: skip
+    for items, heads, queries, keys, width in shapes:
         for dtype in torch.float32, torch.bfloat16, torch.float16:
-            q, k, v = (torch.randn(items, heads, length, width).to(dtype) for _ in range(3))
+            q, k, v = (torch.randn(items, heads, length, width).to(dtype) for length in (queries, keys, keys))
 
             def function(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> Any:
                 return scaled_dot_product_attention(q, k, v)
 
-            name = f"{items} x {length} tokens, {heads} heads of {width}, {str(dtype).removeprefix('torch.')}"
+            tokens = f"{keys} tokens" if queries == keys else f"1 query, {keys} keys"
+            name = f"{items} x {tokens}, {heads} heads of {width}, {str(dtype).removeprefix('torch.')}"
             found[name] = function, nullcontext, function, attention
     return found
 

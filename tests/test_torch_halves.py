@@ -168,11 +168,13 @@ def test_other_dtypes_beside_it_are_torchs_errors(dtype):
 
 
 @pytest.mark.parametrize("call", [
-    {}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.ones(5, 7, dtype=torch.bool).tril()},
-    {"attn_mask": "half"}], ids=str)
-def test_functions_have_the_bits_of_ours(dtype, call):
-    q, k, v = (normal(2, length, 4, 8, dtype=dtype).transpose(1, 2) for length in (5, 7, 7))
-    call = {"attn_mask": normal(5, 7, dtype=dtype)} if "half" in call.values() else call
+    {}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": "bool"}, {"attn_mask": "half"}], ids=str)
+@pytest.mark.parametrize("queries", [5, 1])
+def test_functions_have_the_bits_of_ours(dtype, queries, call):
+    q, k, v = (normal(2, length, 4, 8, dtype=dtype).transpose(1, 2) for length in (queries, 7, 7))
+    if "attn_mask" in call:
+        mask = normal(5, 7, dtype=dtype) if call["attn_mask"] == "half" else torch.ones(5, 7, dtype=torch.bool).tril()
+        call = {"attn_mask": mask[:queries]}
     with attention() as found:
         output = sdpa(q, k, v, **call)
     theirs = sdpa(q, k, v, **call)
@@ -286,6 +288,20 @@ def test_models_of_transformers(dtype, name):
     own, torchs = np.sqrt(np.sum(squares, axis=0))
     assert own <= 1.02 * torchs  # bfloat16 rounds what torch rounds
     assert rms(output, wanted) <= SAME_NOISE * rms(others, wanted)
+
+
+def test_generation(dtype):
+    """All calls are computed here, those of one query, too."""
+    pytest.importorskip("torchvision_operators")
+    pytest.importorskip("transformers")
+    from hugging_face import CASES, build, tokens
+    from mha_c.torch import register_transformers
+
+    found = register_transformers("mha_c")
+    model = build(next(case for case in CASES if case.model.__name__ == "LlamaForCausalLM")).to(dtype)
+    model.set_attn_implementation("mha_c")
+    model.generate(input_ids=tokens(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert {(row.here, row.left) for row in found.rows} == {(3, 0)}
 
 
 def test_whole_layers_of_transformers(dtype):

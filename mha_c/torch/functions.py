@@ -20,9 +20,9 @@ from mha_c.torch.packed import PackedByWeight
 from mha_c.torch.reasons import HARMLESS_MODES, why_torch
 from mha_c.torch.tensors import array_of, tensor_of
 
-__all__ = ["ONE_QUERY", "AttentionMode", "attention"]
+__all__ = ["ONE_QUERY", "AttentionMode", "attention", "is_one_query"]
 
-ONE_QUERY = "one query"  # such calls wait for memory, which torch reads faster so far
+ONE_QUERY = "one query"
 _FLASH = 1  # torch's kernel that lays its result out as the query; other results are C-contiguous
 _FUNCTIONS = {multi_head_attention_forward, scaled_dot_product_attention}
 
@@ -199,6 +199,19 @@ class AttentionMode(TorchFunctionMode):
 HARMLESS_MODES.add(AttentionMode)
 
 
+def is_one_query(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether a call has one query and several keys of float32 or float64, which torch reads faster so far.
+
+    Examples
+    --------
+    >>> x = torch.ones(2, 4, 5, 8)
+    >>> is_one_query(x[:, :, :1], x), is_one_query(x[:, :, :1].half(), x.half())
+    (True, False)
+    """
+    is_one = query.dim() > 1 and query.size(-2) == 1 and key.dim() > 1 and key.size(-2) > 1
+    return is_one and query.dtype.itemsize > 2
+
+
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -220,7 +233,7 @@ def _attend(
         return "attn_mask with is_causal"
     if scale is not None and not 0 < scale < math.inf:
         return "unusual scale"  # with which torch's kernel multiplies -inf
-    if query.dim() > 1 and query.size(-2) == 1 and key.dim() > 1 and key.size(-2) > 1:
+    if is_one_query(query, key):
         return ONE_QUERY
     if not query.numel() or not key.numel():
         return MISFIT  # torch does not broadcast their leading axes

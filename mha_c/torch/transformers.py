@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mha_c.display.coverage import Coverage
-from mha_c.torch.functions import ONE_QUERY, AttentionMode
+from mha_c.torch.functions import ONE_QUERY, AttentionMode, is_one_query
 
 __all__ = ["changes_nothing", "register_transformers", "registered_name", "uses_torchs_masks"]
 
@@ -57,7 +57,8 @@ def register_transformers(name: str = "mha_c") -> Coverage:
     ``output_attentions=True`` is computed as well: attention to the rows of an identity matrix gives the weights, as
     they are before dropout. A query that sees no key has weights of 0.
 
-    A call with one query and several keys, as in generation, is left to torch, which is still faster at it.
+    A call with one query and several keys, as in generation, is left to torch in float32 and float64, in which torch is
+    still faster at it.
 
     Examples
     --------
@@ -172,7 +173,7 @@ def _make_attention(sdpa_attention: Callable[..., Any], coverage: Coverage) -> C
         if torch.compiler.is_compiling():  # what follows is not for a compiler
             return attend(value, **kwargs), None
         place = _place_of(module), type(module).__name__
-        if query.shape[2] == 1 < key.shape[2]:  # transformers may make several calls of it, for groups of heads
+        if is_one_query(query, key):  # transformers may make several calls of it, for groups of heads
             coverage.add(*place, ONE_QUERY)
             output = attend(value, **kwargs)
         else:
