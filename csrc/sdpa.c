@@ -14,6 +14,7 @@
  *
  * Owns: these tables.
  */
+#include <math.h>
 #include <string.h>
 
 #include "attention.h"
@@ -33,12 +34,14 @@ typedef struct {
     char *zeros; /* a row for inputs without features */
 } sdpa;
 
+/* A vector of queries takes as long as one, unless there is a handful of keys. */
 double mha_sdpa_operations(const mha_sdpa_call *call)
 {
+    const double lanes = call->S <= MHA_HANDFUL ? 1 : (double)mha_cpu_kernels(call->dtype)->lanes;
     double items = (double)call->query.heads;
     for (size_t i = 0; i < call->axes; i++)
         items *= (double)call->length[i];
-    return 2 * items * (double)call->L * (double)call->S * ((double)call->D + (double)call->Dv);
+    return 2 * items * ceil((double)call->L / lanes) * lanes * (double)call->S * ((double)call->D + (double)call->Dv);
 }
 
 /* The least common multiple. Both numbers divide the number of query heads, and so does the result. */

@@ -244,16 +244,22 @@ static void test_dropout(mha_dtype dtype)
     }
 }
 
-/* Twice the items, heads, queries or keys are twice the operations. */
+/* Of each head and item; for whole vectors of queries, unless keys are a handful. */
 static void test_operations(void)
 {
+    const size_t lanes = mha_cpu_kernels(MHA_FLOAT32)->lanes;
     made_call made;
     make_sdpa_call(&problems[1], MHA_FLOAT32, &plainly, &made);
-    const double once = mha_sdpa_operations(&made.call);
     DESCRIBE("operations");
-    CHECK(once == 2.0 * 2 * 3 * 4 * 9 * 9 * (8 + 8), "%g", once);
-    made.call.L *= 2;
-    CHECK(mha_sdpa_operations(&made.call) == 2 * once, "not twice as many");
+    for (size_t L = 1; L <= 3 * lanes; L++) {
+        made.call.L = L;
+        for (size_t S = 9; S <= 17; S += 8) {
+            made.call.S = S;
+            const size_t queries = S == 9 ? L : mha_divide_up(L, lanes) * lanes;
+            CHECK(mha_sdpa_operations(&made.call) == 2.0 * 2 * 3 * 4 * (double)(queries * S) * (8 + 8),
+                  "%zu queries, %zu keys", L, S);
+        }
+    }
 }
 
 int main(void)
