@@ -107,20 +107,25 @@ def test_every_instruction_set(level):
         """ + f"assert t.mha_c._core.config()['cpu_level'] == {level!r}", env={"MHA_C_CPU": level})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16", "bfloat16"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_functions(kind, is_causal, dtype):
-    """Attention without projections, its masks the other way round; values alone, too."""
+    """Attention without projections, its masks the other way round; values alone, too, and one feature of them."""
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
     query, key, value = (normal((2, 3, rows, 16), dtype, seed) for seed, rows in enumerate((70, 150, 150)))
     shows = np.random.default_rng(1).random((70, 150)) < 0.7
-    shows[:, 100:], shows[:, 0] = False, True
+    hidden = (np.arange(150) == 50) | (np.arange(150) >= 100)
+    shows[:, hidden], shows[:, 0] = False, True
     mask = shows if kind == "bool" else np.where(shows, 0.5, -np.inf).astype(dtype)
-    rows = np.broadcast_to(np.arange(150) >= 100, (2, 3, 150))
-    zeros = [~rows[..., None] * x for x in (key, value)]
+    rows = np.broadcast_to(hidden, (2, 3, 150))
+    zeros = [np.where(rows[..., None], 0, x).astype(dtype) for x in (key, value)]
     spoilt = [spoil(x, rows) for x in zeros]
+    last = zeros[1].copy()
+    last[..., 50, -1] = np.nan
     want = scaled_dot_product_attention(query, *zeros, mask, is_causal=is_causal)
-    for given in (spoilt, (zeros[0], spoilt[1])):
+    for given in (spoilt, (zeros[0], spoilt[1]), (zeros[0], last)):
         np.testing.assert_array_equal(scaled_dot_product_attention(query, *given, mask, is_causal=is_causal), want)
 
 
