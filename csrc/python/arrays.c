@@ -376,9 +376,9 @@ int take_computed(PyArrayObject **const *arrays, size_t count)
 }
 
 /* A new array of halves from a C-contiguous one of float32. */
-static PyArrayObject *narrowed(PyArrayObject *wide, mha_dtype dtype, PyArray_Descr *descr)
+static PyArrayObject *narrowed(PyArrayObject *wide, mha_dtype dtype, int type)
 {
-    PyArrayObject *halves = new_stored_array(PyArray_NDIM(wide), PyArray_DIMS(wide), descr->type_num);
+    PyArrayObject *halves = new_stored_array(PyArray_NDIM(wide), PyArray_DIMS(wide), type);
     if (halves != NULL)
         mha_cpu_kernels(dtype)->narrow(dtype, PyArray_DATA(wide), (size_t)PyArray_SIZE(wide), PyArray_DATA(halves));
     return halves;
@@ -396,7 +396,7 @@ PyObject *as_stored(PyArrayObject *result, PyArray_Descr *descr, PyArrayObject *
     mha_dtype dtype;
     if (!find_dtype_of_descr(descr, &dtype) || !mha_is_half(dtype))
         return handed_back(result, out);
-    PyArrayObject *halves = narrowed(result, dtype, descr);
+    PyArrayObject *halves = narrowed(result, dtype, descr->type_num);
     PyObject *handed = halves == NULL ? NULL : handed_back(halves, out);
     Py_XDECREF(halves);
     return handed;
